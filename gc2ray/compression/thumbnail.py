@@ -1,0 +1,23 @@
+"""The thumbnail alone: the lower bound that dynamic cropping has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gc2ray.compression.compressor import Compressor, ViewBatch
+from gc2ray.views import Selection, Views, reading_order
+
+
+@dataclass(frozen=True)
+class ThumbnailOnly(Compressor):
+    """Drop all crops, keep the whole thumbnail; there is no retention to set."""
+
+    name: ClassVar[str] = "thumbnail"
+
+    def many(self, images: Sequence[Views]) -> list[Selection]:
+        if not images:
+            return []
+        batch = ViewBatch.of(images)
+        return reading_order(images, batch.valid & batch.thumbnails[:, None])

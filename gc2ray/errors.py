@@ -1,0 +1,45 @@
+"""The kinds of trouble, each with an owner.
+
+A bad row belongs to its answer (`BadRow`), a bad shard to the driver (`ShardError`), a dead device
+to the worker process (`EngineDead`), a bad configuration to the user (`ConfigError`). What is none
+of these is a bug and is not caught.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """What became of a row; the value is what stands in the `status` column."""
+
+    OK = "ok"
+    BAD_IMAGE = "bad_image"
+    BAD_PROMPT = "bad_prompt"
+    TOO_LONG = "too_long"
+    OUT_OF_MEMORY = "out_of_memory"
+    FAILED = "failed"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message says which key, and what to do. Exit code 2."""
+
+
+class BadRow(Exception):  # noqa: N818 - the name of the kind, as in the design
+    """One row cannot be answered; its answer carries this status and message."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[BadRow], tuple[Status, str]]:
+        return type(self), (self.status, self.message)
+
+
+class ShardError(Exception):
+    """A shard cannot be read or written as planned; it is retried, then given up."""
+
+
+class EngineDead(Exception):  # noqa: N818 - as in the design
+    """The engine or its device cannot go on; the process that holds it must end."""

@@ -1,0 +1,210 @@
+"""What goes in and what comes out: `Request`, `Answer`, and the one Arrow schema of answer rows.
+
+The only module that knows column names. One `Answer` is one row; a row that failed has every
+column too, with nulls where nothing was measured, so that the schema is the same from the first
+part to the last.
+
+Not covered: `audit` and `kept_mask` are in the schema and null until something fills them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from gc2ray.errors import BadRow, Status
+from gc2ray.stats import STAGES, RunStats, retention_bucket
+
+SCHEMA_VERSION = 1
+
+_AUDIT = pa.struct(
+    [
+        ("answer", pa.string()),
+        ("retention", pa.float64()),
+        ("agreement", pa.float64()),
+    ]
+)
+
+ANSWER_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("row_key", pa.string(), nullable=False),
+    pa.field("source", pa.string(), nullable=False),
+    pa.field("row", pa.int64(), nullable=False),
+    pa.field("prompt_index", pa.int32(), nullable=False),
+    pa.field("answer", pa.string()),
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("error", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("output_tokens", pa.int32()),
+    pa.field("visual_tokens_full", pa.int32()),
+    pa.field("visual_tokens_kept", pa.int32()),
+    pa.field("newline_tokens", pa.int32()),
+    pa.field("newline_tokens_full", pa.int32()),
+    pa.field("kept_per_view", pa.list_(pa.list_(pa.int32()))),
+    pa.field("method", pa.string(), nullable=False),
+    pa.field("retention_requested", pa.float64(), nullable=False),
+    pa.field("retention_actual", pa.float64()),
+    pa.field("kv_bytes", pa.int64()),
+    pa.field("kv_bytes_full", pa.int64()),
+    *(pa.field(f"{stage}_ns", pa.int64(), nullable=False) for stage in STAGES),
+    pa.field("attempt", pa.int32(), nullable=False),
+    pa.field("generation", pa.int32(), nullable=False),
+    pa.field("device", pa.string(), nullable=False),
+    pa.field("worker", pa.string(), nullable=False),
+    pa.field("audit", _AUDIT),
+    pa.field("kept_mask", pa.list_(pa.binary())),
+)
+ANSWER_COLUMNS = frozenset(item.name for item in ANSWER_FIELDS)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `seed` belongs to the row."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image of a row: its encoded bytes, or where they are."""
+
+    data: bytes | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to answer.
+
+    Attributes:
+        row_key: Unique in the run: source path relative to the input root, `#`, row number.
+        source: That source path.
+        row: Row number in the source.
+        images: The row's images; length 1 for now.
+        prompts: The row's prompts; length 1 for now.
+        carried: The input columns that are written back.
+        fault: Set where the source already knows that the row cannot be answered.
+    """
+
+    row_key: str
+    source: str
+    row: int
+    images: tuple[ImageRef, ...]
+    prompts: tuple[str, ...]
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    fault: BadRow | None = None
+
+    @property
+    def seed(self) -> int:
+        """A seed that depends on the row only, never on its batch, worker or attempt."""
+        return int.from_bytes(hashlib.sha256(self.row_key.encode()).digest()[:7], "big")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer row; see the README's table of columns for the meaning of each.
+
+    `kept_per_view` is one list per image, one count per view.
+    """
+
+    request: Request
+    status: Status
+    method: str
+    retention_requested: float
+    answer: str | None = None
+    error: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    visual_tokens_full: int | None = None
+    visual_tokens_kept: int | None = None
+    newline_tokens: int | None = None
+    newline_tokens_full: int | None = None
+    kept_per_view: tuple[tuple[int, ...], ...] | None = None
+    kv_bytes: int | None = None
+    kv_bytes_full: int | None = None
+    stage_ns: Mapping[str, int] = field(default_factory=dict)
+    device: str = ""
+
+    @property
+    def retention_actual(self) -> float | None:
+        """Kept over full visual tokens, newlines in neither."""
+        if not self.visual_tokens_full or self.visual_tokens_kept is None:
+            return None
+        return self.visual_tokens_kept / self.visual_tokens_full
+
+    def stats(self) -> RunStats:
+        """This row alone as statistics."""
+        full, kept = self.visual_tokens_full or 0, self.visual_tokens_kept or 0
+        key = self.request.row_key
+        buckets = {f"{retention_bucket(kept, full):02d}": 1} if full else {}
+        return RunStats(
+            rows=1,
+            by_status={str(self.status): 1},
+            visual_tokens_full=full,
+            visual_tokens_kept=kept,
+            newline_tokens_full=self.newline_tokens_full or 0,
+            newline_tokens=self.newline_tokens or 0,
+            prompt_tokens=self.prompt_tokens or 0,
+            output_tokens=self.output_tokens or 0,
+            kv_bytes=self.kv_bytes or 0,
+            kv_bytes_full=self.kv_bytes_full or 0,
+            stage_ns={stage: self.stage_ns.get(stage, 0) for stage in STAGES},
+            retention=buckets,
+            slowest=((sum(self.stage_ns.values()), key),),
+            largest=((self.kv_bytes or 0, key),),
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who wrote a part: the columns that are the same for all its rows."""
+
+    attempt: int
+    generation: int
+    worker: str
+
+
+def answer_schema(carried: pa.Schema, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """The schema of every part: the carried input columns, then the answer columns."""
+    head = {"gc2ray.schema_version": str(SCHEMA_VERSION), **(metadata or {})}
+    return pa.schema([*carried, *ANSWER_FIELDS], metadata=head)
+
+
+def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Provenance) -> pa.Table:
+    """Answer rows as a table with `answer_schema(carried)`, in the order given."""
+    columns: dict[str, list[Any]] = {name: [] for name in carried.names}
+    columns |= {item.name: [] for item in ANSWER_FIELDS}
+    for answer in answers:
+        row = {**answer.request.carried, **_answer_row(answer, provenance)}
+        for name, column in columns.items():
+            column.append(row.get(name))
+    return pa.table(columns, schema=answer_schema(carried))
+
+
+def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
+    request = answer.request
+    direct = (
+        "answer", "error", "finish_reason", "prompt_tokens", "output_tokens", "visual_tokens_full",
+        "visual_tokens_kept", "newline_tokens", "newline_tokens_full", "kept_per_view", "method",
+        "retention_requested", "retention_actual", "kv_bytes", "kv_bytes_full", "device",
+    )  # fmt: skip
+    return {
+        "row_key": request.row_key,
+        "source": request.source,
+        "row": request.row,
+        "prompt_index": 0,
+        "status": str(answer.status),
+        **{name: getattr(answer, name) for name in direct},
+        **{f"{stage}_ns": answer.stage_ns.get(stage, 0) for stage in STAGES},
+        "attempt": provenance.attempt,
+        "generation": provenance.generation,
+        "worker": provenance.worker,
+    }

@@ -1,0 +1,126 @@
+"""`RunStats`: what happened, in integers, so that parts add up exactly.
+
+Everything is a count, nanoseconds or bytes; peaks merge by maximum; the lists of slowest and
+largest rows are bounded. `a + b` is therefore exact, commutative and associative, and
+`RunStats.from_json(s.to_json()) == s`.
+
+Not covered: rates and money. Readers derive them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+STAGES = ("image", "encode", "compress", "prefill", "generate")
+"""Stages of a row: decode and tile the image, vision tower, compression, prefill, generation."""
+
+TOP_ROWS = 10
+RETENTION_BUCKETS = 20
+"""Fixed buckets of the kept fraction: bucket i counts rows in (i/20, (i+1)/20]."""
+
+
+def apportion(total: int, weights: Sequence[int]) -> list[int]:
+    """Split `total` in proportion to `weights`, in integers that sum to `total` exactly.
+
+    With no weight at all the first share takes everything; no weights give no shares.
+    """
+    if not weights:
+        return []
+    whole = sum(weights)
+    if whole == 0:
+        return [total, *([0] * (len(weights) - 1))]
+    edges = [0]
+    for weight in weights:
+        edges.append(edges[-1] + weight)
+    cuts = [total * edge // whole for edge in edges]
+    return [after - before for before, after in itertools.pairwise(cuts)]
+
+
+def retention_bucket(kept: int, full: int) -> int:
+    """The bucket of kept / full, in integers so that merging never rounds."""
+    if full <= 0:
+        return 0
+    return min(RETENTION_BUCKETS - 1, max(0, -(-kept * RETENTION_BUCKETS // full) - 1))
+
+
+def _merged(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
+
+
+def _top(rows: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
+    return tuple(sorted(rows, key=lambda row: (-row[0], row[1]))[:TOP_ROWS])
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """Additive statistics of any set of answer rows.
+
+    Attributes:
+        rows: Answer rows.
+        by_status: Rows by status.
+        visual_tokens_full: Visual tokens before compression, newlines not counted.
+        visual_tokens_kept: Visual tokens the language model read.
+        newline_tokens_full: Newline tokens of the uncompressed sequence.
+        newline_tokens: Newline tokens the language model read.
+        prompt_tokens: Text, visual and newline tokens the language model read.
+        output_tokens: Tokens it wrote.
+        kv_bytes: KV cache of prompt and output.
+        kv_bytes_full: The same, uncompressed.
+        stage_ns: Busy nanoseconds by stage (`STAGES`).
+        retention: Rows by actual retention, see `RETENTION_BUCKETS`.
+        peak_device_bytes: Largest device memory seen; 0 where the device does not tell.
+        peak_host_bytes: Largest resident set of a worker process.
+        slowest: Rows with the most busy time, as (ns, row key).
+        largest: Rows with the largest KV cache, as (bytes, row key).
+    """
+
+    rows: int = 0
+    by_status: dict[str, int] = field(default_factory=dict)
+    visual_tokens_full: int = 0
+    visual_tokens_kept: int = 0
+    newline_tokens_full: int = 0
+    newline_tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    kv_bytes: int = 0
+    kv_bytes_full: int = 0
+    stage_ns: dict[str, int] = field(default_factory=dict)
+    retention: dict[str, int] = field(default_factory=dict)
+    peak_device_bytes: int = 0
+    peak_host_bytes: int = 0
+    slowest: tuple[tuple[int, str], ...] = ()
+    largest: tuple[tuple[int, str], ...] = ()
+
+    def __add__(self, other: RunStats) -> RunStats:
+        merged: dict[str, object] = {}
+        for item in fields(self):
+            a, b = getattr(self, item.name), getattr(other, item.name)
+            if item.name.startswith("peak_"):
+                merged[item.name] = max(a, b)
+            elif isinstance(a, dict):
+                merged[item.name] = _merged(a, b)
+            elif isinstance(a, tuple):
+                merged[item.name] = _top([*a, *b])
+            else:
+                merged[item.name] = a + b
+        return RunStats(**merged)  # type: ignore[arg-type]  # names and types are the fields' own
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows that were not answered."""
+        return self.rows - self.by_status.get("ok", 0)
+
+    def to_json(self) -> str:
+        """Every field, always: an absent number and a zero are not the same."""
+        return json.dumps({item.name: getattr(self, item.name) for item in fields(self)})
+
+    @staticmethod
+    def from_json(text: str | bytes) -> RunStats:
+        """The inverse of `to_json`."""
+        data = json.loads(text)
+        for name in ("slowest", "largest"):
+            data[name] = tuple((int(value), str(key)) for value, key in data[name])
+        return RunStats(**data)
