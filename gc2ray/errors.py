@@ -1,8 +1,8 @@
 """The kinds of trouble, each with an owner.
 
 A bad row belongs to its answer (`BadRow`), a bad shard to the driver (`ShardError`), a dead device
-to the worker process (`EngineDead`), a bad configuration to the user (`ConfigError`). What is none
-of these is a bug and is not caught.
+to the worker process (`EngineDead`), a bad configuration to the user (`ConfigError`); `GivenUp` is
+the driver's decision to stop. What is none of these is a bug and is not caught.
 """
 
 from __future__ import annotations
@@ -43,3 +43,7 @@ class ShardError(Exception):
 
 class EngineDead(Exception):  # noqa: N818 - as in the design
     """The engine or its device cannot go on; the process that holds it must end."""
+
+
+class GivenUp(Exception):  # noqa: N818 - it is a decision, not a fault
+    """The run stops before its end; the message says why. Exit code 1."""

@@ -111,7 +111,7 @@ class Request:
 class Answer:
     """One answer row; see the README's table of columns for the meaning of each.
 
-    `kept_per_view` is one list per image, one count per view.
+    `kept_per_view` is one list per image, one count per view; `token_ids` is not written.
     """
 
     request: Request
@@ -132,6 +132,7 @@ class Answer:
     kv_bytes_full: int | None = None
     stage_ns: Mapping[str, int] = field(default_factory=dict)
     device: str = ""
+    token_ids: tuple[int, ...] = ()
 
     @property
     def retention_actual(self) -> float | None:

@@ -1,0 +1,313 @@
+"""One YAML, two halves: `Recipe` (what; fingerprinted) and `Cluster` (how; free on resume).
+
+Unknown keys are refused with their path and the nearest valid key. Defaults live here and nowhere
+else. Everything is checked before Ray starts or a GPU is touched; what is wrong is a `ConfigError`.
+
+Not covered: environment variables and secrets. Credentials come from the storage's own chain.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gc2ray import compression
+from gc2ray.compression.compressor import Compressor
+from gc2ray.errors import ConfigError
+from gc2ray.images import ImagePolicy
+from gc2ray.prompts import PromptSource
+from gc2ray.records import ANSWER_COLUMNS
+
+MIB = 1024 * 1024
+M = TypeVar("M", bound=BaseModel)
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Frozen):
+    """The model: directory or hub id; `adapter` and `quantization` are not supported yet."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    adapter: None = None
+    quantization: None = None
+
+
+class CompressionConfig(_Frozen):
+    """The compression method and its settings; `retention` is the fraction KEPT.
+
+    `positions` and `newlines` name the packing: kept tokens are numbered 0..K-1, and every canvas
+    row that keeps a token ends in a newline, as in the paper.
+    """
+
+    method: str = "globalcom2"
+    retention: float = Field(default=0.25, gt=0, le=1)
+    temperature: float = Field(default=10.0, gt=0)
+    positions: Literal["compact"] = "compact"
+    newlines: Literal["kept_rows"] = "kept_rows"
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in compression.COMPRESSORS:
+            raise ValueError(_unknown(method, sorted(compression.COMPRESSORS)))
+        return method
+
+    def build(self) -> Compressor:
+        """The compressor."""
+        return compression.build(
+            self.method, retention=self.retention, temperature=self.temperature
+        )
+
+    @property
+    def retention_requested(self) -> float:
+        """What the method was asked to keep: 1.0 where it has no retention to set."""
+        takes = "retention" in compression.parameters(self.method)
+        return self.retention if takes else 1.0
+
+
+class GenerationConfig(_Frozen):
+    """How answers are drawn; `temperature` 0 is greedy."""
+
+    max_new_tokens: int = Field(default=64, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = 0
+
+
+class PromptConfig(_Frozen):
+    """Exactly one of a column, a template over columns (`"{question}"`), or a constant."""
+
+    column: str | None = None
+    template: str | None = None
+    constant: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> PromptConfig:
+        self.source()
+        return self
+
+    def source(self) -> PromptSource:
+        """The same as what renders rows."""
+        return PromptSource(self.column, self.template, self.constant)
+
+
+class InputConfig(_Frozen):
+    """The rows.
+
+    Attributes:
+        uri: Parquet file, directory or glob; local or any fsspec URL.
+        image: Column of images: struct of bytes and path, binary, or path.
+        prompt: Where the prompt comes from.
+        keep: Input columns written back with the answers.
+        image_roots: Directories or URL prefixes under which image paths may be read.
+        max_image_bytes: Larger files are refused, row by row.
+        max_image_pixels: Larger images are refused by their header.
+    """
+
+    uri: str
+    image: str = "image"
+    prompt: PromptConfig
+    keep: tuple[str, ...] = ()
+    image_roots: tuple[str, ...] = ()
+    max_image_bytes: int = Field(default=64 * MIB, gt=0)
+    max_image_pixels: int = Field(default=80_000_000, gt=0)
+
+    @model_validator(mode="after")
+    def _images(self) -> InputConfig:
+        self.image_policy()
+        return self
+
+    @field_validator("keep")
+    @classmethod
+    def _free(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
+        taken = [name for name in keep if name in ANSWER_COLUMNS]
+        if taken:
+            raise ValueError(f"{taken[0]!r} is a column of the answers; rename it in the input")
+        return keep
+
+    def image_policy(self) -> ImagePolicy:
+        """Limits for untrusted images."""
+        return ImagePolicy(
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            roots=self.image_roots,
+        )
+
+    def columns(self) -> tuple[str, ...]:
+        """The input columns that are read."""
+        return tuple(dict.fromkeys([self.image, *self.prompt.source().columns(), *self.keep]))
+
+
+class Recipe(_Frozen):
+    """What is computed. Two runs into one output must have the same."""
+
+    model: ModelConfig
+    compression: CompressionConfig = CompressionConfig()
+    generation: GenerationConfig = GenerationConfig()
+    input: InputConfig
+
+    def fingerprint(self) -> str:
+        """Digest of every setting."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Cluster(_Frozen):
+    """How it is computed; may change between a run and its rerun.
+
+    Attributes:
+        workers: Worker processes; None is one per GPU share, or one without GPUs.
+        gpus_per_worker: Share of a GPU; None is 1 where the cluster has GPUs and 0 where not.
+        cpus_per_worker: Ray's CPU reservation, and the torch threads of a CPU worker.
+        image_threads: Threads of a worker that decode images.
+        views_per_batch: Views encoded and compressed together.
+        kv_tokens: Tokens of prompt and answer that a decoding batch may hold.
+        host_memory_bytes: Input that a worker may hold in memory, undecoded.
+        shard_rows: Rows of a shard; None sizes shards by calibration.
+        shard_seconds: The calibrated size.
+        tries: Times that a shard is tried.
+        max_bad_rows: Share of failed rows, of at least 200, that stops the run.
+        stall_seconds: A worker that finishes no row for so long is killed.
+        place_seconds: Time to find room for a worker in the cluster.
+        load_seconds: Time to load the model, counted anew whenever it reads on.
+    """
+
+    workers: int | None = Field(default=None, gt=0)
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    image_threads: int = Field(default=2, gt=0)
+    views_per_batch: int = Field(default=40, gt=0)
+    kv_tokens: int = Field(default=16_384, gt=0)
+    host_memory_bytes: int = Field(default=512 * MIB, gt=0)
+    shard_rows: int | None = Field(default=None, gt=0)
+    shard_seconds: Seconds = 45.0
+    tries: int = Field(default=3, gt=0)
+    max_bad_rows: float = Field(default=0.05, ge=0, le=1)
+    stall_seconds: Seconds = 600.0
+    place_seconds: Seconds = 600.0
+    load_seconds: Seconds = 900.0
+
+
+class Job(_Frozen):
+    """A recipe, a cluster, and where the answers go: a directory or any fsspec URL."""
+
+    output: str
+    recipe: Recipe
+    cluster: Cluster = Cluster()
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a YAML and apply `a.b=c` overrides.
+
+    Raises:
+        ConfigError: Not readable, an unknown key, or a value out of range.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys output, recipe, cluster at the top")
+    for override in overrides:
+        _apply(data, override)
+    return parse_job(data)
+
+
+def parse_job(data: Mapping[str, Any]) -> Job:
+    """A job from plain data.
+
+    Raises:
+        ConfigError: As `load_job`.
+    """
+    return _parsed(Job, data)
+
+
+def parse_recipe(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, as stored with a run.
+
+    Raises:
+        ConfigError: As `load_job`.
+    """
+    return _parsed(Recipe, data)
+
+
+def recipe_difference(stored: Recipe, yours: Recipe) -> list[str]:
+    """The settings that differ, one readable line each."""
+    a, b = dict(_leaves(stored.model_dump())), dict(_leaves(yours.model_dump()))
+    return [
+        f"recipe.{key}: {a.get(key)!r} (stored) -> {b.get(key)!r} (yours)"
+        for key in sorted({*a, *b})
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override!r}: overrides are written a.b=c")
+    for key in keys[:-1]:
+        below = data.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{override!r}: {key} has no keys below it")
+        data = below
+    try:
+        data[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: {text!r} is not valid YAML") from error
+
+
+def _parsed(model: type[M], data: Mapping[str, Any]) -> M:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(model, problem) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join(path) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        owner = _model_at(model, path[:-1])
+        return f"{where}: {_unknown(path[-1], list(owner.model_fields))}"
+    if problem["type"] == "missing":
+        return f"{where}: required, and not set"
+    if problem["type"] == "none_required":
+        return f"{where}: not supported yet; leave it null"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}; got {problem['input']!r}"
+
+
+def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for key in path:
+        kind = model.model_fields[key].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            break
+        model = kind
+    return model
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {key!r}; {hint}"

@@ -1,0 +1,1 @@
+"""Decoders: owners of the language model. Prompt embeddings in, tokens out."""

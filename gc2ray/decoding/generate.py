@@ -1,0 +1,187 @@
+"""Decoding with stock `generate(inputs_embeds=…)` on left-padded batches.
+
+Prompts of similar length are batched, so that padding and waiting stay small. A row draws from its
+own generator, so its tokens do not depend on its batch. When a batch does not fit the device it is
+halved; a prompt that does not fit alone finishes as `out_of_memory`.
+
+Not covered: explicit positions (`generate` goes on wrongly behind a gap; they are refused), and
+refilling a batch while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from gc2ray.decoding.decoder import Completion
+from gc2ray.records import Sampling
+from gc2ray.stats import apportion
+from gc2ray.views import Prompt
+
+_Item = tuple[int, Prompt, Sampling]
+
+
+class GenerateDecoder:
+    """A `Decoder` on a whole transformers model.
+
+    Args:
+        model: The model; only its `generate` is used.
+        max_tokens: Tokens of prompt and answer that one batch may hold, padding included.
+    """
+
+    def __init__(self, model: Any, *, max_tokens: int) -> None:
+        self._model = model
+        self._max_tokens = max_tokens
+        self._waiting: list[_Item] = []
+        config = model.generation_config
+        eos = config.eos_token_id
+        self._eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        pad = config.pad_token_id
+        self._pad = pad if pad is not None else (self._eos or [0])[0]
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
+        """Take a prompt while two batches' worth of tokens are not yet waiting.
+
+        Raises:
+            ValueError: The prompt has positions of its own.
+        """
+        if prompt.positions is not None:
+            raise ValueError("stock generate cannot place tokens at positions of their own")
+        waiting = sum(_tokens(item) for item in self._waiting)
+        item = (tag, prompt, sampling)
+        if self._waiting and waiting + _tokens(item) > 2 * self._max_tokens:
+            return False
+        self._waiting.append(item)
+        return True
+
+    def step(self) -> list[Completion]:
+        """Generate for the longest waiting prompts that fit one batch."""
+        if not self._waiting:
+            return []
+        self._waiting.sort(key=_tokens)
+        longest = _tokens(self._waiting[-1])
+        rows = max(1, self._max_tokens // longest)
+        batch = self._waiting[-rows:]
+        del self._waiting[-rows:]
+        return self._run_halving(batch)
+
+    def _run_halving(self, batch: list[_Item]) -> list[Completion]:
+        try:
+            return self._run(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                return [Completion(batch[0][0], (), "out_of_memory", 0, 0)]
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return self._run_halving(batch[:half]) + self._run_halving(batch[half:])
+
+    @torch.inference_mode()
+    def _run(self, batch: list[_Item]) -> list[Completion]:
+        embeds, mask = _left_padded([prompt.embeds for _, prompt, _ in batch])
+        drawing = _Drawing([sampling for _, _, sampling in batch])
+        config = GenerationConfig(
+            max_new_tokens=max(sampling.max_new_tokens for _, _, sampling in batch),
+            do_sample=False,
+            eos_token_id=self._eos or None,
+            pad_token_id=self._pad,
+        )
+        started = time.perf_counter_ns()
+        output = self._model.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([drawing]),
+        ).tolist()
+        ended = time.perf_counter_ns()
+        tokens = [
+            self._cut(row, sampling.max_new_tokens)
+            for row, (_, _, sampling) in zip(output, batch, strict=True)
+        ]
+        prefill = apportion(
+            drawing.first_token_ns - started, [len(prompt) for _, prompt, _ in batch]
+        )
+        generate = apportion(ended - drawing.first_token_ns, [len(row) for row in tokens])
+        return [
+            Completion(tag, tuple(row), self._reason(row), before, after)
+            for (tag, _, _), row, before, after in zip(
+                batch, tokens, prefill, generate, strict=True
+            )
+        ]
+
+    def _cut(self, row: Sequence[int], limit: int) -> list[int]:
+        """New tokens up to the first end of sequence, it included, and up to the row's limit."""
+        ends = [place for place, token in enumerate(row) if token in self._eos]
+        return list(row[: min(limit, ends[0] + 1 if ends else limit)])
+
+    def _reason(self, row: Sequence[int]) -> str:
+        return "stop" if row and row[-1] in self._eos else "length"
+
+
+class _Drawing(LogitsProcessor):
+    """Draws each row's token from its own generator, and notes when the first logits came.
+
+    `generate` runs greedily; a sampled row's logits are replaced by ones that leave only the drawn
+    token. Draws are made on the host in float64, so that devices agree.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self.first_token_ns = 0
+        self._samplings = samplings
+        self._generators = [torch.Generator().manual_seed(s.seed) for s in samplings]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - its interface
+        if not self.first_token_ns:
+            if scores.is_cuda:
+                torch.cuda.synchronize(scores.device)
+            self.first_token_ns = time.perf_counter_ns()
+        drawn = [i for i, sampling in enumerate(self._samplings) if sampling.temperature > 0]
+        if not drawn:
+            return scores
+        scores = scores.clone()
+        for row in drawn:
+            token = draw(scores[row].cpu(), self._samplings[row], self._generators[row])
+            scores[row] = -torch.inf
+            scores[row, token] = 0
+        return scores
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token from the smallest set of tokens whose probability reaches `top_p`.
+
+    Args:
+        logits: (vocabulary,), on the host.
+        sampling: Temperature above 0.
+        generator: Advanced by one draw.
+    """
+    probabilities = (logits.double() / sampling.temperature).softmax(dim=0)
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    before = ordered.cumsum(dim=0) - ordered
+    nucleus = ordered.masked_fill(before >= sampling.top_p, 0)
+    nucleus[0] = ordered[0]
+    at = torch.rand((), generator=generator, dtype=torch.float64) * nucleus.sum()
+    index = int(torch.searchsorted(nucleus.cumsum(dim=0), at, right=True))
+    return int(tokens[min(index, int((nucleus > 0).sum()) - 1)])
+
+
+def _tokens(item: _Item) -> int:
+    _, prompt, sampling = item
+    return len(prompt) + sampling.max_new_tokens
+
+
+def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, T, D) with zeros in front of shorter prompts, and the mask (B, T) that says so."""
+    longest = max(len(prompt) for prompt in prompts)
+    embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[1])
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long, device=prompts[0].device)
+    for row, prompt in enumerate(prompts):
+        embeds[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return embeds, mask

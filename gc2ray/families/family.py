@@ -1,0 +1,54 @@
+"""What a model architecture brings: `Family`, the only code that knows a model's insides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, device
+
+from gc2ray.views import AnyRes, Canvas, Prompt, Selection, Tiles, Views
+
+
+class Family(Protocol):
+    """Vision side, projector and text table of a loaded model.
+
+    Attributes:
+        anyres: How images are cut for it.
+        device: Where its tensors are.
+        max_positions: Longest sequence of prompt and answer, in tokens.
+        kv_bytes_per_token: KV cache of one token over all layers.
+    """
+
+    anyres: AnyRes
+    device: device
+    max_positions: int
+    kv_bytes_per_token: int
+
+    def canvas(self, tiles: Tiles) -> Canvas:
+        """Where the image lies on its canvas of tokens."""
+
+    def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
+        """Run the vision tower over the views of several images."""
+
+    def pack(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Tensor]:
+        """Project what was kept; per image (K, D), newlines included."""
+
+    def embed(self, token_ids: Sequence[int], images: Sequence[Tensor]) -> Prompt:
+        """Put packed images where the token ids have their image placeholders."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        model: The transformers model, untouched.
+        processor: Its processor: tokenizer, chat template, image settings.
+        family: Our view of it.
+    """
+
+    model: Any
+    processor: Any
+    family: Family

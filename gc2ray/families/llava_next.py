@@ -1,0 +1,200 @@
+"""LLaVA-NeXT: CLIP views, class-token scores, "spatial_unpad" packing.
+
+The backbones (Vicuna, Mistral, Llama-3) differ in the language model only, which this module knows
+as a text table and a few numbers of its config.
+
+* Features are the hidden states that the config names (layer -2 as a rule). The layers behind them
+  are not run, but for what the scores need: the input of the last one.
+* Scores are the class token's row of the last layer's attention, before the softmax, averaged over
+  heads. `mean_h(scale q_h k_h) = scale/H q k` over the full width, and k is linear in the input, so
+  the row folds to one product per token, `(W_k^T q) x + q b_k`: no keys, no heads, float32.
+* Views of a batch go through the tower flat, (sum of V, 3, T, T), without padded crops.
+* Only kept tokens are projected.
+
+The model is read, never changed: nothing is patched, hooked or replaced.
+
+Not covered: towers without a class token, the feature strategy "full", pruned or quantised towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gc2ray.errors import ConfigError
+from gc2ray.views import (
+    NEWLINE,
+    AnyRes,
+    Canvas,
+    Prompt,
+    Selection,
+    Tiles,
+    Views,
+    pixel_table,
+)
+
+VIEWS_PER_BATCH = 32
+"""Views that go through the tower at once; bounds its activations."""
+
+
+class LlavaNext:
+    """A loaded `LlavaNextForConditionalGeneration`; see `gc2ray.families.family.Family`."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self._check(model)
+        inner, config = model.model, model.config
+        self._tower = inner.vision_tower
+        self._projector = inner.multi_modal_projector
+        self._newline: Tensor = inner.image_newline
+        self._text_table = model.get_input_embeddings()
+        self._image_token_id = int(config.image_token_id)
+        self._feature_states = _feature_states(config, len(self._tower.encoder.layers))
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        self._side = (side, side)
+        self.device: torch.device = self._newline.device
+        self.dtype: torch.dtype = self._newline.dtype
+        self.anyres = _anyres(processor.image_processor, config)
+        self._pixels = pixel_table(self.anyres).to(self.device, self.dtype)
+        text = config.text_config
+        self.max_positions = int(text.max_position_embeddings)
+        heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        self.kv_bytes_per_token = int(
+            2 * text.num_hidden_layers * kv_heads * head_size * self.dtype.itemsize
+        )
+
+    @staticmethod
+    def _check(model: Any) -> None:
+        config = model.config
+        if getattr(model.model.vision_tower, "pre_layrnorm", None) is None:
+            kind = config.vision_config.model_type
+            raise ConfigError(
+                f"recipe.model.path: the vision tower is {kind}, which has no class token to take "
+                "scores from; only CLIP towers are supported"
+            )
+        if config.vision_feature_select_strategy != "default":
+            raise ConfigError(
+                "recipe.model.path: vision_feature_select_strategy is "
+                f"{config.vision_feature_select_strategy!r}; only 'default' is supported"
+            )
+
+    def canvas(self, tiles: Tiles) -> Canvas:
+        """Where the image lies on its canvas of tokens."""
+        return Canvas.of(tiles.size, tiles.grid, self._side)
+
+    def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
+        """Run the tower; `features` (V, N, D_vision) are not projected yet."""
+        pixels = torch.from_numpy(np.concatenate([image.pixels for image in tiles]))
+        parts = [self._run_tower(part) for part in pixels.split(VIEWS_PER_BATCH)]  # type: ignore[no-untyped-call]  # torch's split is
+        counts = [len(image.pixels) for image in tiles]
+        features = torch.split(torch.cat([part[0] for part in parts]), counts)
+        scores = torch.split(torch.cat([part[1] for part in parts]), counts)
+        return [
+            Views(features[i], scores[i], self.canvas(image), image.size, seed=seeds[i])
+            for i, image in enumerate(tiles)
+        ]
+
+    def _run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (V, T, T, 3) to features (V, N, D) and scores (V, N)."""
+        layers = self._tower.encoder.layers
+        last = len(layers) - 1
+        wanted = {*self._feature_states, last}
+        states: dict[int, Tensor] = {}
+        state = self._tower.pre_layrnorm(self._tower.embeddings(self._normalised(pixels)))
+        for index in range(max(wanted) + 1):
+            if index > 0:
+                state = layers[index - 1](state, attention_mask=None)
+            if index in wanted:
+                states[index] = state
+        features = torch.cat([states[index][:, 1:] for index in self._feature_states], dim=-1)
+        return features, class_token_scores(layers[last], states[last])
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes to normalised values by table, on the device: bit-equal to the processor's."""
+        index = pixels.to(self.device).permute(0, 3, 1, 2).int()
+        index += torch.arange(3, device=self.device, dtype=torch.int32).view(1, 3, 1, 1) * 256
+        return self._pixels.flatten().index_select(0, index.flatten()).view(index.shape)
+
+    def pack(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Tensor]:
+        """Gather, project in one go, put newlines in; per image (K, D_text)."""
+        rows = [_gathered(view, chosen) for view, chosen in zip(views, selections, strict=True)]
+        packed = self._projector(torch.cat(rows))
+        newlines = torch.cat([chosen.source for chosen in selections]) == NEWLINE
+        packed[newlines] = self._newline
+        return list(torch.split(packed, [len(part) for part in rows]))
+
+    def embed(self, token_ids: Sequence[int], images: Sequence[Tensor]) -> Prompt:
+        """Text embeddings with each placeholder replaced by its packed image.
+
+        Raises:
+            ValueError: There are not as many placeholders as images.
+        """
+        places = [i for i, token in enumerate(token_ids) if token == self._image_token_id]
+        if len(places) != len(images):
+            raise ValueError(f"{len(places)} image placeholders for {len(images)} images")
+        text = self._text_table(torch.tensor(token_ids, device=self.device))
+        parts: list[Tensor] = []
+        visual: list[tuple[int, int]] = []
+        before, length = 0, 0
+        for place, image in zip(places, images, strict=True):
+            length += place - before
+            parts += [text[before:place], image]
+            visual.append((length, length + len(image)))
+            before, length = place + 1, length + len(image)
+        return Prompt(torch.cat([*parts, text[before:]]), tuple(visual))
+
+
+def class_token_scores(layer: Any, state: Tensor) -> Tensor:
+    """Mean over heads of the class token's attention logits to every patch, float32 (V, N).
+
+    Args:
+        layer: The CLIP encoder layer whose attention is meant; it is not run.
+        state: Its input, (V, 1 + N, D), class token first.
+    """
+    attention, norm = layer.self_attn, layer.layer_norm1
+    size = state.shape[-1:]
+    x = F.layer_norm(state.float(), size, norm.weight.float(), norm.bias.float(), norm.eps)
+    query = F.linear(x[:, 0], attention.q_proj.weight.float(), attention.q_proj.bias.float())
+    folded = query @ attention.k_proj.weight.float()  # (V, D)
+    shift = query @ attention.k_proj.bias.float()  # (V,): equal within a view, not between views
+    logits: Tensor = torch.einsum("vnd,vd->vn", x[:, 1:], folded) + shift[:, None]
+    return logits * float(attention.scale / attention.num_heads)
+
+
+def _gathered(views: Views, selection: Selection) -> Tensor:
+    if selection.features is not None:
+        return selection.features.to(views.features.dtype)
+    return views.features.flatten(0, 1).index_select(0, selection.source.clamp_min(0))
+
+
+def _feature_states(config: Any, layers: int) -> tuple[int, ...]:
+    """Indices of the hidden states that make the features; 0 is the input of the first layer."""
+    named = config.vision_feature_layer
+    named = [named] if isinstance(named, int) else list(named)
+    return tuple(index + layers + 1 if index < 0 else index for index in named)
+
+
+def _anyres(image_processor: Any, config: Any) -> AnyRes:
+    """The processor's image settings, checked against the model's."""
+    size = dict(image_processor.size)
+    edge = size.get("shortest_edge") or size.get("height")
+    if edge != config.vision_config.image_size:
+        raise ConfigError(
+            f"recipe.model.path: the image processor cuts views of {edge} pixels, the vision tower "
+            f"takes {config.vision_config.image_size}"
+        )
+    mean, std = image_processor.image_mean, image_processor.image_std
+    return AnyRes(
+        tile=int(edge),
+        pinpoints=tuple((int(h), int(w)) for h, w in image_processor.image_grid_pinpoints),
+        resample=int(image_processor.resample),
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+        rescale=float(image_processor.rescale_factor),
+    )

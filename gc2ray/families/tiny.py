@@ -1,0 +1,163 @@
+"""A random LLaVA-NeXT checkpoint of a few megabytes, for demo, benchmarks and tests.
+
+Real architecture, real processor, real files; random weights, so its answers mean nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+TEXT = (
+    "USER: what is in the picture? ASSISTANT: a photograph of a cat, a cup of coffee and a rocket. "
+    "Describe the image in one sentence. How many objects are there? Which colour is it?"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinySpec:
+    """Sizes of a tiny model.
+
+    Attributes:
+        image_size: Side of a view in pixels; the pinpoints are its multiples.
+        patch_size: Side of a patch in pixels.
+        vision: Width, layers and heads of the tower.
+        text: Width, layers, heads and key-value heads of the language model.
+        backbone: `llama` or `mistral`.
+        grids: Crop grids (rows, columns) that the pinpoints allow.
+        vision_layers: Hidden states that make the features.
+        spread: Standard deviation of the random weights.
+        seed: Of the random weights.
+    """
+
+    image_size: int = 84
+    patch_size: int = 14
+    vision: tuple[int, int, int] = (32, 3, 4)
+    text: tuple[int, int, int, int] = (48, 2, 4, 4)
+    backbone: str = "llama"
+    grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    vision_layers: int | tuple[int, ...] = -2
+    spread: float = 0.15
+    seed: int = 0
+
+
+def build_tiny(directory: Path, spec: TinySpec | None = None) -> Path:
+    """Write model, tokenizer and processor of `spec` to a directory, and return it."""
+    spec = spec or TinySpec()
+    tokenizer = _tokenizer()
+    config = _config(spec, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = LlavaNextForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(directory)
+    _processor(spec, tokenizer, config).save_pretrained(directory)
+    return directory
+
+
+def _tokenizer() -> Any:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([TEXT], trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+
+
+def _config(spec: TinySpec, tokenizer: Any) -> Any:
+    width, layers, heads = spec.vision
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        projection_dim=width,
+    )
+    width, layers, heads, kv_heads = spec.text
+    text_class = {"llama": LlamaConfig, "mistral": MistralConfig}[spec.backbone]
+    text = text_class(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width // heads,
+        max_position_embeddings=8192,
+        initializer_range=spec.spread,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config_class: Any = LlavaNextConfig  # its signature misses fields that it takes
+    return config_class(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.image_token_id,
+        image_grid_pinpoints=_pinpoints(spec),
+        vision_feature_layer=(
+            spec.vision_layers if isinstance(spec.vision_layers, int) else list(spec.vision_layers)
+        ),
+        vision_feature_select_strategy="default",
+        initializer_range=spec.spread,
+    )
+
+
+def _pinpoints(spec: TinySpec) -> list[list[int]]:
+    return [[rows * spec.image_size, columns * spec.image_size] for rows, columns in spec.grids]
+
+
+def _processor(spec: TinySpec, tokenizer: Any, config: Any) -> LlavaNextProcessor:
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": spec.image_size},
+        crop_size={"height": spec.image_size, "width": spec.image_size},
+        image_grid_pinpoints=_pinpoints(spec),
+    )
+    return LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=spec.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )

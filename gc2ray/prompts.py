@@ -1,0 +1,130 @@
+"""From a row to the token ids of its prompt.
+
+`PromptSource` makes a row's text from a column, a template over columns, or one constant.
+`ChatPrompt` puts it into the model's chat template and tokenises it, one placeholder per image.
+
+Row text is untrusted: a special token spelled out in it ("<image>", "</s>") is broken up by a
+space, so that it stays text. Templates take plain column names only; nothing is evaluated.
+
+Not covered: system prompts, several turns, few-shot examples.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gc2ray.errors import BadRow, ConfigError, Status
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where a row's prompt text comes from; exactly one of the three is set."""
+
+    column: str | None = None
+    template: str | None = None
+    constant: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.column, self.template, self.constant)) != 1:
+            raise ValueError("set exactly one of column, template, constant")
+        self.columns()
+
+    def columns(self) -> tuple[str, ...]:
+        """The input columns that the text needs.
+
+        Raises:
+            ValueError: The template holds something else than plain `{column}` fields.
+        """
+        if self.column is not None:
+            return (self.column,)
+        if self.template is None:
+            return ()
+        names: list[str] = []
+        for _, name, spec, conversion in string.Formatter().parse(self.template):
+            if name is None:
+                continue
+            if not name.isidentifier() or spec or conversion:
+                raise ValueError(f"template field {{{name}}}: only plain column names are allowed")
+            names.append(name)
+        return tuple(dict.fromkeys(names))
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The text of a row.
+
+        Raises:
+            BadRow: A needed value is null or not text (`bad_prompt`).
+        """
+        values = {name: row[name] for name in self.columns()}
+        for name, value in values.items():
+            if value is None:
+                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is null")
+        if self.column is not None:
+            return _text(self.column, values[self.column])
+        if self.template is not None:
+            return self.template.format(**values)
+        return self.constant or ""
+
+
+def _text(column: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise BadRow(Status.BAD_PROMPT, f"prompt column {column!r} holds no text but {type(value)}")
+    if not value.strip():
+        raise BadRow(Status.BAD_PROMPT, f"prompt column {column!r} is empty")
+    return value
+
+
+class ChatPrompt:
+    """A model's chat template and tokenizer.
+
+    Args:
+        processor: The model's processor.
+
+    Raises:
+        ConfigError: It has no chat template.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._tokenizer = processor.tokenizer
+        if not (processor.chat_template or self._tokenizer.chat_template):
+            raise ConfigError(
+                "recipe.model.path: the model has no chat template; add chat_template.jinja to it"
+            )
+        added = [str(token) for token in self._tokenizer.get_added_vocab()]
+        self._special = sorted({*self._tokenizer.all_special_tokens, *added}, key=len)
+
+    def render(self, text: str, images: int = 1) -> str:
+        """The whole prompt as text, with one image placeholder per image."""
+        content: list[dict[str, str]] = [{"type": "image"}] * images
+        content = [*content, {"type": "text", "text": self.neutralise(text)}]
+        rendered: str = self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return rendered
+
+    def encode(self, text: str, images: int = 1) -> list[int]:
+        """Token ids of the prompt, one image placeholder id per image."""
+        rendered = self.render(text, images)
+        bos = self._tokenizer.bos_token
+        special = not (bos and rendered.startswith(bos))
+        ids: list[int] = self._tokenizer(rendered, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """Answer text, without special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text.strip()
+
+    def neutralise(self, text: str) -> str:
+        """Row text in which no special token is spelled out any more."""
+        found = True
+        while found:
+            found = False
+            for token in self._special:
+                if token.strip() and token in text:
+                    text = text.replace(token, f"{token[0]} {token[1:]}")
+                    found = True
+        return text

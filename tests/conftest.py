@@ -1,0 +1,48 @@
+"""Tiny models, made once a session, and rows to answer with them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gc2ray import families
+from gc2ray.families.family import Loaded
+from gc2ray.families.tiny import TinySpec, build_tiny
+
+SPECS = {
+    "vicuna": TinySpec(),
+    "mistral": TinySpec(backbone="mistral", text=(48, 2, 4, 2), seed=1),
+    "llama3": TinySpec(text=(64, 2, 8, 2), seed=2),
+    "one-crop": TinySpec(grids=((1, 1), (1, 2)), seed=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
+
+
+@pytest.fixture(scope="session")
+def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: build_tiny(root / name, spec) for name, spec in SPECS.items()}
+
+
+@pytest.fixture(scope="session")
+def loaded_models(tiny_paths: dict[str, Path]) -> dict[str, Loaded]:
+    return {
+        name: families.load(str(path), revision=None, dtype="float32", device="cpu")
+        for name, path in tiny_paths.items()
+    }

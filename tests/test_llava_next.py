@@ -1,0 +1,240 @@
+"""LLaVA-NeXT against stock transformers: at retention 1.0 nothing may differ."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from gc2ray import families
+from gc2ray.config import Cluster
+from gc2ray.engine import Engine
+from gc2ray.errors import ConfigError
+from gc2ray.families.family import Loaded
+from gc2ray.families.llava_next import class_token_scores
+from gc2ray.families.stock import prompt_logits, stock_generate, stock_inputs, stock_logits
+from gc2ray.families.tiny import TinySpec, build_tiny
+from gc2ray.images import ImagePolicy, load_tiles
+from gc2ray.prompts import ChatPrompt
+from gc2ray.records import Request
+from gc2ray.views import everything
+from tests.conftest import SPECS
+from tests.rows import SIZES, make_recipe, request, requests
+
+NEW_TOKENS = 24
+
+
+def opened(row: Request) -> Image.Image:
+    assert row.images[0].data is not None
+    return Image.open(io.BytesIO(row.images[0].data))
+
+
+def rendered(loaded: Loaded, row: Request) -> str:
+    return ChatPrompt(loaded.processor).render(row.prompts[0])
+
+
+def make_engine(loaded: Loaded, retention: float, method: str = "globalcom2") -> Engine:
+    recipe = make_recipe(
+        "unused",
+        compression__retention=retention,
+        compression__method=method,
+        generation__max_new_tokens=NEW_TOKENS,
+    )
+    return Engine(loaded, recipe, Cluster(views_per_batch=100))
+
+
+def tokens_of(engine: Engine, rows: list[Request]) -> dict[str, tuple[int, ...]]:
+    """Token ids per row."""
+    answers = list(engine.stream(rows))
+    assert [answer.error for answer in answers] == [None] * len(rows)
+    return {answer.request.row_key: answer.token_ids for answer in answers}
+
+
+def stock_tokens(loaded: Loaded, rows: list[Request]) -> dict[str, tuple[int, ...]]:
+    """Stock's padded batch of the same rows, each cut behind its end of sequence."""
+    images = [opened(row) for row in rows]
+    texts = [rendered(loaded, row) for row in rows]
+    eos = loaded.model.generation_config.eos_token_id
+    outputs = stock_generate(loaded, images, texts, NEW_TOKENS)
+    cut = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in outputs]
+    return {row.row_key: tuple(tokens) for row, tokens in zip(rows, cut, strict=True)}
+
+
+@pytest.mark.parametrize("backbone", SPECS)
+def test_tokens_equal_stock_at_retention_one(
+    loaded_models: dict[str, Loaded], backbone: str
+) -> None:
+    loaded = loaded_models[backbone]
+    rows = requests(SIZES)
+    ours = tokens_of(make_engine(loaded, 1.0), rows)
+    assert ours == stock_tokens(loaded, rows)
+    assert len(set(ours.values())) > 1, "all answers alike: this test could not fail"
+
+
+@pytest.mark.parametrize("size", [(10, 2000), (2000, 10)])
+def test_extreme_shapes_equal_stock(
+    loaded_models: dict[str, Loaded], size: tuple[int, int]
+) -> None:
+    loaded = loaded_models["vicuna"]
+    rows = [request(size)]
+    assert tokens_of(make_engine(loaded, 1.0), rows) == stock_tokens(loaded, rows)
+
+
+@pytest.mark.parametrize("backbone", SPECS)
+@pytest.mark.parametrize("size", [*SIZES, (10, 2000), (2000, 10)])
+def test_logits_equal_stock_at_retention_one(
+    loaded_models: dict[str, Loaded], backbone: str, size: tuple[int, int]
+) -> None:
+    loaded = loaded_models[backbone]
+    row = request(size, seed=5)
+    prompt = make_engine(loaded, 1.0).prompts([row])[0]
+    stock = stock_logits(loaded, opened(row), rendered(loaded, row))
+    torch.testing.assert_close(prompt_logits(loaded, prompt), stock, rtol=0, atol=1e-5)
+
+
+def test_negative_control(loaded_models: dict[str, Loaded]) -> None:
+    """Dropping half of the tokens, or taking another image, does move logits and tokens."""
+    loaded = loaded_models["vicuna"]
+    row = request((168, 168), seed=5)
+    stock = stock_logits(loaded, opened(row), rendered(loaded, row))
+    half = prompt_logits(loaded, make_engine(loaded, 0.5).prompts([row])[0])
+    assert (half - stock).abs().max() > 1e-3
+    other = replace(request((168, 168), seed=6), row_key=row.row_key)
+    assert tokens_of(make_engine(loaded, 1.0), [row]) != tokens_of(
+        make_engine(loaded, 1.0), [other]
+    )
+
+
+@pytest.mark.parametrize("retention", [0.75, 0.25, 0.1])
+@pytest.mark.parametrize("method", ["globalcom2", "globalcom2-reference", "pool"])
+def test_batch_equals_one_by_one(
+    loaded_models: dict[str, Loaded], retention: float, method: str
+) -> None:
+    loaded = loaded_models["llama3"]
+    rows = requests(SIZES)
+    engine = make_engine(loaded, retention, method)
+    together = tokens_of(engine, rows)
+    alone = {key: value for row in rows for key, value in tokens_of(engine, [row]).items()}
+    assert together == alone
+    assert len(set(together.values())) > 1
+
+
+def test_views_equal_the_stock_tower(loaded_models: dict[str, Loaded]) -> None:
+    """Features are hidden_states[-2] bit for bit; packing everything is stock's own."""
+    loaded = loaded_models["vicuna"]
+    family, rows = loaded.family, requests(SIZES)
+    tiles = [load_tiles(row.images[0], family.anyres, ImagePolicy()) for row in rows]
+    with torch.inference_mode():
+        views = family.encode(tiles, [0] * len(rows))
+        packed = family.pack(views, [everything(view) for view in views])
+        for row, ours in zip(rows, packed, strict=True):
+            inputs = stock_inputs(loaded, [opened(row)], ["<image>"])
+            stock = loaded.model.model.get_image_features(
+                inputs["pixel_values"], inputs["image_sizes"]
+            )
+            torch.testing.assert_close(ours, stock.pooler_output[0], rtol=0, atol=1e-5)
+
+
+def test_scores_are_the_class_tokens_attention_logits(loaded_models: dict[str, Loaded]) -> None:
+    """Against the definition: queries and keys of every head, scaled, averaged over heads."""
+    loaded = loaded_models["vicuna"]
+    layer = loaded.model.model.vision_tower.encoder.layers[-1]
+    state = torch.randn(3, 37, 32)
+    with torch.inference_mode():
+        x = layer.layer_norm1(state)
+        attention = layer.self_attn
+        query = attention.q_proj(x).view(3, 37, 4, 8).transpose(1, 2)
+        key = attention.k_proj(x).view(3, 37, 4, 8).transpose(1, 2)
+        logits = (query @ key.transpose(2, 3) * attention.scale).mean(dim=1)[:, 0, 1:]
+        torch.testing.assert_close(class_token_scores(layer, state), logits, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def module_state(loaded_models: dict[str, Loaded]) -> Iterator[None]:
+    """What is put on a model is taken off: hooks, attributes, weights and config as before."""
+
+    def snapshot(model):
+        return {
+            name: (
+                type(module),
+                sorted(vars(module)),
+                len(module._forward_hooks) + len(module._forward_pre_hooks),
+                "forward" in vars(module),
+            )
+            for name, module in model.named_modules()
+        }
+
+    model = loaded_models["mistral"].model
+    before, config = snapshot(model), model.config.to_json_string()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    yield
+    assert snapshot(model) == before
+    assert model.config.to_json_string() == config
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("module_state")
+def test_the_model_is_left_as_it_was(loaded_models: dict[str, Loaded]) -> None:
+    list(make_engine(loaded_models["mistral"], 0.25).stream(requests(SIZES[:3])))
+
+
+def test_kv_bytes_follow_the_config(loaded_models: dict[str, Loaded]) -> None:
+    # keys and values x 2 layers x 2 key-value heads x head size 8 x 4 bytes
+    assert loaded_models["llama3"].family.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
+
+
+def test_placeholders_and_images_must_agree(loaded_models: dict[str, Loaded]) -> None:
+    with pytest.raises(ValueError, match="placeholders"):
+        loaded_models["vicuna"].family.embed([5, 6], [torch.zeros(2, 48)])
+
+
+def test_features_of_other_layers_equal_stock(tmp_path) -> None:
+    """The general path: features from two layers, the last one among them."""
+    path = build_tiny(tmp_path / "model", TinySpec(vision_layers=(-3, -1)))
+    loaded = families.load(str(path), revision=None, dtype="float32", device="cpu")
+    row = request((168, 168))
+    prompt = make_engine(loaded, 1.0).prompts([row])[0]
+    stock = stock_logits(loaded, opened(row), rendered(loaded, row))
+    torch.testing.assert_close(prompt_logits(loaded, prompt), stock, rtol=0, atol=1e-5)
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load(path: object) -> Loaded:
+    return families.load(str(path), revision=None, dtype="float32", device="cpu")
+
+
+def test_missing_directory_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no directory .*nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def test_other_architectures_are_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["x"]}')
+    with pytest.raises(ConfigError, match="is a llama model; supported: llava_next"):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path) -> None:
+    path = build_tiny(tmp_path / "model")
+    weights = path / "model.safetensors"
+    torch.save({}, path / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(path)
+
+
+def test_a_tower_without_class_token_is_refused(loaded_models: dict[str, Loaded]) -> None:
+    loaded = loaded_models["vicuna"]
+
+    class Wrapped:
+        config = loaded.model.config
+        model = type("Inner", (), {"vision_tower": torch.nn.Identity()})
+
+    with pytest.raises(ConfigError, match="no class token"):
+        families.FAMILIES["llava_next"](Wrapped, loaded.processor)
