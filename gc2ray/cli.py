@@ -1,0 +1,166 @@
+"""The command line: arguments, logging, one call, exit code.
+
+Exit codes: 0 every planned row is committed; 1 something was given up; 2 the configuration cannot
+be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gc2ray import __version__
+from gc2ray.errors import ConfigError, GivenUp
+
+# Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
+# and `--help`, a typo in the configuration or `status` should not wait for them.
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Answer a Parquet of images and prompts with a compressed vision-language model on Ray.",
+)
+Config = Annotated[Path, typer.Argument(help="YAML with output, recipe and cluster.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings as a.b=c.", show_default=False)
+]
+
+
+def main() -> None:
+    """The `gc2ray` command."""
+    app()
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; else RAY_ADDRESS, else this machine.")
+    ] = None,
+) -> None:
+    """Answer every row; run again to go on where it was left."""
+    with _exit_codes():
+        from gc2ray.config import load_job
+        from gc2ray.display import RunDisplay, print_outcome
+        from gc2ray.driver import run_job
+
+        job = load_job(config, overrides or [])
+        console = Console()
+        with RunDisplay(console) as display:
+            outcome = run_job(job, address=address, display=display)
+        print_outcome(console, outcome, job.output)
+        raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(help="Output directory or URL of a run.")],
+) -> None:
+    """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
+    with _exit_codes():
+        from gc2ray.display import print_outcome
+        from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan
+        from gc2ray.planner import outcome
+        from gc2ray.store import Store
+
+        store = Store(output)
+        plan = store.read(PLAN_NAME)
+        if store.read(RUN_NAME) is None or plan is None:
+            raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
+        state = outcome(store, Plan.from_bytes(plan))
+        console = Console()
+        console.print(f"{state.shards} of {state.planned_shards} shards committed")
+        print_outcome(console, state, output)
+        workers = [json.loads(store.read(name) or b"{}") for name in store.names("workers")]
+        console.print(_worker_table(workers))
+        raise typer.Exit(state.exit_code)
+
+
+@app.command()
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to compare.")] = 16,
+) -> None:
+    """Compare with stock transformers, and batches with single rows, on your model and rows."""
+    with _exit_codes():
+        from gc2ray.config import load_job
+        from gc2ray.parity import check as check_parity
+
+        parity = check_parity(load_job(config, overrides or []), rows)
+        console = Console()
+        for bad in parity.bad_rows:
+            console.print(f"left out: {bad}", markup=False, soft_wrap=True)
+        console.print(
+            f"{parity.rows} rows at retention 1.0 against stock transformers: largest logit "
+            f"difference {parity.logit_difference:.2e} of the largest logit (allowed "
+            f"{parity.tolerance:.0e}), same first token {parity.same_first_token} of {parity.rows}",
+            soft_wrap=True,
+        )
+        console.print(
+            f"batch against one by one, as configured: {parity.same_alone} of {parity.rows} rows "
+            f"the same{'' if parity.exact else ' (not demanded in half precision)'}",
+            soft_wrap=True,
+        )
+        console.print("[bold green]passed[/]" if parity.passed else "[bold red]failed[/]")
+        raise typer.Exit(0 if parity.passed else 1)
+
+
+def _version(show: bool | None) -> None:  # noqa: FBT001 - typer calls it so
+    if show:
+        typer.echo(f"gc2ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _show_version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = None,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Ray workers started under `uv run` would rebuild the environment.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn the project's errors into a line on stderr and an exit code."""
+    errors = Console(stderr=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except ConfigError as error:
+        errors.print(f"configuration: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except GivenUp as error:
+        errors.print(f"given up: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _worker_table(records: list[dict[str, object]]) -> Table:
+    names = ("node", "pid", "device", "started", "loaded", "last_seen")
+    table = Table(*names, title="worker processes so far")
+    for record in records:
+        table.add_row(*(str(record.get(name)) for name in names))
+    return table

@@ -1,0 +1,132 @@
+"""What a person sees of a run: a progress bar while it goes, a table when it ends.
+
+On a terminal the bar moves; in a log a line comes every half minute.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from gc2ray.driver import Snapshot
+from gc2ray.planner import Outcome
+from gc2ray.stats import STAGES, RunStats
+
+LOG_SECONDS = 30.0
+MAX_LETTERS = 10
+
+
+class RunDisplay:
+    """Shows snapshots of a run; a context manager, and callable as the driver's display."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=300,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None, note="")
+        self._first: tuple[float, int] | None = None
+        self._logged = 0.0
+
+    def __enter__(self) -> RunDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        """Show a snapshot."""
+        note = f"rows  {self._note(snapshot)}"
+        self._bar.update(
+            self._task,
+            description=snapshot.phase,
+            total=snapshot.total_rows or None,
+            completed=snapshot.rows,
+            note=note,
+        )
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            of = f"{snapshot.rows} of {snapshot.total_rows}"
+            self._console.print(f"{snapshot.phase}: {of} {note}", soft_wrap=True)
+
+    def _note(self, snapshot: Snapshot) -> str:
+        now = time.monotonic()
+        if self._first is None and snapshot.workers:
+            self._first = (now, snapshot.rows)
+        started, rows = self._first or (now, snapshot.rows)
+        speed = (snapshot.rows - rows) / (now - started) if now > started else 0.0
+        parts = [f"{speed:.1f}/s", f"{snapshot.workers} workers"]
+        if snapshot.visual_tokens_full:
+            kept = snapshot.visual_tokens_kept / snapshot.visual_tokens_full
+            parts.append(f"{1 - kept:.0%} of visual tokens saved")
+        if snapshot.bad_rows:
+            parts.append(f"{snapshot.bad_rows} errors")
+        if snapshot.dead_shards:
+            parts.append(f"{snapshot.dead_shards} dead shards")
+        return ", ".join(parts)
+
+
+def print_outcome(console: Console, outcome: Outcome, output: str) -> None:
+    """The table at the end of a run, and what was given up."""
+    table = Table(title=f"{outcome.rows} of {outcome.planned_rows} rows committed to {output}")
+    table.add_column("")
+    table.add_column("uncompressed", justify="right")
+    table.add_column("compressed", justify="right")
+    table.add_column("kept", justify="right")
+    stats = outcome.stats
+    for name, full, kept in (
+        ("visual tokens", stats.visual_tokens_full, stats.visual_tokens_kept),
+        ("newline tokens", stats.newline_tokens_full, stats.newline_tokens),
+        ("KV cache bytes", stats.kv_bytes_full, stats.kv_bytes),
+    ):
+        share = f"{kept / full:.1%}" if full else "-"
+        table.add_row(name, f"{full:,}", f"{kept:,}", share)
+    console.print(table)
+    console.print(_rows_line(stats), soft_wrap=True)
+    console.print(_stages_line(stats), soft_wrap=True)
+    if outcome.exit_code:
+        missing = outcome.planned_rows - outcome.rows
+        console.print(f"[bold red]{missing} rows are not committed[/]; rerun to try them again")
+        for letter in outcome.dead[:MAX_LETTERS]:
+            console.print(f"  {letter}", markup=False, soft_wrap=True)
+
+
+def _rows_line(stats: RunStats) -> str:
+    statuses = [f"{count} {status}" for status, count in stats.by_status.items() if count]
+    return f"rows: {', '.join(statuses) or 'none'}; output tokens: {stats.output_tokens:,}"
+
+
+def _stages_line(stats: RunStats) -> str:
+    stages = [f"{stage} {stats.stage_ns.get(stage, 0) / 1e9:.2f}" for stage in STAGES]
+    host = f"peak host memory {stats.peak_host_bytes / 2**20:,.0f} MiB"
+    device = stats.peak_device_bytes
+    return f"busy seconds per stage, all workers: {', '.join(stages)}; {host}" + (
+        f", device {device / 2**20:,.0f} MiB" if device else ""
+    )

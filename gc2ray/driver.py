@@ -1,0 +1,353 @@
+"""The driver: plans a run once, hands shards to workers, and knows when to give up on one.
+
+It never trusts its memory for completion: what is committed is what the store lists. It talks to
+workers through a `Pool`, so that its decisions can be tested without Ray and without waiting.
+
+Rules: two shards in flight per worker, so that a border never drains an accelerator; a shard that
+was lost once runs alone, so that it takes no other with it; `tries` losses make a dead letter; a
+worker that finishes no row for `stall_seconds` is killed. Placement and loading have clocks of
+their own.
+
+Not covered: isolating the row that kills a worker, draining on signals.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+
+from gc2ray import pool as ray_pool
+from gc2ray.config import Cluster, Job
+from gc2ray.errors import ConfigError, GivenUp
+from gc2ray.manifest import Plan, Shard, SourceFile, Span, cut_shards
+from gc2ray.planner import (
+    Outcome,
+    committed_parts,
+    outcome,
+    sample_spans,
+    shard_rows,
+    store_plan,
+    stored_plan,
+)
+from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Pool, Progressed
+from gc2ray.sources.parquet import ParquetSource
+from gc2ray.store import Commit, Store
+from gc2ray.worker import Progress, Worker
+
+IN_FLIGHT = 2
+POLL_SECONDS = 1.0
+SETUP_DEATHS = 3
+"""Workers that die while setting up, with no shard done in between: then the run gives up."""
+BAD_ROWS_FROM = 200
+"""Rows before the share of bad ones is judged."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run, for a display."""
+
+    rows: int
+    total_rows: int
+    bad_rows: int
+    visual_tokens_full: int
+    visual_tokens_kept: int
+    workers: int
+    dead_shards: int
+    phase: str
+
+
+Display = Callable[[Snapshot], None]
+
+
+@dataclass(eq=False)
+class _WorkerState:
+    """What the driver knows of a worker; times are the pool's."""
+
+    started: float
+    placed: float | None = None
+    loaded: float | None = None
+    active: float = 0.0
+    progress: Progress = field(default_factory=Progress)
+    shards: dict[str, Shard] = field(default_factory=dict)
+
+
+class Driver:
+    """Runs the shards of one plan.
+
+    Args:
+        cluster: Tries, clocks, number of workers.
+        store: Where dead letters go.
+        pool: The workers.
+        display: Shown the state about once a second.
+    """
+
+    def __init__(self, cluster: Cluster, store: Store, pool: Pool, display: Display) -> None:
+        self._cluster = cluster
+        self._store = store
+        self._pool = pool
+        self._display = display
+        self.target = cluster.workers or pool.default_workers()
+        self._workers: dict[int, _WorkerState] = {}
+        self._queue: deque[Shard] = deque()
+        self._tries: dict[str, int] = {}
+        self._past: list[Progress] = []
+        self._done_before = 0
+        self._total_rows = 0
+        self._setup_deaths = 0
+        self._sample: Sequence[Span] = ()
+        self._seconds_per_row: float | None = None
+        self._phase = "starting"
+        self.lost_races = 0
+        self.dead: list[str] = []
+
+    def calibrate(self, sample: Sequence[Span]) -> float:
+        """Seconds per row on one worker, which stays for the run.
+
+        Raises:
+            GivenUp: No worker can be had.
+            ConfigError: The model cannot be loaded.
+        """
+        self._sample, self._phase = sample, "calibrating"
+        while self._seconds_per_row is None:
+            self._staff(1)
+            self._turn()
+        return self._seconds_per_row
+
+    def run(self, plan: Plan, committed: set[str]) -> None:
+        """Work until every shard is committed or dead.
+
+        Raises:
+            GivenUp: Too many bad rows, or no worker can be had.
+            ConfigError: The model cannot be loaded.
+        """
+        self._queue.extend(shard for shard in plan.shards if shard.sid not in committed)
+        waiting = sum(shard.rows for shard in self._queue)
+        self._total_rows, self._done_before = plan.rows, plan.rows - waiting
+        self._phase = "answering"
+        while self._queue or any(state.shards for state in self._workers.values()):
+            flying = sum(len(state.shards) for state in self._workers.values())
+            self._staff(min(self.target, len(self._queue) + flying))
+            self._hand_out()
+            self._turn()
+            self._judge_rows()
+
+    @property
+    def _calibrating(self) -> bool:
+        return self._phase == "calibrating"
+
+    def _turn(self) -> None:
+        for event in self._pool.poll(POLL_SECONDS):
+            if event.worker in self._workers:
+                self._handle(event)
+        self._check_clocks()
+        self._display(self._snapshot())
+
+    def _staff(self, wanted: int) -> None:
+        for _ in range(wanted - len(self._workers)):
+            self._workers[self._pool.start()] = _WorkerState(started=self._pool.now())
+
+    def _hand_out(self) -> None:
+        for worker, state in self._workers.items():
+            if state.loaded is None:
+                continue
+            while (shard := self._next_for(state)) is not None:
+                if not state.shards:
+                    state.active = self._pool.now()
+                state.shards[shard.sid] = shard
+                self._pool.submit(worker, shard, self._tries.get(shard.sid, 0) + 1)
+
+    def _next_for(self, state: _WorkerState) -> Shard | None:
+        """A shard that this worker may take now: suspects go alone."""
+        if len(state.shards) >= IN_FLIGHT or any(sid in self._tries for sid in state.shards):
+            return None
+        for shard in self._queue:
+            if shard.sid not in self._tries or not state.shards:
+                self._queue.remove(shard)
+                return shard
+        return None
+
+    def _handle(self, event: Event) -> None:
+        state = self._workers[event.worker]
+        match event:
+            case Placed():
+                state.placed = state.active = self._pool.now()
+                self._pool.load(event.worker)
+            case Loaded():
+                self._loaded(event.worker, state)
+            case Calibrated():
+                self._seconds_per_row = event.seconds_per_row
+            case Progressed():
+                self._note(state, event.progress)
+            case Done():
+                self._finished(state, event)
+            case Failed():
+                self._failed(event.worker, state, event)
+            case Died():
+                self._bury(event.worker, event.reason)
+
+    def _loaded(self, worker: int, state: _WorkerState) -> None:
+        state.loaded = state.active = self._pool.now()
+        if self._sample and self._seconds_per_row is None:
+            self._pool.calibrate(worker, self._sample)
+
+    def _note(self, state: _WorkerState, progress: Progress) -> None:
+        moved = progress.rows > state.progress.rows
+        setting_up = state.loaded is None or self._calibrating
+        if moved or (setting_up and progress.ticks > state.progress.ticks):
+            state.active = self._pool.now()
+        state.progress = progress
+
+    def _finished(self, state: _WorkerState, event: Done) -> None:
+        state.shards.pop(event.shard.sid, None)
+        state.active = self._pool.now()
+        self._setup_deaths = 0
+        if event.result.commit == Commit.LOST_RACE:
+            self.lost_races += 1
+
+    def _failed(self, worker: int, state: _WorkerState, event: Failed) -> None:
+        if event.shard is None:
+            if isinstance(event.error, ConfigError):
+                raise event.error
+            self._pool.kill(worker)
+            self._bury(worker, f"{type(event.error).__name__}: {event.error}")
+            return
+        state.shards.pop(event.shard.sid, None)
+        state.active = self._pool.now()
+        self._lost(event.shard, f"{type(event.error).__name__}: {event.error}")
+
+    def _bury(self, worker: int, reason: str) -> None:
+        """A worker is gone; its shards are handed out again, each alone."""
+        state = self._workers.pop(worker)
+        self._past.append(state.progress)
+        log.warning("worker %d is gone: %s", worker, reason)
+        if state.loaded is None or self._calibrating:
+            self._setup_deaths += 1
+            if self._setup_deaths >= SETUP_DEATHS:
+                raise GivenUp(f"{SETUP_DEATHS} workers in a row died while starting: {reason}")
+        for shard in state.shards.values():
+            self._lost(shard, reason)
+
+    def _lost(self, shard: Shard, reason: str) -> None:
+        tries = self._tries[shard.sid] = self._tries.get(shard.sid, 0) + 1
+        if tries < self._cluster.tries:
+            self._queue.append(shard)
+            return
+        letter = {
+            "sid": shard.sid,
+            "shard": shard.index,
+            "tries": tries,
+            "reason": reason,
+            "rows": shard.rows,
+            "spans": [asdict(span) for span in shard.spans],
+            "time": datetime.now(UTC).isoformat(),
+        }
+        data = (json.dumps(letter, indent=2) + "\n").encode()
+        number = tries
+        while not self._store.create(f"dead/{shard.sid}.{number}.json", data):
+            number += 1  # of an earlier run of the same plan
+        self.dead.append(f"shard {shard.index} ({shard.rows} rows): {reason}")
+
+    def _check_clocks(self) -> None:
+        now, clocks = self._pool.now(), self._cluster
+        for worker, state in list(self._workers.items()):
+            if state.placed is None:
+                if now - state.started > clocks.place_seconds:
+                    self._unplaced(worker)
+            elif state.loaded is None:
+                if now - state.active > clocks.load_seconds:
+                    self._stop(worker, f"no progress in loading for {clocks.load_seconds:g} s")
+            elif (state.shards or self._calibrating) and now - state.active > clocks.stall_seconds:
+                self._stop(worker, f"stalled: no row finished for {clocks.stall_seconds:g} s")
+
+    def _stop(self, worker: int, reason: str) -> None:
+        self._pool.kill(worker)
+        self._bury(worker, reason)
+
+    def _unplaced(self, worker: int) -> None:
+        """No room for a worker: go on with fewer, or give up when there is none."""
+        message = f"no room for a worker within {self._cluster.place_seconds:g} s: "
+        self._pool.kill(worker)
+        self._workers.pop(worker)
+        if all(state.placed is None for state in self._workers.values()):
+            raise GivenUp(message + self._pool.room())
+        self.target = max(1, len(self._workers))
+        log.warning("%s%s; going on with %d", message, self._pool.room(), self.target)
+
+    def _judge_rows(self) -> None:
+        seen = self._seen()
+        rows, bad = sum(part.rows for part in seen), sum(part.bad_rows for part in seen)
+        if rows < BAD_ROWS_FROM or bad <= self._cluster.max_bad_rows * rows:
+            return
+        errors = [error for part in seen for error in part.errors][:3]
+        raise GivenUp(
+            f"{bad} of {rows} rows failed, more than cluster.max_bad_rows = "
+            f"{self._cluster.max_bad_rows:g} allows; the first:\n  " + "\n  ".join(errors)
+        )
+
+    def _seen(self) -> list[Progress]:
+        return [*self._past, *(state.progress for state in self._workers.values())]
+
+    def _snapshot(self) -> Snapshot:
+        seen = self._seen()
+        rows = self._done_before + sum(part.rows for part in seen)
+        return Snapshot(
+            rows=min(rows, self._total_rows),
+            total_rows=self._total_rows,
+            bad_rows=sum(part.bad_rows for part in seen),
+            visual_tokens_full=sum(part.visual_tokens_full for part in seen),
+            visual_tokens_kept=sum(part.visual_tokens_kept for part in seen),
+            workers=sum(state.loaded is not None for state in self._workers.values()),
+            dead_shards=len(self.dead),
+            phase=self._phase,
+        )
+
+
+def run_job(
+    job: Job,
+    *,
+    address: str | None = None,
+    display: Display | None = None,
+    make_worker: Callable[..., Worker] = Worker,
+) -> Outcome:
+    """Run a job to its end, from wherever an earlier run left it.
+
+    Args:
+        job: What, how and where.
+        address: Of a Ray cluster; None: `RAY_ADDRESS`, or a local Ray.
+        display: Shown the state about once a second.
+        make_worker: Makes the workers, in their processes, from the job and the carried schema.
+
+    Raises:
+        ConfigError: The configuration cannot be used, or the output belongs to another one.
+        GivenUp: The run stopped before its end.
+    """
+    store = Store(job.output)
+    plan = stored_plan(store, job)
+    if plan is not None and len(committed_parts(store, plan)) == len(plan.shards):
+        return outcome(store, plan)
+    files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
+    with ray_pool.connected(address):
+        pool = ray_pool.RayPool(job.cluster, make_worker, (job, carried))
+        driver = Driver(job.cluster, store, pool, display or (lambda _: None))
+        try:
+            if plan is None:
+                shards = cut_shards(files, _shard_rows(job, files, driver), job.recipe)
+                plan = store_plan(store, job, Plan(job.recipe.fingerprint(), shards, carried))
+            driver.run(plan, set(committed_parts(store, plan)))
+        finally:
+            pool.close()
+    return outcome(store, plan)
+
+
+def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:
+    """As configured, or measured on the first rows."""
+    seconds = 0.0
+    if job.cluster.shard_rows is None:
+        seconds = driver.calibrate(sample_spans(files))
+    return shard_rows(job.cluster, sum(file.rows for file in files), driver.target, seconds)

@@ -1,0 +1,269 @@
+"""Rows from Parquet files: a file, a directory or a glob, local or on any fsspec filesystem.
+
+Planning lists once and reads footers only. Reading streams small batches of the needed columns and
+never a whole row group, so that a group of any size costs a bounded amount of memory. A file that
+changed since it was planned is an error, not a mixture.
+
+Not covered: several images or prompts in a row; row groups that start in the middle of a span are
+read from their beginning and the rows before the span are dropped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gc2ray.config import InputConfig
+from gc2ray.errors import BadRow, ConfigError, ShardError
+from gc2ray.manifest import SourceFile, Span, row_key
+from gc2ray.records import ImageRef, Request
+
+FOOTER_THREADS = 16
+MAX_BATCH_ROWS = 256
+READ_BUFFER_BYTES = 1 << 20
+_PARQUET_TAIL_BYTES = 8  # length of the footer, and the magic number
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """The input of a recipe.
+
+    Attributes:
+        config: Where it is and which columns it has.
+    """
+
+    config: InputConfig
+
+    def scan(self) -> tuple[list[SourceFile], pa.Schema]:
+        """Every file in order of name, and the schema of the columns that are written back.
+
+        Raises:
+            ConfigError: There are no files, one cannot be read, or columns are missing.
+        """
+        filesystem, root, found = self._listing()
+        if not found:
+            raise ConfigError(f"recipe.input.uri: no Parquet files at {self.config.uri}")
+        first = self._schema(filesystem, found[0])
+        _check_columns(first, self.config)
+        _check_types(first, self.config)
+        schema = pa.schema([first.field(name) for name in self.config.columns()])
+
+        def footer(path: str) -> SourceFile:
+            source = posixpath.relpath(path, root)
+            with filesystem.open(path, "rb") as handle:
+                file = pq.ParquetFile(handle)
+                _check_same(schema, file.schema_arrow, self.config, source)
+                metadata = file.metadata
+                groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            return SourceFile(source, _fingerprint(filesystem, path), tuple(groups))
+
+        try:
+            with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
+                files = list(pool.map(footer, found))
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(f"recipe.input.uri: an input file cannot be read: {error}") from error
+        carried = [schema.field(name).with_nullable(nullable=True) for name in self.config.keep]
+        return files, pa.schema(carried)
+
+    @staticmethod
+    def _schema(filesystem: Any, path: str) -> pa.Schema:
+        try:
+            with filesystem.open(path, "rb") as handle:
+                return pq.ParquetFile(handle).schema_arrow
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(f"recipe.input.uri: {path} cannot be read: {error}") from error
+
+    def read(self, span: Span, host_memory_bytes: int) -> Iterator[Request]:
+        """The requests of a span, one per row, in order.
+
+        Args:
+            span: What to read.
+            host_memory_bytes: About how much undecoded input may be held at a time.
+
+        Raises:
+            ShardError: The file is gone, changed, or damaged.
+        """
+        filesystem, root, _ = self._located()
+        path = posixpath.normpath(posixpath.join(root, span.source))
+        try:
+            if _fingerprint(filesystem, path) != span.fingerprint:
+                raise ShardError(f"{span.source} changed since the run was planned")
+            with filesystem.open(path, "rb") as handle:
+                yield from self._rows(handle, span, host_memory_bytes)
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(f"{span.source}: {error}") from error
+
+    def _rows(self, handle: Any, span: Span, host_memory_bytes: int) -> Iterator[Request]:
+        file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        groups, row = _groups_of(file.metadata, span)
+        columns = list(self.config.columns())
+        batches = file.iter_batches(
+            batch_size=_batch_rows(file.metadata, groups, columns, host_memory_bytes),
+            row_groups=groups,
+            columns=columns,
+            use_threads=False,
+        )
+        for batch in batches:
+            inside = batch.slice(min(len(batch), max(0, span.first - row)))
+            row = max(row, span.first) if len(inside) else row + len(batch)
+            for record in inside.to_pylist():
+                if row >= span.stop:
+                    return
+                yield self._request(span.source, row, record)
+                row += 1
+        if row < span.stop:
+            raise ShardError(f"{span.source} ends at row {row}, planned to {span.stop}")
+
+    def _request(self, source: str, row: int, record: Mapping[str, Any]) -> Request:
+        prompts: tuple[str, ...] = ()
+        fault: BadRow | None = None
+        try:
+            prompts = (self.config.prompt.source().render(record),)
+        except BadRow as error:
+            fault = error
+        return Request(
+            row_key=row_key(source, row),
+            source=source,
+            row=row,
+            images=(_image(record[self.config.image]),),
+            prompts=prompts,
+            carried={name: record[name] for name in self.config.keep},
+            fault=fault,
+        )
+
+    def _located(self) -> tuple[Any, str, str]:
+        """Filesystem, input root, and the path or pattern asked for."""
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.config.uri)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"recipe.input.uri: {error}") from error
+        if "*" in path or "?" in path:
+            fixed = path[: min(path.find(mark) for mark in "*?" if mark in path)]
+            return filesystem, posixpath.dirname(fixed), path
+        is_file = path.endswith(".parquet") and not filesystem.isdir(path)
+        return filesystem, posixpath.dirname(path) if is_file else path.rstrip("/"), path
+
+    def _listing(self) -> tuple[Any, str, list[str]]:
+        filesystem, root, path = self._located()
+        try:
+            if "*" in path or "?" in path:
+                found = filesystem.glob(path)
+            elif root != path.rstrip("/"):
+                found = [path] if filesystem.exists(path) else []
+            else:
+                found = filesystem.find(path)
+        except FileNotFoundError:
+            found = []
+        except OSError as error:
+            raise ConfigError(f"recipe.input.uri: {self.config.uri}: {error}") from error
+        names = [name for name in found if name.endswith(".parquet")]
+        return filesystem, root, sorted(name for name in names if not _hidden(name, root))
+
+
+def _hidden(path: str, root: str) -> bool:
+    parts = posixpath.relpath(path, root).split("/")
+    return any(part.startswith(("_", ".")) for part in parts)
+
+
+def _fingerprint(filesystem: Any, path: str) -> str:
+    """The store's ETag; without one, size, time of change and a digest of the footer."""
+    info = filesystem.info(path)
+    if info.get("ETag"):
+        return f"etag:{info['ETag']}".replace('"', "")
+    size = int(info["size"])
+    with filesystem.open(path, "rb") as handle:
+        handle.seek(max(0, size - _PARQUET_TAIL_BYTES))
+        length = int.from_bytes(handle.read(4), "little")
+        handle.seek(max(0, size - _PARQUET_TAIL_BYTES - length))
+        footer = hashlib.sha256(handle.read()).hexdigest()[:16]
+    changed = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
+    return f"size:{size} changed:{changed} footer:{footer}"
+
+
+def _groups_of(metadata: Any, span: Span) -> tuple[list[int], int]:
+    """Row groups that hold the span, and the first row of the first of them."""
+    groups: list[int] = []
+    start, first = 0, 0
+    for index in range(metadata.num_row_groups):
+        stop = start + metadata.row_group(index).num_rows
+        if start < span.stop and stop > span.first:
+            if not groups:
+                first = start
+            groups.append(index)
+        start = stop
+    return groups, first
+
+
+def _batch_rows(
+    metadata: Any, groups: Sequence[int], columns: Sequence[str], host_memory_bytes: int
+) -> int:
+    """Rows whose columns fill a quarter of the budget: Arrow, Python and the engine hold copies."""
+    total, rows = 0, 0
+    for index in groups:
+        group = metadata.row_group(index)
+        rows += group.num_rows
+        for column in range(group.num_columns):
+            chunk = group.column(column)
+            if chunk.path_in_schema.split(".")[0] in columns:
+                total += chunk.total_uncompressed_size
+    per_row = max(1, total // max(1, rows))
+    return max(1, min(MAX_BATCH_ROWS, host_memory_bytes // 4 // per_row))
+
+
+def _image(cell: object) -> ImageRef:
+    """An image cell: struct of bytes and path, bytes, or a path; anything else is no image."""
+    if isinstance(cell, Mapping):
+        return ImageRef(data=cell.get("bytes"), path=cell.get("path"))
+    if isinstance(cell, bytes):
+        return ImageRef(data=cell)
+    if isinstance(cell, str):
+        return ImageRef(path=cell)
+    return ImageRef()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _check_columns(schema: pa.Schema, config: InputConfig) -> None:
+    for name in config.columns():
+        if name not in schema.names:
+            near = difflib.get_close_matches(name, schema.names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(schema.names)}"
+            raise ConfigError(f"recipe.input: no column {name!r} in the input; {hint}")
+
+
+def _check_types(schema: pa.Schema, config: InputConfig) -> None:
+    kind = schema.field(config.image).type
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    struct = pa.types.is_struct(kind) and any(f.name in ("bytes", "path") for f in kind)
+    if not (binary or struct or _is_text(kind)):
+        raise ConfigError(
+            f"recipe.input.image: column {config.image!r} is {kind}; expected a struct of bytes "
+            "and path, binary, or a path"
+        )
+    column = config.prompt.column
+    if column is not None and not _is_text(schema.field(column).type):
+        kind = schema.field(column).type
+        raise ConfigError(f"recipe.input.prompt.column: column {column!r} is {kind}, not string")
+
+
+def _check_same(expected: pa.Schema, found: pa.Schema, config: InputConfig, source: str) -> None:
+    for item in expected:
+        index = found.get_field_index(item.name)
+        if index < 0:
+            raise ConfigError(f"recipe.input: {source} has no column {item.name!r}")
+        if item.name in config.keep and found.field(index).type != item.type:
+            raise ConfigError(
+                f"recipe.input.keep: column {item.name!r} is {found.field(index).type} in {source} "
+                f"and {item.type} in the first file"
+            )

@@ -1,0 +1,223 @@
+"""The output directory: create-if-absent objects, on local disks and any fsspec filesystem.
+
+A part is committed by one atomic create under its final name; that object is the commit marker.
+Locally: temporary file, fsync, hard link (which fails if the name is taken), fsync of the folder;
+where links are missing, an exclusive create. Elsewhere: one conditional put (`mode="create"`).
+Whoever comes second finds the name taken and looks whether it was himself, by a token in the
+part's footer: an acknowledgement that got lost is a success, another's part is a lost race.
+
+Not covered: stores that ignore the condition (there the last writer wins, whole), and retries
+beyond the filesystem's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import re
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gc2ray.errors import ConfigError
+from gc2ray.manifest import Shard
+from gc2ray.stats import RunStats
+
+READ_THREADS = 16
+_PART = re.compile(r"part-(\d{7})-([0-9a-f]{16})\.parquet$")
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+class Commit(StrEnum):
+    """How a commit ended."""
+
+    WON = "won"
+    LOST_RACE = "lost_race"
+
+
+@dataclass(frozen=True)
+class PartFooter:
+    """What the footer of a part says beside its schema."""
+
+    sid: str
+    run: str
+    token: str
+    worker: str
+    rows: int
+    stats: RunStats
+
+    def metadata(self) -> dict[str, str]:
+        """As schema metadata; `rows` is the file's own count."""
+        return {
+            "gc2ray.sid": self.sid,
+            "gc2ray.run": self.run,
+            "gc2ray.token": self.token,
+            "gc2ray.worker": self.worker,
+            "gc2ray.stats": self.stats.to_json(),
+        }
+
+
+class Store:
+    """Objects under one root, by name relative to it.
+
+    Args:
+        uri: Local directory or any fsspec URL.
+
+    Raises:
+        ConfigError: No such filesystem.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"output: {error}") from error
+        self._local = "file" in _protocols(self._fs)
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return type(self), (self.uri,)  # never a filesystem: its pickle may hold credentials
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Make an object, whole or not at all; False if the name is taken.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        try:
+            if self._local:
+                self._create_local(self._path(name), data)
+            else:
+                self._fs.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Make or overwrite an object, whole or not at all."""
+        if not self._local:
+            self._fs.pipe_file(self._path(name), data)
+            return
+        target = Path(self._path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary(data).replace(target)
+
+    def read(self, name: str) -> bytes | None:
+        """An object's content; None if there is none."""
+        try:
+            content: bytes = self._fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        return content
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the objects in a folder, sorted; empty if there is no folder."""
+        try:
+            found = self._fs.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(f"{folder}/{posixpath.basename(path)}" for path in found)
+
+    def commit(self, shard: Shard, part: bytes, token: str) -> Commit:
+        """Publish a shard's part.
+
+        Args:
+            shard: The shard.
+            part: A Parquet file whose footer holds `token`.
+            token: Unique to this try.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        if self.create(shard.part_name, part):
+            return Commit.WON
+        return Commit.WON if self.footer(shard.part_name).token == token else Commit.LOST_RACE
+
+    def committed(self) -> dict[str, str]:
+        """Committed shards: sid to part name."""
+        matches = [(_PART.search(name), name) for name in self.names("data")]
+        return {match.group(2): name for match, name in matches if match}
+
+    def footer(self, name: str) -> PartFooter:
+        """The footer of a part.
+
+        Raises:
+            ConfigError: It is not a part.
+        """
+        try:
+            with self._fs.open(self._path(name), "rb") as handle:
+                file = pq.ParquetFile(handle)
+                rows = file.metadata.num_rows
+                found = file.schema_arrow.metadata or {}
+            values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise ConfigError(
+                f"{self.uri}: {name} is not a part that gc2ray wrote; move it away, and rerun"
+            ) from error
+        stats = RunStats.from_json(values.pop("stats"))
+        return PartFooter(rows=rows, stats=stats, **values)
+
+    def footers(self, names: Sequence[str]) -> list[PartFooter]:
+        """The footers of parts, in order.
+
+        Raises:
+            ConfigError: As `footer`.
+        """
+        with ThreadPoolExecutor(READ_THREADS, "gc2ray-footer") as pool:
+            return list(pool.map(self.footer, names))
+
+    def _path(self, name: str) -> str:
+        return posixpath.join(self._root, name)
+
+    def _temporary(self, data: bytes) -> Path:
+        """A synced file beside the data, on the same filesystem."""
+        folder = Path(self._root) / "_tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / uuid.uuid4().hex
+        with path.open("xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        return path
+
+    def _create_local(self, path: str, data: bytes) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._temporary(data)
+        try:
+            target.hardlink_to(temporary)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with target.open("xb") as handle:  # no links here: exclusive, though not atomic
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        finally:
+            temporary.unlink()
+        _sync_folder(target.parent)
+
+
+_FOOTER_KEYS = ("sid", "run", "token", "worker", "stats")
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,358 @@
+"""`Worker`: the only owner of an engine; answers shards and commits their parts.
+
+A plain class: no Ray in it, so that tests build it directly. One thread runs the engine on one
+endless stream of requests, so that a shard's border never drains it; callers of `process` (two at a
+time, as a rule) wait for their shard, write its part and commit it while the engine goes on.
+
+A shard that cannot be read fails alone. When the engine itself fails every waiting shard gets
+`EngineDead`, and the process is to be ended by its owner.
+
+Not covered: telling which row killed the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import queue
+import resource
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gc2ray.config import Job
+from gc2ray.errors import EngineDead, ShardError, Status
+from gc2ray.manifest import Shard, Span
+from gc2ray.records import Answer, Provenance, Request, answer_schema, answer_table
+from gc2ray.sources.parquet import ParquetSource
+from gc2ray.stats import RunStats
+from gc2ray.store import Commit, PartFooter, Store
+
+RECORD_SECONDS = 30.0
+FIRST_ERRORS = 3
+CALIBRATION_WARM_SHARE = 2
+"""The first half of a calibration warms up and is not timed."""
+
+log = logging.getLogger(__name__)
+
+
+class Answering(Protocol):
+    """What a worker needs of an engine."""
+
+    @property
+    def device(self) -> str:
+        """What the device calls itself."""
+
+    def stream(self, requests: Iterator[Request | None]) -> Iterator[Answer]:
+        """As `Engine.stream`."""
+
+    def peak_device_bytes(self) -> int:
+        """As `Engine.peak_device_bytes`."""
+
+
+Metrics = Callable[[str, str], None]
+"""Called with a step of a shard (`read`, `answered`, `written`, `committed`) and its sid."""
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A processed shard: its statistics, and whether its part is the committed one."""
+
+    sid: str
+    stats: RunStats
+    commit: Commit
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a worker has done so far; counters only grow.
+
+    Attributes:
+        ticks: Grows while the worker gets on with loading.
+        rows: Rows answered, committed or not.
+        bad_rows: Those of them that failed.
+        visual_tokens_full: Of their images, before compression.
+        visual_tokens_kept: Of their images, after it.
+        errors: The first few errors, as `row_key: status: message`.
+    """
+
+    ticks: int = 0
+    rows: int = 0
+    bad_rows: int = 0
+    visual_tokens_full: int = 0
+    visual_tokens_kept: int = 0
+    errors: tuple[str, ...] = ()
+
+    def counted(self, answer: Answer) -> Progress:
+        """This, and one more answer."""
+        errors = self.errors
+        if answer.error is not None and len(errors) < FIRST_ERRORS:
+            errors = (*errors, f"{answer.request.row_key}: {answer.status}: {answer.error}")
+        return replace(
+            self,
+            rows=self.rows + 1,
+            bad_rows=self.bad_rows + (answer.status != Status.OK),
+            visual_tokens_full=self.visual_tokens_full + (answer.visual_tokens_full or 0),
+            visual_tokens_kept=self.visual_tokens_kept + (answer.visual_tokens_kept or 0),
+            errors=errors,
+        )
+
+
+@dataclass(eq=False)
+class _Work:
+    """A shard on its way through the engine."""
+
+    shard: Shard
+    answers: dict[str, Answer] = field(default_factory=dict)
+    expected: set[str] = field(default_factory=set)
+    all_read: bool = False
+    done: Future[None] = field(default_factory=Future)
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class Worker:
+    """Answers shards of one job.
+
+    Args:
+        job: The job.
+        carried: Schema of the input columns that are written back.
+        load: Makes the engine; the default loads the recipe's model.
+        metrics: Told every step of a shard.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        carried: pa.Schema,
+        *,
+        load: Callable[[Job], Answering] | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.uuid = uuid.uuid4().hex
+        self._job = job
+        self._carried = carried
+        self._load = load or _load_engine
+        self._metrics = metrics or (lambda step, sid: log.debug("%s %s", step, sid))
+        self._store = Store(job.output)
+        self._source = ParquetSource(job.recipe.input)
+        self._queue: queue.Queue[_Work] = queue.Queue()
+        self._reading: list[_Work] = []
+        self._engine: Answering | None = None
+        self._progress = Progress()
+        self._calibrated = 0
+        self._running = threading.Lock()
+        self._started = datetime.now(UTC)
+        self._loaded: datetime | None = None
+
+    def load(self) -> str:
+        """Load the engine, start its thread and the worker's record; returns the device's name.
+
+        Raises:
+            ConfigError: The model cannot be loaded.
+        """
+        self._engine = self._load(self._job)
+        self._loaded = datetime.now(UTC)
+        threading.Thread(target=self._keep_record, daemon=True, name="gc2ray-record").start()
+        return self._engine.device
+
+    def calibrate(self, spans: Sequence[Span]) -> float:
+        """Seconds per row over sample rows, their answers thrown away; before any `process`."""
+        engine = self._loaded_engine()
+        times: list[float] = []
+        for _ in engine.stream(self._rows(spans)):
+            times.append(time.monotonic())
+            self._calibrated += 1
+        measured = times[len(times) // CALIBRATION_WARM_SHARE :]
+        if len(measured) < 2:
+            return 0.0
+        return (measured[-1] - measured[0]) / (len(measured) - 1)
+
+    def process(self, shard: Shard, attempt: int) -> ShardDone:
+        """Answer a shard and commit its part; may be called by several threads.
+
+        Raises:
+            ShardError: The shard cannot be read as planned, or its part cannot be written.
+            EngineDead: The engine is lost; end this process.
+        """
+        if self._running.acquire(blocking=False):  # once: it is never released
+            threading.Thread(target=self._run, daemon=True, name="gc2ray-engine").start()
+        work = _Work(shard)
+        self._queue.put(work)
+        work.done.result()
+        return self._commit(work, attempt)
+
+    def progress(self) -> Progress:
+        """What was done so far; cheap, and callable at any time."""
+        ticks = peak_host_bytes() + _bytes_moved() + self._calibrated
+        return replace(self._progress, ticks=ticks)
+
+    def _loaded_engine(self) -> Answering:
+        if self._engine is None:
+            raise EngineDead("the worker has no engine yet: call load first")
+        return self._engine
+
+    def _run(self) -> None:
+        """The engine's thread: one stream for the life of the worker."""
+        reason = "the engine stopped"
+        try:
+            for answer in self._loaded_engine().stream(self._requests()):
+                self._take(answer)
+        except Exception as error:  # the thread's end: whoever waits for a shard is told
+            log.exception("the engine died")
+            reason = f"{type(error).__name__}: {error}"
+        self._die(EngineDead(reason))
+
+    def _die(self, error: EngineDead) -> None:
+        """Tell every shard, now and from here on, that there is no engine."""
+        for work in self._reading:
+            work.fail(error)
+        while True:
+            self._queue.get().fail(error)
+
+    def _requests(self) -> Iterator[Request | None]:
+        """Requests of shard after shard; None when there is no shard at hand but rows are open."""
+        while True:
+            try:
+                work = self._queue.get(block=not self._reading)
+            except queue.Empty:
+                yield None
+                continue
+            self._reading.append(work)
+            yield from self._shard_requests(work)
+
+    def _shard_requests(self, work: _Work) -> Iterator[Request]:
+        try:
+            for request in self._rows(work.shard.spans):
+                if request.row_key in work.expected:
+                    raise ShardError(f"{request.row_key} was read twice")
+                work.expected.add(request.row_key)
+                yield request
+        except ShardError as error:
+            self._reading.remove(work)
+            work.fail(error)
+            return
+        self._metrics("read", work.shard.sid)
+        work.all_read = True
+        self._close_if_whole(work)
+
+    def _rows(self, spans: Sequence[Span]) -> Iterator[Request]:
+        for span in spans:
+            yield from self._source.read(span, self._job.cluster.host_memory_bytes)
+
+    def _take(self, answer: Answer) -> None:
+        """Put an answer where it belongs; those of a shard that failed belong nowhere."""
+        key = answer.request.row_key
+        self._progress = self._progress.counted(answer)
+        for work in self._reading:
+            if key in work.expected and key not in work.answers:
+                work.answers[key] = answer
+                self._close_if_whole(work)
+                return
+
+    def _close_if_whole(self, work: _Work) -> None:
+        if work.all_read and len(work.answers) == len(work.expected):
+            self._reading.remove(work)
+            self._metrics("answered", work.shard.sid)
+            work.done.set_result(None)
+
+    def _commit(self, work: _Work, attempt: int) -> ShardDone:
+        """One row in, one row out, in the order of the input; then the part, whole or not."""
+        shard = work.shard
+        keys = [key for span in shard.spans for key in span.row_keys()]
+        if set(keys) != set(work.answers) or len(keys) != len(work.answers):
+            raise ShardError(f"{len(keys)} rows planned, {len(work.answers)} answered")
+        answers = [work.answers[key] for key in keys]
+        footer = PartFooter(
+            sid=shard.sid,
+            run=self._job.recipe.fingerprint(),
+            token=uuid.uuid4().hex,
+            worker=self.uuid,
+            rows=len(answers),
+            stats=self._part_stats(answers),
+        )
+        provenance = Provenance(attempt=attempt, generation=0, worker=self.uuid)
+        part = _part_bytes(answers, self._carried, provenance, footer)
+        self._metrics("written", shard.sid)
+        try:
+            commit = self._store.commit(shard, part, footer.token)
+        except OSError as error:
+            raise ShardError(f"the part cannot be written: {error}") from error
+        self._metrics("committed", shard.sid)
+        return ShardDone(shard.sid, footer.stats, commit)
+
+    def _part_stats(self, answers: Sequence[Answer]) -> RunStats:
+        peaks = RunStats(
+            peak_device_bytes=self._loaded_engine().peak_device_bytes(),
+            peak_host_bytes=peak_host_bytes(),
+        )
+        return sum((answer.stats() for answer in answers), peaks)
+
+    def _keep_record(self) -> None:
+        """Rewrite `workers/<uuid>.json`: what this process costs, while it lives."""
+        while True:
+            # A record that cannot be written now is written 30 s later; answers do not wait for it.
+            with contextlib.suppress(OSError):
+                self._store.replace(f"workers/{self.uuid}.json", self._record())
+            time.sleep(RECORD_SECONDS)
+
+    def _record(self) -> bytes:
+        content = {
+            "uuid": self.uuid,
+            "node": socket.gethostname(),
+            "pid": os.getpid(),
+            "device": self._loaded_engine().device,
+            "gpus": self._job.cluster.gpus_per_worker,
+            "cpus": self._job.cluster.cpus_per_worker,
+            "started": self._started.isoformat(),
+            "loaded": self._loaded.isoformat() if self._loaded else None,
+            "last_seen": datetime.now(UTC).isoformat(),
+        }
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _load_engine(job: Job) -> Answering:
+    # Imported here because only a worker that answers needs the model's libraries; the driver and
+    # the command line, which know workers too, start seconds sooner without them.
+    from gc2ray.engine import load_engine
+
+    return load_engine(job.recipe, job.cluster)
+
+
+def peak_host_bytes() -> int:
+    """Largest resident set of this process so far (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _part_bytes(
+    answers: Sequence[Answer], carried: pa.Schema, provenance: Provenance, footer: PartFooter
+) -> bytes:
+    table = answer_table(answers, carried, provenance)
+    table = table.cast(answer_schema(carried, footer.metadata()))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _bytes_moved() -> int:
+    """Bytes that this process moved from and to disks; grows while weights are read or fetched."""
+    path = Path("/proc/self/io")
+    if not path.exists():
+        return 0
+    counters = dict(line.split(": ") for line in path.read_text().splitlines())
+    return int(counters["read_bytes"]) + int(counters["write_bytes"])

@@ -1,0 +1,275 @@
+"""The whole job on a real local Ray, broken on purpose: nothing is lost, nothing is doubled.
+
+Each fault leaves a mark with the pid and the step it hit, and each test reads it: a kill that came
+too late would fail the test, not pass it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from gc2ray.driver import run_job
+from gc2ray.errors import ConfigError
+from gc2ray.manifest import Plan
+from gc2ray.planner import Outcome, outcome
+from gc2ray.store import Store
+from tests.fakes import Fault, faulty_worker
+from tests.rows import job_data, make_job, write_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+ROWS = 240
+SHARD_ROWS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    """One local Ray for the whole file; run_job uses the one that is up."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Path:
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "in" / "a.parquet", ROWS, row_group=30)
+    data = job_data("unused", tmp_path / "in", tmp_path / "out")
+    data["recipe"]["input"]["prompt"] = {"column": "prompt"}
+    data["cluster"] |= {"shard_rows": SHARD_ROWS, "stall_seconds": 8.0, "cpus_per_worker": 0.5}
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def load(job_file: Path):
+    from gc2ray.config import load_job
+
+    return load_job(job_file)
+
+
+def run(job_file: Path, fault: Fault | None = None) -> Outcome:
+    return run_job(load(job_file), make_worker=partial(faulty_worker, fault=fault))
+
+
+def committed_rows(job_file: Path) -> list[dict]:
+    parts = sorted((Path(load(job_file).output) / "data").glob("*.parquet"))
+    return [{**row, "part": part.name} for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def assert_exactly_once(job_file: Path, missing: frozenset[int] = frozenset()) -> None:
+    expected = Counter(f"a.parquet#{row}" for row in range(ROWS) if row not in missing)
+    assert Counter(row["row_key"] for row in committed_rows(job_file)) == expected
+
+
+def fired(marks: Path, kind: str) -> list[str]:
+    return sorted(path.name for path in marks.iterdir() if path.name.startswith(f"{kind}-"))
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+# --- faults of a worker ------------------------------------------------------------------------
+
+
+def test_a_whole_run_and_a_rerun(job_file: Path) -> None:
+    result = run(job_file)
+    assert (result.exit_code, result.rows) == (0, ROWS)
+    assert_exactly_once(job_file)
+    before = {path: path.stat().st_mtime_ns for path in (Path(load(job_file).output)).rglob("*")}
+    assert run(job_file).exit_code == 0
+    after = {path: path.stat().st_mtime_ns for path in (Path(load(job_file).output)).rglob("*")}
+    assert after == before, "a finished run is not touched"
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("row", 70), ("step", "written"), ("step", "committed")]
+)
+def test_a_killed_worker(job_file: Path, marks: Path, where: str, value: object) -> None:
+    """In the middle of a shard; with the part written but not committed; committed but untold."""
+    result = run(job_file, Fault("exit", marks, **{where: value}))
+    (mark,) = fired(marks, "exit")
+    assert str(value) in mark
+    pid = int(mark.split("-")[-2])
+    assert gone(pid)
+    assert (result.exit_code, result.dead) == (0, ())
+    assert_exactly_once(job_file)
+    records = list((Path(load(job_file).output) / "workers").glob("*.json"))
+    pids = {json.loads(record.read_text())["pid"] for record in records}
+    assert pid in pids, "the one that died was one of ours"
+    sid = mark.split("-")[2] if where == "step" else None
+    attempts = {
+        row["attempt"]
+        for row in committed_rows(job_file)
+        if (row["row"] == value if sid is None else sid in row["part"])
+    }
+    assert attempts == {1 if value == "committed" else 2}, "the kill hit another moment"
+
+
+def test_a_row_that_kills_every_process_costs_its_shard_only(job_file: Path, marks: Path) -> None:
+    result = run(job_file, Fault("exit", marks, row=70, once=False))
+    assert len(fired(marks, "exit")) == 3
+    assert result.exit_code == 1
+    assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
+    (letter,) = result.dead
+    assert "(15 rows)" in letter
+    assert "the worker process ended" in letter
+
+
+def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:
+    result = run(job_file, Fault("hang", marks, row=70))
+    (mark,) = fired(marks, "hang")
+    assert gone(int(mark.split("-")[-2])), "the hanging process was ended"
+    assert result.exit_code == 0
+    assert_exactly_once(job_file)
+
+
+@pytest.mark.slow
+def test_a_shard_that_always_hangs(job_file: Path, marks: Path) -> None:
+    result = run(job_file, Fault("hang", marks, row=70, once=False))
+    assert len(fired(marks, "hang")) == 3
+    assert result.exit_code == 1
+    assert "no row finished for 8 s" in result.dead[0]
+    assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
+
+
+def test_an_engine_that_breaks_once(job_file: Path, marks: Path) -> None:
+    result = run(job_file, Fault("raise", marks, row=70))
+    assert len(fired(marks, "raise")) == 1
+    assert result.exit_code == 0
+    assert_exactly_once(job_file)
+
+
+# --- faults of the driver ----------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from functools import partial
+from pathlib import Path
+from gc2ray.config import load_job
+from gc2ray.driver import run_job
+from tests.fakes import Fault, faulty_worker
+import os
+job_file, marks, step = sys.argv[1:4]
+fault = Fault("kill_driver", Path(marks), step=step, driver_pid=os.getpid(), seconds=0.01)
+run_job(load_job(Path(job_file)), make_worker=partial(faulty_worker, fault=fault))
+"""
+
+
+@pytest.fixture
+def leftovers() -> Iterator[None]:
+    """A driver that is killed leaves its local Ray to end by itself; wait for the workers."""
+    yield
+    time.sleep(0.5)
+
+
+@pytest.mark.usefixtures("leftovers")
+@pytest.mark.parametrize(
+    "step", ["read", "written", pytest.param("committed", marks=pytest.mark.slow)]
+)
+def test_a_killed_driver(job_file: Path, marks: Path, step: str) -> None:
+    """Killed by a worker at a known step; the worker lives on a little, and the rerun overlaps."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", DRIVER, str(job_file), str(marks), step]
+    driver = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert driver.returncode == -signal.SIGKILL, driver.stderr[-2000:]
+    (mark,) = fired(marks, "kill_driver")
+    assert step in mark
+    store = Store(load(job_file).output)
+    at_kill = len(store.committed())
+    plan = Plan.from_bytes(store.read("plan/0000.parquet") or b"")
+    assert at_kill < len(plan.shards), "killed too late to mean anything"
+    result = run(job_file)
+    assert (result.exit_code, result.rows) == (0, ROWS)
+    assert_exactly_once(job_file)
+    assert outcome(store, plan).rows == ROWS
+
+
+def test_a_kill_between_plan_and_run_json(job_file: Path) -> None:
+    """A start that got no further than the plan file is picked up by the next one."""
+    assert run(job_file).exit_code == 0
+    output = Path(load(job_file).output)
+    (output / "run.json").unlink()
+    for part in (output / "data").iterdir():
+        part.unlink()
+    assert run(job_file).exit_code == 0
+    assert_exactly_once(job_file)
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+def test_a_changed_recipe_is_refused(job_file: Path) -> None:
+    assert run(job_file).exit_code == 0
+    data = json.loads(job_file.read_text())
+    data["recipe"]["compression"]["retention"] = 0.5
+    job_file.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=r"compression\.retention: 0\.25 \(stored\) -> 0\.5"):
+        run(job_file)
+    assert_exactly_once(job_file)
+
+
+def test_a_garbage_part_is_named(job_file: Path) -> None:
+    assert run(job_file).exit_code == 0
+    part = sorted((Path(load(job_file).output) / "data").iterdir())[0]
+    part.write_bytes(b"garbage")
+    with pytest.raises(ConfigError, match=part.name):
+        run(job_file)
+
+
+def test_real_model_end_to_end(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    """Calibration, two workers, the real engine; read with datasets.load_dataset."""
+    from datasets import load_dataset
+
+    source = write_rows(tmp_path / "in" / "a.parquet", 30)
+    job = make_job(
+        tiny_paths["vicuna"],
+        source,
+        tmp_path / "out",
+        input__keep=["id"],
+        cluster__cpus_per_worker=0.5,
+    )
+    result = run_job(job)
+    assert (result.exit_code, result.rows) == (0, 30)
+    assert result.stats.by_status == {"ok": 30}
+    rows = load_dataset(
+        "parquet",
+        data_files=str(tmp_path / "out/data/*.parquet"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert sorted(rows["id"]) == list(range(30))
+    assert sum(rows["visual_tokens_kept"]) == result.stats.visual_tokens_kept > 0
+    assert sum(rows["encode_ns"]) == result.stats.stage_ns["encode"] > 0

@@ -1,0 +1,177 @@
+"""The worker without Ray: a plain class with an engine of its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gc2ray.config import Job
+from gc2ray.errors import EngineDead, ShardError
+from gc2ray.manifest import Shard, cut_shards
+from gc2ray.sources.parquet import ParquetSource
+from gc2ray.store import Commit, Store
+from gc2ray.worker import Worker
+from tests.fakes import EchoEngine
+from tests.rows import make_job, write_rows
+
+CARRIED = pa.schema([pa.field("id", pa.int64())])
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    write_rows(tmp_path / "in" / "a.parquet", 12, row_group=5)
+    write_rows(tmp_path / "in" / "b.parquet", 8, row_group=5)
+    return make_job(
+        "unused",
+        tmp_path / "in",
+        tmp_path / "out",
+        input__keep=["id"],
+        input__prompt={"column": "prompt"},
+    )
+
+
+def shards_of(job: Job, rows: int = 6) -> tuple[Shard, ...]:
+    files, _ = ParquetSource(job.recipe.input).scan()
+    return cut_shards(files, rows, job.recipe)
+
+
+def make_worker(job: Job, engine: object = None, **options: object) -> Worker:
+    engine = engine or EchoEngine()
+    worker = Worker(job, CARRIED, load=lambda job: engine, **options)
+    worker.load()
+    return worker
+
+
+def test_parts_hold_every_row_in_input_order(job: Job) -> None:
+    worker = make_worker(job, EchoEngine(buffered=4))  # answers come back out of order
+    shards = shards_of(job)
+    with ThreadPoolExecutor(2) as callers:
+        results = list(callers.map(lambda shard: worker.process(shard, 1), shards))
+    assert [result.commit for result in results] == [Commit.WON] * len(shards)
+    store = Store(job.output)
+    tables = [pq.read_table(Path(job.output) / name) for name in store.names("data")]
+    rows = [row for table in tables for row in table.to_pylist()]
+    expected = [("a.parquet", row) for row in range(12)] + [("b.parquet", r) for r in range(8)]
+    assert [(row["source"], row["row"]) for row in rows] == expected
+    assert [row["id"] for row in rows] == [row["row"] for row in rows]
+    assert [row["answer"] for row in rows] == [f"Question {row['row']}?" for row in rows]
+    assert {row["worker"] for row in rows} == {worker.uuid}
+    footer = store.footer(shards[0].part_name)
+    assert (footer.sid, footer.rows, footer.stats.rows) == (shards[0].sid, 5, 5)
+    assert footer.stats.peak_host_bytes > 0
+
+
+def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
+    """With rows of the next shard at hand, the engine's batch spans the border."""
+    shards = shards_of(job)
+    seen: list[str] = []
+    steps: list[tuple[str, str]] = []
+    gate = threading.Event()
+
+    def on_row(request):
+        gate.wait(10)
+        seen.append(request.row_key)
+
+    engine = EchoEngine(buffered=8, on_row=on_row)
+    worker = make_worker(job, engine, metrics=lambda step, sid: steps.append((step, sid)))
+    with ThreadPoolExecutor(2) as callers:
+        calls = [callers.submit(worker.process, shard, 1) for shard in shards[:2]]
+        time.sleep(0.2)  # both are queued before the first row is answered
+        gate.set()
+        for call in calls:
+            call.result(timeout=20)
+    order = [step for step in steps if step[0] in ("read", "answered")]
+    assert order.index(("read", shards[1].sid)) < order.index(("answered", shards[0].sid))
+
+
+def test_a_shard_that_cannot_be_read_fails_alone(job: Job, tmp_path: Path) -> None:
+    shards = shards_of(job, rows=12)
+    (tmp_path / "in" / "a.parquet").unlink()
+    worker = make_worker(job)
+    with pytest.raises(ShardError, match=r"a\.parquet"):
+        worker.process(shards[0], 1)
+    assert worker.process(shards[1], 1).stats.rows == 8
+    assert len(Store(job.output).committed()) == 1
+
+
+def test_a_changed_input_is_an_error(job: Job, tmp_path: Path) -> None:
+    shards = shards_of(job, rows=12)
+    write_rows(tmp_path / "in" / "a.parquet", 12, row_group=6)
+    with pytest.raises(ShardError, match="changed since the run was planned"):
+        make_worker(job).process(shards[0], 1)
+
+
+def test_a_broken_engine_fails_every_shard(job: Job) -> None:
+    def on_row(request):
+        raise RuntimeError("the engine breaks")
+
+    worker = make_worker(job, EchoEngine(on_row=on_row))
+    for shard in shards_of(job)[:2]:
+        with pytest.raises(EngineDead, match="the engine breaks"):
+            worker.process(shard, 1)
+    assert Store(job.output).committed() == {}
+
+
+def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
+    class Losing(EchoEngine):
+        def stream(self, requests):
+            for answer in super().stream(requests):
+                if answer.request.row != 3:
+                    yield answer
+
+    worker = make_worker(job, Losing())
+    shards = shards_of(job)
+    with ThreadPoolExecutor(1) as caller:
+        call = caller.submit(worker.process, shards[0], 1)
+        with pytest.raises(TimeoutError):
+            call.result(timeout=1.0)  # it waits for the row; the driver's stall clock ends it
+        assert Store(job.output).committed() == {}
+        worker._reading[0].fail(EngineDead("ended by the test"))
+        with pytest.raises(EngineDead):
+            call.result(timeout=5)
+
+
+def test_the_second_try_of_a_committed_shard_loses_the_race(job: Job) -> None:
+    shard = shards_of(job)[0]
+    assert make_worker(job).process(shard, 1).commit == Commit.WON
+    before = (Path(job.output) / shard.part_name).read_bytes()
+    assert make_worker(job).process(shard, 2).commit == Commit.LOST_RACE
+    assert (Path(job.output) / shard.part_name).read_bytes() == before
+
+
+def test_calibration_times_rows_and_commits_nothing(job: Job) -> None:
+    worker = make_worker(job, EchoEngine(seconds=0.005))
+    assert worker.calibrate(shards_of(job)[0].spans) > 0
+    assert worker.progress().rows == 0
+    assert Store(job.output).committed() == {}
+
+
+def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None:
+    table = pq.read_table(tmp_path / "in" / "a.parquet").to_pydict()
+    table["prompt"] = [None if row % 2 else "fine" for row in range(12)]
+    schema = pq.read_schema(tmp_path / "in" / "a.parquet")
+    pq.write_table(pa.table(table, schema=schema), tmp_path / "in" / "a.parquet")
+    worker = make_worker(job)
+    worker.process(shards_of(job, rows=12)[0], 1)
+    progress = worker.progress()
+    assert (progress.rows, progress.bad_rows) == (12, 6)
+    assert len(progress.errors) == 3
+    assert progress.errors[0] == "a.parquet#1: bad_prompt: prompt column 'prompt' is null"
+
+
+def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
+    worker = make_worker(job)
+    store, deadline = Store(job.output), time.monotonic() + 10
+    while (data := store.read(f"workers/{worker.uuid}.json")) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    record = json.loads(data)
+    assert record["device"] == "fake"
+    assert record["started"] <= record["loaded"] <= record["last_seen"]
