@@ -76,6 +76,7 @@ def status(
         from gc2ray.store import Store
 
         store = Store(output)
+        store.check_reachable()
         plan = store.read(PLAN_NAME)
         if store.read(RUN_NAME) is None or plan is None:
             raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")

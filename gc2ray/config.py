@@ -42,6 +42,16 @@ class ModelConfig(_Frozen):
     adapter: None = None
     quantization: None = None
 
+    def check(self) -> None:
+        """Look for the model as far as that needs neither network nor its libraries.
+
+        Raises:
+            ConfigError: `path` is a local one, and there is no model.
+        """
+        local = self.path.startswith((".", "/", "~")) or Path(self.path).is_dir()
+        if local and not (Path(self.path).expanduser() / "config.json").is_file():
+            raise ConfigError(f"recipe.model.path: there is no model in {self.path}")
+
 
 class CompressionConfig(_Frozen):
     """The compression method and its settings; `retention` is the fraction KEPT.

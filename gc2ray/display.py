@@ -73,8 +73,8 @@ class RunDisplay:
         now = time.monotonic()
         if not self._console.is_terminal and now - self._logged >= LOG_SECONDS:
             self._logged = now
-            of = f"{snapshot.rows} of {snapshot.total_rows}"
-            self._console.print(f"{snapshot.phase}: {of} {note}", soft_wrap=True)
+            rows = f"{snapshot.rows} of {snapshot.total_rows} {note}" if snapshot.total_rows else ""
+            self._console.print(f"{snapshot.phase}  {rows}", soft_wrap=True)
 
     def _note(self, snapshot: Snapshot) -> str:
         now = time.monotonic()
@@ -95,38 +95,43 @@ class RunDisplay:
 
 def print_outcome(console: Console, outcome: Outcome, output: str) -> None:
     """The table at the end of a run, and what was given up."""
-    table = Table(title=f"{outcome.rows} of {outcome.planned_rows} rows committed to {output}")
-    table.add_column("")
-    table.add_column("uncompressed", justify="right")
-    table.add_column("compressed", justify="right")
-    table.add_column("kept", justify="right")
-    stats = outcome.stats
-    for name, full, kept in (
-        ("visual tokens", stats.visual_tokens_full, stats.visual_tokens_kept),
-        ("newline tokens", stats.newline_tokens_full, stats.newline_tokens),
-        ("KV cache bytes", stats.kv_bytes_full, stats.kv_bytes),
-    ):
-        share = f"{kept / full:.1%}" if full else "-"
-        table.add_row(name, f"{full:,}", f"{kept:,}", share)
+    table = Table("", "", title=f"gc2ray: {output}", show_header=False)
+    for name, value in (*_row_lines(outcome), *_cost_lines(outcome.stats)):
+        table.add_row(name, value)
     console.print(table)
-    console.print(_rows_line(stats), soft_wrap=True)
-    console.print(_stages_line(stats), soft_wrap=True)
     if outcome.exit_code:
         missing = outcome.planned_rows - outcome.rows
         console.print(f"[bold red]{missing} rows are not committed[/]; rerun to try them again")
-        for letter in outcome.dead[:MAX_LETTERS]:
-            console.print(f"  {letter}", markup=False, soft_wrap=True)
+    for letter in outcome.dead[:MAX_LETTERS]:
+        console.print(f"  {letter}", markup=False, soft_wrap=True)
 
 
-def _rows_line(stats: RunStats) -> str:
-    statuses = [f"{count} {status}" for status, count in stats.by_status.items() if count]
-    return f"rows: {', '.join(statuses) or 'none'}; output tokens: {stats.output_tokens:,}"
+def _row_lines(outcome: Outcome) -> list[tuple[str, str]]:
+    stats = outcome.stats
+    bad = [f"{count} {status}" for status, count in stats.by_status.items() if status != "ok"]
+    return [
+        ("rows committed", f"{outcome.rows:,} of {outcome.planned_rows:,}"),
+        ("answers", f"{stats.rows - stats.bad_rows:,}"),
+        ("errors", f"{stats.bad_rows:,}" + (f" ({', '.join(bad)})" if bad else "")),
+    ]
 
 
-def _stages_line(stats: RunStats) -> str:
-    stages = [f"{stage} {stats.stage_ns.get(stage, 0) / 1e9:.2f}" for stage in STAGES]
-    host = f"peak host memory {stats.peak_host_bytes / 2**20:,.0f} MiB"
-    device = stats.peak_device_bytes
-    return f"busy seconds per stage, all workers: {', '.join(stages)}; {host}" + (
-        f", device {device / 2**20:,.0f} MiB" if device else ""
-    )
+def _cost_lines(stats: RunStats) -> list[tuple[str, str]]:
+    lines = [
+        ("visual tokens", _change(stats.visual_tokens_full, stats.visual_tokens_kept)),
+        ("newline tokens", _change(stats.newline_tokens_full, stats.newline_tokens)),
+        ("KV cache bytes", _change(stats.kv_bytes_full, stats.kv_bytes)),
+        ("output tokens", f"{stats.output_tokens:,}"),
+    ]
+    lines += [
+        (f"seconds, {stage}", f"{stats.stage_ns.get(stage, 0) / 1e9:.2f}") for stage in STAGES
+    ]
+    lines.append(("peak host memory", f"{stats.peak_host_bytes / 2**20:,.0f} MiB"))
+    if stats.peak_device_bytes:
+        lines.append(("peak device memory", f"{stats.peak_device_bytes / 2**20:,.0f} MiB"))
+    return lines
+
+
+def _change(full: int, kept: int) -> str:
+    share = f" ({kept / full:.1%} kept)" if full else ""
+    return f"{full:,} -> {kept:,}{share}"

@@ -100,23 +100,29 @@ class Driver:
         self._done_before = 0
         self._total_rows = 0
         self._setup_deaths = 0
-        self._sample: Sequence[Span] = ()
+        self._calibrator: int | None = None
         self._seconds_per_row: float | None = None
         self._phase = "starting"
         self.lost_races = 0
         self.dead: list[str] = []
 
     def calibrate(self, sample: Sequence[Span]) -> float:
-        """Seconds per row on one worker, which stays for the run.
+        """Seconds per row on the first worker that has loaded; the others load meanwhile.
 
         Raises:
             GivenUp: No worker can be had.
             ConfigError: The model cannot be loaded.
         """
-        self._sample, self._phase = sample, "calibrating"
+        self._phase = "calibrating"
         while self._seconds_per_row is None:
-            self._staff(1)
+            self._staff(min(self.target, sum(span.rows for span in sample)))
+            loaded = [key for key, state in self._workers.items() if state.loaded is not None]
+            if loaded and self._calibrator not in loaded:
+                self._calibrator = loaded[0]
+                self._workers[loaded[0]].active = self._pool.now()
+                self._pool.calibrate(loaded[0], sample)
             self._turn()
+        self._calibrator = None
         return self._seconds_per_row
 
     def run(self, plan: Plan, committed: set[str]) -> None:
@@ -136,10 +142,6 @@ class Driver:
             self._hand_out()
             self._turn()
             self._judge_rows()
-
-    @property
-    def _calibrating(self) -> bool:
-        return self._phase == "calibrating"
 
     def _turn(self) -> None:
         for event in self._pool.poll(POLL_SECONDS):
@@ -179,11 +181,11 @@ class Driver:
                 state.placed = state.active = self._pool.now()
                 self._pool.load(event.worker)
             case Loaded():
-                self._loaded(event.worker, state)
+                state.loaded = state.active = self._pool.now()
             case Calibrated():
                 self._seconds_per_row = event.seconds_per_row
             case Progressed():
-                self._note(state, event.progress)
+                self._note(event.worker, state, event.progress)
             case Done():
                 self._finished(state, event)
             case Failed():
@@ -191,14 +193,9 @@ class Driver:
             case Died():
                 self._bury(event.worker, event.reason)
 
-    def _loaded(self, worker: int, state: _WorkerState) -> None:
-        state.loaded = state.active = self._pool.now()
-        if self._sample and self._seconds_per_row is None:
-            self._pool.calibrate(worker, self._sample)
-
-    def _note(self, state: _WorkerState, progress: Progress) -> None:
+    def _note(self, worker: int, state: _WorkerState, progress: Progress) -> None:
         moved = progress.rows > state.progress.rows
-        setting_up = state.loaded is None or self._calibrating
+        setting_up = state.loaded is None or worker == self._calibrator
         if moved or (setting_up and progress.ticks > state.progress.ticks):
             state.active = self._pool.now()
         state.progress = progress
@@ -226,7 +223,7 @@ class Driver:
         state = self._workers.pop(worker)
         self._past.append(state.progress)
         log.warning("worker %d is gone: %s", worker, reason)
-        if state.loaded is None or self._calibrating:
+        if state.loaded is None or worker == self._calibrator:
             self._setup_deaths += 1
             if self._setup_deaths >= SETUP_DEATHS:
                 raise GivenUp(f"{SETUP_DEATHS} workers in a row died while starting: {reason}")
@@ -262,8 +259,11 @@ class Driver:
             elif state.loaded is None:
                 if now - state.active > clocks.load_seconds:
                     self._stop(worker, f"no progress in loading for {clocks.load_seconds:g} s")
-            elif (state.shards or self._calibrating) and now - state.active > clocks.stall_seconds:
+            elif self._is_busy(worker) and now - state.active > clocks.stall_seconds:
                 self._stop(worker, f"stalled: no row finished for {clocks.stall_seconds:g} s")
+
+    def _is_busy(self, worker: int) -> bool:
+        return bool(self._workers[worker].shards) or worker == self._calibrator
 
     def _stop(self, worker: int, reason: str) -> None:
         self._pool.kill(worker)
@@ -328,9 +328,11 @@ def run_job(
         GivenUp: The run stopped before its end.
     """
     store = Store(job.output)
+    store.check_reachable()
     plan = stored_plan(store, job)
     if plan is not None and len(committed_parts(store, plan)) == len(plan.shards):
         return outcome(store, plan)
+    job.recipe.model.check()
     files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
     with ray_pool.connected(address):
         pool = ray_pool.RayPool(job.cluster, make_worker, (job, carried))

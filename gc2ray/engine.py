@@ -302,6 +302,7 @@ def load_model(recipe: Recipe, cluster: Cluster) -> Loaded:
     if device == "cpu":
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     model = recipe.model
+    model.check()
     return families.load(model.path, revision=model.revision, dtype=model.dtype, device=device)
 
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from botocore.exceptions import BotoCoreError
+
+STORAGE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
+"""What a filesystem raises; s3fs lets missing credentials and the like through as botocore's."""
+
 
 class Status(StrEnum):
     """What became of a row; the value is what stands in the `status` column."""

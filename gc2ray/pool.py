@@ -9,6 +9,7 @@ Not covered: autoscaling, heterogeneous workers, job submission.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from gc2ray.worker import Progress, ShardDone, Worker
 PROGRESS_SECONDS = 2.0
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 """Shards and answers travel as files; the object store carries a few small messages."""
+KNOCK_SECONDS = 10.0
 CONCURRENT_CALLS = 4
 """Two shards, one progress call, and one load or calibration."""
 
@@ -154,12 +156,24 @@ def _join(address: str | None) -> None:
         )
         return
     try:
+        _knock(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no Ray cluster at {address}; check --address and RAY_ADDRESS, or leave both out to "
-            "run on this machine"
+            f"no Ray cluster at {address} ({error}); check --address and RAY_ADDRESS, or leave "
+            "both out to run on this machine"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Open and close a connection: Ray itself waits minutes for a head that is not there.
+
+    Raises:
+        OSError: Nobody answers.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 class RayPool:

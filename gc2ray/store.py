@@ -28,7 +28,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray.errors import ConfigError
+from gc2ray.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.manifest import Shard
 from gc2ray.stats import RunStats
 
@@ -86,6 +86,20 @@ class Store:
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return type(self), (self.uri,)  # never a filesystem: its pickle may hold credentials
+
+    def check_reachable(self) -> None:
+        """Ask the filesystem something, before anything depends on it.
+
+        Raises:
+            ConfigError: It does not answer, or not to us.
+        """
+        try:
+            self.names("data")
+        except STORAGE_ERRORS as error:
+            raise ConfigError(
+                f"output: {self.uri} cannot be used: {type(error).__name__}: {error}; credentials "
+                "come from the storage's own chain (environment, profile or instance role)"
+            ) from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Make an object, whole or not at all; False if the name is taken.
@@ -159,7 +173,7 @@ class Store:
                 rows = file.metadata.num_rows
                 found = file.schema_arrow.metadata or {}
             values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except (*STORAGE_ERRORS, pa.ArrowException, KeyError) as error:
             raise ConfigError(
                 f"{self.uri}: {name} is not a part that gc2ray wrote; move it away, and rerun"
             ) from error

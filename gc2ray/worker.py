@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.config import Job
-from gc2ray.errors import EngineDead, ShardError, Status
+from gc2ray.errors import STORAGE_ERRORS, EngineDead, ShardError, Status
 from gc2ray.manifest import Shard, Span
 from gc2ray.records import Answer, Provenance, Request, answer_schema, answer_table
 from gc2ray.sources.parquet import ParquetSource
@@ -291,7 +291,7 @@ class Worker:
         self._metrics("written", shard.sid)
         try:
             commit = self._store.commit(shard, part, footer.token)
-        except OSError as error:
+        except STORAGE_ERRORS as error:
             raise ShardError(f"the part cannot be written: {error}") from error
         self._metrics("committed", shard.sid)
         return ShardDone(shard.sid, footer.stats, commit)
@@ -307,7 +307,7 @@ class Worker:
         """Rewrite `workers/<uuid>.json`: what this process costs, while it lives."""
         while True:
             # A record that cannot be written now is written 30 s later; answers do not wait for it.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*STORAGE_ERRORS):
                 self._store.replace(f"workers/{self.uuid}.json", self._record())
             time.sleep(RECORD_SECONDS)
 

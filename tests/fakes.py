@@ -155,6 +155,7 @@ class SimulatedPool:
     time: float = 0.0
     started: int = 0
     killed: list[int] = field(default_factory=list)
+    calibrated: list[int] = field(default_factory=list)
     submitted: list[tuple[int, Shard, int]] = field(default_factory=list)
     most_in_flight: int = 0
     on_done: Callable[[Shard], None] = lambda shard: None
@@ -186,6 +187,7 @@ class SimulatedPool:
             self._at(1.0, Failed(worker, None, RuntimeError(goes)))
 
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
+        self.calibrated.append(worker)
         self._at(1.0, Calibrated(worker, self.seconds_per_row))
 
     def submit(self, worker: int, shard: Shard, attempt: int) -> None:

@@ -222,20 +222,37 @@ def test_few_bad_rows_are_not_judged(tmp_path: Path) -> None:
     assert len(harness.finished) == 10
 
 
-def test_calibration_keeps_its_worker(tmp_path: Path) -> None:
+def test_calibration_keeps_its_workers(tmp_path: Path) -> None:
+    """One measures while the others load; all of them stay."""
     pool = SimulatedPool(seconds_per_row=0.5)
     harness = Harness(tmp_path, pool)
     sample = sample_spans([SourceFile("a.parquet", "f", (1000,))])
     assert harness.driver.calibrate(sample) == 0.5
-    assert pool.started == 1
     harness.run(make_plan())
     assert pool.started == 2
+    assert pool.calibrated == [1]
 
 
-def test_calibration_that_dies_gives_up(tmp_path: Path) -> None:
-    pool = SimulatedPool(load_goes=lambda w: "the input changed")
-    with pytest.raises(GivenUp, match="the input changed"):
-        Harness(tmp_path, pool).driver.calibrate([])
+def test_calibration_that_fails_gives_up(tmp_path: Path) -> None:
+    from gc2ray.pool import Failed
+
+    pool = SimulatedPool()
+    pool.calibrate = lambda worker, spans: pool._at(1.0, Failed(worker, None, OSError("changed")))
+    sample = sample_spans([SourceFile("a.parquet", "f", (1000,))])
+    with pytest.raises(GivenUp, match="3 workers in a row died while starting: OSError: changed"):
+        Harness(tmp_path, pool).driver.calibrate(sample)
+
+
+def test_a_long_calibration_costs_no_waiting_worker(tmp_path: Path) -> None:
+    """The one that measures stalls and is replaced; the other, idle all the while, is not."""
+    pool = SimulatedPool(seconds_per_row=0.5)
+    original = pool.calibrate
+    pool.calibrate = lambda worker, spans: original(worker, spans) if worker != 1 else None
+    sample = sample_spans([SourceFile("a.parquet", "f", (1000,))])
+    harness = Harness(tmp_path, pool)
+    assert harness.driver.calibrate(sample) == 0.5
+    assert pool.killed == [1]
+    assert pool.calibrated == [2]
 
 
 def test_shards_are_sized_by_time_and_by_fairness() -> None:

@@ -59,9 +59,9 @@ def marks(tmp_path: Path) -> Path:
 @pytest.fixture
 def job_file(tmp_path: Path) -> Path:
     write_rows(tmp_path / "in" / "a.parquet", ROWS, row_group=30)
-    data = job_data("unused", tmp_path / "in", tmp_path / "out")
+    data = job_data("unused-hub-id", tmp_path / "in", tmp_path / "out")
     data["recipe"]["input"]["prompt"] = {"column": "prompt"}
-    data["cluster"] |= {"shard_rows": SHARD_ROWS, "stall_seconds": 8.0, "cpus_per_worker": 0.5}
+    data["cluster"] |= {"shard_rows": SHARD_ROWS, "stall_seconds": 5.0, "cpus_per_worker": 0.5}
     path = tmp_path / "job.json"
     path.write_text(json.dumps(data))
     return path
@@ -159,7 +159,7 @@ def test_a_shard_that_always_hangs(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("hang", marks, row=70, once=False))
     assert len(fired(marks, "hang")) == 3
     assert result.exit_code == 1
-    assert "no row finished for 8 s" in result.dead[0]
+    assert "no row finished for 5 s" in result.dead[0]
     assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
 
 
@@ -217,6 +217,7 @@ def test_a_killed_driver(job_file: Path, marks: Path, step: str) -> None:
     assert outcome(store, plan).rows == ROWS
 
 
+@pytest.mark.slow
 def test_a_kill_between_plan_and_run_json(job_file: Path) -> None:
     """A start that got no further than the plan file is picked up by the next one."""
     assert run(job_file).exit_code == 0

@@ -12,7 +12,7 @@ from PIL import Image
 
 from gc2ray import families
 from gc2ray.config import Cluster
-from gc2ray.engine import Engine
+from gc2ray.engine import Engine, load_engine
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded
 from gc2ray.families.llava_next import class_token_scores
@@ -209,9 +209,9 @@ def load(path: object) -> Loaded:
     return families.load(str(path), revision=None, dtype="float32", device="cpu")
 
 
-def test_missing_directory_is_named(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no directory .*nowhere"):
-        load(tmp_path / "nowhere")
+def test_a_missing_model_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no model in .*nowhere"):
+        load_engine(make_recipe(tmp_path / "nowhere"), Cluster())
 
 
 def test_other_architectures_are_refused(tmp_path) -> None:

@@ -10,7 +10,6 @@ runs none of its code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ def load(path: str, *, revision: str | None, dtype: str, device: str) -> Loaded:
         ConfigError: There is no such model, it is of another architecture, or it has no
             safetensors weights.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ConfigError(f"recipe.model.path: there is no directory {path}")
     where = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(path, **where)

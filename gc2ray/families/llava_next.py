@@ -117,9 +117,12 @@ class LlavaNext:
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Bytes to normalised values by table, on the device: bit-equal to the processor's."""
-        index = pixels.to(self.device).permute(0, 3, 1, 2).int()
-        index += torch.arange(3, device=self.device, dtype=torch.int32).view(1, 3, 1, 1) * 256
-        return self._pixels.flatten().index_select(0, index.flatten()).view(index.shape)
+        pixels = pixels.to(self.device)
+        out = self._pixels.new_empty(len(pixels), 3, *pixels.shape[1:3])
+        for channel, table in enumerate(self._pixels):
+            index = pixels[..., channel].int().flatten()
+            out[:, channel] = table.index_select(0, index).view(out[:, channel].shape)
+        return out
 
     def pack(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Tensor]:
         """Gather, project in one go, put newlines in; per image (K, D_text)."""

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.config import InputConfig
-from gc2ray.errors import BadRow, ConfigError, ShardError
+from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError
 from gc2ray.manifest import SourceFile, Span, row_key
+from gc2ray.prompts import PromptSource
 from gc2ray.records import ImageRef, Request
 
 FOOTER_THREADS = 16
@@ -69,7 +70,7 @@ class ParquetSource:
         try:
             with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
                 files = list(pool.map(footer, found))
-        except (OSError, pa.ArrowException) as error:
+        except (*STORAGE_ERRORS, pa.ArrowException) as error:
             raise ConfigError(f"recipe.input.uri: an input file cannot be read: {error}") from error
         carried = [schema.field(name).with_nullable(nullable=True) for name in self.config.keep]
         return files, pa.schema(carried)
@@ -79,7 +80,7 @@ class ParquetSource:
         try:
             with filesystem.open(path, "rb") as handle:
                 return pq.ParquetFile(handle).schema_arrow
-        except (OSError, pa.ArrowException) as error:
+        except (*STORAGE_ERRORS, pa.ArrowException) as error:
             raise ConfigError(f"recipe.input.uri: {path} cannot be read: {error}") from error
 
     def read(self, span: Span, host_memory_bytes: int) -> Iterator[Request]:
@@ -99,13 +100,14 @@ class ParquetSource:
                 raise ShardError(f"{span.source} changed since the run was planned")
             with filesystem.open(path, "rb") as handle:
                 yield from self._rows(handle, span, host_memory_bytes)
-        except (OSError, pa.ArrowException) as error:
+        except (*STORAGE_ERRORS, pa.ArrowException) as error:
             raise ShardError(f"{span.source}: {error}") from error
 
     def _rows(self, handle: Any, span: Span, host_memory_bytes: int) -> Iterator[Request]:
         file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
         groups, row = _groups_of(file.metadata, span)
         columns = list(self.config.columns())
+        prompt = self.config.prompt.source()
         batches = file.iter_batches(
             batch_size=_batch_rows(file.metadata, groups, columns, host_memory_bytes),
             row_groups=groups,
@@ -118,16 +120,18 @@ class ParquetSource:
             for record in inside.to_pylist():
                 if row >= span.stop:
                     return
-                yield self._request(span.source, row, record)
+                yield self._request(prompt, span.source, row, record)
                 row += 1
         if row < span.stop:
             raise ShardError(f"{span.source} ends at row {row}, planned to {span.stop}")
 
-    def _request(self, source: str, row: int, record: Mapping[str, Any]) -> Request:
+    def _request(
+        self, prompt: PromptSource, source: str, row: int, record: Mapping[str, Any]
+    ) -> Request:
         prompts: tuple[str, ...] = ()
         fault: BadRow | None = None
         try:
-            prompts = (self.config.prompt.source().render(record),)
+            prompts = (prompt.render(record),)
         except BadRow as error:
             fault = error
         return Request(
@@ -163,7 +167,7 @@ class ParquetSource:
                 found = filesystem.find(path)
         except FileNotFoundError:
             found = []
-        except OSError as error:
+        except STORAGE_ERRORS as error:
             raise ConfigError(f"recipe.input.uri: {self.config.uri}: {error}") from error
         names = [name for name in found if name.endswith(".parquet")]
         return filesystem, root, sorted(name for name in names if not _hidden(name, root))

@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up what they need. Ray is started by the environment's own Python,
+# never through a launcher that would rebuild the environment in every worker.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# Another build of torch: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu (or …/cu130)
+TORCH_INDEX ?=
+ONLY   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## Create .venv and install everything (the other targets do it when needed)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "pip>=25.1"
+	$(PY) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+demo: setup ## Run the whole job on real photographs with a tiny model, on this machine
+	$(PY) -m jobs.demo
+
+test: setup ## Run the tests
+	$(PY) -m pytest -m "not slow"
+
+test-all: setup ## Run the tests that are too slow for `make test`
+	$(PY) -m pytest -m slow
+
+check: setup ## Lint, format check, strict types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## Format the code and fix what the linter can fix
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of them
+	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY))
+
+clean: ## Remove everything that make made
+	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

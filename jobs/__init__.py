@@ -1,0 +1,1 @@
+"""Thin scripts for a cluster and a terminal; the work is in the package."""

@@ -1,0 +1,124 @@
+"""The commands as a user types them: output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gc2ray import __version__
+from tests.rows import job_data, write_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+def gc2ray(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    code = "from gc2ray.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "AWS_CONFIG_FILE": "/"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        cwd=cwd,
+        env=environment,
+    )
+
+
+def job_file(tmp_path: Path, model: Path, rows: int = 12, **cluster: object) -> Path:
+    source = write_rows(tmp_path / "in" / "a.parquet", rows, row_group=6)
+    data = job_data(model, source, tmp_path / "out")
+    data["cluster"] |= {"workers": 1, "shard_rows": 6, **cluster}
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(data))  # JSON is YAML
+    return path
+
+
+def test_version() -> None:
+    result = gc2ray("--version")
+    assert (result.returncode, result.stdout) == (0, f"gc2ray {__version__}\n")
+
+
+def test_no_arguments_show_the_commands() -> None:
+    result = gc2ray()
+    assert all(name in result.stdout + result.stderr for name in ("run", "status", "check"))
+
+
+def test_an_unknown_key_is_refused_with_its_path_and_the_nearest(tmp_path: Path) -> None:
+    path = job_file(tmp_path, tmp_path)
+    result = gc2ray("run", path, "recipe.compression.retentoin=0.1")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "configuration: recipe.compression.retentoin: unknown 'retentoin'; "
+        "did you mean 'retention'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.input.uri=/nowhere", "no Parquet files at /nowhere"),
+        ("recipe.model.path=/nowhere", "recipe.model.path: there is no model in /nowhere"),
+        ("recipe.input.image=imag", "no column 'imag' in the input; did you mean 'image'?"),
+        ("output=nosuch://bucket/run", "output: Protocol not known: nosuch"),
+        ("recipe.input.keep=[row_key]", "'row_key' is a column of the answers"),
+    ],
+)
+def test_a_bad_job_is_refused_before_ray(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "config.json").touch()  # the model is not looked at any closer before Ray
+    result = gc2ray("run", job_file(tmp_path, tmp_path), override)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_status_without_a_run(tmp_path: Path) -> None:
+    result = gc2ray("status", tmp_path / "empty")
+    assert result.returncode == 2
+    assert "there is no run here" in result.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_run_then_status(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    path = job_file(tmp_path, tiny_paths["vicuna"])
+    result = gc2ray("run", path)
+    assert result.returncode == 0, result.stderr
+    assert "12 of 12" in result.stdout
+    status = gc2ray("status", tmp_path / "out")
+    assert status.returncode == 0
+    assert "2 of 2 shards committed" in status.stdout
+    assert "worker processes so far" in status.stdout
+    sorted((tmp_path / "out" / "data").iterdir())[0].unlink()
+    status = gc2ray("status", tmp_path / "out")
+    assert status.returncode == 1
+    assert "6 rows are not committed" in status.stdout
+
+
+def test_no_cluster_at_the_address(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
+    result = gc2ray("run", job_file(tmp_path, tiny_paths["vicuna"]), "--address", "127.0.0.1:1")
+    assert result.returncode == 2
+    assert "no Ray cluster at 127.0.0.1:1" in result.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_no_room_says_what_is_lacking(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
+    path = job_file(tmp_path, tiny_paths["vicuna"], gpus_per_worker=4, place_seconds=5)
+    result = gc2ray("run", path)
+    assert result.returncode == 1
+    assert "no room for a worker within 5 s: a worker asks for 1 CPU, 4 GPU" in result.stderr
+
+
+def test_check_passes_on_a_good_model(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    result = gc2ray("check", job_file(tmp_path, tiny_paths["vicuna"]), "--rows", "5")
+    assert result.returncode == 0, result.stderr
+    assert "same first token 5 of 5" in result.stdout
+    assert "5 of 5 rows the same" in result.stdout
+    assert "passed" in result.stdout

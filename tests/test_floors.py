@@ -1,0 +1,102 @@
+"""The house keeps its floors: imports go down only, and libraries stay behind their borders."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gc2ray"
+
+FLOORS = {
+    "errors": 0, "stats": 0, "records": 0, "views": 0,
+    "images": 1, "prompts": 1, "compression": 1, "families": 1, "decoding": 1,
+    "config": 2,
+    "engine": 3, "manifest": 3,
+    "sources": 4, "store": 4,
+    "worker": 5, "planner": 5, "parity": 5,
+    "pool": 6,
+    "driver": 7,
+    "display": 8,
+    "cli": 9,
+}  # fmt: skip
+
+SAME_FLOOR = {("records", "errors"), ("records", "stats")}
+"""Borders within the ground floor: types that are made of each other, in one direction."""
+
+BORDERS = {
+    "torch": {"views", "compression", "families", "decoding", "engine"},
+    "transformers": {"families", "decoding"},
+    "tokenizers": {"families"},
+    "ray": {"pool"},
+    "pyarrow": {"records", "manifest", "sources", "store", "worker"},
+    "PIL": {"images", "families"},
+    "typer": {"cli"},
+    "rich": {"cli", "display"},
+    "yaml": {"config"},
+    "pydantic": {"config"},
+    "fsspec": {"images", "sources", "store"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The module or folder of a file, as FLOORS names it."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from names if node.module == "gc2ray" else [node.module or ""]
+
+
+def offences(path: Path) -> list[str]:
+    here, found = room(path), []
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top in BORDERS and here not in BORDERS[top]:
+            found.append(f"{here} imports {name}, which only {sorted(BORDERS[top])} may")
+        below = rest.split(".")[0]
+        if top != "gc2ray" or below in (here, "__version__", ""):
+            continue
+        if FLOORS[below] >= FLOORS[here] and (here, below) not in SAME_FLOOR:
+            found.append(f"{here} (floor {FLOORS[here]}) imports {below} (floor {FLOORS[below]})")
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {room(path) for path in modules()} == {*FLOORS, "__init__"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_and_stay_behind_their_borders(path: Path) -> None:
+    if room(path) == "__init__":
+        assert list(imports(path)) == []
+    else:
+        assert offences(path) == []
+
+
+def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_floors.PACKAGE", tmp_path)
+    bad = tmp_path / "views.py"
+    bad.write_text("from gc2ray.engine import Engine\nfrom gc2ray import config\nimport ray\n")
+    assert len(offences(bad)) == 3
+
+
+def test_importing_the_package_does_nothing() -> None:
+    """Module level holds definitions, constants and docstrings; no calls that do work."""
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            call = node.value if isinstance(node, ast.Expr) else None
+            assert not isinstance(call, ast.Call), f"{path}: {ast.unparse(node)}"
+            assert not isinstance(node, ast.For | ast.While | ast.With), f"{path}: {node.lineno}"
