@@ -1,0 +1,104 @@
+"""Benchmarks: compression, scores, preprocessing, the job around a model, and end to end.
+
+    python -m jobs.bench [--only NAME ...]
+
+Prints a table, then as the last line of stdout one JSON document with every figure. Goals are
+printed beside the figures and nothing fails on them; what is compared is checked to give the same
+result before it is timed. One CPU, one torch thread; what is compared runs in turn, and figures are
+medians of times and of the ratios within a turn. The photographs come with scikit-image and
+scikit-learn; models are random: their answers mean nothing, their times depend on shapes only.
+
+Not covered: GPUs, and a real model's language side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from jobs.benchmarks import Line, compression, end_to_end, job_noop, preprocess, scores
+
+BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
+    "compression": compression.run,
+    "scores": scores.run,
+    "preprocess": preprocess.run,
+    "job_noop": job_noop.run,
+    "end_to_end": end_to_end.run,
+}
+TORCH_THREADS = 1
+PACKAGES = ("gc2ray", "torch", "transformers", "ray", "pillow", "pyarrow")
+TABLE_WIDTH = 150
+CAPTION = "CPU time of one thread, which other processes disturb little; job_noop, end_to_end: wall"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmarks, or those that are named."""
+    parser = argparse.ArgumentParser(description="Benchmarks of gc2ray; goals are not asserted.")
+    parser.add_argument("--only", action="append", choices=list(BENCHMARKS), metavar="NAME")
+    names = parser.parse_args(arguments).only or list(BENCHMARKS)
+    torch.set_num_threads(TORCH_THREADS)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    results: dict[str, list[Line]] = {}
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results[name] = BENCHMARKS[name]()
+    document: dict[str, Any] = {
+        **{name: [asdict(line) for line in lines] for name, lines in results.items()},
+        "hardware": _hardware(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    _print_table(results, document["hardware"])
+    print(json.dumps(document))
+
+
+def _hardware() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _print_table(results: Mapping[str, list[Line]], hardware: Mapping[str, Any]) -> None:
+    title = "{cpu}, {cores} cores, {torch_threads} torch thread".format(**hardware)
+    table = Table(title=title, caption=CAPTION)
+    for column in ("benchmark", "what", "value", "goal"):
+        table.add_column(column, overflow="fold")
+    for name, lines in results.items():
+        for index, line in enumerate(lines):
+            value = ", ".join(f"{key} {_short(number)}" for key, number in line.figures.items())
+            table.add_row("" if index else name, line.what, value, line.goal)
+        table.add_section()
+    console = Console()
+    Console(width=max(console.width, TABLE_WIDTH)).print(table)
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What benchmarks share: photographs, a tiny model, and its geometry."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from gc2ray import families
+from gc2ray.families.family import Loaded
+from gc2ray.families.tiny import build_tiny
+from jobs.demo import REAL_GEOMETRY
+from jobs.photos import sample_photos
+
+TILE = REAL_GEOMETRY.image_size
+SIDE = TILE // REAL_GEOMETRY.patch_size
+"""Token rows and columns of a view."""
+XGA = (1024, 768)
+
+
+def opened(data: bytes) -> Image.Image:
+    """An image as a user of stock transformers would open it."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def photographs(size: tuple[int, int] | None = None) -> list[bytes]:
+    """The sample photographs as RGB JPEGs, in their own sizes or all in one (width, height)."""
+    images = [opened(photo.data) for photo in sample_photos()]
+    return [_jpeg(image.resize(size or image.size, Image.Resampling.BICUBIC)) for image in images]
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@cache
+def tiny_model() -> Loaded:
+    """A random LLaVA-NeXT: real geometry, tiny widths."""
+    with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
+        path = build_tiny(Path(directory), REAL_GEOMETRY)
+        return families.load(str(path), revision=None, dtype="float32", device="cpu")
