@@ -363,24 +363,29 @@ def everything(views: Views) -> Selection:
 
 def _emit(views: Sequence[Views], keep: Tensor, *, only_kept_rows: bool) -> list[Selection]:
     """One gather for all images; `keep` is bool (sum of V, N)."""
-    device, tokens = keep.device, keep.shape[1]
     plans = [canvas_plan(view.canvas, view.thumbnail, view.scores.device) for view in views]
     sizes = [len(plan.order) for plan in plans]
+    tokens = [plan.valid.numel() for plan in plans]
     rows = [view.canvas.grid[0] * view.canvas.side[0] + 1 for view in views]
+    table = torch.tensor([_starts(tokens), _starts(rows)]).to(keep.device)  # (2, B)
+    owner = torch.arange(len(views), device=keep.device).repeat_interleave(
+        torch.tensor(sizes, device=keep.device), output_size=sum(sizes)
+    )
     order = torch.cat([plan.order for plan in plans])
-    offsets = _spread(_starts([len(plan.valid_per_view) * tokens for plan in plans]), sizes, device)
     is_newline = order == NEWLINE
-    emitted = keep.flatten()[(order + offsets).masked_fill_(is_newline, 0)] & ~is_newline
+    places = (order + table[0][owner]).masked_fill_(is_newline, 0)
+    emitted = keep.flatten()[places] & ~is_newline
     if only_kept_rows:
-        row_of = torch.cat([plan.row_of for plan in plans]) + _spread(_starts(rows), sizes, device)
-        kept_rows = torch.zeros(sum(rows), dtype=torch.int32, device=device)
-        kept_rows.index_add_(0, row_of, emitted.int())
-        newlines = kept_rows[row_of] > 0
+        row_of = torch.cat([plan.row_of for plan in plans]) + table[1][owner]
+        kept_rows = torch.zeros(sum(rows), dtype=torch.bool, device=keep.device)
+        kept_rows[row_of[emitted]] = True
+        newlines = kept_rows[row_of]
     else:
         newlines = torch.cat([plan.image_rows for plan in plans])
     emitted |= is_newline & newlines
-    owner = _spread(list(range(len(sizes))), sizes, device)
-    counts = torch.bincount(owner[emitted], minlength=len(sizes)).tolist()
+    if len(views) == 1:
+        return [Selection(order[emitted])]
+    counts = torch.bincount(owner[emitted], minlength=len(views)).tolist()
     return [Selection(source) for source in torch.split(order[emitted], counts)]
 
 
@@ -389,13 +394,6 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     for length in lengths[:-1]:
         starts.append(starts[-1] + length)
     return starts
-
-
-def _spread(values: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
-    """`values[i]` repeated `lengths[i]` times, int64."""
-    return torch.tensor(values, device=device).repeat_interleave(
-        torch.tensor(lengths, device=device), output_size=sum(lengths)
-    )
 
 
 def top_k_mask(scores: Tensor, counts: Tensor) -> Tensor:

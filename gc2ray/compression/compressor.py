@@ -30,36 +30,46 @@ class ViewBatch:
         scores: float32 (sum of V, N).
         valid: bool (sum of V, N).
         counts: Valid tokens of each view, int64 (sum of V,).
-        owner: Which image each view belongs to, int64 (sum of V,).
-        thumbnails: Which views are thumbnails, bool (sum of V,).
+        crops: Indices of the views that are crops, int64 (C,).
+        crop_owner: Which image each of them belongs to, int64 (C,).
+        thumbnails: Indices of the views that are thumbnails, int64, in order of their images.
     """
 
     images: tuple[Views, ...]
     scores: Tensor
     valid: Tensor
     counts: Tensor
-    owner: Tensor
+    crops: Tensor
+    crop_owner: Tensor
     thumbnails: Tensor
 
     @staticmethod
     def of(images: Sequence[Views]) -> ViewBatch:
         """Concatenate; features are not touched."""
-        device = images[0].scores.device
-        lengths = [len(image.valid_per_view) for image in images]
         counts = [count for image in images for count in image.valid_per_view]
-        owner = [index for index, length in enumerate(lengths) for _ in range(length)]
-        thumbnails = [
-            view == image.thumbnail
-            for image, length in zip(images, lengths, strict=True)
-            for view in range(length)
-        ]
+        crops: list[int] = []
+        owner: list[int] = []
+        thumbnails: list[int] = []
+        first = 0
+        for index, image in enumerate(images):
+            if image.thumbnail is not None:
+                thumbnails.append(first + image.thumbnail)
+                first += 1
+            crops.extend(range(first, first + image.canvas.crops))
+            owner.extend([index] * image.canvas.crops)
+            first += image.canvas.crops
+        device = images[0].scores.device
+        host = torch.tensor([*counts, *crops, *owner, *thumbnails]).to(device)  # one copy
+        lengths = [len(counts), len(crops), len(owner), len(thumbnails)]
+        tensors = torch.split(host, lengths)
         return ViewBatch(
             images=tuple(images),
             scores=torch.cat([image.scores for image in images]),
             valid=torch.cat([image.valid for image in images]),
-            counts=torch.tensor(counts, device=device),
-            owner=torch.tensor(owner, device=device),
-            thumbnails=torch.tensor(thumbnails, device=device),
+            counts=tensors[0],
+            crops=tensors[1],
+            crop_owner=tensors[2],
+            thumbnails=tensors[3],
         )
 
     @property

@@ -1,9 +1,10 @@
 """GlobalCom²: the thumbnail commands how many tokens each crop keeps, and which.
 
-Liu et al., "Compression with Global Guidance", arXiv 2501.05179, section 3. The thumbnail keeps its
-best-scored tokens. The scores in its region of each crop, summed and put through a softmax with
-`temperature`, raise or lower the crop's retention; within a crop the crop's own scores and the
-thumbnail's, resampled to the crop, are each brought to unit length over the valid tokens and added.
+Liu et al., "Global Compression Commander", AAAI 2026, arXiv 2501.05179, section 3. The thumbnail
+keeps its best-scored tokens. The scores in its region of each crop, summed and put through a
+softmax with `temperature`, raise or lower the crop's retention; within a crop the crop's own scores
+and the thumbnail's, resampled to the crop, are each brought to unit length over the valid tokens
+and added.
 
 Where this differs from the authors' implementation (`globalcom2-reference` reproduces that), each
 difference with its test in `tests/test_compression.py`:
@@ -59,7 +60,7 @@ class GlobalCom2(MaskCompressor):
 
     def keep(self, batch: ViewBatch) -> Tensor:
         budgets = torch.full_like(batch.counts, self.retention, dtype=torch.float64)
-        budgets[~batch.thumbnails] = crop_scales(batch, self.retention, self.temperature)
+        budgets[batch.crops] = crop_scales(batch, self.retention, self.temperature)
         return top_k_mask(combined_scores(batch), share_of(batch.counts, budgets))
 
 
@@ -68,9 +69,8 @@ def crop_scales(batch: ViewBatch, retention: float, temperature: float) -> Tenso
 
     Source: the paper's section 3.2; sums in float64, which the fixtures need.
     """
-    crop_owner = batch.owner[~batch.thumbnails]
-    thumbnails = _thumbnails(batch)
-    images, crops = thumbnails.shape[0], crop_owner.shape[0]
+    thumbnails, owner = _thumbnails(batch), batch.crop_owner
+    images, crops = len(batch.images), len(batch.crops)
     region, first = [], 0
     for image in batch.images:
         plan = canvas_plan(image.canvas, image.thumbnail, image.scores.device)
@@ -80,13 +80,13 @@ def crop_scales(batch: ViewBatch, retention: float, temperature: float) -> Tenso
     sums.index_add_(0, torch.cat(region), thumbnails.double().flatten())
 
     def per_image(values: Tensor) -> Tensor:
-        return values.new_zeros(images).index_add_(0, crop_owner, values)
+        return values.new_zeros(images).index_add_(0, owner, values)
 
-    peak = sums.new_full((images,), -torch.inf).scatter_reduce_(0, crop_owner, sums, "amax")
-    exps = ((sums - peak[crop_owner]) / temperature).exp()
-    softmax = exps / (per_image(exps) + EPSILON)[crop_owner]
+    peak = sums.new_full((images,), -torch.inf).scatter_reduce_(0, owner, sums, "amax")
+    exps = ((sums - peak[owner]) / temperature).exp()
+    softmax = exps / (per_image(exps) + EPSILON)[owner]
     mean = per_image(softmax) / per_image(torch.ones_like(softmax))
-    return (retention * (1 + softmax - mean[crop_owner])).clamp_max(1)
+    return (retention * (1 + softmax - mean[owner])).clamp_max(1)
 
 
 def combined_scores(batch: ViewBatch) -> Tensor:
@@ -95,26 +95,24 @@ def combined_scores(batch: ViewBatch) -> Tensor:
     Thumbnails keep their own scores. Crops add two maps of unit length: their own scores, and the
     thumbnail's, resampled bilinearly to the covered canvas.
     """
-    crops = ~batch.thumbnails
-    plans = [
-        canvas_plan(image.canvas, image.thumbnail, image.scores.device) for image in batch.images
-    ]
+    images = batch.images
+    plans = [canvas_plan(image.canvas, image.thumbnail, image.scores.device) for image in images]
     rows = torch.cat([plan.row_weights for plan in plans])
     columns = torch.cat([plan.column_weights for plan in plans])
-    thumbnails = _thumbnails(batch)[batch.owner[crops]].view(-1, *batch.images[0].canvas.side)
+    thumbnails = _thumbnails(batch)[batch.crop_owner].view(-1, *images[0].canvas.side)
     # A product of small matrices does every geometry in one batch, where F.interpolate takes one.
     guidance = torch.bmm(torch.bmm(rows, thumbnails), columns.transpose(1, 2)).flatten(1)
-    valid = batch.valid[crops]
+    padding = ~batch.valid[batch.crops]
     ranked = batch.valid_scores
-    ranked[crops] = (_unit(batch.scores[crops], valid) + _unit(guidance, valid)).masked_fill_(
-        ~valid, -torch.inf
-    )
+    ranked[batch.crops] = (
+        _unit(batch.scores[batch.crops], padding) + _unit(guidance, padding)
+    ).masked_fill_(padding, -torch.inf)
     return ranked
 
 
-def _unit(scores: Tensor, valid: Tensor) -> Tensor:
-    """Rows scaled to unit length over their valid places."""
-    return F.normalize(scores.masked_fill(~valid, 0), dim=1)
+def _unit(scores: Tensor, padding: Tensor) -> Tensor:
+    """Rows scaled to unit length over the places that are not padding."""
+    return F.normalize(scores.masked_fill(padding, 0), dim=1)
 
 
 def _thumbnails(batch: ViewBatch) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from gc2ray.compression.compressor import Compressor, ViewBatch
 from gc2ray.views import Selection, Views, reading_order
 
@@ -20,4 +22,6 @@ class ThumbnailOnly(Compressor):
         if not images:
             return []
         batch = ViewBatch.of(images)
-        return reading_order(images, batch.valid & batch.thumbnails[:, None])
+        keep = torch.zeros_like(batch.valid)
+        keep[batch.thumbnails] = True
+        return reading_order(images, keep)
