@@ -92,7 +92,7 @@ class GenerationConfig(_Frozen):
     max_new_tokens: int = Field(default=64, gt=0)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class PromptConfig(_Frozen):
@@ -144,6 +144,8 @@ class InputConfig(_Frozen):
         taken = [name for name in keep if name in ANSWER_COLUMNS]
         if taken:
             raise ValueError(f"{taken[0]!r} is a column of the answers; rename it in the input")
+        if len(set(keep)) < len(keep):
+            raise ValueError("a column is named twice")
         return keep
 
     def image_policy(self) -> ImagePolicy:
@@ -226,7 +228,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys output, recipe, cluster at the top")

@@ -335,6 +335,9 @@ def run_job(
     job.recipe.model.check()
     files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
     with ray_pool.connected(address):
+        # Workers write down what they cost, so they are told the share that they really get.
+        share = {"gpus_per_worker": ray_pool.gpus_per_worker(job.cluster)}
+        job = job.model_copy(update={"cluster": job.cluster.model_copy(update=share)})
         pool = ray_pool.RayPool(job.cluster, make_worker, (job, carried))
         driver = Driver(job.cluster, store, pool, display or (lambda _: None))
         try:

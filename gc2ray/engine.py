@@ -95,11 +95,16 @@ class Engine:
                 for row, prompt in prompts:
                     yield from self._submit(row, prompt)
                 if not batch:
-                    yield from self._finish(self._decoder.step())
+                    yield from self._decode()
+                    self._check_nothing_lost()
             while len(self._decoder):
-                yield from self._finish(self._decoder.step())
-        if self._open:
-            raise EngineDead(f"{len(self._open)} rows went into the engine and did not come out")
+                yield from self._decode()
+        self._check_nothing_lost()
+
+    def _check_nothing_lost(self) -> None:
+        """Open rows are in the decoder, or they will never come out."""
+        if self._open and not len(self._decoder):
+            raise EngineDead(f"{len(self._open)} rows went into the decoder and did not come out")
 
     def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
         """What the language model would read for requests; for parity checks.
@@ -220,9 +225,14 @@ class Engine:
         self._tags += 1
         self._open[self._tags] = row
         while not self._decoder.submit(self._tags, prompt, sampling):
-            yield from self._finish(self._decoder.step())
+            yield from self._decode()
 
-    def _finish(self, completions: Sequence[Completion]) -> Iterator[Answer]:
+    def _decode(self) -> Iterator[Answer]:
+        """One step of the decoder: the answers that it finishes."""
+        try:
+            completions = self._decoder.step()
+        except torch.AcceleratorError as error:
+            raise EngineDead(f"the device is lost: {error}") from error
         for completion in completions:
             row = self._open.pop(completion.tag)
             if completion.finish_reason == "out_of_memory":

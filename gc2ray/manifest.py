@@ -130,17 +130,28 @@ class Plan:
 
     @staticmethod
     def from_bytes(data: bytes) -> Plan:
-        """The inverse of `to_bytes`."""
-        table = pq.read_table(io.BytesIO(data))
-        metadata = table.schema.metadata
-        carried = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(metadata[b"gc2ray.carried"])))
-        shards: dict[int, Shard] = {}
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ConfigError: Not a plan.
+        """
+        try:
+            table = pq.read_table(io.BytesIO(data))
+            metadata = table.schema.metadata
+            buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.carried"]))
+            carried = pa.ipc.read_schema(buffer)
+            fingerprint = metadata[b"gc2ray.recipe"].decode()
+            table = table.cast(_PLAN_SCHEMA)
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{PLAN_NAME}: not written by gc2ray, or damaged") from error
+        spans: dict[int, list[Span]] = {}
+        sids: dict[int, str] = {}
         for record in table.to_pylist():
-            index, sid = record.pop("shard"), record.pop("sid")
-            shard = shards.get(index, Shard(index, sid, ()))
-            shards[index] = replace(shard, spans=(*shard.spans, Span(**record)))
-        fingerprint = metadata[b"gc2ray.recipe"].decode()
-        return Plan(fingerprint, tuple(shards[index] for index in sorted(shards)), carried)
+            index = record.pop("shard")
+            sids[index] = record.pop("sid")
+            spans.setdefault(index, []).append(Span(**record))
+        shards = tuple(Shard(index, sids[index], tuple(spans[index])) for index in sorted(spans))
+        return Plan(fingerprint, shards, carried)
 
 
 @dataclass(frozen=True)
@@ -192,7 +203,7 @@ class Run:
                 rows=content["rows"],
                 versions=content["versions"],
             )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # not JSON, or not ours
             raise ConfigError(f"{RUN_NAME}: not written by gc2ray, or damaged") from error
 
     def check(self, recipe: Recipe) -> None:

@@ -8,8 +8,11 @@ Not covered: autoscaling, heterogeneous workers, job submission.
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,23 +149,25 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def _join(address: str | None) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    options: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address is None:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
-        return
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        _knock(address)
-        ray.init(address=address, **quiet)
+        if address is not None:
+            _knock(address)
+        ray.init(**options, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster at {address} ({error}); check --address and RAY_ADDRESS, or leave "
             "both out to run on this machine"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
 
 
 def _knock(address: str) -> None:
@@ -174,6 +179,13 @@ def _knock(address: str) -> None:
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+
+
+def gpus_per_worker(cluster: Cluster) -> float:
+    """As configured; else one where the cluster has GPUs."""
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 class RayPool:
@@ -189,6 +201,7 @@ class RayPool:
         self, cluster: Cluster, make_worker: type[Worker] | MakeWorker, arguments: Sequence[object]
     ) -> None:
         self._cluster = cluster
+        self._gpus = gpus_per_worker(cluster)
         self._make_worker = make_worker
         self._arguments = arguments
         self._actors: dict[int, Any] = {}
@@ -196,16 +209,9 @@ class RayPool:
         self._asked: dict[int, float] = {}
         self._started = 0
 
-    @property
-    def gpus_per_worker(self) -> float:
-        """As configured; else one where the cluster has GPUs."""
-        if self._cluster.gpus_per_worker is not None:
-            return self._cluster.gpus_per_worker
-        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-
     def default_workers(self) -> int:
         """One per GPU share; without GPUs one."""
-        gpus, share = ray.cluster_resources().get("GPU", 0), self.gpus_per_worker
+        gpus, share = ray.cluster_resources().get("GPU", 0), self._gpus
         return max(1, int(gpus // share)) if share else 1
 
     def start(self) -> int:
@@ -213,7 +219,7 @@ class RayPool:
         self._started += 1
         handle = actor.options(
             num_cpus=self._cluster.cpus_per_worker,
-            num_gpus=self.gpus_per_worker,
+            num_gpus=self._gpus,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=CONCURRENT_CALLS,
@@ -254,7 +260,7 @@ class RayPool:
         return [event for event in events if event is not None]
 
     def room(self) -> str:
-        asked = {"CPU": self._cluster.cpus_per_worker, "GPU": self.gpus_per_worker}
+        asked = {"CPU": self._cluster.cpus_per_worker, "GPU": self._gpus}
         return (
             f"a worker asks for {_amounts(asked)}; the cluster has "
             f"{_amounts(ray.cluster_resources())}, free {_amounts(ray.available_resources())}"

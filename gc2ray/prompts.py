@@ -11,12 +11,15 @@ Not covered: system prompts, several turns, few-shot examples.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gc2ray.errors import BadRow, ConfigError, Status
+
+NEUTRALISE_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,14 @@ class PromptSource:
             if value is None:
                 raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is null")
         if self.column is not None:
-            return _text(self.column, values[self.column])
-        if self.template is not None:
-            return self.template.format(**values)
-        return self.constant or ""
-
-
-def _text(column: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise BadRow(Status.BAD_PROMPT, f"prompt column {column!r} holds no text but {type(value)}")
-    if not value.strip():
-        raise BadRow(Status.BAD_PROMPT, f"prompt column {column!r} is empty")
-    return value
+            text = values[self.column]
+        else:
+            text = self.constant if self.template is None else self.template.format(**values)
+        if not isinstance(text, str):
+            raise BadRow(Status.BAD_PROMPT, f"prompt column {self.column!r} holds {type(text)}")
+        if not text.strip():
+            raise BadRow(Status.BAD_PROMPT, "the prompt is empty")
+        return text
 
 
 class ChatPrompt:
@@ -89,12 +88,18 @@ class ChatPrompt:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._tokenizer = processor.tokenizer
-        if not (processor.chat_template or self._tokenizer.chat_template):
+        if not processor.chat_template:
             raise ConfigError(
                 "recipe.model.path: the model has no chat template; add chat_template.jinja to it"
             )
-        added = [str(token) for token in self._tokenizer.get_added_vocab()]
-        self._special = sorted({*self._tokenizer.all_special_tokens, *added}, key=len)
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = {token.content.strip() for token in added if token.special}
+        special |= {token.strip() for token in self._tokenizer.all_special_tokens}
+        # A token of one character cannot be broken up; none that matters is that short.
+        longest_first = sorted(
+            (token for token in special if len(token) > 1), key=len, reverse=True
+        )
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def render(self, text: str, images: int = 1) -> str:
         """The whole prompt as text, with one image placeholder per image."""
@@ -119,12 +124,13 @@ class ChatPrompt:
         return text.strip()
 
     def neutralise(self, text: str) -> str:
-        """Row text in which no special token is spelled out any more."""
-        found = True
-        while found:
-            found = False
-            for token in self._special:
-                if token.strip() and token in text:
-                    text = text.replace(token, f"{token[0]} {token[1:]}")
-                    found = True
-        return text
+        """Row text in which no special token is spelled out any more.
+
+        Raises:
+            BadRow: Breaking one up spells out another, again and again.
+        """
+        for _ in range(NEUTRALISE_ROUNDS):
+            if not self._special.search(text):
+                return text
+            text = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        raise BadRow(Status.BAD_PROMPT, "the text spells out special tokens of the model")

@@ -89,7 +89,7 @@ class Request:
         row: Row number in the source.
         images: The row's images; length 1 for now.
         prompts: The row's prompts; length 1 for now.
-        carried: The input columns that are written back.
+        carried: The input columns that are written back, Arrow scalars or Python values.
         fault: Set where the source already knows that the row cannot be answered.
     """
 

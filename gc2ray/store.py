@@ -197,10 +197,7 @@ class Store:
         folder = Path(self._root) / "_tmp"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / uuid.uuid4().hex
-        with path.open("xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
+        _write_new(path, data)
         return path
 
     def _create_local(self, path: str, data: bytes) -> None:
@@ -212,10 +209,7 @@ class Store:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            with target.open("xb") as handle:  # no links here: exclusive, though not atomic
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
+            _write_new(target, data)  # no links here: exclusive, though not atomic
         finally:
             temporary.unlink()
         _sync_folder(target.parent)
@@ -227,6 +221,18 @@ _FOOTER_KEYS = ("sid", "run", "token", "worker", "stats")
 def _protocols(filesystem: Any) -> tuple[str, ...]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write and sync a file that is not there yet; nothing stays of it if that fails."""
+    with path.open("xb") as handle:
+        try:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

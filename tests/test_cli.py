@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,18 +18,21 @@ from tests.rows import job_data, write_rows
 ROOT = Path(__file__).parents[1]
 
 
-def gc2ray(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def start(*words: object) -> subprocess.Popen[str]:
     code = "from gc2ray.cli import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "AWS_CONFIG_FILE": "/"}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=110,
-        check=False,
-        cwd=cwd,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
     )
+
+
+def gc2ray(*words: object) -> subprocess.CompletedProcess[str]:
+    process = start(*words)
+    stdout, stderr = process.communicate(timeout=110)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def job_file(tmp_path: Path, model: Path, rows: int = 12, **cluster: object) -> Path:
@@ -104,6 +109,32 @@ def test_no_cluster_at_the_address(tmp_path: Path, tiny_paths: dict[str, Path]) 
     result = gc2ray("run", job_file(tmp_path, tiny_paths["vicuna"]), "--address", "127.0.0.1:1")
     assert result.returncode == 2
     assert "no Ray cluster at 127.0.0.1:1" in result.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, tiny_paths: dict[str, Path], number: signal.Signals
+) -> None:
+    path = job_file(tmp_path, tiny_paths["vicuna"], rows=600)
+    run = start("run", path)
+    data, deadline = tmp_path / "out" / "data", time.monotonic() + 100
+    while not (data.exists() and any(data.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.send_signal(number)
+    _, stderr = run.communicate(timeout=60)
+    committed = len(list(data.iterdir()))
+    assert 0 < committed < 100, "it was in the middle"
+    assert (run.returncode, stderr.splitlines()[-1]) == (
+        130,
+        "interrupted; run the same command again to go on",
+    )
+    result = gc2ray("run", path)
+    assert result.returncode == 0, result.stderr
+    assert "600 of 600" in result.stdout
 
 
 @pytest.mark.ray

@@ -71,24 +71,25 @@ def test_parts_hold_every_row_in_input_order(job: Job) -> None:
 def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
     """With rows of the next shard at hand, the engine's batch spans the border."""
     shards = shards_of(job)
-    seen: list[str] = []
     steps: list[tuple[str, str]] = []
-    gate = threading.Event()
+    both_queued = threading.Event()
 
-    def on_row(request):
-        gate.wait(10)
-        seen.append(request.row_key)
+    class Waiting(EchoEngine):
+        def stream(self, requests):
+            both_queued.wait(10)
+            yield from super().stream(requests)
 
-    engine = EchoEngine(buffered=8, on_row=on_row)
+    engine = Waiting(buffered=8)
     worker = make_worker(job, engine, metrics=lambda step, sid: steps.append((step, sid)))
     with ThreadPoolExecutor(2) as callers:
         calls = [callers.submit(worker.process, shard, 1) for shard in shards[:2]]
-        time.sleep(0.2)  # both are queued before the first row is answered
-        gate.set()
+        while worker._queue.qsize() < 2:
+            time.sleep(0.01)
+        both_queued.set()
         for call in calls:
             call.result(timeout=20)
-    order = [step for step in steps if step[0] in ("read", "answered")]
-    assert order.index(("read", shards[1].sid)) < order.index(("answered", shards[0].sid))
+    first, second = [sid for step, sid in steps if step == "read"]
+    assert steps.index(("read", second)) < steps.index(("answered", first))
 
 
 def test_a_shard_that_cannot_be_read_fails_alone(job: Job, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.config import InputConfig
-from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError
+from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError, Status
 from gc2ray.manifest import SourceFile, Span, row_key
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ImageRef, Request
@@ -117,30 +117,36 @@ class ParquetSource:
         for batch in batches:
             inside = batch.slice(min(len(batch), max(0, span.first - row)))
             row = max(row, span.first) if len(inside) else row + len(batch)
-            for record in inside.to_pylist():
+            for index in range(len(inside)):
                 if row >= span.stop:
                     return
+                record = {name: inside.column(name)[index] for name in columns}
                 yield self._request(prompt, span.source, row, record)
                 row += 1
         if row < span.stop:
             raise ShardError(f"{span.source} ends at row {row}, planned to {span.stop}")
 
     def _request(
-        self, prompt: PromptSource, source: str, row: int, record: Mapping[str, Any]
+        self, prompt: PromptSource, source: str, row: int, record: Mapping[str, pa.Scalar]
     ) -> Request:
+        """One row; kept columns stay Arrow scalars, so that they come out as they went in."""
         prompts: tuple[str, ...] = ()
+        images: tuple[ImageRef, ...] = ()
         fault: BadRow | None = None
         try:
-            prompts = (prompt.render(record),)
+            images = (_image(_value(record, self.config.image, Status.BAD_IMAGE)),)
+            columns = prompt.columns()
+            values = {name: _value(record, name, Status.BAD_PROMPT) for name in columns}
+            prompts = (prompt.render(values),)
         except BadRow as error:
             fault = error
         return Request(
             row_key=row_key(source, row),
             source=source,
             row=row,
-            images=(_image(record[self.config.image]),),
+            images=images,
             prompts=prompts,
-            carried={name: record[name] for name in self.config.keep},
+            carried={name: record[name] for name in self.config.keep if record[name].is_valid},
             fault=fault,
         )
 
@@ -221,6 +227,18 @@ def _batch_rows(
                 total += chunk.total_uncompressed_size
     per_row = max(1, total // max(1, rows))
     return max(1, min(MAX_BATCH_ROWS, host_memory_bytes // 4 // per_row))
+
+
+def _value(record: Mapping[str, pa.Scalar], name: str, status: Status) -> object:
+    """A cell as Python has it.
+
+    Raises:
+        BadRow: Python cannot have it: text that is not UTF-8, a date out of range.
+    """
+    try:
+        return record[name].as_py()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise BadRow(status, f"column {name!r} cannot be read: {error}") from error
 
 
 def _image(cell: object) -> ImageRef:

@@ -1,0 +1,388 @@
+"""Configuration: what is refused, what the message says, and what identifies a recipe."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from gc2ray import compression
+from gc2ray.config import (
+    Cluster,
+    Job,
+    load_job,
+    parse_job,
+    parse_recipe,
+    recipe_difference,
+)
+from gc2ray.errors import ConfigError
+from gc2ray.records import ANSWER_COLUMNS
+from tests.rows import job_data
+
+
+def data_with(path: str, value: object) -> dict[str, Any]:
+    """A good configuration with one setting changed or added."""
+    data = copy.deepcopy(job_data("model", "in", "out"))
+    *above, last = path.split(".")
+    owner = data
+    for key in above:
+        owner = owner.setdefault(key, {})
+    owner[last] = value
+    return data
+
+
+def refusal(path: str, value: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_job(data_with(path, value))
+    return str(caught.value)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def good_yaml(tmp_path: Path) -> Path:
+    return written(tmp_path, yaml.safe_dump(job_data("model", "in", "out")))
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("outptu", "output"),
+        ("clutser", "cluster"),
+        ("recipe.modle", "model"),
+        ("recipe.compression.retentoin", "retention"),
+        ("recipe.input.max_image_byte", "max_image_bytes"),
+        ("recipe.input.prompt.colunm", "column"),
+        ("cluster.worker", "workers"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_nearest(path: str, nearest: str) -> None:
+    key = path.split(".")[-1]
+    assert refusal(path, 1) == f"{path}: unknown {key!r}; did you mean {nearest!r}?"
+
+
+def test_an_unknown_key_like_no_other_gets_the_list() -> None:
+    message = refusal("recipe.generation.zzz", 1)
+    assert message == (
+        "recipe.generation.zzz: unknown 'zzz'; known: max_new_tokens, temperature, top_p, seed"
+    )
+
+
+def test_every_problem_is_told_at_once() -> None:
+    data = data_with("recipe.compression.retention", 2)
+    data["cluster"] = {"tries": 0}
+    del data["output"]
+    with pytest.raises(ConfigError) as caught:
+        parse_job(data)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "output",
+        "recipe.compression.retention",
+        "cluster.tries",
+    ]
+    assert lines[0] == "output: required, and not set"
+
+
+def test_an_unknown_method_is_named_with_its_nearest() -> None:
+    message = refusal("recipe.compression.method", "globalcom")
+    assert message.startswith("recipe.compression.method: unknown 'globalcom'; did you mean '")
+
+
+@pytest.mark.parametrize("method", compression.COMPRESSORS)
+def test_every_method_can_be_configured(method: str) -> None:
+    config = parse_job(data_with("recipe.compression.method", method)).recipe.compression
+    assert config.build().name == method
+    takes = "retention" in compression.parameters(method)
+    assert config.retention_requested == (0.25 if takes else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("recipe.compression.retention", 0),
+        ("recipe.compression.retention", -0.1),
+        ("recipe.compression.retention", 1.01),
+        ("recipe.compression.retention", float("nan")),
+        ("recipe.compression.temperature", 0),
+        ("recipe.generation.max_new_tokens", 0),
+        ("recipe.generation.temperature", -1),
+        ("recipe.generation.top_p", 0),
+        ("recipe.generation.top_p", 1.1),
+        ("recipe.model.dtype", "float64"),
+        ("recipe.input.keep", "id"),
+        ("recipe.input.max_image_pixels", 0),
+        ("cluster.workers", 0),
+        ("cluster.gpus_per_worker", -1),
+        ("cluster.max_bad_rows", 1.5),
+        ("cluster.stall_seconds", 0),
+        ("cluster.shard_rows", 2.5),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_path(path: str, value: object) -> None:
+    message = refusal(path, value)
+    assert message.startswith(f"{path}: ")
+    assert message.endswith(f"got {value!r}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
+    assert refusal("recipe.generation.seed", seed).startswith("recipe.generation.seed: ")
+
+
+def test_a_local_model_must_be_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "gone", tmp_path):
+        model = parse_job(data_with("recipe.model.path", str(path))).recipe.model
+        with pytest.raises(ConfigError, match=r"recipe\.model\.path: there is no model in"):
+            model.check()
+    (tmp_path / "config.json").write_text("{}")
+    model.check()
+
+
+def test_a_model_of_the_hub_is_not_looked_for() -> None:
+    parse_job(data_with("recipe.model.path", "somebody/some-model")).recipe.model.check()
+
+
+def test_image_limits_are_checked_before_anything_starts() -> None:
+    assert "recipe.input.max_image_pixels" in refusal("recipe.input.max_image_pixels", 10**9)
+    assert "recipe.input.image_roots" in refusal("recipe.input.image_roots", [""])
+
+
+@pytest.mark.parametrize("retention", [1, 1e-6, "0.5"])
+def test_retention_in_range_is_taken(retention: object) -> None:
+    job = parse_job(data_with("recipe.compression.retention", retention))
+    assert job.recipe.compression.retention == float(retention)
+
+
+@pytest.mark.parametrize(
+    "prompt", [{}, {"column": "a", "constant": "b"}, {"template": "{a}", "column": "a"}]
+)
+def test_a_prompt_is_exactly_one_of_three(prompt: dict[str, str]) -> None:
+    message = refusal("recipe.input.prompt", prompt)
+    assert message.startswith(
+        "recipe.input.prompt: set exactly one of column, template, constant; got "
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{x.__class__}", "{x[0]}", "{}", "{0}", "{x!r}", "{x:>100000000}", "{x:{y}}", "{a b}"],
+)
+def test_a_template_takes_plain_columns_only(template: str) -> None:
+    message = refusal("recipe.input.prompt", {"template": template})
+    assert "only plain column names are allowed" in message
+
+
+@pytest.mark.parametrize("template", ["{x", "x}"])
+def test_a_broken_template_is_refused(template: str) -> None:
+    assert refusal("recipe.input.prompt", {"template": template}).startswith("recipe.input.prompt:")
+
+
+@pytest.mark.parametrize("column", sorted(ANSWER_COLUMNS))
+def test_a_kept_column_may_not_hide_an_answer_column(column: str) -> None:
+    message = refusal("recipe.input.keep", ["id", column])
+    assert message.startswith(f"recipe.input.keep: '{column}' is a column of the answers; rename")
+
+
+def test_a_column_is_kept_once() -> None:
+    assert "recipe.input.keep" in refusal("recipe.input.keep", ["id", "id"])
+
+
+def test_what_comes_later_is_refused_by_name() -> None:
+    for key in ("adapter", "quantization"):
+        message = refusal(f"recipe.model.{key}", "x")
+        assert message == f"recipe.model.{key}: not supported yet; leave it null"
+
+
+def test_columns_are_read_once_each() -> None:
+    data = data_with("recipe.input.prompt", {"template": "{a} {b} {a}"})
+    data["recipe"]["input"]["keep"] = ["b", "image", "id"]
+    assert parse_job(data).recipe.input.columns() == ("image", "a", "b", "id")
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    job = parse_job(job_data("model", "in", "out"))
+    with pytest.raises(ValidationError, match="frozen"):
+        job.recipe.compression.retention = 0.5
+
+
+def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
+    assert load_job(good_yaml(tmp_path)) == parse_job(job_data("model", "in", "out"))
+
+
+def test_overrides_are_applied_and_typed(tmp_path: Path) -> None:
+    job = load_job(
+        good_yaml(tmp_path),
+        [
+            "recipe.compression.retention=0.5",
+            "recipe.compression.retention=0.75",  # the last one holds
+            "recipe.input.keep=[id, name]",
+            "recipe.input.prompt.constant=What? = how?",
+            "recipe.model.revision=null",
+            "cluster.shard_rows=7",
+            "output=s3://bucket/run",
+        ],
+    )
+    assert job.recipe.compression.retention == 0.75
+    assert job.recipe.input.keep == ("id", "name")
+    assert job.recipe.input.prompt.constant == "What? = how?"
+    assert job.recipe.model.revision is None
+    assert (job.cluster.shard_rows, job.cluster.workers) == (7, 2)
+    assert job.output == "s3://bucket/run"
+
+
+def test_an_override_may_open_a_section(tmp_path: Path) -> None:
+    data = job_data("model", "in", "out")
+    del data["cluster"]
+    job = load_job(written(tmp_path, yaml.safe_dump(data)), ["cluster.workers=3"])
+    assert job.cluster == Cluster(workers=3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nonsense", "'nonsense': overrides are written a.b=c"),
+        ("=3", "'=3': overrides are written a.b=c"),
+        ("a..b=3", "'a..b=3': overrides are written a.b=c"),
+        ("output.x=1", "'output.x=1': output has no keys below it"),
+        ("output=[", "'output=[': '[' is not valid YAML"),
+        ("cluster.worker=3", "cluster.worker: unknown 'worker'; did you mean 'workers'?"),
+        ("cluster.workers=two", "cluster.workers: "),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(good_yaml(tmp_path), [override])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: b: c", "\tx: 1"])
+def test_broken_yaml_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_job(path)
+    assert str(caught.value).startswith(f"{path}: not valid YAML: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "3"])
+def test_yaml_without_keys_is_refused(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError, match="expected keys output, recipe, cluster"):
+        load_job(path)
+
+
+def test_yaml_runs_no_code(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    path = written(tmp_path, f"output: !!python/object/apply:os.mkdir ['{mark}']\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_job(path)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_job(good_yaml(tmp_path), [f"output=!!python/object/apply:os.mkdir ['{mark}']"])
+    assert not mark.exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: No such file"):
+        load_job(tmp_path / "gone.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_job(tmp_path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"output: \xff\xfe\n")
+    with pytest.raises(ConfigError, match=r"job\.yaml"):
+        load_job(path)
+
+
+CHANGES: dict[str, object] = {
+    "model.path": "other",
+    "model.revision": "main",
+    "model.dtype": "float16",
+    "compression.method": "random",
+    "compression.retention": 0.26,
+    "compression.temperature": 9,
+    "generation.max_new_tokens": 9,
+    "generation.temperature": 0.1,
+    "generation.top_p": 0.9,
+    "generation.seed": 1,
+    "input.uri": "elsewhere",
+    "input.image": "picture",
+    "input.prompt": {"column": "prompt"},
+    "input.keep": ["id"],
+    "input.image_roots": ["/images"],
+    "input.max_image_bytes": 5,
+    "input.max_image_pixels": 5,
+}
+"""Every recipe setting that has a choice, and another value of it."""
+
+ONE_CHOICE = {
+    "model.adapter",
+    "model.quantization",
+    "compression.positions",
+    "compression.newlines",
+}
+
+
+def test_the_changes_cover_every_setting() -> None:
+    recipe = parse_job(job_data("model", "in", "out")).recipe
+    settings = {f"{a}.{b}" for a, values in recipe.model_dump().items() for b in values}
+    assert settings == {*CHANGES, *ONE_CHOICE}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_every_setting_changes_the_fingerprint_and_the_difference(path: str) -> None:
+    stored = parse_job(job_data("model", "in", "out")).recipe
+    yours = parse_job(data_with(f"recipe.{path}", CHANGES[path])).recipe
+    assert stored.fingerprint() != yours.fingerprint()
+    lines = recipe_difference(stored, yours)
+    assert lines
+    assert all(line.startswith(f"recipe.{path}") for line in lines)
+
+
+def test_the_cluster_and_the_output_do_not_change_the_fingerprint() -> None:
+    a = parse_job(job_data("model", "in", "out"))
+    data = job_data("model", "in", "elsewhere")
+    data["cluster"] = {"workers": 7, "kv_tokens": 9, "views_per_batch": 1, "tries": 9}
+    b = parse_job(data)
+    assert a.recipe.fingerprint() == b.recipe.fingerprint()
+    assert recipe_difference(a.recipe, b.recipe) == []
+
+
+def test_a_default_said_aloud_is_the_same_recipe() -> None:
+    data = data_with("recipe.compression.temperature", 10)
+    data["recipe"]["input"]["keep"] = []
+    recipe = parse_job(job_data("model", "in", "out")).recipe
+    assert parse_job(data).recipe.fingerprint() == recipe.fingerprint()
+
+
+def test_the_difference_is_readable() -> None:
+    stored = parse_job(job_data("model", "in", "out")).recipe
+    data = data_with("recipe.compression.retention", 0.5)
+    data["recipe"]["input"]["prompt"] = {"column": "question"}
+    assert recipe_difference(stored, parse_job(data).recipe) == [
+        "recipe.compression.retention: 0.25 (stored) -> 0.5 (yours)",
+        "recipe.input.prompt.column: None (stored) -> 'question' (yours)",
+        "recipe.input.prompt.constant: 'What is in the picture?' (stored) -> None (yours)",
+    ]
+
+
+def test_a_recipe_survives_its_json() -> None:
+    recipe = parse_job(data_with("recipe.input.keep", ["id"])).recipe
+    again = parse_recipe(recipe.model_dump(mode="json"))
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+
+
+def test_a_job_needs_no_cluster() -> None:
+    data = job_data("model", "in", "out")
+    del data["cluster"]
+    assert parse_job(data) == Job(output="out", recipe=parse_job(data).recipe, cluster=Cluster())

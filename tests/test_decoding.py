@@ -1,0 +1,351 @@
+"""Decoding: batches change nothing, rows end on their own, memory trouble stays with its row."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gc2ray.decoding.decoder import Completion
+from gc2ray.decoding.generate import GenerateDecoder, draw
+from gc2ray.families.family import Loaded
+from gc2ray.records import Sampling
+from gc2ray.views import Prompt
+
+NEW = 12
+LENGTHS = (5, 17, 9, 30, 9)
+ROOM = 10_000
+
+
+@pytest.fixture
+def model(loaded_models: dict[str, Loaded]) -> Any:
+    return loaded_models["mistral"].model
+
+
+def prompts_for(model: Any, lengths: Sequence[int] = LENGTHS) -> list[Prompt]:
+    """Prompts of random tokens."""
+    generator = torch.Generator().manual_seed(3)
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        return [
+            Prompt(table(torch.randint(10, table.num_embeddings, (length,), generator=generator)))
+            for length in lengths
+        ]
+
+
+def decode(
+    decoder: GenerateDecoder, prompts: Sequence[Prompt], samplings: Sequence[Sampling]
+) -> list[Completion]:
+    """Run everything; completions in order of the prompts."""
+    done: list[Completion] = []
+    for tag, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        while not decoder.submit(tag, prompt, sampling):
+            done += decoder.step()
+    while len(decoder):
+        done += decoder.step()
+    assert sorted(item.tag for item in done) == list(range(len(prompts)))
+    return sorted(done, key=lambda item: item.tag)
+
+
+def tokens_alone(model: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple]:
+    return [
+        decode(GenerateDecoder(model, max_tokens=1), [prompt], [sampling])[0].token_ids
+        for prompt in prompts
+    ]
+
+
+@contextmanager
+def ending_at(model: Any, *eos: int) -> Iterator[GenerateDecoder]:
+    """A decoder whose model ends at other tokens."""
+    before = model.generation_config
+    model.generation_config = copy.deepcopy(before)
+    model.generation_config.eos_token_id = eos[0] if len(eos) == 1 else list(eos)
+    try:
+        yield GenerateDecoder(model, max_tokens=ROOM)
+    finally:
+        model.generation_config = before
+
+
+class Watched:
+    """A model whose `generate` is watched, or fails."""
+
+    def __init__(self, model: Any, before: Callable[[int], None] = lambda _: None) -> None:
+        self._model = model
+        self.before = before
+        self.generation_config = model.generation_config
+        self.shapes: list[tuple[int, int]] = []
+        self.widths: list[int] = []
+        self.ns = 0
+
+    def generate(self, **inputs: Any) -> torch.Tensor:
+        rows, length = inputs["inputs_embeds"].shape[:2]
+        self.shapes.append((rows, length + inputs["generation_config"].max_new_tokens))
+        self.before(rows)
+        started = time.perf_counter_ns()
+        output = self._model.generate(**inputs)
+        self.widths.append(output.shape[1])
+        self.ns += time.perf_counter_ns() - started
+        return output
+
+
+class Counting:
+    """A model that answers 7, 7, … at once."""
+
+    generation_config = SimpleNamespace(eos_token_id=None, pad_token_id=None)
+
+    def generate(self, **inputs: Any) -> torch.Tensor:
+        rows = len(inputs["inputs_embeds"])
+        inputs["logits_processor"][0](torch.zeros(rows, 0), torch.zeros(rows, 9))
+        return torch.full((rows, inputs["generation_config"].max_new_tokens), 7)
+
+
+def test_a_greedy_batch_equals_one_by_one(model: Any) -> None:
+    prompts, sampling = prompts_for(model), Sampling(NEW)
+    watched = Watched(model)
+    done = decode(GenerateDecoder(watched, max_tokens=ROOM), prompts, [sampling] * 5)
+    assert [rows for rows, _ in watched.shapes] == [5]
+    alone = tokens_alone(model, prompts, sampling)
+    assert [item.token_ids for item in done] == alone
+    assert len(set(alone)) == 5, "all answers alike: this test could not fail"
+
+
+def test_every_row_has_its_own_limit(model: Any) -> None:
+    prompts = prompts_for(model)
+    limits = [3, 1, NEW, 7, 12]
+    watched = Watched(model)
+    decoder = GenerateDecoder(watched, max_tokens=ROOM)
+    done = decode(decoder, prompts, [Sampling(limit) for limit in limits])
+    assert len(watched.shapes) == 1
+    full = tokens_alone(model, prompts, Sampling(NEW))
+    assert [item.token_ids for item in done] == [
+        tokens[:limit] for tokens, limit in zip(full, limits, strict=True)
+    ]
+    assert {item.finish_reason for item in done} == {"length"}
+
+
+@pytest.mark.parametrize("ends", [1, 2])
+def test_a_row_stops_behind_its_first_end(model: Any, ends: int) -> None:
+    prompts, sampling = prompts_for(model), Sampling(NEW)
+    free = tokens_alone(model, prompts, sampling)
+    eos = [free[0][4], free[1][2]][:ends]
+    with ending_at(model, *eos) as decoder:
+        done = decode(decoder, prompts, [sampling] * 5)
+    for item, tokens in zip(done, free, strict=True):
+        stops = [place for place, token in enumerate(tokens) if token in eos]
+        assert item.token_ids == (tokens[: stops[0] + 1] if stops else tokens)
+        assert item.finish_reason == ("stop" if stops else "length")
+    assert {item.finish_reason for item in done} == {"stop", "length"}
+
+
+def test_an_end_at_the_limit_is_a_stop(model: Any) -> None:
+    prompt = prompts_for(model, [9])[0]
+    tokens = tokens_alone(model, [prompt], Sampling(NEW))[0]
+    first = tokens.index(tokens[-1])
+    with ending_at(model, tokens[-1]) as decoder:
+        (done,) = decode(decoder, [prompt], [Sampling(first + 1)])
+    assert (done.token_ids, done.finish_reason) == (tokens[: first + 1], "stop")
+
+
+def test_an_end_behind_the_limit_is_not_reached(model: Any) -> None:
+    prompts = prompts_for(model, [9, 9])
+    tokens = tokens_alone(model, prompts[:1], Sampling(NEW))[0]
+    late = next(token for token in tokens if tokens.index(token) > 3)
+    with ending_at(model, late) as decoder:
+        done = decode(decoder, prompts, [Sampling(2), Sampling(NEW)])
+    assert (done[0].token_ids, done[0].finish_reason) == (tokens[:2], "length")
+
+
+def test_a_batch_ends_with_its_last_row(model: Any) -> None:
+    prompt = prompts_for(model, [9])[0]
+    tokens = tokens_alone(model, [prompt], Sampling(NEW))[0]
+    with ending_at(model, tokens[2]):
+        watched = Watched(model)
+        decode(GenerateDecoder(watched, max_tokens=ROOM), [prompt], [Sampling(NEW)])
+    assert watched.widths == [tokens.index(tokens[2]) + 1]
+
+
+def test_sampling_does_not_depend_on_neighbours(model: Any) -> None:
+    prompts = prompts_for(model)
+    samplings = [Sampling(NEW, temperature=1.5, seed=seed) for seed in range(5)]
+    together = decode(GenerateDecoder(model, max_tokens=ROOM), prompts, samplings)
+    reversed_ = decode(GenerateDecoder(model, max_tokens=60), prompts[::-1], samplings[::-1])
+    assert [item.token_ids for item in together] == [item.token_ids for item in reversed_[::-1]]
+
+
+def test_seeds_make_the_difference(model: Any) -> None:
+    prompt = prompts_for(model, [9])[0]
+    samplings = [Sampling(NEW, temperature=1.5, seed=seed) for seed in (1, 2, 1)]
+    done = decode(GenerateDecoder(model, max_tokens=ROOM), [prompt] * 3, samplings)
+    assert done[0].token_ids == done[2].token_ids
+    assert done[0].token_ids != done[1].token_ids
+    assert done[0].token_ids != tokens_alone(model, [prompt], Sampling(NEW))[0]
+
+
+def test_a_tiny_nucleus_is_greedy(model: Any) -> None:
+    prompts = prompts_for(model)
+    sampling = Sampling(NEW, temperature=1.5, top_p=1e-9, seed=4)
+    done = decode(GenerateDecoder(model, max_tokens=ROOM), prompts, [sampling] * 5)
+    assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
+
+
+def test_greedy_and_sampled_rows_share_a_batch(model: Any) -> None:
+    prompts = prompts_for(model, [9, 9])
+    sampled = Sampling(NEW, temperature=1.5, seed=4)
+    done = decode(GenerateDecoder(model, max_tokens=ROOM), prompts, [Sampling(NEW), sampled])
+    assert done[0].token_ids == tokens_alone(model, prompts[:1], Sampling(NEW))[0]
+    assert done[1].token_ids == tokens_alone(model, prompts[1:], sampled)[0]
+
+
+def test_back_pressure_counts_tokens(model: Any) -> None:
+    """Two batches' worth may wait, in whatever number of rows; one prompt always may."""
+    decoder = GenerateDecoder(model, max_tokens=100)
+    long, short = prompts_for(model, [40, 1])
+    taken = [decoder.submit(tag, long, Sampling(10)) for tag in range(6)]
+    assert taken == [True, True, True, True, False, False]
+    assert len(decoder) == 4
+    decoder = GenerateDecoder(model, max_tokens=100)
+    taken = [decoder.submit(tag, short, Sampling(1)) for tag in range(110)]
+    assert taken == [True] * 100 + [False] * 10
+    decoder = GenerateDecoder(model, max_tokens=10)
+    assert decoder.submit(0, long, Sampling(10))
+    assert not decoder.submit(1, short, Sampling(1))
+    assert [item.tag for item in decoder.step()] == [0]
+    assert decoder.submit(1, short, Sampling(1))
+
+
+def test_an_idle_decoder_has_nothing_to_finish(model: Any) -> None:
+    decoder = GenerateDecoder(model, max_tokens=100)
+    assert (len(decoder), decoder.step()) == (0, [])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200))
+def test_a_batch_holds_at_most_its_tokens(lengths: list[int], room: int) -> None:
+    watched = Watched(Counting())
+    prompts = [Prompt(torch.zeros(length, 2)) for length in lengths]
+    done = decode(
+        GenerateDecoder(watched, max_tokens=room), prompts, [Sampling(4) for _ in prompts]
+    )
+    assert all(item.token_ids == (7, 7, 7, 7) for item in done)
+    assert sum(rows for rows, _ in watched.shapes) == len(lengths)
+    assert all(rows * width <= room for rows, width in watched.shapes if rows > 1)
+
+
+def test_explicit_positions_are_refused(model: Any) -> None:
+    decoder = GenerateDecoder(model, max_tokens=100)
+    prompt = Prompt(prompts_for(model, [5])[0].embeds, positions=torch.arange(5))
+    with pytest.raises(ValueError, match="positions of their own"):
+        decoder.submit(0, prompt, Sampling(4))
+    assert len(decoder) == 0
+
+
+def test_time_is_shared_out_whole(model: Any) -> None:
+    """The shares add up to at least the time in `generate`, and to no more than passed."""
+    watched = Watched(model)
+    decoder = GenerateDecoder(watched, max_tokens=ROOM)
+    started = time.perf_counter_ns()
+    done = decode(decoder, prompts_for(model), [Sampling(NEW)] * 5)
+    passed = time.perf_counter_ns() - started
+    assert all(item.prefill_ns > 0 and item.generate_ns > 0 for item in done)
+    assert watched.ns <= sum(item.prefill_ns + item.generate_ns for item in done) <= passed
+    shares = [item.prefill_ns / length for item, length in zip(done, LENGTHS, strict=True)]
+    assert shares == pytest.approx([shares[0]] * 5, rel=1e-3)
+
+
+def out_of_memory_above(rows: int) -> Callable[[int], None]:
+    def check(asked: int) -> None:
+        if asked > rows:
+            raise torch.OutOfMemoryError("no room")
+
+    return check
+
+
+@pytest.mark.parametrize("fits", [1, 2])
+def test_a_batch_that_does_not_fit_is_halved(model: Any, fits: int) -> None:
+    prompts = prompts_for(model)
+    watched = Watched(model, out_of_memory_above(fits))
+    done = decode(GenerateDecoder(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
+    assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
+    assert watched.shapes[0][0] == 5
+    assert {rows for rows, _ in watched.shapes} > {1, 5}
+
+
+def test_only_what_does_not_fit_alone_is_out_of_memory(model: Any) -> None:
+    watched = Watched(model)
+
+    def check(_rows: int) -> None:
+        if watched.shapes[-1][1] == 30 + NEW:  # the longest prompt is in the batch
+            raise torch.OutOfMemoryError("no room")
+
+    watched.before = check
+    prompts = prompts_for(model)
+    done = decode(GenerateDecoder(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
+    assert [item.finish_reason for item in done] == [
+        "out_of_memory" if length == 30 else "length" for length in LENGTHS
+    ]
+    assert done[3] == Completion(3, (), "out_of_memory", 0, 0)
+    expected = tokens_alone(model, prompts, Sampling(NEW))
+    assert [item.token_ids for item in done[:3]] == expected[:3]
+
+
+def test_a_decoder_lives_on_after_out_of_memory(model: Any) -> None:
+    prompts = prompts_for(model, [9, 9])
+    watched = Watched(model, out_of_memory_above(0))
+    decoder = GenerateDecoder(watched, max_tokens=ROOM)
+    done = decode(decoder, prompts, [Sampling(NEW)] * 2)
+    assert {item.finish_reason for item in done} == {"out_of_memory"}
+    watched.before = out_of_memory_above(9)
+    done = decode(decoder, prompts, [Sampling(NEW)] * 2)
+    assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
+
+
+LOGITS = torch.tensor([1.0, 0.0, 3.0, 2.0, -1.0])
+
+
+def frequencies(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    tokens = torch.tensor([draw(LOGITS, sampling, generator) for _ in range(draws)])
+    return torch.bincount(tokens, minlength=len(LOGITS)) / draws
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    seen = frequencies(Sampling(1, temperature=temperature, seed=5))
+    expected = (LOGITS / temperature).softmax(0)
+    assert (seen - expected).abs().max() < 0.03
+    others = (LOGITS / (2 * temperature)).softmax(0)
+    assert (seen - others).abs().max() > 0.05, "the tolerance would let anything through"
+
+
+@pytest.mark.parametrize(("top_p", "nucleus"), [(0.6, {2}), (0.65, {2, 3}), (0.9, {0, 2, 3})])
+def test_draws_stay_in_the_nucleus(top_p: float, nucleus: set[int]) -> None:
+    """Softmax of the logits is about .09, .03, .64, .23, .01."""
+    seen = frequencies(Sampling(1, temperature=1.0, top_p=top_p, seed=6), 2000)
+    assert set(seen.nonzero().flatten().tolist()) == nucleus
+    kept = sorted(nucleus)
+    inside = LOGITS.softmax(0)[kept] / LOGITS.softmax(0)[kept].sum()
+    assert (seen[kept] - inside).abs().max() < 0.04
+
+
+def test_one_draw_uses_one_random_number() -> None:
+    """So that a row's tokens do not depend on what the nucleus was before."""
+    a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    draw(LOGITS, Sampling(1, temperature=1.0), a)
+    draw(LOGITS, Sampling(1, temperature=9.0, top_p=0.1), b)
+    assert a.get_state().equal(b.get_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_masked_logits_are_drawn_from(dtype: torch.dtype) -> None:
+    logits = torch.tensor([-torch.inf, 2.0, -torch.inf, 1.0], dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {draw(logits, Sampling(1, temperature=2.0), generator) for _ in range(100)}
+    assert drawn == {1, 3}

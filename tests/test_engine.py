@@ -1,0 +1,386 @@
+"""The engine: one answer per row, whatever happens; and numbers that add up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gc2ray.config import Cluster
+from gc2ray.engine import Engine, load_engine
+from gc2ray.errors import BadRow, EngineDead, Status
+from gc2ray.families.family import Loaded
+from gc2ray.records import Answer, ImageRef, Request
+from gc2ray.stats import STAGES
+from tests.rows import SIZES, encoded, make_recipe, picture, request, requests
+
+NEW = 6
+
+
+@pytest.fixture
+def loaded(loaded_models: dict[str, Loaded]) -> Loaded:
+    return loaded_models["mistral"]
+
+
+def make_engine(loaded: Loaded, cluster: Cluster | None = None, **changes: Any) -> Engine:
+    settings = {"generation__max_new_tokens": NEW, **changes}
+    return Engine(loaded, make_recipe("unused", **settings), cluster or Cluster())
+
+
+def answers_of(engine: Engine, rows: Iterable[Request | None]) -> list[Answer]:
+    """Answers in order of their rows."""
+    return sorted(engine.stream(rows), key=lambda answer: answer.request.row)
+
+
+def tokens_of(engine: Engine, rows: Iterable[Request | None]) -> list[tuple[int, ...]]:
+    answers = answers_of(engine, rows)
+    assert [answer.error for answer in answers] == [None] * len(answers)
+    return [answer.token_ids for answer in answers]
+
+
+class OtherFamily:
+    """A family whose `encode` is watched, or fails, and that may have other limits."""
+
+    def __init__(self, family: Any, **changes: Any) -> None:
+        self._family = family
+        self.error: Exception | None = None
+        self.on_size: tuple[int, int] | None = None
+        self.batches: list[int] = []
+        self.ns = 0
+        vars(self).update(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def encode(self, tiles: Any, seeds: Any) -> Any:
+        self.batches.append(len(tiles))
+        if self.error and (self.on_size is None or self.on_size in [t.size for t in tiles]):
+            raise self.error
+        started = time.perf_counter_ns()
+        views = self._family.encode(tiles, seeds)
+        self.ns += time.perf_counter_ns() - started
+        return views
+
+
+def with_family(loaded: Loaded, **changes: Any) -> tuple[Loaded, OtherFamily]:
+    family = OtherFamily(loaded.family, **changes)
+    return replace(loaded, family=family), family
+
+
+def mixed_rows() -> list[Request]:
+    """Good and bad rows; the number of a row is its place."""
+    good = encoded(picture((100, 200), 1))
+    images = {
+        0: ImageRef(good),
+        1: ImageRef(good[: len(good) // 2]),
+        2: ImageRef(),
+        3: ImageRef(good),
+        4: ImageRef(b""),
+        5: ImageRef(b"GIF89a" + b"\0" * 40),
+        6: ImageRef(path="/etc/passwd"),
+        7: ImageRef(encoded(picture((25, 30), 2), "JPEG")),
+    }
+    fault = BadRow(Status.BAD_PROMPT, "prompt column 'q' is null")
+    rows = [replace(request(seed=n), images=(image,)) for n, image in images.items()]
+    rows[3] = replace(rows[3], prompts=(), fault=fault)
+    return rows
+
+
+def test_every_row_gets_one_answer_with_its_status(loaded: Loaded) -> None:
+    answers = answers_of(make_engine(loaded), mixed_rows())
+    assert [answer.request.row for answer in answers] == list(range(8))
+    bad = Status.BAD_IMAGE
+    assert [answer.status for answer in answers] == [
+        Status.OK, bad, bad, Status.BAD_PROMPT, bad, bad, bad, Status.OK
+    ]  # fmt: skip
+    assert answers[3].error == "prompt column 'q' is null"
+    assert all((answer.error is None) == (answer.status is Status.OK) for answer in answers)
+
+
+def test_a_bad_row_has_nothing_measured_but_its_image(loaded: Loaded) -> None:
+    answer = answers_of(make_engine(loaded), mixed_rows())[1]
+    assert set(answer.stage_ns) == {"image"}
+    assert (answer.answer, answer.prompt_tokens, answer.kept_per_view) == (None, None, None)
+    assert (answer.method, answer.retention_requested) == ("globalcom2", 0.25)
+    assert (answer.device, answer.token_ids) == ("cpu", ())
+
+
+def test_bad_rows_change_nothing_for_good_ones(loaded: Loaded) -> None:
+    rows = mixed_rows()
+    answers = answers_of(make_engine(loaded), rows)
+    alone = answers_of(make_engine(loaded), [rows[0], rows[7]])
+    assert [answers[0].token_ids, answers[7].token_ids] == [a.token_ids for a in alone]
+
+
+def test_no_rows_no_answers(loaded: Loaded) -> None:
+    engine = make_engine(loaded)
+    assert list(engine.stream([])) == []
+    assert list(engine.stream([None, None])) == []
+
+
+def test_an_engine_streams_again(loaded: Loaded) -> None:
+    engine = make_engine(loaded)
+    rows = requests(SIZES[:2])
+    assert tokens_of(engine, rows) == tokens_of(engine, rows)
+
+
+def test_a_row_remembers_what_was_carried_but_not_its_image(loaded: Loaded) -> None:
+    row = replace(request(), carried={"id": 5})
+    (answer,) = make_engine(loaded).stream([row])
+    assert answer.request == replace(row, images=())
+
+
+@pytest.mark.parametrize("retention", [1.0, 0.25, 0.05])
+def test_token_counts_add_up(loaded: Loaded, retention: float) -> None:
+    engine = make_engine(loaded, compression__retention=retention)
+    rows = requests()
+    for row, answer in zip(rows, answers_of(engine, rows), strict=True):
+        (views,) = answer.kept_per_view
+        assert sum(views) == answer.visual_tokens_kept <= answer.visual_tokens_full
+        assert answer.retention_actual == answer.visual_tokens_kept / answer.visual_tokens_full
+        assert answer.prompt_tokens == len(engine.prompts([row])[0])
+        read = around_image(loaded) + answer.visual_tokens_kept + answer.newline_tokens
+        assert answer.prompt_tokens == read
+        assert answer.output_tokens == len(answer.token_ids) == NEW
+        assert 0 < answer.newline_tokens <= answer.newline_tokens_full
+        assert answer.retention_requested == retention
+
+
+def around_image(loaded: Loaded) -> int:
+    """Tokens of the rendered prompt beside the image, by the stock tokenizer."""
+    text = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+    return len(loaded.processor.tokenizer(text).input_ids) - 1
+
+
+def test_full_retention_keeps_everything(loaded: Loaded) -> None:
+    engine = make_engine(loaded, compression__retention=1.0)
+    for answer in engine.stream(requests()):
+        assert answer.retention_actual == 1.0
+        assert answer.newline_tokens == answer.newline_tokens_full
+        assert answer.kv_bytes == answer.kv_bytes_full
+
+
+def test_full_token_counts_do_not_depend_on_the_method(loaded: Loaded) -> None:
+    def counted(**changes: Any) -> list[tuple[int | None, ...]]:
+        answers = answers_of(make_engine(loaded, **changes), requests())
+        return [(a.visual_tokens_full, a.newline_tokens_full, a.kv_bytes_full) for a in answers]
+
+    expected = counted(compression__method="none")
+    assert counted(compression__method="thumbnail") == expected
+    assert counted(compression__retention=0.1) == expected
+
+
+def test_kv_bytes_are_those_of_the_config(loaded: Loaded) -> None:
+    text = loaded.model.config.text_config
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    for answer in make_engine(loaded).stream(requests()):
+        assert answer.kv_bytes == (answer.prompt_tokens + NEW) * per_token
+        dropped = answer.visual_tokens_full - answer.visual_tokens_kept
+        bare = answer.newline_tokens_full - answer.newline_tokens
+        assert answer.kv_bytes_full == answer.kv_bytes + (dropped + bare) * per_token
+        assert dropped > 0
+
+
+def test_every_stage_is_timed(loaded: Loaded) -> None:
+    for answer in make_engine(loaded).stream(requests()):
+        assert set(answer.stage_ns) == set(STAGES)
+        assert all(ns > 0 for ns in answer.stage_ns.values())
+
+
+class Ticking(Engine):
+    """A device clock that ticks once a look."""
+
+    ticks = 0
+
+    def _now(self) -> int:
+        self.ticks += 100_003
+        return self.ticks
+
+
+def test_shares_of_a_batch_sum_to_the_stage_exactly(loaded: Loaded) -> None:
+    recipe = make_recipe("unused", generation__max_new_tokens=NEW)
+    answers = answers_of(Ticking(loaded, recipe, Cluster(views_per_batch=100)), requests())
+    for stage in ("encode", "compress"):
+        shares = [answer.stage_ns[stage] for answer in answers]
+        assert sum(shares) == 100_003
+        assert max(shares) - min(shares) > 1, "shared out evenly, not by size"
+
+
+def test_the_vision_tower_is_timed_whole(loaded: Loaded) -> None:
+    watched, family = with_family(loaded)
+    started = time.perf_counter_ns()
+    answers = list(make_engine(watched).stream(requests()))
+    passed = time.perf_counter_ns() - started
+    assert family.ns <= sum(answer.stage_ns["encode"] for answer in answers) <= passed
+
+
+def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: Loaded) -> None:
+    """The longest prompt that fits, and one token more."""
+    rows = [request((25, 30), 0), request((480, 640), 1)]
+    lengths = [len(prompt) for prompt in make_engine(loaded).prompts(rows)]
+    assert lengths[0] < lengths[1]
+    for limit, status in ((lengths[1] + NEW, Status.OK), (lengths[1] + NEW - 1, Status.TOO_LONG)):
+        small, _ = with_family(loaded, max_positions=limit)
+        answers = answers_of(make_engine(small), rows)
+        assert [answer.status for answer in answers] == [Status.OK, status]
+    assert answers[1].error == (
+        f"{lengths[1]} prompt tokens and {NEW} new ones; the model reads at most {limit}"
+    )
+
+
+def test_none_flushes_what_is_in_the_engine(loaded: Loaded) -> None:
+    """A reader with nothing at hand must not hold back rows that are already read."""
+    seen: list[int] = []
+    waiting: list[list[int]] = []
+
+    def feed() -> Iterator[Request | None]:
+        yield request(seed=0)
+        yield request(seed=1)
+        waiting.append(list(seen))
+        yield None
+        waiting.append(sorted(seen))
+        yield request(seed=2)
+        yield None
+        waiting.append(sorted(seen))
+
+    for answer in make_engine(loaded).stream(feed()):
+        seen.append(answer.request.row)
+    assert waiting == [[], [0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("error", [ValueError("odd image"), torch.OutOfMemoryError("no room")])
+def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
+    loaded: Loaded, error: Exception
+) -> None:
+    rows = requests()
+    expected = tokens_of(make_engine(loaded), rows)
+    broken, family = with_family(loaded, error=error, on_size=SIZES[4])
+    answers = answers_of(make_engine(broken, Cluster(views_per_batch=100)), rows)
+    assert family.batches[0] == len(rows)
+    assert [answer.token_ids for answer in answers if answer.error is None] == [
+        tokens for place, tokens in enumerate(expected) if place != 4
+    ]
+    oom = isinstance(error, torch.OutOfMemoryError)
+    assert answers[4].status is (Status.OUT_OF_MEMORY if oom else Status.FAILED)
+    assert oom or answers[4].error == "ValueError: odd image"
+
+
+def test_an_error_message_is_one_bounded_line(loaded: Loaded) -> None:
+    broken, _ = with_family(loaded, error=ValueError("a\n  b" * 1000))
+    (answer,) = make_engine(broken).stream([request()])
+    assert answer.error.startswith("ValueError: a b")
+    assert "\n" not in answer.error
+    assert len(answer.error) == 300
+
+
+def test_a_row_that_does_not_fit_the_decoder_is_out_of_memory(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(**_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    answers = answers_of(make_engine(loaded), requests(SIZES[:3]))
+    assert [answer.status for answer in answers] == [Status.OUT_OF_MEMORY] * 3
+    assert {"image", "encode", "compress"} <= set(answers[0].stage_ns)
+
+
+def test_a_lost_device_ends_the_engine(loaded: Loaded) -> None:
+    broken, family = with_family(loaded, error=torch.AcceleratorError("CUDA error"))
+    with pytest.raises(EngineDead, match="the device is lost: CUDA error"):
+        list(make_engine(broken).stream(requests()))
+    assert len(family.batches) == 1, "tried again on a dead device"
+
+
+def test_a_device_lost_while_decoding_ends_the_engine(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(**_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error")
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    with pytest.raises(EngineDead, match="the device is lost"):
+        list(make_engine(loaded).stream([request()]))
+
+
+class Forgetful:
+    """A decoder that takes prompts and never gives them back."""
+
+    def submit(self, *_: Any) -> bool:
+        return True
+
+    def step(self) -> list[Any]:
+        return []
+
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("end", [[], [None]])
+def test_a_lost_row_is_not_passed_over_in_silence(loaded: Loaded, end: list[None]) -> None:
+    engine = make_engine(loaded)
+    engine._decoder = Forgetful()
+    with pytest.raises(EngineDead, match="1 rows went into the decoder and did not come out"):
+        list(engine.stream([request(), *end]))
+
+
+def test_prompts_raise_for_the_first_bad_row(loaded: Loaded) -> None:
+    engine = make_engine(loaded)
+    with pytest.raises(BadRow) as caught:
+        engine.prompts(mixed_rows())
+    assert caught.value.status is Status.BAD_IMAGE
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize("method", ["globalcom2", "random"])
+def test_an_answer_does_not_depend_on_its_batch(
+    loaded: Loaded, method: str, temperature: float
+) -> None:
+    changes = {"compression__method": method, "generation__temperature": temperature}
+    rows = requests()
+    alone = Cluster(views_per_batch=1, kv_tokens=1, image_threads=1)
+    one = tokens_of(make_engine(loaded, alone, **changes), rows)
+    wide = Cluster(views_per_batch=100, kv_tokens=100_000)
+    all_ = tokens_of(make_engine(loaded, wide, **changes), rows[::-1])
+    assert one == all_
+    assert len(set(one)) > 1
+
+
+def test_batch_sizes_are_kept(loaded: Loaded) -> None:
+    watched, family = with_family(loaded)
+    rows = [request((40, 300), seed) for seed in range(6)]  # a thumbnail and three crops
+    list(make_engine(watched, Cluster(views_per_batch=8)).stream(rows))
+    assert family.batches == [2, 2, 2]
+
+
+def test_the_seed_is_of_the_row_and_of_the_recipe(loaded: Loaded) -> None:
+    rows = [replace(request(seed=0), row_key=f"a#{row}", row=row) for row in range(3)]
+
+    def drawn(seed: int) -> list[tuple[int, ...]]:
+        changes = {"generation__temperature": 1.5, "generation__seed": seed}
+        return tokens_of(make_engine(loaded, **changes), rows)
+
+    assert drawn(1) == drawn(1)
+    assert len({*drawn(1), *drawn(2)}) == 6
+
+
+def test_an_engine_is_loaded_by_its_recipe(tiny_paths: dict[str, Path]) -> None:
+    recipe = make_recipe(tiny_paths["mistral"], generation__max_new_tokens=NEW)
+    engine = load_engine(recipe, Cluster())
+    assert engine.device == "cpu"
+    assert engine.peak_device_bytes() == 0
+    (answer,) = engine.stream([request()])
+    assert (answer.status, answer.finish_reason) == (Status.OK, "length")
+    assert answer.answer == engine_text(tiny_paths, answer)
+
+
+def engine_text(tiny_paths: dict[str, Path], answer: Answer) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_paths["mistral"])
+    return tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
