@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gc2ray import __version__
-from gc2ray.errors import ConfigError, GivenUp
+from gc2ray.errors import STORAGE_ERRORS, ConfigError, GivenUp
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
 # and `--help`, a typo in the configuration or `status` should not wait for them.
@@ -76,7 +76,7 @@ def status(
         from gc2ray.store import Store
 
         store = Store(output)
-        store.check_reachable()
+        store.check_usable(writing=False)
         plan = store.read(PLAN_NAME)
         if store.read(RUN_NAME) is None or plan is None:
             raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
@@ -149,6 +149,9 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(2) from None
     except GivenUp as error:
         errors.print(f"given up: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except STORAGE_ERRORS as error:
+        errors.print(f"storage: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         errors.print("interrupted; run the same command again to go on")

@@ -170,8 +170,8 @@ class Recipe(_Frozen):
     input: InputConfig
 
     def fingerprint(self) -> str:
-        """Digest of every setting."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Digest of every setting that is not its default: new settings change no old recipe."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 class Cluster(_Frozen):
@@ -184,7 +184,8 @@ class Cluster(_Frozen):
         image_threads: Threads of a worker that decode images.
         views_per_batch: Views encoded and compressed together.
         kv_tokens: Tokens of prompt and answer that a decoding batch may hold.
-        host_memory_bytes: Input that a worker may hold in memory, undecoded.
+        host_memory_bytes: Undecoded input that a worker may hold, beside the pages it is read from
+            (see `gc2ray.sources.parquet`).
         shard_rows: Rows of a shard; None sizes shards by calibration.
         shard_seconds: The calibrated size.
         tries: Times that a shard is tried.
@@ -217,6 +218,18 @@ class Job(_Frozen):
     recipe: Recipe
     cluster: Cluster = Cluster()
 
+    def located(self) -> Job:
+        """The same with absolute local paths: workers have other working directories."""
+        recipe = self.recipe
+        roots = tuple(_absolute(root) for root in recipe.input.image_roots)
+        where = {"uri": _absolute(recipe.input.uri), "image_roots": roots}
+        model = recipe.model
+        if Path(model.path).is_dir():
+            model = model.model_copy(update={"path": _absolute(model.path)})
+        what = {"input": recipe.input.model_copy(update=where), "model": model}
+        located = {"output": _absolute(self.output), "recipe": recipe.model_copy(update=what)}
+        return self.model_copy(update=located)
+
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """Read a YAML and apply `a.b=c` overrides.
@@ -225,7 +238,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         ConfigError: Not readable, an unknown key, or a value out of range.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -263,6 +276,11 @@ def recipe_difference(stored: Recipe, yours: Recipe) -> list[str]:
         for key in sorted({*a, *b})
         if a.get(key) != b.get(key)
     ]
+
+
+def _absolute(place: str) -> str:
+    """A local path made absolute; URLs stay as they are."""
+    return place if "://" in place or "::" in place else str(Path(place).expanduser().absolute())
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

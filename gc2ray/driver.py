@@ -327,12 +327,14 @@ def run_job(
         ConfigError: The configuration cannot be used, or the output belongs to another one.
         GivenUp: The run stopped before its end.
     """
+    job = job.located()
     store = Store(job.output)
-    store.check_reachable()
+    store.check_usable(writing=False)
     plan = stored_plan(store, job)
     if plan is not None and len(committed_parts(store, plan)) == len(plan.shards):
         return outcome(store, plan)
     job.recipe.model.check()
+    store.check_usable(writing=True)
     files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
     with ray_pool.connected(address):
         # Workers write down what they cost, so they are told the share that they really get.

@@ -26,7 +26,7 @@ from gc2ray import families
 from gc2ray.config import Cluster, Recipe
 from gc2ray.decoding.decoder import Completion, Decoder
 from gc2ray.decoding.generate import GenerateDecoder
-from gc2ray.errors import BadRow, EngineDead, Status
+from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Family, Loaded
 from gc2ray.images import load_tiles
 from gc2ray.prompts import ChatPrompt
@@ -46,6 +46,7 @@ class _Row:
     tiles: Tiles | None = None
     token_ids: list[int] = field(default_factory=list)
     trouble: BadRow | None = None
+    retry: bool = False
     stage_ns: dict[str, int] = field(default_factory=dict)
     kept_per_view: tuple[int, ...] = ()
     full_tokens: int = 0
@@ -162,9 +163,9 @@ class Engine:
         try:
             return work(rows)
         except Exception as error:  # noqa: BLE001 - whatever one row can cause belongs to that row
-            trouble = _trouble(error)
+            trouble, retry = _trouble(error), isinstance(error, ShardError)
         if len(rows) == 1:
-            rows[0].trouble = trouble
+            rows[0].trouble, rows[0].retry = trouble, retry
             return []
         half = len(rows) // 2
         return self._attempt(rows[:half], work) + self._attempt(rows[half:], work)
@@ -176,6 +177,8 @@ class Engine:
             request = rows[0].request
             if request.fault is not None:
                 raise request.fault
+            if len(request.images) != 1 or len(request.prompts) != 1:
+                raise BadRow(Status.FAILED, "a row has one image and one prompt, for now")
             rows[0].tiles = load_tiles(request.images[0], self._family.anyres, self._images)
             return []
 
@@ -235,10 +238,8 @@ class Engine:
             raise EngineDead(f"the device is lost: {error}") from error
         for completion in completions:
             row = self._open.pop(completion.tag)
-            if completion.finish_reason == "out_of_memory":
-                row.trouble = BadRow(
-                    Status.OUT_OF_MEMORY, "the device has not enough memory for this row alone"
-                )
+            if completion.error is not None:
+                row.trouble = _trouble(completion.error)
                 yield self._failed(row)
             else:
                 yield self._answered(row, completion)
@@ -281,6 +282,7 @@ class Engine:
             error=trouble.message[:MESSAGE_CHARACTERS],
             stage_ns=row.stage_ns,
             device=self.device,
+            retry=row.retry,
         )
 
     def _seed(self, row: _Row) -> int:

@@ -33,6 +33,8 @@ class PromptSource:
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.column, self.template, self.constant)) != 1:
             raise ValueError("set exactly one of column, template, constant")
+        if self.constant is not None and not self.constant.strip():
+            raise ValueError("the constant is empty")
         self.columns()
 
     def columns(self) -> tuple[str, ...]:
@@ -95,6 +97,7 @@ class ChatPrompt:
         added = self._tokenizer.added_tokens_decoder.values()
         special = {token.content.strip() for token in added if token.special}
         special |= {token.strip() for token in self._tokenizer.all_special_tokens}
+        special.add(processor.image_token)
         # A token of one character cannot be broken up; none that matters is that short.
         longest_first = sorted(
             (token for token in special if len(token) > 1), key=len, reverse=True

@@ -111,7 +111,9 @@ class Request:
 class Answer:
     """One answer row; see the README's table of columns for the meaning of each.
 
-    `kept_per_view` is one list per image, one count per view; `token_ids` is not written.
+    `kept_per_view` is one list per image, one count per view. Two are not written: `token_ids`, and
+    `retry`, which says that not the row but its image's storage failed, so that its shard is to be
+    tried again.
     """
 
     request: Request
@@ -133,6 +135,7 @@ class Answer:
     stage_ns: Mapping[str, int] = field(default_factory=dict)
     device: str = ""
     token_ids: tuple[int, ...] = ()
+    retry: bool = False
 
     @property
     def retention_actual(self) -> float | None:

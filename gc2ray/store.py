@@ -33,6 +33,8 @@ from gc2ray.manifest import Shard
 from gc2ray.stats import RunStats
 
 READ_THREADS = 16
+TAIL_BYTES = 1 << 16
+"""Read from the end of a part at first; a footer is smaller, as a rule."""
 _PART = re.compile(r"part-(\d{7})-([0-9a-f]{16})\.parquet$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
@@ -87,14 +89,18 @@ class Store:
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return type(self), (self.uri,)  # never a filesystem: its pickle may hold credentials
 
-    def check_reachable(self) -> None:
-        """Ask the filesystem something, before anything depends on it.
+    def check_usable(self, *, writing: bool) -> None:
+        """List, and if need be write something, before anything depends on it.
 
         Raises:
-            ConfigError: It does not answer, or not to us.
+            ConfigError: The storage does not answer, or not to us.
         """
         try:
             self.names("data")
+            if writing:
+                probe = f"_tmp/probe-{uuid.uuid4().hex}"
+                self.create(probe, b"")
+                self._fs.rm_file(self._path(probe))
         except STORAGE_ERRORS as error:
             raise ConfigError(
                 f"output: {self.uri} cannot be used: {type(error).__name__}: {error}; credentials "
@@ -166,25 +172,26 @@ class Store:
 
         Raises:
             ConfigError: It is not a part.
+            OSError: The storage does not answer.
         """
+        with self._fs.open(self._path(name), "rb") as handle:
+            tail = _parquet_tail(handle)
         try:
-            with self._fs.open(self._path(name), "rb") as handle:
-                file = pq.ParquetFile(handle)
-                rows = file.metadata.num_rows
-                found = file.schema_arrow.metadata or {}
+            metadata = pq.read_metadata(pa.BufferReader(tail))
+            found = metadata.metadata or {}
             values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
-        except (*STORAGE_ERRORS, pa.ArrowException, KeyError) as error:
+            stats = RunStats.from_json(values.pop("stats"))
+            return PartFooter(rows=metadata.num_rows, stats=stats, **values)
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{self.uri}: {name} is not a part that gc2ray wrote; move it away, and rerun"
             ) from error
-        stats = RunStats.from_json(values.pop("stats"))
-        return PartFooter(rows=rows, stats=stats, **values)
 
     def footers(self, names: Sequence[str]) -> list[PartFooter]:
         """The footers of parts, in order.
 
         Raises:
-            ConfigError: As `footer`.
+            ConfigError, OSError: As `footer`.
         """
         with ThreadPoolExecutor(READ_THREADS, "gc2ray-footer") as pool:
             return list(pool.map(self.footer, names))
@@ -216,6 +223,18 @@ class Store:
 
 
 _FOOTER_KEYS = ("sid", "run", "token", "worker", "stats")
+
+
+def _parquet_tail(handle: Any) -> bytes:
+    """The end of a Parquet file from its footer on, behind a magic number: enough for metadata."""
+    size = handle.seek(0, os.SEEK_END)
+    handle.seek(max(0, size - TAIL_BYTES))
+    tail: bytes = handle.read()
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < length <= size:
+        handle.seek(size - length)
+        tail = handle.read()
+    return b"PAR1" + tail[-length:]
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:

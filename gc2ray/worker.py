@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import queue
-import resource
 import socket
 import threading
 import time
@@ -34,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.config import Job
-from gc2ray.errors import STORAGE_ERRORS, EngineDead, ShardError, Status
+from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError, Status
 from gc2ray.manifest import Shard, Span
 from gc2ray.records import Answer, Provenance, Request, answer_schema, answer_table
 from gc2ray.sources.parquet import ParquetSource
@@ -43,6 +42,8 @@ from gc2ray.store import Commit, PartFooter, Store
 
 RECORD_SECONDS = 30.0
 FIRST_ERRORS = 3
+COMMIT_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, ConfigError)
+"""Storage that does not answer, and something else under the part's name."""
 CALIBRATION_WARM_SHARE = 2
 """The first half of a calibration warms up and is not timed."""
 
@@ -261,6 +262,10 @@ class Worker:
         self._progress = self._progress.counted(answer)
         for work in self._reading:
             if key in work.expected and key not in work.answers:
+                if answer.retry:
+                    self._reading.remove(work)
+                    work.fail(ShardError(f"{key}: {answer.error}"))
+                    return
                 work.answers[key] = answer
                 self._close_if_whole(work)
                 return
@@ -291,7 +296,7 @@ class Worker:
         self._metrics("written", shard.sid)
         try:
             commit = self._store.commit(shard, part, footer.token)
-        except STORAGE_ERRORS as error:
+        except COMMIT_ERRORS as error:
             raise ShardError(f"the part cannot be written: {error}") from error
         self._metrics("committed", shard.sid)
         return ShardDone(shard.sid, footer.stats, commit)
@@ -335,8 +340,15 @@ def _load_engine(job: Job) -> Answering:
 
 
 def peak_host_bytes() -> int:
-    """Largest resident set of this process so far (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident set of this process so far; 0 where there is no /proc to tell.
+
+    Not `ru_maxrss`: that is inherited from the parent over fork and exec.
+    """
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _part_bytes(
@@ -354,5 +366,5 @@ def _bytes_moved() -> int:
     path = Path("/proc/self/io")
     if not path.exists():
         return 0
-    counters = dict(line.split(": ") for line in path.read_text().splitlines())
+    counters = dict(line.split(": ") for line in path.read_text(encoding="utf-8").splitlines())
     return int(counters["read_bytes"]) + int(counters["write_bytes"])

@@ -386,3 +386,26 @@ def test_a_job_needs_no_cluster() -> None:
     data = job_data("model", "in", "out")
     del data["cluster"]
     assert parse_job(data) == Job(output="out", recipe=parse_job(data).recipe, cluster=Cluster())
+
+
+def test_a_default_spelled_out_is_the_same_recipe() -> None:
+    """So a setting that a later version adds leaves old recipes what they are."""
+    plain = parse_job(job_data("model", "in", "out")).recipe
+    spelled = parse_job(data_with("recipe.compression.temperature", 10.0)).recipe
+    assert plain.fingerprint() == spelled.fingerprint()
+
+
+def test_local_paths_are_made_absolute_and_urls_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    data = job_data("model", "in/*.parquet", "out")
+    data["recipe"]["input"]["image_roots"] = ["photos", "s3://bucket/photos"]
+    located = parse_job(data).located()
+    assert located.output == f"{tmp_path}/out"
+    assert located.recipe.model.path == f"{tmp_path}/model"
+    assert located.recipe.input.uri == f"{tmp_path}/in/*.parquet"
+    assert located.recipe.input.image_roots == (f"{tmp_path}/photos", "s3://bucket/photos")
+    remote = parse_job(job_data("somebody/model", "s3://bucket/in", "s3://bucket/out"))
+    assert remote.located() == remote

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -289,11 +290,46 @@ def test_only_what_does_not_fit_alone_is_out_of_memory(model: Any) -> None:
     prompts = prompts_for(model)
     done = decode(GenerateDecoder(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
     assert [item.finish_reason for item in done] == [
-        "out_of_memory" if length == 30 else "length" for length in LENGTHS
+        "error" if length == 30 else "length" for length in LENGTHS
     ]
-    assert done[3] == Completion(3, (), "out_of_memory", 0, 0)
+    assert replace(done[3], error=None) == Completion(3, (), "error", 0, 0)
+    assert isinstance(done[3].error, torch.OutOfMemoryError)
     expected = tokens_alone(model, prompts, Sampling(NEW))
     assert [item.token_ids for item in done[:3]] == expected[:3]
+
+
+def test_what_breaks_a_batch_breaks_one_prompt_only(model: Any) -> None:
+    watched = Watched(model)
+
+    def check(_rows: int) -> None:
+        if watched.shapes[-1][1] == 30 + NEW:
+            raise RuntimeError("this prompt breaks the model")
+
+    watched.before = check
+    done = decode(
+        GenerateDecoder(watched, max_tokens=ROOM), prompts_for(model), [Sampling(NEW)] * 5
+    )
+    assert [str(item.error) for item in done if item.error] == ["this prompt breaks the model"]
+    assert done[3].finish_reason == "error"
+
+
+def test_a_lost_device_is_no_prompts_error(model: Any) -> None:
+    def lost(_rows: int) -> None:
+        raise torch.AcceleratorError("CUDA error")
+
+    decoder = GenerateDecoder(Watched(model, lost), max_tokens=ROOM)
+    with pytest.raises(torch.AcceleratorError):
+        decode(decoder, prompts_for(model), [Sampling(NEW)] * 5)
+
+
+def test_mixed_limits_keep_to_the_budget(model: Any) -> None:
+    """A long prompt with a small limit and a short one with a large limit: 2 x 200 is too much."""
+    watched = Watched(model)
+    prompts = prompts_for(model, [30, 3])
+    samplings = [Sampling(1), Sampling(20)]
+    done = decode(GenerateDecoder(watched, max_tokens=60), prompts, samplings)
+    assert [rows for rows, _ in watched.shapes] == [1, 1]
+    assert [len(item.token_ids) for item in done] == [1, 20]
 
 
 def test_a_decoder_lives_on_after_out_of_memory(model: Any) -> None:
@@ -301,7 +337,7 @@ def test_a_decoder_lives_on_after_out_of_memory(model: Any) -> None:
     watched = Watched(model, out_of_memory_above(0))
     decoder = GenerateDecoder(watched, max_tokens=ROOM)
     done = decode(decoder, prompts, [Sampling(NEW)] * 2)
-    assert {item.finish_reason for item in done} == {"out_of_memory"}
+    assert {type(item.error) for item in done} == {torch.OutOfMemoryError}
     watched.before = out_of_memory_above(9)
     done = decode(decoder, prompts, [Sampling(NEW)] * 2)
     assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))

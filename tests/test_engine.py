@@ -13,7 +13,7 @@ import torch
 
 from gc2ray.config import Cluster
 from gc2ray.engine import Engine, load_engine
-from gc2ray.errors import BadRow, EngineDead, Status
+from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Loaded
 from gc2ray.records import Answer, ImageRef, Request
 from gc2ray.stats import STAGES
@@ -384,3 +384,20 @@ def engine_text(tiny_paths: dict[str, Path], answer: Answer) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_paths["mistral"])
     return tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+
+
+def test_a_storage_that_fails_is_not_the_rows_fault(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outage(*_: Any) -> None:
+        raise ShardError("the image store does not answer")
+
+    monkeypatch.setattr("gc2ray.engine.load_tiles", outage)
+    (answer,) = make_engine(loaded).stream([request()])
+    assert answer.retry
+    assert answer.error == "ShardError: the image store does not answer"
+
+
+def test_a_bad_row_is_not_to_be_tried_again(loaded: Loaded) -> None:
+    (answer,) = make_engine(loaded).stream([replace(request(), prompts=())])
+    assert (answer.retry, answer.error) == (False, "a row has one image and one prompt, for now")

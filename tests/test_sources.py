@@ -95,6 +95,18 @@ def test_a_directory_may_be_called_like_a_file(tmp_path: Path) -> None:
     assert [file.source for file in files] == ["part-0.parquet"]
 
 
+def test_a_file_that_is_named_may_be_hidden(tmp_path: Path) -> None:
+    write(tmp_path / "_x.parquet", image=[b"x"])
+    files, _ = source_of(tmp_path / "_x.parquet").scan()
+    assert [file.source for file in files] == ["_x.parquet"]
+
+
+def test_a_column_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([b"x"]), pa.array([b"y"])], names=["image", "image"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "several columns 'image'" in refusal(source_of(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["", "gone", "gone.parquet", "gone/*.parquet", "_hidden"])
 def test_no_files_are_a_configuration_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "_hidden").mkdir()

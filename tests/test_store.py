@@ -144,7 +144,8 @@ def test_what_is_not_there(store: Store) -> None:
     assert store.read("run.json") is None
     assert store.names("data") == []
     assert store.committed() == {}
-    store.check_reachable()
+    store.check_usable(writing=False)
+    assert store.names("_tmp") == []
 
 
 def test_names_are_sorted_and_of_one_folder(store: Store) -> None:
@@ -355,6 +356,20 @@ def test_a_truncated_part_is_a_configuration_error(store: Store) -> None:
         store.footers([shard.part_name])
 
 
+@pytest.mark.parametrize("stats", [b"{}", b"no json", b'{"slowest": [], "largest": [], "new": 1}'])
+def test_statistics_of_another_version_are_a_configuration_error(
+    local: Store, stats: bytes
+) -> None:
+    shard = a_shard()
+    table = pq.read_table(pa.BufferReader(a_part(shard, "mine")))
+    sink = pa.BufferOutputStream()
+    metadata = {**table.schema.metadata, b"gc2ray.stats": stats}
+    pq.write_table(table.replace_schema_metadata(metadata), sink)
+    local.create(shard.part_name, sink.getvalue().to_pybytes())
+    with pytest.raises(ConfigError, match="is not a part"):
+        local.footer(shard.part_name)
+
+
 def test_only_parts_are_committed(store: Store) -> None:
     shards = [replace(a_shard(), index=index, sid=f"{index:016x}") for index in (12, 3)]
     for shard in shards:
@@ -378,7 +393,48 @@ def test_a_store_out_of_reach_is_told_before_anything_starts(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     with pytest.raises(ConfigError, match=r"output: s3://.* cannot be used"):
-        Store(f"{s3}/run").check_reachable()
+        Store(f"{s3}/run").check_usable(writing=False)
+
+
+def test_an_output_that_takes_no_objects_is_told_before_anything_starts(
+    s3: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for uri in (f"{tmp_path}/file/out", "s3://no-such-bucket/run"):
+        with pytest.raises(ConfigError, match=r"output: .* cannot be used"):
+            Store(uri).check_usable(writing=True)
+
+
+def test_a_usable_output_is_left_as_it_was(store: Store) -> None:
+    store.create("data/a", b"x")
+    store.check_usable(writing=True)
+    assert store.names("_tmp") == []
+    assert store.names("data") == ["data/a"]
+
+
+def test_a_storage_that_does_not_answer_is_not_taken_for_a_bad_part(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is to be told to move a good part away."""
+    shard = a_shard()
+    local.create(shard.part_name, a_part(shard, "mine"))
+
+    def no_answer(*_: object, **__: object) -> None:
+        raise OSError("503")
+
+    monkeypatch.setattr(local._fs, "open", no_answer)
+    with pytest.raises(OSError, match="503"):
+        local.footer(shard.part_name)
+
+
+def test_a_long_footer_is_read_whole(local: Store) -> None:
+    shard = a_shard()
+    table = pq.read_table(pa.BufferReader(a_part(shard, "mine")))
+    sink = pa.BufferOutputStream()
+    metadata = {**table.schema.metadata, b"filler": bytes(200_000)}
+    pq.write_table(table.replace_schema_metadata(metadata), sink)
+    local.create(shard.part_name, sink.getvalue().to_pybytes())
+    assert local.footer(shard.part_name).token == "mine"
 
 
 @pytest.mark.usefixtures("new_s3_instances")

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gc2ray.config import Job
-from gc2ray.errors import EngineDead, ShardError
+from gc2ray.errors import EngineDead, ShardError, Status
 from gc2ray.manifest import Shard, cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.store import Commit, Store
@@ -100,6 +101,24 @@ def test_a_shard_that_cannot_be_read_fails_alone(job: Job, tmp_path: Path) -> No
         worker.process(shards[0], 1)
     assert worker.process(shards[1], 1).stats.rows == 8
     assert len(Store(job.output).committed()) == 1
+
+
+def test_a_row_whose_storage_failed_fails_its_shard(job: Job) -> None:
+    """It is tried again with its shard, not committed as failed; the other shard goes on."""
+
+    class Outage(EchoEngine):
+        def stream(self, requests):
+            for answer in super().stream(requests):
+                failed = answer.request.row_key == "a.parquet#3"
+                fault = {"status": Status.FAILED, "error": "503", "retry": True} if failed else {}
+                yield replace(answer, **fault)
+
+    worker = make_worker(job, Outage())
+    first, second = shards_of(job, rows=12)
+    with pytest.raises(ShardError, match=r"a\.parquet#3: 503"):
+        worker.process(first, 1)
+    assert worker.process(second, 1).commit == Commit.WON
+    assert list(Store(job.output).committed()) == [second.sid]
 
 
 def test_a_changed_input_is_an_error(job: Job, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ class Completion:
     Attributes:
         tag: As given to `submit`.
         token_ids: New tokens, the end-of-sequence token included.
-        finish_reason: `stop` (end of sequence), `length` (limit) or `out_of_memory` (no tokens).
+        finish_reason: `stop` (end of sequence), `length` (limit), or `error`.
         prefill_ns: This prompt's share of prefill time, by prompt tokens.
         generate_ns: Its share of the time after the first token, by output tokens.
+        error: What this prompt raises even alone; there are no tokens then.
     """
 
     tag: int
@@ -26,6 +27,7 @@ class Completion:
     finish_reason: str
     prefill_ns: int
     generate_ns: int
+    error: Exception | None = None
 
 
 class Decoder(Protocol):

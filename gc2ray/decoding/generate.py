@@ -1,8 +1,9 @@
 """Decoding with stock `generate(inputs_embeds=…)` on left-padded batches.
 
 Prompts of similar length are batched, so that padding and waiting stay small. A row draws from its
-own generator, so its tokens do not depend on its batch. When a batch does not fit the device it is
-halved; a prompt that does not fit alone finishes as `out_of_memory`.
+own generator, so its tokens do not depend on its batch. A batch that does not fit the device, or
+fails otherwise, is halved; a prompt that fails alone finishes with its error. A lost device is not
+a prompt's error and is raised.
 
 Not covered: explicit positions (`generate` goes on wrongly behind a gap; they are refused), and
 refilling a batch while it runs.
@@ -66,9 +67,9 @@ class GenerateDecoder:
         """Generate for the longest waiting prompts that fit one batch."""
         if not self._waiting:
             return []
-        self._waiting.sort(key=_tokens)
-        longest = _tokens(self._waiting[-1])
-        rows = max(1, self._max_tokens // longest)
+        self._waiting.sort(key=lambda item: len(item[1]))
+        new = max(sampling.max_new_tokens for _, _, sampling in self._waiting)
+        rows = max(1, self._max_tokens // (len(self._waiting[-1][1]) + new))
         batch = self._waiting[-rows:]
         del self._waiting[-rows:]
         return self._run_halving(batch)
@@ -76,9 +77,11 @@ class GenerateDecoder:
     def _run_halving(self, batch: list[_Item]) -> list[Completion]:
         try:
             return self._run(batch)
-        except torch.OutOfMemoryError:
+        except torch.AcceleratorError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:  # the first covers out of memory
             if len(batch) == 1:
-                return [Completion(batch[0][0], (), "out_of_memory", 0, 0)]
+                return [Completion(batch[0][0], (), "error", 0, 0, error)]
         torch.cuda.empty_cache()
         half = len(batch) // 2
         return self._run_halving(batch[:half]) + self._run_halving(batch[half:])
