@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
-from gc2ray import pool as ray_pool
+from gc2ray import ray_pool
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError, GivenUp
 from gc2ray.manifest import Plan, Shard, SourceFile, Span, cut_shards

@@ -13,11 +13,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gc2ray.canvas import NEWLINE, AnyRes, Canvas
 from gc2ray.compression import COMPRESSORS, build, parameters
 from gc2ray.compression.compressor import ViewBatch
 from gc2ray.compression.globalcom2 import GlobalCom2, crop_scales
 from gc2ray.compression.globalcom2_reference import GlobalCom2Reference
-from gc2ray.views import NEWLINE, AnyRes, Canvas, Views, everything
+from gc2ray.views import Views, everything
 from tests import oracle
 
 GOLDEN = Path(__file__).parent / "golden"

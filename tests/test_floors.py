@@ -11,26 +11,27 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gc2ray"
 
 FLOORS = {
-    "errors": 0, "stats": 0, "records": 0, "views": 0,
+    "errors": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
     "images": 1, "prompts": 1, "compression": 1, "families": 1, "decoding": 1,
     "config": 2,
     "engine": 3, "manifest": 3,
     "sources": 4, "store": 4,
     "worker": 5, "planner": 5, "parity": 5,
     "pool": 6,
-    "driver": 7,
-    "display": 8,
-    "cli": 9,
+    "ray_pool": 7,
+    "driver": 8,
+    "display": 9,
+    "cli": 10,
 }  # fmt: skip
 
-SAME_FLOOR = {("records", "errors"), ("records", "stats")}
+SAME_FLOOR = {("records", "errors"), ("records", "stats"), ("views", "canvas")}
 """Borders within the ground floor: types that are made of each other, in one direction."""
 
 BORDERS = {
-    "torch": {"views", "compression", "families", "decoding", "engine"},
+    "torch": {"canvas", "views", "compression", "families", "decoding", "engine"},
     "transformers": {"families", "decoding"},
     "tokenizers": {"families"},
-    "ray": {"pool"},
+    "ray": {"ray_pool"},
     "pyarrow": {"records", "manifest", "sources", "store", "worker"},
     "PIL": {"images", "families"},
     "typer": {"cli"},

@@ -24,10 +24,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
+from gc2ray.canvas import AnyRes, pixel_table
 from gc2ray.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.images import MAX_PIXELS, MAX_SIDE, ImagePolicy, decode, load_tiles, read_bytes, tile
 from gc2ray.records import ImageRef
-from gc2ray.views import AnyRes, Tiles, pixel_table
+from gc2ray.views import Tiles
 
 # Pillow remarks on damaged metadata; here most of it is damaged on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gc2ray.canvas import canvas_plan
 from gc2ray.compression.compressor import MaskCompressor, ViewBatch
-from gc2ray.views import canvas_plan, share_of, top_k_mask
+from gc2ray.views import share_of, top_k_mask
 
 EPSILON = 1e-8
 """Added to the softmax's denominator, as in the paper's equation."""

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, device
 
-from gc2ray.views import AnyRes, Canvas, Prompt, Selection, Tiles, Views
+from gc2ray.canvas import AnyRes, Canvas
+from gc2ray.views import Prompt, Selection, Tiles, Views
 
 
 class Family(Protocol):

@@ -26,17 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.errors import ConfigError
-from gc2ray.views import (
-    NEWLINE,
-    AnyRes,
-    Canvas,
-    Prompt,
-    Selection,
-    Tiles,
-    Views,
-    pixel_table,
-)
+from gc2ray.views import Prompt, Selection, Tiles, Views
 
 VIEWS_PER_BATCH = 32
 """Views that go through the tower at once; bounds its activations."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gc2ray.canvas import NEWLINE, Canvas
 from gc2ray.compression.globalcom2 import GlobalCom2
-from gc2ray.views import NEWLINE, Canvas, Selection, Views
+from gc2ray.views import Selection, Views
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.inputs import SIDE, tiny_model
 from jobs.benchmarks.timing import Work, in_turn, median_ratio

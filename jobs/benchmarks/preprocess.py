@@ -16,9 +16,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
+from gc2ray.canvas import AnyRes, pixel_table
 from gc2ray.images import ImagePolicy, decode, load_tiles, tile
 from gc2ray.records import ImageRef
-from gc2ray.views import AnyRes, pixel_table
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.inputs import TILE, XGA, opened, photographs, tiny_model
 from jobs.benchmarks.timing import Work, in_turn, median_ratio
