@@ -349,12 +349,14 @@ def run_job(
             driver.run(plan, set(committed_parts(store, plan)))
         finally:
             pool.close()
+    if driver.lost_races:
+        log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
     return outcome(store, plan)
 
 
 def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:
     """As configured, or measured on the first rows."""
-    seconds = 0.0
-    if job.cluster.shard_rows is None:
+    rows, seconds = sum(file.rows for file in files), 0.0
+    if job.cluster.shard_rows is None and rows > 0:
         seconds = driver.calibrate(sample_spans(files))
-    return shard_rows(job.cluster, sum(file.rows for file in files), driver.target, seconds)
+    return shard_rows(job.cluster, rows, driver.target, seconds)

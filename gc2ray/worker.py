@@ -44,8 +44,6 @@ RECORD_SECONDS = 30.0
 FIRST_ERRORS = 3
 COMMIT_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, ConfigError)
 """Storage that does not answer, and something else under the part's name."""
-CALIBRATION_WARM_SHARE = 2
-"""The first half of a calibration warms up and is not timed."""
 
 log = logging.getLogger(__name__)
 
@@ -173,16 +171,15 @@ class Worker:
         return self._engine.device
 
     def calibrate(self, spans: Sequence[Span]) -> float:
-        """Seconds per row over sample rows, their answers thrown away; before any `process`."""
-        engine = self._loaded_engine()
-        times: list[float] = []
-        for _ in engine.stream(self._rows(spans)):
-            times.append(time.monotonic())
-            self._calibrated += 1
-        measured = times[len(times) // CALIBRATION_WARM_SHARE :]
-        if len(measured) < 2:
-            return 0.0
-        return (measured[-1] - measured[0]) / (len(measured) - 1)
+        """Seconds per row over sample rows, their answers thrown away; before any `process`.
+
+        The rows are answered twice, to warm up and to be timed, and timed as a whole: answers come
+        in bursts, so the time between two of them means nothing.
+        """
+        rows = self._answered(spans)
+        started = time.monotonic()
+        self._answered(spans)
+        return (time.monotonic() - started) / max(1, rows)
 
     def process(self, shard: Shard, attempt: int) -> ShardDone:
         """Answer a shard and commit its part; may be called by several threads.
@@ -202,6 +199,13 @@ class Worker:
         """What was done so far; cheap, and callable at any time."""
         ticks = peak_host_bytes() + _bytes_moved() + self._calibrated
         return replace(self._progress, ticks=ticks)
+
+    def _answered(self, spans: Sequence[Span]) -> int:
+        """Answer rows and count them."""
+        before = self._calibrated
+        for _ in self._loaded_engine().stream(self._rows(spans)):
+            self._calibrated += 1
+        return self._calibrated - before
 
     def _loaded_engine(self) -> Answering:
         if self._engine is None:
@@ -244,9 +248,10 @@ class Worker:
                     raise ShardError(f"{request.row_key} was read twice")
                 work.expected.add(request.row_key)
                 yield request
+                if work.done.done():  # one of its rows has failed it meanwhile
+                    return
         except ShardError as error:
-            self._reading.remove(work)
-            work.fail(error)
+            self._fail(work, error)
             return
         self._metrics("read", work.shard.sid)
         work.all_read = True
@@ -263,12 +268,15 @@ class Worker:
         for work in self._reading:
             if key in work.expected and key not in work.answers:
                 if answer.retry:
-                    self._reading.remove(work)
-                    work.fail(ShardError(f"{key}: {answer.error}"))
-                    return
-                work.answers[key] = answer
-                self._close_if_whole(work)
+                    self._fail(work, ShardError(f"{key}: {answer.error}"))
+                else:
+                    work.answers[key] = answer
+                    self._close_if_whole(work)
                 return
+
+    def _fail(self, work: _Work, error: ShardError) -> None:
+        self._reading.remove(work)
+        work.fail(error)
 
     def _close_if_whole(self, work: _Work) -> None:
         if work.all_read and len(work.answers) == len(work.expected):

@@ -64,6 +64,7 @@ class EchoEngine:
                 else:
                     yield echo(row)
         for row in held:
+            time.sleep(self._seconds)
             yield echo(row)
 
     def peak_device_bytes(self) -> int:

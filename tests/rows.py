@@ -87,7 +87,7 @@ def write_rows(path: Path, count: int, *, row_group: int = 8, prompts: bool = Tr
         "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     }
     if prompts:
-        columns["prompt"] = [f"Question {i}?" for i in range(count)]
+        columns["prompt"] = pa.array([f"Question {i}?" for i in range(count)], pa.string())
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=row_group)
     return path

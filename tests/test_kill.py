@@ -229,6 +229,17 @@ def test_a_kill_between_plan_and_run_json(job_file: Path) -> None:
     assert_exactly_once(job_file)
 
 
+def test_an_input_without_rows_is_done_at_once(job_file: Path) -> None:
+    """Calibrated or not, there is nothing to measure and nothing to wait for."""
+    data = json.loads(job_file.read_text())
+    write_rows(Path(data["recipe"]["input"]["uri"]) / "a.parquet", 0)
+    data["cluster"]["shard_rows"] = None
+    job_file.write_text(json.dumps(data))
+    result = run(job_file)
+    assert (result.exit_code, result.rows, result.planned_shards) == (0, 0, 0)
+    assert run(job_file).exit_code == 0
+
+
 # --- configuration -----------------------------------------------------------------------------
 
 
