@@ -195,7 +195,8 @@ def leftovers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("leftovers")
 @pytest.mark.parametrize(
-    "step", ["read", "written", pytest.param("committed", marks=pytest.mark.slow)]
+    "step",
+    ["read", *(pytest.param(step, marks=pytest.mark.slow) for step in ("written", "committed"))],
 )
 def test_a_killed_driver(job_file: Path, marks: Path, step: str) -> None:
     """Killed by a worker at a known step; the worker lives on a little, and the rerun overlaps."""
