@@ -72,8 +72,8 @@ def _join(address: str | None) -> None:
         ray.init(**options, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no Ray cluster at {address} ({error}); check --address and RAY_ADDRESS, or leave "
-            "both out to run on this machine"
+            f"cannot join a Ray cluster at {address}: {error}; if it asks for a token, set "
+            "RAY_AUTH_MODE=token; to run on this machine, leave out --address and RAY_ADDRESS"
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place

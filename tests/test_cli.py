@@ -108,7 +108,8 @@ def test_run_then_status(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
 def test_no_cluster_at_the_address(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
     result = gc2ray("run", job_file(tmp_path, tiny_paths["vicuna"]), "--address", "127.0.0.1:1")
     assert result.returncode == 2
-    assert "no Ray cluster at 127.0.0.1:1" in result.stderr
+    assert "cannot join a Ray cluster at 127.0.0.1:1: " in result.stderr
+    assert "RAY_AUTH_MODE=token" in result.stderr
 
 
 @pytest.mark.ray
