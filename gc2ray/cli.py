@@ -72,7 +72,7 @@ def status(
     with _exit_codes():
         from gc2ray.display import print_outcome
         from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan
-        from gc2ray.planner import outcome
+        from gc2ray.planner import committed_parts, outcome
         from gc2ray.store import Store
 
         store = Store(output)
@@ -80,7 +80,8 @@ def status(
         plan = store.read(PLAN_NAME)
         if store.read(RUN_NAME) is None or plan is None:
             raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
-        state = outcome(store, Plan.from_bytes(plan))
+        frozen = Plan.from_bytes(plan)
+        state = outcome(store, frozen, committed_parts(store, frozen))
         console = Console()
         console.print(f"{state.shards} of {state.planned_shards} shards committed")
         print_outcome(console, state, output)

@@ -23,12 +23,12 @@ from datetime import UTC, datetime
 from gc2ray import ray_pool
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError, GivenUp
-from gc2ray.manifest import Plan, Shard, SourceFile, Span, cut_shards
+from gc2ray.manifest import Plan, Shard, SourceFile, Span, cut_shards, first_spans
 from gc2ray.planner import (
+    CALIBRATION_ROWS,
     Outcome,
     committed_parts,
     outcome,
-    sample_spans,
     shard_rows,
     store_plan,
     stored_plan,
@@ -104,7 +104,7 @@ class Driver:
         self._seconds_per_row: float | None = None
         self._phase = "starting"
         self.lost_races = 0
-        self.dead: list[str] = []
+        self._dead_shards = 0
 
     def calibrate(self, sample: Sequence[Span]) -> float:
         """Seconds per row on the first worker that has loaded; the others load meanwhile.
@@ -248,7 +248,7 @@ class Driver:
         number = tries
         while not self._store.create(f"dead/{shard.sid}.{number}.json", data):
             number += 1  # of an earlier run of the same plan
-        self.dead.append(f"shard {shard.index} ({shard.rows} rows): {reason}")
+        self._dead_shards += 1
 
     def _check_clocks(self) -> None:
         now, clocks = self._pool.now(), self._cluster
@@ -303,7 +303,7 @@ class Driver:
             visual_tokens_full=sum(part.visual_tokens_full for part in seen),
             visual_tokens_kept=sum(part.visual_tokens_kept for part in seen),
             workers=sum(state.loaded is not None for state in self._workers.values()),
-            dead_shards=len(self.dead),
+            dead_shards=self._dead_shards,
             phase=self._phase,
         )
 
@@ -331,8 +331,9 @@ def run_job(
     store = Store(job.output)
     store.check_usable(writing=False)
     plan = stored_plan(store, job)
-    if plan is not None and len(committed_parts(store, plan)) == len(plan.shards):
-        return outcome(store, plan)
+    parts = committed_parts(store, plan) if plan else {}
+    if plan is not None and len(parts) == len(plan.shards):
+        return outcome(store, plan, parts)
     job.recipe.model.check()
     store.check_usable(writing=True)
     files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
@@ -346,17 +347,18 @@ def run_job(
             if plan is None:
                 shards = cut_shards(files, _shard_rows(job, files, driver), job.recipe)
                 plan = store_plan(store, job, Plan(job.recipe.fingerprint(), shards, carried))
-            driver.run(plan, set(committed_parts(store, plan)))
+                parts = committed_parts(store, plan)  # another driver may have been faster
+            driver.run(plan, set(parts))
         finally:
             pool.close()
     if driver.lost_races:
         log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
-    return outcome(store, plan)
+    return outcome(store, plan, committed_parts(store, plan))
 
 
 def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:
     """As configured, or measured on the first rows."""
     rows, seconds = sum(file.rows for file in files), 0.0
     if job.cluster.shard_rows is None and rows > 0:
-        seconds = driver.calibrate(sample_spans(files))
+        seconds = driver.calibrate(first_spans(files, CALIBRATION_ROWS))
     return shard_rows(job.cluster, rows, driver.target, seconds)

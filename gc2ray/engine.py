@@ -235,7 +235,7 @@ class Engine:
         try:
             completions = self._decoder.step()
         except torch.AcceleratorError as error:
-            raise EngineDead(f"the device is lost: {error}") from error
+            raise _lost(error) from error
         for completion in completions:
             row = self._open.pop(completion.tag)
             if completion.error is not None:
@@ -342,6 +342,10 @@ def _count(row: _Row, views: Views, selection: Selection) -> None:
     row.full_newlines = views.canvas.newlines
 
 
+def _lost(error: torch.AcceleratorError) -> EngineDead:
+    return EngineDead(f"the device is lost: {error}")
+
+
 def _trouble(error: Exception) -> BadRow:
     """What an exception means for the row that caused it.
 
@@ -354,5 +358,5 @@ def _trouble(error: Exception) -> BadRow:
         torch.cuda.empty_cache()
         return BadRow(Status.OUT_OF_MEMORY, "the device has not enough memory for this row alone")
     if isinstance(error, torch.AcceleratorError):
-        raise EngineDead(f"the device is lost: {error}") from error
+        raise _lost(error) from error
     return BadRow(Status.FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -230,6 +230,17 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def first_spans(files: Sequence[SourceFile], rows: int) -> list[Span]:
+    """Spans of the first `rows` rows of the input, or of all there are."""
+    spans: list[Span] = []
+    for file in files:
+        stop = min(rows, file.rows)
+        if stop > 0:
+            spans.append(Span(file.source, file.fingerprint, 0, stop))
+            rows -= stop
+    return spans
+
+
 def cut_shards(files: Sequence[SourceFile], shard_rows: int, recipe: Recipe) -> tuple[Shard, ...]:
     """Cut files into shards of about `shard_rows` rows, at row-group borders where possible."""
     fingerprint = recipe.fingerprint()

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gc2ray.config import Cluster, Job, Recipe
+from gc2ray.config import Job, Recipe
 from gc2ray.engine import Engine, load_model
 from gc2ray.errors import BadRow
 from gc2ray.families.family import Loaded
 from gc2ray.families.stock import prompt_logits, stock_logits
 from gc2ray.images import decode, read_bytes
-from gc2ray.manifest import SourceFile, Span
+from gc2ray.manifest import first_spans
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
 from gc2ray.sources.parquet import ParquetSource
@@ -66,12 +66,14 @@ def check(job: Job, rows: int) -> Parity:
     source = ParquetSource(job.recipe.input)
     files, _ = source.scan()
     loaded = load_model(job.recipe, job.cluster)
-    uncompressed = _engine(loaded, job.recipe, job.cluster, method="none")
-    recipe = _engine(loaded, job.recipe, job.cluster, method=job.recipe.compression.method)
+    uncompressed = Engine(loaded, _uncompressed(job.recipe), job.cluster)
+    recipe = Engine(loaded, job.recipe, job.cluster)
     worst, same_first = 0.0, 0
     good: list[Request] = []
     bad: list[str] = []
-    for request in _first_rows(source, files, job, rows):
+    spans = first_spans(files, rows)
+    memory = job.cluster.host_memory_bytes
+    for request in (request for span in spans for request in source.read(span, memory)):
         try:
             difference, same = _against_stock(loaded, uncompressed, job.recipe, request)
         except BadRow as error:
@@ -92,21 +94,9 @@ def check(job: Job, rows: int) -> Parity:
     )
 
 
-def _engine(loaded: Loaded, recipe: Recipe, cluster: Cluster, *, method: str) -> Engine:
-    compression = recipe.compression.model_copy(update={"method": method})
-    return Engine(loaded, recipe.model_copy(update={"compression": compression}), cluster)
-
-
-def _first_rows(
-    source: ParquetSource, files: list[SourceFile], job: Job, rows: int
-) -> list[Request]:
-    requests: list[Request] = []
-    for file in files:
-        stop = min(file.rows, rows - len(requests))
-        if stop > 0:
-            span = Span(file.source, file.fingerprint, 0, stop)
-            requests.extend(source.read(span, job.cluster.host_memory_bytes))
-    return requests
+def _uncompressed(recipe: Recipe) -> Recipe:
+    compression = recipe.compression.model_copy(update={"method": "none"})
+    return recipe.model_copy(update={"compression": compression})
 
 
 def _against_stock(

@@ -7,12 +7,12 @@ listing of `data/` says what is committed, the parts' footers how many rows that
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError
-from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run, Shard, SourceFile, Span, digest
+from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run, Shard, digest
 from gc2ray.stats import RunStats
 from gc2ray.store import PartFooter, Store
 
@@ -74,17 +74,6 @@ def store_plan(store: Store, job: Job, plan: Plan) -> Plan:
     return stored_plan(store, job) or frozen
 
 
-def sample_spans(files: Sequence[SourceFile]) -> list[Span]:
-    """The first rows of the input, for calibration."""
-    spans: list[Span] = []
-    left = CALIBRATION_ROWS
-    for file in files:
-        if left > 0 and file.rows > 0:
-            spans.append(Span(file.source, file.fingerprint, 0, min(left, file.rows)))
-            left -= spans[-1].rows
-    return spans
-
-
 def shard_rows(cluster: Cluster, rows: int, workers: int, seconds_per_row: float) -> int:
     """Rows of a shard: `shard_seconds` of work, fewer where workers would wait at the end."""
     if cluster.shard_rows is not None:
@@ -111,13 +100,8 @@ def committed_parts(store: Store, plan: Plan) -> dict[str, PartFooter]:
     return dict(zip(names, footers, strict=True))
 
 
-def outcome(store: Store, plan: Plan) -> Outcome:
-    """How a run stands, from a listing and footers.
-
-    Raises:
-        ConfigError: As `committed_parts`.
-    """
-    parts = committed_parts(store, plan)
+def outcome(store: Store, plan: Plan, parts: Mapping[str, PartFooter]) -> Outcome:
+    """How a run stands, by its `committed_parts`."""
     footers = parts.values()
     return Outcome(
         shards=len(footers),

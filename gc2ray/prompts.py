@@ -15,6 +15,7 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gc2ray.errors import BadRow, ConfigError, Status
@@ -45,16 +46,7 @@ class PromptSource:
         """
         if self.column is not None:
             return (self.column,)
-        if self.template is None:
-            return ()
-        names: list[str] = []
-        for _, name, spec, conversion in string.Formatter().parse(self.template):
-            if name is None:
-                continue
-            if not name.isidentifier() or spec or conversion:
-                raise ValueError(f"template field {{{name}}}: only plain column names are allowed")
-            names.append(name)
-        return tuple(dict.fromkeys(names))
+        return () if self.template is None else _fields(self.template)
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text of a row.
@@ -75,6 +67,19 @@ class PromptSource:
         if not text.strip():
             raise BadRow(Status.BAD_PROMPT, "the prompt is empty")
         return text
+
+
+@lru_cache(maxsize=64)
+def _fields(template: str) -> tuple[str, ...]:
+    """The columns that a template names, each once; cached, because every row asks."""
+    names: list[str] = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"template field {{{name}}}: only plain column names are allowed")
+        names.append(name)
+    return tuple(dict.fromkeys(names))
 
 
 class ChatPrompt:

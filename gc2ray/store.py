@@ -29,12 +29,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
+from gc2ray.footer import read_footer
 from gc2ray.manifest import Shard
 from gc2ray.stats import RunStats
 
 READ_THREADS = 16
-TAIL_BYTES = 1 << 16
-"""Read from the end of a part at first; a footer is smaller, as a rule."""
 _PART = re.compile(r"part-(\d{7})-([0-9a-f]{16})\.parquet$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
@@ -175,9 +174,9 @@ class Store:
             OSError: The storage does not answer.
         """
         with self._fs.open(self._path(name), "rb") as handle:
-            tail = _parquet_tail(handle)
+            tail = read_footer(handle)
         try:
-            metadata = pq.read_metadata(pa.BufferReader(tail))
+            metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
             found = metadata.metadata or {}
             values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
             stats = RunStats.from_json(values.pop("stats"))
@@ -223,18 +222,6 @@ class Store:
 
 
 _FOOTER_KEYS = ("sid", "run", "token", "worker", "stats")
-
-
-def _parquet_tail(handle: Any) -> bytes:
-    """The end of a Parquet file from its footer on, behind a magic number: enough for metadata."""
-    size = handle.seek(0, os.SEEK_END)
-    handle.seek(max(0, size - TAIL_BYTES))
-    tail: bytes = handle.read()
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if len(tail) < length <= size:
-        handle.seek(size - length)
-        tail = handle.read()
-    return b"PAR1" + tail[-length:]
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:

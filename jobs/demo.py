@@ -23,7 +23,7 @@ from gc2ray.config import load_job
 from gc2ray.display import RunDisplay, print_outcome
 from gc2ray.driver import run_job
 from gc2ray.families.tiny import TinySpec, build_tiny
-from jobs.photos import Photo, sample_photos
+from jobs.photos import Photo, jpeg, sample_photos
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 MARKER = ".made-by-gc2ray-demo"
@@ -79,13 +79,10 @@ def _with_panoramas(photos: list[Photo]) -> list[Photo]:
             "hubble-wide.jpg": image.crop((0, height // 3, width, height // 3 + width // 3)),
             "hubble-tall.jpg": image.crop((width // 3, 0, width // 3 + height // 3, height)),
         }
-        return [*photos, *(Photo(name, _jpeg(strip)) for name, strip in strips.items())]
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
+        return [
+            *photos,
+            *(Photo(name, jpeg(strip.convert("RGB"), 92)) for name, strip in strips.items()),
+        ]
 
 
 def _write_rows(path: Path, photos: list[Photo]) -> int:

@@ -6,9 +6,12 @@ Licences are those of the packages; see `skimage/data/README.txt` and
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
+from PIL import Image
 
 _SKIMAGE = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
@@ -24,6 +27,13 @@ class Photo:
 
     name: str
     data: bytes
+
+
+def jpeg(image: Image.Image, quality: int) -> bytes:
+    """An RGB image as a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def sample_photos() -> list[Photo]:

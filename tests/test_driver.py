@@ -12,8 +12,8 @@ import pytest
 from gc2ray.config import Cluster
 from gc2ray.driver import Driver, Snapshot
 from gc2ray.errors import ConfigError, GivenUp
-from gc2ray.manifest import Plan, SourceFile, cut_shards
-from gc2ray.planner import sample_spans, shard_rows
+from gc2ray.manifest import Plan, SourceFile, cut_shards, first_spans
+from gc2ray.planner import CALIBRATION_ROWS, shard_rows
 from gc2ray.store import Store
 from tests.fakes import SimulatedPool
 from tests.rows import make_recipe
@@ -226,7 +226,7 @@ def test_calibration_keeps_its_workers(tmp_path: Path) -> None:
     """One measures while the others load; all of them stay."""
     pool = SimulatedPool(seconds_per_row=0.5)
     harness = Harness(tmp_path, pool)
-    sample = sample_spans([SourceFile("a.parquet", "f", (1000,))])
+    sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
     assert harness.driver.calibrate(sample) == 0.5
     harness.run(make_plan())
     assert pool.started == 2
@@ -238,7 +238,7 @@ def test_calibration_that_fails_gives_up(tmp_path: Path) -> None:
 
     pool = SimulatedPool()
     pool.calibrate = lambda worker, spans: pool._at(1.0, Failed(worker, None, OSError("changed")))
-    sample = sample_spans([SourceFile("a.parquet", "f", (1000,))])
+    sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
     with pytest.raises(GivenUp, match="3 workers in a row died while starting: OSError: changed"):
         Harness(tmp_path, pool).driver.calibrate(sample)
 
@@ -248,7 +248,7 @@ def test_a_long_calibration_costs_no_waiting_worker(tmp_path: Path) -> None:
     pool = SimulatedPool(seconds_per_row=0.5)
     original = pool.calibrate
     pool.calibrate = lambda worker, spans: original(worker, spans) if worker != 1 else None
-    sample = sample_spans([SourceFile("a.parquet", "f", (1000,))])
+    sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
     harness = Harness(tmp_path, pool)
     assert harness.driver.calibrate(sample) == 0.5
     assert pool.killed == [1]
@@ -265,5 +265,5 @@ def test_shards_are_sized_by_time_and_by_fairness() -> None:
 
 def test_sample_takes_the_first_rows() -> None:
     files = [SourceFile(f"{i}.parquet", "f", (10,)) for i in range(5)]
-    assert sum(span.rows for span in sample_spans(files)) == 24
-    assert sample_spans([]) == []
+    assert sum(span.rows for span in first_spans(files, 24)) == 24
+    assert first_spans([], 24) == []

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gc2ray"
 
 FLOORS = {
-    "errors": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
+    "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
     "images": 1, "prompts": 1, "compression": 1, "families": 1, "decoding": 1,
     "config": 2,
     "engine": 3, "manifest": 3,

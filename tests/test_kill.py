@@ -24,7 +24,7 @@ import ray
 from gc2ray.driver import run_job
 from gc2ray.errors import ConfigError
 from gc2ray.manifest import Plan
-from gc2ray.planner import Outcome, outcome
+from gc2ray.planner import Outcome, committed_parts, outcome
 from gc2ray.store import Store
 from tests.fakes import Fault, faulty_worker
 from tests.rows import job_data, make_job, write_rows
@@ -215,7 +215,7 @@ def test_a_killed_driver(job_file: Path, marks: Path, step: str) -> None:
     result = run(job_file)
     assert (result.exit_code, result.rows) == (0, ROWS)
     assert_exactly_once(job_file)
-    assert outcome(store, plan).rows == ROWS
+    assert outcome(store, plan, committed_parts(store, plan)).rows == ROWS
 
 
 @pytest.mark.slow

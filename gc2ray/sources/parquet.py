@@ -16,7 +16,6 @@ read from their beginning and the rows before the span are dropped.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +28,14 @@ import pyarrow.parquet as pq
 
 from gc2ray.config import InputConfig
 from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError, Status
-from gc2ray.manifest import SourceFile, Span, row_key
+from gc2ray.footer import read_footer
+from gc2ray.manifest import SourceFile, Span, digest, row_key
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ImageRef, Request
 
 FOOTER_THREADS = 16
 MAX_BATCH_ROWS = 256
 READ_BUFFER_BYTES = 1 << 20
-_PARQUET_TAIL_BYTES = 8  # length of the footer, and the magic number
 
 
 @dataclass(frozen=True)
@@ -196,14 +195,10 @@ def _fingerprint(filesystem: Any, path: str) -> str:
     info = filesystem.info(path)
     if info.get("ETag"):
         return f"etag:{info['ETag']}".replace('"', "")
-    size = int(info["size"])
     with filesystem.open(path, "rb") as handle:
-        handle.seek(max(0, size - _PARQUET_TAIL_BYTES))
-        length = int.from_bytes(handle.read(4), "little")
-        handle.seek(max(0, size - _PARQUET_TAIL_BYTES - length))
-        footer = hashlib.sha256(handle.read()).hexdigest()[:16]
+        footer = digest(read_footer(handle))[:16]
     changed = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
-    return f"size:{size} changed:{changed} footer:{footer}"
+    return f"size:{int(info['size'])} changed:{changed} footer:{footer}"
 
 
 def _groups_of(metadata: Any, span: Span) -> tuple[list[int], int]:

@@ -13,7 +13,7 @@ from gc2ray import families
 from gc2ray.families.family import Loaded
 from gc2ray.families.tiny import build_tiny
 from jobs.demo import REAL_GEOMETRY
-from jobs.photos import sample_photos
+from jobs.photos import jpeg, sample_photos
 
 TILE = REAL_GEOMETRY.image_size
 SIDE = TILE // REAL_GEOMETRY.patch_size
@@ -29,13 +29,9 @@ def opened(data: bytes) -> Image.Image:
 def photographs(size: tuple[int, int] | None = None) -> list[bytes]:
     """The sample photographs as RGB JPEGs, in their own sizes or all in one (width, height)."""
     images = [opened(photo.data) for photo in sample_photos()]
-    return [_jpeg(image.resize(size or image.size, Image.Resampling.BICUBIC)) for image in images]
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return [
+        jpeg(image.resize(size or image.size, Image.Resampling.BICUBIC), 90) for image in images
+    ]
 
 
 @cache

@@ -1,0 +1,25 @@
+"""The end of a Parquet file: enough for its metadata, and to tell one version from another."""
+
+from __future__ import annotations
+
+import os
+from typing import IO
+
+TAIL_BYTES = 1 << 16
+"""Read at first; a footer is smaller, as a rule."""
+_LENGTH_AND_MAGIC_BYTES = 8
+
+
+def read_footer(handle: IO[bytes]) -> bytes:
+    """The footer of an open file, with its length and the magic number behind it.
+
+    Of a file that is no Parquet some of the end is returned.
+    """
+    size = handle.seek(0, os.SEEK_END)
+    handle.seek(max(0, size - TAIL_BYTES))
+    tail = handle.read()
+    length = int.from_bytes(tail[-_LENGTH_AND_MAGIC_BYTES:-4], "little") + _LENGTH_AND_MAGIC_BYTES
+    if len(tail) < length <= size:
+        handle.seek(size - length)
+        tail = handle.read()
+    return tail[-length:]
