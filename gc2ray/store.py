@@ -195,6 +195,29 @@ class Store:
         with ThreadPoolExecutor(READ_THREADS, "gc2ray-footer") as pool:
             return list(pool.map(self.footer, names))
 
+    def answers(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of all committed answer rows, part by part.
+
+        Raises:
+            ConfigError: There are no answers, or a column is not among them.
+            OSError: The storage does not answer.
+        """
+        names = sorted(self.committed().values())
+        if not names:
+            raise ConfigError(f"{self.uri}: holds no answers")
+        tables = []
+        for name in names:
+            with self._fs.open(self._path(name), "rb") as handle:
+                part = pq.ParquetFile(handle)
+                missing = sorted(set(columns) - set(part.schema_arrow.names))
+                if missing:
+                    raise ConfigError(
+                        f"{self.uri}: has no column {missing[0]!r}; input columns are written back "
+                        "if recipe.input.keep names them"
+                    )
+                tables.append(part.read(columns=list(columns)))
+        return pa.concat_tables(tables)
+
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "gc2ray"
 
 FLOORS = {
     "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
+    "quality": 0,
     "images": 1, "prompts": 1, "compression": 1, "families": 1, "decoding": 1,
     "config": 2,
     "engine": 3, "manifest": 3,
@@ -34,6 +35,7 @@ BORDERS = {
     "ray": {"ray_pool"},
     "pyarrow": {"records", "manifest", "sources", "store", "worker"},
     "PIL": {"images", "families"},
+    "rapidfuzz": {"quality"},
     "typer": {"cli"},
     "rich": {"cli", "display"},
     "yaml": {"config"},
