@@ -422,14 +422,14 @@ def tile(image: Image.Image, anyres: AnyRes) -> Tiles:
 
 def _canvas(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     """The image scaled into a black canvas of `size`, (height, width), and centred."""
-    height, width = _fitted((image.height, image.width), size)
+    height, width = fitted_size((image.height, image.width), size)
     canvas = Image.new("RGB", (size[1], size[0]))
     corner = (size[1] - width) // 2, (size[0] - height) // 2
     canvas.paste(image.resize((width, height), Image.Resampling(resample)), corner)
     return canvas
 
 
-def _fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
     """Height and width of an image scaled to fit; transformers' `get_patch_output_size`."""
     scale_y, scale_x = canvas[0] / size[0], canvas[1] / size[1]
     if scale_x < scale_y:

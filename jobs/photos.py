@@ -51,3 +51,8 @@ def sample_photos() -> list[Photo]:
             raise ImportError(f"{package} is missing; install it with: make setup") from error
         photos += [Photo(name, (root / name).read_bytes()) for name in names]
     return sorted(photos, key=lambda photo: photo.name)
+
+
+def opened_photos() -> list[Image.Image]:
+    """All of them decoded, RGB; backgrounds for the pocket model's scenes."""
+    return [Image.open(io.BytesIO(photo.data)).convert("RGB") for photo in sample_photos()]

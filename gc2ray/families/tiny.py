@@ -1,4 +1,4 @@
-"""A random LLaVA-NeXT checkpoint of a few megabytes, for demo, benchmarks and tests.
+"""A small untrained LLaVA-NeXT: for benchmarks, for tests, and for the pocket model to start from.
 
 Real architecture, real processor, real files; random weights, so its answers mean nothing.
 """
@@ -48,6 +48,9 @@ class TinySpec:
         backbone: `llama` or `mistral`.
         grids: Crop grids (rows, columns) that the pinpoints allow.
         vision_layers: Hidden states that make the features.
+        activation: Of the tower's feed-forward layers.
+        corpus: Texts that the tokenizer is trained on; their words become its tokens.
+        vocabulary: Tokens at most.
         spread: Standard deviation of the random weights.
         seed: Of the random weights.
     """
@@ -59,36 +62,44 @@ class TinySpec:
     backbone: str = "llama"
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     vision_layers: int | tuple[int, ...] = -2
+    activation: str = "quick_gelu"
+    corpus: tuple[str, ...] = (TEXT,)
+    vocabulary: int = 400
     spread: float = 0.15
     seed: int = 0
 
 
 def build_tiny(directory: Path, spec: TinySpec | None = None) -> Path:
     """Write model, tokenizer and processor of `spec` to a directory, and return it."""
-    spec = spec or TinySpec()
-    tokenizer = _tokenizer()
+    model, processor = untrained(spec or TinySpec())
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+def untrained(spec: TinySpec) -> tuple[Any, Any]:
+    """Model and processor of `spec`, in memory."""
+    tokenizer = _tokenizer(spec)
     config = _config(spec, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = LlavaNextForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(directory)
-    _processor(spec, tokenizer, config).save_pretrained(directory)
-    return directory
+    return model, _processor(spec, tokenizer, config)
 
 
-def _tokenizer() -> Any:
+def _tokenizer(spec: TinySpec) -> Any:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=spec.vocabulary,
         special_tokens=["<s>", "</s>", "<pad>", "<image>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([TEXT], trainer)
+    core.train_from_iterator(spec.corpus, trainer)
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
     )
@@ -112,6 +123,7 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
         image_size=spec.image_size,
         patch_size=spec.patch_size,
         projection_dim=width,
+        hidden_act=spec.activation,
     )
     width, layers, heads, kv_heads = spec.text
     text_class = {"llama": LlamaConfig, "mistral": MistralConfig}[spec.backbone]

@@ -1,0 +1,376 @@
+"""High-resolution scenes with a few small things on a photograph: what the pocket model can see.
+
+A scene is drawn from a random generator, so a seed names it for ever. One to four coloured digits,
+letters or shapes, and at times a white sign with two digits, lie on a crop of a photograph or a
+texture. Their height is a few pixels of the canvas that the model cuts into crops, and about half
+that in the thumbnail. In half of the scenes all of them lie in one crop, so that crops are of
+unequal richness; most of the image never says anything.
+
+Things do not overlap, lie across no cut between two crops, and keep clear of the image's middle
+lines, so that "left" and "right" are never in doubt. Within a scene no kind and no colour occurs
+twice, unless `Style.distinct` is off.
+
+Not covered: handwriting, perspective, occlusion; the fonts are Pillow's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from gc2ray.canvas import AnyRes
+from gc2ray.images import fitted_size
+
+DIGITS = tuple("0123456789")
+LETTERS = tuple("ACEHKRTX")
+SHAPES = ("circle", "square", "triangle", "star")
+KINDS = (*DIGITS, *LETTERS, *SHAPES)
+COLOURS = {
+    "red": (225, 30, 30),
+    "green": (30, 170, 40),
+    "blue": (40, 70, 235),
+    "yellow": (245, 220, 30),
+    "purple": (160, 40, 190),
+    "white": (245, 245, 245),
+}
+HEIGHT = (9.5, 12.0)
+"""Height of a thing, in pixels of the canvas."""
+SIGN_HEIGHT = (9.0, 10.5)
+"""Height of a sign's digits, in pixels of the canvas."""
+MIDDLE = 0.06
+"""Share of the image's width and height, on both sides of the middle lines, that centres avoid."""
+GAP = 1.5
+"""Least distance between two things, in pixels of the canvas."""
+ZOOM = (2.0, 3.0)
+"""Pixels of the image per pixel of its canvas."""
+ASPECT = 3.6
+"""Widest, and tallest, aspect ratio."""
+LETTER = 0.75
+"""Height of a letter without its black rim, as a share of its box."""
+TRIES = 200
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, in pixels of the image."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A coloured digit, letter or shape.
+
+    Attributes:
+        kind: One of `KINDS`.
+        colour: A key of `COLOURS`.
+        box: Where it lies.
+    """
+
+    kind: str
+    colour: str
+    box: Box
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Its x and y, in pixels of the image."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A white plate with two black digits."""
+
+    text: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Style:
+    """How full scenes are.
+
+    Attributes:
+        things: Chances of one, two, … things.
+        sign: Chance of a sign.
+        rich: Chance that all lie in one crop.
+        distinct: Whether kinds and colours occur once at most.
+    """
+
+    things: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
+    sign: float = 0.3
+    rich: float = 0.5
+    distinct: bool = True
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is where in an image of `size` (height, width); `seed` decides all that is not named."""
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    zoom: float
+    things: tuple[Thing, ...]
+    sign: Sign | None
+    seed: int
+
+
+def sample_scene(
+    rng: np.random.Generator, anyres: AnyRes, grid: tuple[int, int], style: Style
+) -> Scene:
+    """A scene whose image is cut into `grid` (rows, columns).
+
+    Raises:
+        ValueError: No size within `ASPECT` is cut so.
+    """
+    size, zoom = _size(rng, anyres, grid)
+    room = _Room(rng, size, zoom, _cuts(size, anyres))
+    if rng.random() < style.rich:
+        room.stay_in_one_crop()
+    sign = None
+    if rng.random() < style.sign:
+        text = f"{rng.integers(10, 100)}"
+        height = rng.uniform(*SIGN_HEIGHT) * zoom
+        width = _text_width(text, height)
+        plate = (width + height * 0.5, height * 1.35)
+        box = room.place(*plate)
+        sign = Sign(text, box) if box else None
+    count = 1 + int(rng.choice(len(style.things), p=np.array(style.things) / sum(style.things)))
+    kinds = rng.choice(len(KINDS), count, replace=not style.distinct)
+    colours = rng.choice(len(COLOURS), count, replace=not style.distinct)
+    things = []
+    for kind, colour in zip(kinds, colours, strict=True):
+        name = KINDS[int(kind)]
+        height = rng.uniform(*HEIGHT) * zoom
+        box = room.place(_width(name, height), height)
+        if box:
+            things.append(Thing(name, list(COLOURS)[int(colour)], box))
+    if not things:  # no room beside the sign: start afresh
+        return sample_scene(rng, anyres, grid, style)
+    return Scene(size, grid, zoom, tuple(things), sign, int(rng.integers(2**31)))
+
+
+def draw(scene: Scene, photographs: Sequence[Image.Image]) -> Image.Image:
+    """The scene as an RGB image.
+
+    Args:
+        scene: What to draw.
+        photographs: Backgrounds are cut from them; without any, all are textures.
+    """
+    rng = np.random.default_rng(scene.seed)
+    image = _background(rng, scene.size, photographs)
+    pen = ImageDraw.Draw(image)
+    if scene.sign is not None:
+        _draw_sign(pen, scene.sign)
+    for thing in scene.things:
+        _draw_thing(pen, thing, _jittered(rng, COLOURS[thing.colour]))
+    return image
+
+
+def digit_boxes(sign: Sign) -> tuple[Box, Box]:
+    """Where the two digits of a sign lie: the halves of its plate."""
+    left, top, right, bottom = sign.box
+    middle = (left + right) / 2
+    return (left, top, middle, bottom), (middle, top, right, bottom)
+
+
+class _Room:
+    """Finds places for boxes: apart from each other, across no cut, clear of the middle lines."""
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        size: tuple[int, int],
+        zoom: float,
+        cuts: tuple[list[float], list[float]],
+    ) -> None:
+        self._rng, self._size, self._gap = rng, size, GAP * zoom
+        self._cuts = cuts
+        self._area: Box = (0.0, 0.0, float(size[1]), float(size[0]))
+        self._taken: list[Box] = []
+
+    def stay_in_one_crop(self) -> None:
+        """From now on, place in one crop's part of the image, drawn by chance."""
+        spans = []
+        for axis, extent in ((0, self._size[1]), (1, self._size[0])):
+            edges = [0.0, *self._cuts[axis], float(extent)]
+            part = int(self._rng.integers(len(edges) - 1))
+            spans.append((edges[part], edges[part + 1]))
+        self._area = (spans[0][0], spans[1][0], spans[0][1], spans[1][1])
+
+    def place(self, width: float, height: float) -> Box | None:
+        """A free box of this size, or None where none was found."""
+        left, top, right, bottom = self._area
+        margin = self._gap
+        for _ in range(TRIES):
+            x = self._rng.uniform(left + margin, max(left + margin, right - margin - width))
+            y = self._rng.uniform(top + margin, max(top + margin, bottom - margin - height))
+            box = (x, y, x + width, y + height)
+            if self._is_free(box):
+                self._taken.append(box)
+                return box
+        return None
+
+    def _is_free(self, box: Box) -> bool:
+        height, width = self._size
+        if box[2] > width or box[3] > height:
+            return False
+        for low, high, extent, cuts in (
+            (box[0], box[2], width, self._cuts[0]),
+            (box[1], box[3], height, self._cuts[1]),
+        ):
+            if abs((low + high) / 2 / extent - 0.5) < MIDDLE:
+                return False
+            if any(low < cut < high for cut in cuts):
+                return False
+        gap = self._gap
+        return not any(
+            box[0] < other[2] + gap
+            and other[0] < box[2] + gap
+            and box[1] < other[3] + gap
+            and other[1] < box[3] + gap
+            for other in self._taken
+        )
+
+
+def _size(
+    rng: np.random.Generator, anyres: AnyRes, grid: tuple[int, int]
+) -> tuple[tuple[int, int], float]:
+    """Height and width of an image that is cut into `grid`, and its zoom over the canvas."""
+    canvas_height, canvas_width = grid[0] * anyres.tile, grid[1] * anyres.tile
+    for _ in range(TRIES):
+        aspect = math.exp(rng.uniform(-math.log(ASPECT), math.log(ASPECT)))
+        if rng.random() < 0.5:  # wide images larger than their canvas get 1 x 2 crops only at 2:1
+            aspect = 2.0 if aspect > 1 else 0.5
+        zoom = rng.uniform(*ZOOM)
+        height = round(min(canvas_height, canvas_width / aspect) * zoom)
+        size = height, round(height * aspect)
+        if anyres.grid(size) == grid:
+            return size, zoom
+    raise ValueError(f"no image up to 1:{ASPECT} is cut into {grid}")
+
+
+def _cuts(size: tuple[int, int], anyres: AnyRes) -> tuple[list[float], list[float]]:
+    """Where cuts between crops run through the image: x of the vertical, y of the horizontal."""
+    canvas = anyres.canvas_size(size)
+    fitted = fitted_size(size, canvas)
+    lines = []
+    for axis in (1, 0):
+        offset, scale = (canvas[axis] - fitted[axis]) // 2, size[axis] / fitted[axis]
+        edges = range(anyres.tile, canvas[axis], anyres.tile)
+        lines.append([(edge - offset) * scale for edge in edges])
+    return lines[0], lines[1]
+
+
+def _background(
+    rng: np.random.Generator, size: tuple[int, int], photographs: Sequence[Image.Image]
+) -> Image.Image:
+    """A part of a photograph, or a texture, with its contrast lowered by chance."""
+    height, width = size
+    if photographs and rng.random() < 0.8:
+        photo = photographs[int(rng.integers(len(photographs)))]
+        scale = rng.uniform(0.35, 1.0) * min(photo.width / width, photo.height / height)
+        left = rng.uniform(0, photo.width - width * scale)
+        top = rng.uniform(0, photo.height - height * scale)
+        box = (left, top, left + width * scale, top + height * scale)
+        image = photo.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    else:
+        coarse = int(rng.integers(2, 12))
+        noise = rng.integers(0, 256, (coarse, coarse, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    flat = Image.new("RGB", (width, height), tuple(int(v) for v in rng.integers(40, 216, 3)))
+    return Image.blend(image, flat, rng.uniform(0.0, 0.5))
+
+
+def _jittered(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = np.clip(np.array(colour) + rng.integers(-20, 21, 3), 0, 255).tolist()
+    return red, green, blue
+
+
+def _draw_sign(pen: ImageDraw.ImageDraw, sign: Sign) -> None:
+    left, top, right, bottom = sign.box
+    height = (bottom - top) / 1.35
+    pen.rectangle(sign.box, fill=(250, 250, 245), outline=(0, 0, 0), width=max(1, int(height / 16)))
+    _text(pen, sign.text, ((left + right) / 2, (top + bottom) / 2), height, (10, 10, 10), 0.04)
+
+
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, colour: tuple[int, int, int]) -> None:
+    left, top, right, bottom = thing.box
+    rim = (bottom - top) * 0.1
+    inner = (left + rim, top + rim, right - rim, bottom - rim)
+    if thing.kind == "circle":
+        pen.ellipse(thing.box, fill=(0, 0, 0))
+        pen.ellipse(inner, fill=colour)
+    elif thing.kind in SHAPES:
+        pen.polygon(_corners(thing.kind, thing.box), fill=(0, 0, 0))
+        pen.polygon(_corners(thing.kind, inner), fill=colour)
+    else:
+        height = (bottom - top) * LETTER
+        _text(pen, thing.kind, thing.centre, height, (0, 0, 0), 0.125)
+        _text(pen, thing.kind, thing.centre, height, colour, 0.035)
+
+
+def _corners(kind: str, box: Box) -> list[tuple[float, float]]:
+    left, top, right, bottom = box
+    if kind == "square":
+        return [(left, top), (right, top), (right, bottom), (left, bottom)]
+    if kind == "triangle":
+        return [((left + right) / 2, top), (right, bottom), (left, bottom)]
+    centre, reach = ((left + right) / 2, (top + bottom) / 2), (bottom - top) / 2
+    points = []
+    for corner in range(10):
+        angle, length = (
+            math.pi * corner / 5 - math.pi / 2,
+            reach * (1.1 if corner % 2 == 0 else 0.5),
+        )
+        points.append((centre[0] + length * math.cos(angle), centre[1] + length * math.sin(angle)))
+    return points
+
+
+def _text(
+    pen: ImageDraw.ImageDraw,
+    text: str,
+    centre: tuple[float, float],
+    height: float,
+    colour: tuple[int, int, int],
+    stroke: float,
+) -> None:
+    """Text whose letters are `height` pixels high, its middle at `centre`."""
+    size = height / _cap_height()
+    font = _font(round(size))
+    left, top, right, bottom = font.getbbox(text, anchor="ls")
+    at = (centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2)
+    width = max(1, round(size * stroke))
+    pen.text(at, text, fill=colour, font=font, anchor="ls", stroke_width=width, stroke_fill=colour)
+
+
+@lru_cache(maxsize=256)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font.
+
+    Raises:
+        RuntimeError: Pillow was built without FreeType.
+    """
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("this Pillow has no FreeType; install one from PyPI")
+    return font
+
+
+@lru_cache(maxsize=1)
+def _cap_height() -> float:
+    """Height of a capital letter of the font, as a share of its size."""
+    _, top, _, bottom = _font(200).getbbox("H", anchor="ls")
+    return float(bottom - top) / 200
+
+
+def _text_width(text: str, height: float) -> float:
+    left, _, right, _ = _font(200).getbbox(text, anchor="ls")
+    return float(right - left) / 200 / _cap_height() * height
+
+
+def _width(kind: str, height: float) -> float:
+    """Width of a thing with this height, rim included."""
+    if kind in SHAPES:
+        return height
+    return _text_width(kind, height * LETTER) + height * (1 - LETTER)
