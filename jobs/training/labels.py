@@ -1,0 +1,95 @@
+"""What is to be seen in each patch and in each view of a scene."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gc2ray.canvas import AnyRes
+from gc2ray.images import fitted_size
+from gc2ray.pocket.scenes import COLOURS, KINDS, Box, Scene, digit_boxes
+
+NOTHING = 0
+"""Label of a patch that shows background; kinds and colours count from 1."""
+SIGN_PLACES = ("first", "second")
+PATCH_COLOURS = (*COLOURS, *(f"sign-{place}" for place in SIGN_PLACES))
+"""Colours, and for a sign's digits which of the two they are."""
+VIEW_LABELS = len(KINDS) + len(PATCH_COLOURS)
+COVERED = 0.35
+"""Share of a patch, or of a thing smaller than it, that the thing must cover to be its label."""
+SHOWN = 0.5
+"""Share of a thing that must lie in a view to be in the view's labels."""
+
+
+@dataclass(frozen=True)
+class ViewLabels:
+    """Labels of an image's views.
+
+    Attributes:
+        kinds: int64 (V, N), what a patch shows: `NOTHING` or 1 + index into `KINDS`.
+        colours: int64 (V, N), likewise for `PATCH_COLOURS`.
+        present: float32 (V, K), which kinds and colours a view shows.
+    """
+
+    kinds: np.ndarray
+    colours: np.ndarray
+    present: np.ndarray
+
+
+def view_labels(scene: Scene, anyres: AnyRes, patch: int) -> ViewLabels:
+    """Labels of thumbnail and crops, for patches of `patch` pixels."""
+    named = [
+        (KINDS.index(thing.kind), PATCH_COLOURS.index(thing.colour), thing.box)
+        for thing in scene.things
+    ]
+    if scene.sign is not None:
+        for place, digit, box in zip(
+            SIGN_PLACES, scene.sign.text, digit_boxes(scene.sign), strict=True
+        ):
+            named.append((KINDS.index(digit), PATCH_COLOURS.index(f"sign-{place}"), box))
+    edges = np.arange(0, anyres.tile, patch, dtype=float)
+    kinds, colours, present = [], [], []
+    for boxes in _boxes_in_views(scene, anyres, [box for _, _, box in named]):
+        across = _overlap(boxes[:, 0], boxes[:, 2], edges, patch)
+        down = _overlap(boxes[:, 1], boxes[:, 3], edges, patch)
+        cover = down[:, :, None] * across[:, None, :]  # (K, h, w)
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        share = cover.reshape(len(named), -1) / np.minimum(areas, patch * patch)[:, None]
+        best, enough = share.argmax(axis=0), share.max(axis=0) >= COVERED
+        kinds.append(np.where(enough, 1 + np.array([kind for kind, _, _ in named])[best], NOTHING))
+        colours.append(np.where(enough, 1 + np.array([c for _, c, _ in named])[best], NOTHING))
+        view = np.zeros(VIEW_LABELS, dtype=np.float32)
+        for (kind, colour, _), seen in zip(named, cover.sum(axis=(1, 2)) / areas, strict=True):
+            if seen >= SHOWN:
+                view[kind] = view[len(KINDS) + colour] = 1.0
+        present.append(view)
+    return ViewLabels(np.stack(kinds), np.stack(colours), np.stack(present))
+
+
+def _boxes_in_views(scene: Scene, anyres: AnyRes, boxes: Sequence[Box]) -> list[np.ndarray]:
+    """The boxes in the pixels of each view, thumbnail first; (K, 4) each."""
+    at = np.array(boxes, dtype=float).reshape(-1, 4)
+    height, width = scene.size
+    stretch = np.array([anyres.tile / width, anyres.tile / height] * 2)
+    canvas = anyres.canvas_size(scene.size)
+    fitted = fitted_size(scene.size, canvas)
+    scale = np.array([fitted[1] / width, fitted[0] / height] * 2)
+    corner = np.array([(canvas[1] - fitted[1]) // 2, (canvas[0] - fitted[0]) // 2] * 2)
+    on_canvas = at * scale + corner
+    rows, columns = anyres.grid(scene.size)
+    crops = [
+        on_canvas - np.array([column * anyres.tile, row * anyres.tile] * 2)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return [at * stretch, *crops]
+
+
+def _overlap(low: np.ndarray, high: np.ndarray, edges: np.ndarray, patch: int) -> np.ndarray:
+    """Length that each interval shares with each patch, (K, patches)."""
+    first = np.maximum(low[:, None], edges[None, :])
+    last = np.minimum(high[:, None], edges[None, :] + patch)
+    shared: np.ndarray = np.clip(last - first, 0, None)
+    return shared

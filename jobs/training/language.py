@@ -1,0 +1,175 @@
+"""Projector and language model: answers to questions about what the tower sees.
+
+An image and all questions about it are one sequence: the image first, then each question with its
+answer, which sees the image and itself but no other question, at the positions that it would have
+alone. So an image costs its tokens once, however much is asked about it. Images are packed as stock
+transformers packs them; no token is ever dropped in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gc2ray.families.llava_next import LlavaNext
+from gc2ray.pocket.questions import TOPICS, Question
+from gc2ray.prompts import ChatPrompt
+from gc2ray.views import Views, everything
+from jobs.training.lessons import Lesson
+from jobs.training.tower import TowerLearner
+
+VISUAL, PAD = -1, -2
+"""Marks in place of token ids."""
+PREFIX = 0
+"""Segment of the image and what stands before it; questions count from 1."""
+
+
+@dataclass
+class _Sequence:
+    """Tokens of one image and its questions; lists of one length."""
+
+    ids: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    topics: list[str] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], segment: int, first: int, targets: Sequence[int]) -> None:
+        self.ids += ids
+        self.segments += [segment] * len(ids)
+        self.positions += range(first, first + len(ids))
+        self.targets += targets
+
+
+class LanguageLearner:
+    """Later stages; see `jobs.training.trainer.Learner`.
+
+    Args:
+        model: The whole model.
+        processor: Its processor.
+        tower: The first stage, trained.
+        tower_share: Learning rate of the tower as a share of the others'; 0 freezes it. Where it
+            is not frozen the first stage's loss is kept, so that the class token stays informative.
+    """
+
+    def __init__(self, model: Any, processor: Any, tower: TowerLearner, tower_share: float) -> None:
+        self._model, self._tower, self._share = model, tower, tower_share
+        self._family = LlavaNext(model, processor)
+        self._chat = ChatPrompt(processor)
+        self._tokenizer = processor.tokenizer
+        self._device = model.device
+        self._language = model.model.language_model
+        self._image_token = int(model.config.image_token_id)
+        self._tokens = lru_cache(maxsize=100_000)(self._tokenised)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self._model, "heads": self._tower.heads}
+
+    def groups(self, rate: float) -> Iterator[dict[str, Any]]:
+        inner = self._model.model
+        parts = (inner.multi_modal_projector, inner.language_model, self._model.lm_head)
+        own = [parameter for part in parts for parameter in part.parameters()]
+        yield {"params": [inner.image_newline, *own], "lr": rate}
+        if self._share:
+            yield from self._tower.groups(rate * self._share)
+
+    def loss(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.set_grad_enabled(bool(self._share) and torch.is_grad_enabled()):
+            features, class_token = self._tower.run(lesson.pixels.to(self._device))
+        packed = self._packed(lesson, features)
+        sequences = [
+            self._sequence(len(image), asked)
+            for image, asked in zip(packed, lesson.questions, strict=True)
+        ]
+        loss, figures = self._language_loss(sequences, torch.cat(packed))
+        if self._share:
+            seen, tower_figures = self._tower.losses(lesson, features, class_token)
+            return loss + seen, {**figures, **tower_figures}
+        return loss, figures
+
+    def _packed(self, lesson: Lesson, features: Tensor) -> list[Tensor]:
+        """Projected visual tokens and newlines of each image."""
+        views = [
+            Views(part, part.new_zeros(part.shape[:2]), self._family.canvas(tiles), tiles.size)
+            for tiles, part in zip(
+                lesson.tiles,
+                features.split([len(tiles.pixels) for tiles in lesson.tiles]),  # type: ignore[no-untyped-call]
+                strict=True,
+            )
+        ]
+        return self._family.pack(views, [everything(view) for view in views])
+
+    def _tokenised(self, question: Question) -> tuple[list[int], list[int], list[int]]:
+        """Before the image; after it; the answer with its end."""
+        ids = self._chat.encode(question.text)
+        place = ids.index(self._image_token)
+        answer = self._tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"]
+        return ids[:place], ids[place + 1 :], [*answer, self._tokenizer.eos_token_id]
+
+    def _sequence(self, visual: int, asked: Sequence[Question]) -> _Sequence:
+        sequence = _Sequence()
+        before = self._tokens(asked[0])[0]
+        prefix = [*before, *[VISUAL] * visual]
+        sequence.add(prefix, PREFIX, 0, [PAD] * len(prefix))
+        for segment, question in enumerate(asked, start=1):
+            _, text, answer = self._tokens(question)
+            targets = [*[PAD] * (len(text) - 1), *answer]
+            sequence.add([*text, *answer[:-1]], segment, len(prefix), targets)
+            sequence.topics.append(question.topic)
+        return sequence
+
+    def _language_loss(
+        self, sequences: Sequence[_Sequence], visual: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        ids = self._padded([s.ids for s in sequences], PAD)
+        segments = self._padded([s.segments for s in sequences], PAD)
+        positions = self._padded([s.positions for s in sequences], 0)
+        targets = self._padded([s.targets for s in sequences], PAD)
+        embeds = self._model.get_input_embeddings()(ids.clamp_min(0))
+        embeds = embeds.masked_scatter((ids == VISUAL)[..., None], visual)
+        state = self._language(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask(segments),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        asked = targets != PAD
+        logits, wanted = self._model.lm_head(state[asked]), targets[asked]
+        right = logits.argmax(-1) == wanted
+        rows = torch.arange(len(ids), device=self._device)[:, None].expand_as(ids)
+        owner = rows[asked] * (1 + int(segments.max())) + segments[asked]
+        names = [
+            (row, number) for row, s in enumerate(sequences) for number in range(len(s.topics))
+        ]
+        wrong = torch.zeros(len(ids) * (1 + int(segments.max())), device=self._device)
+        wrong.index_add_(0, owner, (~right).float())
+        exact = (wrong.view(len(ids), -1) == 0).float().cpu()
+        figures = {"exact": torch.stack([exact[row, n + 1] for row, n in names]).mean()}
+        for topic in TOPICS:
+            marks = [exact[row, n + 1] for row, n in names if sequences[row].topics[n] == topic]
+            if marks:
+                figures[topic] = torch.stack(marks).mean()
+        return F.cross_entropy(logits, wanted), figures
+
+    def _padded(self, lists: Sequence[Sequence[int]], value: int) -> Tensor:
+        longest = max(map(len, lists))
+        rows = [[*row, *[value] * (longest - len(row))] for row in lists]
+        return torch.tensor(rows, device=self._device)
+
+
+def attention_mask(segments: Tensor) -> Tensor:
+    """Who sees whom, bool (B, 1, T, T): the past of the own segment and the prefix; pads see all.
+
+    Args:
+        segments: (B, T), `PREFIX`, a question's number, or `PAD`.
+    """
+    length = segments.shape[1]
+    past = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    read, by = segments[:, None, :], segments[:, :, None]
+    return (past & ((read == PREFIX) | (read == by)) | (by == PAD))[:, None]

@@ -1,0 +1,108 @@
+"""Batches of scenes: batch number in, tensors out, so that a run can stop and go on anywhere.
+
+Every scene of training is drawn once, from the seed (split, stage, batch, place in it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gc2ray.images import ImagePolicy, load_tiles
+from gc2ray.pocket.model import GRIDS, pocket_anyres, pocket_spec
+from gc2ray.pocket.questions import TOPICS, Question
+from gc2ray.pocket.rows import Split, picture
+from gc2ray.pocket.scenes import Scene, Style, sample_scene
+from gc2ray.records import ImageRef
+from gc2ray.views import Tiles
+from jobs.photos import opened_photos
+from jobs.training.labels import ViewLabels, view_labels
+
+CROWDED_SHARE = 0.75
+"""Of the scenes that the tower is trained on; the others are as full as the rows of a data set."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of scenes.
+
+    Attributes:
+        tiles: The images, cut.
+        labels: What is to be seen.
+        questions: Of each image.
+    """
+
+    tiles: tuple[Tiles, ...]
+    labels: tuple[ViewLabels, ...]
+    questions: tuple[tuple[Question, ...], ...]
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """All views, uint8 (sum of V, T, T, 3)."""
+        return torch.from_numpy(np.concatenate([tiles.pixels for tiles in self.tiles]))
+
+    def label(self, name: str) -> Tensor:
+        """One of the labels of all views."""
+        return torch.from_numpy(np.concatenate([getattr(item, name) for item in self.labels]))
+
+
+class Lessons(Dataset[Lesson]):
+    """Batch number to `Lesson`.
+
+    Args:
+        split: Whose seeds.
+        stage: A number of its own for each stage of training.
+        scenes: In a batch; for a stage with questions, all of one grid, so that they pad little.
+        questions: Asked about a scene at most; 0 for a stage without them.
+        share: Of several processes with a part of each batch, this one's number and how many.
+    """
+
+    def __init__(
+        self, split: Split, stage: int, scenes: int, questions: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self._split, self._stage = split, stage
+        self._places, self._questions = range(share[0], scenes, share[1]), questions
+        self._anyres, self._patch = pocket_anyres(), pocket_spec().patch_size
+        self._photographs = opened_photos()
+
+    def __getitem__(self, batch: int) -> Lesson:
+        tiles, labels, questions = [], [], []
+        for place in self._places:
+            rng = np.random.default_rng([self._split.value, self._stage, batch, place])
+            scene = self._scene(rng, batch, place)
+            ref = ImageRef(picture(scene, self._photographs))
+            tiles.append(load_tiles(ref, self._anyres, ImagePolicy()))
+            labels.append(view_labels(scene, self._anyres, self._patch))
+            questions.append(self._asked(scene, rng))
+        return Lesson(tuple(tiles), tuple(labels), tuple(questions))
+
+    def _scene(self, rng: np.random.Generator, batch: int, place: int) -> Scene:
+        if self._questions:
+            grid = GRIDS[batch % len(GRIDS)]
+            return sample_scene(rng, self._anyres, grid, Style(sign=0.4))
+        grid = GRIDS[place % len(GRIDS)]
+        style = Style()
+        if rng.random() < CROWDED_SHARE:
+            most = 3 * grid[0] * grid[1]
+            style = Style(things=(1 / most,) * most, sign=0.6, rich=0.2, distinct=False)
+        return sample_scene(rng, self._anyres, grid, style)
+
+    def _asked(self, scene: Scene, rng: np.random.Generator) -> tuple[Question, ...]:
+        if not self._questions:
+            return ()
+        asked = [question for ask in TOPICS.values() for question in ask(scene)]
+        chosen = rng.permutation(len(asked))[: self._questions]
+        return tuple(asked[int(index)] for index in chosen)
+
+
+def lesson_loader(lessons: Lessons, first: int, stop: int, workers: int) -> DataLoader[Lesson]:
+    """Lessons `first` to `stop`, drawn by other processes a little ahead."""
+    return DataLoader(
+        lessons, batch_size=None, sampler=range(first, stop), num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )  # fmt: skip

@@ -1,0 +1,187 @@
+"""Training of the pocket model: labels, loss, and going on after a stop."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from gc2ray.families.family import Loaded
+from gc2ray.families.llava_next import LlavaNext
+from gc2ray.families.stock import stock_inputs
+from gc2ray.families.tiny import untrained
+from gc2ray.pocket.model import GRIDS, pocket_anyres, pocket_spec
+from gc2ray.pocket.rows import Split, picture
+from gc2ray.pocket.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
+from gc2ray.prompts import ChatPrompt
+from jobs.photos import opened_photos
+from jobs.train_pocket import main
+from jobs.training.labels import PATCH_COLOURS, view_labels
+from jobs.training.language import LanguageLearner, attention_mask
+from jobs.training.lessons import Lessons
+from jobs.training.tower import TowerLearner, TowerRun
+from jobs.training.trainer import Averages, Stage
+
+PATCH = 7
+
+
+def named(kinds: np.ndarray, view: int) -> dict[tuple[int, int], str]:
+    """Kind of each patch of a view that shows a thing, by row and column."""
+    grid = kinds[view].reshape(8, 8)
+    return {(int(r), int(c)): KINDS[grid[r, c] - 1] for r, c in np.argwhere(grid)}
+
+
+def test_labels_name_what_patches_show() -> None:
+    """A 112 x 224 image fits its canvas of two crops at half size; 1 patch is 14 pixels of it."""
+    scene = Scene(
+        size=(112, 224),
+        grid=(1, 2),
+        zoom=2.0,
+        things=(Thing("7", "red", (14, 28, 28, 56)),),
+        sign=Sign("12", (168, 0, 196, 14)),
+        seed=0,
+    )
+    labels = view_labels(scene, pocket_anyres(), PATCH)
+    assert named(labels.kinds, 1) == {(2, 1): "7", (3, 1): "7"}
+    assert named(labels.kinds, 2) == {(0, 4): "1", (0, 5): "2"}
+    # The thumbnail is squeezed to a quarter in width: two digits share a patch, the first has it.
+    assert set(named(labels.kinds, 0)) == {(2, 0), (3, 0), (0, 6)}
+    colours = labels.colours[2].reshape(8, 8)
+    assert PATCH_COLOURS[colours[0, 4] - 1] == "sign-first"
+    assert PATCH_COLOURS[colours[0, 5] - 1] == "sign-second"
+    assert labels.present[:, KINDS.index("7")].tolist() == [1, 1, 0]
+    assert labels.present[:, KINDS.index("2")].tolist() == [1, 0, 1]
+
+
+def test_labels_follow_padding_and_crops() -> None:
+    """Drawn as white on black, a thing lights up exactly around the patches that carry its name."""
+    from gc2ray.images import tile
+
+    anyres = pocket_anyres()
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        scene = sample_scene(rng, anyres, GRIDS[seed % 5], Style(things=(1.0,), sign=0))
+        image = Image.new("RGB", (scene.size[1], scene.size[0]))
+        image.paste((255, 255, 255), tuple(round(edge) for edge in scene.things[0].box))
+        light = tile(image, anyres).pixels[..., 0].astype(float) / 255
+        share = light.reshape(-1, 8, PATCH, 8, PATCH).mean(axis=(2, 4)).reshape(len(light), -1)
+        marked = view_labels(scene, anyres, PATCH).kinds > 0
+        assert share[marked].min() > 0.1
+        assert share[~marked].max() < 0.6
+
+
+def test_a_mask_shows_each_question_the_image_and_itself() -> None:
+    mask = attention_mask(torch.tensor([[0, 0, 1, 1, 2, -2]]))[0, 0]
+    assert mask.int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 1, 1, 1, 1],
+    ]
+
+
+@torch.no_grad()
+def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() -> None:
+    model, processor = untrained(pocket_spec())
+    model.eval()
+    learner = LanguageLearner(model, processor, TowerLearner(model), 0.0)
+    lessons = Lessons(Split.TRAIN, 1, 2, 4)
+    lesson = lessons[3]
+    loss, figures = learner.loss(lesson)
+    chat = ChatPrompt(processor)
+    loaded = Loaded(model, processor, LlavaNext(model, processor))
+    total, count = 0.0, 0
+    for place, asked in enumerate(lesson.questions):
+        rng = np.random.default_rng([Split.TRAIN.value, 1, 3, place])
+        scene = sample_scene(rng, pocket_anyres(), GRIDS[3], Style(sign=0.4))
+        image = Image.open(io.BytesIO(picture(scene, opened_photos()))).convert("RGB")
+        for question in asked:
+            text = f"{chat.render(question.text)} {question.answer}</s>"
+            inputs = stock_inputs(loaded, [image], [text])
+            answer = processor.tokenizer(f" {question.answer}</s>", add_special_tokens=False)
+            length = len(answer["input_ids"])
+            logits = model(**inputs).logits[0, -length - 1 : -1]
+            total += float(F.cross_entropy(logits, inputs.input_ids[0, -length:], reduction="sum"))
+            count += length
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+    assert float(figures["exact"]) == 0
+
+
+def test_the_tower_run_is_the_family_s() -> None:
+    model, processor = untrained(pocket_spec())
+    lesson = Lessons(Split.TRAIN, 0, 2, 0)[0]
+    with torch.no_grad():
+        features, class_token = TowerRun(model.model.vision_tower)(lesson.pixels)
+        views = LlavaNext(model, processor).encode(lesson.tiles, [0, 0])
+    torch.testing.assert_close(features, torch.cat([view.features for view in views]))
+    assert class_token.shape == (len(lesson.pixels), pocket_spec().vision[0])
+
+
+def test_the_rate_rises_and_falls() -> None:
+    stage = Stage("x", 0, steps=100, scenes=1, questions=0, rate=1.0)
+    rates = [stage.rate_at(step) for step in range(100)]
+    assert rates[0] < rates[3] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 0.05
+
+
+def test_averages_skip_what_a_step_lacks() -> None:
+    averages = Averages()
+    averages.add({"a": torch.tensor(1.0), "b": torch.tensor(3.0)})
+    averages.add({"a": torch.tensor(2.0)})
+    assert averages.means() == {"a": 1.5, "b": 3.0}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_training_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in the middle of a stage and started again: the same weights as without a stop."""
+    monkeypatch.setattr("jobs.training.trainer.LOG_STEPS", 1)
+    monkeypatch.setattr("jobs.training.trainer.SAVE_STEPS", 1)
+    monkeypatch.setattr("jobs.training.trainer.VALIDATION_BATCHES", 1)
+    for name in ("TOWER", "LANGUAGE", "TOGETHER"):
+        stage = Stage(name.lower(), 0, 4, 2, 0 if name == "TOWER" else 3, 1e-3)
+        monkeypatch.setattr(f"jobs.train_pocket.{name}", stage)
+    main([str(tmp_path / "whole")])
+    saved = 0
+
+    def stopping(self: object, *arguments: object) -> None:
+        nonlocal saved
+        save(self, *arguments)
+        saved += 1
+        if saved == 6:  # in the second stage
+            raise KeyboardInterrupt
+
+    from jobs.training.trainer import Trainer
+
+    save = Trainer._save
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            main([str(tmp_path / "stopped")])
+    main([str(tmp_path / "stopped")])
+    capsys.readouterr()
+    states = [
+        torch.load(tmp_path / name / "together.pt", weights_only=True)["model"]
+        for name in ("whole", "stopped")
+    ]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, msg=key)
+    curve = [
+        json.loads(line)
+        for line in (tmp_path / "stopped/curve.jsonl").read_text().split("\n")
+        if line
+    ]
+    assert {"stage": "language", "step": 2, "of": 4, "resumed": 1.0} in curve
+    assert (tmp_path / "stopped/model/model.safetensors").stat().st_size < 10_000_000
+    assert (tmp_path / "stopped/model/processor_config.json").exists()
