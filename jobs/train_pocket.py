@@ -1,10 +1,11 @@
 """Train the pocket model: `python -m jobs.train_pocket DIRECTORY`.
 
-Three stages: the tower alone on what is in patches and views; projector and language model on
-questions, the tower frozen; everything together, the tower at a tenth of the rate and with its own
-loss kept. Every stage goes on from its last checkpoint, so the command may be stopped and started
-again. `curve.jsonl` in the directory has the figures of every 50 steps. At the end the model is
-written to `DIRECTORY/model` in half precision, as it ships.
+Four stages: the tower alone, on what is in patches and views; the projector, towards the words that
+name what patches show; projector and language model, on questions; then everything, the tower at
+half the rate and with its own loss kept. Every stage
+goes on from its last checkpoint, so the command may be stopped and started again. `curve.jsonl` in
+the directory has the figures of every 50 steps. At the end the model is written to
+`DIRECTORY/model` in half precision, as it ships.
 
 On one GPU: as it is, with `--workers` processes to draw scenes. On CPUs: `--processes` as many as
 there are cores, one thread each. `--steps 0.01` runs a hundredth of every stage, to try it out.
@@ -28,15 +29,22 @@ from transformers.utils import logging as transformers_logging
 
 from gc2ray.families.tiny import untrained
 from gc2ray.pocket.model import pocket_spec
+from jobs.curves.points import load
 from jobs.training.language import LanguageLearner
 from jobs.training.tower import TowerLearner
 from jobs.training.trainer import Learner, Stage, Trainer
 
 TOWER = Stage("tower", number=0, steps=4600, scenes=20, questions=0, rate=1e-3)
-LANGUAGE = Stage("language", number=1, steps=1800, scenes=16, questions=10, rate=1e-3)
-TOGETHER = Stage("together", number=2, steps=1700, scenes=16, questions=10, rate=6e-4)
-TOWER_SHARE = 0.3
-"""Rate of the tower in the last stage, as a share of the others'."""
+WORDS = Stage("words", number=1, steps=300, scenes=20, questions=0, rate=1e-3, least=0.5)
+LANGUAGE = Stage("language", number=2, steps=2000, scenes=12, questions=8, rate=1e-3, least=0.1)
+TOGETHER = Stage("together", number=3, steps=2000, scenes=12, questions=8, rate=6e-4)
+STAGES = {
+    "tower": (TOWER, 1.0),
+    "words": (WORDS, 0.0),
+    "language": (LANGUAGE, 0.0),
+    "together": (TOGETHER, 0.5),
+}
+"""In order, each with the tower's rate as a share of the others'; 0 freezes it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Settings:
     workers: int
     steps: float
     seed: int
+    start: Path | None
+    stages: tuple[str, ...]
     rendezvous: str
 
     def stage(self, stage: Stage) -> Stage:
@@ -63,7 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="per process, that draw scenes")
     parser.add_argument("--steps", type=float, default=1.0, help="share of every stage's steps")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
+    parser.add_argument(
+        "--start", type=Path, help="a pocket model to start from, not random weights"
+    )
+    parser.add_argument(
+        "--stages", type=lambda text: tuple(text.split(",")), default=tuple(STAGES),
+        help="those to run, with commas between; default: all",
+    )  # fmt: skip
     chosen = parser.parse_args(arguments)
+    if unknown := set(chosen.stages) - set(STAGES):
+        parser.error(f"no stage {min(unknown)!r}; there are {', '.join(STAGES)}")
     chosen.directory.mkdir(parents=True, exist_ok=True)
     rendezvous = (chosen.directory / f"rendezvous-{uuid.uuid4().hex}").absolute()
     settings = Settings(**vars(chosen), rendezvous=str(rendezvous))
@@ -88,13 +107,18 @@ def train(rank: int, settings: Settings) -> None:
         )
     transformers_logging.disable_progress_bar()
     model, processor = untrained(replace(pocket_spec(), seed=settings.seed))
+    if settings.start is not None:
+        model.load_state_dict(load(str(settings.start)).model.state_dict())
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(settings.directory, settings.workers, rank, settings.processes)
     torch.manual_seed(settings.seed)
     tower = TowerLearner(model)
-    _run(trainer, settings.stage(TOWER), tower)
-    for stage, share in ((LANGUAGE, 0.0), (TOGETHER, TOWER_SHARE)):
-        _run(trainer, settings.stage(stage), LanguageLearner(model, processor, tower, share))
+    for name in settings.stages:
+        stage, share = STAGES[name]
+        learner: Learner = tower
+        if stage is not TOWER:
+            learner = LanguageLearner(model, processor, tower, tower_share=share)
+        _run(trainer, settings.stage(stage), learner)
     if rank == 0:
         export(settings.directory / "model", model, processor)
 

@@ -21,10 +21,10 @@ from gc2ray.pocket.rows import Split, picture
 from gc2ray.pocket.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
 from gc2ray.prompts import ChatPrompt
 from jobs.photos import opened_photos
-from jobs.train_pocket import main
+from jobs.train_pocket import STAGES, main
 from jobs.training.labels import PATCH_COLOURS, view_labels
-from jobs.training.language import LanguageLearner, attention_mask
-from jobs.training.lessons import Lessons
+from jobs.training.language import LanguageLearner, attention_mask, quarters
+from jobs.training.lessons import ASKED, Lessons
 from jobs.training.tower import TowerLearner, TowerRun
 from jobs.training.trainer import Averages, Stage
 
@@ -92,16 +92,16 @@ def test_a_mask_shows_each_question_the_image_and_itself() -> None:
 def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() -> None:
     model, processor = untrained(pocket_spec())
     model.eval()
-    learner = LanguageLearner(model, processor, TowerLearner(model), 0.0)
+    learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
     lessons = Lessons(Split.TRAIN, 1, 2, 4)
     lesson = lessons[3]
-    loss, figures = learner.loss(lesson)
+    _, figures = learner.loss(lesson)
     chat = ChatPrompt(processor)
     loaded = Loaded(model, processor, LlavaNext(model, processor))
     total, count = 0.0, 0
     for place, asked in enumerate(lesson.questions):
         rng = np.random.default_rng([Split.TRAIN.value, 1, 3, place])
-        scene = sample_scene(rng, pocket_anyres(), GRIDS[3], Style(sign=0.4))
+        scene = sample_scene(rng, pocket_anyres(), GRIDS[3], ASKED)
         image = Image.open(io.BytesIO(picture(scene, opened_photos()))).convert("RGB")
         for question in asked:
             text = f"{chat.render(question.text)} {question.answer}</s>"
@@ -111,7 +111,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
             logits = model(**inputs).logits[0, -length - 1 : -1]
             total += float(F.cross_entropy(logits, inputs.input_ids[0, -length:], reduction="sum"))
             count += length
-    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+    assert float(figures["answers"]) == pytest.approx(total / count, rel=1e-5)
     assert float(figures["exact"]) == 0
 
 
@@ -123,6 +123,33 @@ def test_the_tower_run_is_the_family_s() -> None:
         views = LlavaNext(model, processor).encode(lesson.tiles, [0, 0])
     torch.testing.assert_close(features, torch.cat([view.features for view in views]))
     assert class_token.shape == (len(lesson.pixels), pocket_spec().vision[0])
+
+
+def test_places_are_told_by_the_thumbnail_only() -> None:
+    source = torch.tensor([0, 7, 63, 32, 64, 127])
+    assert quarters(source).tolist() == [
+        [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 0], [0.5] * 4, [0.5] * 4,
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_word_loss_falls_where_tokens_are_the_words_that_name_them() -> None:
+    """Embeddings of kinds that are what the projector makes of a patch of them."""
+    model, processor = untrained(pocket_spec())
+    learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
+    lesson = Lessons(Split.TRAIN, 1, 10, 0)[0]
+    before, figures = learner.loss(lesson)
+    features, _ = learner._tower.run(lesson.pixels)
+    packed, _ = learner._packed(lesson, features)
+    projected = model.model.multi_modal_projector(features)
+    kinds = lesson.label("kinds")
+    for kind, word in enumerate(learner._kind_words, start=1):
+        if (kinds == kind).any():
+            mean = projected[kinds == kind].mean(dim=0) - torch.cat(packed).mean(dim=0)
+            model.get_input_embeddings().weight[word] = mean
+    after, named = learner.loss(lesson)
+    assert after < before
+    assert named["words"] > figures["words"]
 
 
 def test_the_rate_rises_and_falls() -> None:
@@ -140,6 +167,14 @@ def test_averages_skip_what_a_step_lacks() -> None:
     assert averages.means() == {"a": 1.5, "b": 3.0}
 
 
+def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "new"), "--stages", "tower,towre"])
+    assert stop.value.code == 2
+    assert "no stage 'towre'; there are tower, words" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_training_goes_on_where_it_stopped(
@@ -149,9 +184,11 @@ def test_training_goes_on_where_it_stopped(
     monkeypatch.setattr("jobs.training.trainer.LOG_STEPS", 1)
     monkeypatch.setattr("jobs.training.trainer.SAVE_STEPS", 1)
     monkeypatch.setattr("jobs.training.trainer.VALIDATION_BATCHES", 1)
-    for name in ("TOWER", "LANGUAGE", "TOGETHER"):
-        stage = Stage(name.lower(), 0, 4, 2, 0 if name == "TOWER" else 3, 1e-3)
+    for name, asked in (("TOWER", 0), ("WORDS", 0), ("LANGUAGE", 3), ("TOGETHER", 3)):
+        stage = Stage(name.lower(), 0, 4, 2, asked, 1e-3)
         monkeypatch.setattr(f"jobs.train_pocket.{name}", stage)
+        share = 0.5 if name == "TOGETHER" else 0.0
+        monkeypatch.setitem(STAGES, name.lower(), (stage, share))
     main([str(tmp_path / "whole")])
     saved = 0
 
@@ -159,7 +196,7 @@ def test_training_goes_on_where_it_stopped(
         nonlocal saved
         save(self, *arguments)
         saved += 1
-        if saved == 6:  # in the second stage
+        if saved == 10:  # in the third stage
             raise KeyboardInterrupt
 
     from jobs.training.trainer import Trainer

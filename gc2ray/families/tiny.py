@@ -49,6 +49,7 @@ class TinySpec:
         grids: Crop grids (rows, columns) that the pinpoints allow.
         vision_layers: Hidden states that make the features.
         activation: Of the tower's feed-forward layers.
+        rope_theta: Base of the rotary frequencies.
         corpus: Texts that the tokenizer is trained on; their words become its tokens.
         vocabulary: Tokens at most.
         spread: Standard deviation of the random weights.
@@ -63,6 +64,7 @@ class TinySpec:
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     vision_layers: int | tuple[int, ...] = -2
     activation: str = "quick_gelu"
+    rope_theta: float = 10_000.0
     corpus: tuple[str, ...] = (TEXT,)
     vocabulary: int = 400
     spread: float = 0.15
@@ -136,6 +138,7 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
         num_key_value_heads=kv_heads,
         head_dim=width // heads,
         max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
         initializer_range=spec.spread,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

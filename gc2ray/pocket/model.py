@@ -29,6 +29,7 @@ def pocket_spec() -> TinySpec:
         text=(192, 4, 6, 6),
         grids=GRIDS,
         activation="gelu",
+        rope_theta=1e6,  # as in LLaVA-NeXT with Mistral: words match tokens far away
         corpus=_corpus(),
         vocabulary=512,
         spread=0.02,

@@ -25,6 +25,14 @@ from jobs.training.labels import ViewLabels, view_labels
 
 CROWDED_SHARE = 0.75
 """Of the scenes that the tower is trained on; the others are as full as the rows of a data set."""
+ASKED = Style(things=(0.2, 0.25, 0.3, 0.25), sign=0.7)
+"""Scenes that questions are asked about: a little fuller than the rows of a data set, and with more
+signs, about which there is one question only."""
+WEIGHTS = {
+    "which": 0.3, "colour": 2.0, "where": 1.0, "count": 0.3, "sign": 0.5, "yesno": 1.5,
+    "caption": 2.0,
+}  # fmt: skip
+"""How readily a question is asked: what is learned soon is asked less."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Lessons(Dataset[Lesson]):
     def _scene(self, rng: np.random.Generator, batch: int, place: int) -> Scene:
         if self._questions:
             grid = GRIDS[batch % len(GRIDS)]
-            return sample_scene(rng, self._anyres, grid, Style(sign=0.4))
+            return sample_scene(rng, self._anyres, grid, ASKED)
         grid = GRIDS[place % len(GRIDS)]
         style = Style()
         if rng.random() < CROWDED_SHARE:
@@ -96,7 +104,9 @@ class Lessons(Dataset[Lesson]):
         if not self._questions:
             return ()
         asked = [question for ask in TOPICS.values() for question in ask(scene)]
-        chosen = rng.permutation(len(asked))[: self._questions]
+        weights = np.array([WEIGHTS[question.topic] for question in asked])
+        size = min(self._questions, len(asked))
+        chosen = rng.choice(len(asked), size, replace=False, p=weights / weights.sum())
         return tuple(asked[int(index)] for index in chosen)
 
 

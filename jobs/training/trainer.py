@@ -24,7 +24,6 @@ from jobs.training.lessons import Lesson, Lessons, lesson_loader
 CLIP = 1.0
 WARMUP = 0.04
 """Share of the steps in which the rate rises."""
-LEAST_RATE = 0.02
 LOG_STEPS, SAVE_STEPS = 50, 200
 VALIDATION_BATCHES = 20
 
@@ -40,6 +39,7 @@ class Stage:
         scenes: In a batch.
         questions: About a scene, at most.
         rate: The highest learning rate.
+        least: The rate at the end, as a share of it.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Stage:
     scenes: int
     questions: int
     rate: float
+    least: float = 0.02
 
     def rate_at(self, step: int) -> float:
         """Share of `rate` at a step: linear rise, then half a cosine."""
@@ -55,7 +56,7 @@ class Stage:
         if step < warm:
             return (step + 1) / warm
         done = (step - warm) / max(1, self.steps - warm)
-        return LEAST_RATE + (1 - LEAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+        return self.least + (1 - self.least) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Averages:
@@ -110,21 +111,16 @@ class Trainer:
         optimizer = torch.optim.AdamW(learner.groups(stage.rate), weight_decay=0.01, fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
         first = self._resume(stage, learner, optimizer)
+        if first >= stage.steps:
+            return
         lessons = Lessons(Split.TRAIN, stage.number, stage.scenes, stage.questions, self._share)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         averages = Averages()
         started = time.monotonic()
         loader = lesson_loader(lessons, first, stage.steps, self.workers)
         for step, lesson in enumerate(loader, start=first):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * stage.rate_at(step)
-            loss, figures = learner.loss(lesson)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._average(parameters)
-            nn.utils.clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            averages.add({"loss": loss.detach(), **figures})
+            averages.add(self._step(learner, optimizer, lesson))
             done = step + 1
             if done % LOG_STEPS == 0:
                 seconds = (time.monotonic() - started) / (done - first)
@@ -133,6 +129,19 @@ class Trainer:
             if done % SAVE_STEPS == 0 or done == stage.steps:
                 self._save(stage, learner, optimizer, done)
         self._log(stage, stage.steps, self._validated(stage, learner))
+
+    def _step(
+        self, learner: Learner, optimizer: torch.optim.Optimizer, lesson: Lesson
+    ) -> dict[str, Tensor]:
+        """Learn from one lesson; returns its figures."""
+        loss, figures = learner.loss(lesson)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._average(parameters)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        return {"loss": loss.detach(), **figures}
 
     @torch.no_grad()
     def _validated(self, stage: Stage, learner: Learner) -> dict[str, float]:
