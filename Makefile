@@ -6,9 +6,11 @@ PY     := $(VENV)/bin/python
 # Another build of torch: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu (or …/cu130)
 TORCH_INDEX ?=
 ONLY   ?=
+# Processes that train the pocket model together: cores on a CPU, 1 on a GPU.
+PROCESSES ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench clean
+.PHONY: help setup demo test test-all check format bench quality pocket clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable . --group dev
 	@touch $@
 
-demo: setup ## Run the whole job on real photographs with a tiny model, on this machine
+demo: setup ## Run the whole job with the pocket model on this machine, with right and wrong answers
 	$(PY) -m jobs.demo
 
 test: setup ## Run the tests
@@ -42,6 +44,12 @@ format: setup ## Format the code and fix what the linter can fix
 
 bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of them
 	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY))
+
+quality: setup ## Measure accuracy against visual tokens; rewrites README's tables and docs/quality.*
+	$(PY) -m jobs.quality
+
+pocket: setup ## Train the pocket model anew into pocket-training/ (hours on a CPU; may be stopped)
+	$(PY) -m jobs.train_pocket pocket-training --processes $(PROCESSES)
 
 clean: ## Remove everything that make made
 	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 
 from gc2ray import families
+from gc2ray.compression.compressor import Compressor
 from gc2ray.config import Cluster, Recipe
 from gc2ray.decoding.decoder import Completion, Decoder
 from gc2ray.decoding.generate import GenerateDecoder
@@ -65,14 +66,21 @@ class Engine:
         loaded: The model.
         recipe: What to compute.
         cluster: Batch sizes and threads.
+        compressor: In place of the recipe's, for experiments with methods that no recipe names.
     """
 
-    def __init__(self, loaded: Loaded, recipe: Recipe, cluster: Cluster) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        recipe: Recipe,
+        cluster: Cluster,
+        compressor: Compressor | None = None,
+    ) -> None:
         self._family: Family = loaded.family
         self._chat = ChatPrompt(loaded.processor)
         self._recipe = recipe
         self._cluster = cluster
-        self._compressor = recipe.compression.build()
+        self._compressor = compressor or recipe.compression.build()
         self._images = recipe.input.image_policy()
         self._decoder: Decoder = GenerateDecoder(loaded.model, max_tokens=cluster.kv_tokens)
         self._open: dict[int, _Row] = {}

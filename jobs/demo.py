@@ -1,63 +1,71 @@
-"""The whole job on real photographs, on this machine: `make demo`.
+"""The whole job on this machine: `make demo`.
 
-Writes a Parquet of sample photographs (and one deliberately broken file), builds a tiny LLaVA-NeXT
-with the real geometry, runs `configs/demo.yaml` on it with two workers, and shows what came out.
+Writes a Parquet of scenes with questions whose answers are known (and one deliberately broken
+picture), runs `configs/demo.yaml` on it with the pocket model and two workers, compressed and then
+uncompressed, and shows what came out: accuracy next to tokens, and a sample of the answers.
 """
 
 from __future__ import annotations
 
-import io
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from gc2ray.config import load_job
+from gc2ray.config import Job, load_job
 from gc2ray.display import RunDisplay, print_outcome
 from gc2ray.driver import run_job
-from gc2ray.families.tiny import TinySpec, build_tiny
-from jobs.photos import Photo, jpeg, sample_photos
+from gc2ray.errors import Status
+from gc2ray.planner import Outcome
+from gc2ray.pocket.model import MODEL
+from gc2ray.pocket.rows import PocketRow, Split, pocket_rows, write_rows
+from gc2ray.quality import Interval, agreement, interval, score
+from jobs.photos import opened_photos
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 MARKER = ".made-by-gc2ray-demo"
-PROMPTS = ("Describe the image in one sentence.", "Which colour is it?")
-SHOWN = 6
-
-REAL_GEOMETRY = TinySpec(image_size=336, patch_size=14, vision=(64, 4, 4), text=(128, 3, 4, 4))
-"""336-pixel views of 24 x 24 patches and the five pinpoints, as in LLaVA-NeXT-7B; tiny widths."""
+ROWS = 140
+SHOWN = 14
+UNCOMPRESSED = ("recipe.compression={method: none}", "output=demo-output/uncompressed")
 
 
 def main() -> int:
-    """Run the demo; the exit code is the run's."""
+    """Run the demo; the exit code is the first run's that did not end well."""
     console = Console()
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
-    job = load_job(CONFIG)
-    root = Path(job.output).parent
+    compressed, uncompressed = load_job(CONFIG), load_job(CONFIG, UNCOMPRESSED)
+    root = Path(compressed.output).parent
     _clear(root)
-    photos = _with_panoramas(sample_photos())
-    rows = _write_rows(Path(job.recipe.input.uri), photos)
-    console.print(f"wrote {rows} rows over {len(photos)} photographs to {job.recipe.input.uri}")
-    build_tiny(Path(job.recipe.model.path), REAL_GEOMETRY)
-    console.print(f"wrote a tiny LLaVA-NeXT (336/14, five pinpoints) to {job.recipe.model.path}")
+    shutil.copytree(MODEL, compressed.recipe.model.path)
+    rows = write_rows(Path(compressed.recipe.input.uri), iter(_rows()))
+    console.print(f"wrote {rows} questions about as many pictures to {compressed.recipe.input.uri}")
+    console.print(f"wrote the pocket model to {compressed.recipe.model.path}")
+    answers = {}
+    for job in (compressed, uncompressed):
+        outcome = _run(console, job)
+        if outcome.exit_code:
+            return outcome.exit_code
+        answers[job.output] = pq.read_table(Path(job.output) / "data").to_pylist()
+    _show_answers(console, answers[compressed.output])
+    _show_accuracy(console, answers[compressed.output], answers[uncompressed.output])
+    console.print(f"demo took {time.monotonic() - started:.0f} s; look around in {root}/")
+    return 0
+
+
+def _run(console: Console, job: Job) -> Outcome:
     with RunDisplay(console) as display:
         outcome = run_job(job, display=display)
     print_outcome(console, outcome, job.output)
-    _show_answers(console, Path(job.output))
-    console.print(
-        "[bold yellow]The model's weights are random, so its answers mean nothing.[/] Tokens, "
-        "memory and errors are real.",
-        soft_wrap=True,
-    )
-    console.print(f"demo took {time.monotonic() - started:.0f} s; look around in {root}/")
-    return outcome.exit_code
+    return outcome
 
 
 def _clear(root: Path) -> None:
@@ -70,49 +78,49 @@ def _clear(root: Path) -> None:
     (root / MARKER).touch()
 
 
-def _with_panoramas(photos: list[Photo]) -> list[Photo]:
-    """Two strips cut from a photograph, so that the 1 x 3 and 3 x 1 grids occur too."""
-    hubble = next(photo for photo in photos if photo.name.startswith("hubble"))
-    with Image.open(io.BytesIO(hubble.data)) as image:
-        width, height = image.size
-        strips = {
-            "hubble-wide.jpg": image.crop((0, height // 3, width, height // 3 + width // 3)),
-            "hubble-tall.jpg": image.crop((width // 3, 0, width // 3 + height // 3, height)),
-        }
-        return [
-            *photos,
-            *(Photo(name, jpeg(strip.convert("RGB"), 92)) for name, strip in strips.items()),
-        ]
+def _rows() -> list[PocketRow]:
+    """Held-out scenes, and in the middle one whose picture was cut off."""
+    rows = list(pocket_rows(Split.TEST, ROWS, opened_photos()))
+    cut = rows[ROWS // 2]
+    broken = replace(cut, id="broken", image=cut.image[: len(cut.image) // 2])
+    return [*rows[: ROWS // 2], broken, *rows[ROWS // 2 :]]
 
 
-def _write_rows(path: Path, photos: list[Photo]) -> int:
-    """Every photograph with every prompt, and a photograph that was cut off in the middle."""
-    broken = Photo("broken.jpg", photos[-1].data[: len(photos[-1].data) // 2])
-    pairs = [(photo, prompt) for photo in photos for prompt in PROMPTS]
-    pairs.insert(len(pairs) // 2, (broken, PROMPTS[0]))
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table(
-        {
-            "photo": [photo.name for photo, _ in pairs],
-            "image": pa.array([{"bytes": p.data, "path": None} for p, _ in pairs], image),
-            "prompt": [prompt for _, prompt in pairs],
-        }
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=8)
-    return len(pairs)
-
-
-def _show_answers(console: Console, output: Path) -> None:
-    rows = pq.read_table(output / "data").to_pylist()
-    table = Table("photo", "tokens", "kept", "answer", title=f"{SHOWN} of {len(rows)} answer rows")
-    for row in [row for row in rows if row["status"] == "ok"][:: max(1, len(rows) // SHOWN)]:
-        full, kept = row["visual_tokens_full"], row["visual_tokens_kept"]
-        table.add_row(row["photo"], str(full), str(kept), ascii(row["answer"])[:40])
+def _show_answers(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    good = [row for row in rows if row["status"] == Status.OK]
+    table = Table("question", "answer", "right answer", "", "visual tokens")
+    table.title = f"{SHOWN} of {len(rows)} rows"
+    for row in good[: SHOWN // 2] + good[-SHOWN // 2 :]:
+        right = score("exact_match", [row["answer"]], [[row["reference"]]])[0] == 1
+        mark = "[green]right[/]" if right else "[red]wrong[/]"
+        tokens = f"{row['visual_tokens_full']} -> {row['visual_tokens_kept']}"
+        table.add_row(row["question"], ascii(row["answer"])[1:-1], row["reference"], mark, tokens)
     console.print(table)
-    for row in (row for row in rows if row["status"] != "ok"):
-        line = f"{row['photo']} ({row['row_key']}): {row['status']}: {row['error']}"
+    for row in (row for row in rows if row["status"] != Status.OK):
+        line = f"{row['id']} ({row['row_key']}): {row['status']}: {row['error']}"
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _show_accuracy(
+    console: Console, compressed: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]
+) -> None:
+    table = Table("", "exact match [95% interval]", "visual tokens a row, newlines included")
+    for name, rows in (("compressed", compressed), ("uncompressed", full)):
+        accuracy, tokens = _accuracy(rows)
+        table.add_row(name, str(accuracy), f"{tokens:.0f}")
+    console.print(table)
+    both = agreement(
+        *({row["row_key"]: row["answer"] for row in rows} for rows in (compressed, full))
+    )
+    console.print(f"same answer compressed and uncompressed: {both.same}", markup=False)
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[Interval, float]:
+    """Over the rows that were answered: the broken picture says nothing about the model."""
+    good = [row for row in rows if row["status"] == Status.OK]
+    right = score("exact_match", [r["answer"] for r in good], [[r["reference"]] for r in good])
+    tokens = [row["visual_tokens_kept"] + row["newline_tokens"] for row in good]
+    return interval(right), sum(tokens) / len(tokens)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from PIL import Image
 
 from gc2ray import families
 from gc2ray.families.family import Loaded
-from gc2ray.families.tiny import build_tiny
-from jobs.demo import REAL_GEOMETRY
+from gc2ray.families.tiny import TinySpec, build_tiny
 from jobs.photos import jpeg, sample_photos
 
+REAL_GEOMETRY = TinySpec(image_size=336, patch_size=14, vision=(64, 4, 4), text=(128, 3, 4, 4))
+"""336-pixel views of 24 x 24 patches and the five pinpoints, as in LLaVA-NeXT-7B; tiny widths."""
 TILE = REAL_GEOMETRY.image_size
 SIDE = TILE // REAL_GEOMETRY.patch_size
 """Token rows and columns of a view."""
