@@ -17,13 +17,11 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from jobs.benchmarks import Line, compression, end_to_end, job_noop, preprocess, scores
+from jobs.machine import cpu_name
 
 BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "compression": compression.run,
@@ -72,10 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _hardware() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     return {
-        "cpu": models[0] if models else platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gc2ray.errors import ConfigError, Status
-from gc2ray.quality import ALL, METRICS, Interval, agreement, difference, evaluate, score
+from gc2ray.quality import ALL, METRICS, Interval, agreement, evaluate, interval, score
 from gc2ray.store import Store
 
 
@@ -125,7 +125,7 @@ def _compared(first: Run, second: Run, metrics: Sequence[str]) -> dict[str, Any]
     for metric in metrics:
         values = score(metric, answers, references) - score(metric, others, references)
         if not np.isnan(values).all():
-            differences[metric] = difference(values, np.zeros_like(values))
+            differences[metric] = interval(values)
     both = agreement(
         dict(zip(first.keys, first.answers, strict=True)),
         dict(zip(second.keys, second.answers, strict=True)),

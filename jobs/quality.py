@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -34,8 +32,9 @@ from jobs.curves.points import (
     Point,
     load,
     measure_all,
-    share_far_from_uniform,
+    shares_far_from_uniform,
 )
+from jobs.machine import cpu_name
 from jobs.photos import opened_photos
 
 ROOT = Path(__file__).parents[1]
@@ -108,15 +107,13 @@ def measure(data: Data, temperature: float, processes: int) -> dict[str, Any]:
             scores[method, retention] = right
             line = {"method": method, "retention": retention, "tokens": done.tokens}
             measured.append({**line, **_plain(found)})
+    shares = shares_far_from_uniform(load(data.model), rows[:SHARE_ROWS], 0.1, sorted(TEMPERATURES))
     return {
         "rows": data.rows,
         "points": measured,
         "differences": _differences(rows, scores),
         "topics": _topics(rows, scores),
-        "far_from_uniform": {
-            f"{t:g}": share_far_from_uniform(load(data.model), rows[:SHARE_ROWS], 0.1, t)
-            for t in sorted(TEMPERATURES)
-        },
+        "far_from_uniform": {f"{t:g}": share for t, share in shares.items()},
     }
 
 
@@ -191,9 +188,7 @@ def _chance(rows: Sequence[PocketRow], topics: np.ndarray) -> dict[str, float]:
 
 
 def _hardware() -> str:
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-    return f"{os.cpu_count()} cores of an {models[0] if models else platform.machine()}"
+    return f"{os.cpu_count()} cores of an {cpu_name()}"
 
 
 def _write(document: Mapping[str, Any], into: Path) -> None:

@@ -31,7 +31,6 @@ from jobs.photos import opened_photos
 SCENE = Scene(
     size=(200, 100),
     grid=(2, 1),
-    zoom=2.0,
     things=(Thing("star", "blue", (60, 20, 80, 40)), Thing("7", "red", (10, 150, 20, 170))),
     sign=Sign("42", (10, 20, 40, 40)),
     seed=5,

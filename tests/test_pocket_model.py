@@ -24,11 +24,12 @@ from gc2ray.prompts import ChatPrompt
 from gc2ray.quality import score
 from jobs.curves.points import (
     NEW_TOKENS,
+    TEMPERATURE,
     Point,
     RememberedViews,
     answer,
     load,
-    share_far_from_uniform,
+    shares_far_from_uniform,
 )
 from jobs.photos import opened_photos
 
@@ -132,7 +133,7 @@ def test_remembered_views_change_nothing() -> None:
 
 
 def test_the_commander_commands() -> None:
-    share = share_far_from_uniform(model(), rows()[:100], 0.1, Point("globalcom2").temperature)
+    (share,) = shares_far_from_uniform(model(), rows()[:100], 0.1, [TEMPERATURE]).values()
     assert share > 0.1, "budgets are uniform: the method is not being tested"
 
 

@@ -42,7 +42,6 @@ def test_labels_name_what_patches_show() -> None:
     scene = Scene(
         size=(112, 224),
         grid=(1, 2),
-        zoom=2.0,
         things=(Thing("7", "red", (14, 28, 28, 56)),),
         sign=Sign("12", (168, 0, 196, 14)),
         seed=0,

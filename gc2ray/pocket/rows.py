@@ -1,9 +1,9 @@
 """Scenes as rows of a Parquet file, in the form of users' data.
 
-Columns: `image` (struct of bytes and path), `question`, `reference` (the right
-answer), `topic`, `id`.
-Row i of a split is the same for ever: topics and crop grids take turns, everything else is drawn
-from the seed (split, i). The splits' seeds differ in their first number, so no scene is in two.
+Columns: `id`, `image` (struct of bytes and path), `question`, `reference` (the right answer) and
+`topic`. Row i of a split is the same for ever: topics and crop grids take turns, everything else
+is drawn from the seed (split, i). The splits' seeds differ in their first number, so no scene is in
+two.
 """
 
 from __future__ import annotations

@@ -109,7 +109,6 @@ class Scene:
 
     size: tuple[int, int]
     grid: tuple[int, int]
-    zoom: float
     things: tuple[Thing, ...]
     sign: Sign | None
     seed: int
@@ -147,7 +146,7 @@ def sample_scene(
             things.append(Thing(name, list(COLOURS)[int(colour)], box))
     if not things:  # no room beside the sign: start afresh
         return sample_scene(rng, anyres, grid, style)
-    return Scene(size, grid, zoom, tuple(things), sign, int(rng.integers(2**31)))
+    return Scene(size, grid, tuple(things), sign, int(rng.integers(2**31)))
 
 
 def draw(scene: Scene, photographs: Sequence[Image.Image]) -> Image.Image:

@@ -8,10 +8,10 @@ from statistics import median
 
 from gc2ray.config import Cluster, parse_recipe
 from gc2ray.engine import Engine
-from gc2ray.errors import Status
 from gc2ray.families.stock import stock_generate
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Answer, ImageRef, Request
+from jobs.answering import answers_in_order
 from jobs.benchmarks import Line
 from jobs.benchmarks.inputs import XGA, opened, photographs, tiny_model
 from jobs.benchmarks.timing import Times, Work, in_turn, median_ratio
@@ -63,15 +63,11 @@ def _answers(engine: Engine, data: Sequence[bytes]) -> list[Answer]:
     Raises:
         RuntimeError: A row was not answered.
     """
-    requests = (
+    requests = [
         Request(f"bench#{row}", "bench", row, (ImageRef(item),), (QUESTION,))
         for row, item in enumerate(data)
-    )
-    answers = sorted(engine.stream(requests), key=lambda answer: answer.request.row)
-    bad = [answer.error for answer in answers if answer.status != Status.OK]
-    if bad or len(answers) != len(data):
-        raise RuntimeError(f"{len(answers)} of {len(data)} rows answered; errors: {bad}")
-    return answers
+    ]
+    return answers_in_order(engine, requests)
 
 
 def _stock_answers(data: Sequence[bytes]) -> list[str]:

@@ -12,7 +12,7 @@ from PIL import Image
 from gc2ray import families
 from gc2ray.families.family import Loaded
 from gc2ray.families.tiny import TinySpec, build_tiny
-from jobs.photos import jpeg, sample_photos
+from jobs.photos import jpeg, opened_photos
 
 REAL_GEOMETRY = TinySpec(image_size=336, patch_size=14, vision=(64, 4, 4), text=(128, 3, 4, 4))
 """336-pixel views of 24 x 24 patches and the five pinpoints, as in LLaVA-NeXT-7B; tiny widths."""
@@ -29,9 +29,9 @@ def opened(data: bytes) -> Image.Image:
 
 def photographs(size: tuple[int, int] | None = None) -> list[bytes]:
     """The sample photographs as RGB JPEGs, in their own sizes or all in one (width, height)."""
-    images = [opened(photo.data) for photo in sample_photos()]
     return [
-        jpeg(image.resize(size or image.size, Image.Resampling.BICUBIC), 90) for image in images
+        jpeg(image.resize(size or image.size, Image.Resampling.BICUBIC), 90)
+        for image in opened_photos()
     ]
 
 

@@ -17,12 +17,12 @@ from gc2ray.compression.compressor import Compressor, ViewBatch
 from gc2ray.compression.globalcom2 import crop_scales
 from gc2ray.config import Cluster, parse_recipe
 from gc2ray.engine import Engine
-from gc2ray.errors import Status
 from gc2ray.families.family import Family, Loaded
 from gc2ray.images import ImagePolicy, load_tiles
 from gc2ray.pocket.rows import PocketRow, Split, pocket_rows
 from gc2ray.records import Answer, ImageRef, Request
 from gc2ray.views import Tiles, Views
+from jobs.answering import answers_in_order
 from jobs.curves.controls import Blind, ForeignScores
 from jobs.photos import opened_photos
 
@@ -158,30 +158,27 @@ def answer(loaded: Loaded, model: str, rows: Sequence[PocketRow], point: Point) 
     elif control is ForeignScores:
         compressor = ForeignScores(point.retention, point.temperature)
     engine = Engine(loaded, recipe, Cluster(image_threads=1), compressor)
-    requests = (
+    requests = [
         Request(row.id, "pocket", place, (ImageRef(row.image),), (row.question.text,))
         for place, row in enumerate(rows)
-    )
-    answers = sorted(engine.stream(requests), key=lambda answer: answer.request.row)
-    bad = [answer.error for answer in answers if answer.status != Status.OK]
-    if bad or len(answers) != len(rows):
-        raise RuntimeError(f"{len(answers)} of {len(rows)} rows answered; errors: {bad[:3]}")
-    return answers
+    ]
+    return answers_in_order(engine, requests)
 
 
 @torch.inference_mode()
-def share_far_from_uniform(
-    loaded: Loaded, rows: Sequence[PocketRow], retention: float, temperature: float
-) -> float:
-    """Share of crops whose budget differs from the retention by more than a fifth of it.
+def shares_far_from_uniform(
+    loaded: Loaded, rows: Sequence[PocketRow], retention: float, temperatures: Sequence[float]
+) -> dict[float, float]:
+    """By temperature, the share of crops whose budget is more than a fifth off the retention.
 
     Where it is 0 the commander commands nothing, and GlobalCom² is not being tested.
     """
-    far: list[bool] = []
+    far: dict[float, list[bool]] = {temperature: [] for temperature in temperatures}
     for first in range(0, len(rows), BATCH):
         refs = [ImageRef(row.image) for row in rows[first : first + BATCH]]
         tiles = [load_tiles(ref, loaded.family.anyres, ImagePolicy()) for ref in refs]
-        views = loaded.family.encode(tiles, [0] * len(tiles))
-        scales = crop_scales(ViewBatch.of(views), retention, temperature)
-        far += ((scales / retention - 1).abs() > FAR_FROM_UNIFORM).tolist()
-    return float(np.mean(far))
+        batch = ViewBatch.of(loaded.family.encode(tiles, [0] * len(tiles)))
+        for temperature, found in far.items():
+            scales = crop_scales(batch, retention, temperature)
+            found += ((scales / retention - 1).abs() > FAR_FROM_UNIFORM).tolist()
+    return {temperature: float(np.mean(found)) for temperature, found in far.items()}
