@@ -12,6 +12,7 @@ from PIL import Image
 
 from gc2ray.images import ImagePolicy, load_tiles
 from gc2ray.pocket import questions
+from gc2ray.pocket.drawing import draw
 from gc2ray.pocket.model import GRIDS, pocket_anyres
 from gc2ray.pocket.rows import Split, pocket_rows, write_rows
 from gc2ray.pocket.scenes import (
@@ -22,7 +23,6 @@ from gc2ray.pocket.scenes import (
     Sign,
     Style,
     Thing,
-    draw,
     sample_scene,
 )
 from gc2ray.records import ImageRef

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from gc2ray.pocket.drawing import draw
 from gc2ray.pocket.model import GRIDS, pocket_anyres
 from gc2ray.pocket.questions import TOPICS, Question
-from gc2ray.pocket.scenes import Scene, Style, draw, sample_scene
+from gc2ray.pocket.scenes import Scene, Style, sample_scene
 
 QUALITY = 92
 ROW_GROUP = 64

@@ -10,21 +10,21 @@ Things do not overlap, lie across no cut between two crops, and keep clear of th
 lines, so that "left" and "right" are never in doubt. Within a scene no kind and no colour occurs
 twice, unless `Style.distinct` is off.
 
-Not covered: handwriting, perspective, occlusion; the fonts are Pillow's own.
+`gc2ray.pocket.drawing` draws what is sampled here.
+
+Not covered: handwriting, perspective, occlusion.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from gc2ray.canvas import AnyRes
 from gc2ray.images import fitted_size
+from gc2ray.pocket.lettering import text_width
 
 DIGITS = tuple("0123456789")
 LETTERS = tuple("ACEHKRTX")
@@ -44,6 +44,8 @@ SIGN_HEIGHT = (9.0, 10.5)
 """Height of a sign's digits, in pixels of the canvas."""
 MIDDLE = 0.06
 """Share of the image's width and height, on both sides of the middle lines, that centres avoid."""
+PLATE = (0.5, 1.35)
+"""A sign's width beyond its digits', and its height, in heights of a digit."""
 GAP = 1.5
 """Least distance between two things, in pixels of the canvas."""
 ZOOM = (2.0, 3.0)
@@ -130,9 +132,8 @@ def sample_scene(
     if rng.random() < style.sign:
         text = f"{rng.integers(10, 100)}"
         height = rng.uniform(*SIGN_HEIGHT) * zoom
-        width = _text_width(text, height)
-        plate = (width + height * 0.5, height * 1.35)
-        box = room.place(*plate)
+        width = text_width(text, height)
+        box = room.place(width + height * PLATE[0], height * PLATE[1])
         sign = Sign(text, box) if box else None
     count = 1 + int(rng.choice(len(style.things), p=np.array(style.things) / sum(style.things)))
     kinds = rng.choice(len(KINDS), count, replace=not style.distinct)
@@ -147,23 +148,6 @@ def sample_scene(
     if not things:  # no room beside the sign: start afresh
         return sample_scene(rng, anyres, grid, style)
     return Scene(size, grid, tuple(things), sign, int(rng.integers(2**31)))
-
-
-def draw(scene: Scene, photographs: Sequence[Image.Image]) -> Image.Image:
-    """The scene as an RGB image.
-
-    Args:
-        scene: What to draw.
-        photographs: Backgrounds are cut from them; without any, all are textures.
-    """
-    rng = np.random.default_rng(scene.seed)
-    image = _background(rng, scene.size, photographs)
-    pen = ImageDraw.Draw(image)
-    if scene.sign is not None:
-        _draw_sign(pen, scene.sign)
-    for thing in scene.things:
-        _draw_thing(pen, thing, _jittered(rng, COLOURS[thing.colour]))
-    return image
 
 
 def digit_boxes(sign: Sign) -> tuple[Box, Box]:
@@ -261,115 +245,8 @@ def _cuts(size: tuple[int, int], anyres: AnyRes) -> tuple[list[float], list[floa
     return lines[0], lines[1]
 
 
-def _background(
-    rng: np.random.Generator, size: tuple[int, int], photographs: Sequence[Image.Image]
-) -> Image.Image:
-    """A part of a photograph, or a texture, with its contrast lowered by chance."""
-    height, width = size
-    if photographs and rng.random() < 0.8:
-        photo = photographs[int(rng.integers(len(photographs)))]
-        scale = rng.uniform(0.35, 1.0) * min(photo.width / width, photo.height / height)
-        left = rng.uniform(0, photo.width - width * scale)
-        top = rng.uniform(0, photo.height - height * scale)
-        box = (left, top, left + width * scale, top + height * scale)
-        image = photo.resize((width, height), Image.Resampling.BILINEAR, box=box)
-    else:
-        coarse = int(rng.integers(2, 12))
-        noise = rng.integers(0, 256, (coarse, coarse, 3), dtype=np.uint8)
-        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-    flat = Image.new("RGB", (width, height), tuple(int(v) for v in rng.integers(40, 216, 3)))
-    return Image.blend(image, flat, rng.uniform(0.0, 0.5))
-
-
-def _jittered(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    red, green, blue = np.clip(np.array(colour) + rng.integers(-20, 21, 3), 0, 255).tolist()
-    return red, green, blue
-
-
-def _draw_sign(pen: ImageDraw.ImageDraw, sign: Sign) -> None:
-    left, top, right, bottom = sign.box
-    height = (bottom - top) / 1.35
-    pen.rectangle(sign.box, fill=(250, 250, 245), outline=(0, 0, 0), width=max(1, int(height / 16)))
-    _text(pen, sign.text, ((left + right) / 2, (top + bottom) / 2), height, (10, 10, 10), 0.04)
-
-
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, colour: tuple[int, int, int]) -> None:
-    left, top, right, bottom = thing.box
-    rim = (bottom - top) * 0.1
-    inner = (left + rim, top + rim, right - rim, bottom - rim)
-    if thing.kind == "circle":
-        pen.ellipse(thing.box, fill=(0, 0, 0))
-        pen.ellipse(inner, fill=colour)
-    elif thing.kind in SHAPES:
-        pen.polygon(_corners(thing.kind, thing.box), fill=(0, 0, 0))
-        pen.polygon(_corners(thing.kind, inner), fill=colour)
-    else:
-        height = (bottom - top) * LETTER
-        _text(pen, thing.kind, thing.centre, height, (0, 0, 0), 0.125)
-        _text(pen, thing.kind, thing.centre, height, colour, 0.035)
-
-
-def _corners(kind: str, box: Box) -> list[tuple[float, float]]:
-    left, top, right, bottom = box
-    if kind == "square":
-        return [(left, top), (right, top), (right, bottom), (left, bottom)]
-    if kind == "triangle":
-        return [((left + right) / 2, top), (right, bottom), (left, bottom)]
-    centre, reach = ((left + right) / 2, (top + bottom) / 2), (bottom - top) / 2
-    points = []
-    for corner in range(10):
-        angle, length = (
-            math.pi * corner / 5 - math.pi / 2,
-            reach * (1.1 if corner % 2 == 0 else 0.5),
-        )
-        points.append((centre[0] + length * math.cos(angle), centre[1] + length * math.sin(angle)))
-    return points
-
-
-def _text(
-    pen: ImageDraw.ImageDraw,
-    text: str,
-    centre: tuple[float, float],
-    height: float,
-    colour: tuple[int, int, int],
-    stroke: float,
-) -> None:
-    """Text whose letters are `height` pixels high, its middle at `centre`."""
-    size = height / _cap_height()
-    font = _font(round(size))
-    left, top, right, bottom = font.getbbox(text, anchor="ls")
-    at = (centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2)
-    width = max(1, round(size * stroke))
-    pen.text(at, text, fill=colour, font=font, anchor="ls", stroke_width=width, stroke_fill=colour)
-
-
-@lru_cache(maxsize=256)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font.
-
-    Raises:
-        RuntimeError: Pillow was built without FreeType.
-    """
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("this Pillow has no FreeType; install one from PyPI")
-    return font
-
-
-@lru_cache(maxsize=1)
-def _cap_height() -> float:
-    """Height of a capital letter of the font, as a share of its size."""
-    _, top, _, bottom = _font(200).getbbox("H", anchor="ls")
-    return float(bottom - top) / 200
-
-
-def _text_width(text: str, height: float) -> float:
-    left, _, right, _ = _font(200).getbbox(text, anchor="ls")
-    return float(right - left) / 200 / _cap_height() * height
-
-
 def _width(kind: str, height: float) -> float:
     """Width of a thing with this height, rim included."""
     if kind in SHAPES:
         return height
-    return _text_width(kind, height * LETTER) + height * (1 - LETTER)
+    return text_width(kind, height * LETTER) + height * (1 - LETTER)
