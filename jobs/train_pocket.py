@@ -78,11 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--stages", type=lambda text: tuple(text.split(",")), default=tuple(STAGES),
-        help="those to run, with commas between; default: all",
+        help="those to run, with commas between, others as they were left; default: all",
     )  # fmt: skip
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.stages) - set(STAGES):
         parser.error(f"no stage {min(unknown)!r}; there are {', '.join(STAGES)}")
+    towerless = TOWER.name not in chosen.stages and not Trainer(chosen.directory).has_run(TOWER)
+    if towerless and chosen.start is None:
+        parser.error(f"{chosen.directory} has no trained tower; run that stage or give --start")
     chosen.directory.mkdir(parents=True, exist_ok=True)
     rendezvous = (chosen.directory / f"rendezvous-{uuid.uuid4().hex}").absolute()
     settings = Settings(**vars(chosen), rendezvous=str(rendezvous))
@@ -113,12 +116,14 @@ def train(rank: int, settings: Settings) -> None:
     trainer = Trainer(settings.directory, settings.workers, rank, settings.processes)
     torch.manual_seed(settings.seed)
     tower = TowerLearner(model)
-    for name in settings.stages:
-        stage, share = STAGES[name]
+    for name, (stage, share) in STAGES.items():
         learner: Learner = tower
         if stage is not TOWER:
             learner = LanguageLearner(model, processor, tower, tower_share=share)
-        _run(trainer, settings.stage(stage), learner)
+        if name in settings.stages:
+            _run(trainer, settings.stage(stage), learner)
+        elif settings.start is None and trainer.has_run(stage):
+            trainer.resume(stage, learner)
     if rank == 0:
         export(settings.directory / "model", model, processor)
 

@@ -174,12 +174,18 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str], tmp_pat
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_training_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_stage_without_a_trained_tower_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Stopped in the middle of a stage and started again: the same weights as without a stop."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "new"), "--stages", "language"])
+    assert stop.value.code == 2
+    assert "has no trained tower; run that stage or give --start" in capsys.readouterr().err
+
+
+@pytest.fixture
+def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four stages of four steps, saved after each."""
     monkeypatch.setattr("jobs.training.trainer.LOG_STEPS", 1)
     monkeypatch.setattr("jobs.training.trainer.SAVE_STEPS", 1)
     monkeypatch.setattr("jobs.training.trainer.VALIDATION_BATCHES", 1)
@@ -188,7 +194,26 @@ def test_training_goes_on_where_it_stopped(
         monkeypatch.setattr(f"jobs.train_pocket.{name}", stage)
         share = 0.5 if name == "TOGETHER" else 0.0
         monkeypatch.setitem(STAGES, name.lower(), (stage, share))
+
+
+def end(directory: Path) -> dict[str, torch.Tensor]:
+    """The model's weights after the last stage."""
+    weights: dict[str, torch.Tensor] = torch.load(directory / "together.pt", weights_only=True)[
+        "model"
+    ]
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("short_stages")
+def test_training_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in the middle of a stage, or after one, and started again: the same weights."""
     main([str(tmp_path / "whole")])
+    main([str(tmp_path / "parts"), "--stages", "tower,words"])
+    main([str(tmp_path / "parts"), "--stages", "language,together"])
     saved = 0
 
     def stopping(self: object, *arguments: object) -> None:
@@ -207,12 +232,8 @@ def test_training_goes_on_where_it_stopped(
             main([str(tmp_path / "stopped")])
     main([str(tmp_path / "stopped")])
     capsys.readouterr()
-    states = [
-        torch.load(tmp_path / name / "together.pt", weights_only=True)["model"]
-        for name in ("whole", "stopped")
-    ]
-    for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, msg=key)
+    for other in ("stopped", "parts"):
+        torch.testing.assert_close(end(tmp_path / other), end(tmp_path / "whole"), msg=other)
     curve = [
         json.loads(line)
         for line in (tmp_path / "stopped/curve.jsonl").read_text().split("\n")

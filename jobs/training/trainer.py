@@ -110,7 +110,7 @@ class Trainer:
         self.directory.mkdir(parents=True, exist_ok=True)
         optimizer = torch.optim.AdamW(learner.groups(stage.rate), weight_decay=0.01, fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        first = self._resume(stage, learner, optimizer)
+        first = self.resume(stage, learner, optimizer) if self.has_run(stage) else 0
         if first >= stage.steps:
             return
         lessons = Lessons(Split.TRAIN, stage.number, stage.scenes, stage.questions, self._share)
@@ -129,6 +129,23 @@ class Trainer:
             if done % SAVE_STEPS == 0 or done == stage.steps:
                 self._save(stage, learner, optimizer, done)
         self._log(stage, stage.steps, self._validated(stage, learner))
+
+    def has_run(self, stage: Stage) -> bool:
+        """Whether the stage has a checkpoint here."""
+        return self._checkpoint(stage).exists()
+
+    def resume(
+        self, stage: Stage, learner: Learner, optimizer: torch.optim.Optimizer | None = None
+    ) -> int:
+        """Modules, and the optimizer if given, as the stage's checkpoint has them; its step."""
+        state = torch.load(self._checkpoint(stage), map_location="cpu", weights_only=True)
+        for name, module in learner.modules().items():
+            module.load_state_dict(state[name])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        step = int(state["step"])
+        self._log(stage, step, {"resumed": 1.0})
+        return step
 
     def _step(
         self, learner: Learner, optimizer: torch.optim.Optimizer, lesson: Lesson
@@ -187,18 +204,6 @@ class Trainer:
         temporary = self._checkpoint(stage).with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self._checkpoint(stage))
-
-    def _resume(self, stage: Stage, learner: Learner, optimizer: Any) -> int:
-        path = self._checkpoint(stage)
-        if not path.exists():
-            return 0
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, module in learner.modules().items():
-            module.load_state_dict(state[name])
-        optimizer.load_state_dict(state["optimizer"])
-        step = int(state["step"])
-        self._log(stage, step, {"resumed": 1.0})
-        return step
 
     def _log(self, stage: Stage, step: int, figures: dict[str, float]) -> None:
         if self.rank > 0:
