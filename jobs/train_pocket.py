@@ -2,7 +2,7 @@
 
 Four stages: the tower alone, on what is in patches and views; the projector, towards the words that
 name what patches show; projector and language model, on questions; then everything, the tower at
-half the rate and with its own loss kept. Every stage
+half the rate and with its own loss kept, and questions about notes in words besides. Every stage
 goes on from its last checkpoint, so the command may be stopped and started again. `curve.jsonl` in
 the directory has the figures of every 50 steps. At the end the model is written to
 `DIRECTORY/model` in half precision, as it ships.
@@ -36,8 +36,10 @@ from jobs.training.trainer import Learner, Stage, Trainer
 
 TOWER = Stage("tower", number=0, steps=4600, scenes=20, questions=0, rate=1e-3)
 WORDS = Stage("words", number=1, steps=300, scenes=20, questions=0, rate=1e-3, least=0.5)
-LANGUAGE = Stage("language", number=2, steps=2000, scenes=12, questions=8, rate=1e-3, least=0.1)
-TOGETHER = Stage("together", number=3, steps=2000, scenes=12, questions=8, rate=6e-4)
+LANGUAGE = Stage(
+    "language", number=2, steps=4000, scenes=12, questions=10, rate=1e-3, least=0.1, horizon=1.375
+)
+TOGETHER = Stage("together", number=3, steps=1500, scenes=12, questions=10, rate=4e-4)
 STAGES = {
     "tower": (TOWER, 1.0),
     "words": (WORDS, 0.0),
@@ -119,7 +121,9 @@ def train(rank: int, settings: Settings) -> None:
     for name, (stage, share) in STAGES.items():
         learner: Learner = tower
         if stage is not TOWER:
-            learner = LanguageLearner(model, processor, tower, tower_share=share)
+            learner = LanguageLearner(
+                model, processor, tower, tower_share=share, reads=stage is TOGETHER
+            )
         if name in settings.stages:
             _run(trainer, settings.stage(stage), learner)
         elif settings.start is None and trainer.has_run(stage):

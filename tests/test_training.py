@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from gc2ray.families.llava_next import LlavaNext
 from gc2ray.families.stock import stock_inputs
 from gc2ray.families.tiny import untrained
 from gc2ray.pocket.model import GRIDS, pocket_anyres, pocket_spec
+from gc2ray.pocket.questions import quarter
 from gc2ray.pocket.rows import Split, picture
 from gc2ray.pocket.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
 from gc2ray.prompts import ChatPrompt
@@ -24,7 +27,8 @@ from jobs.photos import opened_photos
 from jobs.train_pocket import STAGES, main
 from jobs.training.labels import PATCH_COLOURS, view_labels
 from jobs.training.language import LanguageLearner, attention_mask, quarters
-from jobs.training.lessons import ASKED, Lessons
+from jobs.training.lessons import ASKED, Lessons, noted
+from jobs.training.positions import STOCK_SHARE, squeezed_steps
 from jobs.training.tower import TowerLearner, TowerRun
 from jobs.training.trainer import Averages, Stage
 
@@ -87,31 +91,85 @@ def test_a_mask_shows_each_question_the_image_and_itself() -> None:
     ]
 
 
+def stock_cost(loaded: Loaded, answer: str, inputs: Any) -> tuple[float, int]:
+    """Cross entropy of an answer that ends the inputs, by stock transformers; and its tokens."""
+    tokenised = loaded.processor.tokenizer(f" {answer}</s>", add_special_tokens=False)
+    length = len(tokenised["input_ids"])
+    logits = loaded.model(**inputs).logits[0, -length - 1 : -1]
+    wanted = inputs["input_ids"][0, -length:]
+    return float(F.cross_entropy(logits, wanted, reduction="sum")), length
+
+
 @torch.no_grad()
 def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() -> None:
     model, processor = untrained(pocket_spec())
     model.eval()
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
-    lessons = Lessons(Split.TRAIN, 1, 2, 4)
-    lesson = lessons[3]
+    lesson = Lessons(Split.VALIDATION, 1, 2, 4)[3]  # whose positions are not squeezed
     _, figures = learner.loss(lesson)
     chat = ChatPrompt(processor)
     loaded = Loaded(model, processor, LlavaNext(model, processor))
-    total, count = 0.0, 0
+    costs = []
     for place, asked in enumerate(lesson.questions):
-        rng = np.random.default_rng([Split.TRAIN.value, 1, 3, place])
+        rng = np.random.default_rng([Split.VALIDATION.value, 1, 3, place])
         scene = sample_scene(rng, pocket_anyres(), GRIDS[3], ASKED)
         image = Image.open(io.BytesIO(picture(scene, opened_photos()))).convert("RGB")
         for question in asked:
             text = f"{chat.render(question.text)} {question.answer}</s>"
-            inputs = stock_inputs(loaded, [image], [text])
-            answer = processor.tokenizer(f" {question.answer}</s>", add_special_tokens=False)
-            length = len(answer["input_ids"])
-            logits = model(**inputs).logits[0, -length - 1 : -1]
-            total += float(F.cross_entropy(logits, inputs.input_ids[0, -length:], reduction="sum"))
-            count += length
-    assert float(figures["answers"]) == pytest.approx(total / count, rel=1e-5)
+            costs.append(stock_cost(loaded, question.answer, stock_inputs(loaded, [image], [text])))
+    cost, tokens = np.sum(costs, axis=0)
+    assert float(figures["answers"]) == pytest.approx(cost / tokens, rel=1e-5)
     assert float(figures["exact"]) == 0
+    _, squeezed = learner.loss(replace(lesson, squeezed=True))
+    assert float(squeezed["answers"]) != pytest.approx(cost / tokens, rel=1e-5)
+
+
+@torch.no_grad()
+def test_notes_in_words_stand_where_the_image_stands() -> None:
+    model, processor = untrained(pocket_spec())
+    model.eval()
+    learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
+    lesson = Lessons(Split.VALIDATION, 1, 2, 3)[3]
+    read, _ = learner._reading_loss(lesson)
+    loaded = Loaded(model, processor, LlavaNext(model, processor))
+    chat = ChatPrompt(processor)
+    costs = []
+    for question in lesson.questions[0]:
+        ids = chat.encode(question.text)
+        place = ids.index(model.config.image_token_id)
+        notes, answer = (
+            processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (lesson.notes[0], f" {question.answer}</s>")
+        )
+        whole = torch.tensor([[*ids[:place], *notes, *ids[place + 1 :], *answer]])
+        costs.append(stock_cost(loaded, question.answer, {"input_ids": whole}))
+    cost, tokens = np.sum(costs, axis=0)
+    assert float(read) == pytest.approx(cost / tokens, rel=1e-5)
+
+
+def test_notes_name_everything_and_every_place_once() -> None:
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        scene = sample_scene(rng, pocket_anyres(), GRIDS[seed % 5], ASKED)
+        notes = noted(scene, rng)
+        for thing in scene.things:
+            assert notes.count(f"{thing.colour} {thing.kind} {quarter(scene, thing)}") == 1
+            assert 1 <= notes.count(f"{thing.colour} {thing.kind}") <= 3
+        if scene.sign is not None:
+            assert notes.count(f"sign with {scene.sign.text}") == 1
+
+
+def test_visual_tokens_are_drawn_together_unevenly_and_some_images_not_at_all() -> None:
+    steps = np.stack([squeezed_steps(240, seed) for seed in range(2000)])
+    assert set(np.unique(steps)) == {0, 1}
+    stock = (steps == 1).all(axis=1)
+    assert stock.mean() == pytest.approx(STOCK_SHARE, abs=0.03)
+    lengths = steps[~stock].sum(axis=1)
+    assert np.quantile(lengths, 0.05) < 0.1 * 240
+    assert np.quantile(lengths, 0.95) > 0.6 * 240
+    middle = steps[~stock][:, :120].sum(axis=1) / lengths.clip(1)
+    assert middle.std() > 0.1  # where the middle is read from says little about where it is
+    assert (squeezed_steps(240, 7) == squeezed_steps(240, 7)).all()
 
 
 def test_the_tower_run_is_the_family_s() -> None:
@@ -157,6 +215,8 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[0] < rates[3] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] < 0.05
+    cut = replace(stage, steps=50, horizon=2.0)
+    assert [cut.rate_at(step) for step in range(50)] == rates[:50]
 
 
 def test_averages_skip_what_a_step_lacks() -> None:

@@ -3,7 +3,8 @@
 An image and all questions about it are one sequence: the image first, then each question with its
 answer, which sees the image and itself but no other question, at the positions that it would have
 alone. So an image costs its tokens once, however much is asked about it. Images are packed as stock
-transformers packs them; no token is ever dropped in training.
+transformers packs them; no token is ever dropped in training, but most images' tokens are numbered
+more closely (`jobs.training.positions`).
 
 The word loss pulls each projected token of a thing towards the embeddings of the words that name
 its kind and its colour. Without it the model learns to find a thing by its colour, of which there
@@ -13,6 +14,11 @@ where in the image a thing lies, tokens are pulled towards the words of its quar
 crops kept from them. LLaVA's first stage, which aligns
 features with the word table of a trained language model (arXiv 2304.08485, section 4.2), does the
 same.
+
+The reading loss asks the same questions about notes in words that stand where the image stood.
+LLaVA's language model could read before it saw; this one has read nothing, and knows things only as
+a few tokens among many of background. Where a compressor keeps the things and little else it
+answered well and then did not stop ("2 green", "top right 7 7 7").
 """
 
 from __future__ import annotations
@@ -36,11 +42,14 @@ from gc2ray.prompts import ChatPrompt
 from gc2ray.views import Views, everything
 from jobs.training.labels import NOTHING
 from jobs.training.lessons import Lesson
+from jobs.training.positions import squeezed_steps
 from jobs.training.tower import TowerLearner
 
 VISUAL, PAD = -1, -2
 """Marks in place of token ids."""
 WORD_WEIGHT = 0.5
+READ_WEIGHT = 0.5
+"""Of the reading loss, beside the answers'."""
 WORD_SCALE = 10.0
 """Cosines times this are the logits of the word loss."""
 PREFIX = 0
@@ -57,10 +66,12 @@ class _Sequence:
     targets: list[int] = field(default_factory=list)
     topics: list[str] = field(default_factory=list)
 
-    def add(self, ids: Sequence[int], segment: int, first: int, targets: Sequence[int]) -> None:
+    def add(
+        self, ids: Sequence[int], segment: int, positions: Sequence[int], targets: Sequence[int]
+    ) -> None:
         self.ids += ids
         self.segments += [segment] * len(ids)
-        self.positions += range(first, first + len(ids))
+        self.positions += positions
         self.targets += targets
 
 
@@ -73,15 +84,23 @@ class LanguageLearner:
         tower: The first stage, trained.
         tower_share: Learning rate of the tower as a share of the others'; 0 freezes it. Where it
             is not frozen the first stage's loss is kept, so that the class token stays informative.
+        reads: Whether questions are asked about notes in words too.
     """
 
     def __init__(
-        self, model: Any, processor: Any, tower: TowerLearner, *, tower_share: float
+        self,
+        model: Any,
+        processor: Any,
+        tower: TowerLearner,
+        *,
+        tower_share: float,
+        reads: bool = False,
     ) -> None:
         self._kind_words = _words(processor.tokenizer, KINDS)
         self._colour_words = _words(processor.tokenizer, tuple(COLOURS))
         self._place_words = _words(processor.tokenizer, ("top", "bottom", "left", "right"))
         self._model, self._tower, self._share = model, tower, tower_share
+        self._reads = reads
         self._family = LlavaNext(model, processor)
         self._chat = ChatPrompt(processor)
         self._tokenizer = processor.tokenizer
@@ -109,16 +128,29 @@ class LanguageLearner:
         loss = WORD_WEIGHT * named
         if any(lesson.questions):
             sequences = [
-                self._sequence(len(image), asked)
-                for image, asked in zip(packed, lesson.questions, strict=True)
+                self._sequence([VISUAL] * len(image), _steps(lesson, place, len(image)), asked)
+                for place, (image, asked) in enumerate(zip(packed, lesson.questions, strict=True))
             ]
             answered, answer_figures = self._language_loss(sequences, torch.cat(packed))
             figures = {"answers": answered.detach(), **answer_figures, **figures}
             loss = loss + answered
+            if self._reads:
+                read, read_figures = self._reading_loss(lesson)
+                loss = loss + READ_WEIGHT * read
+                figures["read"] = read_figures["exact"]
         if self._share:
             seen, tower_figures = self._tower.losses(lesson, features, class_token)
             loss, figures = loss + seen, {**figures, **tower_figures}
         return loss, figures
+
+    def _reading_loss(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+        """The questions about every other image again, with notes in words in its place."""
+        sequences = []
+        for notes, asked in list(zip(lesson.notes, lesson.questions, strict=True))[::2]:
+            ids = self._tokenizer(notes, add_special_tokens=False)["input_ids"]
+            sequences.append(self._sequence(ids, np.ones(len(ids), dtype=np.int64), asked))
+        nothing = self._model.model.image_newline.new_empty(0)
+        return self._language_loss(sequences, nothing)
 
     def _word_loss(
         self, lesson: Lesson, packed: Sequence[Tensor], sources: Sequence[Tensor]
@@ -167,15 +199,21 @@ class LanguageLearner:
         answer = self._tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"]
         return ids[:place], ids[place + 1 :], [*answer, self._tokenizer.eos_token_id]
 
-    def _sequence(self, visual: int, asked: Sequence[Question]) -> _Sequence:
+    def _sequence(
+        self, shown: Sequence[int], steps: np.ndarray, asked: Sequence[Question]
+    ) -> _Sequence:
+        """Questions about what is shown: token ids or `VISUAL`, each so far behind the last."""
         sequence = _Sequence()
         before = self._tokens(asked[0])[0]
-        prefix = [*before, *[VISUAL] * visual]
-        sequence.add(prefix, PREFIX, 0, [PAD] * len(prefix))
+        prefix = [*before, *shown]
+        positions = [*range(len(before)), *(len(before) - 1 + np.cumsum(steps)).tolist()]
+        sequence.add(prefix, PREFIX, positions, [PAD] * len(prefix))
+        first = positions[-1] + 1
         for segment, question in enumerate(asked, start=1):
             _, text, answer = self._tokens(question)
             targets = [*[PAD] * (len(text) - 1), *answer]
-            sequence.add([*text, *answer[:-1]], segment, len(prefix), targets)
+            ids = [*text, *answer[:-1]]
+            sequence.add(ids, segment, range(first, first + len(ids)), targets)
             sequence.topics.append(question.topic)
         return sequence
 
@@ -216,6 +254,13 @@ class LanguageLearner:
         longest = max(map(len, lists))
         rows = [[*row, *[value] * (longest - len(row))] for row in lists]
         return torch.tensor(rows, device=self._device)
+
+
+def _steps(lesson: Lesson, place: int, count: int) -> np.ndarray:
+    """How far each of an image's visual tokens lies behind the one before."""
+    if not lesson.squeezed:
+        return np.ones(count, dtype=np.int64)
+    return squeezed_steps(count, lesson.seeds[place])
 
 
 def _words(tokenizer: Any, words: Sequence[str]) -> list[int]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gc2ray.images import ImagePolicy, load_tiles
 from gc2ray.pocket.model import GRIDS, pocket_anyres, pocket_spec
-from gc2ray.pocket.questions import TOPICS, Question
+from gc2ray.pocket.questions import TOPICS, Question, quarter
 from gc2ray.pocket.rows import Split, picture
 from gc2ray.pocket.scenes import Scene, Style, sample_scene
 from gc2ray.records import ImageRef
@@ -29,10 +29,14 @@ ASKED = Style(things=(0.2, 0.25, 0.3, 0.25), sign=0.7)
 """Scenes that questions are asked about: a little fuller than the rows of a data set, and with more
 signs, about which there is one question only."""
 WEIGHTS = {
-    "which": 0.3, "colour": 2.0, "where": 1.0, "count": 0.3, "sign": 0.5, "yesno": 1.5,
+    "which": 0.3, "colour": 1.5, "where": 1.5, "count": 0.3, "sign": 0.7, "yesno": 2.5,
     "caption": 2.0,
 }  # fmt: skip
 """How readily a question is asked: what is learned soon is asked less."""
+
+
+TERSE = 0.5
+"""Of the notes."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,17 @@ class Lesson:
         tiles: The images, cut.
         labels: What is to be seen.
         questions: Of each image.
+        seeds: Of what is left to chance behind the pictures, by image.
+        notes: What is to be seen, in words, by image.
+        squeezed: Whether positions are (`jobs.training.positions`); they are not in validation.
     """
 
     tiles: tuple[Tiles, ...]
     labels: tuple[ViewLabels, ...]
     questions: tuple[tuple[Question, ...], ...]
+    seeds: tuple[int, ...]
+    notes: tuple[str, ...]
+    squeezed: bool
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -79,7 +89,7 @@ class Lessons(Dataset[Lesson]):
         self._photographs = opened_photos()
 
     def __getitem__(self, batch: int) -> Lesson:
-        tiles, labels, questions = [], [], []
+        tiles, labels, questions, seeds, notes = [], [], [], [], []
         for place in self._places:
             rng = np.random.default_rng([self._split.value, self._stage, batch, place])
             scene = self._scene(rng, batch, place)
@@ -87,7 +97,16 @@ class Lessons(Dataset[Lesson]):
             tiles.append(load_tiles(ref, self._anyres, ImagePolicy()))
             labels.append(view_labels(scene, self._anyres, self._patch))
             questions.append(self._asked(scene, rng))
-        return Lesson(tuple(tiles), tuple(labels), tuple(questions))
+            seeds.append(int(rng.integers(2**31)))
+            notes.append(noted(scene, rng))
+        return Lesson(
+            tuple(tiles),
+            tuple(labels),
+            tuple(questions),
+            tuple(seeds),
+            tuple(notes),
+            squeezed=self._split is Split.TRAIN,
+        )
 
     def _scene(self, rng: np.random.Generator, batch: int, place: int) -> Scene:
         if self._questions:
@@ -108,6 +127,20 @@ class Lessons(Dataset[Lesson]):
         size = min(self._questions, len(asked))
         chosen = rng.choice(len(asked), size, replace=False, p=weights / weights.sum())
         return tuple(asked[int(index)] for index in chosen)
+
+
+def noted(scene: Scene, rng: np.random.Generator) -> str:
+    """A scene in words: every thing one to three times, once with its place, in any order.
+
+    Half of the notes are terse, without articles and commas.
+    """
+    article, comma = ("", " ") if rng.random() < TERSE else ("a ", ", ")
+    mentions = [] if scene.sign is None else [f"{article}sign with {scene.sign.text}"]
+    for thing in scene.things:
+        name = f"{article}{thing.colour} {thing.kind}"
+        mentions += [f"{name} {quarter(scene, thing)}", *[name] * int(rng.integers(3))]
+    rng.shuffle(mentions)
+    return comma.join(mentions)
 
 
 def lesson_loader(lessons: Lessons, first: int, stop: int, workers: int) -> DataLoader[Lesson]:

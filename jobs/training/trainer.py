@@ -40,6 +40,8 @@ class Stage:
         questions: About a scene, at most.
         rate: The highest learning rate.
         least: The rate at the end, as a share of it.
+        horizon: The rate falls as if there were this many times as many steps; above 1 where a
+            later stage goes on.
     """
 
     name: str
@@ -49,13 +51,15 @@ class Stage:
     questions: int
     rate: float
     least: float = 0.02
+    horizon: float = 1.0
 
     def rate_at(self, step: int) -> float:
         """Share of `rate` at a step: linear rise, then half a cosine."""
-        warm = max(1, int(self.steps * WARMUP))
+        steps = self.steps * self.horizon
+        warm = max(1, int(steps * WARMUP))
         if step < warm:
             return (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
+        done = (step - warm) / max(1, steps - warm)
         return self.least + (1 - self.least) * (1 + math.cos(math.pi * done)) / 2
 
 
