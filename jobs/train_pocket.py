@@ -118,7 +118,8 @@ def train(rank: int, settings: Settings) -> None:
     trainer = Trainer(settings.directory, settings.workers, rank, settings.processes)
     torch.manual_seed(settings.seed)
     tower = TowerLearner(model)
-    for name, (stage, share) in STAGES.items():
+    last = max(list(STAGES).index(name) for name in settings.stages)
+    for name, (stage, share) in list(STAGES.items())[: last + 1]:
         learner: Learner = tower
         if stage is not TOWER:
             learner = LanguageLearner(

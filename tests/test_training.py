@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from gc2ray.families.family import Loaded
@@ -294,6 +295,12 @@ def test_training_goes_on_where_it_stopped(
     capsys.readouterr()
     for other in ("stopped", "parts"):
         torch.testing.assert_close(end(tmp_path / other), end(tmp_path / "whole"), msg=other)
+    main([str(tmp_path / "parts"), "--stages", "words"])
+    written = load_file(tmp_path / "parts/model/model.safetensors")
+    words = torch.load(tmp_path / "parts/words.pt", weights_only=True)["model"]["lm_head.weight"]
+    assert torch.equal(written["language_model.lm_head.weight"], words.half()), (
+        "later stages are not read"
+    )
     curve = [
         json.loads(line)
         for line in (tmp_path / "stopped/curve.jsonl").read_text().split("\n")

@@ -11,9 +11,8 @@ its kind and its colour. Without it the model learns to find a thing by its colo
 are six, but for a long time not by its kind, of which there are 22: every pair of word and feature
 has to be found by itself. With it one match serves all of them. In the thumbnail, which alone shows
 where in the image a thing lies, tokens are pulled towards the words of its quarter too, and in
-crops kept from them. LLaVA's first stage, which aligns
-features with the word table of a trained language model (arXiv 2304.08485, section 4.2), does the
-same.
+crops kept from them. LLaVA's first stage, which aligns features with the word table of a trained
+language model (arXiv 2304.08485, section 4.2), does the same.
 
 The reading loss asks the same questions about notes in words that stand where the image stood.
 LLaVA's language model could read before it saw; this one has read nothing, and knows things only as
