@@ -36,16 +36,16 @@ def test_the_demo_gives_right_answers_and_can_run_again(tmp_path: Path) -> None:
     assert "Which" in first.stdout
     found = re.search(r"same answer compressed and uncompressed: (0\.\d+)", first.stdout)
     assert found
-    assert float(found[1]) > 0.6
+    assert float(found[1]) > 0.8
     table = {
         name: (float(accuracy), int(tokens))
         for name, accuracy, tokens in re.findall(
             r"│ (compressed|uncompressed) +│ ([01]\.\d+) \[.*?\] +│ (\d+) +│", first.stdout
         )
     }
-    assert table["uncompressed"][0] > 0.7
-    assert table["compressed"][0] > 0.6
-    assert table["compressed"][1] < 0.35 * table["uncompressed"][1]
+    assert table["uncompressed"][0] > 0.88
+    assert table["compressed"][0] > 0.78
+    assert table["compressed"][1] < 0.15 * table["uncompressed"][1]
     rows = pq.read_table(tmp_path / "demo-output/run/data").to_pylist()
     grids = {len(row["kept_per_view"][0]) for row in rows if row["status"] == "ok"}
     assert grids == {3, 4, 5}, "crop grids of two, three and four"
