@@ -34,6 +34,23 @@ from jobs.training.language import LanguageLearner
 from jobs.training.tower import TowerLearner
 from jobs.training.trainer import Learner, Stage, Trainer
 
+
+@dataclass(frozen=True)
+class Course:
+    """A stage, and what it teaches besides.
+
+    Attributes:
+        stage: Its steps and rates.
+        tower_share: The tower's rate as a share of the others', where there are others; 0 freezes
+            it.
+        reads: Whether questions are asked about notes in words too.
+    """
+
+    stage: Stage
+    tower_share: float = 0.0
+    reads: bool = False
+
+
 TOWER = Stage("tower", number=0, steps=4600, scenes=20, questions=0, rate=1e-3)
 WORDS = Stage("words", number=1, steps=300, scenes=20, questions=0, rate=1e-3, least=0.5)
 LANGUAGE = Stage(
@@ -41,12 +58,15 @@ LANGUAGE = Stage(
 )
 TOGETHER = Stage("together", number=3, steps=1500, scenes=12, questions=10, rate=4e-4)
 STAGES = {
-    "tower": (TOWER, 1.0),
-    "words": (WORDS, 0.0),
-    "language": (LANGUAGE, 0.0),
-    "together": (TOGETHER, 0.5),
+    course.stage.name: course
+    for course in (
+        Course(TOWER),
+        Course(WORDS),
+        Course(LANGUAGE),
+        Course(TOGETHER, tower_share=0.5, reads=True),
+    )
 }
-"""In order, each with the tower's rate as a share of the others'; 0 freezes it."""
+"""By name, in order."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +139,16 @@ def train(rank: int, settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     tower = TowerLearner(model)
     last = max(list(STAGES).index(name) for name in settings.stages)
-    for name, (stage, share) in list(STAGES.items())[: last + 1]:
+    for name, course in list(STAGES.items())[: last + 1]:
         learner: Learner = tower
-        if stage is not TOWER:
+        if name != TOWER.name:
             learner = LanguageLearner(
-                model, processor, tower, tower_share=share, reads=stage is TOGETHER
+                model, processor, tower, tower_share=course.tower_share, reads=course.reads
             )
         if name in settings.stages:
-            _run(trainer, settings.stage(stage), learner)
-        elif settings.start is None and trainer.has_run(stage):
-            trainer.resume(stage, learner)
+            _run(trainer, settings.stage(course.stage), learner)
+        elif settings.start is None and trainer.has_run(course.stage):
+            trainer.resume(course.stage, learner)
     if rank == 0:
         export(settings.directory / "model", model, processor)
 

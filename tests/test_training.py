@@ -250,11 +250,10 @@ def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.training.trainer.LOG_STEPS", 1)
     monkeypatch.setattr("jobs.training.trainer.SAVE_STEPS", 1)
     monkeypatch.setattr("jobs.training.trainer.VALIDATION_BATCHES", 1)
-    for name, asked in (("TOWER", 0), ("WORDS", 0), ("LANGUAGE", 3), ("TOGETHER", 3)):
-        stage = Stage(name.lower(), 0, 4, 2, asked, 1e-3)
-        monkeypatch.setattr(f"jobs.train_pocket.{name}", stage)
-        share = 0.5 if name == "TOGETHER" else 0.0
-        monkeypatch.setitem(STAGES, name.lower(), (stage, share))
+    for name, course in STAGES.items():
+        asked = 3 if course.stage.questions else 0
+        stage = Stage(name, 0, 4, 2, asked, 1e-3)
+        monkeypatch.setitem(STAGES, name, replace(course, stage=stage))
 
 
 def end(directory: Path) -> dict[str, torch.Tensor]:
