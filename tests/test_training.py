@@ -26,8 +26,9 @@ from gc2ray.pocket.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
 from gc2ray.prompts import ChatPrompt
 from jobs.photos import opened_photos
 from jobs.train_pocket import STAGES, main
+from jobs.training.dialogues import attention_mask
 from jobs.training.labels import PATCH_COLOURS, view_labels
-from jobs.training.language import LanguageLearner, attention_mask, quarters
+from jobs.training.language import LanguageLearner, quarters
 from jobs.training.lessons import ASKED, Lessons, noted
 from jobs.training.positions import STOCK_SHARE, squeezed_steps
 from jobs.training.tower import TowerLearner, TowerRun

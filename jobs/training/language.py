@@ -1,10 +1,8 @@
 """Projector and language model: answers to questions about what the tower sees.
 
-An image and all questions about it are one sequence: the image first, then each question with its
-answer, which sees the image and itself but no other question, at the positions that it would have
-alone. So an image costs its tokens once, however much is asked about it. Images are packed as stock
-transformers packs them; no token is ever dropped in training, but most images' tokens are numbered
-more closely (`jobs.training.positions`).
+Images are packed as stock transformers packs them; no token is ever dropped in training, but most
+images' tokens are numbered more closely (`jobs.training.positions`). An image and all questions
+about it are one sequence (`jobs.training.dialogues`).
 
 The word loss pulls each projected token of a thing towards the embeddings of the words that name
 its kind and its colour. Without it the model learns to find a thing by its colour, of which there
@@ -23,8 +21,6 @@ answered well and then did not stop ("2 green", "top right 7 7 7").
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,43 +31,20 @@ from torch.nn import functional as F
 from gc2ray.canvas import NEWLINE
 from gc2ray.families.llava_next import LlavaNext
 from gc2ray.pocket.model import pocket_spec
-from gc2ray.pocket.questions import TOPICS, Question
+from gc2ray.pocket.questions import TOPICS
 from gc2ray.pocket.scenes import COLOURS, KINDS
-from gc2ray.prompts import ChatPrompt
 from gc2ray.views import Views, everything
+from jobs.training.dialogues import PAD, VISUAL, Dialogue, DialogueMaker, attention_mask, padded
 from jobs.training.labels import NOTHING
 from jobs.training.lessons import Lesson
 from jobs.training.positions import squeezed_steps
 from jobs.training.tower import TowerLearner
 
-VISUAL, PAD = -1, -2
-"""Marks in place of token ids."""
 WORD_WEIGHT = 0.5
 READ_WEIGHT = 0.5
 """Of the reading loss, beside the answers'."""
 WORD_SCALE = 10.0
 """Cosines times this are the logits of the word loss."""
-PREFIX = 0
-"""Segment of the image and what stands before it; questions count from 1."""
-
-
-@dataclass
-class _Sequence:
-    """Tokens of one image and its questions; lists of one length."""
-
-    ids: list[int] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    topics: list[str] = field(default_factory=list)
-
-    def add(
-        self, ids: Sequence[int], segment: int, positions: Sequence[int], targets: Sequence[int]
-    ) -> None:
-        self.ids += ids
-        self.segments += [segment] * len(ids)
-        self.positions += positions
-        self.targets += targets
 
 
 class LanguageLearner:
@@ -101,12 +74,10 @@ class LanguageLearner:
         self._model, self._tower, self._share = model, tower, tower_share
         self._reads = reads
         self._family = LlavaNext(model, processor)
-        self._chat = ChatPrompt(processor)
         self._tokenizer = processor.tokenizer
+        self._dialogues = DialogueMaker(processor)
         self._device = model.device
         self._language = model.model.language_model
-        self._image_token = int(model.config.image_token_id)
-        self._tokens = lru_cache(maxsize=100_000)(self._tokenised)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self._model, "heads": self._tower.heads}
@@ -126,11 +97,13 @@ class LanguageLearner:
         named, figures = self._word_loss(lesson, packed, sources)
         loss = WORD_WEIGHT * named
         if any(lesson.questions):
-            sequences = [
-                self._sequence([VISUAL] * len(image), _steps(lesson, place, len(image)), asked)
+            dialogues = [
+                self._dialogues.make(
+                    [VISUAL] * len(image), asked, _steps(lesson, place, len(image))
+                )
                 for place, (image, asked) in enumerate(zip(packed, lesson.questions, strict=True))
             ]
-            answered, answer_figures = self._language_loss(sequences, torch.cat(packed))
+            answered, answer_figures = self._language_loss(dialogues, torch.cat(packed))
             figures = {"answers": answered.detach(), **answer_figures, **figures}
             loss = loss + answered
             if self._reads:
@@ -144,12 +117,14 @@ class LanguageLearner:
 
     def _reading_loss(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         """The questions about every other image again, with notes in words in its place."""
-        sequences = []
-        for notes, asked in list(zip(lesson.notes, lesson.questions, strict=True))[::2]:
-            ids = self._tokenizer(notes, add_special_tokens=False)["input_ids"]
-            sequences.append(self._sequence(ids, np.ones(len(ids), dtype=np.int64), asked))
+        dialogues = [
+            self._dialogues.make(
+                self._tokenizer(notes, add_special_tokens=False)["input_ids"], asked
+            )
+            for notes, asked in list(zip(lesson.notes, lesson.questions, strict=True))[::2]
+        ]
         nothing = self._model.model.image_newline.new_empty(0)
-        return self._language_loss(sequences, nothing)
+        return self._language_loss(dialogues, nothing)
 
     def _word_loss(
         self, lesson: Lesson, packed: Sequence[Tensor], sources: Sequence[Tensor]
@@ -191,38 +166,13 @@ class LanguageLearner:
         selections = [everything(view) for view in views]
         return self._family.pack(views, selections), [chosen.source for chosen in selections]
 
-    def _tokenised(self, question: Question) -> tuple[list[int], list[int], list[int]]:
-        """Before the image; after it; the answer with its end."""
-        ids = self._chat.encode(question.text)
-        place = ids.index(self._image_token)
-        answer = self._tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"]
-        return ids[:place], ids[place + 1 :], [*answer, self._tokenizer.eos_token_id]
-
-    def _sequence(
-        self, shown: Sequence[int], steps: np.ndarray, asked: Sequence[Question]
-    ) -> _Sequence:
-        """Questions about what is shown: token ids or `VISUAL`, each so far behind the last."""
-        sequence = _Sequence()
-        before = self._tokens(asked[0])[0]
-        prefix = [*before, *shown]
-        positions = [*range(len(before)), *(len(before) - 1 + np.cumsum(steps)).tolist()]
-        sequence.add(prefix, PREFIX, positions, [PAD] * len(prefix))
-        first = positions[-1] + 1
-        for segment, question in enumerate(asked, start=1):
-            _, text, answer = self._tokens(question)
-            targets = [*[PAD] * (len(text) - 1), *answer]
-            ids = [*text, *answer[:-1]]
-            sequence.add(ids, segment, range(first, first + len(ids)), targets)
-            sequence.topics.append(question.topic)
-        return sequence
-
     def _language_loss(
-        self, sequences: Sequence[_Sequence], visual: Tensor
+        self, dialogues: Sequence[Dialogue], visual: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        ids = self._padded([s.ids for s in sequences], PAD)
-        segments = self._padded([s.segments for s in sequences], PAD)
-        positions = self._padded([s.positions for s in sequences], 0)
-        targets = self._padded([s.targets for s in sequences], PAD)
+        ids = padded([d.ids for d in dialogues], PAD, self._device)
+        segments = padded([d.segments for d in dialogues], PAD, self._device)
+        positions = padded([d.positions for d in dialogues], 0, self._device)
+        targets = padded([d.targets for d in dialogues], PAD, self._device)
         embeds = self._model.get_input_embeddings()(ids.clamp_min(0))
         embeds = embeds.masked_scatter((ids == VISUAL)[..., None], visual)
         state = self._language(
@@ -237,29 +187,22 @@ class LanguageLearner:
         rows = torch.arange(len(ids), device=self._device)[:, None].expand_as(ids)
         owner = rows[asked] * (1 + int(segments.max())) + segments[asked]
         names = [
-            (row, number) for row, s in enumerate(sequences) for number in range(len(s.topics))
+            (row, number) for row, d in enumerate(dialogues) for number in range(len(d.topics))
         ]
         wrong = torch.zeros(len(ids) * (1 + int(segments.max())), device=self._device)
         wrong.index_add_(0, owner, (~right).float())
         exact = (wrong.view(len(ids), -1) == 0).float().cpu()
         figures = {"exact": torch.stack([exact[row, n + 1] for row, n in names]).mean()}
         for topic in TOPICS:
-            marks = [exact[row, n + 1] for row, n in names if sequences[row].topics[n] == topic]
+            marks = [exact[row, n + 1] for row, n in names if dialogues[row].topics[n] == topic]
             if marks:
                 figures[topic] = torch.stack(marks).mean()
         return F.cross_entropy(logits, wanted), figures
 
-    def _padded(self, lists: Sequence[Sequence[int]], value: int) -> Tensor:
-        longest = max(map(len, lists))
-        rows = [[*row, *[value] * (longest - len(row))] for row in lists]
-        return torch.tensor(rows, device=self._device)
 
-
-def _steps(lesson: Lesson, place: int, count: int) -> np.ndarray:
-    """How far each of an image's visual tokens lies behind the one before."""
-    if not lesson.squeezed:
-        return np.ones(count, dtype=np.int64)
-    return squeezed_steps(count, lesson.seeds[place])
+def _steps(lesson: Lesson, place: int, count: int) -> np.ndarray | None:
+    """How far each of an image's visual tokens lies behind the one before; None for 1 each."""
+    return squeezed_steps(count, lesson.seeds[place]) if lesson.squeezed else None
 
 
 def _words(tokenizer: Any, words: Sequence[str]) -> list[int]:
@@ -288,15 +231,3 @@ def _taken(labels: np.ndarray, source: Tensor) -> Tensor:
     """Labels (V, N) of emitted tokens (K,); newlines show nothing."""
     taken = torch.from_numpy(labels).flatten()[source.clamp_min(0).long().cpu()]
     return taken.masked_fill(source.cpu() == NEWLINE, NOTHING)
-
-
-def attention_mask(segments: Tensor) -> Tensor:
-    """Who sees whom, bool (B, 1, T, T): the past of the own segment and the prefix; pads see all.
-
-    Args:
-        segments: (B, T), `PREFIX`, a question's number, or `PAD`.
-    """
-    length = segments.shape[1]
-    past = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    read, by = segments[:, None, :], segments[:, :, None]
-    return (past & ((read == PREFIX) | (read == by)) | (by == PAD))[:, None]

@@ -1,11 +1,10 @@
 """Positions of visual tokens in training: drawn closer together, unevenly.
 
-A language model that only ever saw whole images learns to read from a token's number where in the
-image it lies, and that is lost as soon as a compressor takes tokens out and numbers what is left.
-Large models were trained on much else than images of one token count; the pocket model was not. So
-in most of its lessons visual tokens advance the position unevenly, and where something lies has to
-be learned from what the thumbnail's tokens say. No token is dropped: all are read, some at the
-position of the one before.
+A language model that only ever saw whole images can read from a token's number where in the image
+it lies, and that is lost as soon as a compressor takes tokens out and numbers what is left. So in
+most lessons visual tokens advance the position unevenly, and where something lies has to be learned
+from what the thumbnail's tokens say. No token is dropped: all are read, some at the position of the
+one before.
 """
 
 from __future__ import annotations
