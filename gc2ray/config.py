@@ -87,12 +87,24 @@ class CompressionConfig(_Frozen):
 
 
 class GenerationConfig(_Frozen):
-    """How answers are drawn; `temperature` 0 is greedy."""
+    """How answers are drawn, and where they end.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        top_p: Tokens are drawn from the fewest whose probability reaches this.
+        seed: Mixed with each row's own.
+        stop_token_ids: Tokens that end an answer, beside the model's own.
+        max_repeats: An answer whose last tokens (a run of up to 64, at least 16 in all) repeat
+            more often than this is cut there; its `finish_reason` is `repetition`. None: never.
+    """
 
     max_new_tokens: int = Field(default=64, gt=0)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    max_repeats: int | None = Field(default=None, gt=0)
 
 
 class PromptConfig(_Frozen):
@@ -183,7 +195,9 @@ class Cluster(_Frozen):
         cpus_per_worker: Ray's CPU reservation, and the torch threads of a CPU worker.
         image_threads: Threads of a worker that decode images.
         views_per_batch: Views encoded and compressed together.
-        kv_tokens: Tokens of prompt and answer that a decoding batch may hold.
+        kv_tokens: Tokens of prompts and answers that may be in the KV cache together.
+        prefill_tokens: Prompt tokens that are read together.
+        live_rows: Rows that are decoded together; None is as many as their tokens allow.
         host_memory_bytes: Undecoded input that a worker may hold, beside the pages it is read from
             (see `gc2ray.sources.parquet`).
         shard_rows: Rows of a shard; None sizes shards by calibration.
@@ -201,6 +215,8 @@ class Cluster(_Frozen):
     image_threads: int = Field(default=2, gt=0)
     views_per_batch: int = Field(default=40, gt=0)
     kv_tokens: int = Field(default=16_384, gt=0)
+    prefill_tokens: int = Field(default=2048, gt=0)
+    live_rows: int | None = Field(default=None, gt=0)
     host_memory_bytes: int = Field(default=512 * MIB, gt=0)
     shard_rows: int | None = Field(default=None, gt=0)
     shard_seconds: Seconds = 45.0

@@ -13,20 +13,23 @@ images or prompts in one row.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from gc2ray import families
 from gc2ray.compression.compressor import Compressor
 from gc2ray.config import Cluster, Recipe
-from gc2ray.decoding.decoder import Completion, Decoder
+from gc2ray.decoding.decoder import Completion, Decoder, end_tokens
 from gc2ray.decoding.generate import GenerateDecoder
+from gc2ray.decoding.language_model import LanguageModel, unsupported
+from gc2ray.decoding.native import NativeDecoder, Room
 from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Family, Loaded
 from gc2ray.images import load_tiles
@@ -37,6 +40,8 @@ from gc2ray.views import Prompt, Selection, Tiles, Views
 
 T = TypeVar("T")
 MESSAGE_CHARACTERS = 300
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -82,7 +87,7 @@ class Engine:
         self._cluster = cluster
         self._compressor = compressor or recipe.compression.build()
         self._images = recipe.input.image_policy()
-        self._decoder: Decoder = GenerateDecoder(loaded.model, max_tokens=cluster.kv_tokens)
+        self._decoder = _decoder(loaded.model, cluster)
         self._open: dict[int, _Row] = {}
         self._tags = 0
         self.device = device_name(self._family.device)
@@ -229,14 +234,17 @@ class Engine:
 
     def _submit(self, row: _Row, prompt: Prompt) -> Iterator[Answer]:
         settings = self._recipe.generation
-        sampling = Sampling(
-            settings.max_new_tokens, settings.temperature, settings.top_p, self._seed(row)
-        )
+        sampling = Sampling(**settings.model_dump() | {"seed": self._seed(row)})
         row.tiles = None  # nor are pixels
         self._tags += 1
-        self._open[self._tags] = row
-        while not self._decoder.submit(self._tags, prompt, sampling):
-            yield from self._decode()
+        try:
+            while not self._decoder.submit(self._tags, prompt, sampling):
+                yield from self._decode()
+        except BadRow as error:
+            row.trouble = error
+            yield self._failed(row)
+        else:
+            self._open[self._tags] = row
 
     def _decode(self) -> Iterator[Answer]:
         """One step of the decoder: the answers that it finishes."""
@@ -301,6 +309,16 @@ class Engine:
         if self._family.device.type == "cuda":
             torch.cuda.synchronize(self._family.device)
         return time.perf_counter_ns()
+
+
+def _decoder(model: Any, cluster: Cluster) -> Decoder:
+    """Continuous batching, or stock `generate` for language models that it does not know."""
+    reason = unsupported(model)
+    if reason is not None:
+        log.warning("decoding with stock generate, which is slower: %s", reason)
+        return GenerateDecoder(model, max_tokens=cluster.kv_tokens)
+    room = Room(cluster.kv_tokens, cluster.prefill_tokens, cluster.live_rows)
+    return NativeDecoder(LanguageModel(model), room, eos=end_tokens(model))
 
 
 def load_engine(recipe: Recipe, cluster: Cluster) -> Engine:

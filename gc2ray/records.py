@@ -63,12 +63,23 @@ ANSWER_COLUMNS = frozenset(item.name for item in ANSWER_FIELDS)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy; `seed` belongs to the row."""
+    """How an answer is drawn, and where it ends.
+
+    Attributes:
+        max_new_tokens: Its longest.
+        temperature: 0 is greedy.
+        top_p: Probability of the tokens that are drawn from.
+        seed: Belongs to the row.
+        stop_token_ids: Tokens that end it, beside the model's own.
+        max_repeats: It is cut once its last tokens repeat more often, one after the other.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    max_repeats: int | None = None
 
 
 @dataclass(frozen=True)

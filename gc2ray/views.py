@@ -112,6 +112,11 @@ class Prompt:
     def __len__(self) -> int:
         return int(self.embeds.shape[0])
 
+    @property
+    def prefix(self) -> int:
+        """Tokens that prompts with the same `prefix_key` begin with; 0 without a key."""
+        return self.visual[-1][1] if self.prefix_key is not None else 0
+
 
 def reading_order(views: Sequence[Views], keep: Tensor) -> list[Selection]:
     """Selections from a mask: kept tokens in reading order, one newline per row that keeps one.

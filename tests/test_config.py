@@ -71,7 +71,8 @@ def test_an_unknown_key_is_named_with_its_nearest(path: str, nearest: str) -> No
 def test_an_unknown_key_like_no_other_gets_the_list() -> None:
     message = refusal("recipe.generation.zzz", 1)
     assert message == (
-        "recipe.generation.zzz: unknown 'zzz'; known: max_new_tokens, temperature, top_p, seed"
+        "recipe.generation.zzz: unknown 'zzz'; known: max_new_tokens, temperature, top_p, seed, "
+        "stop_token_ids, max_repeats"
     )
 
 
@@ -314,6 +315,8 @@ CHANGES: dict[str, object] = {
     "generation.temperature": 0.1,
     "generation.top_p": 0.9,
     "generation.seed": 1,
+    "generation.stop_token_ids": [7],
+    "generation.max_repeats": 4,
     "input.uri": "elsewhere",
     "input.image": "picture",
     "input.prompt": {"column": "prompt"},

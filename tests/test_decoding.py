@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.decoding.decoder import Completion
-from gc2ray.decoding.generate import GenerateDecoder, draw
+from gc2ray.decoding.decoder import Completion, end_reason, loops
+from gc2ray.decoding.drawing import Drawing, drawn, row_numbers
+from gc2ray.decoding.generate import GenerateDecoder
 from gc2ray.families.family import Loaded
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
@@ -346,15 +347,23 @@ def test_a_decoder_lives_on_after_out_of_memory(model: Any) -> None:
 LOGITS = torch.tensor([1.0, 0.0, 3.0, 2.0, -1.0])
 
 
-def frequencies(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sampling.seed)
-    tokens = torch.tensor([draw(LOGITS, sampling, generator) for _ in range(draws)])
-    return torch.bincount(tokens, minlength=len(LOGITS)) / draws
+def draws(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """One token for each number of a row."""
+    numbers = row_numbers(sampling)[:, None]
+    many = logits.expand(len(numbers), -1)
+    temperature, top_p = sampling.temperature, sampling.top_p
+    return drawn(
+        many, torch.full_like(numbers, temperature), torch.full_like(numbers, top_p), numbers
+    )
+
+
+def frequencies(sampling: Sampling) -> torch.Tensor:
+    return torch.bincount(draws(LOGITS, sampling), minlength=5) / sampling.max_new_tokens
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
-    seen = frequencies(Sampling(1, temperature=temperature, seed=5))
+    seen = frequencies(Sampling(4000, temperature=temperature, seed=5))
     expected = (LOGITS / temperature).softmax(0)
     assert (seen - expected).abs().max() < 0.03
     others = (LOGITS / (2 * temperature)).softmax(0)
@@ -364,24 +373,60 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 @pytest.mark.parametrize(("top_p", "nucleus"), [(0.6, {2}), (0.65, {2, 3}), (0.9, {0, 2, 3})])
 def test_draws_stay_in_the_nucleus(top_p: float, nucleus: set[int]) -> None:
     """Softmax of the logits is about .09, .03, .64, .23, .01."""
-    seen = frequencies(Sampling(1, temperature=1.0, top_p=top_p, seed=6), 2000)
+    seen = frequencies(Sampling(2000, temperature=1.0, top_p=top_p, seed=6))
     assert set(seen.nonzero().flatten().tolist()) == nucleus
     kept = sorted(nucleus)
     inside = LOGITS.softmax(0)[kept] / LOGITS.softmax(0)[kept].sum()
     assert (seen[kept] - inside).abs().max() < 0.04
 
 
-def test_one_draw_uses_one_random_number() -> None:
-    """So that a row's tokens do not depend on what the nucleus was before."""
-    a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    draw(LOGITS, Sampling(1, temperature=1.0), a)
-    draw(LOGITS, Sampling(1, temperature=9.0, top_p=0.1), b)
-    assert a.get_state().equal(b.get_state())
+@given(st.integers(0, 2**63 - 1), st.integers(1, 9), st.integers(1, 9))
+def test_numbers_depend_on_the_seed_and_not_on_the_limit(seed: int, short: int, more: int) -> None:
+    """So that a longer limit, or the nucleus before, changes no token that was drawn."""
+    numbers = row_numbers(Sampling(short, seed=seed))
+    longer = row_numbers(Sampling(short + more, seed=seed))
+    assert numbers.equal(longer[:short])
+    assert ((longer >= 0) & (longer < 1)).all()
+    assert len(set(longer.tolist())) == short + more
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_masked_logits_are_drawn_from(dtype: torch.dtype) -> None:
     logits = torch.tensor([-torch.inf, 2.0, -torch.inf, 1.0], dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    drawn = {draw(logits, Sampling(1, temperature=2.0), generator) for _ in range(100)}
-    assert drawn == {1, 3}
+    assert set(draws(logits, Sampling(100, temperature=2.0)).tolist()) == {1, 3}
+
+
+def test_greedy_rows_are_not_drawn() -> None:
+    greedy, hot = Sampling(1), Sampling(1, temperature=9.0)
+    drawing = Drawing.of([greedy, hot, greedy], [0.99, 0.99, 0.99], torch.device("cpu"))
+    tokens = drawing.tokens(LOGITS.expand(3, -1))
+    assert (tokens[0], tokens[2]) == (2, 2)
+    assert tokens[1] == 4
+
+
+LOOPS = [
+    ([7] * 16, 3, True),
+    ([7] * 15, 3, False),
+    ([1, 2] * 8, 3, True),
+    ([9, *[1, 2] * 8], 3, True),
+    ([1, 2] * 8, 8, False),
+    (list(range(64)) * 2, 1, True),
+    (list(range(65)) * 2, 1, False),
+    ([*[7] * 16, 8], 3, False),
+    (list(range(40)), 1, False),
+]
+
+
+def test_a_loop_is_a_run_that_comes_again_and_again() -> None:
+    for tokens, max_repeats, loop in LOOPS:
+        assert loops(tokens, max_repeats) is loop, (tokens, max_repeats)
+
+
+def test_ends_have_reasons() -> None:
+    sampling = Sampling(20, stop_token_ids=(5,), max_repeats=3)
+    assert end_reason([1, 2], sampling, {2}) == "stop"
+    assert end_reason([1, 5], sampling, {2}) == "stop"
+    assert end_reason([1, 3], sampling, {2}) is None
+    assert end_reason([7] * 16, sampling, {2}) == "repetition"
+    assert end_reason([7] * 16, replace(sampling, max_repeats=None), {2}) is None
+    assert end_reason(list(range(20)), sampling, {99}) == "length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from gc2ray.config import Cluster
+from gc2ray.decoding.generate import GenerateDecoder
+from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.engine import Engine, load_engine
 from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Loaded
@@ -242,10 +245,10 @@ def test_none_flushes_what_is_in_the_engine(loaded: Loaded) -> None:
         yield request(seed=0)
         yield request(seed=1)
         waiting.append(list(seen))
-        yield None
+        yield from itertools.takewhile(lambda _: len(seen) < 2, itertools.repeat(None, 50))
         waiting.append(sorted(seen))
         yield request(seed=2)
-        yield None
+        yield from itertools.takewhile(lambda _: len(seen) < 3, itertools.repeat(None, 50))
         waiting.append(sorted(seen))
 
     for answer in make_engine(loaded).stream(feed()):
@@ -281,10 +284,10 @@ def test_an_error_message_is_one_bounded_line(loaded: Loaded) -> None:
 def test_a_row_that_does_not_fit_the_decoder_is_out_of_memory(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(**_: Any) -> None:
+    def logits(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(loaded.model, "generate", generate)
+    monkeypatch.setattr(LanguageModel, "logits", logits)
     answers = answers_of(make_engine(loaded), requests(SIZES[:3]))
     assert [answer.status for answer in answers] == [Status.OUT_OF_MEMORY] * 3
     assert {"image", "encode", "compress"} <= set(answers[0].stage_ns)
@@ -300,12 +303,25 @@ def test_a_lost_device_ends_the_engine(loaded: Loaded) -> None:
 def test_a_device_lost_while_decoding_ends_the_engine(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(**_: Any) -> None:
+    def logits(*_: Any) -> None:
         raise torch.AcceleratorError("CUDA error")
 
-    monkeypatch.setattr(loaded.model, "generate", generate)
+    monkeypatch.setattr(LanguageModel, "logits", logits)
     with pytest.raises(EngineDead, match="the device is lost"):
         list(make_engine(loaded).stream([request()]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_both_decoders_give_the_same_answers(
+    loaded: Loaded, temperature: float, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """A language model that continuous batching does not know is decoded by stock `generate`."""
+    native = make_engine(loaded, generation__temperature=temperature)
+    monkeypatch.setattr("gc2ray.engine.unsupported", lambda model: "it is new")
+    stock = make_engine(loaded, generation__temperature=temperature)
+    assert "it is new" in caplog.text
+    assert isinstance(stock._decoder, GenerateDecoder)
+    assert tokens_of(native, requests()) == tokens_of(stock, requests())
 
 
 class Forgetful:
@@ -343,7 +359,7 @@ def test_an_answer_does_not_depend_on_its_batch(
 ) -> None:
     changes = {"compression__method": method, "generation__temperature": temperature}
     rows = requests()
-    alone = Cluster(views_per_batch=1, kv_tokens=1, image_threads=1)
+    alone = Cluster(views_per_batch=1, live_rows=1, image_threads=1)
     one = tokens_of(make_engine(loaded, alone, **changes), rows)
     wide = Cluster(views_per_batch=100, kv_tokens=100_000)
     all_ = tokens_of(make_engine(loaded, wide, **changes), rows[::-1])

@@ -1,12 +1,19 @@
-"""What decodes: `Decoder`, the owner of the language model, its device and its KV cache."""
+"""What decodes: `Decoder`, the owner of the language model, its device and its KV cache.
+
+Here too is what decoders agree on: when an answer ends.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
+
+LONGEST_LOOP, LOOP_TOKENS = 64, 16
+"""A loop repeats at most so many tokens, and altogether is at least so long: "7 7 7" is none."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +23,12 @@ class Completion:
     Attributes:
         tag: As given to `submit`.
         token_ids: New tokens, the end-of-sequence token included.
-        finish_reason: `stop` (end of sequence), `length` (limit), or `error`.
+        finish_reason: `stop` (end of sequence), `length` (limit), `repetition` (it went round in
+            circles), or `error`.
         prefill_ns: This prompt's share of prefill time, by prompt tokens.
         generate_ns: Its share of the time after the first token, by output tokens.
         error: What this prompt raises even alone; there are no tokens then.
+        shared: Prompt tokens whose keys and values another prompt had computed.
     """
 
     tag: int
@@ -28,6 +37,7 @@ class Completion:
     prefill_ns: int
     generate_ns: int
     error: Exception | None = None
+    shared: int = 0
 
 
 class Decoder(Protocol):
@@ -41,7 +51,34 @@ class Decoder(Protocol):
         """Take a prompt, or say that there is no room before the next `step`."""
 
     def step(self) -> list[Completion]:
-        """Work until something finishes; empty only when nothing was submitted."""
+        """Do some work, and say what it finished, which may be nothing."""
 
     def __len__(self) -> int:
         """Prompts that were taken and have not finished."""
+
+
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """Token ids that end an answer of a transformers model."""
+    eos = model.generation_config.eos_token_id
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def end_reason(tokens: Sequence[int], sampling: Sampling, eos: Collection[int]) -> str | None:
+    """Why an answer ends with the last of its tokens, or None where it goes on."""
+    if tokens[-1] in eos or tokens[-1] in sampling.stop_token_ids:
+        return "stop"
+    if len(tokens) >= sampling.max_new_tokens:
+        return "length"
+    if sampling.max_repeats is not None and loops(tokens, sampling.max_repeats):
+        return "repetition"
+    return None
+
+
+def loops(tokens: Sequence[int], max_repeats: int) -> bool:
+    """Whether the last tokens are the same few, more than `max_repeats` times in a row."""
+    times = max_repeats + 1
+    for period in range(1, min(LONGEST_LOOP, len(tokens) // times) + 1):
+        tail = list(tokens[-period * times :])
+        if len(tail) >= LOOP_TOKENS and tail == tail[:period] * times:
+            return True
+    return False

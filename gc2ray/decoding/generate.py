@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gc2ray.decoding.decoder import Completion
+from gc2ray.decoding.decoder import Completion, end_reason, end_tokens
+from gc2ray.decoding.drawing import Drawing, row_numbers
 from gc2ray.records import Sampling
 from gc2ray.stats import apportion
 from gc2ray.views import Prompt
@@ -39,10 +40,8 @@ class GenerateDecoder:
         self._model = model
         self._max_tokens = max_tokens
         self._waiting: list[_Item] = []
-        config = model.generation_config
-        eos = config.eos_token_id
-        self._eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        pad = config.pad_token_id
+        self._eos = list(end_tokens(model))
+        pad = model.generation_config.pad_token_id
         self._pad = pad if pad is not None else (self._eos or [0])[0]
 
     def __len__(self) -> int:
@@ -104,74 +103,57 @@ class GenerateDecoder:
             logits_processor=LogitsProcessorList([drawing]),
         ).tolist()
         ended = time.perf_counter_ns()
-        tokens = [
-            self._cut(row, sampling.max_new_tokens)
-            for row, (_, _, sampling) in zip(output, batch, strict=True)
+        ends = [
+            self._ended(row, sampling) for row, (_, _, sampling) in zip(output, batch, strict=True)
         ]
+        tokens = [row[:length] for row, (length, _) in zip(output, ends, strict=True)]
         prefill = apportion(
             drawing.first_token_ns - started, [len(prompt) for _, prompt, _ in batch]
         )
         generate = apportion(ended - drawing.first_token_ns, [len(row) for row in tokens])
         return [
-            Completion(tag, tuple(row), self._reason(row), before, after)
-            for (tag, _, _), row, before, after in zip(
-                batch, tokens, prefill, generate, strict=True
+            Completion(tag, tuple(row), reason, before, after)
+            for (tag, _, _), row, (_, reason), before, after in zip(
+                batch, tokens, ends, prefill, generate, strict=True
             )
         ]
 
-    def _cut(self, row: Sequence[int], limit: int) -> list[int]:
-        """New tokens up to the first end of sequence, it included, and up to the row's limit."""
-        ends = [place for place, token in enumerate(row) if token in self._eos]
-        return list(row[: min(limit, ends[0] + 1 if ends else limit)])
-
-    def _reason(self, row: Sequence[int]) -> str:
-        return "stop" if row and row[-1] in self._eos else "length"
+    def _ended(self, row: Sequence[int], sampling: Sampling) -> tuple[int, str]:
+        """How many of a batch row's tokens are its answer, and why it ends there."""
+        for length in range(1, len(row) + 1):
+            reason = end_reason(row[:length], sampling, self._eos)
+            if reason is not None:
+                return length, reason
+        raise RuntimeError(f"generate stopped after {len(row)} tokens, without an end")
 
 
 class _Drawing(LogitsProcessor):
-    """Draws each row's token from its own generator, and notes when the first logits came.
+    """Draws the rows' tokens, each with its own numbers, and notes when the first logits came.
 
     `generate` runs greedily; a sampled row's logits are replaced by ones that leave only the drawn
-    token. Draws are made on the host in float64, so that devices agree.
+    token.
     """
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
         self.first_token_ns = 0
         self._samplings = samplings
-        self._generators = [torch.Generator().manual_seed(s.seed) for s in samplings]
+        self._numbers = [row_numbers(s).tolist() for s in samplings]
+        self._step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - its interface
         if not self.first_token_ns:
             if scores.is_cuda:
                 torch.cuda.synchronize(scores.device)
             self.first_token_ns = time.perf_counter_ns()
-        drawn = [i for i, sampling in enumerate(self._samplings) if sampling.temperature > 0]
-        if not drawn:
+        # A row that is at its limit, in a batch that is not, draws its last number again.
+        numbers = [row[min(self._step, len(row) - 1)] for row in self._numbers]
+        self._step += 1
+        drawing = Drawing.of(self._samplings, numbers, scores.device)
+        if len(drawing.rows) == 0:
             return scores
-        scores = scores.clone()
-        for row in drawn:
-            token = draw(scores[row].cpu(), self._samplings[row], self._generators[row])
-            scores[row] = -torch.inf
-            scores[row, token] = 0
-        return scores
-
-
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token from the smallest set of tokens whose probability reaches `top_p`.
-
-    Args:
-        logits: (vocabulary,), on the host.
-        sampling: Temperature above 0.
-        generator: Advanced by one draw.
-    """
-    probabilities = (logits.double() / sampling.temperature).softmax(dim=0)
-    ordered, tokens = probabilities.sort(descending=True, stable=True)
-    before = ordered.cumsum(dim=0) - ordered
-    nucleus = ordered.masked_fill(before >= sampling.top_p, 0)
-    nucleus[0] = ordered[0]
-    at = torch.rand((), generator=generator, dtype=torch.float64) * nucleus.sum()
-    index = int(torch.searchsorted(nucleus.cumsum(dim=0), at, right=True))
-    return int(tokens[min(index, int((nucleus > 0).sum()) - 1)])
+        tokens = drawing.tokens(scores)[drawing.rows]
+        left = torch.full_like(scores[drawing.rows], -torch.inf).scatter_(1, tokens[:, None], 0)
+        return scores.index_copy(0, drawing.rows, left)
 
 
 def _tokens(item: _Item) -> int:

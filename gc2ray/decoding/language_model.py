@@ -1,0 +1,211 @@
+"""`LanguageModel`: a transformers language model, run over packed tokens of many sequences.
+
+Llama, Mistral and Qwen2 are the same machine with different numbers: normalise, attend, add,
+normalise, feed forward, add; rotary positions, grouped key-value heads, biases and sliding windows
+as the config says. The modules' own weights are used; what differs from running the modules is the
+order of work:
+
+* tokens of all sequences are packed, (T, D), so that no padding is ever computed;
+* keys and values go to a `KvPool`, at places that the caller chose, and positions are explicit;
+* the last layer computes queries, attention output and feed-forward only for tokens whose logits
+  are wanted: the others' are read by nobody. With 8 layers that is a tenth of a prefill;
+* query, key and value projections are one product, as are gate and up, where layers are packed.
+
+The model itself is read, never changed.
+
+Not covered: rotary frequencies that depend on the sequence's length ("dynamic", "longrope"), other
+architectures: `unsupported` says why, and the engine then decodes with stock `generate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gc2ray.decoding.attention import Step
+from gc2ray.decoding.kv_pool import KvShape
+from gc2ray.linear import Linear
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class Attend(Protocol):
+    """Attention of a step; see `gc2ray.decoding.attention.attend_by_row`."""
+
+    def __call__(
+        self, step: Step, layer: int, queries: Tensor, scale: float, window: int | None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Norm:
+    """A root-mean-square norm's weight and epsilon."""
+
+    weight: Tensor
+    epsilon: float
+
+    @staticmethod
+    def of(module: Any) -> _Norm:
+        return _Norm(module.weight.detach(), float(module.variance_epsilon))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One decoder layer."""
+
+    index: int
+    before: _Norm
+    qkv: Linear
+    output: Linear
+    after: _Norm
+    gate_up: Linear
+    activation: Any
+    down: Linear
+    head_size: int
+    scale: float
+    window: int | None
+
+    @staticmethod
+    def of(index: int, module: Any, config: Any) -> _Layer:
+        attention, mlp = module.self_attn, module.mlp
+        return _Layer(
+            index=index,
+            before=_Norm.of(module.input_layernorm),
+            qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            output=Linear.of(attention.o_proj),
+            after=_Norm.of(module.post_attention_layernorm),
+            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
+            activation=mlp.act_fn,
+            down=Linear.of(mlp.down_proj),
+            head_size=int(attention.head_dim),
+            scale=float(attention.scaling),
+            window=_window(attention, config),
+        )
+
+    def attended(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
+        """(T, D) to (T, D): attention and its residual."""
+        queries = self._written(hidden, rotary, step)
+        out = attend(step, self.index, queries, self.scale, self.window)
+        return hidden + self.output(out.flatten(1))
+
+    def attended_last(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
+        """(T, D) to (S, D): as `attended`, for each sequence's last token only."""
+        queries = self._written(hidden, rotary, step)[step.last]
+        out = attend(step.only_last, self.index, queries, self.scale, self.window)
+        return hidden[step.last] + self.output(out.flatten(1))
+
+    def _written(self, hidden: Tensor, rotary: _Rotary, step: Step) -> Tensor:
+        """Queries (T, heads, head size); keys and values are put into the arena."""
+        query, key, value = self.qkv.each(self.before(hidden))
+        size = (len(hidden), -1, self.head_size)
+        keys = rotary.turned(key.view(size))
+        step.write(self.index, torch.stack((keys, value.view(size)), dim=1))
+        return rotary.turned(query.view(size))
+
+    def fed_forward(self, hidden: Tensor) -> Tensor:
+        """(T, D) to (T, D): the feed-forward part and its residual."""
+        gate, up = self.gate_up.each(self.after(hidden))
+        return hidden + self.down(self.activation(gate) * up)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rotary:
+    """Cosines and sines of positions, (T, 1, head size) each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def turned(self, states: Tensor) -> Tensor:
+        """Queries or keys (T, heads, head size) turned by their positions."""
+        half = states.shape[-1] // 2
+        low, high = states[..., :half], states[..., half:]
+        turned = states * self.cos
+        turned[..., :half].addcmul_(high, self.sin[..., :half], value=-1)
+        turned[..., half:].addcmul_(low, self.sin[..., half:])
+        return turned
+
+
+class LanguageModel:
+    """The language model of a transformers model.
+
+    Args:
+        model: A causal language model, or an image-text-to-text model with one inside.
+
+    Raises:
+        ValueError: It is not supported; see `unsupported`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        reason = unsupported(model)
+        if reason is not None:
+            raise ValueError(reason)
+        text = _text_model(model)
+        config = text.config
+        self.device: torch.device = text.norm.weight.device
+        self.dtype: torch.dtype = text.norm.weight.dtype
+        self._table = text.embed_tokens
+        self._rotary = text.rotary_emb
+        self._layers = [_Layer.of(i, layer, config) for i, layer in enumerate(text.layers)]
+        self._norm = _Norm.of(text.norm)
+        self._head = Linear.of(model.lm_head)
+        self.kv_shape = KvShape(
+            layers=len(self._layers),
+            heads=int(config.num_key_value_heads),
+            head_size=self._layers[0].head_size,
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings (T, D) of token ids (T,)."""
+        embedded: Tensor = self._table(token_ids)
+        return embedded
+
+    def logits(self, hidden: Tensor, positions: Tensor, step: Step, attend: Attend) -> Tensor:
+        """Logits of the token after each sequence, (S, vocabulary).
+
+        Args:
+            hidden: Embeddings of the new tokens, (T, D).
+            positions: Theirs, int64 (T,).
+            step: The sequences that they belong to; their keys and values are written.
+            attend: How attention is computed.
+        """
+        cos, sin = self._rotary(hidden, positions[None])
+        rotary = _Rotary(cos[0, :, None], sin[0, :, None])
+        for layer in self._layers[:-1]:
+            hidden = layer.fed_forward(layer.attended(hidden, rotary, step, attend))
+        last = self._layers[-1]
+        hidden = last.fed_forward(last.attended_last(hidden, rotary, step, attend))
+        return self._head(self._norm(hidden))
+
+
+def unsupported(model: Any) -> str | None:
+    """Why a model cannot be run by `LanguageModel`, or None if it can."""
+    config: Any = getattr(_text_model(model), "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in MODEL_TYPES:
+        return f"the language model is {kind}; supported: {', '.join(MODEL_TYPES)}"
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        return f"its rotary positions are {rope!r}; supported: {', '.join(STATIC_ROPE)}"
+    return None
+
+
+def _text_model(model: Any) -> Any:
+    inner = getattr(model, "model", None)
+    return getattr(inner, "language_model", inner)
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """Tokens that a query of this layer sees; Qwen2 says so by layer, Mistral once."""
+    if hasattr(attention, "sliding_window"):
+        window = attention.sliding_window
+    else:
+        window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    return None if window is None else int(window)

@@ -1,0 +1,324 @@
+"""Continuous batching over prompt embeddings: rows enter and leave while others go on.
+
+Every step runs one packed forward over all live rows' next token and over whole prompts that are
+let in, without padding. A row is let in when the `KvPool` has room for its prompt and its answer,
+counted in tokens; it leaves at its own limit or end, and its room goes to the next. Nothing waits
+for the slowest row, and nothing is computed for padding.
+
+* Greedy and sampled rows share steps. A row's tokens depend on its prompt, its sampling and its
+  seed, not on its neighbours, its place or the order of arrival (float32; in half precision the
+  shape of a batch changes the rounding).
+* Prompts that begin alike (`Prompt.prefix_key`) share that beginning: the first one computes it,
+  the others copy its keys and values and compute the rest.
+* Out of memory puts the youngest half of what was tried back into the queue, lowers the number of
+  live rows for good, and goes on; a row that fails alone finishes with its error. A lost device is
+  not a row's error and is raised.
+* A prompt's positions may have gaps (`Prompt.positions`); its answer goes on after the last one.
+
+Not covered: taking room back from a live row (all of it is reserved when it is let in), splitting a
+prompt over several steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gc2ray.decoding.attention import Span, Step, attend_by_row
+from gc2ray.decoding.decoder import Completion, end_reason
+from gc2ray.decoding.drawing import Drawing, row_numbers
+from gc2ray.decoding.kv_pool import Extent, KvPool
+from gc2ray.decoding.language_model import Attend, LanguageModel
+from gc2ray.decoding.prefixes import Prefixes
+from gc2ray.errors import BadRow, Status
+from gc2ray.records import Sampling
+from gc2ray.stats import apportion
+from gc2ray.views import Prompt
+
+FAILURES = (RuntimeError, ValueError, IndexError)
+"""What a step may raise on account of a row; the first covers out of memory."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much may be going on at a time.
+
+    Attributes:
+        kv_tokens: Tokens of prompts and answers that live rows may hold.
+        prefill_tokens: Prompt tokens let in per step, if more than one prompt is; at least one is.
+        live_rows: Rows that may be live; None where only tokens count.
+    """
+
+    kv_tokens: int
+    prefill_tokens: int = 2048
+    live_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.kv_tokens, self.prefill_tokens, self.live_rows or 1) < 1:
+            raise ValueError(f"all room must be at least 1: {self}")
+
+
+@dataclass(eq=False)
+class _Row:
+    """A prompt on its way: waiting without an extent, live with one.
+
+    Attributes:
+        cached: Its tokens in the arena.
+        shared: Those of them that were copied from another row's prefix.
+        owns: It computed a prefix that others may copy.
+        alone: It was part of a step that failed: it now runs with no other row.
+    """
+
+    tag: int
+    prompt: Prompt
+    sampling: Sampling
+    numbers: list[float]
+    next_position: int
+    extent: Extent | None = None
+    cached: int = 0
+    shared: int = 0
+    owns: bool = False
+    alone: bool = False
+    tokens: list[int] = field(default_factory=list)
+    prefill_ns: int = 0
+    generate_ns: int = 0
+
+    @property
+    def reserve(self) -> int:
+        """Token places that it may need."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
+    def number(self) -> float:
+        """What it draws its next token with; nothing where it is greedy."""
+        return self.numbers[len(self.tokens)] if self.numbers else 0.0
+
+    def span(self) -> Span:
+        """Its place in the next step.
+
+        Raises:
+            ValueError: It is not live.
+        """
+        if self.extent is None:
+            raise ValueError(f"row {self.tag} is not live")
+        new = 1 if self.tokens else len(self.prompt) - self.cached
+        return Span(self.extent.start, self.cached + new, new)
+
+
+class NativeDecoder:
+    """A `Decoder` with continuous batching; see the module.
+
+    Args:
+        model: What decodes.
+        room: How much may be going on.
+        eos: Token ids that end an answer.
+        attend: How attention is computed.
+
+    Attributes:
+        halvings: Times that the device's memory was short and live rows were halved.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        room: Room,
+        *,
+        eos: Iterable[int],
+        attend: Attend = attend_by_row,
+    ) -> None:
+        self._model = model
+        self._room = room
+        self._eos = frozenset(eos)
+        self._attend = attend
+        self._pool = KvPool(model.kv_shape, room.kv_tokens, dtype=model.dtype, device=model.device)
+        self._prefixes = Prefixes(self._pool)
+        self._waiting: list[_Row] = []
+        self._live: list[_Row] = []
+        self._limits = (room.live_rows, room.prefill_tokens)
+        self.halvings = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._live)
+
+    def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
+        """Take a prompt while two steps' worth of prompt tokens are not yet waiting.
+
+        Raises:
+            BadRow: Prompt and answer are longer than the whole KV cache (`too_long`).
+        """
+        numbers = row_numbers(sampling).tolist() if sampling.temperature > 0 else []
+        row = _Row(tag, prompt, sampling, numbers, _next_position(prompt))
+        if row.reserve > self._pool.tokens:
+            limit = f"the KV cache has room for {self._pool.tokens} (cluster.kv_tokens)"
+            raise BadRow(Status.TOO_LONG, f"{row.reserve} tokens of prompt and answer; {limit}")
+        waiting = sum(len(other.prompt) for other in self._waiting)
+        if self._waiting and waiting + len(prompt) > 2 * self._room.prefill_tokens:
+            return False
+        self._waiting.append(row)
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Let in what fits, and compute the next token of every live row."""
+        admitted = self._let_in()
+        rows = [*self._live, *admitted]
+        if not rows:
+            return []
+        try:
+            self._advance(rows)
+        except torch.AcceleratorError:
+            raise
+        except FAILURES as error:
+            return self._recover(rows, admitted, error)
+        for row in admitted:
+            self._remember_prefix(row)
+        ended = [(row, end_reason(row.tokens, row.sampling, self._eos)) for row in rows]
+        self._live = [row for row, reason in ended if reason is None]
+        return [self._finished(row, reason) for row, reason in ended if reason is not None]
+
+    def _advance(self, rows: Sequence[_Row]) -> None:
+        """One forward over all rows: live ones first, then those that were let in."""
+        started = time.perf_counter_ns()
+        step = Step(tuple(row.span() for row in rows), self._pool.arena)
+        hidden, positions = self._inputs(rows)
+        logits = self._model.logits(hidden, positions, step, self._attend)
+        samplings, numbers = [row.sampling for row in rows], [row.number for row in rows]
+        tokens = Drawing.of(samplings, numbers, self._model.device).tokens(logits).tolist()
+        passed = time.perf_counter_ns() - started
+        shares = apportion(passed, [span.new for span in step.spans])
+        for row, token, span, share in zip(rows, tokens, step.spans, shares, strict=True):
+            if row.tokens:
+                row.generate_ns += share
+            else:
+                row.prefill_ns += share
+            row.cached = span.length
+            row.tokens.append(token)
+
+    def _inputs(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+        """Embeddings (T, D) and positions (T,) of the rows' new tokens."""
+        device = self._model.device
+        live = [row for row in rows if row.tokens]
+        embeds, positions = [], []
+        if live:
+            at = [row.next_position + len(row.tokens) - 1 for row in live]
+            last = torch.tensor([[row.tokens[-1] for row in live], at]).to(device)
+            embeds.append(self._model.embed(last[0]))
+            positions.append(last[1])
+        for row in rows[len(live) :]:
+            embeds.append(row.prompt.embeds[row.cached :])
+            positions.append(_positions(row.prompt, device)[row.cached :])
+        return torch.cat(embeds), torch.cat(positions)
+
+    def _let_in(self) -> list[_Row]:
+        """Rows that start now: the one that waited longest, and others of about its length."""
+        if not self._waiting:
+            return []
+        oldest, tokens = self._waiting[0], 0
+        neighbours = sorted(self._waiting[1:], key=lambda row: abs(row.reserve - oldest.reserve))
+        admitted: list[_Row] = []
+        started: set[str] = set()  # prefixes that this step computes: nobody can copy them yet
+        for row in [oldest, *neighbours]:
+            key = row.prompt.prefix_key
+            new = len(row.prompt) - (row.prompt.prefix if key in self._prefixes else 0)
+            if key in started or (admitted and tokens + new > self._limits[1]):
+                continue
+            if not self._may_join(row, admitted) or not self._place(row, admitted):
+                break
+            admitted.append(row)
+            tokens += len(row.prompt) - row.cached
+            if key is not None and key not in self._prefixes:
+                started.add(key)
+        self._waiting = [row for row in self._waiting if row.extent is None]
+        return admitted
+
+    def _may_join(self, row: _Row, admitted: Sequence[_Row]) -> bool:
+        others = [*self._live, *admitted]
+        if row.alone or any(other.alone for other in others):
+            return not others
+        return self._limits[0] is None or len(others) < self._limits[0]
+
+    def _place(self, row: _Row, admitted: Sequence[_Row]) -> bool:
+        """Find room for a row, if need be at the cost of prefixes that no live row holds."""
+        key = row.prompt.prefix_key
+        extent = self._pool.admit(row.reserve)
+        while extent is None and self._prefixes.drop_oldest(but=key):
+            extent = self._pool.admit(row.reserve)
+        if extent is None and not self._live and not admitted and self._prefixes.drop_oldest():
+            extent = self._pool.admit(row.reserve)  # its own prefix was in the way
+        if extent is None:
+            return False
+        row.extent = extent
+        prefix = self._prefixes.find(key)
+        if prefix is not None:
+            into = self._pool.places(Extent(extent.start, extent.start + len(prefix)))
+            into.copy_(self._pool.places(prefix))
+            row.cached = row.shared = len(prefix)
+        return True
+
+    def _remember_prefix(self, row: _Row) -> None:
+        key = row.prompt.prefix_key
+        if key is not None and row.extent is not None and key not in self._prefixes:
+            start = row.extent.start
+            self._prefixes.remember(key, Extent(start, start + row.prompt.prefix))
+            row.owns = True
+
+    def _finished(self, row: _Row, reason: str) -> Completion:
+        self._vacate(row)
+        return Completion(
+            row.tag, tuple(row.tokens), reason, row.prefill_ns, row.generate_ns, shared=row.shared
+        )
+
+    def _vacate(self, row: _Row) -> None:
+        """Give a row's room back; a prefix that it computed stays."""
+        extent = row.extent
+        if extent is None:
+            return
+        key = row.prompt.prefix_key
+        if row.owns and key is not None:
+            self._prefixes.leave(key)
+            extent = Extent(extent.start + row.prompt.prefix, extent.stop)
+        self._pool.release(extent)
+        row.extent, row.owns = None, False
+
+    def _recover(
+        self, rows: Sequence[_Row], admitted: Sequence[_Row], error: Exception
+    ) -> list[Completion]:
+        """After a step that failed: blame the one row there was, or go on with fewer."""
+        memory = isinstance(error, torch.OutOfMemoryError)
+        if memory and self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._live = [row for row in rows if row not in admitted]
+        if len(rows) == 1:
+            return [self._blame(rows[0], error)]
+        if memory:
+            self.halvings += 1
+            self._limits = (max(1, len(rows) // 2), max(1, self._limits[1] // 2))
+        back = list(admitted) or self._live[len(self._live) // 2 :]
+        self._live = [row for row in self._live if row not in back]
+        for row in back:
+            self._vacate(row)
+            row.cached, row.shared, row.tokens = 0, 0, []
+            row.alone = row.alone or not memory
+        self._waiting = [*back, *self._waiting]
+        return []
+
+    def _blame(self, row: _Row, error: Exception) -> Completion:
+        """A row that failed with nobody beside it; if for memory, the others need no less room."""
+        self._vacate(row)
+        self._live = []
+        self._limits = (self._room.live_rows, self._room.prefill_tokens)
+        return Completion(row.tag, (), "error", row.prefill_ns, row.generate_ns, error=error)
+
+
+def _next_position(prompt: Prompt) -> int:
+    return len(prompt) if prompt.positions is None else int(prompt.positions[-1]) + 1
+
+
+def _positions(prompt: Prompt, device: torch.device) -> Tensor:
+    if prompt.positions is None:
+        return torch.arange(len(prompt), device=device)
+    return prompt.positions.to(device)
