@@ -21,6 +21,7 @@ from gc2ray import compression
 from gc2ray.compression.compressor import Compressor
 from gc2ray.errors import ConfigError
 from gc2ray.images import ImagePolicy
+from gc2ray.packing import Newlines, Packing, Positions
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ANSWER_COLUMNS
 
@@ -56,15 +57,16 @@ class ModelConfig(_Frozen):
 class CompressionConfig(_Frozen):
     """The compression method and its settings; `retention` is the fraction KEPT.
 
-    `positions` and `newlines` name the packing: kept tokens are numbered 0..K-1, and every canvas
-    row that keeps a token ends in a newline, as in the paper.
+    `positions` and `newlines` name the packing (`gc2ray.packing.Packing`). By default tokens are
+    numbered as they are read, and every canvas row that keeps a token ends in a newline, as in the
+    paper.
     """
 
     method: str = "globalcom2"
     retention: float = Field(default=0.25, gt=0, le=1)
     temperature: float = Field(default=10.0, gt=0)
-    positions: Literal["compact"] = "compact"
-    newlines: Literal["kept_rows"] = "kept_rows"
+    positions: Positions = "compact"
+    newlines: Newlines = "kept_rows"
 
     @field_validator("method")
     @classmethod
@@ -78,6 +80,10 @@ class CompressionConfig(_Frozen):
         return compression.build(
             self.method, retention=self.retention, temperature=self.temperature
         )
+
+    def packing(self) -> Packing:
+        """How what is kept is laid out."""
+        return Packing(self.positions, self.newlines)
 
     @property
     def retention_requested(self) -> float:

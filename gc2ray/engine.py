@@ -86,6 +86,7 @@ class Engine:
         self._recipe = recipe
         self._cluster = cluster
         self._compressor = compressor or recipe.compression.build()
+        self._packing = recipe.compression.packing()
         self._images = recipe.input.image_policy()
         self._decoder = _decoder(loaded.model, cluster)
         self._open: dict[int, _Row] = {}
@@ -210,7 +211,8 @@ class Engine:
         started = self._now()
         views = self._family.encode(tiles, [self._seed(row) for row in rows])
         encoded = self._now()
-        selections = self._compressor.many(views)
+        selections = self._packing.apply(views, self._compressor.many(views))
+        places = self._packing.places(views, selections)
         packed = self._family.pack(views, selections)
         compressed = self._now()
         _share(rows, "encode", encoded - started, [row.views for row in rows])
@@ -218,8 +220,8 @@ class Engine:
             _count(row, view, selection)
         _share(rows, "compress", compressed - encoded, [row.full_tokens for row in rows])
         prompts = [
-            (row, self._family.embed(row.token_ids, [image]))
-            for row, image in zip(rows, packed, strict=True)
+            (row, self._family.embed(row.token_ids, [image], [known]))
+            for row, image, known in zip(rows, packed, places, strict=True)
         ]
         for row, prompt in prompts:
             row.trouble = self._too_long(prompt)
@@ -227,9 +229,13 @@ class Engine:
 
     def _too_long(self, prompt: Prompt) -> BadRow | None:
         new, limit = self._recipe.generation.max_new_tokens, self._family.max_positions
-        if len(prompt) + new <= limit:
+        positions = prompt.positions
+        stop = len(prompt) if positions is None else int(positions.max()) + 1
+        if stop + new <= limit:
             return None
-        counts = f"{len(prompt)} prompt tokens and {new} new ones; the model reads at most {limit}"
+        placed = "" if positions is None else f" at positions up to {stop - 1}"
+        counts = f"{len(prompt)} prompt tokens{placed} and {new} new ones"
+        counts += f"; the model reads at most {limit}"
         return BadRow(Status.TOO_LONG, counts)
 
     def _submit(self, row: _Row, prompt: Prompt) -> Iterator[Answer]:

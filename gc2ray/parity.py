@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gc2ray.config import Job, Recipe
+from gc2ray.config import CompressionConfig, Job, Recipe
 from gc2ray.engine import Engine, load_model
 from gc2ray.errors import BadRow
 from gc2ray.families.family import Loaded
@@ -95,7 +95,8 @@ def check(job: Job, rows: int) -> Parity:
 
 
 def _uncompressed(recipe: Recipe) -> Recipe:
-    compression = recipe.compression.model_copy(update={"method": "none"})
+    """Everything, packed as stock packs it."""
+    compression = CompressionConfig(method="none")
     return recipe.model_copy(update={"compression": compression})
 
 

@@ -1,7 +1,8 @@
 """An image as the models of this family see it: a global thumbnail and a grid of local crops.
 
 `Tiles` is an image cut into views, `Views` the encoded image, `Selection` what a compressor keeps
-of it, `Prompt` what the language model reads. The geometry behind them is in `gc2ray.canvas`.
+of it, `Places` where that stood, `Prompt` what the language model reads. The geometry behind them
+is in `gc2ray.canvas`.
 """
 
 from __future__ import annotations
@@ -91,6 +92,19 @@ class Selection:
         source = self.source.cpu()
         kept = source[source >= 0] // tokens_per_view
         return tuple(torch.bincount(kept, minlength=views).tolist())
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where what is read of an image would stand if nothing of it were dropped.
+
+    Attributes:
+        index: Place of each token and newline in the uncompressed image's sequence, int64 (K,).
+        length: Tokens and newlines of that sequence.
+    """
+
+    index: Tensor
+    length: int
 
 
 @dataclass(frozen=True)

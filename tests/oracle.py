@@ -1,4 +1,4 @@
-"""A slow, independent oracle for GlobalCom2 and the baselines: plain loops over Python lists.
+"""A slow, independent oracle for GlobalCom2, the baselines and packing: loops over Python lists.
 
 Written from the description of the method alone; it shares no code with the package and needs
 only the standard library. Conventions: ``size`` is (height, width) of the original image,
@@ -80,6 +80,99 @@ def pack(kept_per_view: Sequence[set[int]], grid: Pair, side: int) -> list[int]:
         if line:
             packed += [*line, NEWLINE]
     return packed
+
+
+# Packing
+
+
+def uncompressed_places(
+    size: Pair, grid: Pair, side: int, *, thumbnail: bool = True
+) -> tuple[dict[int, int], list[int], int]:
+    """Places in the uncompressed sequence: of tokens, of every canvas row's newline; its length.
+
+    A row of padding has no newline there: it gets the place of what stands before it, at least 0.
+    Without a thumbnail the first crop is view 0.
+    """
+    rows, columns = valid_rectangle(size, grid, side)
+    tokens: dict[int, int] = {}
+    newlines: list[int] = []
+    first_crop = 0
+    if thumbnail:
+        first_crop = 1
+        for token in range(side * side):
+            tokens[token] = token
+    place = len(tokens)
+    for row in range(grid[0] * side):
+        if row in rows:
+            for column in columns:
+                view, token = canvas_to_token(row, column, grid, side)
+                tokens[(view - 1 + first_crop) * side * side + token] = place
+                place += 1
+            place += 1
+        newlines.append(max(place - 1, 0))
+    return tokens, newlines, place
+
+
+def row_of(source: int, grid: Pair, side: int) -> int:
+    """The canvas row of a crop's token; view 0 is the thumbnail."""
+    view, token = divmod(source, side * side)
+    return (view - 1) // grid[1] * side + token // side
+
+
+def rows_closed(packed: Sequence[int], grid: Pair, side: int) -> list[int]:
+    """The canvas row of every newline where rows without tokens have none: of the token before."""
+    rows = []
+    for i, source in enumerate(packed):
+        if source == NEWLINE:
+            rows.append(row_of(packed[i - 1], grid, side))
+    return rows
+
+
+def places(
+    packed: Sequence[int], closed: Sequence[int], size: Pair, grid: Pair, side: int
+) -> list[int]:
+    """The place of every emitted token; `closed` names the row of each newline, in order."""
+    tokens, newlines, _ = uncompressed_places(size, grid, side)
+    found = []
+    remaining = list(closed)
+    for source in packed:
+        if source == NEWLINE:
+            found.append(newlines[remaining.pop(0)])
+        else:
+            found.append(tokens[source])
+    assert not remaining
+    return found
+
+
+def pack_with_all_newlines(
+    kept_per_view: Sequence[set[int]], size: Pair, grid: Pair, side: int
+) -> list[int]:
+    """As `pack`, but a newline after every row that shows the image, and no other."""
+    rows, _ = valid_rectangle(size, grid, side)
+    packed = sorted(kept_per_view[0])
+    for row in range(grid[0] * side):
+        for column in range(grid[1] * side):
+            view, token = canvas_to_token(row, column, grid, side)
+            if token in kept_per_view[view]:
+                packed.append(view * side * side + token)
+        if row in rows:
+            packed.append(NEWLINE)
+    return packed
+
+
+def without_padding_newlines(packed: Sequence[int], size: Pair, grid: Pair, side: int) -> list[int]:
+    """Of a sequence with a newline for every row of the canvas: only those of the image's rows."""
+    rows, _ = valid_rectangle(size, grid, side)
+    row = 0
+    out = []
+    for source in packed:
+        if source != NEWLINE:
+            out.append(source)
+            continue
+        if row in rows:
+            out.append(source)
+        row += 1
+    return out
 
 
 # Choosing tokens

@@ -148,8 +148,13 @@ def test_no_room_says_what_is_lacking(tmp_path: Path, tiny_paths: dict[str, Path
     assert "no room for a worker within 5 s: a worker asks for 1 CPU, 4 GPU" in result.stderr
 
 
-def test_check_passes_on_a_good_model(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
-    result = gc2ray("check", job_file(tmp_path, tiny_paths["vicuna"]), "--rows", "5")
+@pytest.mark.parametrize("newlines", ["kept_rows", "none"])
+def test_check_passes_on_a_good_model(
+    tiny_paths: dict[str, Path], tmp_path: Path, newlines: str
+) -> None:
+    """Whatever the recipe's packing is: stock is compared with stock's."""
+    packing = f"recipe.compression.newlines={newlines}"
+    result = gc2ray("check", job_file(tmp_path, tiny_paths["vicuna"]), packing, "--rows", "5")
     assert result.returncode == 0, result.stderr
     assert "same first token 5 of 5" in result.stdout
     assert "5 of 5 rows the same" in result.stdout

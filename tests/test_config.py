@@ -20,6 +20,7 @@ from gc2ray.config import (
     recipe_difference,
 )
 from gc2ray.errors import ConfigError
+from gc2ray.packing import Packing
 from gc2ray.records import ANSWER_COLUMNS
 from tests.rows import job_data
 
@@ -104,6 +105,14 @@ def test_every_method_can_be_configured(method: str) -> None:
     assert config.retention_requested == (0.25 if takes else 1.0)
 
 
+def test_the_papers_packing_is_the_default() -> None:
+    config = parse_job(job_data("model", "in", "out")).recipe.compression
+    assert config.packing() == Packing() == Packing("compact", "kept_rows")
+    data = data_with("recipe.compression.positions", "original")
+    data["recipe"]["compression"]["newlines"] = "all"
+    assert parse_job(data).recipe.compression.packing() == Packing("original", "all")
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -112,6 +121,8 @@ def test_every_method_can_be_configured(method: str) -> None:
         ("recipe.compression.retention", 1.01),
         ("recipe.compression.retention", float("nan")),
         ("recipe.compression.temperature", 0),
+        ("recipe.compression.positions", "absolute"),
+        ("recipe.compression.newlines", "some"),
         ("recipe.generation.max_new_tokens", 0),
         ("recipe.generation.temperature", -1),
         ("recipe.generation.top_p", 0),
@@ -311,6 +322,8 @@ CHANGES: dict[str, object] = {
     "compression.method": "random",
     "compression.retention": 0.26,
     "compression.temperature": 9,
+    "compression.positions": "original",
+    "compression.newlines": "none",
     "generation.max_new_tokens": 9,
     "generation.temperature": 0.1,
     "generation.top_p": 0.9,
@@ -330,8 +343,6 @@ CHANGES: dict[str, object] = {
 ONE_CHOICE = {
     "model.adapter",
     "model.quantization",
-    "compression.positions",
-    "compression.newlines",
 }
 
 

@@ -20,6 +20,7 @@ from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Loaded
 from gc2ray.records import Answer, ImageRef, Request
 from gc2ray.stats import STAGES
+from tests.greedy import plain_greedy
 from tests.rows import SIZES, encoded, make_recipe, picture, request, requests
 
 NEW = 6
@@ -234,6 +235,85 @@ def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: Loaded) -> None:
     assert answers[1].error == (
         f"{lengths[1]} prompt tokens and {NEW} new ones; the model reads at most {limit}"
     )
+
+
+@pytest.mark.parametrize("newlines", ["all", "none"])
+@pytest.mark.parametrize("method", ["globalcom2", "globalcom2-reference", "pool", "thumbnail"])
+def test_newlines_are_counted_as_they_were_read(loaded: Loaded, method: str, newlines: str) -> None:
+    changes = {"compression__method": method, "compression__newlines": newlines}
+    engine = make_engine(loaded, **changes)
+    plain = answers_of(make_engine(loaded, compression__method=method), requests())
+    for row, answer, before in zip(requests(), answers_of(engine, requests()), plain, strict=True):
+        assert answer.newline_tokens == (answer.newline_tokens_full if newlines == "all" else 0)
+        assert answer.kept_per_view == before.kept_per_view
+        assert answer.newline_tokens_full == before.newline_tokens_full
+        read = around_image(loaded) + answer.visual_tokens_kept + answer.newline_tokens
+        assert answer.prompt_tokens == read == len(engine.prompts([row])[0])
+        assert answer.kv_bytes == (read + answer.output_tokens) * loaded.family.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("retention", [1.0, 0.25, 0.05])
+@pytest.mark.parametrize("newlines", ["kept_rows", "all", "none"])
+def test_original_positions_are_those_of_the_uncompressed_prompt(
+    loaded: Loaded, retention: float, newlines: str
+) -> None:
+    whole = make_engine(loaded, compression__method="none").prompts(requests())
+    packing = {"compression__retention": retention, "compression__newlines": newlines}
+    compact = make_engine(loaded, **packing).prompts(requests())
+    original = make_engine(loaded, compression__positions="original", **packing)
+    for prompt, same, full in zip(original.prompts(requests()), compact, whole, strict=True):
+        assert torch.equal(prompt.embeds, same.embeds)
+        assert prompt.visual == same.visual
+        assert same.positions is None
+        assert prompt.positions is not None
+        found, ((first, stop),) = prompt.positions.tolist(), prompt.visual
+        (_, full_stop) = full.visual[0]
+        assert found[:first] == list(range(first))
+        assert found[stop:] == list(range(full_stop, len(full)))
+        assert found == sorted(set(found))
+        if retention == 1 and newlines != "none":
+            assert found == list(range(len(full)))
+        elif retention == 1:  # what is left is the full prompt at those positions
+            torch.testing.assert_close(full.embeds[found], prompt.embeds)
+
+
+def test_original_positions_at_retention_one_answer_as_stock_does(loaded: Loaded) -> None:
+    """And say something else where tokens were dropped: otherwise this could not fail."""
+
+    def answered(**packing: Any) -> list[tuple[int, ...]]:
+        prompts = make_engine(loaded, compression__positions="original", **packing).prompts(rows)
+        eos = [loaded.model.generation_config.eos_token_id]
+        return [
+            tuple(plain_greedy(loaded.model, prompt.embeds, prompt.positions, NEW, eos))
+            for prompt in prompts
+            if prompt.positions is not None
+        ]
+
+    rows = requests(SIZES[:4])
+    full = make_engine(loaded, compression__retention=1.0)
+    assert answered(compression__retention=1.0) == tokens_of(full, rows)
+    assert answered(compression__retention=0.25) != tokens_of(make_engine(loaded), rows)
+
+
+def test_a_prompt_with_gaps_is_as_long_as_its_largest_position(loaded: Loaded) -> None:
+    rows = [request((480, 640), 1)]
+    (full,) = make_engine(loaded, compression__method="none").prompts(rows)
+    needed = len(full) + NEW
+    for limit, fits in ((needed, True), (needed - 1, False)):
+        small, _ = with_family(loaded, max_positions=limit)
+        (prompt,) = make_engine(small).prompts(rows)
+        assert len(prompt) < needed - NEW
+        engine = make_engine(small, compression__positions="original")
+        if fits:
+            assert len(engine.prompts(rows)) == 1
+        else:
+            with pytest.raises(BadRow) as caught:
+                engine.prompts(rows)
+            assert caught.value.status is Status.TOO_LONG
+            assert caught.value.message == (
+                f"{len(prompt)} prompt tokens at positions up to {len(full) - 1} and {NEW} new "
+                f"ones; the model reads at most {limit}"
+            )
 
 
 def test_none_flushes_what_is_in_the_engine(loaded: Loaded) -> None:

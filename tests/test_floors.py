@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gc2ray"
 FLOORS = {
     "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
     "linear": 0, "quality": 0,
-    "images": 1, "prompts": 1, "compression": 1, "families": 1, "decoding": 1,
+    "images": 1, "prompts": 1, "packing": 1, "compression": 1, "families": 1, "decoding": 1,
     "config": 2, "pocket": 2,
     "engine": 3, "manifest": 3,
     "sources": 4, "store": 4,
@@ -29,7 +29,9 @@ SAME_FLOOR = {("records", "errors"), ("records", "stats"), ("views", "canvas")}
 """Borders within the ground floor: types that are made of each other, in one direction."""
 
 BORDERS = {
-    "torch": {"canvas", "linear", "views", "compression", "families", "decoding", "engine"},
+    "torch": {
+        "canvas", "linear", "views", "packing", "compression", "families", "decoding", "engine",
+    },
     "transformers": {"families", "decoding"},
     "tokenizers": {"families"},
     "ray": {"ray_pool"},

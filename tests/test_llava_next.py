@@ -23,8 +23,9 @@ from gc2ray.families.tiny import TinySpec, build_tiny
 from gc2ray.images import ImagePolicy, load_tiles
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
-from gc2ray.views import everything
+from gc2ray.views import Places, everything
 from tests.conftest import SPECS
+from tests.greedy import plain_greedy
 from tests.rows import SIZES, make_recipe, request, requests
 
 NEW_TOKENS = 24
@@ -194,6 +195,45 @@ def test_kv_bytes_follow_the_config(loaded_models: dict[str, Loaded]) -> None:
 def test_placeholders_and_images_must_agree(loaded_models: dict[str, Loaded]) -> None:
     with pytest.raises(ValueError, match="placeholders"):
         loaded_models["vicuna"].family.embed([5, 6], [torch.zeros(2, 48)])
+
+
+def test_text_behind_an_image_starts_behind_the_uncompressed_one(
+    loaded_models: dict[str, Loaded],
+) -> None:
+    """Two images between three texts: of 7 places the first keeps two, of 5 the second one."""
+    family = loaded_models["vicuna"].family
+    image = loaded_models["vicuna"].model.config.image_token_id
+    ids, packed = [5, image, 6, 7, image, 8], [torch.zeros(2, 48), torch.zeros(1, 48)]
+    first, second = Places(torch.tensor([1, 6]), 7), Places(torch.tensor([4]), 5)
+
+    def positions(*places: Places | None) -> list[int]:
+        prompt = family.embed(ids, packed, places)
+        assert prompt.positions is not None
+        assert prompt.positions.dtype == torch.int64
+        assert len(prompt.positions) == len(prompt)
+        return prompt.positions.tolist()
+
+    assert positions(first, second) == [0, 2, 7, 8, 9, 14, 15]
+    assert positions(first, None) == [0, 2, 7, 8, 9, 10, 11]
+    assert positions(None, second) == [0, 1, 2, 3, 4, 9, 10]
+    assert family.embed(ids, packed, [None, None]).positions is None
+    assert family.embed(ids, packed).positions is None
+    with pytest.raises(ValueError, match="zip"):
+        family.embed(ids, packed, [first])
+
+
+def test_logits_behind_a_gap_are_those_of_the_plain_loop(
+    loaded_models: dict[str, Loaded],
+) -> None:
+    loaded = loaded_models["mistral"]
+    recipe = make_recipe("unused", compression__positions="original")
+    (prompt,) = Engine(loaded, recipe, Cluster()).prompts([request((168, 168))])
+    assert prompt.positions is not None
+    logits = prompt_logits(loaded, prompt)
+    first = plain_greedy(loaded.model, prompt.embeds, prompt.positions, 1)
+    assert [int(logits.argmax())] == first
+    compact = prompt_logits(loaded, replace(prompt, positions=None))
+    assert (logits - compact).abs().max() > 1e-3, "the gaps say nothing"
 
 
 def test_features_of_other_layers_equal_stock(tmp_path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, device
 
 from gc2ray.canvas import AnyRes, Canvas
-from gc2ray.views import Prompt, Selection, Tiles, Views
+from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
 
 class Family(Protocol):
@@ -36,8 +36,20 @@ class Family(Protocol):
     def pack(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Tensor]:
         """Project what was kept; per image (K, D), newlines included."""
 
-    def embed(self, token_ids: Sequence[int], images: Sequence[Tensor]) -> Prompt:
-        """Put packed images where the token ids have their image placeholders."""
+    def embed(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[Tensor],
+        places: Sequence[Places | None] = (),
+    ) -> Prompt:
+        """Put packed images where the token ids have their image placeholders.
+
+        Args:
+            token_ids: Of the rendered chat prompt.
+            images: Packed images, (K, D) each.
+            places: Per image, where its tokens would stand if nothing were dropped, or None. Where
+                any are known, the prompt has positions of its own.
+        """
 
 
 @dataclass(frozen=True)

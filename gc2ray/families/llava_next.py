@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.errors import ConfigError
-from gc2ray.views import Prompt, Selection, Tiles, Views
+from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
 VIEWS_PER_BATCH = 32
 """Views that go through the tower at once; bounds its activations."""
@@ -124,25 +124,31 @@ class LlavaNext:
         packed[newlines] = self._newline
         return list(torch.split(packed, [len(part) for part in rows]))
 
-    def embed(self, token_ids: Sequence[int], images: Sequence[Tensor]) -> Prompt:
+    def embed(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[Tensor],
+        places: Sequence[Places | None] = (),
+    ) -> Prompt:
         """Text embeddings with each placeholder replaced by its packed image.
 
         Raises:
             ValueError: There are not as many placeholders as images.
         """
-        places = [i for i, token in enumerate(token_ids) if token == self._image_token_id]
-        if len(places) != len(images):
-            raise ValueError(f"{len(places)} image placeholders for {len(images)} images")
+        marks = [i for i, token in enumerate(token_ids) if token == self._image_token_id]
+        if len(marks) != len(images):
+            raise ValueError(f"{len(marks)} image placeholders for {len(images)} images")
         text = self._text_table(torch.tensor(token_ids, device=self.device))
         parts: list[Tensor] = []
         visual: list[tuple[int, int]] = []
         before, length = 0, 0
-        for place, image in zip(places, images, strict=True):
-            length += place - before
-            parts += [text[before:place], image]
+        for mark, image in zip(marks, images, strict=True):
+            length += mark - before
+            parts += [text[before:mark], image]
             visual.append((length, length + len(image)))
-            before, length = place + 1, length + len(image)
-        return Prompt(torch.cat([*parts, text[before:]]), tuple(visual))
+            before, length = mark + 1, length + len(image)
+        embeds = torch.cat([*parts, text[before:]])
+        return Prompt(embeds, tuple(visual), _positions(embeds, visual, places))
 
 
 def class_token_scores(layer: Any, state: Tensor) -> Tensor:
@@ -160,6 +166,20 @@ def class_token_scores(layer: Any, state: Tensor) -> Tensor:
     shift = query @ attention.k_proj.bias.float()  # (V,): equal within a view, not between views
     logits: Tensor = torch.einsum("vnd,vd->vn", x[:, 1:], folded) + shift[:, None]
     return logits * float(attention.scale / attention.num_heads)
+
+
+def _positions(
+    embeds: Tensor, visual: Sequence[tuple[int, int]], places: Sequence[Places | None]
+) -> Tensor | None:
+    """Positions of a prompt (T,) in which images have their uncompressed lengths."""
+    if all(known is None for known in places):
+        return None
+    positions = torch.arange(len(embeds), device=embeds.device)
+    for (first, stop), known in zip(visual, places, strict=True):
+        if known is not None:
+            positions[first:stop] += known.index - torch.arange(stop - first, device=embeds.device)
+            positions[stop:] += known.length - (stop - first)
+    return positions
 
 
 def _gathered(views: Views, selection: Selection) -> Tensor:

@@ -54,6 +54,11 @@ def stock_generate(
 @torch.inference_mode()
 def prompt_logits(loaded: Loaded, prompt: Prompt) -> Tensor:
     """Logits of the token after one of our prompts, (vocabulary,)."""
-    output = loaded.model(inputs_embeds=prompt.embeds[None], logits_to_keep=1)
+    placed: dict[str, Tensor] = {}
+    if prompt.positions is not None:
+        # Without a mask transformers takes a gap for the start of another packed sequence.
+        mask = torch.ones_like(prompt.positions)
+        placed = {"position_ids": prompt.positions[None], "attention_mask": mask[None]}
+    output = loaded.model(inputs_embeds=prompt.embeds[None], logits_to_keep=1, **placed)
     logits: Tensor = output.logits[0, -1]
     return logits
