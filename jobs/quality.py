@@ -1,8 +1,9 @@
 """How accuracy falls with visual tokens, on the pocket model: `make quality`.
 
-Answers the test rows with every method at every retention, and with controls; chooses the softmax
-temperature on validation rows first. Writes `docs/quality.json`, the plot, and the part of the
-README between its marks; prints what it measures as it goes. Nothing is tuned on test rows.
+Answers the test rows with every method at every retention, with controls, and with GlobalCom²
+packed in other ways; chooses the softmax temperature on validation rows first. Writes
+`docs/quality.json`, the plot, and the part of the README between its marks; prints what it measures
+as it goes. Nothing is tuned on test rows.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gc2ray.packing import Newlines, Positions
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.questions import TOPICS
 from gc2ray.pocket.rows import PocketRow, Split, pocket_rows
@@ -44,6 +46,15 @@ RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 TEMPERATURES = (10.0, 1.0, 3.0, 30.0, 100.0)
 LOW = (0.1, 0.05)
 """Where methods are compared row by row."""
+PAPERS_WAY: tuple[Positions, Newlines] = ("compact", "kept_rows")
+PACKED = (0.25, *LOW)
+"""Where policies of packing are compared, by `globalcom2`."""
+PACKINGS: tuple[tuple[Positions, Newlines], ...] = (
+    ("compact", "none"),
+    ("original", "kept_rows"),
+    ("original", "none"),
+)
+"""Those that are not the paper's way."""
 SHARE_ROWS = 500
 
 
@@ -88,33 +99,52 @@ def choose_temperature(data: Data, processes: int) -> tuple[float, list[dict[str
 
 
 def measure(data: Data, temperature: float, processes: int) -> dict[str, Any]:
-    """Every method at every retention, and the controls, on the rows of `data`."""
-    points = [Point("none"), Point("globalcom2-reference", 1.0, temperature), Point("thumbnail")]
-    points += [Point(method, r, temperature) for r in RETENTIONS[1:] for method in METHODS]
-    points += [Point(name, 0.1, temperature) for name in CONTROLS]
+    """Every method at every retention, controls, and policies of packing, on the rows of `data`."""
     rows = _rows(data)
+    found = dict(_told(rows, measure_all(data, _points(temperature), processes)))
     scores: dict[tuple[str, float], np.ndarray] = {}
     measured = []
-    for done in measure_all(data, points, processes):
-        right = _right(rows, done)
-        found, retention = interval(right), done.point.retention
-        print(
-            f"{done.point.method} at {retention:g}: {found}, {done.tokens:.0f} tokens", flush=True
-        )
+    for point, (done, right) in found.items():
+        if _packing(point) != PAPERS_WAY:
+            continue  # in a table of their own
         # At 1.0 every method but the reference is the identity: measured once.
-        alike = IDENTICAL if done.point.method == "none" else (done.point.method,)
-        for method in alike:
-            scores[method, retention] = right
-            line = {"method": method, "retention": retention, "tokens": done.tokens}
-            measured.append({**line, **_plain(found)})
+        for method in IDENTICAL if point.method == "none" else (point.method,):
+            scores[method, point.retention] = right
+            line = {"method": method, "retention": point.retention, "tokens": done.tokens}
+            measured.append({**line, **_plain(interval(right))})
     shares = shares_far_from_uniform(load(data.model), rows[:SHARE_ROWS], 0.1, sorted(TEMPERATURES))
     return {
         "rows": data.rows,
         "points": measured,
         "differences": _differences(rows, scores),
         "topics": _topics(rows, scores),
+        "packings": _packings(rows, found, temperature),
         "far_from_uniform": {f"{t:g}": share for t, share in shares.items()},
     }
+
+
+def _points(temperature: float) -> list[Point]:
+    points = [Point("none"), Point("globalcom2-reference", 1.0, temperature), Point("thumbnail")]
+    points += [Point(method, r, temperature) for r in RETENTIONS[1:] for method in METHODS]
+    points += [Point(name, 0.1, temperature) for name in CONTROLS]
+    points += [Point("globalcom2", r, temperature, *way) for r in PACKED for way in PACKINGS]
+    return points
+
+
+def _packing(point: Point) -> tuple[Positions, Newlines]:
+    return point.positions, point.newlines
+
+
+def _told(
+    rows: Sequence[PocketRow], measured: Iterable[Measured]
+) -> Iterator[tuple[Point, tuple[Measured, np.ndarray]]]:
+    """Score what was measured, and print it as it comes."""
+    for done in measured:
+        right, point = _right(rows, done), done.point
+        way = "" if _packing(point) == PAPERS_WAY else f", {' and '.join(_packing(point))}"
+        told = f"{interval(right)}, {done.tokens:.0f} tokens"
+        print(f"{point.method} at {point.retention:g}{way}: {told}", flush=True)
+        yield point, (done, right)
 
 
 def _rows(data: Data) -> list[PocketRow]:
@@ -177,6 +207,34 @@ def _topics(
     }
     table["most common answer"] = _chance(rows, topics)
     return table
+
+
+def _packings(
+    rows: Sequence[PocketRow],
+    found: Mapping[Point, tuple[Measured, np.ndarray]],
+    temperature: float,
+) -> list[dict[str, Any]]:
+    """`globalcom2` packed in every way, and what that changes against the paper's way."""
+    where = np.array([row.question.topic == "where" for row in rows])
+    lines = []
+    for retention in PACKED:
+        papers = found[Point("globalcom2", retention, temperature)][1]
+        for positions, newlines in (PAPERS_WAY, *PACKINGS):
+            point = Point("globalcom2", retention, temperature, positions, newlines)
+            done, right = found[point]
+            line: dict[str, Any] = {
+                "positions": positions,
+                "newlines": newlines,
+                "retention": retention,
+                "tokens": done.tokens,
+                **_plain(interval(right)),
+                "where": float(right[where].mean()),
+            }
+            if (positions, newlines) != PAPERS_WAY:
+                line["difference"] = _plain(difference(right, papers))
+                line["where_difference"] = _plain(difference(right[where], papers[where]))
+            lines.append(line)
+    return lines
 
 
 def _chance(rows: Sequence[PocketRow], topics: np.ndarray) -> dict[str, float]:

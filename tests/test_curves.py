@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gc2ray.canvas import Canvas
 from gc2ray.compression.globalcom2 import GlobalCom2
+from gc2ray.config import Recipe
+from gc2ray.packing import Packing
 from gc2ray.pocket.rows import Split
 from gc2ray.views import Views
 from jobs import quality
-from jobs.curves import page
+from jobs.curves import page, points
 from jobs.curves.controls import Blind, ForeignScores
 from jobs.curves.points import Data, Measured, Point
 
@@ -69,6 +72,100 @@ def test_the_temperature_stays_unless_another_is_better_beyond_doubt(
     temperature, tried = quality.choose_temperature(DATA, 1)
     assert temperature == chosen
     assert len(tried) == 4
+
+
+def fake_measure(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """Measuring in no time; the more is other than the paper's way, the fewer rows are right."""
+    asked: list[Point] = []
+
+    def measured(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
+        asked.extend(points)
+        rows = quality._rows(data)
+        for point in points:
+            right = 60 - 5 * (point.newlines == "none") - 10 * (point.positions == "original")
+            right -= 20 * (point.retention < 0.1)
+            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
+            yield Measured(point, tuple(answers), 30.0 - (point.newlines == "none"))
+
+    monkeypatch.setattr(quality, "measure_all", measured)
+    monkeypatch.setattr(quality, "load", lambda model: None)
+    monkeypatch.setattr(quality, "shares_far_from_uniform", lambda *given: {10.0: 0.5})
+    return asked
+
+
+def test_packings_are_compared_with_the_papers_way_at_their_retention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = fake_measure(monkeypatch)
+    document = quality.measure(DATA, 3.0, 1)
+    assert len(set(asked)) == len(asked), "measured twice"
+    lines = {(p["retention"], p["positions"], p["newlines"]): p for p in document["packings"]}
+    ways = [(p, n) for p in ("compact", "original") for n in ("kept_rows", "none")]
+    assert list(lines) == [(r, *way) for r in (0.25, 0.1, 0.05) for way in ways]
+    for (retention, positions, newlines), line in lines.items():
+        assert Point("globalcom2", retention, 3.0, positions, newlines) in asked
+        lost = 5 * (newlines == "none") + 10 * (positions == "original")
+        base = 60 if retention >= 0.1 else 40
+        assert line["mean"] == pytest.approx((base - lost) / 70)
+        assert line["tokens"] == 30.0 - (newlines == "none")
+        if lost:
+            assert line["difference"]["mean"] == pytest.approx(-lost / 70)
+        else:
+            assert "difference" not in line
+            assert "where_difference" not in line
+    topics = [row.question.topic for row in quality._rows(DATA)]
+    places = [i for i, topic in enumerate(topics) if topic == "where"]
+    line = lines[0.25, "original", "none"]
+    assert line["where"] == pytest.approx(sum(i < 45 for i in places) / len(places))
+    lost = sum(45 <= i < 60 for i in places)
+    assert lost, "nothing to see"
+    assert line["where_difference"]["mean"] == pytest.approx(-lost / len(places))
+
+
+def test_packings_stay_out_of_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_measure(monkeypatch)
+    curve = quality.measure(DATA, 10.0, 1)["points"]
+    keys = [(point["method"], point["retention"]) for point in curve]
+    assert len(set(keys)) == len(keys)
+    (at,) = (p for p in curve if (p["method"], p["retention"]) == ("globalcom2", 0.25))
+    assert at["mean"] == pytest.approx(60 / 70)
+
+
+def test_a_point_is_answered_with_its_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes: list[Recipe] = []
+
+    def engine(loaded: object, recipe: Recipe, *rest: object) -> None:
+        recipes.append(recipe)
+
+    monkeypatch.setattr(points, "Engine", engine)
+    monkeypatch.setattr(points, "answers_in_order", lambda *given: [])
+    for point in (Point("globalcom2"), Point("globalcom2", 0.1, 10.0, "original", "none")):
+        points.answer(SimpleNamespace(), "model", [], point)
+    assert [recipe.compression.packing() for recipe in recipes] == [
+        Packing(), Packing("original", "none")
+    ]  # fmt: skip
+
+
+def test_the_table_of_packings_is_there_once_it_was_measured() -> None:
+    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    document.pop("packings", None)
+    without = page.render(document)
+    assert "| positions |" not in without
+    mean = {"mean": 0.8, "low": 0.75, "high": 0.85}
+    papers = {"positions": "compact", "newlines": "kept_rows", "retention": 0.1, "tokens": 26.6}
+    other = {**papers, **mean, "positions": "original", "where": 0.7}
+    other["difference"] = {"mean": -0.1, "low": -0.2, "high": -0.05}
+    other["where_difference"] = {"mean": 0.01, "low": -0.2, "high": 0.22}
+    document["packings"] = [{**papers, **mean, "where": 0.75}, other]
+    lines = page.render(document).splitlines()
+    assert [line for line in lines if line not in without.splitlines()] == [
+        "| `globalcom2` | positions | newlines | exact match | tokens | difference | `where` "
+        "| difference |",
+        "|---|---|---|---|---|---|---|---|",
+        "| at 0.1 | compact | kept_rows | 0.800 [0.750, 0.850] | 27 |  | 0.750 |  |",
+        "| at 0.1 | original | kept_rows | 0.800 [0.750, 0.850] | 27 "
+        "| **-10.0 [-20.0, -5.0]** | 0.700 | +1.0 [-20.0, +22.0] |",
+    ]
 
 
 def test_the_readme_says_what_was_measured() -> None:

@@ -28,6 +28,7 @@ def render(document: Mapping[str, Any]) -> str:
         _curve(document["points"]),
         _differences(document["differences"]),
         _topics(document["topics"]),
+        *([_packings(document["packings"])] if "packings" in document else []),
         _commander(document),
         END,
     ]
@@ -90,6 +91,26 @@ def _topics(topics: Mapping[str, Mapping[str, float]]) -> str:
     ]
     for label, by_topic in topics.items():
         lines.append(f"| {label} | " + " | ".join(f"{by_topic[n]:.3f}" for n in names) + " |")
+    return "\n".join(lines)
+
+
+def _packings(packings: Sequence[Mapping[str, Any]]) -> str:
+    """Policies of packing; differences are to the first of each retention, the paper's way."""
+    lines = [
+        "| `globalcom2` | positions | newlines | exact match | tokens | difference | `where` "
+        "| difference |",
+        "|---" * 8 + "|",
+    ]
+    for item in packings:
+        differences = [
+            _points(item[name]) if name in item else ""
+            for name in ("difference", "where_difference")
+        ]
+        cells = (
+            f"at {item['retention']:g}", item["positions"], item["newlines"], _interval(item),
+            f"{item['tokens']:.0f}", differences[0], f"{item['where']:.3f}", differences[1],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

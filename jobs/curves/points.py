@@ -19,6 +19,7 @@ from gc2ray.config import Cluster, parse_recipe
 from gc2ray.engine import Engine
 from gc2ray.families.family import Family, Loaded
 from gc2ray.images import ImagePolicy, load_tiles
+from gc2ray.packing import Newlines, Positions
 from gc2ray.pocket.rows import PocketRow, Split, pocket_rows
 from gc2ray.records import Answer, ImageRef, Request
 from gc2ray.views import Tiles, Views
@@ -36,11 +37,13 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured: a method or control of `CONTROLS`, and its settings."""
+    """What is measured: a method or control of `CONTROLS`, its settings, and the packing."""
 
     method: str
     retention: float = 1.0
     temperature: float = TEMPERATURE
+    positions: Positions = "compact"
+    newlines: Newlines = "kept_rows"
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ def answer(loaded: Loaded, model: str, rows: Sequence[PocketRow], point: Point) 
         "method": "none" if control else point.method,
         "retention": point.retention,
         "temperature": point.temperature,
+        "positions": point.positions,
+        "newlines": point.newlines,
     }
     recipe = parse_recipe(
         {
