@@ -1,25 +1,29 @@
 """`Engine`: a loaded model that answers rows. Knows no Ray, no files, no shards.
 
-Threads decode and tile images a little ahead; the calling thread encodes, compresses and packs
-whole batches, hands prompts to the decoder, and yields answers as they finish. One answer comes
-back for every request, whatever happens to it.
+Four things go on at once: a thread reads requests, some more decode and tile images, the vision
+side encodes and compresses a batch (on a GPU on a stream and a thread of its own, one batch ahead;
+on a CPU it would only take the decoder's cores, and takes its turn), and the decoder works on the
+prompts that it has. The engine waits only when none of them has anything to do; that time is
+counted (`totals`). Answers come as they finish; one comes back for every request, whatever
+happens to it.
 
-Trouble with a batch is tried again on its halves, so in the end it belongs to one row, whose answer
-says so; a device that is lost raises `EngineDead`.
+Rows that show the same image share it: see `gc2ray.pictures`. Trouble with a batch is tried again
+on its halves, so in the end it belongs to one image or row, whose answer says so; a device that is
+lost raises `EngineDead`.
 
-Not covered: overlap of the accelerator's own stages, sharing of images between rows, several
-images or prompts in one row.
+Not covered: several images or prompts in one request.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,16 +36,30 @@ from gc2ray.decoding.language_model import LanguageModel, unsupported
 from gc2ray.decoding.native import NativeDecoder, Room
 from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Family, Loaded
-from gc2ray.images import load_tiles
+from gc2ray.feed import Feed, Inline
+from gc2ray.images import read_bytes, tiles_of
+from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Answer, Request, Sampling
-from gc2ray.stats import apportion
-from gc2ray.views import Prompt, Selection, Tiles, Views
+from gc2ray.stats import RunStats, apportion
+from gc2ray.views import Prompt
 
 T = TypeVar("T")
 MESSAGE_CHARACTERS = 300
+KEPT_PICTURE_BYTES = 256 * 1024 * 1024
+"""Packed pictures that are remembered for rows to come."""
 
 log = logging.getLogger(__name__)
+
+
+class _Troubled(Protocol):
+    """A row or a picture: what can be blamed."""
+
+    trouble: BadRow | None
+    retry: bool
+
+
+U = TypeVar("U", bound=_Troubled)
 
 
 @dataclass(eq=False)
@@ -49,19 +67,13 @@ class _Row:
     """A request on its way through the engine."""
 
     request: Request
-    tiles: Tiles | None = None
+    picture: Picture | None = None
+    shares: bool = False
     token_ids: list[int] = field(default_factory=list)
+    prompt: Prompt | None = None
     trouble: BadRow | None = None
     retry: bool = False
     stage_ns: dict[str, int] = field(default_factory=dict)
-    kept_per_view: tuple[int, ...] = ()
-    full_tokens: int = 0
-    newlines: int = 0
-    full_newlines: int = 0
-
-    @property
-    def views(self) -> int:
-        return 0 if self.tiles is None else len(self.tiles.pixels)
 
 
 class Engine:
@@ -89,32 +101,82 @@ class Engine:
         self._packing = recipe.compression.packing()
         self._images = recipe.input.image_policy()
         self._decoder = _decoder(loaded.model, cluster)
+        self._pictures = Pictures(KEPT_PICTURE_BYTES)
         self._open: dict[int, _Row] = {}
         self._tags = 0
+        self._stream: torch.cuda.Stream | None = None
         self.device = device_name(self._family.device)
+        self._starved_ns = 0
 
-    def stream(self, requests: Iterable[Request | None]) -> Iterator[Answer]:
+    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Answer requests, in completion order.
 
         Args:
-            requests: None among them says that no more are at hand: the engine then works on what
-                it has before it asks again.
+            requests: Read on a thread of its own, a little ahead. Where it blocks, the engine goes
+                on with what it has.
 
         Raises:
             EngineDead: The device is lost, or a row got lost in the engine.
         """
-        with ThreadPoolExecutor(self._cluster.image_threads, "gc2ray-image") as pool:
-            for batch in self._batches(self._prepared(pool, requests)):
-                prompts = self._attempt([row for row in batch if not row.trouble], self._encode)
-                yield from (self._failed(row) for row in batch if row.trouble)
-                for row, prompt in prompts:
-                    yield from self._submit(row, prompt)
-                if not batch:
+        ahead = max(2, self._cluster.views_per_batch // 2)
+        threads = self._cluster.image_threads
+        batch: list[_Row] = []
+        ready: deque[_Row] = deque()
+        encoding: Future[list[_Row]] | None = None
+        with (
+            Feed(requests, self._open_image, threads=threads, ahead=ahead) as feed,
+            self._beside() as vision,
+        ):
+            while True:
+                self._fill(batch, feed)
+                if encoding is None and not ready and self._worth_encoding(batch):
+                    encoding, batch = vision.submit(self._encode, batch), []
+                if encoding is not None and (encoding.done() or not len(self._decoder)):
+                    ready.extend(encoding.result())
+                    encoding = None
+                yield from self._hand_over(ready)
+                if len(self._decoder):
                     yield from self._decode()
+                elif not batch and not ready and encoding is None:
                     self._check_nothing_lost()
-            while len(self._decoder):
-                yield from self._decode()
-        self._check_nothing_lost()
+                    if feed.ended:
+                        return
+                    self._starve(feed)
+
+    def _beside(self) -> Executor:
+        """Where batches are encoded: beside the decoder on a GPU, in turn with it on a CPU."""
+        if self._family.device.type == "cuda":
+            return ThreadPoolExecutor(1, "gc2ray-vision")
+        return Inline()
+
+    def _fill(self, batch: list[_Row], feed: Feed[Request, _Row]) -> None:
+        """Take rows whose images are decoded, up to a whole batch."""
+        while _views(batch) < self._cluster.views_per_batch:
+            row = feed.take()
+            if row is None:
+                return
+            batch.append(row)
+
+    def _worth_encoding(self, batch: Sequence[_Row]) -> bool:
+        """A whole batch is; a part of one where the decoder could start it at once."""
+        whole = _views(batch) >= self._cluster.views_per_batch
+        return bool(batch) and (whole or self._decoder.hungry)
+
+    def _hand_over(self, ready: deque[_Row]) -> Iterator[Answer]:
+        """Give prompts to the decoder while it takes them; rows that failed are answered."""
+        while ready:
+            row = ready[0]
+            if row.prompt is not None and not self._submitted(row, row.prompt):
+                return
+            ready.popleft()
+            if row.trouble is not None:
+                yield self._failed(row)
+
+    def _starve(self, feed: Feed[Request, _Row]) -> None:
+        before = feed.waited_ns
+        feed.wait()
+        if self._tags and not feed.ended:
+            self._starved_ns += feed.waited_ns - before
 
     def _check_nothing_lost(self) -> None:
         """Open rows are in the decoder, or they will never come out."""
@@ -127,105 +189,125 @@ class Engine:
         Raises:
             BadRow: One of them cannot be answered.
         """
-        rows = [self._open_image(_Row(request)) for request in requests]
-        prompts = self._attempt([row for row in rows if not row.trouble], self._encode)
+        rows = self._encode([self._open_image(request) for request in requests])
         for row in rows:
             if row.trouble is not None:
                 raise row.trouble
-        return [prompt for _, prompt in prompts]
+        return [row.prompt for row in rows if row.prompt is not None]
 
-    def peak_device_bytes(self) -> int:
-        """Largest allocation on the device so far; 0 where the device does not tell."""
-        if self._family.device.type != "cuda":
-            return 0
-        return int(torch.cuda.max_memory_allocated(self._family.device))
+    def totals(self) -> RunStats:
+        """What belongs to no row, since the engine was made: starvation, memory and its shortage.
 
-    def _prepared(
-        self, pool: ThreadPoolExecutor, requests: Iterable[Request | None]
-    ) -> Iterator[_Row | None]:
-        """Rows with their images decoded, in order; None where no more are at hand."""
-        lookahead = max(2, self._cluster.views_per_batch // 2)
-        ahead: deque[Future[_Row]] = deque()
-        for request in requests:
-            if request is None:
-                yield from (ahead.popleft().result() for _ in range(len(ahead)))
-                yield None
-                continue
-            ahead.append(pool.submit(self._open_image, _Row(request)))
-            if len(ahead) > lookahead:
-                yield ahead.popleft().result()
-        yield from (future.result() for future in ahead)
+        The largest allocation is 0 where the device does not tell.
+        """
+        device = self._family.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return RunStats(
+            starved_ns=self._starved_ns,
+            halvings=self._decoder.halvings,
+            peak_device_bytes=int(peak),
+        )
 
-    def _batches(self, rows: Iterator[_Row | None]) -> Iterator[list[_Row]]:
-        """Rows with about `views_per_batch` views; an empty list where no more are at hand."""
-        batch: list[_Row] = []
-        for row in rows:
-            if row is not None:
-                batch.append(row)
-            if batch and (row is None or _views(batch) >= self._cluster.views_per_batch):
-                yield batch
-                batch = []
-            if row is None:
-                yield []
-        if batch:
-            yield batch
-
-    def _attempt(self, rows: Sequence[_Row], work: Callable[[Sequence[_Row]], list[T]]) -> list[T]:
-        """The row border: do the work on rows, on halves where it fails, and blame the last one."""
-        if not rows:
-            return []
+    def _attempt(self, things: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:
+        """The row border: do the work, on halves where it fails, and blame the last one."""
+        if not things:
+            return
         try:
-            return work(rows)
+            work(things)
         except Exception as error:  # noqa: BLE001 - whatever one row can cause belongs to that row
             trouble, retry = _trouble(error), isinstance(error, ShardError)
-        if len(rows) == 1:
-            rows[0].trouble, rows[0].retry = trouble, retry
-            return []
-        half = len(rows) // 2
-        return self._attempt(rows[:half], work) + self._attempt(rows[half:], work)
+        else:
+            return
+        if len(things) == 1:
+            things[0].trouble, things[0].retry = trouble, retry
+            return
+        half = len(things) // 2
+        self._attempt(things[:half], work)
+        self._attempt(things[half:], work)
 
-    def _open_image(self, row: _Row) -> _Row:
-        """Decode and tile; runs on a thread."""
+    def _open_image(self, request: Request) -> _Row:
+        """Read, and decode and tile unless another row does; runs on a thread."""
 
-        def work(rows: Sequence[_Row]) -> list[None]:
-            request = rows[0].request
+        def work(_: Sequence[_Row]) -> None:
             if request.fault is not None:
                 raise request.fault
             if len(request.images) != 1 or len(request.prompts) != 1:
-                raise BadRow(Status.FAILED, "a row has one image and one prompt, for now")
-            rows[0].tiles = load_tiles(request.images[0], self._family.anyres, self._images)
-            return []
+                raise BadRow(Status.FAILED, "a request has one image and one prompt, for now")
+            data = read_bytes(request.images[0], self._images)
+            reads_prompt = self._compressor.reads_prompt
+            key = picture_key(data, request.prompts[0] if reads_prompt else None)
+            row.picture, new = self._pictures.find(key)
+            row.shares = not new
+            if new:
+                self._decode_image(row.picture, request, data)
 
         started = time.perf_counter_ns()
+        row = _Row(replace(request, images=()))  # encoded bytes are not needed any more
         self._attempt([row], work)
         row.stage_ns["image"] = time.perf_counter_ns() - started
-        row.request = replace(row.request, images=())  # encoded bytes are not needed any more
         return row
 
+    def _decode_image(self, picture: Picture, request: Request, data: bytes) -> None:
+        def work(pictures: Sequence[Picture]) -> None:
+            ref = request.images[0]
+            pictures[0].tiles = tiles_of(data, ref, self._family.anyres, self._images)
+
+        try:
+            self._attempt([picture], work)
+        finally:
+            picture.decoded.set()
+
     @torch.inference_mode()
-    def _encode(self, rows: Sequence[_Row]) -> list[tuple[_Row, Prompt]]:
-        """From tiles to prompts; the accelerator's share before the decoder."""
-        tiles = [row.tiles for row in rows if row.tiles is not None]
-        for row in rows:
-            row.token_ids = self._chat.encode(row.request.prompts[0])
+    def _encode(self, rows: list[_Row]) -> list[_Row]:
+        """From tiles to prompts, all rows of a batch; trouble is noted in them."""
+        stream = self._vision_stream()
+        with torch.cuda.stream(stream):  # nothing on a CPU
+            payers: dict[Picture, _Row] = {}
+            for row in rows:
+                if row.picture is not None:
+                    row.picture.decoded.wait()
+                    if row.picture.tiles is not None:
+                        payers.setdefault(row.picture, row)
+            self._attempt(list(payers), lambda pictures: self._encode_pictures(pictures, payers))
+            for row in rows:
+                if row.picture is not None and row.picture.trouble is not None:
+                    self._pictures.forget(row.picture)
+                    row.trouble, row.retry = row.picture.trouble, row.picture.retry
+            self._attempt([row for row in rows if row.trouble is None], self._embed)
+            self._now()  # what was made is complete for whoever takes it
+        return rows
+
+    def _encode_pictures(self, pictures: Sequence[Picture], payers: dict[Picture, _Row]) -> None:
+        """Tower, selection, projection; time is put on the rows that brought the pictures."""
+        tiles = [picture.tiles for picture in pictures if picture.tiles is not None]
         started = self._now()
-        views = self._family.encode(tiles, [self._seed(row) for row in rows])
+        views = self._family.encode(tiles, [self._seed(picture.seed) for picture in pictures])
         encoded = self._now()
         selections = self._packing.apply(views, self._compressor.many(views))
         places = self._packing.places(views, selections)
         packed = self._family.pack(views, selections)
         compressed = self._now()
-        _share(rows, "encode", encoded - started, [row.views for row in rows])
-        for row, view, selection in zip(rows, views, selections, strict=True):
-            _count(row, view, selection)
-        _share(rows, "compress", compressed - encoded, [row.full_tokens for row in rows])
-        prompts = [
-            (row, self._family.embed(row.token_ids, [image], [known]))
-            for row, image, known in zip(rows, packed, places, strict=True)
-        ]
-        for row, prompt in prompts:
+        rows = [payers[picture] for picture in pictures]
+        _share(rows, "encode", encoded - started, [picture.views for picture in pictures])
+        for index, picture in enumerate(pictures):
+            picture.count(views[index], selections[index])
+            # A copy of its own: a part of the batch would keep all of the batch in memory.
+            picture.packed, picture.places = packed[index].clone(), places[index]
+            picture.tiles = None
+            self._pictures.keep(picture)
+        full = [picture.full_tokens for picture in pictures]
+        _share(rows, "compress", compressed - encoded, full)
+
+    def _embed(self, rows: Sequence[_Row]) -> None:
+        for row in rows:
+            picture = row.picture
+            if picture is None or picture.packed is None:
+                raise RuntimeError(f"{row.request.row_key} has no picture")
+            row.token_ids = self._chat.encode(row.request.prompts[0])
+            prompt = self._family.embed(row.token_ids, [picture.packed], [picture.places])
             row.trouble = self._too_long(prompt)
-        return [(row, prompt) for row, prompt in prompts if row.trouble is None]
+            if row.trouble is None:
+                row.prompt = replace(prompt, prefix_key=_prefix_key(row, picture, prompt))
 
     def _too_long(self, prompt: Prompt) -> BadRow | None:
         new, limit = self._recipe.generation.max_new_tokens, self._family.max_positions
@@ -238,19 +320,22 @@ class Engine:
         counts += f"; the model reads at most {limit}"
         return BadRow(Status.TOO_LONG, counts)
 
-    def _submit(self, row: _Row, prompt: Prompt) -> Iterator[Answer]:
-        settings = self._recipe.generation
-        sampling = Sampling(**settings.model_dump() | {"seed": self._seed(row)})
-        row.tiles = None  # nor are pixels
-        self._tags += 1
+    def _submitted(self, row: _Row, prompt: Prompt) -> bool:
+        """Whether the decoder took a prompt, or will never take it; then `trouble` says why."""
+        settings = self._recipe.generation.model_dump()
+        sampling = Sampling(**settings | {"seed": self._seed(row.request.seed)})
         try:
-            while not self._decoder.submit(self._tags, prompt, sampling):
-                yield from self._decode()
+            if not self._decoder.submit(self._tags + 1, prompt, sampling):
+                return False
         except BadRow as error:
             row.trouble = error
-            yield self._failed(row)
-        else:
-            self._open[self._tags] = row
+            return True
+        if prompt.embeds.is_cuda:  # made on another stream: its memory is not free before we are
+            prompt.embeds.record_stream(torch.cuda.current_stream(prompt.embeds.device))
+        self._tags += 1
+        self._open[self._tags] = row
+        row.prompt = None  # the decoder has it
+        return True
 
     def _decode(self) -> Iterator[Answer]:
         """One step of the decoder: the answers that it finishes."""
@@ -267,10 +352,13 @@ class Engine:
                 yield self._answered(row, completion)
 
     def _answered(self, row: _Row, completion: Completion) -> Answer:
+        picture = row.picture
+        if picture is None:
+            raise EngineDead(f"{row.request.row_key} was answered without its picture")
         text_tokens = len(row.token_ids) - 1  # without the image's placeholder
-        kept, output = sum(row.kept_per_view), len(completion.token_ids)
-        prompt_tokens = text_tokens + kept + row.newlines
-        full = text_tokens + row.full_tokens + row.full_newlines
+        kept, output = sum(picture.kept_per_view), len(completion.token_ids)
+        prompt_tokens = text_tokens + kept + picture.newlines
+        full = text_tokens + picture.full_tokens + picture.full_newlines
         per_token = self._family.kv_bytes_per_token
         stages = {"prefill": completion.prefill_ns, "generate": completion.generate_ns}
         return Answer(
@@ -282,16 +370,18 @@ class Engine:
             finish_reason=completion.finish_reason,
             prompt_tokens=prompt_tokens,
             output_tokens=output,
-            visual_tokens_full=row.full_tokens,
+            visual_tokens_full=picture.full_tokens,
             visual_tokens_kept=kept,
-            newline_tokens=row.newlines,
-            newline_tokens_full=row.full_newlines,
-            kept_per_view=(row.kept_per_view,),
+            newline_tokens=picture.newlines,
+            newline_tokens_full=picture.full_newlines,
+            kept_per_view=(picture.kept_per_view,),
             kv_bytes=(prompt_tokens + output) * per_token,
             kv_bytes_full=(full + output) * per_token,
             stage_ns={**row.stage_ns, **stages},
             device=self.device,
             token_ids=completion.token_ids,
+            image_shared=row.shares,
+            prompt_tokens_shared=completion.shared,
         )
 
     def _failed(self, row: _Row) -> Answer:
@@ -307,13 +397,22 @@ class Engine:
             retry=row.retry,
         )
 
-    def _seed(self, row: _Row) -> int:
-        return row.request.seed ^ self._recipe.generation.seed
+    def _seed(self, seed: int) -> int:
+        """A row's or an image's seed, mixed with the recipe's."""
+        return seed ^ self._recipe.generation.seed
+
+    def _vision_stream(self) -> torch.cuda.Stream | None:
+        """Where the vision side runs, beside the decoder; None on a CPU."""
+        if self._family.device.type != "cuda":
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._family.device)  # type: ignore[no-untyped-call]
+        return self._stream
 
     def _now(self) -> int:
-        """Nanoseconds, once the device has done what it was asked to."""
+        """Nanoseconds, once this thread's stream has done what it was asked to."""
         if self._family.device.type == "cuda":
-            torch.cuda.synchronize(self._family.device)
+            torch.cuda.current_stream(self._family.device).synchronize()
         return time.perf_counter_ns()
 
 
@@ -356,8 +455,11 @@ def device_name(device: torch.device) -> str:
 
 
 def _views(rows: Sequence[_Row]) -> int:
-    """Views of rows; a row that failed counts as one, so that batches of them end too."""
-    return sum(max(row.views, 1) for row in rows)
+    """Views that rows bring; one that brings none counts as one, so that batches of them end too.
+
+    Rows that show the same picture bring it once, but are counted each: batches stay bounded.
+    """
+    return sum(max(row.picture.views if row.picture else 0, 1) for row in rows)
 
 
 def _share(rows: Sequence[_Row], stage: str, total_ns: int, weights: Sequence[int]) -> None:
@@ -365,13 +467,13 @@ def _share(rows: Sequence[_Row], stage: str, total_ns: int, weights: Sequence[in
         row.stage_ns[stage] = share
 
 
-def _count(row: _Row, views: Views, selection: Selection) -> None:
-    """Note what the compressor kept: counted, never claimed."""
-    per_view = views.valid_per_view
-    row.kept_per_view = selection.kept_per_view(len(per_view), views.tokens_per_view)
-    row.full_tokens = sum(per_view)
-    row.newlines = len(selection.source) - sum(row.kept_per_view)
-    row.full_newlines = views.canvas.newlines
+def _prefix_key(row: _Row, picture: Picture, prompt: Prompt) -> str | None:
+    """The same for prompts that begin with the same text and picture; None where nobody shares."""
+    if picture.rows < 2:
+        return None
+    before = row.token_ids[: prompt.visual[0][0]]
+    text = hashlib.blake2b(repr(before).encode(), digest_size=8).hexdigest()
+    return f"{picture.key}/{text}"
 
 
 def _lost(error: torch.AcceleratorError) -> EngineDead:

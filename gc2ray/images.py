@@ -133,7 +133,15 @@ def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
         BadRow: `BAD_IMAGE`, see `read_bytes` and `decode`.
         ConfigError, ShardError: See `read_bytes`.
     """
-    data = read_bytes(ref, policy)
+    return tiles_of(read_bytes(ref, policy), ref, anyres, policy)
+
+
+def tiles_of(data: bytes, ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
+    """Decode and tile what was read of an image.
+
+    Raises:
+        BadRow: `BAD_IMAGE`, see `decode`.
+    """
     try:
         image = decode(data, policy)
     except BadRow as error:

@@ -122,9 +122,10 @@ class Request:
 class Answer:
     """One answer row; see the README's table of columns for the meaning of each.
 
-    `kept_per_view` is one list per image, one count per view. Two are not written: `token_ids`, and
+    `kept_per_view` is one list per image, one count per view. Four are not written: `token_ids`;
     `retry`, which says that not the row but its image's storage failed, so that its shard is to be
-    tried again.
+    tried again; and, counted in the statistics only, `image_shared`: another row had encoded the
+    image, and `prompt_tokens_shared`: so many prompt tokens another row had computed.
     """
 
     request: Request
@@ -147,6 +148,8 @@ class Answer:
     device: str = ""
     token_ids: tuple[int, ...] = ()
     retry: bool = False
+    image_shared: bool = False
+    prompt_tokens_shared: int = 0
 
     @property
     def retention_actual(self) -> float | None:
@@ -167,7 +170,9 @@ class Answer:
             visual_tokens_kept=kept,
             newline_tokens_full=self.newline_tokens_full or 0,
             newline_tokens=self.newline_tokens or 0,
+            images_shared=int(self.image_shared),
             prompt_tokens=self.prompt_tokens or 0,
+            prompt_tokens_shared=self.prompt_tokens_shared,
             output_tokens=self.output_tokens or 0,
             kv_bytes=self.kv_bytes or 0,
             kv_bytes_full=self.kv_bytes_full or 0,

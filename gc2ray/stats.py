@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 STAGES = ("image", "encode", "compress", "prefill", "generate")
 """Stages of a row: decode and tile the image, vision tower, compression, prefill, generation."""
@@ -65,11 +65,15 @@ class RunStats:
         visual_tokens_kept: Visual tokens the language model read.
         newline_tokens_full: Newline tokens of the uncompressed sequence.
         newline_tokens: Newline tokens the language model read.
+        images_shared: Rows whose image another row had decoded and encoded.
         prompt_tokens: Text, visual and newline tokens the language model read.
+        prompt_tokens_shared: Those of them that another row had computed.
         output_tokens: Tokens it wrote.
         kv_bytes: KV cache of prompt and output.
         kv_bytes_full: The same, uncompressed.
         stage_ns: Busy nanoseconds by stage (`STAGES`).
+        starved_ns: Time in which a worker had nothing to do, and rows were still to come.
+        halvings: Times that device memory was short, and fewer rows were decoded together.
         retention: Rows by actual retention, see `RETENTION_BUCKETS`.
         peak_device_bytes: Largest device memory seen; 0 where the device does not tell.
         peak_host_bytes: Largest resident set of a worker process.
@@ -83,11 +87,15 @@ class RunStats:
     visual_tokens_kept: int = 0
     newline_tokens_full: int = 0
     newline_tokens: int = 0
+    images_shared: int = 0
     prompt_tokens: int = 0
+    prompt_tokens_shared: int = 0
     output_tokens: int = 0
     kv_bytes: int = 0
     kv_bytes_full: int = 0
     stage_ns: dict[str, int] = field(default_factory=dict)
+    starved_ns: int = 0
+    halvings: int = 0
     retention: dict[str, int] = field(default_factory=dict)
     peak_device_bytes: int = 0
     peak_host_bytes: int = 0
@@ -107,6 +115,14 @@ class RunStats:
             else:
                 merged[item.name] = a + b
         return RunStats(**merged)  # type: ignore[arg-type]  # names and types are the fields' own
+
+    def since(self, before: RunStats) -> RunStats:
+        """What came on top of an earlier state of the same totals; peaks stay peaks."""
+        return replace(
+            self,
+            starved_ns=self.starved_ns - before.starved_ns,
+            halvings=self.halvings - before.halvings,
+        )
 
     @property
     def bad_rows(self) -> int:

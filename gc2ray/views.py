@@ -39,7 +39,7 @@ class Views:
         canvas: Geometry; padding follows from it and never changes.
         size: Height and width of the original image.
         thumbnail: Index of the global view (0), or None where there is none.
-        seed: Of the row; only methods that draw at random look at it.
+        seed: Of the image; only methods that draw at random look at it.
     """
 
     features: Tensor

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -55,11 +55,11 @@ class Answering(Protocol):
     def device(self) -> str:
         """What the device calls itself."""
 
-    def stream(self, requests: Iterator[Request | None]) -> Iterator[Answer]:
+    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """As `Engine.stream`."""
 
-    def peak_device_bytes(self) -> int:
-        """As `Engine.peak_device_bytes`."""
+    def totals(self) -> RunStats:
+        """As `Engine.totals`."""
 
 
 Metrics = Callable[[str, str], None]
@@ -152,6 +152,9 @@ class Worker:
         self._source = ParquetSource(job.recipe.input)
         self._queue: queue.Queue[_Work] = queue.Queue()
         self._reading: list[_Work] = []
+        self._shards = threading.Lock()  # of the shards: one thread reads them, another answers
+        self._dead: EngineDead | None = None
+        self._counted = RunStats()
         self._engine: Answering | None = None
         self._progress = Progress()
         self._calibrated = 0
@@ -225,37 +228,42 @@ class Worker:
 
     def _die(self, error: EngineDead) -> None:
         """Tell every shard, now and from here on, that there is no engine."""
-        for work in self._reading:
-            work.fail(error)
+        with self._shards:
+            self._dead = error
+            for work in self._reading:
+                work.fail(error)
         while True:
             self._queue.get().fail(error)
 
-    def _requests(self) -> Iterator[Request | None]:
-        """Requests of shard after shard; None when there is no shard at hand but rows are open."""
+    def _requests(self) -> Iterator[Request]:
+        """Requests of shard after shard; read on a thread of the engine's."""
         while True:
-            try:
-                work = self._queue.get(block=not self._reading)
-            except queue.Empty:
-                yield None
-                continue
-            self._reading.append(work)
+            work = self._queue.get()
+            with self._shards:
+                if self._dead is not None:
+                    work.fail(self._dead)
+                    return
+                self._reading.append(work)
             yield from self._shard_requests(work)
 
     def _shard_requests(self, work: _Work) -> Iterator[Request]:
         try:
             for request in self._rows(work.shard.spans):
-                if request.row_key in work.expected:
-                    raise ShardError(f"{request.row_key} was read twice")
-                work.expected.add(request.row_key)
+                with self._shards:
+                    if work.done.done():  # one of its rows has failed it meanwhile
+                        return
+                    if request.row_key in work.expected:
+                        raise ShardError(f"{request.row_key} was read twice")
+                    work.expected.add(request.row_key)
                 yield request
-                if work.done.done():  # one of its rows has failed it meanwhile
-                    return
         except ShardError as error:
-            self._fail(work, error)
+            with self._shards:
+                self._fail(work, error)
             return
         self._metrics("read", work.shard.sid)
-        work.all_read = True
-        self._close_if_whole(work)
+        with self._shards:
+            work.all_read = True
+            self._close_if_whole(work)
 
     def _rows(self, spans: Sequence[Span]) -> Iterator[Request]:
         for span in spans:
@@ -265,21 +273,23 @@ class Worker:
         """Put an answer where it belongs; those of a shard that failed belong nowhere."""
         key = answer.request.row_key
         self._progress = self._progress.counted(answer)
-        for work in self._reading:
-            if key in work.expected and key not in work.answers:
-                if answer.retry:
-                    self._fail(work, ShardError(f"{key}: {answer.error}"))
-                else:
-                    work.answers[key] = answer
-                    self._close_if_whole(work)
-                return
+        with self._shards:
+            for work in self._reading:
+                if key in work.expected and key not in work.answers:
+                    if answer.retry:
+                        self._fail(work, ShardError(f"{key}: {answer.error}"))
+                    else:
+                        work.answers[key] = answer
+                        self._close_if_whole(work)
+                    return
 
     def _fail(self, work: _Work, error: ShardError) -> None:
-        self._reading.remove(work)
+        if work in self._reading:
+            self._reading.remove(work)
         work.fail(error)
 
     def _close_if_whole(self, work: _Work) -> None:
-        if work.all_read and len(work.answers) == len(work.expected):
+        if work in self._reading and work.all_read and len(work.answers) == len(work.expected):
             self._reading.remove(work)
             self._metrics("answered", work.shard.sid)
             work.done.set_result(None)
@@ -310,11 +320,12 @@ class Worker:
         return ShardDone(shard.sid, footer.stats, commit)
 
     def _part_stats(self, answers: Sequence[Answer]) -> RunStats:
-        peaks = RunStats(
-            peak_device_bytes=self._loaded_engine().peak_device_bytes(),
-            peak_host_bytes=peak_host_bytes(),
-        )
-        return sum((answer.stats() for answer in answers), peaks)
+        """The rows', and what came up since the part before that belongs to no row."""
+        totals = self._loaded_engine().totals()
+        with self._shards:
+            new, self._counted = totals.since(self._counted), totals
+        own = replace(new, peak_host_bytes=peak_host_bytes())
+        return sum((answer.stats() for answer in answers), own)
 
     def _keep_record(self) -> None:
         """Rewrite `workers/<uuid>.json`: what this process costs, while it lives."""

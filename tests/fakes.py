@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from gc2ray.config import Job
 from gc2ray.errors import Status
+from gc2ray.feed import Feed
 from gc2ray.manifest import Shard, Span
 from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Progressed
 from gc2ray.records import Answer, Request
@@ -48,27 +49,35 @@ class EchoEngine:
         buffered: int = 0,
     ) -> None:
         self._seconds, self._on_row, self._buffered = seconds, on_row, buffered
+        self.starved_ns = 0
 
-    def stream(self, requests: Iterator[Request | None]) -> Iterator[Answer]:
+    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         held: list[Request] = []
-        for request in requests:
-            if request is not None:
-                held.append(request)
-            while held and (request is None or len(held) > self._buffered):
-                row = held.pop()
-                if self._on_row:
-                    self._on_row(row)
-                time.sleep(self._seconds)
-                if row.fault is not None:
-                    yield echo(row, status=row.fault.status, answer=None, error=row.fault.message)
-                else:
-                    yield echo(row)
-        for row in held:
-            time.sleep(self._seconds)
-            yield echo(row)
+        with Feed(requests, lambda request: request, threads=1, ahead=9) as feed:
+            while held or not feed.ended:
+                request = feed.take()
+                if request is None and self._buffered:
+                    time.sleep(0.02)  # a batch gives the reader a moment
+                    request = feed.take()
+                if request is not None:
+                    held.append(request)
+                elif not held:
+                    feed.wait()
+                    continue
+                while held and (request is None or len(held) > self._buffered):
+                    yield self._answer(held.pop())
+                self.starved_ns = feed.waited_ns
 
-    def peak_device_bytes(self) -> int:
-        return 0
+    def _answer(self, row: Request) -> Answer:
+        if self._on_row:
+            self._on_row(row)
+        time.sleep(self._seconds)
+        if row.fault is not None:
+            return echo(row, status=row.fault.status, answer=None, error=row.fault.message)
+        return echo(row)
+
+    def totals(self) -> RunStats:
+        return RunStats(starved_ns=self.starved_ns)
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from gc2ray.compression.globalcom2 import GlobalCom2
 from gc2ray.config import Cluster
 from gc2ray.decoding.generate import GenerateDecoder
 from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.engine import Engine, load_engine
 from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Loaded
+from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.records import Answer, ImageRef, Request
-from gc2ray.stats import STAGES
+from gc2ray.stats import STAGES, RunStats
 from tests.greedy import plain_greedy
 from tests.rows import SIZES, encoded, make_recipe, picture, request, requests
 
@@ -36,12 +39,12 @@ def make_engine(loaded: Loaded, cluster: Cluster | None = None, **changes: Any) 
     return Engine(loaded, make_recipe("unused", **settings), cluster or Cluster())
 
 
-def answers_of(engine: Engine, rows: Iterable[Request | None]) -> list[Answer]:
+def answers_of(engine: Engine, rows: Iterable[Request]) -> list[Answer]:
     """Answers in order of their rows."""
     return sorted(engine.stream(rows), key=lambda answer: answer.request.row)
 
 
-def tokens_of(engine: Engine, rows: Iterable[Request | None]) -> list[tuple[int, ...]]:
+def tokens_of(engine: Engine, rows: Iterable[Request]) -> list[tuple[int, ...]]:
     answers = answers_of(engine, rows)
     assert [answer.error for answer in answers] == [None] * len(answers)
     return [answer.token_ids for answer in answers]
@@ -124,7 +127,6 @@ def test_bad_rows_change_nothing_for_good_ones(loaded: Loaded) -> None:
 def test_no_rows_no_answers(loaded: Loaded) -> None:
     engine = make_engine(loaded)
     assert list(engine.stream([])) == []
-    assert list(engine.stream([None, None])) == []
 
 
 def test_an_engine_streams_again(loaded: Loaded) -> None:
@@ -196,7 +198,16 @@ def test_every_stage_is_timed(loaded: Loaded) -> None:
         assert all(ns > 0 for ns in answer.stage_ns.values())
 
 
-class Ticking(Engine):
+class Patient(Engine):
+    """Encodes no part of a batch: it waits until so many rows are at hand."""
+
+    rows = 7
+
+    def _worth_encoding(self, batch: Sequence[Any]) -> bool:
+        return len(batch) >= self.rows
+
+
+class Ticking(Patient):
     """A device clock that ticks once a look."""
 
     ticks = 0
@@ -316,24 +327,29 @@ def test_a_prompt_with_gaps_is_as_long_as_its_largest_position(loaded: Loaded) -
             )
 
 
-def test_none_flushes_what_is_in_the_engine(loaded: Loaded) -> None:
+def test_rows_are_answered_while_the_reader_waits(loaded: Loaded) -> None:
     """A reader with nothing at hand must not hold back rows that are already read."""
     seen: list[int] = []
     waiting: list[list[int]] = []
 
-    def feed() -> Iterator[Request | None]:
-        yield request(seed=0)
-        yield request(seed=1)
-        waiting.append(list(seen))
-        yield from itertools.takewhile(lambda _: len(seen) < 2, itertools.repeat(None, 50))
-        waiting.append(sorted(seen))
-        yield request(seed=2)
-        yield from itertools.takewhile(lambda _: len(seen) < 3, itertools.repeat(None, 50))
+    def until(rows: int) -> None:
+        for _ in range(1000):
+            if len(seen) < rows:
+                time.sleep(0.01)
         waiting.append(sorted(seen))
 
-    for answer in make_engine(loaded).stream(feed()):
+    def feed() -> Iterator[Request]:
+        yield request(seed=0)
+        yield request(seed=1)
+        until(2)
+        yield request(seed=2)
+        until(3)
+
+    engine = make_engine(loaded)
+    for answer in engine.stream(feed()):
         seen.append(answer.request.row)
-    assert waiting == [[], [0, 1], [0, 1, 2]]
+    assert waiting == [[0, 1], [0, 1, 2]]
+    assert engine.totals().starved_ns > 0
 
 
 @pytest.mark.parametrize("error", [ValueError("odd image"), torch.OutOfMemoryError("no room")])
@@ -343,7 +359,8 @@ def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
     rows = requests()
     expected = tokens_of(make_engine(loaded), rows)
     broken, family = with_family(loaded, error=error, on_size=SIZES[4])
-    answers = answers_of(make_engine(broken, Cluster(views_per_batch=100)), rows)
+    recipe = make_recipe("unused", generation__max_new_tokens=NEW)
+    answers = answers_of(Patient(broken, recipe, Cluster(views_per_batch=100)), rows)
     assert family.batches[0] == len(rows)
     assert [answer.token_ids for answer in answers if answer.error is None] == [
         tokens for place, tokens in enumerate(expected) if place != 4
@@ -407,6 +424,8 @@ def test_both_decoders_give_the_same_answers(
 class Forgetful:
     """A decoder that takes prompts and never gives them back."""
 
+    hungry, halvings = True, 0
+
     def submit(self, *_: Any) -> bool:
         return True
 
@@ -417,12 +436,11 @@ class Forgetful:
         return 0
 
 
-@pytest.mark.parametrize("end", [[], [None]])
-def test_a_lost_row_is_not_passed_over_in_silence(loaded: Loaded, end: list[None]) -> None:
+def test_a_lost_row_is_not_passed_over_in_silence(loaded: Loaded) -> None:
     engine = make_engine(loaded)
     engine._decoder = Forgetful()
     with pytest.raises(EngineDead, match="1 rows went into the decoder and did not come out"):
-        list(engine.stream([request(), *end]))
+        list(engine.stream([request()]))
 
 
 def test_prompts_raise_for_the_first_bad_row(loaded: Loaded) -> None:
@@ -450,8 +468,14 @@ def test_an_answer_does_not_depend_on_its_batch(
 def test_batch_sizes_are_kept(loaded: Loaded) -> None:
     watched, family = with_family(loaded)
     rows = [request((40, 300), seed) for seed in range(6)]  # a thumbnail and three crops
-    list(make_engine(watched, Cluster(views_per_batch=8)).stream(rows))
+    engine = Patient(watched, make_recipe("unused"), Cluster(views_per_batch=8))
+    engine.rows = 2
+    list(engine.stream(rows))
     assert family.batches == [2, 2, 2]
+    family.batches.clear()
+    list(make_engine(watched, Cluster(views_per_batch=8)).stream(rows))
+    assert sum(family.batches) == 6
+    assert max(family.batches) <= 2
 
 
 def test_the_seed_is_of_the_row_and_of_the_recipe(loaded: Loaded) -> None:
@@ -469,7 +493,7 @@ def test_an_engine_is_loaded_by_its_recipe(tiny_paths: dict[str, Path]) -> None:
     recipe = make_recipe(tiny_paths["mistral"], generation__max_new_tokens=NEW)
     engine = load_engine(recipe, Cluster())
     assert engine.device == "cpu"
-    assert engine.peak_device_bytes() == 0
+    assert engine.totals() == RunStats()
     (answer,) = engine.stream([request()])
     assert (answer.status, answer.finish_reason) == (Status.OK, "length")
     assert answer.answer == engine_text(tiny_paths, answer)
@@ -488,7 +512,7 @@ def test_a_storage_that_fails_is_not_the_rows_fault(
     def outage(*_: Any) -> None:
         raise ShardError("the image store does not answer")
 
-    monkeypatch.setattr("gc2ray.engine.load_tiles", outage)
+    monkeypatch.setattr("gc2ray.engine.read_bytes", outage)
     (answer,) = make_engine(loaded).stream([request()])
     assert answer.retry
     assert answer.error == "ShardError: the image store does not answer"
@@ -496,4 +520,125 @@ def test_a_storage_that_fails_is_not_the_rows_fault(
 
 def test_a_bad_row_is_not_to_be_tried_again(loaded: Loaded) -> None:
     (answer,) = make_engine(loaded).stream([replace(request(), prompts=())])
-    assert (answer.retry, answer.error) == (False, "a row has one image and one prompt, for now")
+    assert (answer.retry, answer.error) == (
+        False,
+        "a request has one image and one prompt, for now",
+    )
+
+
+# Rows that show the same image
+
+
+def questions(seed: int, prompts: Sequence[str]) -> list[Request]:
+    return [
+        replace(request((40, 300), seed), row=row, row_key=f"rows#{row}", prompts=(prompt,))
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+ASKED = ("What is it?", "How many objects are there?", "Which colour is it?", "Describe it.")
+
+
+@pytest.mark.parametrize("method", ["globalcom2", "random", "pool"])
+def test_rows_that_show_one_image_share_it_and_answer_the_same(loaded: Loaded, method: str) -> None:
+    watched, family = with_family(loaded)
+    rows = questions(3, ASKED)
+    alone = [tokens_of(make_engine(loaded, compression__method=method), [row])[0] for row in rows]
+    assert len(set(alone)) > 1, "all answers alike: nothing could fail"
+    engine = make_engine(watched, compression__method=method)
+    answers = answers_of(engine, rows)
+    assert [answer.token_ids for answer in answers] == alone
+    assert sum(family.batches) == 1, "the image was encoded again"
+    assert sorted(answer.image_shared for answer in answers) == [False, True, True, True]
+    total = sum((answer.stats() for answer in answers), RunStats())
+    assert total.images_shared == 3
+    assert total.visual_tokens_kept == 4 * (answers[0].visual_tokens_kept or 0)
+    assert sum("encode" in answer.stage_ns for answer in answers) == 1
+
+
+def test_the_beginning_of_their_prompts_is_computed_once(loaded: Loaded) -> None:
+    """Text before the image and the image: all but the question, and the answer's start."""
+    engine = Patient(loaded, make_recipe("unused", generation__max_new_tokens=NEW), Cluster())
+    engine.rows = 4
+    answers = answers_of(engine, questions(3, ASKED))
+    shared = [answer.prompt_tokens_shared for answer in answers]
+    assert sorted(map(bool, shared)) == [False, True, True, True]
+    prompt = engine.prompts(questions(3, ASKED)[:1])[0]
+    assert max(shared) == prompt.visual[0][1]
+    other = [replace(row, images=(ImageRef(encoded(picture((40, 300), 4))),)) for row in
+             questions(3, ASKED)[:1]]  # fmt: skip
+    engine.rows = 1
+    assert answers_of(engine, other)[0].prompt_tokens_shared == 0
+
+
+def test_a_broken_image_is_every_rows_trouble(loaded: Loaded) -> None:
+    cut = encoded(picture((100, 200), 1))[:200]
+    rows = [replace(row, images=(ImageRef(cut),)) for row in questions(3, ASKED)]
+    answers = answers_of(make_engine(loaded), [*rows, replace(request(seed=9), row=9)])
+    assert [answer.status for answer in answers] == [*[Status.BAD_IMAGE] * 4, Status.OK]
+    assert len({answer.error for answer in answers[:4]}) == 1
+
+
+def test_a_method_that_reads_the_prompt_shares_nothing(loaded: Loaded) -> None:
+    class Reading(GlobalCom2):
+        reads_prompt: ClassVar[bool] = True
+
+    recipe = make_recipe("unused", generation__max_new_tokens=NEW)
+    watched, family = with_family(loaded)
+    engine = Engine(watched, recipe, Cluster(), Reading())
+    answers = answers_of(engine, questions(3, [*ASKED, ASKED[0]]))
+    assert sum(family.batches) == 4
+    assert sum(answer.image_shared for answer in answers) == 1
+
+
+def test_the_vision_side_may_run_beside_the_decoder(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: on a thread of its own, one batch ahead."""
+    expected = tokens_of(make_engine(loaded), requests())
+    threads: set[str] = set()
+    watched, family = with_family(loaded)
+    encode = family.encode
+
+    def noted(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name.rsplit("_", 1)[0])
+        return encode(*arguments)
+
+    family.encode = noted  # type: ignore[method-assign]
+    beside = lambda _: ThreadPoolExecutor(1, "gc2ray-vision")  # noqa: E731
+    monkeypatch.setattr(Engine, "_beside", beside)
+    assert tokens_of(make_engine(watched, Cluster(views_per_batch=4)), requests()) == expected
+    assert threads == {"gc2ray-vision"}
+
+
+def test_pictures_are_kept_within_their_bytes() -> None:
+    pictures = Pictures(kept_bytes=100)
+
+    def made(key: str, tokens: int) -> None:
+        picture_, new = pictures.find(key)
+        assert new
+        picture_.packed = torch.zeros(tokens, 1)
+        pictures.keep(picture_)
+
+    made("a", 10)
+    made("b", 10)
+    assert not pictures.find("a")[1]  # and so used after b
+    made("c", 10)
+    assert [pictures.find(key)[1] for key in ("a", "c", "b")] == [False, False, True]
+    made("d", 26)
+    assert [pictures.find(key)[1] for key in ("a", "c", "d")] == [True, True, True]
+
+
+def test_a_picture_in_use_is_found_and_a_forgotten_one_is_not() -> None:
+    pictures = Pictures(kept_bytes=0)
+    held, _ = pictures.find("a")
+    assert pictures.find("a") == (held, False)
+    assert held.rows == 2
+    pictures.forget(held)
+    assert pictures.find("a")[1]
+
+
+def test_a_picture_is_told_by_its_bytes() -> None:
+    assert picture_key(b"x") == picture_key(b"x") != picture_key(b"y")
+    assert picture_key(b"x") != picture_key(b"x", "q") != picture_key(b"x", "r")
+    assert Picture(picture_key(b"x")).seed == Picture(picture_key(b"x")).seed < 2**56

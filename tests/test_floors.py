@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "gc2ray"
 
 FLOORS = {
     "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
-    "linear": 0, "quality": 0,
+    "feed": 0, "linear": 0, "quality": 0,
     "images": 1, "prompts": 1, "packing": 1, "compression": 1, "families": 1, "decoding": 1,
-    "config": 2, "pocket": 2,
+    "config": 2, "pictures": 2, "pocket": 2,
     "engine": 3, "manifest": 3,
     "sources": 4, "store": 4,
     "worker": 5, "planner": 5, "parity": 5,
@@ -30,7 +30,15 @@ SAME_FLOOR = {("records", "errors"), ("records", "stats"), ("views", "canvas")}
 
 BORDERS = {
     "torch": {
-        "canvas", "linear", "views", "packing", "compression", "families", "decoding", "engine",
+        "canvas",
+        "linear",
+        "views",
+        "packing",
+        "compression",
+        "families",
+        "decoding",
+        "pictures",
+        "engine",
     },
     "transformers": {"families", "decoding"},
     "tokenizers": {"families"},

@@ -17,7 +17,7 @@ from gc2ray.config import Cluster
 from gc2ray.engine import Engine, load_engine
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded
-from gc2ray.families.llava_next import class_token_scores
+from gc2ray.families.llava_next import LlavaNext, class_token_scores
 from gc2ray.families.stock import prompt_logits, stock_generate, stock_inputs, stock_logits
 from gc2ray.families.tiny import TinySpec, build_tiny
 from gc2ray.images import ImagePolicy, load_tiles
@@ -65,6 +65,25 @@ def stock_tokens(loaded: Loaded, rows: list[Request]) -> dict[str, tuple[int, ..
     outputs = stock_generate(loaded, images, texts, NEW_TOKENS)
     cut = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in outputs]
     return {row.row_key: tuple(tokens) for row, tokens in zip(rows, cut, strict=True)}
+
+
+def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
+    loaded_models: dict[str, Loaded],
+) -> None:
+    loaded = loaded_models["vicuna"]
+    tower = loaded.model.model.vision_tower.encoder.layers
+    ours = loaded.family._layers
+    packed = [not any(isinstance(m, torch.nn.Linear) for m in layer.modules()) for layer in ours]
+    assert packed == [True] * (len(tower) - 1) + [False], "the last layer does not run"
+    assert all(isinstance(layer.mlp.fc1, torch.nn.Linear) for layer in tower)
+    thawed = LlavaNext(loaded.model, loaded.processor)
+    tiles = [load_tiles(row.images[0], thawed.anyres, ImagePolicy()) for row in requests(SIZES[:2])]
+    with torch.inference_mode():
+        for a, b in zip(
+            thawed.encode(tiles, [0, 0]), loaded.family.encode(tiles, [0, 0]), strict=True
+        ):
+            torch.testing.assert_close(a.features, b.features)
+            torch.testing.assert_close(a.scores, b.scores)
 
 
 @pytest.mark.parametrize("backbone", SPECS)

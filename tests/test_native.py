@@ -33,6 +33,7 @@ from gc2ray.families.family import Loaded
 from gc2ray.linear import Linear, packed_module
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
+from tests.greedy import plain_greedy
 
 VOCABULARY, REQUESTS = 300, 64
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -418,22 +419,6 @@ def test_a_lost_device_is_no_rows_error(models: dict[str, Any]) -> None:
 # Positions
 
 
-def plain_loop(model: Any, prompt: Prompt, positions: torch.Tensor, limit: int) -> tuple[int, ...]:
-    """Greedy, with the whole sequence read anew for every token: no cache, nothing shared."""
-    table = model.get_input_embeddings()
-    embeds, found = prompt.embeds, []
-    with torch.no_grad():
-        for _ in range(limit):
-            mask = torch.ones(1, len(embeds), dtype=torch.long)
-            output = model(
-                inputs_embeds=embeds[None], position_ids=positions[None], attention_mask=mask
-            )
-            found.append(int(output.logits[0, -1].argmax()))
-            embeds = torch.cat([embeds, table(torch.tensor(found[-1:]))])
-            positions = torch.cat([positions, positions[-1:] + 1])
-    return tuple(found)
-
-
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_positions_may_have_gaps(models: dict[str, Any], kind: str) -> None:
     model = models[kind]
@@ -443,7 +428,9 @@ def test_positions_may_have_gaps(models: dict[str, Any], kind: str) -> None:
         steps = torch.tensor([rng.choice([1, 1, 1, 7]) for _ in range(len(prompt))])
         positions = steps.cumsum(0) - steps[0]
         requests.append((tag, replace(prompt, positions=positions), sampling))
-        wanted[tag] = plain_loop(model, prompt, positions, sampling.max_new_tokens)
+        wanted[tag] = tuple(
+            plain_greedy(model, prompt.embeds, positions, sampling.max_new_tokens, ())
+        )
     found = tokens(decode(model, requests, Room(400)))
     assert found == wanted
     assert found != tokens(decode(model, ragged(model, 16))), "positions change nothing"

@@ -14,7 +14,7 @@ from gc2ray.views import share_of, top_k_mask
 
 @dataclass(frozen=True)
 class Random(MaskCompressor):
-    """Keep random tokens of each view; the draw depends on the row's seed and nothing else."""
+    """Keep random tokens of each view; the draw depends on the image and the recipe's seed only."""
 
     name: ClassVar[str] = "random"
 

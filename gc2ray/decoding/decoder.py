@@ -45,13 +45,22 @@ class Decoder(Protocol):
 
     Back-pressure counts tokens, never rows: `submit` answers False when the queue is full, and the
     caller then calls `step`.
+
+    Attributes:
+        halvings: Times that the device's memory was short, and fewer prompts went on together.
     """
+
+    halvings: int
 
     def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
         """Take a prompt, or say that there is no room before the next `step`."""
 
     def step(self) -> list[Completion]:
         """Do some work, and say what it finished, which may be nothing."""
+
+    @property
+    def hungry(self) -> bool:
+        """Whether it has no prompt in store: a small batch now is better than a large one later."""
 
     def __len__(self) -> int:
         """Prompts that were taken and have not finished."""

@@ -40,12 +40,18 @@ class GenerateDecoder:
         self._model = model
         self._max_tokens = max_tokens
         self._waiting: list[_Item] = []
+        self.halvings = 0
         self._eos = list(end_tokens(model))
         pad = model.generation_config.pad_token_id
         self._pad = pad if pad is not None else (self._eos or [0])[0]
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def hungry(self) -> bool:
+        """Nothing waits to be generated."""
+        return not self._waiting
 
     def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
         """Take a prompt while two batches' worth of tokens are not yet waiting.
@@ -81,6 +87,7 @@ class GenerateDecoder:
         except (RuntimeError, ValueError, IndexError) as error:  # the first covers out of memory
             if len(batch) == 1:
                 return [Completion(batch[0][0], (), "error", 0, 0, error)]
+            self.halvings += isinstance(error, torch.OutOfMemoryError)
         torch.cuda.empty_cache()
         half = len(batch) // 2
         return self._run_halving(batch[:half]) + self._run_halving(batch[half:])

@@ -144,6 +144,11 @@ class NativeDecoder:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._live)
 
+    @property
+    def hungry(self) -> bool:
+        """Nothing waits for room."""
+        return not self._waiting
+
     def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
         """Take a prompt while two steps' worth of prompt tokens are not yet waiting.
 

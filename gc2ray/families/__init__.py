@@ -51,4 +51,6 @@ def load(path: str, *, revision: str | None, dtype: str, device: str) -> Loaded:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"recipe.model.path: {path} cannot be loaded: {first_line}") from error
     model.to(device).eval()
-    return Loaded(model, processor, FAMILIES[config.model_type](model, processor))
+    family = FAMILIES[config.model_type](model, processor)
+    family.freeze()
+    return Loaded(model, processor, family)

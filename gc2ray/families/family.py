@@ -27,6 +27,9 @@ class Family(Protocol):
     max_positions: int
     kv_bytes_per_token: int
 
+    def freeze(self) -> None:
+        """Get ready for inference only: weights will not change any more."""
+
     def canvas(self, tiles: Tiles) -> Canvas:
         """Where the image lies on its canvas of tokens."""
 

@@ -10,6 +10,7 @@ as a text table and a few numbers of its config.
   the row folds to one product per token, `(W_k^T q) x + q b_k`: no keys, no heads, float32.
 * Views of a batch go through the tower flat, (sum of V, 3, T, T), without padded crops.
 * Only kept tokens are projected.
+* On a CPU the linear layers of tower and projector run prepacked (`freeze`, see `gc2ray.linear`).
 
 The model is read, never changed: nothing is patched, hooked or replaced.
 
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.errors import ConfigError
+from gc2ray.linear import packed_module
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
 VIEWS_PER_BATCH = 32
@@ -41,6 +43,7 @@ class LlavaNext:
         self._check(model)
         inner, config = model.model, model.config
         self._tower = inner.vision_tower
+        self._layers = list(self._tower.encoder.layers)
         self._projector = inner.multi_modal_projector
         self._newline: Tensor = inner.image_newline
         self._text_table = model.get_input_embeddings()
@@ -76,6 +79,12 @@ class LlavaNext:
                 f"{config.vision_feature_select_strategy!r}; only 'default' is supported"
             )
 
+    def freeze(self) -> None:
+        """Prepack linear layers where that is faster; from here on weights must not change."""
+        run = max(*self._feature_states, len(self._layers) - 1)
+        self._layers[:run] = [packed_module(layer) for layer in self._layers[:run]]
+        self._projector = packed_module(self._projector)
+
     def canvas(self, tiles: Tiles) -> Canvas:
         """Where the image lies on its canvas of tokens."""
         return Canvas.of(tiles.size, tiles.grid, self._side)
@@ -94,22 +103,23 @@ class LlavaNext:
 
     def _run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (V, T, T, 3) to features (V, N, D) and scores (V, N)."""
-        layers = self._tower.encoder.layers
-        last = len(layers) - 1
+        last = len(self._layers) - 1
         wanted = {*self._feature_states, last}
         states: dict[int, Tensor] = {}
         state = self._tower.pre_layrnorm(self._tower.embeddings(self._normalised(pixels)))
         for index in range(max(wanted) + 1):
             if index > 0:
-                state = layers[index - 1](state, attention_mask=None)
+                state = self._layers[index - 1](state, attention_mask=None)
             if index in wanted:
                 states[index] = state
         features = torch.cat([states[index][:, 1:] for index in self._feature_states], dim=-1)
-        return features, class_token_scores(layers[last], states[last])
+        return features, class_token_scores(self._tower.encoder.layers[last], states[last])
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Bytes to normalised values by table, on the device: bit-equal to the processor's."""
-        pixels = pixels.to(self.device)
+        if self.device.type == "cuda":  # from pinned memory the copy does not stop the decoder
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=True)
         out = self._pixels.new_empty(len(pixels), 3, *pixels.shape[1:3])
         for channel, table in enumerate(self._pixels):
             index = pixels[..., channel].int().flatten()

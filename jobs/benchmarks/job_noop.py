@@ -20,6 +20,7 @@ from gc2ray.config import Job, parse_job
 from gc2ray.driver import run_job
 from gc2ray.errors import Status
 from gc2ray.records import Answer, Request
+from gc2ray.stats import RunStats
 from gc2ray.worker import Worker
 from jobs.benchmarks import Line
 
@@ -32,14 +33,13 @@ class NoopEngine:
 
     device = "no-op"
 
-    def stream(self, requests: Iterable[Request | None]) -> Iterator[Answer]:
+    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         for request in requests:
-            if request is not None:
-                bare = replace(request, images=())
-                yield Answer(bare, Status.OK, self.device, 1.0, answer="-", device=self.device)
+            bare = replace(request, images=())
+            yield Answer(bare, Status.OK, self.device, 1.0, answer="-", device=self.device)
 
-    def peak_device_bytes(self) -> int:
-        return 0
+    def totals(self) -> RunStats:
+        return RunStats()
 
 
 def noop_worker(job: Job, carried: pa.Schema) -> Worker:
