@@ -103,16 +103,17 @@ def check(
 
         parity = check_parity(load_job(config, overrides or []), rows)
         console = Console()
-        for bad in parity.bad_rows:
+        prompts = parity.prompts
+        for bad in parity.left_out:
             console.print(f"left out: {bad}", markup=False, soft_wrap=True)
         console.print(
-            f"{parity.rows} rows at retention 1.0 against stock transformers: largest logit "
+            f"{prompts} prompts at retention 1.0 against stock transformers: largest logit "
             f"difference {parity.logit_difference:.2e} of the largest logit (allowed "
-            f"{parity.tolerance:.0e}), same first token {parity.same_first_token} of {parity.rows}",
+            f"{parity.tolerance:.0e}), same first token {parity.same_first_token} of {prompts}",
             soft_wrap=True,
         )
         console.print(
-            f"batch against one by one, as configured: {parity.same_alone} of {parity.rows} rows "
+            f"batch against one by one, as configured: {parity.same_alone} of {prompts} answers "
             f"the same{'' if parity.exact else ' (not demanded in half precision)'}",
             soft_wrap=True,
         )

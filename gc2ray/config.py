@@ -114,7 +114,10 @@ class GenerationConfig(_Frozen):
 
 
 class PromptConfig(_Frozen):
-    """Exactly one of a column, a template over columns (`"{question}"`), or a constant."""
+    """Exactly one of a column, a template over columns (`"{question}"`), or a constant.
+
+    A column of lists gives each row several prompts, and an answer to each.
+    """
 
     column: str | None = None
     template: str | None = None
@@ -209,8 +212,8 @@ class Cluster(_Frozen):
         shard_rows: Rows of a shard; None sizes shards by calibration.
         shard_seconds: The calibrated size.
         tries: Times that a shard is tried.
-        max_bad_rows: Share of failed rows, of at least 200, that stops the run.
-        stall_seconds: A worker that finishes no row for so long is killed.
+        max_bad_rows: Share of failed answers, of at least 200, that stops the run.
+        stall_seconds: A worker that gives no answer for so long is killed.
         place_seconds: Time to find room for a worker in the cluster.
         load_seconds: Time to load the model, counted anew whenever it reads on.
     """

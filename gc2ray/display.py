@@ -86,8 +86,8 @@ class RunDisplay:
         if snapshot.visual_tokens_full:
             kept = snapshot.visual_tokens_kept / snapshot.visual_tokens_full
             parts.append(f"{1 - kept:.0%} of visual tokens saved")
-        if snapshot.bad_rows:
-            parts.append(f"{snapshot.bad_rows} errors")
+        if snapshot.bad_answers:
+            parts.append(f"{snapshot.bad_answers} errors")
         if snapshot.dead_shards:
             parts.append(f"{snapshot.dead_shards} dead shards")
         return ", ".join(parts)
@@ -111,8 +111,8 @@ def _row_lines(outcome: Outcome) -> list[tuple[str, str]]:
     bad = [f"{count} {status}" for status, count in stats.by_status.items() if status != "ok"]
     return [
         ("rows committed", f"{outcome.rows:,} of {outcome.planned_rows:,}"),
-        ("answers", f"{stats.rows - stats.bad_rows:,}"),
-        ("errors", f"{stats.bad_rows:,}" + (f" ({', '.join(bad)})" if bad else "")),
+        ("answers", f"{stats.rows:,}"),
+        ("of them errors", f"{stats.bad_rows:,}" + (f" ({', '.join(bad)})" if bad else "")),
     ]
 
 

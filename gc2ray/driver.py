@@ -5,7 +5,7 @@ workers through a `Pool`, so that its decisions can be tested without Ray and wi
 
 Rules: two shards in flight per worker, so that a border never drains an accelerator; a shard that
 was lost once runs alone, so that it takes no other with it; `tries` losses make a dead letter; a
-worker that finishes no row for `stall_seconds` is killed. Placement and loading have clocks of
+worker that gives no answer for `stall_seconds` is killed. Placement and loading have clocks of
 their own.
 
 Not covered: isolating the row that kills a worker, draining on signals.
@@ -43,18 +43,18 @@ POLL_SECONDS = 1.0
 SETUP_DEATHS = 3
 """Workers that die while setting up, with no shard done in between: then the run gives up."""
 BAD_ROWS_FROM = 200
-"""Rows before the share of bad ones is judged."""
+"""Answers before the share of bad ones is judged."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run, for a display."""
+    """The state of a run, for a display; `rows` are input rows."""
 
     rows: int
     total_rows: int
-    bad_rows: int
+    bad_answers: int
     visual_tokens_full: int
     visual_tokens_kept: int
     workers: int
@@ -194,7 +194,7 @@ class Driver:
                 self._bury(event.worker, event.reason)
 
     def _note(self, worker: int, state: _WorkerState, progress: Progress) -> None:
-        moved = progress.rows > state.progress.rows
+        moved = progress.answers > state.progress.answers
         setting_up = state.loaded is None or worker == self._calibrator
         if moved or (setting_up and progress.ticks > state.progress.ticks):
             state.active = self._pool.now()
@@ -260,7 +260,7 @@ class Driver:
                 if now - state.active > clocks.load_seconds:
                     self._stop(worker, f"no progress in loading for {clocks.load_seconds:g} s")
             elif self._is_busy(worker) and now - state.active > clocks.stall_seconds:
-                self._stop(worker, f"stalled: no row finished for {clocks.stall_seconds:g} s")
+                self._stop(worker, f"stalled: no answer for {clocks.stall_seconds:g} s")
 
     def _is_busy(self, worker: int) -> bool:
         return bool(self._workers[worker].shards) or worker == self._calibrator
@@ -281,12 +281,12 @@ class Driver:
 
     def _judge_rows(self) -> None:
         seen = self._seen()
-        rows, bad = sum(part.rows for part in seen), sum(part.bad_rows for part in seen)
-        if rows < BAD_ROWS_FROM or bad <= self._cluster.max_bad_rows * rows:
+        answers, bad = sum(part.answers for part in seen), sum(part.bad_answers for part in seen)
+        if answers < BAD_ROWS_FROM or bad <= self._cluster.max_bad_rows * answers:
             return
         errors = [error for part in seen for error in part.errors][:3]
         raise GivenUp(
-            f"{bad} of {rows} rows failed, more than cluster.max_bad_rows = "
+            f"{bad} of {answers} answers failed, more than cluster.max_bad_rows = "
             f"{self._cluster.max_bad_rows:g} allows; the first:\n  " + "\n  ".join(errors)
         )
 
@@ -299,7 +299,7 @@ class Driver:
         return Snapshot(
             rows=min(rows, self._total_rows),
             total_rows=self._total_rows,
-            bad_rows=sum(part.bad_rows for part in seen),
+            bad_answers=sum(part.bad_answers for part in seen),
             visual_tokens_full=sum(part.visual_tokens_full for part in seen),
             visual_tokens_kept=sum(part.visual_tokens_kept for part in seen),
             workers=sum(state.loaded is not None for state in self._workers.values()),

@@ -16,7 +16,7 @@ STORAGE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
 
 
 class Status(StrEnum):
-    """What became of a row; the value is what stands in the `status` column."""
+    """What became of a prompt of a row; the value is what stands in the `status` column."""
 
     OK = "ok"
     BAD_IMAGE = "bad_image"

@@ -69,10 +69,6 @@ class Span:
         """Rows of the span."""
         return self.stop - self.first
 
-    def row_keys(self) -> Iterator[str]:
-        """The `row_key` of every row."""
-        return (row_key(self.source, row) for row in range(self.first, self.stop))
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -86,6 +82,11 @@ class Shard:
     def rows(self) -> int:
         """Rows of the shard."""
         return sum(span.rows for span in self.spans)
+
+    def places(self) -> Iterator[tuple[str, int]]:
+        """Source and row number of every row; how many prompts it has only reading tells."""
+        for span in self.spans:
+            yield from ((span.source, row) for row in range(span.first, span.stop))
 
     @property
     def part_name(self) -> str:
@@ -220,9 +221,15 @@ class Run:
             )
 
 
-def row_key(source: str, row: int) -> str:
-    """The key of an answer row."""
-    return f"{source}#{row}"
+def row_key(source: str, row: int, prompt_index: int | None = None) -> str:
+    """The key of an answer row, unique in a run.
+
+    Args:
+        source: Path of the source, relative to the input root.
+        row: Row number in the source.
+        prompt_index: Which prompt of a list; None where prompts are no lists.
+    """
+    return f"{source}#{row}" if prompt_index is None else f"{source}#{row}#{prompt_index}"
 
 
 def digest(data: bytes) -> str:

@@ -1,7 +1,8 @@
 """Parity with stock transformers on the user's own model and rows: the first thing a user asks.
 
-`check` compares, row by row, our logits of the first answer token at retention 1.0 with stock's on
-the same image and prompt, and the recipe's own answers in a batch with the same rows one by one.
+`check` compares, prompt by prompt, our logits of the first answer token at retention 1.0 with
+stock's on the same image and prompt, and the recipe's own answers in a batch with the same prompts
+one by one.
 
 In float32 both must agree; in half precision different batch shapes round differently, so there
 logits are held to a loose bound and answers are only counted.
@@ -31,17 +32,17 @@ class Parity:
     """What a check found.
 
     Attributes:
-        rows: Rows compared.
-        bad_rows: Rows of the sample that cannot be answered, as `row_key: message`.
+        prompts: Prompts compared: all of the rows that were asked for, but for those left out.
+        left_out: Prompts that cannot be answered, as `row_key: message`.
         logit_difference: Largest difference to stock, as a share of the largest logit.
         tolerance: What is allowed for the recipe's dtype.
-        same_first_token: Rows whose most likely first token is stock's.
-        same_alone: Rows answered the same in a batch and alone.
+        same_first_token: Prompts whose most likely first token is stock's.
+        same_alone: Prompts answered the same in a batch and alone.
         exact: Whether answers must agree too (float32).
     """
 
-    rows: int
-    bad_rows: tuple[str, ...]
+    prompts: int
+    left_out: tuple[str, ...]
     logit_difference: float
     tolerance: float
     same_first_token: int
@@ -51,14 +52,14 @@ class Parity:
     @property
     def passed(self) -> bool:
         """Whether our path is stock's path, as far as the dtype lets one tell."""
-        close = self.rows > 0 and self.logit_difference <= self.tolerance
+        close = self.prompts > 0 and self.logit_difference <= self.tolerance
         if not self.exact:
             return close
-        return close and self.same_first_token == self.same_alone == self.rows
+        return close and self.same_first_token == self.same_alone == self.prompts
 
 
 def check(job: Job, rows: int) -> Parity:
-    """Compare on the first `rows` rows of the input.
+    """Compare on every prompt of the first `rows` rows of the input.
 
     Raises:
         ConfigError: Model or input cannot be used.
@@ -82,10 +83,10 @@ def check(job: Job, rows: int) -> Parity:
         worst, same_first = max(worst, difference), same_first + same
         good.append(request)
     together = {a.request.row_key: a.token_ids for a in recipe.stream(good)}
-    alone = {a.request.row_key: a.token_ids for row in good for a in recipe.stream([row])}
+    alone = {a.request.row_key: a.token_ids for one in good for a in recipe.stream([one])}
     return Parity(
-        rows=len(good),
-        bad_rows=tuple(bad),
+        prompts=len(good),
+        left_out=tuple(bad),
         logit_difference=worst,
         tolerance=TOLERANCE[job.recipe.model.dtype],
         same_first_token=same_first,

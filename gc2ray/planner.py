@@ -1,7 +1,7 @@
 """The plan of a run, frozen once; and how far it is carried out (`Outcome`).
 
 What counts is what the store holds: `run.json` names the recipe and the digest of the plan, the
-listing of `data/` says what is committed, the parts' footers how many rows that is.
+listing of `data/` says what is committed, the parts' footers how many input rows that is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Outcome:
     planned_shards: int
     rows: int
     planned_rows: int
-    stats: RunStats
+    stats: RunStats  # of the answers, of which a row may have several
     dead: tuple[str, ...] = ()
 
     @property

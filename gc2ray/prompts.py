@@ -1,6 +1,6 @@
 """From a row to the token ids of its prompt.
 
-`PromptSource` makes a row's text from a column, a template over columns, or one constant.
+`PromptSource` makes a prompt's text from a column, a template over columns, or one constant.
 `ChatPrompt` puts it into the model's chat template and tokenises it, one placeholder per image.
 
 Row text is untrusted: a special token spelled out in it ("<image>", "</s>") is broken up by a
@@ -25,7 +25,7 @@ NEUTRALISE_ROUNDS = 16
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where a row's prompt text comes from; exactly one of the three is set."""
+    """Where a prompt's text comes from; exactly one of the three is set."""
 
     column: str | None = None
     template: str | None = None

@@ -1,8 +1,9 @@
 """What goes in and what comes out: `Request`, `Answer`, and the one Arrow schema of answer rows.
 
-The only module that knows column names. One `Answer` is one row; a row that failed has every
-column too, with nulls where nothing was measured, so that the schema is the same from the first
-part to the last.
+A row is an input row; an answer, or answer row, is what is written for one of its prompts.
+
+The only module that knows column names. An answer that failed has every column too, with nulls
+where nothing was measured, so that the schema is the same from the first part to the last.
 
 Not covered: `audit` and `kept_mask` are in the schema and null until something fills them.
 """
@@ -92,16 +93,17 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Request:
-    """One row to answer.
+    """One prompt of a row, to answer.
 
     Attributes:
-        row_key: Unique in the run: source path relative to the input root, `#`, row number.
-        source: That source path.
+        row_key: Unique in the run, see `gc2ray.manifest.row_key`.
+        source: Path of the source, relative to the input root.
         row: Row number in the source.
-        images: The row's images; length 1 for now.
-        prompts: The row's prompts; length 1 for now.
+        images: The row's images; length 1 for now. The requests of a row share them.
+        prompts: The prompt; length 1, or 0 where there is a fault.
         carried: The input columns that are written back, Arrow scalars or Python values.
-        fault: Set where the source already knows that the row cannot be answered.
+        fault: Set where the source already knows that there can be no answer.
+        prompt_index: Which of the row's prompts it is; a row without any has one request, with 0.
     """
 
     row_key: str
@@ -111,10 +113,11 @@ class Request:
     prompts: tuple[str, ...]
     carried: Mapping[str, Any] = field(default_factory=dict)
     fault: BadRow | None = None
+    prompt_index: int = 0
 
     @property
     def seed(self) -> int:
-        """A seed that depends on the row only, never on its batch, worker or attempt."""
+        """A seed that depends on row and prompt only, never on batch, worker or attempt."""
         return int.from_bytes(hashlib.sha256(self.row_key.encode()).digest()[:7], "big")
 
 
@@ -159,7 +162,7 @@ class Answer:
         return self.visual_tokens_kept / self.visual_tokens_full
 
     def stats(self) -> RunStats:
-        """This row alone as statistics."""
+        """This answer alone as statistics."""
         full, kept = self.visual_tokens_full or 0, self.visual_tokens_kept or 0
         key = self.request.row_key
         buckets = {f"{retention_bucket(kept, full):02d}": 1} if full else {}
@@ -220,7 +223,7 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "row_key": request.row_key,
         "source": request.source,
         "row": request.row,
-        "prompt_index": 0,
+        "prompt_index": request.prompt_index,
         "status": str(answer.status),
         **{name: getattr(answer, name) for name in direct},
         **{f"{stage}_ns": answer.stage_ns.get(stage, 0) for stage in STAGES},

@@ -56,7 +56,7 @@ def _top(rows: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
 
 @dataclass(frozen=True)
 class RunStats:
-    """Additive statistics of any set of answer rows.
+    """Additive statistics of any set of answer rows; rows here are these, not input rows.
 
     Attributes:
         rows: Answer rows.

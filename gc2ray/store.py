@@ -47,7 +47,16 @@ class Commit(StrEnum):
 
 @dataclass(frozen=True)
 class PartFooter:
-    """What the footer of a part says beside its schema."""
+    """What the footer of a part says beside its schema.
+
+    Attributes:
+        sid: The shard.
+        run: Fingerprint of the recipe.
+        token: Of the try that wrote it.
+        worker: Who wrote it.
+        rows: Input rows that it answers.
+        stats: Of its answers.
+    """
 
     sid: str
     run: str
@@ -57,14 +66,20 @@ class PartFooter:
     stats: RunStats
 
     def metadata(self) -> dict[str, str]:
-        """As schema metadata; `rows` is the file's own count."""
+        """As schema metadata."""
         return {
             "gc2ray.sid": self.sid,
             "gc2ray.run": self.run,
             "gc2ray.token": self.token,
             "gc2ray.worker": self.worker,
+            "gc2ray.rows": str(self.rows),
             "gc2ray.stats": self.stats.to_json(),
         }
+
+    @property
+    def answers(self) -> int:
+        """Answer rows of the part: one for each prompt of a row."""
+        return self.stats.rows
 
 
 class Store:
@@ -180,7 +195,11 @@ class Store:
             found = metadata.metadata or {}
             values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
             stats = RunStats.from_json(values.pop("stats"))
-            return PartFooter(rows=metadata.num_rows, stats=stats, **values)
+            if stats.rows != metadata.num_rows:
+                raise ValueError(f"{metadata.num_rows} answers, statistics of {stats.rows}")
+            # Parts from before there were several prompts per row have an answer per row.
+            rows = int(found.get(b"gc2ray.rows", metadata.num_rows))
+            return PartFooter(rows=rows, stats=stats, **values)
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{self.uri}: {name} is not a part that gc2ray wrote; move it away, and rerun"

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import count, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -81,8 +82,9 @@ class Progress:
 
     Attributes:
         ticks: Grows while the worker gets on with loading.
-        rows: Rows answered, committed or not.
-        bad_rows: Those of them that failed.
+        rows: Rows whose first prompt is answered, committed or not: every row has exactly one.
+        answers: Answers, one for each prompt.
+        bad_answers: Those of them that failed.
         visual_tokens_full: Of their images, before compression.
         visual_tokens_kept: Of their images, after it.
         errors: The first few errors, as `row_key: status: message`.
@@ -90,7 +92,8 @@ class Progress:
 
     ticks: int = 0
     rows: int = 0
-    bad_rows: int = 0
+    answers: int = 0
+    bad_answers: int = 0
     visual_tokens_full: int = 0
     visual_tokens_kept: int = 0
     errors: tuple[str, ...] = ()
@@ -102,8 +105,9 @@ class Progress:
             errors = (*errors, f"{answer.request.row_key}: {answer.status}: {answer.error}")
         return replace(
             self,
-            rows=self.rows + 1,
-            bad_rows=self.bad_rows + (answer.status != Status.OK),
+            rows=self.rows + (answer.request.prompt_index == 0),
+            answers=self.answers + 1,
+            bad_answers=self.bad_answers + (answer.status != Status.OK),
             visual_tokens_full=self.visual_tokens_full + (answer.visual_tokens_full or 0),
             visual_tokens_kept=self.visual_tokens_kept + (answer.visual_tokens_kept or 0),
             errors=errors,
@@ -176,13 +180,25 @@ class Worker:
     def calibrate(self, spans: Sequence[Span]) -> float:
         """Seconds per row over sample rows, their answers thrown away; before any `process`.
 
-        The rows are answered twice, to warm up and to be timed, and timed as a whole: answers come
-        in bursts, so the time between two of them means nothing.
+        As many prompts as the sample has rows are answered, so that lists of prompts make it no
+        longer, and the prompts of all its rows are counted. They are answered twice, to warm up and
+        to be timed, and timed as a whole: answers come in bursts, so the time between two of them
+        means nothing.
         """
-        rows = self._answered(spans)
+        rows = sum(span.rows for span in spans)
+        prompts = 0
+
+        def first() -> Iterator[Request]:
+            nonlocal prompts
+            for request in self._rows(spans):
+                prompts += 1
+                if prompts <= rows:
+                    yield request
+
+        self._answer(first())
         started = time.monotonic()
-        self._answered(spans)
-        return (time.monotonic() - started) / max(1, rows)
+        self._answer(islice(self._rows(spans), rows))
+        return (time.monotonic() - started) / max(1, rows) * prompts / max(1, rows)
 
     def process(self, shard: Shard, attempt: int) -> ShardDone:
         """Answer a shard and commit its part; may be called by several threads.
@@ -203,12 +219,10 @@ class Worker:
         ticks = peak_host_bytes() + _bytes_moved() + self._calibrated
         return replace(self._progress, ticks=ticks)
 
-    def _answered(self, spans: Sequence[Span]) -> int:
-        """Answer rows and count them."""
-        before = self._calibrated
-        for _ in self._loaded_engine().stream(self._rows(spans)):
+    def _answer(self, requests: Iterator[Request]) -> None:
+        """Answer requests for nothing but the time it takes."""
+        for _ in self._loaded_engine().stream(requests):
             self._calibrated += 1
-        return self._calibrated - before
 
     def _loaded_engine(self) -> Answering:
         if self._engine is None:
@@ -250,7 +264,7 @@ class Worker:
         try:
             for request in self._rows(work.shard.spans):
                 with self._shards:
-                    if work.done.done():  # one of its rows has failed it meanwhile
+                    if work.done.done():  # one of its answers has failed it meanwhile
                         return
                     if request.row_key in work.expected:
                         raise ShardError(f"{request.row_key} was read twice")
@@ -295,18 +309,15 @@ class Worker:
             work.done.set_result(None)
 
     def _commit(self, work: _Work, attempt: int) -> ShardDone:
-        """One row in, one row out, in the order of the input; then the part, whole or not."""
+        """Every planned row, each of its prompts once, in order; then the part, whole or not."""
         shard = work.shard
-        keys = [key for span in shard.spans for key in span.row_keys()]
-        if set(keys) != set(work.answers) or len(keys) != len(work.answers):
-            raise ShardError(f"{len(keys)} rows planned, {len(work.answers)} answered")
-        answers = [work.answers[key] for key in keys]
+        answers = _in_order(shard, work.answers.values())
         footer = PartFooter(
             sid=shard.sid,
             run=self._job.recipe.fingerprint(),
             token=uuid.uuid4().hex,
             worker=self.uuid,
-            rows=len(answers),
+            rows=shard.rows,
             stats=self._part_stats(answers),
         )
         provenance = Provenance(attempt=attempt, generation=0, worker=self.uuid)
@@ -356,6 +367,27 @@ def _load_engine(job: Job) -> Answering:
     from gc2ray.engine import load_engine
 
     return load_engine(job.recipe, job.cluster)
+
+
+def _in_order(shard: Shard, answers: Iterable[Answer]) -> list[Answer]:
+    """A shard's answers by row, then prompt.
+
+    Raises:
+        ShardError: A planned row has no answer, a row was not planned, or a prompt is missing.
+    """
+    by_row: dict[tuple[str, int], list[Answer]] = {place: [] for place in shard.places()}
+    for answer in answers:
+        place = (answer.request.source, answer.request.row)
+        if place not in by_row:
+            raise ShardError(f"{answer.request.row_key} is answered, but not planned")
+        by_row[place].append(answer)
+    for (source, row), found in by_row.items():
+        found.sort(key=lambda answer: answer.request.prompt_index)
+        prompts = {answer.request.prompt_index for answer in found}
+        missing = next(index for index in count() if index not in prompts)
+        if not found or missing < len(found):
+            raise ShardError(f"{source}#{row} is planned, but prompt {missing} was not answered")
+    return [answer for found in by_row.values() for answer in found]
 
 
 def peak_host_bytes() -> int:

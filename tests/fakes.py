@@ -87,6 +87,7 @@ class Fault:
     Attributes:
         kind: `exit`, `hang`, `raise` or `kill_driver`.
         row: Row number of the row at which it happens, or None.
+        prompt_index: Which of its prompts.
         step: Step of a shard (`read`, `answered`, `written`, `committed`) at which it happens.
         marks: Folder where each firing leaves a file `<kind>-<what>-<pid>`.
         once: Only the first time.
@@ -101,9 +102,10 @@ class Fault:
     once: bool = True
     driver_pid: int = 0
     seconds: float = 0.002
+    prompt_index: int = 0
 
     def on_row(self, request: Request) -> None:
-        if self.row is not None and request.row == self.row:
+        if (request.row, request.prompt_index) == (self.row, self.prompt_index):
             self.fire(f"row{request.row}")
 
     def on_step(self, step: str, sid: str) -> None:
@@ -213,7 +215,7 @@ class SimulatedPool:
             rows = self._rows[worker] = self._rows.get(worker, 0) + shard.rows
             bad = rows if self.bad else 0
             errors = ("a: failed: x", "b: failed: y", "c: failed: z") if self.bad else ()
-            progress = Progress(rows=rows, bad_rows=bad, errors=errors)
+            progress = Progress(rows=rows, answers=rows, bad_answers=bad, errors=errors)
             self._at(end - self.time, Progressed(worker, progress))
             self._at(end - self.time, Done(worker, shard, done(shard)))
         elif goes == "die":

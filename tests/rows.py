@@ -77,8 +77,20 @@ def make_recipe(model: Path | str, **changes: Any) -> Recipe:
     return make_job(model, **changes).recipe
 
 
+def question_list(row: int) -> list[str | None] | None:
+    """The prompts of a row of `write_rows`: none to four, now and then a null."""
+    if row % 7 == 3:
+        return None
+    return [None if (row + i) % 11 == 5 else f"Question {row}.{i}?" for i in range(row % 5)]
+
+
+def prompts_of(row: int) -> int:
+    """How many answers the row gives."""
+    return len(question_list(row) or [None])
+
+
 def write_rows(path: Path, count: int, *, row_group: int = 8, prompts: bool = True) -> Path:
-    """A Parquet of small pictures: struct image column, prompt, id."""
+    """A Parquet of small pictures: struct image column, prompt, list of prompts, id."""
     images = [
         {"bytes": encoded(picture((20 + i % 7, 30 - i % 5), i)), "path": None} for i in range(count)
     ]
@@ -88,6 +100,7 @@ def write_rows(path: Path, count: int, *, row_group: int = 8, prompts: bool = Tr
     }
     if prompts:
         columns["prompt"] = pa.array([f"Question {i}?" for i in range(count)], pa.string())
+        columns["prompts"] = pa.array(map(question_list, range(count)), pa.list_(pa.string()))
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=row_group)
     return path

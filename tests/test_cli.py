@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gc2ray import __version__
-from tests.rows import job_data, write_rows
+from tests.rows import job_data, prompts_of, question_list, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,11 +91,15 @@ def test_status_without_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_run_then_status(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["prompt", "prompts"])
+def test_run_then_status(tiny_paths: dict[str, Path], tmp_path: Path, column: str) -> None:
+    """With lists of prompts, too, rows are rows of the input."""
     path = job_file(tmp_path, tiny_paths["vicuna"])
-    result = gc2ray("run", path)
+    result = gc2ray("run", path, f"recipe.input.prompt={{column: {column}}}")
     assert result.returncode == 0, result.stderr
     assert "12 of 12" in result.stdout
+    answers = 12 if column == "prompt" else sum(map(prompts_of, range(12)))
+    assert re.search(rf"answers +│ +{answers} ", result.stdout)
     status = gc2ray("status", tmp_path / "out")
     assert status.returncode == 0
     assert "2 of 2 shards committed" in status.stdout
@@ -148,6 +153,20 @@ def test_no_room_says_what_is_lacking(tmp_path: Path, tiny_paths: dict[str, Path
     assert "no room for a worker within 5 s: a worker asks for 1 CPU, 4 GPU" in result.stderr
 
 
+def test_check_compares_every_prompt_of_the_rows(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    path = job_file(tmp_path, tiny_paths["vicuna"])
+    result = gc2ray("check", path, "recipe.input.prompt={column: prompts}", "--rows", "5")
+    assert result.returncode == 0, result.stderr
+    questions = [text for row in range(5) for text in question_list(row) or [None]]
+    good = sum(text is not None for text in questions)
+    assert good > 5
+    assert result.stdout.count("left out: a.parquet#") == len(questions) - good
+    assert f"{good} prompts at retention 1.0" in result.stdout
+    assert f"{good} of {good} answers the same" in result.stdout
+
+
 @pytest.mark.parametrize("newlines", ["kept_rows", "none"])
 def test_check_passes_on_a_good_model(
     tiny_paths: dict[str, Path], tmp_path: Path, newlines: str
@@ -157,5 +176,5 @@ def test_check_passes_on_a_good_model(
     result = gc2ray("check", job_file(tmp_path, tiny_paths["vicuna"]), packing, "--rows", "5")
     assert result.returncode == 0, result.stderr
     assert "same first token 5 of 5" in result.stdout
-    assert "5 of 5 rows the same" in result.stdout
+    assert "5 of 5 answers the same" in result.stdout
     assert "passed" in result.stdout

@@ -14,7 +14,9 @@ from gc2ray.driver import Driver, Snapshot
 from gc2ray.errors import ConfigError, GivenUp
 from gc2ray.manifest import Plan, SourceFile, cut_shards, first_spans
 from gc2ray.planner import CALIBRATION_ROWS, shard_rows
+from gc2ray.pool import Progressed
 from gc2ray.store import Store
+from gc2ray.worker import Progress
 from tests.fakes import SimulatedPool
 from tests.rows import make_recipe
 
@@ -115,7 +117,7 @@ def test_a_shard_that_always_hangs_is_given_up_with_the_reason(tmp_path: Path) -
     harness = Harness(tmp_path, pool, tries=2)
     harness.run(plan)
     assert [item["sid"] for item in harness.letters()] == [hanging]
-    assert "no row finished for 100 s" in harness.letters()[0]["reason"]
+    assert "no answer for 100 s" in harness.letters()[0]["reason"]
     assert len(harness.finished) == 2
 
 
@@ -127,14 +129,11 @@ def test_a_slow_worker_is_not_stalled(tmp_path: Path) -> None:
 
     def submit(worker, shard, attempt):
         original(worker, shard, attempt)
-        from gc2ray.pool import Progressed
-        from gc2ray.worker import Progress
-
         base = pool._rows.get(worker, 0) - shard.rows
         start = pool._busy_until[worker] - shard.rows * 90.0
         for row in range(1, shard.rows):
             due = start + row * 90.0
-            pool._due.append((due, Progressed(worker, Progress(rows=base + row))))
+            pool._due.append((due, Progressed(worker, Progress(answers=base + row))))
 
     pool.submit = submit
     harness = Harness(tmp_path, pool)
@@ -211,9 +210,42 @@ def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path: Path) -> Non
 
 def test_too_many_bad_rows_stop_the_run_with_the_first_errors(tmp_path: Path) -> None:
     harness = Harness(tmp_path, SimulatedPool(bad=True), max_bad_rows=0.5)
-    with pytest.raises(GivenUp, match=r"(?s)rows failed.*a: failed: x\n.*b: .*\n.*c: failed: z"):
+    with pytest.raises(GivenUp, match=r"(?s)answers failed.*a: failed: x\n.*b: .*\n.*c: failed: z"):
         harness.run(make_plan(rows=1000, per_shard=50))
     assert len(harness.finished) < 20
+
+
+def many_prompts() -> SimulatedPool:
+    """Rows of fifty prompts, an answer every 30 s, every fifth bad."""
+    pool = SimulatedPool(seconds_per_row=1500.0)
+    original = pool.submit
+
+    def submit(worker, shard, attempt):
+        original(worker, shard, attempt)
+        start = pool._busy_until[worker] - shard.rows * 1500.0
+        for prompt in range(1, shard.rows * 50):
+            progress = Progress(rows=prompt // 50, answers=prompt, bad_answers=prompt // 5)
+            pool._due.append((start + prompt * 30.0, Progressed(worker, progress)))
+
+    pool.submit = submit
+    return pool
+
+
+def test_an_answer_keeps_a_worker_alive_and_rows_are_shown(tmp_path: Path) -> None:
+    """No row ends within `stall_seconds`, and ten rows are ten rows, whatever their prompts."""
+    pool = many_prompts()
+    harness = Harness(tmp_path, pool, max_bad_rows=0.25)
+    harness.run(make_plan(rows=10, per_shard=5))
+    assert pool.killed == []
+    assert len(harness.finished) == 2
+    shown = [(snapshot.rows, snapshot.total_rows) for snapshot in harness.seen]
+    assert shown[-1] == max(shown) == (10, 10)
+
+
+def test_bad_answers_are_judged_by_answers(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, many_prompts(), max_bad_rows=0.1)
+    with pytest.raises(GivenUp, match=r"of 2\d\d answers failed"):
+        harness.run(make_plan(rows=10, per_shard=5))
 
 
 def test_few_bad_rows_are_not_judged(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,74 @@ def answered(row: int, answer: str | None, reference: Any, topic: str) -> Answer
     )
 
 
+def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> str:
+    """Rows with several prompts, and a list of references each."""
+    references = [["7", "red"], ["8", "blue", "left"], ["yes"]]
+    carried = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
+    store = Store(str(folder))
+    (shard,) = cut_shards([SourceFile("r.parquet", "f", (3,))], 3, RECIPE)
+    written = [
+        replace(
+            found,
+            request=replace(found.request, row_key=f"r.parquet#{row}#{index}", prompt_index=index),
+        )
+        for row, texts in enumerate(answers)
+        for index, text in enumerate(texts)
+        for found in [answered(row, text, references[row], f"topic{row}")]
+    ]
+    stats = sum((answer.stats() for answer in written), RunStats())
+    footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", 3, stats)
+    store.commit(shard, _part_bytes(written, carried, Provenance(1, 0, "w"), footer), "t")
+    return str(folder)
+
+
+LISTED = [["7", "red"], ["8", "green", None], ["yes"]]
+
+
+def test_each_prompt_has_its_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_listed_run(tmp_path / "a", LISTED)
+    arguments = [run, "--reference", "reference", "--metric", "exact_match", "--by", "topic"]
+    assert main([*arguments, "--lists", "each"]) == 0
+    out, found = document(capsys)
+    assert "6 answers, 1 failed" in " ".join(out.split())
+    assert found[run]["answers"] == 6
+    scores = {name: each["exact_match"]["mean"] for name, each in found[run]["scores"].items()}
+    assert scores == pytest.approx({"all": 4 / 6, "topic0": 1.0, "topic1": 1 / 3, "topic2": 1.0})
+
+
+def test_a_list_may_be_right_for_every_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swapped = write_listed_run(tmp_path / "a", [["red", "7"], ["left", "8", "8"], ["yes"]])
+    arguments = [swapped, "--reference", "reference", "--metric", "exact_match", "--lists"]
+    for lists, mean in (("any", 1.0), ("each", 1 / 6)):
+        assert main([*arguments, lists]) == 0
+        scores = document(capsys)[1][swapped]["scores"]
+        assert scores["all"]["exact_match"]["mean"] == pytest.approx(mean)
+
+
+def test_what_a_list_is_must_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_listed_run(tmp_path / "a", LISTED)
+    assert main([run, "--reference", "reference"]) == 2
+    assert "say --lists any" in capsys.readouterr().err
+    more = write_listed_run(tmp_path / "b", [["7", "red"], ["8", "blue", "left"], ["yes", "no"]])
+    assert main([more, "--reference", "reference", "--lists", "each"]) == 2
+    assert "row r.parquet#2#1 has no reference" in capsys.readouterr().err
+
+
+def test_runs_with_lists_are_paired_by_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_listed_run(tmp_path / "a", LISTED)
+    second = write_listed_run(tmp_path / "b", [["7", "blue"], ["8", "blue", "left"], ["yes"]])
+    arguments = ["--reference", "reference", "--metric", "exact_match", "--lists", "each"]
+    assert main([first, second, *arguments]) == 0
+    compared = document(capsys)[1][f"{first} - {second}"]
+    assert compared["same"]["mean"] == pytest.approx(3 / 6)
+    assert compared["differences"]["exact_match"]["mean"] == pytest.approx(-1 / 6)
+    assert (compared["only_first"], compared["only_second"]) == (0, 0)
+
+
 def document(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
     out = capsys.readouterr().out
     return out, json.loads(out.strip().splitlines()[-1])
@@ -60,7 +129,7 @@ def test_scores_of_a_run_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[
     run = write_run(tmp_path / "a", ROWS, CARRIED)
     assert main([run, "--reference", "reference", "--by", "topic"]) == 0
     out, found = document(capsys)
-    assert "4 rows, 1 failed, 34 visual tokens a row" in " ".join(out.split())
+    assert "4 answers, 1 failed, 34 visual tokens each" in " ".join(out.split())
     scores = found[run]["scores"]
     assert scores["all"]["exact_match"]["mean"] == 0.5
     assert scores["digit"]["exact_match"]["mean"] == 0.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,14 +21,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
+from rich.console import Console
 
+from gc2ray.display import print_outcome
 from gc2ray.driver import run_job
 from gc2ray.errors import ConfigError
 from gc2ray.manifest import Plan
 from gc2ray.planner import Outcome, committed_parts, outcome
 from gc2ray.store import Store
 from tests.fakes import Fault, faulty_worker
-from tests.rows import job_data, make_job, write_rows
+from tests.rows import job_data, make_job, question_list, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -136,6 +139,50 @@ def test_a_killed_worker(job_file: Path, marks: Path, where: str, value: object)
     assert attempts == {1 if value == "committed" else 2}, "the kill hit another moment"
 
 
+@pytest.fixture
+def listed_file(job_file: Path) -> Path:
+    """The same rows with lists of prompts, of which many are bad."""
+    data = json.loads(job_file.read_text())
+    data["recipe"]["input"] |= {"prompt": {"column": "prompts"}, "keep": ["id"]}
+    data["cluster"]["max_bad_rows"] = 1.0
+    job_file.write_text(json.dumps(data))
+    return job_file
+
+
+def test_a_killed_worker_between_the_prompts_of_a_row(
+    listed_file: Path, marks: Path, tmp_path: Path
+) -> None:
+    """Every prompt of every row once, also of the row in which it died; `datasets` reads them."""
+    from datasets import load_dataset
+
+    questions = {row: question_list(row) or [None] for row in range(ROWS)}
+    assert len(questions[74]) == 4
+    result = run(listed_file, Fault("exit", marks, row=74, prompt_index=2))
+    assert len(fired(marks, "exit")) == 1
+    assert (result.exit_code, result.rows, result.planned_rows) == (0, ROWS, ROWS)
+    answers = sum(map(len, questions.values()))
+    assert result.stats.rows == answers > ROWS
+    rows = load_dataset(
+        "parquet",
+        data_files=str(tmp_path / "out/data/*.parquet"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert len(rows) == answers
+    found = list(zip(rows["row"], rows["prompt_index"], rows["answer"], strict=True))
+    expected = [(row, i, text) for row in range(ROWS) for i, text in enumerate(questions[row])]
+    assert found == expected, "in order of the input, shard by shard"
+    assert rows["row_key"] == [f"a.parquet#{row}#{index}" for row, index, _ in expected]
+    assert rows["id"] == rows["row"]
+    assert {a for r, a in zip(rows["row"], rows["attempt"], strict=True) if r == 74} == {2}
+    console = Console(record=True, width=120)
+    print_outcome(console, result, "out")
+    shown = console.export_text()
+    assert "240 of 240" in shown
+    assert re.search(rf"answers +│ +{answers} ", shown)
+    assert run(listed_file).exit_code == 0, "a finished run is seen to be one"
+
+
 def test_a_row_that_kills_every_process_costs_its_shard_only(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("exit", marks, row=70, once=False))
     assert len(fired(marks, "exit")) == 3
@@ -159,7 +206,7 @@ def test_a_shard_that_always_hangs(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("hang", marks, row=70, once=False))
     assert len(fired(marks, "hang")) == 3
     assert result.exit_code == 1
-    assert "no row finished for 5 s" in result.dead[0]
+    assert "no answer for 5 s" in result.dead[0]
     assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
 
 

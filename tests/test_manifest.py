@@ -30,8 +30,8 @@ def some_files(max_group: int = 40) -> st.SearchStrategy[list[SourceFile]]:
     )
 
 
-def keys(shards: tuple[Shard, ...]) -> list[str]:
-    return [key for shard in shards for span in shard.spans for key in span.row_keys()]
+def places(shards: tuple[Shard, ...]) -> list[tuple[str, int]]:
+    return [place for shard in shards for place in shard.places()]
 
 
 def a_plan(shard_rows: int = 7) -> Plan:
@@ -43,11 +43,17 @@ def a_plan(shard_rows: int = 7) -> Plan:
 @given(some_files(), st.integers(1, 50))
 def test_every_row_is_planned_once_and_in_order(files: list[SourceFile], shard_rows: int) -> None:
     shards = cut_shards(files, shard_rows, RECIPE)
-    assert keys(shards) == [row_key(file.source, row) for file in files for row in range(file.rows)]
+    assert places(shards) == [(file.source, row) for file in files for row in range(file.rows)]
+    assert [len(list(shard.places())) for shard in shards] == [shard.rows for shard in shards]
     assert [shard.index for shard in shards] == list(range(len(shards)))
     assert len({shard.sid for shard in shards}) == len(shards)
     assert all(0 < shard.rows <= shard_rows for shard in shards)
     assert all(span.rows > 0 for shard in shards for span in shard.spans)
+
+
+def test_a_row_key_names_the_prompt_of_a_list_only() -> None:
+    assert row_key("s/a.parquet", 3) == "s/a.parquet#3"
+    assert row_key("s/a.parquet", 3, 0) == "s/a.parquet#3#0"
 
 
 @settings(deadline=None)

@@ -109,6 +109,11 @@ def test_an_answered_row() -> None:
     }  # fmt: skip
 
 
+def test_the_prompt_index_is_written() -> None:
+    answers = [replace(answered(1), request=replace(row(1), prompt_index=i)) for i in (0, 3)]
+    assert table(*answers)["prompt_index"].to_pylist() == [0, 3]
+
+
 def test_a_failed_row_has_nulls_where_nothing_was_measured() -> None:
     (record,) = table(failed(4)).to_pylist()
     assert {name for name, value in record.items() if value is None} == set(UNMEASURED)

@@ -184,8 +184,10 @@ def test_a_missing_column_is_named_with_its_nearest(tmp_path: Path) -> None:
         ([1], ["q"], "recipe.input.image: column 'image' is int64"),
         ([[b"x"]], ["q"], "recipe.input.image: column 'image' is list<"),
         ([{"data": b"x"}], ["q"], "recipe.input.image: column 'image' is struct<data"),
-        ([b"x"], [1], "recipe.input.prompt.column: column 'prompt' is int64, not string"),
-        ([b"x"], [["q", "r"]], "recipe.input.prompt.column: column 'prompt' is list<"),
+        ([b"x"], [1], "recipe.input.prompt.column: column 'prompt' is int64; expected string, or "),
+        ([b"x"], [[1]], "recipe.input.prompt.column: column 'prompt' is list<"),
+        ([b"x"], [[["q"]]], "recipe.input.prompt.column: column 'prompt' is list<"),
+        ([b"x"], [{"q": "r"}], "recipe.input.prompt.column: column 'prompt' is struct<"),
     ],
 )
 def test_wrong_types_are_refused(tmp_path: Path, image: Any, prompt: Any, key: str) -> None:
@@ -237,6 +239,139 @@ def test_a_bad_prompt_is_the_rows_own_fault(tmp_path: Path) -> None:
         None,
     ]
     assert [row.prompts for row in rows] == [("a",), (), (), ("d",)]
+
+
+LISTS = [["a", "b", "c"], None, [], ["d", None, " ", "e"], ["f"]]
+LISTED = [
+    (0, 0, "a", None),
+    (0, 1, "b", None),
+    (0, 2, "c", None),
+    (1, 0, None, "prompt column 'prompt' is null"),
+    (2, 0, None, "prompt column 'prompt' holds no prompt"),
+    (3, 0, "d", None),
+    (3, 1, None, "prompt 1 in column 'prompt' is null"),
+    (3, 2, None, "the prompt is empty"),
+    (3, 3, "e", None),
+    (4, 0, "f", None),
+]
+
+
+def told(rows: list[Request]) -> list[tuple[int, int, str | None, str | None]]:
+    """Row, prompt index, and either the prompt or what is wrong with it."""
+    assert all(row.fault is None or row.fault.status is Status.BAD_PROMPT for row in rows)
+    return [
+        (row.row, row.prompt_index, *(row.prompts or (None,)), row.fault and row.fault.message)
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()),
+        pa.large_list(pa.string()),
+        pa.list_(pa.large_string()),
+        pa.large_list(pa.large_string()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("memory", [1, MEMORY])
+def test_a_list_gives_a_request_per_prompt(tmp_path: Path, kind: pa.DataType, memory: int) -> None:
+    """In order; a row without a prompt has one request, and a bad prompt spoils no other."""
+    images = [b"%d" % row for row in range(5)]
+    write(tmp_path / "a.parquet", row_group=2, image=images, prompt=pa.array(LISTS, kind))
+    rows = rows_of(source_of(tmp_path, prompt=COLUMN, keep=["prompt"]), memory)
+    assert told(rows) == LISTED
+    assert [row.row_key for row in rows] == [f"a.parquet#{r}#{i}" for r, i, _, _ in LISTED]
+    assert [row.images[0].data for row in rows] == [b"%d" % r for r, _, _, _ in LISTED]
+    assert [row.carried.get("prompt", pa.scalar(None)).as_py() for row in rows] == [
+        LISTS[r] for r, _, _, _ in LISTED
+    ]
+    assert len({row.seed for row in rows}) == len(rows)
+
+
+def test_a_list_of_fixed_size_is_a_list(tmp_path: Path) -> None:
+    prompts = pa.array([["a", "b"], None, ["c", None]], pa.list_(pa.string(), 2))
+    write(tmp_path / "a.parquet", image=[b"x"] * 3, prompt=prompts)
+    rows = rows_of(source_of(tmp_path, prompt=COLUMN))
+    assert [(row.row, row.prompt_index, row.prompts) for row in rows] == [
+        (0, 0, ("a",)),
+        (0, 1, ("b",)),
+        (1, 0, ()),
+        (2, 0, ("c",)),
+        (2, 1, ()),
+    ]
+
+
+def test_the_prompts_of_a_row_share_its_image(tmp_path: Path) -> None:
+    """The same object: bytes are held once, however many prompts there are."""
+    write(tmp_path / "a.parquet", image=[b"x", b"x"], prompt=[["a", "b", None], ["c"]])
+    a, b, bad, c = (row.images[0] for row in rows_of(source_of(tmp_path, prompt=COLUMN)))
+    assert a is b is bad
+    assert a == c
+    assert a is not c
+
+
+def test_an_image_that_cannot_be_read_is_every_prompts_fault(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", image=NOT_UTF8, prompt=[["a"], ["b", "c", None]])
+    rows = rows_of(source_of(tmp_path, prompt=COLUMN))
+    assert [row.fault and row.fault.status for row in rows] == [None, *[Status.BAD_IMAGE] * 3]
+    assert len({id(row.fault) for row in rows}) == 4, "an exception belongs to one request"
+    assert [row.row_key for row in rows[1:]] == [f"a.parquet#1#{index}" for index in range(3)]
+
+
+def test_a_prompt_that_is_not_utf8_spoils_no_other(tmp_path: Path) -> None:
+    prompts = pa.ListArray.from_arrays([0, 2], NOT_UTF8)
+    write(tmp_path / "a.parquet", image=[b"x"], prompt=prompts)
+    rows = rows_of(source_of(tmp_path, prompt=COLUMN))
+    assert [row.prompts for row in rows] == [("hi",), ()]
+    assert rows[1].fault is not None
+    assert rows[1].fault.status is Status.BAD_PROMPT
+
+
+def test_files_may_have_lists_or_not(tmp_path: Path) -> None:
+    """Each by its own type, so that one prompt and a list of one are told apart by their keys."""
+    write(tmp_path / "a.parquet", image=[b"x"], prompt=["one"])
+    write(tmp_path / "b.parquet", image=[b"x"], prompt=[["one"]])
+    rows = rows_of(source_of(tmp_path, prompt=COLUMN))
+    assert [(row.row_key, row.prompts) for row in rows] == [
+        ("a.parquet#0", ("one",)),
+        ("b.parquet#0#0", ("one",)),
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lists=st.lists(
+        st.none() | st.lists(st.none() | st.sampled_from(["", " ", "a", "b"]), max_size=4),
+        min_size=1,
+        max_size=12,
+    ),
+    group=st.integers(1, 5),
+    data=st.data(),
+)
+def test_flattening_loses_and_doubles_no_prompt(
+    tmp_path_factory: pytest.TempPathFactory,
+    lists: list[list[str | None] | None],
+    group: int,
+    data: st.DataObject,
+) -> None:
+    """Of any span: every row, each of its prompts once, in order; only good ones have text."""
+    prompts = pa.array(lists, pa.list_(pa.string()))
+    root = tmp_path_factory.mktemp("lists")
+    write(root / "a.parquet", row_group=group, image=[b"x"] * len(lists), prompt=prompts)
+    source = source_of(root, prompt=COLUMN)
+    (file,), _ = source.scan()
+    first = data.draw(st.integers(0, len(lists) - 1))
+    span = replace(whole(file), first=first, stop=data.draw(st.integers(first + 1, len(lists))))
+    rows = list(source.read(span, host_memory_bytes=data.draw(st.sampled_from([1, MEMORY]))))
+    expected = [
+        (row, index, text if text and text.strip() else None)
+        for row in range(span.first, span.stop)
+        for index, text in enumerate(lists[row] or [None])
+    ]
+    assert [(row, index, text) for row, index, text, _ in told(rows)] == expected
+    assert all((row.fault is None) == bool(row.prompts) for row in rows)
 
 
 NOT_UTF8 = pa.Array.from_buffers(
@@ -300,7 +435,7 @@ def test_a_span_gives_its_rows(
     assert [row.row for row in read] == expected
     assert [row.carried["id"].as_py() for row in read] == expected
     assert [row.images[0].data for row in read] == [b"%d" % i * (1 + i % 9) for i in expected]
-    assert [row.row_key for row in read] == list(span.row_keys())
+    assert [row.row_key for row in read] == [f"a.parquet#{row}" for row in expected]
 
 
 def test_shards_read_every_row_once(tmp_path: Path) -> None:

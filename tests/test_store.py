@@ -19,7 +19,8 @@ import pytest
 import s3fs
 
 from gc2ray.errors import ConfigError, Status
-from gc2ray.manifest import Shard, SourceFile, Span, cut_shards
+from gc2ray.manifest import Plan, Shard, SourceFile, Span, cut_shards
+from gc2ray.planner import committed_parts, outcome
 from gc2ray.records import Answer, Provenance, answer_schema, answer_table
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.stats import RunStats
@@ -107,6 +108,16 @@ def a_part(shard: Shard, token: str) -> bytes:
     stats = sum((answer.stats() for answer in answers), RunStats(peak_host_bytes=5))
     footer = PartFooter(shard.sid, RECIPE.fingerprint(), token, "w1", len(answers), stats)
     return _part_bytes(answers, pa.schema([]), Provenance(1, 0, "w1"), footer)
+
+
+def with_metadata(part: bytes, changes: dict[bytes, bytes | None]) -> bytes:
+    """The same part with other footer entries; None removes one."""
+    table = pq.read_table(pa.BufferReader(part))
+    metadata = {**table.schema.metadata, **changes}
+    kept = {key: value for key, value in metadata.items() if value is not None}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(kept), sink)
+    return sink.getvalue().to_pybytes()
 
 
 def files_in(folder: Path) -> list[str]:
@@ -322,6 +333,45 @@ def test_a_footer_survives_its_part(store: Store) -> None:
     assert store.footers([]) == []
 
 
+def test_a_footer_tells_input_rows_from_answers(local: Store) -> None:
+    shard = a_shard()
+    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": b"2"}))
+    footer = local.footer(shard.part_name)
+    assert (footer.rows, footer.answers) == (2, 3)
+
+
+def test_a_footer_from_before_lists_of_prompts_has_a_row_per_answer(local: Store) -> None:
+    shard = a_shard()
+    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": None}))
+    footer = local.footer(shard.part_name)
+    assert (footer.rows, footer.answers) == (3, 3)
+    plan = Plan(RECIPE.fingerprint(), (shard,), pa.schema([]))
+    assert outcome(local, plan, committed_parts(local, plan)).exit_code == 0
+
+
+@pytest.mark.parametrize("rows", [b"2", b"4"])
+def test_a_part_of_fewer_or_more_rows_than_planned_is_not_of_this_run(
+    local: Store, rows: bytes
+) -> None:
+    shard = a_shard()
+    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": rows}))
+    plan = Plan(RECIPE.fingerprint(), (shard,), pa.schema([]))
+    with pytest.raises(ConfigError, match="is not a part of this run"):
+        committed_parts(local, plan)
+
+
+@pytest.mark.parametrize("changes", [{b"gc2ray.rows": b"x"}, {b"gc2ray.stats": None}])
+def test_a_footer_that_makes_no_sense_is_no_part(
+    local: Store, changes: dict[bytes, bytes | None]
+) -> None:
+    shard = a_shard()
+    stats = RunStats(rows=2).to_json().encode()  # of three answers
+    for change in (changes, {b"gc2ray.stats": stats}):
+        local.replace(shard.part_name, with_metadata(a_part(shard, "mine"), change))
+        with pytest.raises(ConfigError, match="is not a part that gc2ray wrote"):
+            local.footer(shard.part_name)
+
+
 def test_a_part_is_a_table_with_the_answer_schema(tmp_path: Path) -> None:
     shard = a_shard()
     (tmp_path / "p.parquet").write_bytes(a_part(shard, "t"))
@@ -361,11 +411,8 @@ def test_statistics_of_another_version_are_a_configuration_error(
     local: Store, stats: bytes
 ) -> None:
     shard = a_shard()
-    table = pq.read_table(pa.BufferReader(a_part(shard, "mine")))
-    sink = pa.BufferOutputStream()
-    metadata = {**table.schema.metadata, b"gc2ray.stats": stats}
-    pq.write_table(table.replace_schema_metadata(metadata), sink)
-    local.create(shard.part_name, sink.getvalue().to_pybytes())
+    part = with_metadata(a_part(shard, "mine"), {b"gc2ray.stats": stats})
+    local.create(shard.part_name, part)
     with pytest.raises(ConfigError, match="is not a part"):
         local.footer(shard.part_name)
 
@@ -429,11 +476,7 @@ def test_a_storage_that_does_not_answer_is_not_taken_for_a_bad_part(
 
 def test_a_long_footer_is_read_whole(local: Store) -> None:
     shard = a_shard()
-    table = pq.read_table(pa.BufferReader(a_part(shard, "mine")))
-    sink = pa.BufferOutputStream()
-    metadata = {**table.schema.metadata, b"filler": bytes(200_000)}
-    pq.write_table(table.replace_schema_metadata(metadata), sink)
-    local.create(shard.part_name, sink.getvalue().to_pybytes())
+    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"filler": bytes(200_000)}))
     assert local.footer(shard.part_name).token == "mine"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gc2ray.config import Job
+from gc2ray.config import Job, parse_recipe
 from gc2ray.errors import EngineDead, ShardError, Status
-from gc2ray.manifest import Shard, cut_shards
+from gc2ray.manifest import Plan, Shard, cut_shards
+from gc2ray.planner import committed_parts, outcome
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.store import Commit, Store
 from gc2ray.worker import Worker
 from tests.fakes import EchoEngine
-from tests.rows import make_job, write_rows
+from tests.rows import encoded, make_job, picture, prompts_of, question_list, write_rows
 
 CARRIED = pa.schema([pa.field("id", pa.int64())])
 
@@ -36,6 +38,14 @@ def job(tmp_path: Path) -> Job:
         input__keep=["id"],
         input__prompt={"column": "prompt"},
     )
+
+
+@pytest.fixture
+def listed(job: Job) -> Job:
+    """The same rows with lists of prompts."""
+    recipe = job.recipe.model_dump(mode="json")
+    recipe["input"]["prompt"] = {"column": "prompts"}
+    return job.model_copy(update={"recipe": parse_recipe(recipe)})
 
 
 def shards_of(job: Job, rows: int = 6) -> tuple[Shard, ...]:
@@ -67,6 +77,111 @@ def test_parts_hold_every_row_in_input_order(job: Job) -> None:
     footer = store.footer(shards[0].part_name)
     assert (footer.sid, footer.rows, footer.stats.rows) == (shards[0].sid, 5, 5)
     assert footer.stats.peak_host_bytes > 0
+
+
+@pytest.mark.parametrize("buffered", [0, 4, 100])
+def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: int) -> None:
+    """However answers come back: within a row, between rows, and over the border of shards."""
+    worker = make_worker(listed, EchoEngine(buffered=buffered))
+    shards = shards_of(listed)
+    with ThreadPoolExecutor(2) as callers:
+        results = list(callers.map(lambda shard: worker.process(shard, 1), shards))
+    store = Store(listed.output)
+    rows = [
+        row
+        for name in store.names("data")
+        for row in pq.read_table(Path(listed.output) / name).to_pylist()
+    ]
+    places = [("a.parquet", row) for row in range(12)] + [("b.parquet", row) for row in range(8)]
+    expected = [
+        (source, row, index, text)
+        for source, row in places
+        for index, text in enumerate(question_list(row) or [None])
+    ]
+    assert [
+        (row["source"], row["row"], row["prompt_index"], row["answer"]) for row in rows
+    ] == expected
+    assert [row["row_key"] for row in rows] == [f"{s}#{row}#{i}" for s, row, i, _ in expected]
+    assert [row["id"] for row in rows] == [row["row"] for row in rows]
+    assert [row["status"] for row in rows] == [
+        "bad_prompt" if text is None else "ok" for *_, text in expected
+    ]
+    footers = [store.footer(shard.part_name) for shard in shards]
+    assert [footer.rows for footer in footers] == [shard.rows for shard in shards]
+    assert [footer.answers for footer in footers] == [done.stats.rows for done in results]
+    assert sum(footer.answers for footer in footers) == len(expected)
+    progress = worker.progress()
+    assert (progress.rows, progress.answers) == (20, len(expected))
+    plan = Plan(listed.recipe.fingerprint(), shards, CARRIED)
+    state = outcome(store, plan, committed_parts(store, plan))
+    assert (state.rows, state.planned_rows, state.exit_code) == (20, 20, 0)
+    assert state.stats.rows == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (lambda row, index: row == 4, r"a\.parquet#4 is planned, but prompt 0 was not answered"),
+        (lambda row, index: (row, index) == (4, 1), r"a\.parquet#4 .* prompt 1 was not answered"),
+        (lambda row, index: (row, index) == (4, 0), r"a\.parquet#4 .* prompt 0 was not answered"),
+    ],
+)
+def test_a_prompt_that_is_not_read_fails_the_shard(
+    listed: Job, lost: Callable[[int, int], bool], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ParquetSource.read
+
+    def losing(self, span, memory):
+        return (r for r in read(self, span, memory) if not lost(r.row, r.prompt_index))
+
+    shard = shards_of(listed, rows=12)[0]
+    monkeypatch.setattr(ParquetSource, "read", losing)
+    with pytest.raises(ShardError, match=message):
+        make_worker(listed).process(shard, 1)
+    assert Store(listed.output).committed() == {}
+
+
+def test_a_row_that_is_not_planned_fails_the_shard(
+    listed: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ParquetSource.read
+    shard = shards_of(listed, rows=12)[0]
+    wider = replace(shard.spans[0], stop=12)
+    short = replace(shard, spans=(replace(wider, stop=9),))
+    monkeypatch.setattr(ParquetSource, "read", lambda self, _, memory: read(self, wider, memory))
+    with pytest.raises(ShardError, match=r"a\.parquet#9#0 is answered, but not planned"):
+        make_worker(listed).process(short, 1)
+
+
+def test_a_prompt_that_is_read_twice_fails_the_shard(
+    listed: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ParquetSource.read
+    monkeypatch.setattr(
+        ParquetSource, "read", lambda *a: (r for r in read(*a) for _ in range(1 + (r.row == 4)))
+    )
+    with pytest.raises(ShardError, match=r"a\.parquet#4#0 was read twice"):
+        make_worker(listed).process(shards_of(listed, rows=12)[0], 1)
+
+
+def test_an_answer_that_the_engine_loses_commits_nothing(listed: Job) -> None:
+    """Of a row whose other prompts are answered: the worker waits, the stall clock ends it."""
+
+    class Losing(EchoEngine):
+        def stream(self, requests):
+            for answer in super().stream(requests):
+                if answer.request.row_key != "a.parquet#4#3":
+                    yield answer
+
+    worker = make_worker(listed, Losing())
+    with ThreadPoolExecutor(1) as caller:
+        call = caller.submit(worker.process, shards_of(listed, rows=12)[0], 1)
+        with pytest.raises(TimeoutError):
+            call.result(timeout=1.0)
+        assert Store(listed.output).committed() == {}
+        worker._reading[0].fail(EngineDead("ended by the test"))
+        with pytest.raises(EngineDead):
+            call.result(timeout=5)
 
 
 def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
@@ -174,6 +289,43 @@ def test_calibration_times_rows_and_commits_nothing(job: Job) -> None:
     assert Store(job.output).committed() == {}
 
 
+def test_a_broken_image_is_a_bad_answer_to_every_prompt(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """With the real engine; rows before and behind are answered."""
+    images = [{"bytes": encoded(picture((60, 80)))}, {"bytes": b"no image"}, {"bytes": None}]
+    prompts = [["one", "two"], ["one", None, "three"], None]
+    (tmp_path / "in").mkdir()
+    table = {"id": [0, 1, 2], "image": images, "prompts": prompts}
+    pq.write_table(pa.table(table), tmp_path / "in" / "a.parquet")
+    recipe = {"input__keep": ["id"], "input__prompt": {"column": "prompts"}}
+    job = make_job(tiny_paths["vicuna"], tmp_path / "in", tmp_path / "out", **recipe)
+    worker = Worker(job, CARRIED)
+    worker.load()
+    (shard,) = shards_of(job)
+    worker.process(shard, 1)
+    rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
+    assert [(row["row"], row["prompt_index"], row["status"], row["id"]) for row in rows] == [
+        (0, 0, "ok", 0),
+        (0, 1, "ok", 0),
+        (1, 0, "bad_image", 1),
+        (1, 1, "bad_prompt", 1),
+        (1, 2, "bad_image", 1),
+        (2, 0, "bad_prompt", 2),
+    ]
+    assert Store(job.output).footer(shard.part_name).rows == 3
+
+
+def test_calibration_counts_the_prompts_of_a_row(listed: Job) -> None:
+    """Answers as many prompts as there are rows, twice, and multiplies by the prompts per row."""
+    worker = make_worker(listed, EchoEngine(seconds=0.05))
+    shard = shards_of(listed)[0]
+    share = sum(map(prompts_of, range(shard.rows))) / shard.rows
+    assert share > 1.5
+    assert worker.calibrate(shard.spans) >= 0.05 * share
+    assert worker._calibrated == 2 * shard.rows
+
+
 def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "in" / "a.parquet").to_pydict()
     table["prompt"] = [None if row % 2 else "fine" for row in range(12)]
@@ -182,7 +334,7 @@ def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None
     worker = make_worker(job)
     worker.process(shards_of(job, rows=12)[0], 1)
     progress = worker.progress()
-    assert (progress.rows, progress.bad_rows) == (12, 6)
+    assert (progress.rows, progress.answers, progress.bad_answers) == (12, 12, 6)
     assert len(progress.errors) == 3
     assert progress.errors[0] == "a.parquet#1: bad_prompt: prompt column 'prompt' is null"
 

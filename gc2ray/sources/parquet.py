@@ -9,8 +9,8 @@ page and images into a dictionary, and cost as much as such a page (measured: 41
 300 MB of 100 KB images, 12 to 63 MiB with pages of 1 MB: `write_batch_size=8,
 use_dictionary=False`).
 
-Not covered: several images or prompts in a row; row groups that start in the middle of a span are
-read from their beginning and the rows before the span are dropped.
+Not covered: several images in a row; row groups that start in the middle of a span are read from
+their beginning and the rows before the span are dropped.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ParquetSource:
             raise ConfigError(f"recipe.input.uri: {path} cannot be read: {error}") from error
 
     def read(self, span: Span, host_memory_bytes: int) -> Iterator[Request]:
-        """The requests of a span, one per row, in order.
+        """The requests of a span in order: at least one per row, one for each of its prompts.
 
         Args:
             span: What to read.
@@ -125,34 +125,37 @@ class ParquetSource:
                 if row >= span.stop:
                     return
                 record = {name: inside.column(name)[index] for name in columns}
-                yield self._request(prompt, span.source, row, record)
+                yield from self._requests(prompt, span.source, row, record)
                 row += 1
         if row < span.stop:
             raise ShardError(f"{span.source} ends at row {row}, planned to {span.stop}")
 
-    def _request(
+    def _requests(
         self, prompt: PromptSource, source: str, row: int, record: Mapping[str, pa.Scalar]
-    ) -> Request:
+    ) -> Iterator[Request]:
         """One row; kept columns stay Arrow scalars, so that they come out as they went in."""
-        prompts: tuple[str, ...] = ()
         images: tuple[ImageRef, ...] = ()
-        fault: BadRow | None = None
+        trouble: BadRow | None = None
         try:
             images = (_image(_value(record, self.config.image, Status.BAD_IMAGE)),)
-            columns = prompt.columns()
-            values = {name: _value(record, name, Status.BAD_PROMPT) for name in columns}
-            prompts = (prompt.render(values),)
         except BadRow as error:
-            fault = error
-        return Request(
-            row_key=row_key(source, row),
-            source=source,
-            row=row,
-            images=images,
-            prompts=prompts,
-            carried={name: record[name] for name in self.config.keep if record[name].is_valid},
-            fault=fault,
-        )
+            trouble = error
+        carried = {name: record[name] for name in self.config.keep if record[name].is_valid}
+        listed = prompt.column is not None and _is_list(record[prompt.column].type)
+        for index, text in enumerate(_texts(prompt, record) if listed else [_text(prompt, record)]):
+            fault = text if isinstance(text, BadRow) else None
+            if trouble is not None:  # a new one each, because raising an exception changes it
+                fault = BadRow(trouble.status, trouble.message)
+            yield Request(
+                row_key=row_key(source, row, index if listed else None),
+                source=source,
+                row=row,
+                images=images,
+                prompts=(text,) if isinstance(text, str) and fault is None else (),
+                carried=carried,
+                fault=fault,
+                prompt_index=index,
+            )
 
     def _located(self) -> tuple[Any, str, str]:
         """Filesystem, input root, and the path or pattern asked for."""
@@ -244,6 +247,30 @@ def _value(record: Mapping[str, pa.Scalar], name: str, status: Status) -> object
         raise BadRow(status, f"column {name!r} cannot be read: {error}") from error
 
 
+def _texts(prompt: PromptSource, record: Mapping[str, pa.Scalar]) -> Iterator[str | BadRow]:
+    """The prompts of a row with a list of them: at least one, so that no row is lost."""
+    name = str(prompt.column)
+    prompts = record[name].values
+    if not prompts:
+        problem = "is null" if prompts is None else "holds no prompt"
+        yield BadRow(Status.BAD_PROMPT, f"prompt column {name!r} {problem}")
+        return
+    for index, element in enumerate(prompts):
+        if element.is_valid:
+            yield _text(prompt, {name: element})
+        else:
+            yield BadRow(Status.BAD_PROMPT, f"prompt {index} in column {name!r} is null")
+
+
+def _text(prompt: PromptSource, record: Mapping[str, pa.Scalar]) -> str | BadRow:
+    """The text of a prompt, or why there is none."""
+    try:
+        values = {name: _value(record, name, Status.BAD_PROMPT) for name in prompt.columns()}
+        return prompt.render(values)
+    except BadRow as error:
+        return error
+
+
 def _image(cell: object) -> ImageRef:
     """An image cell: struct of bytes and path, bytes, or a path; anything else is no image."""
     if isinstance(cell, Mapping):
@@ -257,6 +284,15 @@ def _image(cell: object) -> ImageRef:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(lists or pa.types.is_fixed_size_list(kind))
+
+
+def _is_prompt(kind: pa.DataType) -> bool:
+    return _is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))
 
 
 def _check_columns(schema: pa.Schema, config: InputConfig) -> None:
@@ -279,9 +315,12 @@ def _check_types(schema: pa.Schema, config: InputConfig) -> None:
             "and path, binary, or a path"
         )
     column = config.prompt.column
-    if column is not None and not _is_text(schema.field(column).type):
+    if column is not None and not _is_prompt(schema.field(column).type):
         kind = schema.field(column).type
-        raise ConfigError(f"recipe.input.prompt.column: column {column!r} is {kind}, not string")
+        raise ConfigError(
+            f"recipe.input.prompt.column: column {column!r} is {kind}; expected string, or "
+            "list<string> for several prompts per image"
+        )
 
 
 def _check_same(expected: pa.Schema, found: pa.Schema, config: InputConfig, source: str) -> None:
