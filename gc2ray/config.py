@@ -202,7 +202,8 @@ class Cluster(_Frozen):
         workers: Worker processes; None is one per GPU share, or one without GPUs.
         gpus_per_worker: Share of a GPU; None is 1 where the cluster has GPUs and 0 where not.
         cpus_per_worker: Ray's CPU reservation, and the torch threads of a CPU worker.
-        image_threads: Threads of a worker that decode images.
+        image_threads: Threads of a worker that decode images. This and the four below are derived
+            from model, memory and cores where they are None, see `gc2ray.sizing`.
         views_per_batch: Views encoded and compressed together.
         kv_tokens: Tokens of prompts and answers that may be in the KV cache together.
         prefill_tokens: Prompt tokens that are read together.
@@ -221,10 +222,10 @@ class Cluster(_Frozen):
     workers: int | None = Field(default=None, gt=0)
     gpus_per_worker: float | None = Field(default=None, ge=0)
     cpus_per_worker: float = Field(default=1.0, gt=0)
-    image_threads: int = Field(default=2, gt=0)
-    views_per_batch: int = Field(default=40, gt=0)
-    kv_tokens: int = Field(default=16_384, gt=0)
-    prefill_tokens: int = Field(default=2048, gt=0)
+    image_threads: int | None = Field(default=None, gt=0)
+    views_per_batch: int | None = Field(default=None, gt=0)
+    kv_tokens: int | None = Field(default=None, gt=0)
+    prefill_tokens: int | None = Field(default=None, gt=0)
     live_rows: int | None = Field(default=None, gt=0)
     host_memory_bytes: int = Field(default=512 * MIB, gt=0)
     shard_rows: int | None = Field(default=None, gt=0)

@@ -126,6 +126,12 @@ def _cost_lines(stats: RunStats) -> list[tuple[str, str]]:
     lines += [
         (f"seconds, {stage}", f"{stats.stage_ns.get(stage, 0) / 1e9:.2f}") for stage in STAGES
     ]
+    lines.append(("seconds, starved", f"{stats.starved_ns / 1e9:.2f}"))
+    if stats.images_shared:
+        lines.append(("images shared", f"{stats.images_shared:,}"))
+        lines.append(("prompt tokens shared", f"{stats.prompt_tokens_shared:,}"))
+    if stats.halvings:
+        lines.append(("short of memory", f"{stats.halvings:,} times"))
     lines.append(("peak host memory", f"{stats.peak_host_bytes / 2**20:,.0f} MiB"))
     if stats.peak_device_bytes:
         lines.append(("peak device memory", f"{stats.peak_device_bytes / 2**20:,.0f} MiB"))

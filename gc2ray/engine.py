@@ -41,13 +41,12 @@ from gc2ray.images import read_bytes, tiles_of
 from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Answer, Request, Sampling
+from gc2ray.sizing import Memory, Sizes, cores, free_host_bytes, sizes
 from gc2ray.stats import RunStats, apportion
 from gc2ray.views import Prompt
 
 T = TypeVar("T")
 MESSAGE_CHARACTERS = 300
-KEPT_PICTURE_BYTES = 256 * 1024 * 1024
-"""Packed pictures that are remembered for rows to come."""
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +95,12 @@ class Engine:
         self._family: Family = loaded.family
         self._chat = ChatPrompt(loaded.processor)
         self._recipe = recipe
-        self._cluster = cluster
+        self._sizes = sizes(cluster, self._family.needs(), memory(self._family.device))
         self._compressor = compressor or recipe.compression.build()
         self._packing = recipe.compression.packing()
         self._images = recipe.input.image_policy()
-        self._decoder = _decoder(loaded.model, cluster)
-        self._pictures = Pictures(KEPT_PICTURE_BYTES)
+        self._decoder = _decoder(loaded.model, self._sizes)
+        self._pictures = Pictures(self._sizes.remembered_bytes)
         self._open: dict[int, _Row] = {}
         self._tags = 0
         self._stream: torch.cuda.Stream | None = None
@@ -118,8 +117,8 @@ class Engine:
         Raises:
             EngineDead: The device is lost, or a row got lost in the engine.
         """
-        ahead = max(2, self._cluster.views_per_batch // 2)
-        threads = self._cluster.image_threads
+        ahead = max(2, self._sizes.views_per_batch // 2)
+        threads = self._sizes.image_threads
         batch: list[_Row] = []
         ready: deque[_Row] = deque()
         encoding: Future[list[_Row]] | None = None
@@ -151,7 +150,7 @@ class Engine:
 
     def _fill(self, batch: list[_Row], feed: Feed[Request, _Row]) -> None:
         """Take rows whose images are decoded, up to a whole batch."""
-        while _views(batch) < self._cluster.views_per_batch:
+        while _views(batch) < self._sizes.views_per_batch:
             row = feed.take()
             if row is None:
                 return
@@ -159,7 +158,7 @@ class Engine:
 
     def _worth_encoding(self, batch: Sequence[_Row]) -> bool:
         """A whole batch is; a part of one where the decoder could start it at once."""
-        whole = _views(batch) >= self._cluster.views_per_batch
+        whole = _views(batch) >= self._sizes.views_per_batch
         return bool(batch) and (whole or self._decoder.hungry)
 
     def _hand_over(self, ready: deque[_Row]) -> Iterator[Answer]:
@@ -194,6 +193,10 @@ class Engine:
             if row.trouble is not None:
                 raise row.trouble
         return [row.prompt for row in rows if row.prompt is not None]
+
+    def forget(self) -> None:
+        """Forget images that were shared, so that the same rows again cost what they cost first."""
+        self._pictures = Pictures(self._sizes.remembered_bytes)
 
     def totals(self) -> RunStats:
         """What belongs to no row, since the engine was made: starvation, memory and its shortage.
@@ -416,13 +419,13 @@ class Engine:
         return time.perf_counter_ns()
 
 
-def _decoder(model: Any, cluster: Cluster) -> Decoder:
+def _decoder(model: Any, found: Sizes) -> Decoder:
     """Continuous batching, or stock `generate` for language models that it does not know."""
     reason = unsupported(model)
     if reason is not None:
         log.warning("decoding with stock generate, which is slower: %s", reason)
-        return GenerateDecoder(model, max_tokens=cluster.kv_tokens)
-    room = Room(cluster.kv_tokens, cluster.prefill_tokens, cluster.live_rows)
+        return GenerateDecoder(model, max_tokens=found.kv_tokens)
+    room = Room(found.kv_tokens, found.prefill_tokens, found.live_rows)
     return NativeDecoder(LanguageModel(model), room, eos=end_tokens(model))
 
 
@@ -444,9 +447,19 @@ def load_model(recipe: Recipe, cluster: Cluster) -> Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+    else:  # a cap, so that workers on one GPU cannot take from each other
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
     model = recipe.model
     model.check()
     return families.load(model.path, revision=model.revision, dtype=model.dtype, device=device)
+
+
+def memory(device: torch.device) -> Memory:
+    """All memory of a GPU; what is free of a host's."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Memory(is_gpu=True, total_bytes=total, cores=cores())
+    return Memory(is_gpu=False, total_bytes=free_host_bytes(), cores=cores())
 
 
 def device_name(device: torch.device) -> str:

@@ -59,6 +59,9 @@ class Answering(Protocol):
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """As `Engine.stream`."""
 
+    def forget(self) -> None:
+        """As `Engine.forget`."""
+
     def totals(self) -> RunStats:
         """As `Engine.totals`."""
 
@@ -196,6 +199,7 @@ class Worker:
                     yield request
 
         self._answer(first())
+        self._loaded_engine().forget()
         started = time.monotonic()
         self._answer(islice(self._rows(spans), rows))
         return (time.monotonic() - started) / max(1, rows) * prompts / max(1, rows)

@@ -49,7 +49,7 @@ class EchoEngine:
         buffered: int = 0,
     ) -> None:
         self._seconds, self._on_row, self._buffered = seconds, on_row, buffered
-        self.starved_ns = 0
+        self.starved_ns = self.forgot = 0
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         held: list[Request] = []
@@ -75,6 +75,9 @@ class EchoEngine:
         if row.fault is not None:
             return echo(row, status=row.fault.status, answer=None, error=row.fault.message)
         return echo(row)
+
+    def forget(self) -> None:
+        self.forgot += 1
 
     def totals(self) -> RunStats:
         return RunStats(starved_ns=self.starved_ns)

@@ -12,6 +12,27 @@ from gc2ray.canvas import AnyRes, Canvas
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a model needs, in bytes of its device.
+
+    Attributes:
+        weights: As it is loaded.
+        kv_per_token: KV cache of one token.
+        per_token: Activations of one token in prefill.
+        per_view: Activations of one view in the vision tower.
+        features_per_view: What is kept of a view until it is compressed.
+        max_positions: Longest prompt and answer, in tokens.
+    """
+
+    weights: int
+    kv_per_token: int
+    per_token: int
+    per_view: int
+    features_per_view: int
+    max_positions: int
+
+
 class Family(Protocol):
     """Vision side, projector and text table of a loaded model.
 
@@ -26,6 +47,9 @@ class Family(Protocol):
     device: device
     max_positions: int
     kv_bytes_per_token: int
+
+    def needs(self) -> Needs:
+        """How much memory the model takes."""
 
     def freeze(self) -> None:
         """Get ready for inference only: weights will not change any more."""

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.errors import ConfigError
+from gc2ray.families.family import Needs
 from gc2ray.linear import packed_module
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
@@ -42,6 +43,8 @@ class LlavaNext:
     def __init__(self, model: Any, processor: Any) -> None:
         self._check(model)
         inner, config = model.model, model.config
+        self._config = config
+        self._weights = sum(parameter.nbytes for parameter in model.parameters())
         self._tower = inner.vision_tower
         self._layers = list(self._tower.encoder.layers)
         self._projector = inner.multi_modal_projector
@@ -78,6 +81,24 @@ class LlavaNext:
                 "recipe.model.path: vision_feature_select_strategy is "
                 f"{config.vision_feature_select_strategy!r}; only 'default' is supported"
             )
+
+    def needs(self) -> Needs:
+        """How much memory the model takes; activations are counted generously, by tensor."""
+        size, text, vision = (
+            self.dtype.itemsize,
+            self._config.text_config,
+            self._config.vision_config,
+        )
+        tokens = self._side[0] * self._side[1]
+        states = len(self._feature_states)
+        return Needs(
+            weights=self._weights,
+            kv_per_token=self.kv_bytes_per_token,
+            per_token=size * (12 * text.hidden_size + 3 * text.intermediate_size),
+            per_view=size * (tokens + 1) * (8 * vision.hidden_size + 2 * vision.intermediate_size),
+            features_per_view=size * tokens * vision.hidden_size * states,
+            max_positions=self.max_positions,
+        )
 
     def freeze(self) -> None:
         """Prepack linear layers where that is faster; from here on weights must not change."""

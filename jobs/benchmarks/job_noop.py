@@ -38,6 +38,9 @@ class NoopEngine:
             bare = replace(request, images=())
             yield Answer(bare, Status.OK, self.device, 1.0, answer="-", device=self.device)
 
+    def forget(self) -> None:
+        pass
+
     def totals(self) -> RunStats:
         return RunStats()
 
