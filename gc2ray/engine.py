@@ -425,7 +425,7 @@ def _decoder(model: Any, found: Sizes) -> Decoder:
     if reason is not None:
         log.warning("decoding with stock generate, which is slower: %s", reason)
         return GenerateDecoder(model, max_tokens=found.kv_tokens)
-    room = Room(found.kv_tokens, found.prefill_tokens, found.live_rows)
+    room = Room(found.kv_tokens, found.prefill_tokens, found.live_rows, found.burst)
     return NativeDecoder(LanguageModel(model), room, eos=end_tokens(model))
 
 

@@ -26,6 +26,7 @@ GPU_USABLE = 0.92
 """Of a worker's share; the rest is for fragments, the CUDA context and libraries' workspaces."""
 CPU_SHARE, CPU_MOST_BYTES = 1 / 8, 1024 * MIB
 SMALLEST_KV_TOKENS = 1024
+GPU_BURST = 8
 LONG_PROMPT = 4096
 """Tokens of one prompt that is read in one piece: more than an uncompressed image has."""
 TOWER_VIEWS = 32
@@ -46,6 +47,7 @@ class Sizes:
     """How much at a time; the fields are those of `Cluster`, all of them known.
 
     Attributes:
+        burst: Decode steps between two looks at which rows have ended.
         gpu_share: Share of the GPU's memory that this worker may have.
         remembered_bytes: Packed pictures that are kept for rows to come.
     """
@@ -55,6 +57,7 @@ class Sizes:
     kv_tokens: int
     prefill_tokens: int
     live_rows: int | None
+    burst: int
     gpu_share: float
     remembered_bytes: int = 256 * MIB
 
@@ -75,6 +78,7 @@ def sizes(cluster: Cluster, needs: Needs, memory: Memory) -> Sizes:
         kv_tokens=cluster.kv_tokens or 0,
         prefill_tokens=prefill,
         live_rows=cluster.live_rows,
+        burst=GPU_BURST if memory.is_gpu else 1,
         gpu_share=share,
     )
     if found.kv_tokens:

@@ -22,7 +22,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from gc2ray.decoding.attention import Span, Step, attend_by_row
+from gc2ray.decoding.attention import (
+    Span,
+    Step,
+    _agrees,
+    attend_by_row,
+    attend_padded,
+    attend_varlen,
+    chosen,
+)
+from gc2ray.decoding.burst import Burst, BurstRow, BurstShape
 from gc2ray.decoding.decoder import Completion
 from gc2ray.decoding.kv_pool import Extent, KvPool, KvShape
 from gc2ray.decoding.language_model import LanguageModel, unsupported
@@ -578,28 +587,166 @@ def test_prefixes_stay_until_room_is_wanted() -> None:
     assert pool.free_tokens == 10
 
 
+# Bursts: what GPUs do, without the GPU
+
+
+BURSTS = Room(20_000, burst=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("room", [BURSTS, Room(400, burst=7), Room(20_000, live_rows=3, burst=16)])
+def test_bursts_give_the_tokens_of_generate(
+    models: dict[str, Any], expected: Expected, kind: str, room: Room
+) -> None:
+    model = models[kind]
+    decoder = NativeDecoder(LanguageModel(model), room, eos=(), attend=attend_padded)
+    assert tokens(run(decoder, ragged(model))) == expected[kind]
+
+
+def test_bursts_draw_as_steps_do(models: dict[str, Any]) -> None:
+    model = models["llama"]
+    mixed = [
+        (tag, prompt, replace(sampling, temperature=1.3 * (tag % 3 > 0), top_p=0.9))
+        for tag, prompt, sampling in ragged(model)
+    ]
+    decoder = NativeDecoder(LanguageModel(model), BURSTS, eos=(), attend=attend_padded)
+    assert tokens(run(decoder, mixed)) == tokens(decode(model, mixed))
+
+
+def test_what_a_row_wrote_behind_its_end_is_thrown_away(
+    models: dict[str, Any], expected: Expected
+) -> None:
+    full = expected["llama"]
+    eos = next(row for row in full.values() if len(row) > 6)[2]
+    model = models["llama"]
+    decoder = NativeDecoder(LanguageModel(model), BURSTS, eos=[eos], attend=attend_padded)
+    done = run(decoder, ragged(model))
+    stepped = decode(model, ragged(model), eos=[eos])
+    assert tokens(done) == tokens(stepped)
+    assert {tag: item.finish_reason for tag, item in done.items()} == {
+        tag: item.finish_reason for tag, item in stepped.items()
+    }
+    assert any(item.finish_reason == "stop" for item in done.values())
+
+
+def test_bursts_share_prefixes_and_survive_too_little_memory(models: dict[str, Any]) -> None:
+    class ScarcePadded(Scarce):
+        def __call__(self, step: Any, layer: int, queries: torch.Tensor, *rest: Any) -> Any:
+            if layer == 1 and len(step.used) > self.rows:
+                raise self.error("no room")
+            return attend_padded(step, layer, queries, *rest)
+
+    model = models["llama"]
+    requests = families_of(model, [6, 6])
+    decoder = NativeDecoder(LanguageModel(model), BURSTS, eos=(), attend=ScarcePadded(2))
+    assert tokens(run(decoder, requests)) == tokens(decode(model, alone(requests)))
+    assert decoder.halvings > 0
+
+
+def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
+    """As many looks at values for one step as for eight: a graph could not hold any."""
+    model = LanguageModel(models["llama"])
+    pool = KvPool(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
+    rows = [
+        BurstRow(5, 3, 10, 3, Sampling(9)),
+        BurstRow(6, 9, 100, 9, Sampling(9, 1.0), (0.3,) * 9),
+    ]
+    pool.arena.normal_()
+    counts = []
+    for steps in (1, 8):
+        burst = Burst(model, pool.arena, attend_padded, BurstShape(3, 512, draws=True), 8)
+        with torch.profiler.profile() as profile:
+            burst.run(rows, steps)
+        counts.append(sum(e.count for e in profile.key_averages() if "_local_scalar" in e.key))
+    assert counts[0] == counts[1]
+
+
+def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) -> None:
+    model = LanguageModel(models["llama"])
+    pool = KvPool(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
+    pool.arena.zero_()
+    burst = Burst(model, pool.arena, attend_padded, BurstShape(4, 512, draws=False), 3)
+    burst.run([BurstRow(5, 3, 10, 3, Sampling(9))], 3)
+    touched = pool.arena.abs().sum(dim=(0, 1, 2, 4)).nonzero().flatten().tolist()
+    assert touched == [0, 13, 14, 15]
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"), [(1, 1), (3, 4), (9, 12), (13, 16), (17, 24), (200, 256)]
+)
+def test_few_shapes_are_recorded(asked: int, made: int) -> None:
+    assert BurstShape.of(asked, 1, draws=False) == BurstShape(made, 512, draws=False)
+    assert BurstShape.of(1, 513, draws=True) == BurstShape(1, 768, draws=True)
+
+
 # Attention, layers, models
+
+
+def fake_varlen(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ends: torch.Tensor,
+    starts: torch.Tensor, most_new: int, most_used: int, *, scale: float,
+    window_size: tuple[int, int], enable_gqa: bool, seqused_k: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """What flash attention's documentation says of these arguments, in loops."""
+    assert queries.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
+    assert {t.dtype for t in (ends, starts, seqused_k)} == {torch.int32}
+    assert len(ends) == len(starts) == len(seqused_k) + 1
+    assert (window_size[1], enable_gqa) == (0, queries.shape[1] != keys.shape[1])
+    out = torch.empty_like(queries)
+    for s, used in enumerate(seqused_k.tolist()):
+        new = int(ends[s + 1] - ends[s])
+        assert new <= most_new
+        assert used <= most_used
+        for q in range(new):
+            at = used - new + q
+            first = 0 if window_size[0] < 0 else max(0, at - window_size[0])
+            rows = slice(int(starts[s]) + first, int(starts[s]) + at + 1)
+            for head in range(queries.shape[1]):
+                shared = head * keys.shape[1] // queries.shape[1]
+                weights = (keys[rows, shared] @ queries[int(ends[s]) + q, head] * scale).softmax(0)
+                out[int(ends[s]) + q, head] = weights @ values[rows, shared]
+    return out
 
 
 @pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("heads", [2, 6])
-def test_attention_is_the_textbooks(heads: int, window: int | None) -> None:
+@pytest.mark.parametrize("stage", ["mixed", "decoding"])
+def test_attention_is_the_textbooks(
+    heads: int, window: int | None, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sequences at different stages, against softmax over the tokens that each query may see."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
     generator = torch.Generator().manual_seed(0)
     arena = torch.randn(1, 2, 2, 60, 8, generator=generator)
     spans = (Span(3, 9, 9), Span(20, 7, 1), Span(30, 12, 5), Span(50, 1, 1))
-    step = Step(spans, arena)
-    queries = torch.randn(sum(span.new for span in spans), heads, 8, generator=generator)
-    found = attend_by_row(step, 0, queries, 0.3, window)
-    row = 0
-    for span in spans:
+    step = Step(spans, arena).only_last if stage == "decoding" else Step(spans, arena)
+    queries = torch.randn(sum(span.new for span in step.spans), heads, 8, generator=generator)
+    wanted, row = torch.empty_like(queries), 0
+    for span in step.spans:
         for at in range(span.length - span.new, span.length):
             first = 0 if window is None else max(0, at - window + 1)
             for head in range(heads):
                 seen = arena[0, :, head * 2 // heads, span.start + first : span.start + at + 1]
                 weights = (seen[0] @ queries[row, head] * 0.3).softmax(0)
-                torch.testing.assert_close(found[row, head], weights @ seen[1])
+                wanted[row, head] = weights @ seen[1]
             row += 1
+    for attend in (attend_by_row, attend_padded, attend_varlen):
+        torch.testing.assert_close(attend(step, 0, queries, 0.3, window), wanted)
+
+
+def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    shape = KvShape(layers=1, heads=2, head_size=16)
+    assert chosen(shape, 4, torch.float32, cpu) is attend_by_row
+    assert not _agrees(attend_varlen, shape, 4, torch.bfloat16, cpu), "no such kernel on a CPU"
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
+    assert _agrees(attend_varlen, shape, 4, torch.float32, cpu)
+
+    def wrong(*arguments: Any, **named: Any) -> torch.Tensor:
+        return fake_varlen(*arguments, **named | {"seqused_k": named["seqused_k"] - 1})
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong)
+    assert not _agrees(attend_varlen, shape, 4, torch.float32, cpu), "it forgets a token"
 
 
 def test_a_step_knows_its_places() -> None:

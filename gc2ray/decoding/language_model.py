@@ -20,26 +20,18 @@ architectures: `unsupported` says why, and the engine then decodes with stock `g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.decoding.attention import Step
+from gc2ray.decoding.attention import Attend, Sequences
 from gc2ray.decoding.kv_pool import KvShape
 from gc2ray.linear import Linear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-
-
-class Attend(Protocol):
-    """Attention of a step; see `gc2ray.decoding.attention.attend_by_row`."""
-
-    def __call__(
-        self, step: Step, layer: int, queries: Tensor, scale: float, window: int | None
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,19 +82,21 @@ class _Layer:
             window=_window(attention, config),
         )
 
-    def attended(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
+    def attended(self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend) -> Tensor:
         """(T, D) to (T, D): attention and its residual."""
         queries = self._written(hidden, rotary, step)
         out = attend(step, self.index, queries, self.scale, self.window)
         return hidden + self.output(out.flatten(1))
 
-    def attended_last(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
+    def attended_last(
+        self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend
+    ) -> Tensor:
         """(T, D) to (S, D): as `attended`, for each sequence's last token only."""
         queries = self._written(hidden, rotary, step)[step.last]
         out = attend(step.only_last, self.index, queries, self.scale, self.window)
         return hidden[step.last] + self.output(out.flatten(1))
 
-    def _written(self, hidden: Tensor, rotary: _Rotary, step: Step) -> Tensor:
+    def _written(self, hidden: Tensor, rotary: _Rotary, step: Sequences) -> Tensor:
         """Queries (T, heads, head size); keys and values are put into the arena."""
         query, key, value = self.qkv.each(self.before(hidden))
         size = (len(hidden), -1, self.head_size)
@@ -161,13 +155,14 @@ class LanguageModel:
             heads=int(config.num_key_value_heads),
             head_size=self._layers[0].head_size,
         )
+        self.heads = int(config.num_attention_heads)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings (T, D) of token ids (T,)."""
         embedded: Tensor = self._table(token_ids)
         return embedded
 
-    def logits(self, hidden: Tensor, positions: Tensor, step: Step, attend: Attend) -> Tensor:
+    def logits(self, hidden: Tensor, positions: Tensor, step: Sequences, attend: Attend) -> Tensor:
         """Logits of the token after each sequence, (S, vocabulary).
 
         Args:

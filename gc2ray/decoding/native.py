@@ -28,11 +28,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gc2ray.decoding.attention import Span, Step, attend_by_row
+from gc2ray.decoding.attention import Attend, Span, Step, chosen
+from gc2ray.decoding.burst import Burst, BurstRow, BurstShape
 from gc2ray.decoding.decoder import Completion, end_reason
 from gc2ray.decoding.drawing import Drawing, row_numbers
 from gc2ray.decoding.kv_pool import Extent, KvPool
-from gc2ray.decoding.language_model import Attend, LanguageModel
+from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.decoding.prefixes import Prefixes
 from gc2ray.errors import BadRow, Status
 from gc2ray.records import Sampling
@@ -51,14 +52,18 @@ class Room:
         kv_tokens: Tokens of prompts and answers that live rows may hold.
         prefill_tokens: Prompt tokens let in per step, if more than one prompt is; at least one is.
         live_rows: Rows that may be live; None where only tokens count.
+        burst: Steps that live rows take before the host looks which have ended, while none is let
+            in; more than 1 needs attention that works on the device alone (`attend_by_row` does
+            not).
     """
 
     kv_tokens: int
     prefill_tokens: int = 2048
     live_rows: int | None = None
+    burst: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.kv_tokens, self.prefill_tokens, self.live_rows or 1) < 1:
+        if min(self.kv_tokens, self.prefill_tokens, self.live_rows or 1, self.burst) < 1:
             raise ValueError(f"all room must be at least 1: {self}")
 
 
@@ -88,8 +93,8 @@ class _Row:
     generate_ns: int = 0
 
     @property
-    def reserve(self) -> int:
-        """Token places that it may need."""
+    def tokens_at_most(self) -> int:
+        """Tokens of prompt and answer."""
         return len(self.prompt) + self.sampling.max_new_tokens
 
     @property
@@ -108,6 +113,24 @@ class _Row:
         new = 1 if self.tokens else len(self.prompt) - self.cached
         return Span(self.extent.start, self.cached + new, new)
 
+    def before_burst(self) -> BurstRow:
+        """What a burst needs to know of it.
+
+        Raises:
+            ValueError: It is not live.
+        """
+        if self.extent is None:
+            raise ValueError(f"row {self.tag} is not live")
+        done = len(self.tokens)
+        return BurstRow(
+            token=self.tokens[-1],
+            position=self.next_position + done - 1,
+            start=self.extent.start,
+            length=self.cached,
+            sampling=self.sampling,
+            numbers=tuple(self.numbers[done:]),
+        )
+
 
 class NativeDecoder:
     """A `Decoder` with continuous batching; see the module.
@@ -116,7 +139,7 @@ class NativeDecoder:
         model: What decodes.
         room: How much may be going on.
         eos: Token ids that end an answer.
-        attend: How attention is computed.
+        attend: How attention is computed; None for what suits the device.
 
     Attributes:
         halvings: Times that the device's memory was short and live rows were halved.
@@ -128,17 +151,21 @@ class NativeDecoder:
         room: Room,
         *,
         eos: Iterable[int],
-        attend: Attend = attend_by_row,
+        attend: Attend | None = None,
     ) -> None:
         self._model = model
         self._room = room
         self._eos = frozenset(eos)
-        self._attend = attend
-        self._pool = KvPool(model.kv_shape, room.kv_tokens, dtype=model.dtype, device=model.device)
+        self._attend = attend or chosen(model.kv_shape, model.heads, model.dtype, model.device)
+        tokens = room.kv_tokens + (room.burst > 1)
+        self._pool = KvPool(model.kv_shape, tokens, dtype=model.dtype, device=model.device)
         self._prefixes = Prefixes(self._pool)
         self._waiting: list[_Row] = []
         self._live: list[_Row] = []
         self._limits = (room.live_rows, room.prefill_tokens)
+        self._bursts: dict[BurstShape, Burst] = {}
+        if room.burst > 1:
+            self._pool.admit(1)  # the place that bursts write to for rows that are missing
         self.halvings = 0
 
     def __len__(self) -> int:
@@ -157,9 +184,10 @@ class NativeDecoder:
         """
         numbers = row_numbers(sampling).tolist() if sampling.temperature > 0 else []
         row = _Row(tag, prompt, sampling, numbers, _next_position(prompt))
-        if row.reserve > self._pool.tokens:
-            limit = f"the KV cache has room for {self._pool.tokens} (cluster.kv_tokens)"
-            raise BadRow(Status.TOO_LONG, f"{row.reserve} tokens of prompt and answer; {limit}")
+        if self._reserve(row) > self._room.kv_tokens:
+            limit = f"the KV cache has room for {self._room.kv_tokens} (cluster.kv_tokens)"
+            counted = f"{row.tokens_at_most} tokens of prompt and answer"
+            raise BadRow(Status.TOO_LONG, f"{counted}; {limit}")
         waiting = sum(len(other.prompt) for other in self._waiting)
         if self._waiting and waiting + len(prompt) > 2 * self._room.prefill_tokens:
             return False
@@ -174,7 +202,10 @@ class NativeDecoder:
         if not rows:
             return []
         try:
-            self._advance(rows)
+            if admitted or self._room.burst == 1:
+                self._advance(rows)
+            else:
+                self._advance_several(rows)
         except torch.AcceleratorError:
             raise
         except FAILURES as error:
@@ -203,6 +234,35 @@ class NativeDecoder:
             row.cached = span.length
             row.tokens.append(token)
 
+    def _advance_several(self, rows: Sequence[_Row]) -> None:
+        """A burst: each row gets its next tokens, up to its end."""
+        started = time.perf_counter_ns()
+        steps = min(
+            self._room.burst,
+            max(row.sampling.max_new_tokens - len(row.tokens) for row in rows),
+        )
+        shape = BurstShape.of(
+            len(rows), max(map(self._reserve, rows)), draws=any(row.numbers for row in rows)
+        )
+        if shape not in self._bursts:
+            self._bursts[shape] = Burst(
+                self._model, self._pool.arena, self._attend, shape, self._room.burst
+            )
+        found = self._bursts[shape].run([row.before_burst() for row in rows], steps)
+        taken = [self._take(row, tokens) for row, tokens in zip(rows, found, strict=True)]
+        shares = apportion(time.perf_counter_ns() - started, taken)
+        for row, share in zip(rows, shares, strict=True):
+            row.generate_ns += share
+
+    def _take(self, row: _Row, tokens: Sequence[int]) -> int:
+        """Add tokens up to the row's end; how many that are."""
+        for count, token in enumerate(tokens, start=1):
+            row.cached += 1
+            row.tokens.append(token)
+            if end_reason(row.tokens, row.sampling, self._eos) is not None:
+                return count
+        return len(tokens)
+
     def _inputs(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """Embeddings (T, D) and positions (T,) of the rows' new tokens."""
         device = self._model.device
@@ -223,7 +283,9 @@ class NativeDecoder:
         if not self._waiting:
             return []
         oldest, tokens = self._waiting[0], 0
-        neighbours = sorted(self._waiting[1:], key=lambda row: abs(row.reserve - oldest.reserve))
+        neighbours = sorted(
+            self._waiting[1:], key=lambda row: abs(row.tokens_at_most - oldest.tokens_at_most)
+        )
         admitted: list[_Row] = []
         started: set[str] = set()  # prefixes that this step computes: nobody can copy them yet
         for row in [oldest, *neighbours]:
@@ -246,14 +308,18 @@ class NativeDecoder:
             return not others
         return self._limits[0] is None or len(others) < self._limits[0]
 
+    def _reserve(self, row: _Row) -> int:
+        """Token places that a row may need; a burst writes behind its end."""
+        return row.tokens_at_most + self._room.burst - 1
+
     def _place(self, row: _Row, admitted: Sequence[_Row]) -> bool:
         """Find room for a row, if need be at the cost of prefixes that no live row holds."""
         key = row.prompt.prefix_key
-        extent = self._pool.admit(row.reserve)
+        extent = self._pool.admit(self._reserve(row))
         while extent is None and self._prefixes.drop_oldest(but=key):
-            extent = self._pool.admit(row.reserve)
+            extent = self._pool.admit(self._reserve(row))
         if extent is None and not self._live and not admitted and self._prefixes.drop_oldest():
-            extent = self._pool.admit(row.reserve)  # its own prefix was in the way
+            extent = self._pool.admit(self._reserve(row))  # its own prefix was in the way
         if extent is None:
             return False
         row.extent = extent
