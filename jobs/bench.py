@@ -29,7 +29,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from jobs.benchmarks import Line, compression, end_to_end, job_noop, preprocess, scores
+from jobs.benchmarks import (
+    Line,
+    borders,
+    compression,
+    end_to_end,
+    job_noop,
+    memory,
+    preprocess,
+    scores,
+)
 from jobs.machine import cpu_name
 
 BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
@@ -37,6 +46,8 @@ BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "scores": scores.run,
     "preprocess": preprocess.run,
     "job_noop": job_noop.run,
+    "borders": borders.run,
+    "memory": memory.run,
     "end_to_end": end_to_end.run,
 }
 TORCH_THREADS = 1

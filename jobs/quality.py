@@ -66,10 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation-rows", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--into", type=Path, default=ROOT, help="folder with README.md and docs/")
+    parser.add_argument(
+        "--packings", action="store_true", help="measure policies of packing only; writes nothing"
+    )
     chosen = parser.parse_args(arguments)
+    test = Data(chosen.model, Split.TEST, chosen.rows)
+    if chosen.packings:
+        print(page.packings(measure_packings(test, chosen.processes)))
+        return 0
     validation = Data(chosen.model, Split.VALIDATION, chosen.validation_rows)
     temperature, tried = choose_temperature(validation, chosen.processes)
-    test = Data(chosen.model, Split.TEST, chosen.rows)
     document = {
         **measure(test, temperature, chosen.processes),
         "temperature": temperature,
@@ -121,6 +127,15 @@ def measure(data: Data, temperature: float, processes: int) -> dict[str, Any]:
         "packings": _packings(rows, found, temperature),
         "far_from_uniform": {f"{t:g}": share for t, share in shares.items()},
     }
+
+
+def measure_packings(data: Data, processes: int) -> list[dict[str, Any]]:
+    """The policies of packing alone, at the paper's temperature."""
+    rows = _rows(data)
+    points = [
+        Point("globalcom2", r, TEMPERATURE, *way) for r in PACKED for way in (PAPERS_WAY, *PACKINGS)
+    ]
+    return _packings(rows, dict(_told(rows, measure_all(data, points, processes))), TEMPERATURE)
 
 
 def _points(temperature: float) -> list[Point]:

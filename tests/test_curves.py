@@ -122,6 +122,18 @@ def test_packings_are_compared_with_the_papers_way_at_their_retention(
     assert line["where_difference"]["mean"] == pytest.approx(-lost / len(places))
 
 
+def test_packings_alone_are_printed_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = fake_measure(monkeypatch)
+    assert quality.main(["--packings", "--rows", "70", "--into", str(tmp_path)]) == 0
+    assert {point.method for point in asked} == {"globalcom2"}
+    assert len(asked) == len(set(asked)) == 12
+    printed = capsys.readouterr().out
+    assert "| at 0.1 | original | none | 0.643" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_packings_stay_out_of_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_measure(monkeypatch)
     curve = quality.measure(DATA, 10.0, 1)["points"]

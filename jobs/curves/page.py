@@ -28,7 +28,7 @@ def render(document: Mapping[str, Any]) -> str:
         _curve(document["points"]),
         _differences(document["differences"]),
         _topics(document["topics"]),
-        *([_packings(document["packings"])] if "packings" in document else []),
+        *([packings(document["packings"])] if "packings" in document else []),
         _commander(document),
         END,
     ]
@@ -94,14 +94,14 @@ def _topics(topics: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _packings(packings: Sequence[Mapping[str, Any]]) -> str:
+def packings(measured: Sequence[Mapping[str, Any]]) -> str:
     """Policies of packing; differences are to the first of each retention, the paper's way."""
     lines = [
         "| `globalcom2` | positions | newlines | exact match | tokens | difference | `where` "
         "| difference |",
         "|---" * 8 + "|",
     ]
-    for item in packings:
+    for item in measured:
         differences = [
             _points(item[name]) if name in item else ""
             for name in ("difference", "where_difference")

@@ -1,0 +1,113 @@
+"""What the borders between shards cost: a worker with an engine whose every row takes as long."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gc2ray.config import Job, parse_job
+from gc2ray.errors import Status
+from gc2ray.feed import Feed
+from gc2ray.manifest import Shard, cut_shards
+from gc2ray.records import Answer, Request
+from gc2ray.sources.parquet import ParquetSource
+from gc2ray.stats import RunStats
+from gc2ray.worker import Worker
+from jobs.benchmarks import Line, goal
+
+SHARDS, SHARD_ROWS, ROW_SECONDS, IMAGE_BYTES = 50, 40, 0.01, 100_000
+IN_FLIGHT = 2
+"""As the driver has it."""
+REPLY_SECONDS = 0.02
+"""From a shard's end to the next one's beginning: what a driver and a network would take."""
+SHARE = 0.02
+
+
+class SteadyEngine:
+    """Takes the same time for every row, and counts how long it had none; see `Answering`."""
+
+    device = "steady"
+
+    def __init__(self) -> None:
+        self.starved_ns = 0
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        answered = 0
+        with Feed(requests, lambda row: replace(row, images=()), threads=1, ahead=8) as feed:
+            while not feed.ended:
+                row = feed.take()
+                if row is None:
+                    before = feed.waited_ns
+                    feed.wait()
+                    self.starved_ns += (feed.waited_ns - before) if answered else 0
+                    continue
+                time.sleep(ROW_SECONDS)
+                answered += 1
+                yield Answer(row, Status.OK, self.device, 1.0, answer="-", device=self.device)
+
+    def forget(self) -> None:
+        pass
+
+    def totals(self) -> RunStats:
+        return RunStats(starved_ns=self.starved_ns)
+
+
+def run() -> list[Line]:
+    """From Parquet to committed parts, two shards in flight, without Ray."""
+    with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
+        job = _job(Path(directory))
+        files, carried = ParquetSource(job.recipe.input).scan()
+        shards = cut_shards(files, SHARD_ROWS, job.recipe)
+        engine = SteadyEngine()
+        worker = Worker(job, carried, load=lambda _: engine)
+        worker.load()
+
+        def process(shard: Shard) -> RunStats:
+            done = worker.process(shard, 1)
+            time.sleep(REPLY_SECONDS)
+            return done.stats
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(IN_FLIGHT) as driver:
+            stats = list(driver.map(process, shards))
+        passed = time.perf_counter() - started
+    total = sum(stats, RunStats())
+    busy = total.rows * ROW_SECONDS
+    starved = total.starved_ns / 1e9
+    figures = {
+        "starved_share_percent": 100 * starved / (starved + busy),
+        "starved_ms_per_border": 1000 * starved / SHARDS,
+        "wall_over_service": passed / busy,
+    }
+    met = goal(f"starved at most {SHARE:.0%}", met=starved <= SHARE * (starved + busy))
+    return [
+        Line(
+            f"{len(shards)} shards of {SHARD_ROWS} rows, {ROW_SECONDS * 1e3:g} ms each",
+            figures,
+            met,
+        )
+    ]
+
+
+def _job(root: Path) -> Job:
+    noise = np.random.default_rng(0)
+    rows = SHARDS * SHARD_ROWS
+    images = [{"bytes": noise.bytes(IMAGE_BYTES)} for _ in range(rows)]
+    table = pa.table({"id": list(range(rows)), "image": images})
+    source = root / "in.parquet"
+    pq.write_table(
+        table, source, row_group_size=SHARD_ROWS, write_batch_size=8, use_dictionary=False
+    )
+    recipe = {
+        "model": {"path": "no-model", "dtype": "float32"},
+        "input": {"uri": str(source), "keep": ["id"], "prompt": {"constant": "What is it?"}},
+    }
+    return parse_job({"output": str(root / "out"), "recipe": recipe})
