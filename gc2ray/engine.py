@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -99,13 +100,18 @@ class Engine:
         self._compressor = compressor or recipe.compression.build()
         self._packing = recipe.compression.packing()
         self._images = recipe.input.image_policy()
-        self._decoder = _decoder(loaded.model, self._sizes)
+        self._model = loaded.model
         self._pictures = Pictures(self._sizes.remembered_bytes)
         self._open: dict[int, _Row] = {}
         self._tags = 0
         self._stream: torch.cuda.Stream | None = None
         self.device = device_name(self._family.device)
         self._starved_ns = 0
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        """Made when it is first wanted: its KV cache takes most of a GPU."""
+        return _decoder(self._model, self._sizes)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Answer requests, in completion order.

@@ -10,6 +10,7 @@ logits are held to a loose bound and answers are only counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gc2ray.config import CompressionConfig, Job, Recipe
@@ -82,8 +83,11 @@ def check(job: Job, rows: int) -> Parity:
             continue
         worst, same_first = max(worst, difference), same_first + same
         good.append(request)
-    together = {a.request.row_key: a.token_ids for a in recipe.stream(good)}
-    alone = {a.request.row_key: a.token_ids for one in good for a in recipe.stream([one])}
+    together = _tokens(recipe, good)
+    alone: dict[str, tuple[int, ...]] = {}
+    for request in good:
+        recipe.forget()  # or its image would be the one that was encoded in the batch
+        alone |= _tokens(recipe, [request])
     return Parity(
         prompts=len(good),
         left_out=tuple(bad),
@@ -93,6 +97,10 @@ def check(job: Job, rows: int) -> Parity:
         same_alone=sum(together[key] == alone[key] for key in together),
         exact=job.recipe.model.dtype == "float32",
     )
+
+
+def _tokens(engine: Engine, requests: Sequence[Request]) -> dict[str, tuple[int, ...]]:
+    return {answer.request.row_key: answer.token_ids for answer in engine.stream(requests)}
 
 
 def _uncompressed(recipe: Recipe) -> Recipe:

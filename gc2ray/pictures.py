@@ -88,6 +88,7 @@ class Pictures:
         self._kept_bytes = kept_bytes
         self._known: WeakValueDictionary[str, Picture] = WeakValueDictionary()
         self._kept: OrderedDict[str, Picture] = OrderedDict()  # used longest ago first
+        self._bytes = 0  # of those
         self._lock = threading.Lock()
 
     def find(self, key: str) -> tuple[Picture, bool]:
@@ -105,16 +106,22 @@ class Pictures:
     def keep(self, picture: Picture) -> None:
         """Remember an encoded picture for rows to come, at the cost of those used longest ago."""
         with self._lock:
+            self._drop(picture.key)
             self._kept[picture.key] = picture
-            while sum(_bytes(kept) for kept in self._kept.values()) > self._kept_bytes:
-                self._kept.popitem(last=False)
+            self._bytes += _bytes(picture)
+            while self._bytes > self._kept_bytes:
+                self._drop(next(iter(self._kept)))
 
     def forget(self, picture: Picture) -> None:
         """Let rows to come try anew: what went wrong with it may not be its own fault."""
         with self._lock:
-            self._kept.pop(picture.key, None)
+            self._drop(picture.key)
             if self._known.get(picture.key) is picture:
                 del self._known[picture.key]
+
+    def _drop(self, key: str) -> None:
+        picture = self._kept.pop(key, None)
+        self._bytes -= 0 if picture is None else _bytes(picture)
 
 
 def _bytes(picture: Picture) -> int:

@@ -59,7 +59,7 @@ class Sizes:
     live_rows: int | None
     burst: int
     gpu_share: float
-    remembered_bytes: int = 256 * MIB
+    remembered_bytes: int
 
 
 def sizes(cluster: Cluster, needs: Needs, memory: Memory) -> Sizes:
@@ -80,6 +80,7 @@ def sizes(cluster: Cluster, needs: Needs, memory: Memory) -> Sizes:
         live_rows=cluster.live_rows,
         burst=GPU_BURST if memory.is_gpu else 1,
         gpu_share=share,
+        remembered_bytes=(256 if memory.is_gpu else 16) * MIB,
     )
     if found.kv_tokens:
         return found
@@ -116,7 +117,10 @@ def _cpu_tokens(needs: Needs, memory: Memory) -> int:
 
 def free_host_bytes() -> int:
     """Memory that this process may still take: of the machine, and of its control group."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    known = Path("/proc/meminfo")
+    if not known.exists():  # no Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    lines = known.read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")
     limit, used = group / "memory.max", group / "memory.current"
@@ -127,4 +131,6 @@ def free_host_bytes() -> int:
 
 def cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -416,8 +416,8 @@ def test_both_decoders_give_the_same_answers(
     native = make_engine(loaded, generation__temperature=temperature)
     monkeypatch.setattr("gc2ray.engine.unsupported", lambda model: "it is new")
     stock = make_engine(loaded, generation__temperature=temperature)
-    assert "it is new" in caplog.text
     assert isinstance(stock._decoder, GenerateDecoder)
+    assert "it is new" in caplog.text
     assert tokens_of(native, requests()) == tokens_of(stock, requests())
 
 
@@ -569,6 +569,26 @@ def test_the_beginning_of_their_prompts_is_computed_once(loaded: Loaded) -> None
              questions(3, ASKED)[:1]]  # fmt: skip
     engine.rows = 1
     assert answers_of(engine, other)[0].prompt_tokens_shared == 0
+
+
+def test_prompts_alone_take_no_kv_cache(loaded: Loaded) -> None:
+    """`gc2ray check` has two engines on one GPU."""
+    engine = make_engine(loaded)
+    engine.prompts([request()])
+    assert "_decoder" not in vars(engine)
+    list(engine.stream([request()]))
+    assert "_decoder" in vars(engine)
+
+
+def test_what_was_forgotten_is_encoded_again(loaded: Loaded) -> None:
+    watched, family = with_family(loaded)
+    engine = make_engine(watched)
+    for _ in range(2):
+        answers_of(engine, [request()])
+    assert len(family.batches) == 1
+    engine.forget()
+    answers_of(engine, [request()])
+    assert len(family.batches) == 2
 
 
 def test_a_broken_image_is_every_rows_trouble(loaded: Loaded) -> None:

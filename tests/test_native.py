@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from gc2ray.decoding.attention import (
-    Span,
+    Chunk,
     Step,
     _agrees,
     attend_by_row,
@@ -39,7 +39,7 @@ from gc2ray.decoding.native import NativeDecoder, Room
 from gc2ray.decoding.prefixes import Prefixes
 from gc2ray.errors import BadRow, Status
 from gc2ray.families.family import Loaded
-from gc2ray.linear import Linear, packed_module
+from gc2ray.linear import Linear, packed_module, rows_to_run
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
 from tests.greedy import plain_greedy
@@ -354,12 +354,12 @@ class Scarce:
 
     def __call__(self, step: Step, layer: int, queries: torch.Tensor, *rest: Any) -> torch.Tensor:
         if layer == 1:  # in the middle, when one layer's cache is written
-            if len(step.spans) > self.rows:
+            if len(step.chunks) > self.rows:
                 raise self.error("no room")
-            lengths = [span.length for span in step.spans]
+            lengths = [chunk.length for chunk in step.chunks]
             if self.poison is not None and self.poison in lengths:
                 raise self.error("this one breaks it")
-            self.most = max(self.most, len(step.spans))
+            self.most = max(self.most, len(step.chunks))
         return attend_by_row(step, layer, queries, *rest)
 
 
@@ -718,15 +718,15 @@ def test_attention_is_the_textbooks(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
     generator = torch.Generator().manual_seed(0)
     arena = torch.randn(1, 2, 2, 60, 8, generator=generator)
-    spans = (Span(3, 9, 9), Span(20, 7, 1), Span(30, 12, 5), Span(50, 1, 1))
-    step = Step(spans, arena).only_last if stage == "decoding" else Step(spans, arena)
-    queries = torch.randn(sum(span.new for span in step.spans), heads, 8, generator=generator)
+    chunks = (Chunk(3, 9, 9), Chunk(20, 7, 1), Chunk(30, 12, 5), Chunk(50, 1, 1))
+    step = Step(chunks, arena).only_last if stage == "decoding" else Step(chunks, arena)
+    queries = torch.randn(sum(chunk.new for chunk in step.chunks), heads, 8, generator=generator)
     wanted, row = torch.empty_like(queries), 0
-    for span in step.spans:
-        for at in range(span.length - span.new, span.length):
+    for chunk in step.chunks:
+        for at in range(chunk.length - chunk.new, chunk.length):
             first = 0 if window is None else max(0, at - window + 1)
             for head in range(heads):
-                seen = arena[0, :, head * 2 // heads, span.start + first : span.start + at + 1]
+                seen = arena[0, :, head * 2 // heads, chunk.start + first : chunk.start + at + 1]
                 weights = (seen[0] @ queries[row, head] * 0.3).softmax(0)
                 wanted[row, head] = weights @ seen[1]
             row += 1
@@ -751,10 +751,10 @@ def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.Monkey
 
 def test_a_step_knows_its_places() -> None:
     arena = torch.zeros(1, 2, 1, 40, 2)
-    step = Step((Span(3, 5, 5), Span(20, 7, 1)), arena)
+    step = Step((Chunk(3, 5, 5), Chunk(20, 7, 1)), arena)
     assert step.places.tolist() == [3, 4, 5, 6, 7, 26]
     assert step.last.tolist() == [4, 5]
-    assert step.only_last.spans == (Span(3, 5, 1), Span(20, 7, 1))
+    assert step.only_last.chunks == (Chunk(3, 5, 1), Chunk(20, 7, 1))
     states = torch.arange(24.0).view(6, 2, 1, 2)
     step.write(0, states)
     assert arena[0, 1, 0, 26].tolist() == states[5, 1, 0].tolist()
@@ -772,6 +772,26 @@ def test_packed_layers_compute_the_same(biased: tuple[int, ...]) -> None:
         torch.testing.assert_close(packed(inputs), torch.cat(wanted, dim=-1))
         for found, want in zip(packed.each(inputs), wanted, strict=True):
             torch.testing.assert_close(found, want)
+
+
+@given(st.integers(1, 10_000))
+def test_few_numbers_of_rows_are_run(rows: int) -> None:
+    run = rows_to_run(rows)
+    assert rows <= run <= max(rows + 1, rows * 1.13)
+    assert rows_to_run(run) == run
+    assert rows <= 512 or run <= rows * 1.07
+
+
+def test_at_most_a_few_kernels_are_compiled() -> None:
+    assert len({rows_to_run(rows) for rows in range(1, 4097)}) <= 16 + 5 * 8 + 3 * 16
+
+
+@pytest.mark.parametrize("shape", [(17, 24), (3, 11, 24), (1, 1, 24), (2, 300, 24)])
+def test_padding_of_rows_is_not_seen(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(24, 10)
+    inputs = torch.randn(shape)
+    with torch.inference_mode():
+        torch.testing.assert_close(Linear.of(layer)(inputs), layer(inputs))
 
 
 def test_half_precision_is_not_packed() -> None:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Span:
+class Chunk:
     """One sequence of a step.
 
     Attributes:
@@ -109,11 +109,11 @@ class Step:
     """The sequences of a step, in the order of their queries, and the arena they are in.
 
     Attributes:
-        spans: The sequences.
+        chunks: The sequences.
         arena: (layers, keys and values, heads, tokens, head size).
     """
 
-    spans: tuple[Span, ...]
+    chunks: tuple[Chunk, ...]
     arena: Tensor
 
     @cached_property
@@ -121,44 +121,44 @@ class Step:
         """Where the new tokens lie in the arena, int64 (T,)."""
         places = [
             place
-            for span in self.spans
-            for place in range(span.start + span.length - span.new, span.start + span.length)
+            for chunk in self.chunks
+            for place in range(chunk.start + chunk.length - chunk.new, chunk.start + chunk.length)
         ]
         return torch.tensor(places, device=self.arena.device)
 
     @cached_property
     def last(self) -> Tensor:
         """Index of each sequence's last token among the packed ones, int64 (S,)."""
-        ends = torch.tensor([span.new for span in self.spans]).cumsum(0) - 1
+        ends = torch.tensor([chunk.new for chunk in self.chunks]).cumsum(0) - 1
         return ends.to(self.arena.device)
 
     @cached_property
     def starts(self) -> Tensor:
         """First place of each sequence, and one number more, int32 (S + 1,)."""
-        return self._int32([*(span.start for span in self.spans), self.arena.shape[3]])
+        return self._int32([*(chunk.start for chunk in self.chunks), self.arena.shape[3]])
 
     @cached_property
     def used(self) -> Tensor:
         """Tokens of each sequence, int32 (S,)."""
-        return self._int32([span.length for span in self.spans])
+        return self._int32([chunk.length for chunk in self.chunks])
 
     @cached_property
     def query_ends(self) -> Tensor:
         """0, and where each sequence's queries end, int32 (S + 1,)."""
         ends = [0]
-        for span in self.spans:
-            ends.append(ends[-1] + span.new)
+        for chunk in self.chunks:
+            ends.append(ends[-1] + chunk.new)
         return self._int32(ends)
 
     @property
     def most_new(self) -> int:
         """Most new tokens of a sequence."""
-        return max(span.new for span in self.spans)
+        return max(chunk.new for chunk in self.chunks)
 
     @property
     def most_used(self) -> int:
         """Most tokens of a sequence."""
-        return max(span.length for span in self.spans)
+        return max(chunk.length for chunk in self.chunks)
 
     def _int32(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.arena.device)
@@ -166,14 +166,14 @@ class Step:
     @cached_property
     def only_last(self) -> Step:
         """The same with each sequence's last token alone."""
-        if all(span.new == 1 for span in self.spans):
+        if all(chunk.new == 1 for chunk in self.chunks):
             return self
-        return Step(tuple(replace(span, new=1) for span in self.spans), self.arena)
+        return Step(tuple(replace(chunk, new=1) for chunk in self.chunks), self.arena)
 
     @cached_property
     def caches(self) -> list[tuple[Tensor, ...]]:
         """Per sequence and layer its keys and values, (2, heads, length, head size) views."""
-        ends = [(span.start, span.start + span.length) for span in self.spans]
+        ends = [(chunk.start, chunk.start + chunk.length) for chunk in self.chunks]
         return [self.arena[:, :, :, start:stop].unbind() for start, stop in ends]
 
     def write(self, layer: int, states: Tensor) -> None:
@@ -208,7 +208,7 @@ def _agrees(
         return torch.randn(size, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
     arena = drawn(1, 2, shape.heads, 256, shape.head_size)
-    step = Step((Span(100, 40, 40), Span(7, 61, 1), Span(200, 50, 9)), arena)
+    step = Step((Chunk(100, 40, 40), Chunk(7, 61, 1), Chunk(200, 50, 9)), arena)
     queries = drawn(50, heads, shape.head_size)
     try:
         pairs = [
@@ -256,7 +256,9 @@ def attend_padded(
     seen = along < step.used[:, None]
     if window is not None:
         seen &= along >= step.used[:, None] - window
-    keys, values = arena[:, :, places].transpose(1, 2).unbind()  # (S, heads, L, head size)
+    # Behind a row's end lies whatever was there; not even a weight of 0 makes a number of a NaN.
+    cache = arena[:, :, places].masked_fill_(~seen[:, :, None], 0)
+    keys, values = cache.transpose(1, 2).unbind()  # (S, heads, L, head size)
     rows, heads, size = queries.shape
     grouped = queries.view(rows, keys.shape[1], heads // keys.shape[1], size)
     out = F.scaled_dot_product_attention(
@@ -276,11 +278,11 @@ def attend_by_row(
     if not isinstance(step, Step):
         raise TypeError("only the device knows these sequences")
     outputs, first = [], 0
-    for span, caches in zip(step.spans, step.caches, strict=True):
+    for chunk, caches in zip(step.chunks, step.caches, strict=True):
         keys, values = caches[layer].unbind()
-        own = queries[first : first + span.new]
-        first += span.new
-        if span.new == 1:
+        own = queries[first : first + chunk.new]
+        first += chunk.new
+        if chunk.new == 1:
             outputs.append(_attend_one(own, keys, values, scale, window))
         else:
             outputs.append(_attend_many(own, keys, values, scale, window))

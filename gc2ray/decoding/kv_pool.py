@@ -55,9 +55,7 @@ class KvPool:
         # Head after head rather than token after token: one head's keys lie together, which is
         # what attention of one query reads (1.3x faster on a CPU at 300 to 700 tokens).
         size = (shape.layers, 2, shape.heads, tokens, shape.head_size)
-        # Zeros rather than whatever is there: padded attention reads places that it then masks,
-        # and not even a weight of 0 makes a number of a NaN. On a CPU they come with the pages.
-        self.arena: Tensor = torch.zeros(size, dtype=dtype, device=device)
+        self.arena: Tensor = torch.empty(size, dtype=dtype, device=device)
         self.tokens = tokens
         self._free = [Extent(0, tokens)]
 

@@ -5,7 +5,7 @@ normalise, feed forward, add; rotary positions, grouped key-value heads, biases 
 as the config says. The modules' own weights are used; what differs from running the modules is the
 order of work:
 
-* tokens of all sequences are packed, (T, D), so that no padding is ever computed;
+* tokens of all sequences are packed, (T, D), so that no sequence is padded to another's length;
 * keys and values go to a `KvPool`, at places that the caller chose, and positions are explicit;
 * the last layer computes queries, attention output and feed-forward only for tokens whose logits
   are wanted: the others' are read by nobody. With 8 layers that is a tenth of a prefill;
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from gc2ray.decoding.attention import Attend, Sequences
 from gc2ray.decoding.kv_pool import KvShape
-from gc2ray.linear import Linear
+from gc2ray.linear import Linear, rows_to_run
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -85,8 +85,8 @@ class _Layer:
     def attended(self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend) -> Tensor:
         """(T, D) to (T, D): attention and its residual."""
         queries = self._written(hidden, rotary, step)
-        out = attend(step, self.index, queries, self.scale, self.window)
-        return hidden + self.output(out.flatten(1))
+        out = attend(step, self.index, queries, self.scale, self.window).flatten(1)
+        return hidden + self.output(_padded(out, len(hidden)))
 
     def attended_last(
         self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend
@@ -98,8 +98,9 @@ class _Layer:
 
     def _written(self, hidden: Tensor, rotary: _Rotary, step: Sequences) -> Tensor:
         """Queries (T, heads, head size); keys and values are put into the arena."""
-        query, key, value = self.qkv.each(self.before(hidden))
-        size = (len(hidden), -1, self.head_size)
+        tokens = len(rotary.cos)
+        query, key, value = (part[:tokens] for part in self.qkv.each(self.before(hidden)))
+        size = (tokens, -1, self.head_size)
         keys = rotary.turned(key.view(size))
         step.write(self.index, torch.stack((keys, value.view(size)), dim=1))
         return rotary.turned(query.view(size))
@@ -173,11 +174,18 @@ class LanguageModel:
         """
         cos, sin = self._rotary(hidden, positions[None])
         rotary = _Rotary(cos[0, :, None], sin[0, :, None])
+        if self._head.packed:  # once, rather than in every layer
+            hidden = _padded(hidden, rows_to_run(len(hidden)))
         for layer in self._layers[:-1]:
             hidden = layer.fed_forward(layer.attended(hidden, rotary, step, attend))
         last = self._layers[-1]
         hidden = last.fed_forward(last.attended_last(hidden, rotary, step, attend))
         return self._head(self._norm(hidden))
+
+
+def _padded(states: Tensor, rows: int) -> Tensor:
+    """(T, D) to (rows, D), zeros behind."""
+    return states if len(states) == rows else F.pad(states, (0, 0, 0, rows - len(states)))
 
 
 def unsupported(model: Any) -> str | None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gc2ray.decoding.attention import Attend, Span, Step, chosen
+from gc2ray.decoding.attention import Attend, Chunk, Step, chosen
 from gc2ray.decoding.burst import Burst, BurstRow, BurstShape
 from gc2ray.decoding.decoder import Completion, end_reason
 from gc2ray.decoding.drawing import Drawing, row_numbers
@@ -102,7 +102,7 @@ class _Row:
         """What it draws its next token with; nothing where it is greedy."""
         return self.numbers[len(self.tokens)] if self.numbers else 0.0
 
-    def span(self) -> Span:
+    def chunk(self) -> Chunk:
         """Its place in the next step.
 
         Raises:
@@ -111,7 +111,7 @@ class _Row:
         if self.extent is None:
             raise ValueError(f"row {self.tag} is not live")
         new = 1 if self.tokens else len(self.prompt) - self.cached
-        return Span(self.extent.start, self.cached + new, new)
+        return Chunk(self.extent.start, self.cached + new, new)
 
     def before_burst(self) -> BurstRow:
         """What a burst needs to know of it.
@@ -219,19 +219,19 @@ class NativeDecoder:
     def _advance(self, rows: Sequence[_Row]) -> None:
         """One forward over all rows: live ones first, then those that were let in."""
         started = time.perf_counter_ns()
-        step = Step(tuple(row.span() for row in rows), self._pool.arena)
+        step = Step(tuple(row.chunk() for row in rows), self._pool.arena)
         hidden, positions = self._inputs(rows)
         logits = self._model.logits(hidden, positions, step, self._attend)
         samplings, numbers = [row.sampling for row in rows], [row.number for row in rows]
         tokens = Drawing.of(samplings, numbers, self._model.device).tokens(logits).tolist()
         passed = time.perf_counter_ns() - started
-        shares = apportion(passed, [span.new for span in step.spans])
-        for row, token, span, share in zip(rows, tokens, step.spans, shares, strict=True):
+        shares = apportion(passed, [chunk.new for chunk in step.chunks])
+        for row, token, chunk, share in zip(rows, tokens, step.chunks, shares, strict=True):
             if row.tokens:
                 row.generate_ns += share
             else:
                 row.prefill_ns += share
-            row.cached = span.length
+            row.cached = chunk.length
             row.tokens.append(token)
 
     def _advance_several(self, rows: Sequence[_Row]) -> None:
