@@ -19,6 +19,7 @@ Not covered: bfloat16 on CPUs (oneDNN's gain is small there), quantised weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,8 @@ def rows_to_run(rows: int) -> int:
 def packed_module(module: nn.Module) -> nn.Module:
     """A twin of a module whose linear layers are packed; it shares all other parameters with it.
 
+    A whole model goes on being one: a twin's `generate` works, and hooks put on either of them are
+    not put on the other, but for submodules in which nothing is packed: they have those in common.
     The same module comes back where nothing can be packed.
     """
     if not any(isinstance(m, nn.Linear) and _can_pack([m.weight]) for m in module.modules()):
@@ -114,7 +117,10 @@ class _PackedModule(nn.Module):
 
 def _twin(module: nn.Module) -> nn.Module:
     twin: Any = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        # Hooks lie in dicts: transformers puts some on at a model's first run, and would put the
+        # twin's on the module as well, whose layers would then be recorded twice.
+        twin.__dict__[name] = copy(value) if isinstance(value, dict) else value
     twin._modules = {
         name: child if child is None else packed_module(child)
         for name, child in module._modules.items()

@@ -6,12 +6,14 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gc2ray import families
 from gc2ray.decoding.attention import (
     Chunk,
     Step,
@@ -39,7 +42,9 @@ from gc2ray.decoding.native import NativeDecoder, Room
 from gc2ray.decoding.prefixes import Prefixes
 from gc2ray.errors import BadRow, Status
 from gc2ray.families.family import Loaded
+from gc2ray.families.stock import stock_generate
 from gc2ray.linear import Linear, packed_module, rows_to_run
+from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
 from tests.greedy import plain_greedy
@@ -812,6 +817,22 @@ def test_a_packed_twin_leaves_the_module_alone() -> None:
     assert not any(isinstance(m, nn.Linear) for m in twin.modules())
     bare = nn.Sequential(nn.GELU(), nn.Tanh())
     assert packed_module(bare) is bare
+
+
+@pytest.mark.parametrize("runs_first", ["twin", "model"])
+def test_a_packed_twin_of_a_whole_model_generates(
+    tiny_paths: dict[str, Path], runs_first: str
+) -> None:
+    """Both orders: transformers hooks a model's layers when it first runs."""
+    path = str(tiny_paths["vicuna"])
+    loaded = families.load(path, revision=None, dtype="float32", device="cpu")
+    twin = replace(loaded, model=packed_module(loaded.model))
+    assert not any(isinstance(m, nn.Linear) for m in twin.model.modules())
+    image = Image.effect_noise((200, 150), 80).convert("RGB")
+    text = ChatPrompt(loaded.processor).render("What is it?")
+    order = (twin, loaded, twin) if runs_first == "twin" else (loaded, twin, loaded)
+    first, *others = [stock_generate(one, [image], [text], 8) for one in order]
+    assert others == [first, first]
 
 
 def test_unknown_models_are_told_apart(
