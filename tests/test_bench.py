@@ -1,4 +1,4 @@
-"""What benchmarks are made of: counts of operations."""
+"""What benchmarks are made of: counts of operations, and models of any size."""
 
 from __future__ import annotations
 
@@ -77,3 +77,14 @@ def test_a_7b_costs_what_is_known_of_it() -> None:
     assert tower.needed(1) == pytest.approx(366.0e9, rel=1e-3)
     assert tower.projector(2880) == pytest.approx(0.121e12, rel=1e-2)
     assert text.prefill(2940) == pytest.approx(40.3e12, rel=1e-2)
+
+
+def test_sizes_of_a_tiny_model_can_be_set() -> None:
+    usual = untrained(TinySpec())[0].state_dict()
+    spelled = untrained(TinySpec(vision_ffn=64, text_ffn=96, table=1))[0].state_dict()
+    assert usual.keys() == spelled.keys()
+    assert all(usual[name].equal(spelled[name]) for name in usual)
+    model, _ = untrained(TinySpec(vision_ffn=40, text_ffn=56, table=1000))
+    text, tower = TextModel.of(model.config.text_config), Tower.of(model.config)
+    assert (text.vocabulary, text.ffn, tower.ffn) == (1000, 56, 40)
+    assert model.get_output_embeddings().weight.shape == (1000, 48)

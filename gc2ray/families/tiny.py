@@ -52,6 +52,10 @@ class TinySpec:
         rope_theta: Base of the rotary frequencies.
         corpus: Texts that the tokenizer is trained on; their words become its tokens.
         vocabulary: Tokens at most.
+        table: Rows of the language model's table at least; no text has the tokens behind the
+            tokenizer's, but the model may write them.
+        vision_ffn: Width of the tower's feed-forward layers; None is twice the tower's.
+        text_ffn: Width of the language model's; None is twice the language model's.
         spread: Standard deviation of the random weights.
         seed: Of the random weights.
     """
@@ -67,6 +71,9 @@ class TinySpec:
     rope_theta: float = 10_000.0
     corpus: tuple[str, ...] = (TEXT,)
     vocabulary: int = 400
+    table: int = 0
+    vision_ffn: int | None = None
+    text_ffn: int | None = None
     spread: float = 0.15
     seed: int = 0
 
@@ -119,7 +126,7 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
     width, layers, heads = spec.vision
     vision = CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=spec.vision_ffn or 2 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         image_size=spec.image_size,
@@ -130,9 +137,9 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
     width, layers, heads, kv_heads = spec.text
     text_class = {"llama": LlamaConfig, "mistral": MistralConfig}[spec.backbone]
     text = text_class(
-        vocab_size=len(tokenizer),
+        vocab_size=max(len(tokenizer), spec.table),
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=spec.text_ffn or 2 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
