@@ -1,10 +1,11 @@
-"""Benchmarks: compression, scores, preprocessing, the job around a model, and end to end.
+"""Benchmarks: compression, scores, preprocessing, the job around a model, language, end to end.
 
     python -m jobs.bench [--only NAME ...]
 
 Prints a table, then as the last line of stdout one JSON document with every figure. Goals are
 printed beside the figures and nothing fails on them; what is compared is checked to give the same
-result before it is timed. One CPU, one torch thread; what is compared runs in turn, and figures are
+result. All of it takes about half an hour, of which `language` and `end_to_end` take most; stderr
+says how long each took. One CPU, one torch thread; what is compared runs in turn, and figures are
 medians of times and of the ratios within a turn. The photographs come with scikit-image and
 scikit-learn; models are random: their answers mean nothing, their times depend on shapes only.
 
@@ -18,6 +19,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -35,6 +37,7 @@ from jobs.benchmarks import (
     compression,
     end_to_end,
     job_noop,
+    language,
     memory,
     preprocess,
     scores,
@@ -48,12 +51,13 @@ BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "job_noop": job_noop.run,
     "borders": borders.run,
     "memory": memory.run,
+    "language": language.run,
     "end_to_end": end_to_end.run,
 }
 TORCH_THREADS = 1
 PACKAGES = ("gc2ray", "torch", "transformers", "ray", "pillow", "pyarrow")
 TABLE_WIDTH = 150
-CAPTION = "CPU time of one thread, which other processes disturb little; job_noop, end_to_end: wall"
+CAPTION = "CPU time of one thread, which other processes disturb little; job_noop, wall: the clock"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, list[Line]] = {}
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
+        started = time.perf_counter()
         results[name] = BENCHMARKS[name]()
+        took = time.perf_counter() - started
+        print(f"{name}: {took:.0f} s", file=sys.stderr, flush=True)
     document: dict[str, Any] = {
         **{name: [asdict(line) for line in lines] for name, lines in results.items()},
         "hardware": _hardware(),

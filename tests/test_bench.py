@@ -1,7 +1,8 @@
-"""What benchmarks are made of: counts of operations, and models of any size."""
+"""What benchmarks are made of: counts of operations, workloads, and that they run at all."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from gc2ray.families.tiny import TinySpec, untrained
+from jobs.benchmarks import Line, language
 from jobs.benchmarks.flops import FLOAT32, LLAVA_7B, TextModel, Tower, causal_pairs
+from jobs.benchmarks.peers import Batches, one_by_one
+from jobs.benchmarks.ragged import ANSWER, PROMPT, REQUESTS, ragged_requests
+from jobs.benchmarks.roofline import Machine, Stage
+from jobs.benchmarks.timing import Times, in_turn, time_ratios
 
+MACHINE = Machine(plain=50e9, packed=100e9, plain_logits=20e9, packed_logits=40e9, bytes_per_s=10e9)
 TEXT: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "eager",
@@ -79,6 +86,41 @@ def test_a_7b_costs_what_is_known_of_it() -> None:
     assert text.prefill(2940) == pytest.approx(40.3e12, rel=1e-2)
 
 
+def test_the_ragged_workload_is_what_it_says() -> None:
+    requests = ragged_requests(1000)
+    prompts, answers = zip(*((len(r.prompt), r.new_tokens) for r in requests), strict=True)
+    assert len(requests) == REQUESTS
+    assert (min(prompts), max(prompts)) == PROMPT == (68, 700)
+    assert (min(answers), max(answers)) == ANSWER == (8, 128)
+    assert sum(prompts) == pytest.approx(18_900, rel=0.01)
+    assert sum(answers) == pytest.approx(2115, rel=0.01)
+    assert list(prompts) != sorted(prompts)
+    assert list(answers) != sorted(answers)
+    assert all(int(r.prompt.min()) >= 3 and int(r.prompt.max()) < 1000 for r in requests)
+    again = ragged_requests(1000)
+    assert all(a.prompt.equal(b.prompt) for a, b in zip(requests, again, strict=True))
+
+
+def test_ideal_time_is_the_longer_of_products_and_bytes() -> None:
+    assert MACHINE.packed_gain == 2
+    stages = [Stage(flops=200e9, bytes_read=1e9), Stage(flops=100e9, bytes_read=30e9)]
+    assert MACHINE.ideal_seconds(stages) == 2 + 3
+    assert "does not hold" not in MACHINE.line().goal
+    slow = Machine(100e9, 50e9, 1, 1, 1)
+    assert slow.flops_per_s == 100e9
+    assert "does not hold" in slow.line().goal
+
+
+def test_what_is_compared_runs_in_turn() -> None:
+    seen: list[str] = []
+    works = {name: partial(seen.append, name) for name in "ab"}
+    times = in_turn(works, 2, check=lambda: seen.append("check"))
+    assert seen == ["a", "b", "check", "b", "a"]
+    assert len(times["a"].wall) == len(times["b"].cpu) == 2
+    slow, fast = Times([2.0, 6.0, 4.0], [1.0, 1.0, 1.0]), Times([1.0, 2.0, 4.0], [0.5, 1.0, 2.0])
+    assert time_ratios(slow, fast) == {"ratio_wall": 2.0, "ratio_cpu": 1.0}
+
+
 def test_sizes_of_a_tiny_model_can_be_set() -> None:
     usual = untrained(TinySpec())[0].state_dict()
     spelled = untrained(TinySpec(vision_ffn=64, text_ffn=96, table=1))[0].state_dict()
@@ -88,3 +130,27 @@ def test_sizes_of_a_tiny_model_can_be_set() -> None:
     text, tower = TextModel.of(model.config.text_config), Tower.of(model.config)
     assert (text.vocabulary, text.ffn, tower.ffn) == (1000, 56, 40)
     assert model.get_output_embeddings().weight.shape == (1000, 48)
+
+
+def test_static_batches_write_what_one_by_one_does() -> None:
+    model = language.random_llama(width=32, layers=2, vocabulary=200)
+    requests = ragged_requests(200, count=7)
+    wanted = one_by_one(model, requests)
+    assert [len(tokens) for tokens in wanted] == [request.new_tokens for request in requests]
+    for batches in (Batches(3, by_length=True), Batches(2, by_length=False)):
+        assert batches.answer(model, requests) == wanted
+
+
+def test_the_language_benchmark_runs() -> None:
+    model = language.random_llama(width=32, layers=2, vocabulary=200)
+    lines = language.measure(model, ragged_requests(200, count=6), MACHINE, turns=1)
+    whole = [line for line in lines if "same_answers" in line.figures]
+    assert {line.figures["same_answers"] for line in whole} == {6}
+    assert len(whole) >= 4
+    check_lines(lines)
+
+
+def check_lines(lines: list[Line]) -> None:
+    assert len({line.what for line in lines}) == len(lines), "two lines with one name"
+    assert any("ratio_wall" in line.figures for line in lines)
+    assert all(value >= 0 for line in lines for value in line.figures.values())

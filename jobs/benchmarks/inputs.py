@@ -6,7 +6,9 @@ import io
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 
 from gc2ray import families
@@ -41,3 +43,9 @@ def tiny_model() -> Loaded:
     with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
         path = build_tiny(Path(directory), REAL_GEOMETRY)
         return families.load(str(path), revision=None, dtype="float32", device="cpu")
+
+
+def conditions(model: Any) -> str:
+    """What a model runs under, the same for all that are compared."""
+    dtype, attention = str(model.dtype).removeprefix("torch."), model.config._attn_implementation
+    return f"{dtype}, {attention}, torch threads: {torch.get_num_threads()}"

@@ -1,0 +1,114 @@
+"""What this machine can do with one thread, and how long work would take at that rate.
+
+Work is a list of stages that follow each other; a stage takes as long as its products at the rate
+of a large matrix product, or as its bytes at the rate of a matrix-vector product that comes out of
+memory, whichever is longer. Attention, norms and preprocessing cannot reach it: a share of 1 is out
+of reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from statistics import median
+
+import torch
+from torch import nn
+
+from gc2ray.linear import Linear
+from jobs.benchmarks import Line
+from jobs.benchmarks.timing import Work, in_turn
+
+PREFILL, LOGITS = (1024, 512, 1376), (16, 512, 32_000)
+"""Tokens, inputs and outputs of a layer as prefill and decoding have them."""
+TURNS, CALL_FLOPS = 9, 6e9
+MEMORY = (32_768, 4096)
+"""512 MiB in float32: no cache holds it."""
+PACKED_GAIN = 1.8
+"""From here on prepacked layers are so much faster that the total is held to its own goal."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Products and bytes that have to be done before the next stage."""
+
+    flops: float
+    bytes_read: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One thread of this machine.
+
+    Attributes:
+        plain: FLOP/s of `nn.Linear`, float32, at the size of a prefill.
+        packed: The same of a prepacked layer.
+        plain_logits: At the size of logits of 16 rows.
+        packed_logits: Likewise.
+        bytes_per_s: Read from memory.
+    """
+
+    plain: float
+    packed: float
+    plain_logits: float
+    packed_logits: float
+    bytes_per_s: float
+
+    @property
+    def flops_per_s(self) -> float:
+        """The better of the two."""
+        return max(self.plain, self.packed)
+
+    @property
+    def packed_gain(self) -> float:
+        """How much faster prepacked layers are."""
+        return self.packed / self.plain
+
+    def ideal_seconds(self, stages: Iterable[Stage]) -> float:
+        """How long work takes at the machine's rates."""
+        return sum(
+            max(stage.flops / self.flops_per_s, stage.bytes_read / self.bytes_per_s)
+            for stage in stages
+        )
+
+    def line(self) -> Line:
+        """Its rates, as a line of the table."""
+        holds = "holds" if self.packed_gain >= PACKED_GAIN else "does not hold"
+        figures = {
+            "plain_gflops": self.plain / 1e9,
+            "packed_gflops": self.packed / 1e9,
+            "packed_gain": self.packed_gain,
+            "plain_gflops_logits": self.plain_logits / 1e9,
+            "packed_gflops_logits": self.packed_logits / 1e9,
+            "memory_gb_per_s": self.bytes_per_s / 1e9,
+        }
+        what = "machine, one thread: {}x{}x{} and logits {}x{}x{}".format(*PREFILL, *LOGITS)
+        return Line(what, figures, f"prepacked {PACKED_GAIN:g}x plain, for the total goal: {holds}")
+
+
+@cache
+def measured_machine() -> Machine:
+    """Measure it, once in a process."""
+    with torch.inference_mode():
+        plain, packed = _layer_rates(*PREFILL)
+        plain_logits, packed_logits = _layer_rates(*LOGITS)
+        return Machine(plain, packed, plain_logits, packed_logits, _memory_rate())
+
+
+def _layer_rates(tokens: int, inputs: int, outputs: int) -> tuple[float, float]:
+    """FLOP/s of a plain and of a prepacked layer."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    packed, states = Linear.of(layer), torch.randn(tokens, inputs)
+    works: dict[str, Work] = {"plain": lambda: layer(states), "packed": lambda: packed(states)}
+    flops = 2 * tokens * inputs * outputs
+    calls = max(1, round(CALL_FLOPS / flops))
+    in_turn(works, turns=1)  # warms up
+    times = in_turn(works, TURNS, calls)
+    return flops / median(times["plain"].cpu), flops / median(times["packed"].cpu)
+
+
+def _memory_rate() -> float:
+    matrix, vector = torch.ones(MEMORY), torch.ones(MEMORY[1])
+    times = in_turn({"read": lambda: matrix @ vector}, TURNS)["read"]
+    return matrix.nbytes / median(times.cpu)
