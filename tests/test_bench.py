@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from gc2ray.families.tiny import TinySpec, untrained
-from jobs.benchmarks import Line, language
+from gc2ray import families
+from gc2ray.families.tiny import TinySpec, build_tiny, untrained
+from jobs.benchmarks import Line, end_to_end, language
 from jobs.benchmarks.flops import FLOAT32, LLAVA_7B, TextModel, Tower, causal_pairs
+from jobs.benchmarks.inputs import IN_PROPORTION
 from jobs.benchmarks.peers import Batches, one_by_one
 from jobs.benchmarks.ragged import ANSWER, PROMPT, REQUESTS, ragged_requests
 from jobs.benchmarks.roofline import Machine, Stage
@@ -132,6 +136,22 @@ def test_sizes_of_a_tiny_model_can_be_set() -> None:
     assert model.get_output_embeddings().weight.shape == (1000, 48)
 
 
+def test_the_model_in_proportion_is_a_7b_in_small() -> None:
+    with torch.device("meta"):
+        model, _ = untrained(IN_PROPORTION)
+    tower, text = Tower.of(model.config), TextModel.of(model.config.text_config)
+    seven_tower, seven_text = LLAVA_7B
+    assert tower.patches == seven_tower.patches
+    assert text.layers * seven_tower.layers == seven_text.layers * tower.layers
+
+    def vision_share(tower: Tower, text: TextModel) -> float:
+        vision = tower.whole(5) + tower.projector(2400)
+        return vision / (vision + text.prefill(2500) + text.decode(2500, 32))
+
+    assert vision_share(tower, text) == pytest.approx(0.05, abs=0.01)
+    assert vision_share(*LLAVA_7B) == pytest.approx(0.055, abs=0.01)
+
+
 def test_static_batches_write_what_one_by_one_does() -> None:
     model = language.random_llama(width=32, layers=2, vocabulary=200)
     requests = ragged_requests(200, count=7)
@@ -147,6 +167,23 @@ def test_the_language_benchmark_runs() -> None:
     whole = [line for line in lines if "same_answers" in line.figures]
     assert {line.figures["same_answers"] for line in whole} == {6}
     assert len(whole) >= 4
+    check_lines(lines)
+
+
+def test_the_end_to_end_benchmark_runs(tmp_path: Any) -> None:
+    path = build_tiny(tmp_path, TinySpec())
+    loaded = families.load(str(path), revision=None, dtype="float32", device="cpu")
+    loaded.model.generation_config.eos_token_id = None
+    files = []
+    for size in ((200, 90), (160, 160)):
+        buffer = io.BytesIO()
+        Image.effect_noise(size, 60).convert("RGB").save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    lines = end_to_end.measure(loaded, files, MACHINE, turns=1)
+    ours = [line for line in lines if "share_prefill" in line.figures]
+    assert len(ours) == len(end_to_end.RETENTIONS)
+    shares = [value for name, value in ours[0].figures.items() if name.startswith("share_")]
+    assert len(shares) == 7
     check_lines(lines)
 
 

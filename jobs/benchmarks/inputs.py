@@ -18,6 +18,18 @@ from jobs.photos import jpeg, opened_photos
 
 REAL_GEOMETRY = TinySpec(image_size=336, patch_size=14, vision=(64, 4, 4), text=(128, 3, 4, 4))
 """336-pixel views of 24 x 24 patches and the five pinpoints, as in LLaVA-NeXT-7B; tiny widths."""
+IN_PROPORTION = TinySpec(
+    image_size=336,
+    patch_size=14,
+    vision=(96, 6, 3),
+    vision_ffn=384,
+    text=(512, 8, 8, 8),
+    text_ffn=1376,
+    table=32_000,
+    spread=0.04,
+)
+"""As LLaVA-NeXT-7B in small: a quarter of the layers, an eighth of the language model's width, and
+a tower of that depth, as wide as gives it and the projector the 7B's share of all operations."""
 TILE = REAL_GEOMETRY.image_size
 SIDE = TILE // REAL_GEOMETRY.patch_size
 """Token rows and columns of a view."""
@@ -40,12 +52,27 @@ def photographs(size: tuple[int, int] | None = None) -> list[bytes]:
 @cache
 def tiny_model() -> Loaded:
     """A random LLaVA-NeXT: real geometry, tiny widths."""
-    with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
-        path = build_tiny(Path(directory), REAL_GEOMETRY)
-        return families.load(str(path), revision=None, dtype="float32", device="cpu")
+    return _loaded(REAL_GEOMETRY)
+
+
+@cache
+def model_in_proportion() -> Loaded:
+    """A random LLaVA-NeXT with real geometry, whose parts cost what a 7B's do in proportion.
+
+    It never ends an answer by itself.
+    """
+    loaded = _loaded(IN_PROPORTION)
+    loaded.model.generation_config.eos_token_id = None
+    return loaded
 
 
 def conditions(model: Any) -> str:
     """What a model runs under, the same for all that are compared."""
     dtype, attention = str(model.dtype).removeprefix("torch."), model.config._attn_implementation
     return f"{dtype}, {attention}, torch threads: {torch.get_num_threads()}"
+
+
+def _loaded(spec: TinySpec) -> Loaded:
+    with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
+        path = build_tiny(Path(directory), spec)
+        return families.load(str(path), revision=None, dtype="float32", device="cpu")
