@@ -1,17 +1,18 @@
 """Linear layers as fast as the machine has them: prepacked by oneDNN on a CPU in float32.
 
-MKL, which torch uses for float32 there, holds back on processors that are not Intel's; oneDNN's own
-kernels do not. Weights are reordered once, when a layer is packed, so a packed layer is a copy: the
-model it came from stays as it is and goes on working. Elsewhere (GPUs, other dtypes, builds of
-torch without oneDNN) a layer reads the model's own weights and nothing is copied.
+MKL, which torch uses for float32 there, holds back on processors that are not Intel's, and with few
+rows on others too; oneDNN's kernels do not. Weights are reordered once, when a layer is packed, so
+a packed layer is a copy: the model it came from stays as it is and goes on working. Elsewhere (on
+GPUs, in other dtypes, without oneDNN) a layer reads the model's own weights, as it does
+where that is as fast: without AVX-512, from `FEW_ROWS` on.
 
-Measured, one thread, (tokens x in x out), plain against prepacked GFLOP/s: on an AMD EPYC with
+Measured, one thread, (rows x in x out), plain against prepacked GFLOP/s: on an AMD EPYC with
 AVX-512 (16 x 512 x 1376) 82 -> 194, (1024 x 512 x 1376) 88 -> 225, (16 x 512 x 32000) 48 -> 140; on
-one with AVX2 only 49 -> 50, 69 -> 71, 24 -> 48. `jobs.bench` prints both for its machine.
+one with AVX2 only 49 -> 50, 86 -> 81, 26 -> 47. `jobs.bench` prints both for its machine.
 
 oneDNN compiles a kernel for every number of rows that it meets, at 0.7 ms and up to several MiB
-each (measured), and keeps the last thousand: with ragged batches a worker's memory grew by 0.2 MiB a
-row. So rows are padded to a few numbers (`rows_to_run`), which costs 3 % of products on average.
+each (measured), and keeps the last thousand: with ragged batches a worker's memory grew by 0.2 MiB
+a row. So rows are padded to a few numbers (`rows_to_run`), which costs 3 % of products on average.
 
 Not covered: bfloat16 on CPUs (oneDNN's gain is small there), quantised weights.
 """
@@ -27,6 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEW_ROWS = 96
+"""Up to here prepacked layers are at least as fast everywhere; measured at 32, 64, 128, 256."""
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:
@@ -34,15 +38,17 @@ class Linear:
 
     Attributes:
         sizes: Features that each of them puts out.
-        weights: Their weights, (out, in) each, or all of them prepacked in one.
-        biases: Likewise; None where there is none.
-        packed: Whether `weights` is prepacked.
+        weights: Their weights, (out, in) each.
+        biases: Theirs; None where there is none.
+        packed: All weights prepacked in one, or None.
+        joined: All biases in one, where packed.
     """
 
     sizes: tuple[int, ...]
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
-    packed: bool
+    packed: Tensor | None = None
+    joined: Tensor | None = None
 
     @staticmethod
     def of(*layers: nn.Linear) -> Linear:
@@ -51,32 +57,39 @@ class Linear:
         weights = tuple(layer.weight.detach() for layer in layers)
         biases = tuple(_bias(layer) for layer in layers)
         if not _can_pack(weights):
-            return Linear(sizes, weights, biases, packed=False)
-        reordered = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), None)
-        return Linear(sizes, (reordered,), (_joined(biases, sizes),), packed=True)
+            return Linear(sizes, weights, biases)
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), None)
+        return Linear(sizes, weights, biases, packed, _joined(biases, sizes))
+
+    def rows_to_run(self, rows: int) -> int:
+        """Rows that are computed for `rows` of them, see the module."""
+        return rows_to_run(rows) if self._runs_packed(rows) else rows
 
     def each(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """What each layer makes of `inputs` (T, in): (T, out) each."""
-        if self.packed:
+        if self._runs_packed(inputs.shape[:-1].numel()):
             return torch.split(self(inputs), list(self.sizes), dim=-1)
         pairs = zip(self.weights, self.biases, strict=True)
         return tuple(F.linear(inputs, weight, bias) for weight, bias in pairs)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layers' outputs side by side, (…, in) to (…, sum of out)."""
-        if not self.packed:
+        rows = inputs.shape[:-1].numel()
+        if not self._runs_packed(rows):
             outputs = self.each(inputs)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        rows = inputs.shape[:-1].numel()
-        padding = rows_to_run(rows) - rows
-        if padding:
-            flat = F.pad(inputs.reshape(rows, -1), (0, 0, 0, padding))
-            return self._run(flat)[:rows].view(*inputs.shape[:-1], -1)
-        return self._run(inputs)
+        padding = self.rows_to_run(rows) - rows
+        if not padding:
+            return self._run(inputs)
+        flat = F.pad(inputs.reshape(rows, -1), (0, 0, 0, padding))
+        return self._run(flat)[:rows].view(*inputs.shape[:-1], -1)
+
+    def _runs_packed(self, rows: int) -> bool:
+        return self.packed is not None and (rows <= FEW_ROWS or _has_avx512())
 
     def _run(self, inputs: Tensor) -> Tensor:
         made: Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, self.weights[0], self.biases[0], "none", [], ""
+            inputs, self.packed, self.joined, "none", [], ""
         )
         return made
 
@@ -126,6 +139,10 @@ def _twin(module: nn.Module) -> nn.Module:
         for name, child in module._modules.items()
     }
     return twin  # type: ignore[no-any-return]  # as the type of `module`
+
+
+def _has_avx512() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def _bias(layer: Any) -> Tensor | None:

@@ -791,12 +791,37 @@ def test_at_most_a_few_kernels_are_compiled() -> None:
     assert len({rows_to_run(rows) for rows in range(1, 4097)}) <= 16 + 5 * 8 + 3 * 16
 
 
+WIDTHS = ("AVX2", "AVX512")
+
+
+@pytest.mark.parametrize("capability", WIDTHS)
 @pytest.mark.parametrize("shape", [(17, 24), (3, 11, 24), (1, 1, 24), (2, 300, 24)])
-def test_padding_of_rows_is_not_seen(shape: tuple[int, ...]) -> None:
+def test_padding_of_rows_is_not_seen(
+    shape: tuple[int, ...], capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     layer = nn.Linear(24, 10)
     inputs = torch.randn(shape)
     with torch.inference_mode():
         torch.testing.assert_close(Linear.of(layer)(inputs), layer(inputs))
+
+
+def test_rows_are_padded_where_packed_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = Linear.of(nn.Linear(8, 8))
+    padded = {}
+    for capability in WIDTHS:
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda it=capability: it)
+        padded[capability] = [linear.rows_to_run(rows) for rows in (17, 1000)]
+    assert padded == {"AVX2": [18, 1000], "AVX512": [18, 1024]}
+
+
+@pytest.mark.parametrize("capability", WIDTHS)
+def test_wide_and_narrow_machines_decode_the_same(
+    models: dict[str, Any], expected: Expected, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    for kind in ("llama-gqa-biased", "qwen2"):
+        assert tokens(decode(models[kind], ragged(models[kind]))) == expected[kind]
 
 
 def test_half_precision_is_not_packed() -> None:

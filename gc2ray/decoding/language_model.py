@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from gc2ray.decoding.attention import Attend, Sequences
 from gc2ray.decoding.kv_pool import KvShape
-from gc2ray.linear import Linear, rows_to_run
+from gc2ray.linear import Linear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -174,8 +174,8 @@ class LanguageModel:
         """
         cos, sin = self._rotary(hidden, positions[None])
         rotary = _Rotary(cos[0, :, None], sin[0, :, None])
-        if self._head.packed:  # once, rather than in every layer
-            hidden = _padded(hidden, rows_to_run(len(hidden)))
+        # Once, rather than in every layer.
+        hidden = _padded(hidden, self._head.rows_to_run(len(hidden)))
         for layer in self._layers[:-1]:
             hidden = layer.fed_forward(layer.attended(hidden, rotary, step, attend))
         last = self._layers[-1]
