@@ -1,6 +1,7 @@
 """Benchmarks: compression, scores, preprocessing, the job around a model, language, end to end.
 
     python -m jobs.bench [--only NAME ...]
+    python -m jobs.bench --model llava-next-7b --random-weights
 
 Prints a table, then as the last line of stdout one JSON document with every figure. Goals are
 printed beside the figures and nothing fails on them; what is compared is checked to give the same
@@ -9,7 +10,7 @@ says how long each took. One CPU, one torch thread; what is compared runs in tur
 medians of times and of the ratios within a turn. The photographs come with scikit-image and
 scikit-learn; models are random: their answers mean nothing, their times depend on shapes only.
 
-Not covered: GPUs, and a real model's language side.
+Not covered: GPUs but by `--model`, and a real model's language side.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -31,15 +33,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from gc2ray.errors import ConfigError
 from jobs.benchmarks import (
     Line,
     borders,
     compression,
     end_to_end,
+    full_size,
     job_noop,
     language,
     memory,
     preprocess,
+    questions,
     scores,
 )
 from jobs.machine import cpu_name
@@ -53,6 +58,7 @@ BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "memory": memory.run,
     "language": language.run,
     "end_to_end": end_to_end.run,
+    "questions": questions.run,
 }
 TORCH_THREADS = 1
 PACKAGES = ("gc2ray", "torch", "transformers", "ray", "pillow", "pyarrow")
@@ -64,15 +70,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks, or those that are named."""
     parser = argparse.ArgumentParser(description="Benchmarks of gc2ray; goals are not asserted.")
     parser.add_argument("--only", action="append", choices=list(BENCHMARKS), metavar="NAME")
-    names = parser.parse_args(arguments).only or list(BENCHMARKS)
+    parser.add_argument(
+        "--model", choices=list(full_size.SIZES), help="instead: a model of full size, see there"
+    )
+    parser.add_argument("--random-weights", action="store_true", help="what --model needs")
+    parser.add_argument("--rows", type=int, help="images for --model")
+    chosen = parser.parse_args(arguments)
+    if chosen.model and not chosen.random_weights:
+        parser.error("--model makes random weights only: add --random-weights")
     torch.set_num_threads(TORCH_THREADS)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    works = BENCHMARKS
+    if chosen.model:
+        works = {chosen.model: partial(full_size.run, chosen.model, chosen.rows)}
     results: dict[str, list[Line]] = {}
-    for name in names:
+    for name in chosen.only or list(works):
         print(f"{name} ...", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        results[name] = BENCHMARKS[name]()
+        try:
+            results[name] = works[name]()
+        except ConfigError as error:
+            parser.error(str(error))
         took = time.perf_counter() - started
         print(f"{name}: {took:.0f} s", file=sys.stderr, flush=True)
     document: dict[str, Any] = {

@@ -14,7 +14,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from gc2ray import families
 from gc2ray.families.tiny import TinySpec, build_tiny, untrained
-from jobs.benchmarks import Line, end_to_end, language
+from jobs import bench
+from jobs.benchmarks import Line, end_to_end, full_size, language
 from jobs.benchmarks.flops import FLOAT32, LLAVA_7B, TextModel, Tower, causal_pairs
 from jobs.benchmarks.inputs import IN_PROPORTION
 from jobs.benchmarks.peers import Batches, one_by_one
@@ -191,3 +192,39 @@ def check_lines(lines: list[Line]) -> None:
     assert len({line.what for line in lines}) == len(lines), "two lines with one name"
     assert any("ratio_wall" in line.figures for line in lines)
     assert all(value >= 0 for line in lines for value in line.figures.values())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tflops"), [(2880, 41.7), (2160, 30.4), (1440, 19.7), (720, 9.6), (288, 3.8)]
+)
+def test_the_papers_operations_are_those_of_its_table(tokens: int, tflops: float) -> None:
+    """Table 8 of arXiv 2501.05179, LLaVA-NeXT-7B."""
+    assert LLAVA_7B[1].paper_prefill(tokens, 32) / 1e12 == pytest.approx(tflops, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llava-next-7b", 7.06), ("llava-next-13b", 13.35)])
+def test_full_sizes_are_the_published_ones(name: str, billions: float) -> None:
+    """Parameters of LLaVA-NeXT with Vicuna-7B and 13B, without making them."""
+    model, _ = untrained(full_size.SIZES[name], device=torch.device("meta"))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.02)
+
+
+def test_full_size_prints_a_line_for_each_retention() -> None:
+    lines = full_size.run("tiny", rows=1)
+    assert len(lines) == 1 + len(full_size.RETENTIONS)
+    tokens = [line.figures["visual_tokens"] for line in lines[1:]]
+    assert tokens[0] == 2880
+    assert tokens == sorted(tokens, reverse=True)
+    assert all(0 < line.figures["share_of_roofline"] < 1 for line in lines[1:])
+    assert lines[1].figures["speed_up"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_size_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--model", "llava-next-7b", "--random-weights"])
+    assert ended.value.code == 2
+    assert "llava-next-7b needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--model", "llava-next-7b"])
+    assert "--random-weights" in capsys.readouterr().err

@@ -86,13 +86,26 @@ def build_tiny(directory: Path, spec: TinySpec | None = None) -> Path:
     return directory
 
 
-def untrained(spec: TinySpec) -> tuple[Any, Any]:
-    """Model and processor of `spec`, in memory."""
+def untrained(
+    spec: TinySpec, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Model and processor of `spec`, in memory; a large model is made where it will be used.
+
+    Args:
+        spec: Sizes.
+        device: Where; None is the CPU.
+        dtype: Of the weights.
+    """
     tokenizer = _tokenizer(spec)
     config = _config(spec, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        model = LlavaNextForConditionalGeneration(config)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.random.fork_rng(devices=[]), device or torch.device("cpu"):
+            torch.manual_seed(spec.seed)
+            model = LlavaNextForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, _processor(spec, tokenizer, config)

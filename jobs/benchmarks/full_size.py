@@ -1,0 +1,225 @@
+"""A model of full size with random weights: what a row costs at each retention of the paper.
+
+    python -m jobs.bench --model llava-next-7b --random-weights
+
+Nothing is downloaded: the model is made from its sizes alone, on the device. Columns are those of
+the paper's table 8 (operations of the prefill over visual tokens, memory, KV cache, latency,
+throughput) and, beside them, the share of the device's own roofline: its measured rate of large
+matrix products for tower and prefill, and of reading memory for decoding.
+
+Rows are images of noise, 672 x 672, which fill five views: 2880 visual tokens uncompressed. Answers
+have 32 tokens; random weights say nothing, so end-of-sequence tokens are off.
+
+Not covered: measured on a GPU by anyone yet; several GPUs; quality.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gc2ray.config import Cluster, Recipe, parse_recipe
+from gc2ray.decoding.language_model import LanguageModel
+from gc2ray.decoding.native import NativeDecoder, Room
+from gc2ray.engine import Engine
+from gc2ray.errors import ConfigError
+from gc2ray.families.family import Loaded
+from gc2ray.families.llava_next import LlavaNext
+from gc2ray.families.tiny import TinySpec, untrained
+from gc2ray.records import Answer, ImageRef, Request, Sampling
+from gc2ray.stats import STAGES
+from jobs.answering import answers_in_order
+from jobs.benchmarks import Line
+from jobs.benchmarks.flops import FLOAT32, TextModel, Tower
+from jobs.benchmarks.inputs import IN_PROPORTION, REAL_GEOMETRY
+from jobs.photos import jpeg
+
+VICUNA_7B = TinySpec(
+    image_size=336,
+    patch_size=14,
+    vision=(1024, 24, 16),
+    vision_ffn=4096,
+    text=(4096, 32, 32, 32),
+    text_ffn=11_008,
+    table=32_064,
+    spread=0.02,
+)
+SIZES: dict[str, TinySpec] = {
+    "llava-next-7b": VICUNA_7B,
+    "llava-next-13b": replace(VICUNA_7B, text=(5120, 40, 40, 40), text_ffn=13_824),
+    "small": IN_PROPORTION,
+    "tiny": REAL_GEOMETRY,
+}
+RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
+SIDE, NEW_TOKENS, PREFILLS = 672, 32, 5
+QUESTION = "Describe the image."
+GPU_ROWS, CPU_ROWS = 128, 4
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device reaches by itself: products a second, and bytes read a second."""
+
+    flops: float
+    bytes_read: float
+
+
+def run(name: str, rows: int | None = None) -> list[Line]:
+    """One line for each retention.
+
+    Args:
+        name: One of `SIZES`.
+        rows: Images; None is enough to fill the device.
+
+    Raises:
+        ConfigError: This machine has no device for it.
+    """
+    device, dtype = _device(name)
+    model, processor = untrained(SIZES[name], device=device, dtype=dtype)
+    model.eval().generation_config.eos_token_id = None
+    family = LlavaNext(model, processor)
+    family.freeze()
+    loaded = Loaded(model, processor, family)
+    rates = _rates(device, dtype)
+    count = rows or (GPU_ROWS if device.type == "cuda" else CPU_ROWS)
+    requests = _requests(count)
+    lines = [_machine_line(name, device, dtype, rates)]
+    first: float | None = None
+    for retention in RETENTIONS:
+        figures = _figures(loaded, retention, requests, rates)
+        first = first or figures["samples_per_s"]
+        figures["speed_up"] = figures["samples_per_s"] / first
+        lines.append(Line(f"retention {retention:g}, {count} rows", figures))
+        gc.collect()  # the engine before, and with it most of a GPU
+        torch.cuda.empty_cache()
+    return lines
+
+
+def _device(name: str) -> tuple[torch.device, torch.dtype]:
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    if name.startswith("llava-next"):
+        raise ConfigError(f"{name} needs a GPU, and there is none here; --model small does not")
+    return torch.device("cpu"), torch.float32
+
+
+def _requests(rows: int) -> list[Request]:
+    noise = np.random.default_rng(0)
+    images = [
+        jpeg(Image.fromarray(noise.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)), 90)
+        for _ in range(rows)
+    ]
+    return [
+        Request(f"noise#{row}", "noise", row, (ImageRef(image),), (QUESTION,))
+        for row, image in enumerate(images)
+    ]
+
+
+def _figures(
+    loaded: Loaded, retention: float, requests: Sequence[Request], rates: Rates
+) -> dict[str, float]:
+    device = loaded.family.device
+    engine = Engine(loaded, _recipe(retention), Cluster())
+    prefill_ms = _prefill_ms(loaded, engine, requests[0])
+    answers_in_order(engine, requests[: max(1, len(requests) // 8)])  # warms up, records graphs
+    engine.forget()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    answers = answers_in_order(engine, requests)
+    seconds = time.perf_counter() - started
+    kept = sum(a.visual_tokens_kept or 0 for a in answers) / len(answers)
+    text = TextModel.of(loaded.model.config.text_config)
+    heads = loaded.model.config.text_config.num_attention_heads
+    spent = {stage: sum(a.stage_ns[stage] for a in answers) for stage in STAGES}
+    return {
+        "visual_tokens": kept,
+        "paper_tflops": text.paper_prefill(round(kept), heads) / 1e12,
+        "kv_mb": kept * loaded.family.kv_bytes_per_token / 1e6,
+        "prefill_ms": prefill_ms,
+        "samples_per_s": len(answers) / seconds,
+        "peak_memory_gb": engine.totals().peak_device_bytes / 1e9,
+        "share_of_roofline": _ideal_seconds(loaded, answers, rates) / seconds,
+        **{f"share_{stage}": taken / sum(spent.values()) for stage, taken in spent.items()},
+    }
+
+
+def _recipe(retention: float) -> Recipe:
+    return parse_recipe(
+        {
+            "model": {"path": "random"},
+            "compression": {"method": "globalcom2", "retention": retention},
+            "generation": {"max_new_tokens": NEW_TOKENS},
+            "input": {"uri": "-", "prompt": {"constant": QUESTION}},
+        }
+    )
+
+
+def _prefill_ms(loaded: Loaded, engine: Engine, request: Request) -> float:
+    """One prompt by itself, from embeddings to its first token."""
+    prompt = engine.prompts([request])[0]
+    model = LanguageModel(loaded.model)
+    decoder = NativeDecoder(model, Room(len(prompt) + 1), eos=())
+    taken = []
+    for tag in range(PREFILLS):
+        decoder.submit(tag, prompt, Sampling(1))
+        taken += [done.prefill_ns / 1e6 for done in decoder.step()]
+    return median(taken)
+
+
+def _ideal_seconds(loaded: Loaded, answers: Sequence[Answer], rates: Rates) -> float:
+    """Tower and prefill at the rate of products, decoding at whichever rate is slower."""
+    config, size = loaded.model.config, loaded.model.dtype.itemsize / FLOAT32
+    tower, text = Tower.of(config), TextModel.of(config.text_config)
+    prompts = [answer.prompt_tokens or 0 for answer in answers]
+    views = sum(len(per) for answer in answers for per in answer.kept_per_view or ())
+    kept = sum(answer.visual_tokens_kept or 0 for answer in answers)
+    reading = tower.needed(views) + tower.projector(kept)
+    reading += sum(text.needed_prefill(length) for length in prompts)
+    decoding = sum(text.decode(length, NEW_TOKENS) for length in prompts)
+    cache = sum(text.cache_bytes_read(length, NEW_TOKENS) for length in prompts)
+    bytes_read = size * ((NEW_TOKENS - 1) * text.weight_bytes + cache)
+    ideal: float = reading / rates.flops
+    return ideal + max(decoding / rates.flops, float(bytes_read) / rates.bytes_read)
+
+
+def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    vector = torch.randn(side, 1, device=device, dtype=dtype)
+    wide = torch.randn(4 * side, side, device=device, dtype=dtype)
+    product = _seconds(device, lambda: a @ b)
+    read = _seconds(device, lambda: wide @ vector)
+    return Rates(2 * side**3 / product, wide.nbytes / read)
+
+
+def _seconds(device: torch.device, work: Callable[[], object], calls: int = 10) -> float:
+    """Median over a few rounds of the time of one call."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    taken = []
+    for _ in range(5):
+        wait()
+        started = time.perf_counter()
+        for _ in range(calls):
+            work()
+        wait()
+        taken.append((time.perf_counter() - started) / calls)
+    return median(taken)
+
+
+def _machine_line(name: str, device: torch.device, dtype: torch.dtype, rates: Rates) -> Line:
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
+    figures = {"tflops": rates.flops / 1e12, "gb_per_s": rates.bytes_read / 1e9}
+    return Line(f"{name}, random weights, {str(dtype).removeprefix('torch.')}, {what}", figures)
