@@ -30,7 +30,7 @@ GPU_BURST = 8
 LONG_PROMPT = 4096
 """Tokens of one prompt that is read in one piece: more than an uncompressed image has."""
 TOWER_VIEWS = 32
-"""Views that go through the tower at once, see `gc2ray.families.llava_next`."""
+"""Views that go through the tower at once on a GPU, see `gc2ray.families.llava_next`."""
 
 
 @dataclass(frozen=True)

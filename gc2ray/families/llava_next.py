@@ -33,8 +33,12 @@ from gc2ray.families.family import Needs
 from gc2ray.linear import packed_module
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
-VIEWS_PER_BATCH = 32
-"""Views that go through the tower at once; bounds its activations."""
+GPU_VIEWS, CPU_VIEWS = 32, 4
+"""Views that go through the tower at once; bounds its activations.
+
+On a CPU few are faster, as activations stay in its caches (5 layers of width 96, 40 views: 1.0 s
+with up to 5 at once, 1.2 s with 32).
+"""
 
 
 class LlavaNext:
@@ -113,7 +117,8 @@ class LlavaNext:
     def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
         """Run the tower; `features` (V, N, D_vision) are not projected yet."""
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in tiles]))
-        parts = [self._run_tower(part) for part in pixels.split(VIEWS_PER_BATCH)]  # type: ignore[no-untyped-call]  # torch's split is
+        at_once = GPU_VIEWS if self.device.type == "cuda" else CPU_VIEWS
+        parts = [self._run_tower(part) for part in pixels.split(at_once)]  # type: ignore[no-untyped-call]  # torch's split is
         counts = [len(image.pixels) for image in tiles]
         features = torch.split(torch.cat([part[0] for part in parts]), counts)
         scores = torch.split(torch.cat([part[1] for part in parts]), counts)
