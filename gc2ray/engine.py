@@ -201,8 +201,10 @@ class Engine:
         return [row.prompt for row in rows if row.prompt is not None]
 
     def forget(self) -> None:
-        """Forget images that were shared, so that the same rows again cost what they cost first."""
+        """Forget all that rows shared, so that the same rows again cost what they cost first."""
         self._pictures = Pictures(self._sizes.remembered_bytes)
+        if "_decoder" in vars(self):
+            self._decoder.forget()
 
     def totals(self) -> RunStats:
         """What belongs to no row, since the engine was made: starvation, memory and its shortage.

@@ -426,6 +426,9 @@ class Forgetful:
 
     hungry, halvings = True, 0
 
+    def forget(self) -> None:
+        pass
+
     def submit(self, *_: Any) -> bool:
         return True
 
@@ -589,6 +592,20 @@ def test_what_was_forgotten_is_encoded_again(loaded: Loaded) -> None:
     engine.forget()
     answers_of(engine, [request()])
     assert len(family.batches) == 2
+
+
+def test_so_is_the_beginning_of_prompts(loaded: Loaded) -> None:
+    engine = Patient(loaded, make_recipe("unused", generation__max_new_tokens=NEW), Cluster())
+    engine.rows = 4
+    answers_of(engine, questions(3, ASKED))
+
+    def again() -> list[bool]:
+        answers = answers_of(engine, questions(3, ASKED))
+        return sorted(answer.prompt_tokens_shared > 0 for answer in answers)
+
+    assert again() == [True] * 4
+    engine.forget()
+    assert again() == [False, True, True, True]
 
 
 def test_a_broken_image_is_every_rows_trouble(loaded: Loaded) -> None:

@@ -62,6 +62,9 @@ class Decoder(Protocol):
     def hungry(self) -> bool:
         """Whether it has no prompt in store: a small batch now is better than a large one later."""
 
+    def forget(self) -> None:
+        """Forget what it keeps of finished prompts for others that begin alike."""
+
     def __len__(self) -> int:
         """Prompts that were taken and have not finished."""
 

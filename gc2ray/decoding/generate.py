@@ -68,6 +68,9 @@ class GenerateDecoder:
         self._waiting.append(item)
         return True
 
+    def forget(self) -> None:
+        """There is nothing: `generate` starts anew each time."""
+
     def step(self) -> list[Completion]:
         """Generate for the longest waiting prompts that fit one batch."""
         if not self._waiting:

@@ -194,6 +194,11 @@ class NativeDecoder:
         self._waiting.append(row)
         return True
 
+    def forget(self) -> None:
+        """Drop the prefixes that no live row holds."""
+        while self._prefixes.drop_oldest():
+            pass
+
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Let in what fits, and compute the next token of every live row."""
