@@ -46,7 +46,6 @@ from gc2ray.sizing import Memory, Sizes, cores, free_host_bytes, sizes
 from gc2ray.stats import RunStats, apportion
 from gc2ray.views import Prompt
 
-T = TypeVar("T")
 MESSAGE_CHARACTERS = 300
 
 log = logging.getLogger(__name__)
@@ -100,6 +99,7 @@ class Engine:
         self._compressor = compressor or recipe.compression.build()
         self._packing = recipe.compression.packing()
         self._images = recipe.input.image_policy()
+        self._sampling = Sampling(**recipe.generation.model_dump())
         self._model = loaded.model
         self._pictures = Pictures(self._sizes.remembered_bytes)
         self._open: dict[int, _Row] = {}
@@ -300,10 +300,12 @@ class Engine:
         compressed = self._now()
         rows = [payers[picture] for picture in pictures]
         _share(rows, "encode", encoded - started, [picture.views for picture in pictures])
+        # Copies of their own: a part of the batch would keep all of it in memory. All are made
+        # before any picture counts as encoded: a batch that fails here is tried again in halves.
+        copies = [part.clone() for part in packed]
         for index, picture in enumerate(pictures):
             picture.count(views[index], selections[index])
-            # A copy of its own: a part of the batch would keep all of the batch in memory.
-            picture.packed, picture.places = packed[index].clone(), places[index]
+            picture.packed, picture.places = copies[index], places[index]
             picture.tiles = None
             self._pictures.keep(picture)
         full = [picture.full_tokens for picture in pictures]
@@ -333,8 +335,7 @@ class Engine:
 
     def _submitted(self, row: _Row, prompt: Prompt) -> bool:
         """Whether the decoder took a prompt, or will never take it; then `trouble` says why."""
-        settings = self._recipe.generation.model_dump()
-        sampling = Sampling(**settings | {"seed": self._seed(row.request.seed)})
+        sampling = replace(self._sampling, seed=self._seed(row.request.seed))
         try:
             if not self._decoder.submit(self._tags + 1, prompt, sampling):
                 return False

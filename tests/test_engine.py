@@ -370,6 +370,29 @@ def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
     assert oom or answers[4].error == "ValueError: odd image"
 
 
+def test_a_batch_that_fails_late_is_tried_again_whole(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that is short once, for the third picture's tokens: no row is worse off for it."""
+    rows = requests()
+    expected = tokens_of(make_engine(loaded), rows)
+    clone, width = torch.Tensor.clone, loaded.model.config.text_config.hidden_size
+    copied: list[int] = []
+
+    def scarce(tensor: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        if tensor.dim() == 2 and tensor.shape[1] == width:
+            copied.append(len(tensor))
+            if len(copied) == 3:
+                raise torch.OutOfMemoryError("no room")
+        return clone(tensor, *rest, **named)
+
+    recipe = make_recipe("unused", generation__max_new_tokens=NEW)
+    engine = Patient(loaded, recipe, Cluster(views_per_batch=100))
+    monkeypatch.setattr(torch.Tensor, "clone", scarce)
+    assert tokens_of(engine, rows) == expected
+    assert len(copied) == 3 + len(rows)
+
+
 def test_an_error_message_is_one_bounded_line(loaded: Loaded) -> None:
     broken, _ = with_family(loaded, error=ValueError("a\n  b" * 1000))
     (answer,) = make_engine(broken).stream([request()])

@@ -182,16 +182,15 @@ class NativeDecoder:
         Raises:
             BadRow: Prompt and answer are longer than the whole KV cache (`too_long`).
         """
-        numbers = row_numbers(sampling).tolist() if sampling.temperature > 0 else []
-        row = _Row(tag, prompt, sampling, numbers, _next_position(prompt))
-        if self._reserve(row) > self._room.kv_tokens:
+        tokens = len(prompt) + sampling.max_new_tokens
+        if self._reserve(tokens) > self._room.kv_tokens:
             limit = f"the KV cache has room for {self._room.kv_tokens} (cluster.kv_tokens)"
-            counted = f"{row.tokens_at_most} tokens of prompt and answer"
-            raise BadRow(Status.TOO_LONG, f"{counted}; {limit}")
+            raise BadRow(Status.TOO_LONG, f"{tokens} tokens of prompt and answer; {limit}")
         waiting = sum(len(other.prompt) for other in self._waiting)
         if self._waiting and waiting + len(prompt) > 2 * self._room.prefill_tokens:
             return False
-        self._waiting.append(row)
+        numbers = row_numbers(sampling).tolist() if sampling.temperature > 0 else []
+        self._waiting.append(_Row(tag, prompt, sampling, numbers, _next_position(prompt)))
         return True
 
     def forget(self) -> None:
@@ -247,7 +246,9 @@ class NativeDecoder:
             max(row.sampling.max_new_tokens - len(row.tokens) for row in rows),
         )
         shape = BurstShape.of(
-            len(rows), max(map(self._reserve, rows)), draws=any(row.numbers for row in rows)
+            len(rows),
+            self._reserve(max(row.tokens_at_most for row in rows)),
+            draws=any(row.numbers for row in rows),
         )
         if shape not in self._bursts:
             self._bursts[shape] = Burst(
@@ -313,18 +314,18 @@ class NativeDecoder:
             return not others
         return self._limits[0] is None or len(others) < self._limits[0]
 
-    def _reserve(self, row: _Row) -> int:
-        """Token places that a row may need; a burst writes behind its end."""
-        return row.tokens_at_most + self._room.burst - 1
+    def _reserve(self, tokens: int) -> int:
+        """Token places for a row of so many tokens; a burst writes behind its end."""
+        return tokens + self._room.burst - 1
 
     def _place(self, row: _Row, admitted: Sequence[_Row]) -> bool:
         """Find room for a row, if need be at the cost of prefixes that no live row holds."""
-        key = row.prompt.prefix_key
-        extent = self._pool.admit(self._reserve(row))
+        key, places = row.prompt.prefix_key, self._reserve(row.tokens_at_most)
+        extent = self._pool.admit(places)
         while extent is None and self._prefixes.drop_oldest(but=key):
-            extent = self._pool.admit(self._reserve(row))
+            extent = self._pool.admit(places)
         if extent is None and not self._live and not admitted and self._prefixes.drop_oldest():
-            extent = self._pool.admit(self._reserve(row))  # its own prefix was in the way
+            extent = self._pool.admit(places)  # its own prefix was in the way
         if extent is None:
             return False
         row.extent = extent
