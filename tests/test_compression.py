@@ -20,6 +20,7 @@ from gc2ray.compression.globalcom2 import GlobalCom2, crop_scales
 from gc2ray.compression.globalcom2_reference import GlobalCom2Reference
 from gc2ray.views import Views, everything
 from tests import oracle
+from tests.views import kept_sets, random_views
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())
@@ -57,25 +58,7 @@ def golden_views(data: dict[str, np.ndarray]) -> Views:
 def make_views(
     size: tuple[int, int], side: int = 6, seed: int = 0, grid: tuple[int, int] | None = None
 ) -> Views:
-    grid = grid or ANYRES.grid(size)
-    draw = torch.Generator().manual_seed(seed)
-    views = 1 + grid[0] * grid[1]
-    return Views(
-        features=torch.randn(views, side * side, 4, generator=draw),
-        scores=torch.randn(views, side * side, generator=draw),
-        canvas=Canvas.of(size, grid, (side, side)),
-        size=size,
-        seed=seed,
-    )
-
-
-def kept_sets(views: Views, source: torch.Tensor) -> list[set[int]]:
-    n = views.tokens_per_view
-    kept: list[set[int]] = [set() for _ in views.valid_per_view]
-    for place in source.tolist():
-        if place != NEWLINE:
-            kept[place // n].add(place % n)
-    return kept
+    return random_views(size, grid or ANYRES.grid(size), side, seed)
 
 
 # --- fixtures ---------------------------------------------------------------------------------
@@ -104,7 +87,7 @@ def test_globalcom2_keeps_the_reference_sets(index: int) -> None:
     data = golden(index)
     views = golden_views(data)
     retention = float(data["ratio"])
-    kept = kept_sets(views, GlobalCom2(retention)(views).source)
+    kept = kept_sets(views, GlobalCom2(retention)(views).source.tolist())
     assert kept[0] == set(data["thumb_idx"].tolist())
     ptr = data["kept_ptr"]
     for crop in range(len(ptr) - 1):
@@ -118,7 +101,7 @@ def test_the_excepted_fixtures_do_differ() -> None:
     for index in (21, 24):
         data = golden(index)
         views = golden_views(data)
-        kept = kept_sets(views, GlobalCom2(float(data["ratio"]))(views).source)
+        kept = kept_sets(views, GlobalCom2(float(data["ratio"]))(views).source.tolist())
         assert sum(map(len, kept[1:])) != len(data["kept_true"])
     for index in (14, 15, 16):
         data = golden(index)
@@ -153,7 +136,9 @@ def test_kept_tokens_stand_where_they_were() -> None:
             crop, token = place // 36 - 1, place % 36
             line.append((token // 6, crop * 6 + token % 6))
     assert canvas_rows == sorted(set(canvas_rows))
-    assert oracle.pack(kept_sets(views, GlobalCom2(0.4)(views).source), (1, 3), 6) == source
+    assert (
+        oracle.pack(kept_sets(views, GlobalCom2(0.4)(views).source.tolist()), (1, 3), 6) == source
+    )
 
 
 def test_one_newline_per_row_that_keeps_a_token() -> None:
@@ -217,7 +202,7 @@ def test_retention_one_is_the_identity(method: str, size: tuple[int, int]) -> No
 def test_ties_go_to_the_lower_index() -> None:
     views = make_views((700, 700))
     flat = replace(views, scores=torch.ones_like(views.scores))
-    kept = kept_sets(flat, GlobalCom2(0.25)(flat).source)
+    kept = kept_sets(flat, GlobalCom2(0.25)(flat).source.tolist())
     assert kept == [set(range(9))] * 5
 
 

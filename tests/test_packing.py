@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.canvas import NEWLINE, Canvas
+from gc2ray.canvas import NEWLINE
 from gc2ray.compression import COMPRESSORS, build
 from gc2ray.packing import Newlines, Packing
 from gc2ray.views import Places, Selection, Views, everything, reading_order
 from tests import oracle
+from tests.views import kept_sets, random_views
 
 ORIGINAL = Packing(positions="original")
 ALL, NONE = Packing(newlines="all"), Packing(newlines="none")
@@ -28,32 +28,9 @@ sides = st.sampled_from([3, 4, 5])
 retentions = st.sampled_from([0.02, 0.1, 0.25, 0.6, 1.0])
 
 
-def make_views(
-    size: tuple[int, int], grid: tuple[int, int] = (2, 2), side: int = 6, seed: int = 0
-) -> Views:
-    draw = torch.Generator().manual_seed(seed)
-    views = 1 + grid[0] * grid[1]
-    return Views(
-        features=torch.randn(views, side * side, 4, generator=draw),
-        scores=torch.randn(views, side * side, generator=draw),
-        canvas=Canvas.of(size, grid, (side, side)),
-        size=size,
-        seed=seed,
-    )
-
-
 def random_mask(views: Views, share: float, seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     return (torch.rand(views.valid.shape, generator=draw) < share) & views.valid
-
-
-def kept_sets(views: Views, packed: Sequence[int]) -> list[set[int]]:
-    n = views.tokens_per_view
-    kept: list[set[int]] = [set() for _ in views.valid_per_view]
-    for source in packed:
-        if source != NEWLINE:
-            kept[source // n].add(source % n)
-    return kept
 
 
 def rows_closed(method: str, retention: float, views: Views, packed: list[int]) -> list[int]:
@@ -96,7 +73,7 @@ def test_places_are_those_of_the_uncompressed_image(
     retention: float,
     seed: int,
 ) -> None:
-    views = make_views(size, grid, side, seed)
+    views = random_views(size, grid, side, seed)
     selection = build(method, retention=retention)(views)
     closed = rows_closed(method, retention, views, selection.source.tolist())
     check_places(views, selection, closed)
@@ -113,7 +90,7 @@ def test_places_are_those_of_the_uncompressed_image(
 def test_places_of_random_masks(
     size: tuple[int, int], grid: tuple[int, int], side: int, share: float, seed: int
 ) -> None:
-    views = make_views(size, grid, side)
+    views = random_views(size, grid, side)
     (selection,) = reading_order([views], random_mask(views, share, seed))
     check_places(views, selection, oracle.rows_closed(selection.source.tolist(), grid, side))
     (full,) = ALL.apply([views], [selection])
@@ -137,7 +114,7 @@ def test_newlines_of_every_method(
     retention: float,
     seed: int,
 ) -> None:
-    views = make_views(size, grid, side, seed)
+    views = random_views(size, grid, side, seed)
     before = build(method, retention=retention)(views)
     emitted = before.source.tolist()
     (after,) = Packing(newlines=newlines).apply([views], [before])
@@ -169,7 +146,7 @@ def test_newlines_of_every_method(
 
 def test_a_small_image_by_hand() -> None:
     """A 1x2 grid of 2x2 views: thumbnail 0..3, rows (4 5 8 9) and (6 7 10 11)."""
-    views = make_views((100, 200), (1, 2), 2)
+    views = random_views((100, 200), (1, 2), 2)
     assert everything(views).source.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
     keep = torch.zeros(3, 4, dtype=torch.bool)
     keep.view(-1)[[1, 6, 10]] = True
@@ -187,7 +164,7 @@ def test_a_small_image_by_hand() -> None:
 
 def test_the_reference_counts_the_rows_of_padding_too() -> None:
     """400x1000 on 2x2 crops of 6x6: rows 4..7 show the image, and 12 newlines come out."""
-    views = make_views((400, 1000))
+    views = random_views((400, 1000))
     assert views.canvas.rows == (4, 8)
     selection = build(EVERY_ROW, retention=0.3)(views)
     newline = selection.source == NEWLINE
@@ -204,7 +181,7 @@ def test_the_reference_counts_the_rows_of_padding_too() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["globalcom2", "pool", "none", "uniform"])
 def test_at_retention_one_every_token_has_its_own_place(method: str, size: tuple[int, int]) -> None:
-    views = make_views(size)
+    views = random_views(size)
     selection = build(method, retention=1.0)(views)
     for packing in (ORIGINAL, replace(ORIGINAL, newlines="all")):
         (packed,) = packing.apply([views], [selection])
@@ -214,7 +191,7 @@ def test_at_retention_one_every_token_has_its_own_place(method: str, size: tuple
 
 
 def test_an_image_without_a_thumbnail() -> None:
-    views = make_views((400, 1000))
+    views = random_views((400, 1000))
     crops = Views(views.features[1:], views.scores[1:], views.canvas, views.size, thumbnail=None)
     keep = random_mask(views, 0.2, seed=1)
     keep[0] = False
@@ -231,13 +208,13 @@ def test_an_image_without_a_thumbnail() -> None:
 
 def test_a_newline_before_any_crop_token_closes_the_first_row() -> None:
     """No method here emits one; were it the row before the canvas, it would be the last one's."""
-    views = make_views((400, 1000))
+    views = random_views((400, 1000))
     selection = Selection(torch.tensor([3, NEWLINE, 36 + 5 * 6, NEWLINE], dtype=torch.int32))
     assert places_of(ORIGINAL, views, selection).index.tolist() == [3, 48, 49, 61]
 
 
 def test_of_nothing_kept() -> None:
-    views = make_views((400, 1000))
+    views = random_views((400, 1000))
     empty = Selection(torch.empty(0, dtype=torch.int32))
     (full,) = ALL.apply([views], [empty])
     assert full.source.tolist() == [NEWLINE] * 4
@@ -248,7 +225,7 @@ def test_of_nothing_kept() -> None:
 @pytest.mark.parametrize("method", COMPRESSORS)
 @pytest.mark.parametrize("packing", [replace(ORIGINAL, newlines="all"), ORIGINAL, NONE])
 def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
-    images = [make_views(size, seed=seed) for seed, size in enumerate(SIZES)]
+    images = [random_views(size, seed=seed) for seed, size in enumerate(SIZES)]
     selections = build(method, retention=0.3).many(images)
     together = packing.apply(images, selections)
     placed = packing.places(images, together)
@@ -264,7 +241,7 @@ def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
 
 @pytest.mark.parametrize("method", COMPRESSORS)
 def test_the_papers_way_is_no_work(method: str) -> None:
-    images = [make_views(size) for size in SIZES]
+    images = [random_views(size) for size in SIZES]
     selections = build(method, retention=0.3).many(images)
     same = Packing().apply(images, selections)
     assert all(a is b for a, b in zip(same, selections, strict=True))

@@ -29,7 +29,7 @@ from jobs.answering import answers_in_order
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.flops import LLAVA_7B, TextModel, Tower
 from jobs.benchmarks.inputs import XGA, conditions, model_in_proportion, opened, photographs
-from jobs.benchmarks.roofline import Machine, Stage, measured_machine
+from jobs.benchmarks.roofline import Machine, Stage, answering_stages, measured_machine
 from jobs.benchmarks.timing import Times, Work, in_turn, time_ratios
 
 RETENTIONS = (1.0, 0.5, 0.25, 0.1)
@@ -197,21 +197,10 @@ class _Scale:
 
     @staticmethod
     def of(loaded: Loaded, answers: Sequence[Answer], machine: Machine) -> _Scale:
-        """Stages: tower and projector, prefill, decoding; nothing for preprocessing."""
-        config = loaded.model.config
-        tower, text = Tower.of(config), TextModel.of(config.text_config)
-        visual = [_visual(answer) for answer in answers]
-        prompts = [answer.prompt_tokens or 0 for answer in answers]
-        encode = tower.needed(sum(_views(answer) for answer in answers))
-        prefill = sum(text.needed_prefill(length) for length in prompts)
-        decode = sum(text.decode(length, NEW_TOKENS) for length in prompts)
-        cache = sum(text.cache_bytes_read(length, NEW_TOKENS) for length in prompts)
-        stages = (
-            Stage(encode + tower.projector(sum(visual)), tower.weight_bytes),
-            Stage(prefill, text.weight_bytes),
-            Stage(decode, (NEW_TOKENS - 1) * text.weight_bytes + cache),
-        )
-        return _Scale(len(answers), sum(visual) / len(answers), stages, machine)
+        """From the answers at a retention."""
+        kept = sum(answer.visual_tokens_kept or 0 for answer in answers)
+        stages = answering_stages(loaded.model.config, answers, NEW_TOKENS)
+        return _Scale(len(answers), kept / len(answers), stages, machine)
 
     def figures(self, times: Times) -> dict[str, float]:
         """Rates and shares are per CPU second; FLOP/s count what is needed, for everybody."""
@@ -262,10 +251,6 @@ def _uncompressed(tower: Tower, text: TextModel, answer: Answer) -> tuple[int, i
 
 def _views(answer: Answer) -> int:
     return sum(len(views) for views in answer.kept_per_view or ())
-
-
-def _visual(answer: Answer) -> int:
-    return answer.visual_tokens_kept or 0
 
 
 def _ratios(

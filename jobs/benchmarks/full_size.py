@@ -33,12 +33,13 @@ from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded
 from gc2ray.families.llava_next import LlavaNext
 from gc2ray.families.tiny import TinySpec, untrained
-from gc2ray.records import Answer, ImageRef, Request, Sampling
+from gc2ray.records import ImageRef, Request, Sampling
 from gc2ray.stats import STAGES
 from jobs.answering import answers_in_order
 from jobs.benchmarks import Line
-from jobs.benchmarks.flops import FLOAT32, TextModel, Tower
+from jobs.benchmarks.flops import TextModel
 from jobs.benchmarks.inputs import IN_PROPORTION, REAL_GEOMETRY
+from jobs.benchmarks.roofline import answering_stages, ideal_seconds
 from jobs.photos import jpeg
 
 VICUNA_7B = TinySpec(
@@ -138,6 +139,8 @@ def _figures(
     kept = sum(a.visual_tokens_kept or 0 for a in answers) / len(answers)
     text = TextModel.of(loaded.model.config.text_config)
     heads = loaded.model.config.text_config.num_attention_heads
+    stages = answering_stages(loaded.model.config, answers, NEW_TOKENS, loaded.model.dtype.itemsize)
+    ideal = ideal_seconds(stages, rates.flops, rates.bytes_read)
     spent = {stage: sum(a.stage_ns[stage] for a in answers) for stage in STAGES}
     return {
         "visual_tokens": kept,
@@ -146,7 +149,7 @@ def _figures(
         "prefill_ms": prefill_ms,
         "samples_per_s": len(answers) / seconds,
         "peak_memory_gb": engine.totals().peak_device_bytes / 1e9,
-        "share_of_roofline": _ideal_seconds(loaded, answers, rates) / seconds,
+        "share_of_roofline": ideal / seconds,
         **{f"share_{stage}": taken / sum(spent.values()) for stage, taken in spent.items()},
     }
 
@@ -172,22 +175,6 @@ def _prefill_ms(loaded: Loaded, engine: Engine, request: Request) -> float:
         decoder.submit(tag, prompt, Sampling(1))
         taken += [done.prefill_ns / 1e6 for done in decoder.step()]
     return median(taken)
-
-
-def _ideal_seconds(loaded: Loaded, answers: Sequence[Answer], rates: Rates) -> float:
-    """Tower and prefill at the rate of products, decoding at whichever rate is slower."""
-    config, size = loaded.model.config, loaded.model.dtype.itemsize / FLOAT32
-    tower, text = Tower.of(config), TextModel.of(config.text_config)
-    prompts = [answer.prompt_tokens or 0 for answer in answers]
-    views = sum(len(per) for answer in answers for per in answer.kept_per_view or ())
-    kept = sum(answer.visual_tokens_kept or 0 for answer in answers)
-    reading = tower.needed(views) + tower.projector(kept)
-    reading += sum(text.needed_prefill(length) for length in prompts)
-    decoding = sum(text.decode(length, NEW_TOKENS) for length in prompts)
-    cache = sum(text.cache_bytes_read(length, NEW_TOKENS) for length in prompts)
-    bytes_read = size * ((NEW_TOKENS - 1) * text.weight_bytes + cache)
-    ideal: float = reading / rates.flops
-    return ideal + max(decoding / rates.flops, float(bytes_read) / rates.bytes_read)
 
 
 def _rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -8,16 +8,19 @@ of reach.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 
 from gc2ray.linear import Linear
+from gc2ray.records import Answer
 from jobs.benchmarks import Line
+from jobs.benchmarks.flops import FLOAT32, TextModel, Tower
 from jobs.benchmarks.timing import Work, in_turn
 
 PREFILL, LOGITS = (1024, 512, 1376), (16, 512, 32_000)
@@ -67,10 +70,7 @@ class Machine:
 
     def ideal_seconds(self, stages: Iterable[Stage]) -> float:
         """How long work takes at the machine's rates."""
-        return sum(
-            max(stage.flops / self.flops_per_s, stage.bytes_read / self.bytes_per_s)
-            for stage in stages
-        )
+        return ideal_seconds(stages, self.flops_per_s, self.bytes_per_s)
 
     def line(self) -> Line:
         """Its rates, as a line of the table."""
@@ -85,6 +85,37 @@ class Machine:
         }
         what = "machine, one thread: {}x{}x{} and logits {}x{}x{}".format(*PREFILL, *LOGITS)
         return Line(what, figures, f"prepacked {PACKED_GAIN:g}x plain, for the total goal: {holds}")
+
+
+def ideal_seconds(stages: Iterable[Stage], flops_per_s: float, bytes_per_s: float) -> float:
+    """How long stages take one after the other, each at the rate that bounds it."""
+    return sum(max(stage.flops / flops_per_s, stage.bytes_read / bytes_per_s) for stage in stages)
+
+
+def answering_stages(
+    config: Any, answers: Sequence[Answer], new_tokens: int, itemsize: int = FLOAT32
+) -> tuple[Stage, Stage, Stage]:
+    """What answers of one length need: tower and projector, prefill, decoding together.
+
+    Args:
+        config: Of a LLaVA-NeXT model.
+        answers: What was answered; nothing is counted for preprocessing.
+        new_tokens: Tokens of each answer.
+        itemsize: Bytes of a weight and of a cached number.
+    """
+    tower, text = Tower.of(config), TextModel.of(config.text_config)
+    prompts = [answer.prompt_tokens or 0 for answer in answers]
+    views = sum(len(per) for answer in answers for per in answer.kept_per_view or ())
+    kept = sum(answer.visual_tokens_kept or 0 for answer in answers)
+    prefill = sum(text.needed_prefill(length) for length in prompts)
+    decode = sum(text.decode(length, new_tokens) for length in prompts)
+    cache = sum(text.cache_bytes_read(length, new_tokens) for length in prompts)
+    size = itemsize / FLOAT32
+    return (
+        Stage(tower.needed(views) + tower.projector(kept), size * tower.weight_bytes),
+        Stage(prefill, size * text.weight_bytes),
+        Stage(decode, size * ((new_tokens - 1) * text.weight_bytes + cache)),
+    )
 
 
 @cache
