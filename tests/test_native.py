@@ -33,6 +33,7 @@ from gc2ray.decoding.attention import (
     attend_padded,
     attend_varlen,
     chosen,
+    write,
 )
 from gc2ray.decoding.burst import Burst, BurstRow, BurstShape
 from gc2ray.decoding.decoder import Completion
@@ -761,7 +762,7 @@ def test_a_step_knows_its_places() -> None:
     assert step.last.tolist() == [4, 5]
     assert step.only_last.chunks == (Chunk(3, 5, 1), Chunk(20, 7, 1))
     states = torch.arange(24.0).view(6, 2, 1, 2)
-    step.write(0, states)
+    write(step, 0, *states.unbind(1))
     assert arena[0, 1, 0, 26].tolist() == states[5, 1, 0].tolist()
     assert arena[0, 0, 0, 3:8].equal(states[:5, 0, 0])
     assert arena.count_nonzero() == 23

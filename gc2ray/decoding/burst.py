@@ -93,9 +93,6 @@ class _Slots:
     def only_last(self) -> _Slots:
         return self
 
-    def write(self, layer: int, states: Tensor) -> None:
-        self.arena[layer].index_copy_(2, self.places, states.permute(1, 2, 0, 3))
-
 
 class Burst:
     """Steps of up to `shape.rows` rows.

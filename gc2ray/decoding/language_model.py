@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gc2ray.decoding.attention import Attend, Sequences
+from gc2ray.decoding.attention import Attend, Sequences, write
 from gc2ray.decoding.kv_pool import KvShape
 from gc2ray.linear import Linear
 
@@ -75,7 +75,7 @@ class _Layer:
             output=Linear.of(attention.o_proj),
             after=_Norm.of(module.post_attention_layernorm),
             gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
-            activation=mlp.act_fn,
+            activation=_activation(mlp.act_fn, config),
             down=Linear.of(mlp.down_proj),
             head_size=int(attention.head_dim),
             scale=float(attention.scaling),
@@ -86,7 +86,7 @@ class _Layer:
         """(T, D) to (T, D): attention and its residual."""
         queries = self._written(hidden, rotary, step)
         out = attend(step, self.index, queries, self.scale, self.window).flatten(1)
-        return hidden + self.output(_padded(out, len(hidden)))
+        return self.output(_padded(out, len(hidden))).add_(hidden)
 
     def attended_last(
         self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend
@@ -94,21 +94,21 @@ class _Layer:
         """(T, D) to (S, D): as `attended`, for each sequence's last token only."""
         queries = self._written(hidden, rotary, step)[step.last]
         out = attend(step.only_last, self.index, queries, self.scale, self.window)
-        return hidden[step.last] + self.output(out.flatten(1))
+        return self.output(out.flatten(1)).add_(hidden[step.last])
 
     def _written(self, hidden: Tensor, rotary: _Rotary, step: Sequences) -> Tensor:
         """Queries (T, heads, head size); keys and values are put into the arena."""
         tokens = len(rotary.cos)
         query, key, value = (part[:tokens] for part in self.qkv.each(self.before(hidden)))
         size = (tokens, -1, self.head_size)
-        keys = rotary.turned(key.view(size))
-        step.write(self.index, torch.stack((keys, value.view(size)), dim=1))
+        write(step, self.index, rotary.turned(key.view(size)), value.view(size))
         return rotary.turned(query.view(size))
 
     def fed_forward(self, hidden: Tensor) -> Tensor:
         """(T, D) to (T, D): the feed-forward part and its residual."""
         gate, up = self.gate_up.each(self.after(hidden))
-        return hidden + self.down(self.activation(gate) * up)
+        # In place: what the products put out is nobody else's, and new memory has to be cleared.
+        return self.down(self.activation(gate).mul_(up)).add_(hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +181,11 @@ class LanguageModel:
         last = self._layers[-1]
         hidden = last.fed_forward(last.attended_last(hidden, rotary, step, attend))
         return self._head(self._norm(hidden))
+
+
+def _activation(module: Any, config: Any) -> Any:
+    """A layer's activation; the usual one overwrites its input."""
+    return nn.SiLU(inplace=True) if config.hidden_act in ("silu", "swish") else module
 
 
 def _padded(states: Tensor, rows: int) -> Tensor:
