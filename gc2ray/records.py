@@ -104,6 +104,7 @@ class Request:
         carried: The input columns that are written back, Arrow scalars or Python values.
         fault: Set where the source already knows that there can be no answer.
         prompt_index: Which of the row's prompts it is; a row without any has one request, with 0.
+        prompt_count: How many requests the row has, so that a lost one is missed.
     """
 
     row_key: str
@@ -114,6 +115,7 @@ class Request:
     carried: Mapping[str, Any] = field(default_factory=dict)
     fault: BadRow | None = None
     prompt_index: int = 0
+    prompt_count: int = 1
 
     @property
     def seed(self) -> int:

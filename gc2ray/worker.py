@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -387,10 +387,13 @@ def _in_order(shard: Shard, answers: Iterable[Answer]) -> list[Answer]:
         by_row[place].append(answer)
     for (source, row), found in by_row.items():
         found.sort(key=lambda answer: answer.request.prompt_index)
-        prompts = {answer.request.prompt_index for answer in found}
-        missing = next(index for index in count() if index not in prompts)
-        if not found or missing < len(found):
-            raise ShardError(f"{source}#{row} is planned, but prompt {missing} was not answered")
+        answered = [answer.request.prompt_index for answer in found]
+        if not answered:
+            raise ShardError(f"{source}#{row} is planned, but was not answered")
+        prompts = found[0].request.prompt_count
+        if answered != list(range(prompts)):
+            told = ", ".join(map(str, answered))
+            raise ShardError(f"{source}#{row} has {prompts} prompts, from 0; answered: {told}")
     return [answer for found in by_row.values() for answer in found]
 
 

@@ -283,6 +283,7 @@ def test_a_list_gives_a_request_per_prompt(tmp_path: Path, kind: pa.DataType, me
     rows = rows_of(source_of(tmp_path, prompt=COLUMN, keep=["prompt"]), memory)
     assert told(rows) == LISTED
     assert [row.row_key for row in rows] == [f"a.parquet#{r}#{i}" for r, i, _, _ in LISTED]
+    assert [row.prompt_count for row in rows] == [max(1, len(LISTS[r] or ())) for r, *_ in LISTED]
     assert [row.images[0].data for row in rows] == [b"%d" % r for r, _, _, _ in LISTED]
     assert [row.carried.get("prompt", pa.scalar(None)).as_py() for row in rows] == [
         LISTS[r] for r, _, _, _ in LISTED

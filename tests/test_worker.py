@@ -121,9 +121,11 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        (lambda row, index: row == 4, r"a\.parquet#4 is planned, but prompt 0 was not answered"),
-        (lambda row, index: (row, index) == (4, 1), r"a\.parquet#4 .* prompt 1 was not answered"),
-        (lambda row, index: (row, index) == (4, 0), r"a\.parquet#4 .* prompt 0 was not answered"),
+        (lambda row, index: row == 4, r"a\.parquet#4 is planned, but was not answered"),
+        (lambda row, index: (row, index) == (4, 1), r"a\.parquet#4 has 4 .* answered: 0, 2, 3"),
+        (lambda row, index: (row, index) == (4, 0), r"a\.parquet#4 has 4 .* answered: 1, 2, 3"),
+        (lambda row, index: (row, index) == (4, 3), r"a\.parquet#4 has 4 .* answered: 0, 1, 2"),
+        (lambda row, index: row == 4 and index > 0, r"a\.parquet#4 has 4 .* answered: 0$"),
     ],
 )
 def test_a_prompt_that_is_not_read_fails_the_shard(

@@ -142,7 +142,8 @@ class ParquetSource:
             trouble = error
         carried = {name: record[name] for name in self.config.keep if record[name].is_valid}
         listed = prompt.column is not None and _is_list(record[prompt.column].type)
-        for index, text in enumerate(_texts(prompt, record) if listed else [_text(prompt, record)]):
+        texts = list(_texts(prompt, record)) if listed else [_text(prompt, record)]
+        for index, text in enumerate(texts):
             fault = text if isinstance(text, BadRow) else None
             if trouble is not None:  # a new one each, because raising an exception changes it
                 fault = BadRow(trouble.status, trouble.message)
@@ -155,6 +156,7 @@ class ParquetSource:
                 carried=carried,
                 fault=fault,
                 prompt_index=index,
+                prompt_count=len(texts),
             )
 
     def _located(self) -> tuple[Any, str, str]:
