@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -207,19 +208,13 @@ class Patient(Engine):
         return len(batch) >= self.rows
 
 
-class Ticking(Patient):
-    """A device clock that ticks once a look."""
-
-    ticks = 0
-
-    def _now(self) -> int:
-        self.ticks += 100_003
-        return self.ticks
-
-
-def test_shares_of_a_batch_sum_to_the_stage_exactly(loaded: Loaded) -> None:
+def test_shares_of_a_batch_sum_to_the_stage_exactly(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = count(0, 100_003)  # a device clock that ticks once a look
+    monkeypatch.setattr("gc2ray.vision.Vision._now", lambda _: next(ticks))
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
-    answers = answers_of(Ticking(loaded, recipe, Cluster(views_per_batch=100)), requests())
+    answers = answers_of(Patient(loaded, recipe, Cluster(views_per_batch=100)), requests())
     for stage in ("encode", "compress"):
         shares = [answer.stage_ns[stage] for answer in answers]
         assert sum(shares) == 100_003
@@ -538,7 +533,7 @@ def test_a_storage_that_fails_is_not_the_rows_fault(
     def outage(*_: Any) -> None:
         raise ShardError("the image store does not answer")
 
-    monkeypatch.setattr("gc2ray.engine.read_bytes", outage)
+    monkeypatch.setattr("gc2ray.vision.read_bytes", outage)
     (answer,) = make_engine(loaded).stream([request()])
     assert answer.retry
     assert answer.error == "ShardError: the image store does not answer"

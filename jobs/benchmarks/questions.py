@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any
 
 from gc2ray.config import Cluster, parse_recipe
 from gc2ray.engine import Engine
 from gc2ray.records import Answer, ImageRef, Request
+from gc2ray.row import Row
+from gc2ray.views import Prompt
 from jobs.answering import answers_in_order
 from jobs.benchmarks import Line
 from jobs.benchmarks.inputs import XGA, model_in_proportion, photographs
@@ -26,11 +27,8 @@ SAME = 0.95
 class _ImagesOnly(Engine):
     """Shares images, and computes every prompt from its beginning."""
 
-    def _embed(self, rows: Sequence[Any]) -> None:
-        super()._embed(rows)
-        for row in rows:
-            if row.prompt is not None:
-                row.prompt = replace(row.prompt, prefix_key=None)
+    def _submitted(self, row: Row, prompt: Prompt) -> bool:
+        return super()._submitted(row, replace(prompt, prefix_key=None))
 
 
 def run() -> list[Line]:

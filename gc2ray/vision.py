@@ -1,0 +1,181 @@
+"""`Vision`: an engine's way from a request to a prompt: read, decode, encode, compress, embed.
+
+`open` runs on threads, a row at a time; `encode` takes a batch of what they made, on one thread. On
+a GPU it runs on a stream of its own, so that it may go on beside the decoder.
+
+Rows that show the same image share it: see `gc2ray.pictures`. Trouble is noted in the rows.
+
+Not covered: several images or prompts in one request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from gc2ray.compression.compressor import Compressor
+from gc2ray.config import Recipe
+from gc2ray.errors import BadRow, Status
+from gc2ray.families.family import Loaded
+from gc2ray.images import read_bytes, tiles_of
+from gc2ray.pictures import Picture, Pictures, picture_key
+from gc2ray.prompts import ChatPrompt
+from gc2ray.records import Request
+from gc2ray.row import Row, attempt, share_time
+from gc2ray.views import Prompt
+
+
+class Vision:
+    """Makes prompts of requests.
+
+    Args:
+        loaded: The model.
+        recipe: What to compute.
+        compressor: What chooses tokens.
+        remembered_bytes: Packed pictures that are kept for rows to come, at most.
+    """
+
+    def __init__(
+        self, loaded: Loaded, recipe: Recipe, compressor: Compressor, remembered_bytes: int
+    ) -> None:
+        self._family = loaded.family
+        self._chat = ChatPrompt(loaded.processor)
+        self._compressor = compressor
+        self._packing = recipe.compression.packing()
+        self._images = recipe.input.image_policy()
+        self._generation = recipe.generation
+        self._remembered_bytes = remembered_bytes
+        self._pictures = Pictures(remembered_bytes)
+        self._stream: torch.cuda.Stream | None = None
+
+    def forget(self) -> None:
+        """Drop the pictures that were kept for rows to come."""
+        self._pictures = Pictures(self._remembered_bytes)
+
+    def open(self, request: Request) -> Row:
+        """Read the image, and decode and tile it unless another row does; runs on threads."""
+
+        def work(_: Sequence[Row]) -> None:
+            if request.fault is not None:
+                raise request.fault
+            if len(request.images) != 1 or len(request.prompts) != 1:
+                raise BadRow(Status.FAILED, "a request has one image and one prompt, for now")
+            data = read_bytes(request.images[0], self._images)
+            reads_prompt = self._compressor.reads_prompt
+            key = picture_key(data, request.prompts[0] if reads_prompt else None)
+            row.picture, new = self._pictures.find(key)
+            row.shares = not new
+            if new:
+                self._decode(row.picture, request, data)
+
+        started = time.perf_counter_ns()
+        row = Row(replace(request, images=()))  # encoded bytes are not needed any more
+        attempt([row], work)
+        row.stage_ns["image"] = time.perf_counter_ns() - started
+        return row
+
+    def _decode(self, picture: Picture, request: Request, data: bytes) -> None:
+        def work(pictures: Sequence[Picture]) -> None:
+            ref = request.images[0]
+            pictures[0].tiles = tiles_of(data, ref, self._family.anyres, self._images)
+
+        try:
+            attempt([picture], work)
+        finally:
+            picture.decoded.set()
+
+    @torch.inference_mode()
+    def encode(self, rows: list[Row]) -> list[Row]:
+        """From tiles to prompts, all rows of a batch; trouble is noted in them.
+
+        Raises:
+            EngineDead: The device is lost.
+        """
+        with torch.cuda.stream(self._own_stream()):  # nothing on a CPU
+            payers: dict[Picture, Row] = {}
+            for row in rows:
+                if row.picture is not None:
+                    row.picture.decoded.wait()
+                    if row.picture.tiles is not None:
+                        payers.setdefault(row.picture, row)
+            attempt(list(payers), lambda pictures: self._encode(pictures, payers))
+            for row in rows:
+                if row.picture is not None and row.picture.trouble is not None:
+                    self._pictures.forget(row.picture)
+                    row.trouble, row.retry = row.picture.trouble, row.picture.retry
+            attempt([row for row in rows if row.trouble is None], self._embed)
+            self._now()  # what was made is complete for whoever takes it
+        return rows
+
+    def _encode(self, pictures: Sequence[Picture], payers: Mapping[Picture, Row]) -> None:
+        """Tower, selection, projection; time is put on the rows that brought the pictures."""
+        tiles = [picture.tiles for picture in pictures if picture.tiles is not None]
+        started = self._now()
+        seeds = [picture.seed ^ self._generation.seed for picture in pictures]
+        views = self._family.encode(tiles, seeds)
+        encoded = self._now()
+        selections = self._packing.apply(views, self._compressor.many(views))
+        places = self._packing.places(views, selections)
+        packed = self._family.pack(views, selections)
+        compressed = self._now()
+        rows = [payers[picture] for picture in pictures]
+        share_time(rows, "encode", encoded - started, [picture.views for picture in pictures])
+        # Copies of their own: a part of the batch would keep all of it in memory. All are made
+        # before any picture counts as encoded: a batch that fails here is tried again in halves.
+        copies = [part.clone() for part in packed]
+        for index, picture in enumerate(pictures):
+            picture.count(views[index], selections[index])
+            picture.packed, picture.places = copies[index], places[index]
+            picture.tiles = None
+            self._pictures.keep(picture)
+        full = [picture.full_tokens for picture in pictures]
+        share_time(rows, "compress", compressed - encoded, full)
+
+    def _embed(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            picture = row.picture
+            if picture is None or picture.packed is None:
+                raise RuntimeError(f"{row.request.row_key} has no picture")
+            row.token_ids = self._chat.encode(row.request.prompts[0])
+            prompt = self._family.embed(row.token_ids, [picture.packed], [picture.places])
+            row.trouble = self._too_long(prompt)
+            if row.trouble is None:
+                row.prompt = replace(prompt, prefix_key=_prefix_key(row, picture, prompt))
+
+    def _too_long(self, prompt: Prompt) -> BadRow | None:
+        new, limit = self._generation.max_new_tokens, self._family.max_positions
+        positions = prompt.positions
+        stop = len(prompt) if positions is None else int(positions.max()) + 1
+        if stop + new <= limit:
+            return None
+        placed = "" if positions is None else f" at positions up to {stop - 1}"
+        counts = f"{len(prompt)} prompt tokens{placed} and {new} new ones"
+        counts += f"; the model reads at most {limit}"
+        return BadRow(Status.TOO_LONG, counts)
+
+    def _own_stream(self) -> torch.cuda.Stream | None:
+        """Where this side runs, beside the decoder; None on a CPU."""
+        if self._family.device.type != "cuda":
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._family.device)  # type: ignore[no-untyped-call]
+        return self._stream
+
+    def _now(self) -> int:
+        """Nanoseconds, once this thread's stream has done what it was asked to."""
+        if self._family.device.type == "cuda":
+            torch.cuda.current_stream(self._family.device).synchronize()
+        return time.perf_counter_ns()
+
+
+def _prefix_key(row: Row, picture: Picture, prompt: Prompt) -> str | None:
+    """The same for prompts that begin with the same text and picture; None where nobody shares."""
+    if picture.rows < 2:
+        return None
+    before = row.token_ids[: prompt.visual[0][0]]
+    text = hashlib.blake2b(repr(before).encode(), digest_size=8).hexdigest()
+    return f"{picture.key}/{text}"
