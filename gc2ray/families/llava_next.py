@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import QuickGELUActivation
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.errors import ConfigError
@@ -107,7 +108,7 @@ class LlavaNext:
     def freeze(self) -> None:
         """Prepack linear layers where that is faster; from here on weights must not change."""
         run = max(*self._feature_states, len(self._layers) - 1)
-        self._layers[:run] = [packed_module(layer) for layer in self._layers[:run]]
+        self._layers[:run] = [_packed_layer(layer) for layer in self._layers[:run]]
         self._projector = packed_module(self._projector)
 
     def canvas(self, tiles: Tiles) -> Canvas:
@@ -185,6 +186,24 @@ class LlavaNext:
             before, length = mark + 1, length + len(image)
         embeds = torch.cat([*parts, text[before:]])
         return Prompt(embeds, tuple(visual), _positions(embeds, visual, places))
+
+
+class _QuickGelu(nn.Module):
+    """`x sigmoid(1.702 x)`, bit for bit as transformers' module, with one new tensor, not three.
+
+    Clearing new memory was a third of what it cost.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (1.702 * inputs).sigmoid_().mul_(inputs)
+
+
+def _packed_layer(layer: Any) -> Any:
+    """A twin of an encoder layer for inference; the same where nothing can be packed."""
+    twin: Any = packed_module(layer)
+    if twin is not layer and isinstance(twin.mlp.activation_fn, QuickGELUActivation):
+        twin.mlp.activation_fn = _QuickGelu()
+    return twin
 
 
 def class_token_scores(layer: Any, state: Tensor) -> Tensor:
