@@ -223,7 +223,11 @@ def _groups_of(metadata: Any, span: Span) -> tuple[list[int], int]:
 def _batch_rows(
     metadata: Any, groups: Sequence[int], columns: Sequence[str], host_memory_bytes: int
 ) -> int:
-    """Rows whose columns fill a quarter of the budget: Arrow, Python and the engine hold copies."""
+    """Rows whose columns fill an eighth of the budget.
+
+    Arrow holds two batches while one follows the other, its buffers grow by doubling, and Python
+    and the engine hold copies of rows.
+    """
     total, rows = 0, 0
     for index in groups:
         group = metadata.row_group(index)
@@ -234,7 +238,7 @@ def _batch_rows(
             if any(path == name or path.startswith(f"{name}.") for name in columns):
                 total += chunk.total_uncompressed_size
     per_row = max(1, total // max(1, rows))
-    return max(1, min(MAX_BATCH_ROWS, host_memory_bytes // 4 // per_row))
+    return max(1, min(MAX_BATCH_ROWS, host_memory_bytes // 8 // per_row))
 
 
 def _value(record: Mapping[str, pa.Scalar], name: str, status: Status) -> object:
