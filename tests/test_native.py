@@ -44,7 +44,7 @@ from gc2ray.decoding.prefixes import Prefixes
 from gc2ray.errors import BadRow, Status
 from gc2ray.families.family import Loaded
 from gc2ray.families.stock import stock_generate
-from gc2ray.linear import Linear, packed_module, rows_to_run
+from gc2ray.linear import FEW_ROWS, Linear, packed_module, rows_to_run
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
@@ -783,13 +783,17 @@ def test_packed_layers_compute_the_same(biased: tuple[int, ...]) -> None:
 @given(st.integers(1, 10_000))
 def test_few_numbers_of_rows_are_run(rows: int) -> None:
     run = rows_to_run(rows)
-    assert rows <= run <= max(rows + 1, rows * 1.13)
+    assert rows <= run <= rows * 1.34
     assert rows_to_run(run) == run
+    assert rows <= 16 or run <= rows * 1.24
+    assert rows <= 128 or run <= rows * 1.13
     assert rows <= 512 or run <= rows * 1.07
 
 
 def test_at_most_a_few_kernels_are_compiled() -> None:
-    assert len({rows_to_run(rows) for rows in range(1, 4097)}) <= 16 + 5 * 8 + 3 * 16
+    kernels = {rows_to_run(rows) for rows in range(1, 4097)}
+    assert len(kernels) == 2 + 3 * 2 + 3 * 4 + 2 * 8 + 3 * 16
+    assert len([rows for rows in kernels if rows <= FEW_ROWS]) == 18, "all that AVX2 needs"
 
 
 WIDTHS = ("AVX2", "AVX512")
@@ -813,7 +817,7 @@ def test_rows_are_padded_where_packed_layers_run(monkeypatch: pytest.MonkeyPatch
     for capability in WIDTHS:
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda it=capability: it)
         padded[capability] = [linear.rows_to_run(rows) for rows in (17, 1000)]
-    assert padded == {"AVX2": [18, 1000], "AVX512": [18, 1024]}
+    assert padded == {"AVX2": [20, 1000], "AVX512": [20, 1024]}
 
 
 @pytest.mark.parametrize("capability", WIDTHS)
