@@ -98,8 +98,8 @@ class Linear:
 def rows_to_run(rows: int) -> int:
     """The next larger one of few numbers of rows.
 
-    An octave has 2 of them, from 16 on 4, from 128 on 8, from 512 on 16. With few rows padding costs
-    least, as reading the weights is most of the work.
+    An octave has 2 of them, from 16 on 4, from 128 on 8, from 512 on 16. With few rows padding
+    costs least, as reading the weights is most of the work.
     """
     if rows <= 2:
         return rows
