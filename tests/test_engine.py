@@ -21,9 +21,11 @@ from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.engine import Engine, load_engine
 from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Loaded
+from gc2ray.images import tiles_of
 from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.records import Answer, ImageRef, Request
 from gc2ray.stats import STAGES, RunStats
+from gc2ray.vision import Vision
 from tests.greedy import plain_greedy
 from tests.rows import SIZES, encoded, make_recipe, picture, request, requests
 
@@ -558,6 +560,48 @@ def questions(seed: int, prompts: Sequence[str]) -> list[Request]:
 
 
 ASKED = ("What is it?", "How many objects are there?", "Which colour is it?", "Describe it.")
+
+
+def make_vision(loaded: Loaded) -> Vision:
+    recipe = make_recipe("unused", generation__max_new_tokens=NEW)
+    return Vision(loaded, recipe, recipe.compression.build(), remembered_bytes=0)
+
+
+def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: Loaded) -> None:
+    broken, family = with_family(loaded, error=RuntimeError("not now"))
+    vision = make_vision(broken)
+    first, second = questions(0, ASKED[:2])
+    (failed,) = vision.encode([vision.open(first)])
+    assert failed.trouble is not None
+    family.error = None
+    later = vision.open(second)  # while the row that failed, and its picture, are still there
+    assert not later.shares
+    assert vision.encode([later])[0].prompt is not None
+
+
+def test_a_row_waits_for_the_picture_that_another_decodes(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, go = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        started.set()
+        assert go.wait(30)
+        return tiles_of(*arguments)
+
+    monkeypatch.setattr("gc2ray.vision.tiles_of", slow)
+    vision = make_vision(loaded)
+    first, second = questions(0, ASKED[:2])
+    with ThreadPoolExecutor(2) as pool:
+        decoding = pool.submit(vision.open, first)
+        assert started.wait(30)
+        row = vision.open(second)
+        assert row.shares
+        encoding = pool.submit(vision.encode, [row])
+        time.sleep(0.05)
+        go.set()
+        assert encoding.result()[0].prompt is not None
+        assert decoding.result().trouble is None
 
 
 @pytest.mark.parametrize("method", ["globalcom2", "random", "pool"])
