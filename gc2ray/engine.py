@@ -72,7 +72,9 @@ class Engine:
         self._compressor = compressor or recipe.compression.build()
         self._sampling = Sampling(**recipe.generation.model_dump())
         self._model = loaded.model
-        self._vision = Vision(loaded, recipe, self._compressor, self._sizes.remembered_bytes)
+        self._vision = Vision(
+            self._family, self._chat, recipe, self._compressor, self._sizes.remembered_bytes
+        )
         self._open: dict[int, Row] = {}
         self._tags = 0
         self.device = device_name(self._family.device)

@@ -20,7 +20,7 @@ import torch
 from gc2ray.compression.compressor import Compressor
 from gc2ray.config import Recipe
 from gc2ray.errors import BadRow, Status
-from gc2ray.families.family import Loaded
+from gc2ray.families.family import Family
 from gc2ray.images import read_bytes, tiles_of
 from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.prompts import ChatPrompt
@@ -33,17 +33,23 @@ class Vision:
     """Makes prompts of requests.
 
     Args:
-        loaded: The model.
+        family: The model's vision side, projector and text table.
+        chat: Its chat template.
         recipe: What to compute.
         compressor: What chooses tokens.
         remembered_bytes: Packed pictures that are kept for rows to come, at most.
     """
 
     def __init__(
-        self, loaded: Loaded, recipe: Recipe, compressor: Compressor, remembered_bytes: int
+        self,
+        family: Family,
+        chat: ChatPrompt,
+        recipe: Recipe,
+        compressor: Compressor,
+        remembered_bytes: int,
     ) -> None:
-        self._family = loaded.family
-        self._chat = ChatPrompt(loaded.processor)
+        self._family = family
+        self._chat = chat
         self._compressor = compressor
         self._packing = recipe.compression.packing()
         self._images = recipe.input.image_policy()

@@ -23,6 +23,7 @@ from gc2ray.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.families.family import Loaded
 from gc2ray.images import tiles_of
 from gc2ray.pictures import Picture, Pictures, picture_key
+from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Answer, ImageRef, Request
 from gc2ray.stats import STAGES, RunStats
 from gc2ray.vision import Vision
@@ -564,7 +565,8 @@ ASKED = ("What is it?", "How many objects are there?", "Which colour is it?", "D
 
 def make_vision(loaded: Loaded) -> Vision:
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
-    return Vision(loaded, recipe, recipe.compression.build(), remembered_bytes=0)
+    chat = ChatPrompt(loaded.processor)
+    return Vision(loaded.family, chat, recipe, recipe.compression.build(), remembered_bytes=0)
 
 
 def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: Loaded) -> None:
