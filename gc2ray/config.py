@@ -112,6 +112,10 @@ class GenerationConfig(_Frozen):
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     max_repeats: int | None = Field(default=None, gt=0)
 
+    def mixed(self, seed: int) -> int:
+        """A row's or an image's seed, mixed with the recipe's."""
+        return seed ^ self.seed
+
 
 class PromptConfig(_Frozen):
     """Exactly one of a column, a template over columns (`"{question}"`), or a constant.

@@ -193,7 +193,7 @@ class Engine:
 
     def _submitted(self, row: Row, prompt: Prompt) -> bool:
         """Whether the decoder took a prompt, or will never take it; then `trouble` says why."""
-        seed = row.request.seed ^ self._recipe.generation.seed
+        seed = self._recipe.generation.mixed(row.request.seed)
         sampling = replace(self._sampling, seed=seed)
         try:
             if not self._decoder.submit(self._tags + 1, prompt, sampling):

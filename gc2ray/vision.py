@@ -121,7 +121,7 @@ class Vision:
         """Tower, selection, projection; time is put on the rows that brought the pictures."""
         tiles = [picture.tiles for picture in pictures if picture.tiles is not None]
         started = self._now()
-        seeds = [picture.seed ^ self._generation.seed for picture in pictures]
+        seeds = [self._generation.mixed(picture.seed) for picture in pictures]
         views = self._family.encode(tiles, seeds)
         encoded = self._now()
         selections = self._packing.apply(views, self._compressor.many(views))
