@@ -43,6 +43,8 @@ class Linear:
         biases: Theirs; None where there is none.
         packed: All weights prepacked in one, or None.
         joined: All biases in one, where packed.
+        product: What products with weights are multiplied by.
+        shift: What biases are multiplied by.
     """
 
     sizes: tuple[int, ...]
@@ -50,17 +52,27 @@ class Linear:
     biases: tuple[Tensor | None, ...]
     packed: Tensor | None = None
     joined: Tensor | None = None
+    product: float = 1.0
+    shift: float = 1.0
 
     @staticmethod
-    def of(*layers: nn.Linear) -> Linear:
-        """Pack layers where the machine can, else refer to them."""
+    def of(*layers: nn.Linear, product: float = 1.0, shift: float = 1.0) -> Linear:
+        """Pack layers where the machine can, else refer to them.
+
+        Args:
+            layers: What is computed on the same input.
+            product: A factor of the products with the weights; it costs no pass over the outputs.
+            shift: A factor of the biases.
+        """
         sizes = tuple(layer.out_features for layer in layers)
         weights = tuple(layer.weight.detach() for layer in layers)
         biases = tuple(_bias(layer) for layer in layers)
         if not _can_pack(weights):
-            return Linear(sizes, weights, biases)
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), None)
-        return Linear(sizes, weights, biases, packed, _joined(biases, sizes))
+            return Linear(sizes, weights, biases, product=product, shift=shift)
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights) * product, None)
+        joined = _joined(biases, sizes)
+        joined = None if joined is None else joined * shift
+        return Linear(sizes, weights, biases, packed, joined, product, shift)
 
     def rows_to_run(self, rows: int) -> int:
         """Rows that are computed for `rows` of them, see the module."""
@@ -71,7 +83,7 @@ class Linear:
         if self._runs_packed(inputs.shape[:-1].numel()):
             return torch.split(self(inputs), list(self.sizes), dim=-1)
         pairs = zip(self.weights, self.biases, strict=True)
-        return tuple(F.linear(inputs, weight, bias) for weight, bias in pairs)
+        return tuple(self._plain(inputs, weight, bias) for weight, bias in pairs)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layers' outputs side by side, (…, in) to (…, sum of out)."""
@@ -87,6 +99,14 @@ class Linear:
 
     def _runs_packed(self, rows: int) -> bool:
         return self.packed is not None and (rows <= FEW_ROWS or _has_avx512())
+
+    def _plain(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One layer by its own weights; BLAS multiplies by the factors as it writes."""
+        if self.product == self.shift == 1 or bias is None:
+            return F.linear(inputs * self.product if self.product != 1 else inputs, weight, bias)
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        made = torch.addmm(bias, flat, weight.t(), beta=self.shift, alpha=self.product)
+        return made.view(*inputs.shape[:-1], -1)
 
     def _run(self, inputs: Tensor) -> Tensor:
         made: Tensor = torch.ops.mkldnn._linear_pointwise(

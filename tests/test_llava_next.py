@@ -10,15 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig
-from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPEncoderLayer
 
 from gc2ray import families
 from gc2ray.config import Cluster
 from gc2ray.engine import Engine, load_engine
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded
-from gc2ray.families.llava_next import LlavaNext, _QuickGelu, class_token_scores
+from gc2ray.families.llava_next import LlavaNext, _FeedForward, class_token_scores
 from gc2ray.families.stock import prompt_logits, stock_generate, stock_inputs, stock_logits
 from gc2ray.families.tiny import TinySpec, build_tiny
 from gc2ray.images import ImagePolicy, load_tiles
@@ -77,8 +76,8 @@ def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
     packed = [not any(isinstance(m, torch.nn.Linear) for m in layer.modules()) for layer in ours]
     assert packed == [True] * (len(tower) - 1) + [False], "the last layer does not run"
     assert all(isinstance(layer.mlp.fc1, torch.nn.Linear) for layer in tower)
-    assert all(isinstance(layer.mlp.activation_fn, _QuickGelu) for layer in ours[:-1])
-    assert not any(isinstance(layer.mlp.activation_fn, _QuickGelu) for layer in tower)
+    assert all(isinstance(layer.mlp, _FeedForward) for layer in ours[:-1])
+    assert not any(isinstance(layer.mlp, _FeedForward) for layer in tower)
     thawed = LlavaNext(loaded.model, loaded.processor)
     tiles = [load_tiles(row.images[0], thawed.anyres, ImagePolicy()) for row in requests(SIZES[:2])]
     with torch.inference_mode():
@@ -89,10 +88,18 @@ def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
             torch.testing.assert_close(a.scores, b.scores)
 
 
-def test_quick_gelu_is_transformers_bit_for_bit() -> None:
-    inputs = torch.linspace(-12, 12, 4001)
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("views", [1, 12])
+def test_feed_forward_is_transformers(
+    capability: str, views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    mlp = CLIPMLP(CLIPVisionConfig(hidden_size=24, intermediate_size=96))  # biases, too
+    inputs = 3 * torch.randn(views, 17, 24)
     kept = inputs.clone()
-    assert _QuickGelu()(inputs).equal(QuickGELUActivation()(inputs))
+    with torch.inference_mode():
+        wanted = mlp(inputs)
+        torch.testing.assert_close(_FeedForward(mlp)(inputs), wanted, rtol=1e-5, atol=1e-6)
     assert inputs.equal(kept)
 
 

@@ -780,6 +780,16 @@ def test_packed_layers_compute_the_same(biased: tuple[int, ...]) -> None:
             torch.testing.assert_close(found, want)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [5, 200])
+def test_factors_of_layers(rows: int, *, bias: bool) -> None:
+    layer, inputs = nn.Linear(24, 8, bias=bias), torch.randn(rows, 24)
+    with torch.inference_mode():
+        found = Linear.of(layer, product=3.0, shift=0.5)(inputs)
+        wanted = 3 * inputs @ layer.weight.t() + (0.5 * layer.bias if bias else 0)
+    torch.testing.assert_close(found, wanted)
+
+
 @given(st.integers(1, 10_000))
 def test_few_numbers_of_rows_are_run(rows: int) -> None:
     run = rows_to_run(rows)

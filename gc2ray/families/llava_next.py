@@ -31,15 +31,17 @@ from transformers.activations import QuickGELUActivation
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Needs
-from gc2ray.linear import packed_module
+from gc2ray.linear import Linear, packed_module
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
-GPU_VIEWS, CPU_VIEWS = 32, 4
+GPU_VIEWS, CPU_VIEWS = 32, 8
 """Views that go through the tower at once; bounds its activations.
 
-On a CPU few are faster, as activations stay in its caches (5 layers of width 96, 40 views: 1.0 s
-with up to 5 at once, 1.2 s with 32).
+On a CPU few are faster, as activations stay in its caches (5 layers of width 96, 40 views: 1.1 s
+with 2 to 16 at once, 1.3 s with 40; with two threads 0.70 s with 4, 0.65 s with 5 to 16).
 """
+QUICK_GELU = 1.702
+"""The factor in OpenAI's fast approximation of GELU, as transformers has it."""
 
 
 class LlavaNext:
@@ -188,21 +190,27 @@ class LlavaNext:
         return Prompt(embeds, tuple(visual), _positions(embeds, visual, places))
 
 
-class _QuickGelu(nn.Module):
-    """`x sigmoid(1.702 x)`, bit for bit as transformers' module, with one new tensor, not three.
+class _FeedForward(nn.Module):
+    """A CLIP layer's feed-forward part with `x sigmoid(1.702 x)` between its two products.
 
-    It takes an eighth less time, of a feed-forward part 2 to 5 % (4 views, width 96, one thread).
+    That is `silu(1.702 x) / 1.702`: one pass in place, as the products take the factors over. It
+    takes an eighth less time than transformers' module (4 views, width 96, one thread).
     """
 
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self._first = Linear.of(mlp.fc1, product=QUICK_GELU, shift=QUICK_GELU)
+        self._second = Linear.of(mlp.fc2, product=1 / QUICK_GELU)
+
     def forward(self, inputs: Tensor) -> Tensor:
-        return (1.702 * inputs).sigmoid_().mul_(inputs)
+        return self._second(F.silu(self._first(inputs), inplace=True))
 
 
 def _packed_layer(layer: Any) -> Any:
     """A twin of an encoder layer for inference; the same where nothing can be packed."""
     twin: Any = packed_module(layer)
-    if twin is not layer and isinstance(twin.mlp.activation_fn, QuickGELUActivation):
-        twin.mlp.activation_fn = _QuickGelu()
+    if twin is not layer and isinstance(layer.mlp.activation_fn, QuickGELUActivation):
+        twin.mlp = _FeedForward(layer.mlp)
     return twin
 
 
