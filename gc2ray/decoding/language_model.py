@@ -9,7 +9,7 @@ order of work:
 * keys and values go to a `KvPool`, at places that the caller chose, and positions are explicit;
 * the last layer computes queries, attention output and feed-forward only for tokens whose logits
   are wanted: the others' are read by nobody. With 8 layers that is a tenth of a prefill;
-* query, key and value projections are one product, as are gate and up, where layers are packed.
+* key and value projections are one product, as are gate and up, where layers are packed.
 
 The model itself is read, never changed.
 
@@ -55,7 +55,8 @@ class _Layer:
 
     index: int
     before: _Norm
-    qkv: Linear
+    query: Linear
+    key_value: Linear
     output: Linear
     after: _Norm
     gate_up: Linear
@@ -71,7 +72,8 @@ class _Layer:
         return _Layer(
             index=index,
             before=_Norm.of(module.input_layernorm),
-            qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            query=Linear.of(attention.q_proj),
+            key_value=Linear.of(attention.k_proj, attention.v_proj),
             output=Linear.of(attention.o_proj),
             after=_Norm.of(module.post_attention_layernorm),
             gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
@@ -84,7 +86,9 @@ class _Layer:
 
     def attended(self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend) -> Tensor:
         """(T, D) to (T, D): attention and its residual."""
-        queries = self._written(hidden, rotary, step)
+        normed = self.before(hidden)
+        self._write(normed, rotary, step)
+        queries = self._queries(normed, rotary)
         out = attend(step, self.index, queries, self.scale, self.window).flatten(1)
         return self.output(_padded(out, len(hidden))).add_(hidden)
 
@@ -92,17 +96,22 @@ class _Layer:
         self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend
     ) -> Tensor:
         """(T, D) to (S, D): as `attended`, for each sequence's last token only."""
-        queries = self._written(hidden, rotary, step)[step.last]
+        normed = self.before(hidden)
+        self._write(normed, rotary, step)
+        queries = self._queries(normed[step.last], rotary.at(step.last))
         out = attend(step.only_last, self.index, queries, self.scale, self.window)
         return self.output(out.flatten(1)).add_(hidden[step.last])
 
-    def _written(self, hidden: Tensor, rotary: _Rotary, step: Sequences) -> Tensor:
-        """Queries (T, heads, head size); keys and values are put into the arena."""
-        tokens = len(rotary.cos)
-        query, key, value = (part[:tokens] for part in self.qkv.each(self.before(hidden)))
-        size = (tokens, -1, self.head_size)
-        write(step, self.index, rotary.turned(key.view(size)), value.view(size))
-        return rotary.turned(query.view(size))
+    def _write(self, normed: Tensor, rotary: _Rotary, step: Sequences) -> None:
+        """Put keys and values into the arena; rows behind the tokens are padding."""
+        size = (len(rotary.cos), -1, self.head_size)
+        key, value = (part[: size[0]].view(size) for part in self.key_value.each(normed))
+        write(step, self.index, rotary.turned(key), value)
+
+    def _queries(self, normed: Tensor, rotary: _Rotary) -> Tensor:
+        """(T, heads, head size)."""
+        size = (len(rotary.cos), -1, self.head_size)
+        return rotary.turned(self.query(normed)[: size[0]].view(size))
 
     def fed_forward(self, hidden: Tensor) -> Tensor:
         """(T, D) to (T, D): the feed-forward part and its residual."""
@@ -117,6 +126,10 @@ class _Rotary:
 
     cos: Tensor
     sin: Tensor
+
+    def at(self, tokens: Tensor) -> _Rotary:
+        """Those of some of the tokens."""
+        return _Rotary(self.cos[tokens], self.sin[tokens])
 
     def turned(self, states: Tensor) -> Tensor:
         """Queries or keys (T, heads, head size) turned by their positions."""
