@@ -42,8 +42,8 @@ format: setup ## Format the code and fix what the linter can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of them
-	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY))
+bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of them, THREADS=n has n torch threads
+	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY)) $(if $(THREADS),--threads $(THREADS))
 
 quality: setup ## Measure accuracy against visual tokens; rewrites README's tables and docs/quality.*
 	$(PY) -m jobs.quality

@@ -1,14 +1,15 @@
 """Benchmarks: compression, scores, preprocessing, the job around a model, language, end to end.
 
-    python -m jobs.bench [--only NAME ...]
+    python -m jobs.bench [--only NAME ...] [--threads N]
     python -m jobs.bench --model llava-next-7b --random-weights
 
 Prints a table, then as the last line of stdout one JSON document with every figure. Goals are
 printed beside the figures and nothing fails on them; what is compared is checked to give the same
-result. All of it takes about half an hour, of which `language` and `end_to_end` take most; stderr
-says how long each took. One CPU, one torch thread; what is compared runs in turn, and figures are
-medians of times and of the ratios within a turn. The photographs come with scikit-image and
-scikit-learn; models are random: their answers mean nothing, their times depend on shapes only.
+result. All of it takes about an hour, of which `language` and `end_to_end` take most; stderr says
+how long each took. One torch thread, or what `--threads` says, for all that are compared; they run
+in turn, and figures are medians of times and of the ratios within a turn. The photographs come with
+scikit-image and scikit-learn; models are random: their answers mean nothing, their times depend on
+shapes only.
 
 Not covered: GPUs but by `--model`, and a real model's language side.
 """
@@ -63,13 +64,14 @@ BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
 TORCH_THREADS = 1
 PACKAGES = ("gc2ray", "torch", "transformers", "ray", "pillow", "pyarrow")
 TABLE_WIDTH = 150
-CAPTION = "CPU time of one thread, which other processes disturb little; job_noop, wall: the clock"
+CAPTION = "CPU time of all threads, which others disturb little; job_noop, wall: the clock"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks, or those that are named."""
     parser = argparse.ArgumentParser(description="Benchmarks of gc2ray; goals are not asserted.")
     parser.add_argument("--only", action="append", choices=list(BENCHMARKS), metavar="NAME")
+    parser.add_argument("--threads", type=int, default=TORCH_THREADS, help="torch threads")
     parser.add_argument(
         "--model", choices=list(full_size.SIZES), help="instead: a model of full size, see there"
     )
@@ -78,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.model and not chosen.random_weights:
         parser.error("--model makes random weights only: add --random-weights")
-    torch.set_num_threads(TORCH_THREADS)
+    if chosen.threads < 1:
+        parser.error(f"--threads must be at least 1, got {chosen.threads}")
+    torch.set_num_threads(chosen.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     works = BENCHMARKS
@@ -117,7 +121,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _print_table(results: Mapping[str, list[Line]], hardware: Mapping[str, Any]) -> None:
-    title = "{cpu}, {cores} cores, {torch_threads} torch thread".format(**hardware)
+    title = "{cpu}, {cores} cores, torch threads: {torch_threads}".format(**hardware)
     table = Table(title=title, caption=CAPTION)
     for column in ("benchmark", "what", "value", "goal"):
         table.add_column(column, overflow="fold")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from functools import partial
 from typing import Any
 
@@ -228,3 +229,24 @@ def test_full_size_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         bench.main(["--model", "llava-next-7b"])
     assert "--random-weights" in capsys.readouterr().err
+
+
+def test_threads_are_everybodys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seen() -> list[Line]:
+        return [Line("threads", {"count": torch.get_num_threads()})]
+
+    before = torch.get_num_threads()
+    monkeypatch.setitem(bench.BENCHMARKS, "borders", seen)
+    try:
+        bench.main(["--only", "borders", "--threads", "2"])
+    finally:
+        torch.set_num_threads(before)
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["borders"][0]["figures"]["count"] == 2
+    assert document["hardware"]["torch_threads"] == 2
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--threads", "0"])
+    assert ended.value.code == 2
+    assert "--threads must be at least 1, got 0" in capsys.readouterr().err

@@ -3,8 +3,9 @@
 The model is random, with a 7B's geometry and proportions. Stock is uncompressed, with its best
 batch size, once as it is and once with the same prepacked layers as ours; its preprocessing is
 timed, as ours is. Rows come in order of their visual tokens, which spares stock most padding. Both
-write 32 tokens for every row: end-of-sequence tokens are off. One torch thread for all, float32,
-SDPA; our engine decodes images on one thread more, so a goal is held against wall and CPU time.
+write 32 tokens for every row: end-of-sequence tokens are off. The same torch threads for all,
+float32, SDPA; our engine decodes images on one thread more, so a goal is held against CPU time as
+well as the clock. With as many torch threads as cores that thread has no core of its own.
 
 Stock's batch size is chosen once, on a quarter of the rows, without packed layers. Loading models,
 packing layers and allocating KV caches is not timed.

@@ -1,4 +1,4 @@
-"""What this machine can do with one thread, and how long work would take at that rate.
+"""What this machine can do in a CPU second, and how long work would take at that rate.
 
 Work is a list of stages that follow each other; a stage takes as long as its products at the rate
 of a large matrix product, or as its bytes at the rate of a matrix-vector product that comes out of
@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Machine:
-    """One thread of this machine.
+    """One CPU second of this machine, with as many torch threads as there are.
 
     Attributes:
         plain: FLOP/s of `nn.Linear`, float32, at the size of a prefill.
@@ -83,7 +83,7 @@ class Machine:
             "packed_gflops_logits": self.packed_logits / 1e9,
             "memory_gb_per_s": self.bytes_per_s / 1e9,
         }
-        what = "machine, one thread: {}x{}x{} and logits {}x{}x{}".format(*PREFILL, *LOGITS)
+        what = "machine, a CPU second: {}x{}x{} and logits {}x{}x{}".format(*PREFILL, *LOGITS)
         return Line(what, figures, f"prepacked {PACKED_GAIN:g}x plain, for the total goal: {holds}")
 
 
