@@ -69,9 +69,9 @@ class Linear:
         biases = tuple(_bias(layer) for layer in layers)
         if not _can_pack(weights):
             return Linear(sizes, weights, biases, product=product, shift=shift)
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights) * product, None)
-        joined = _joined(biases, sizes)
-        joined = None if joined is None else joined * shift
+        scaled = torch.cat(weights).mul_(product)
+        packed = torch.ops.mkldnn._reorder_linear_weight(scaled, None)
+        joined = _joined(biases, sizes, shift)
         return Linear(sizes, weights, biases, packed, joined, product, shift)
 
     def rows_to_run(self, rows: int) -> int:
@@ -102,8 +102,10 @@ class Linear:
 
     def _plain(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """One layer by its own weights; BLAS multiplies by the factors as it writes."""
-        if self.product == self.shift == 1 or bias is None:
-            return F.linear(inputs * self.product if self.product != 1 else inputs, weight, bias)
+        if self.product == self.shift == 1:
+            return F.linear(inputs, weight, bias)
+        if bias is None:
+            return F.linear(inputs, weight).mul_(self.product)
         flat = inputs.reshape(-1, inputs.shape[-1])
         made = torch.addmm(bias, flat, weight.t(), beta=self.shift, alpha=self.product)
         return made.view(*inputs.shape[:-1], -1)
@@ -185,8 +187,8 @@ def _can_pack(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
-    """One bias for layers packed together; those without one add nothing."""
+def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int], shift: float) -> Tensor | None:
+    """One bias for layers packed together, times `shift`; those without one add nothing."""
     known = [bias for bias in biases if bias is not None]
     if not known:
         return None
@@ -194,4 +196,4 @@ def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | N
         known[0].new_zeros(size) if bias is None else bias
         for bias, size in zip(biases, sizes, strict=True)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts).mul_(shift)

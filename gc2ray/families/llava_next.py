@@ -194,7 +194,7 @@ class _FeedForward(nn.Module):
     """A CLIP layer's feed-forward part with `x sigmoid(1.702 x)` between its two products.
 
     That is `silu(1.702 x) / 1.702`: one pass in place, as the products take the factors over. It
-    takes an eighth less time than transformers' module (4 views, width 96, one thread).
+    takes 5 to 13 % less time than with passes for the factors (4 views, width 96, one thread).
     """
 
     def __init__(self, mlp: Any) -> None:
