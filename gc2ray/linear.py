@@ -20,7 +20,7 @@ Not covered: bfloat16 on CPUs (oneDNN's gain is small there), quantised weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -131,18 +131,26 @@ def rows_to_run(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def packed_module(module: nn.Module) -> nn.Module:
+Replacement = Callable[[nn.Module], nn.Module | None]
+"""What takes a submodule's place in a twin; None for its own twin."""
+
+
+def packed_module(module: nn.Module, replacement: Replacement = lambda _: None) -> nn.Module:
     """A twin of a module whose linear layers are packed; it shares all other parameters with it.
 
     A whole model goes on being one: a twin's `generate` works, and hooks put on either of them are
     not put on the other, but for submodules in which nothing is packed: they have those in common.
     The same module comes back where nothing can be packed.
+
+    Args:
+        module: What is to be packed.
+        replacement: Asked for every submodule with linear layers in it.
     """
     if not any(isinstance(m, nn.Linear) and _can_pack([m.weight]) for m in module.modules()):
         return module
     if isinstance(module, nn.Linear):
         return _PackedModule(module)
-    return _twin(module)
+    return replacement(module) or _twin(module, replacement)
 
 
 class _PackedModule(nn.Module):
@@ -156,14 +164,14 @@ class _PackedModule(nn.Module):
         return self._linear(inputs)
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: nn.Module, replacement: Replacement) -> nn.Module:
     twin: Any = object.__new__(type(module))
     for name, value in module.__dict__.items():
         # Hooks lie in dicts: transformers puts some on at a model's first run, and would put the
         # twin's on the module as well, whose layers would then be recorded twice.
         twin.__dict__[name] = copy(value) if isinstance(value, dict) else value
     twin._modules = {
-        name: child if child is None else packed_module(child)
+        name: child if child is None else packed_module(child, replacement)
         for name, child in module._modules.items()
     }
     return twin  # type: ignore[no-any-return]  # as the type of `module`

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.errors import ConfigError
@@ -208,10 +209,14 @@ class _FeedForward(nn.Module):
 
 def _packed_layer(layer: Any) -> Any:
     """A twin of an encoder layer for inference; the same where nothing can be packed."""
-    twin: Any = packed_module(layer)
-    if twin is not layer and isinstance(layer.mlp.activation_fn, QuickGELUActivation):
-        twin.mlp = _FeedForward(layer.mlp)
-    return twin
+    return packed_module(layer, _replacement)
+
+
+def _replacement(module: nn.Module) -> nn.Module | None:
+    """What is computed in a way of our own."""
+    if isinstance(module, CLIPMLP) and isinstance(module.activation_fn, QuickGELUActivation):
+        return _FeedForward(module)
+    return None
 
 
 def class_token_scores(layer: Any, state: Tensor) -> Tensor:
