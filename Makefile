@@ -17,7 +17,7 @@ help: ## Show this list
 
 setup: $(VENV)/.installed ## Create .venv and install everything (the other targets do it when needed)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/compiled_attention.c
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "pip>=25.1"
 	$(PY) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
@@ -52,5 +52,5 @@ pocket: setup ## Train the pocket model anew into pocket-training/ (hours on a C
 	$(PY) -m jobs.train_pocket pocket-training --processes $(PROCESSES)
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output build *.egg-info gc2ray/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

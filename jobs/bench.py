@@ -1,4 +1,4 @@
-"""Benchmarks: compression, scores, preprocessing, the job around a model, language, end to end.
+"""Benchmarks: compression, scores, attention, the job around a model, language, end to end, ….
 
     python -m jobs.bench [--only NAME ...] [--threads N]
     python -m jobs.bench --model llava-next-7b --random-weights
@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from gc2ray.errors import ConfigError
 from jobs.benchmarks import (
     Line,
+    attention,
     borders,
     compression,
     end_to_end,
@@ -53,6 +54,7 @@ from jobs.machine import cpu_name
 BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "compression": compression.run,
     "scores": scores.run,
+    "attention": attention.run,
     "preprocess": preprocess.run,
     "job_noop": job_noop.run,
     "borders": borders.run,

@@ -10,17 +10,25 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPEncoderLayer
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
 from gc2ray import families
+from gc2ray.compiled_attention import found
 from gc2ray.config import Cluster
 from gc2ray.engine import Engine, load_engine
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded
-from gc2ray.families.llava_next import LlavaNext, _FeedForward, class_token_scores
+from gc2ray.families.llava_next import (
+    LlavaNext,
+    _FeedForward,
+    _replacement,
+    _ViewAttention,
+    class_token_scores,
+)
 from gc2ray.families.stock import prompt_logits, stock_generate, stock_inputs, stock_logits
 from gc2ray.families.tiny import TinySpec, build_tiny
 from gc2ray.images import ImagePolicy, load_tiles
+from gc2ray.linear import packed_module
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
 from gc2ray.views import Places, everything
@@ -101,6 +109,21 @@ def test_feed_forward_is_transformers(
         wanted = mlp(inputs)
         torch.testing.assert_close(_FeedForward(mlp)(inputs), wanted, rtol=1e-5, atol=1e-6)
     assert inputs.equal(kept)
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_attention_of_views_is_transformers(width: int) -> None:
+    """Heads of 16 and of 24 features: the compiled way takes the first only."""
+    config = CLIPVisionConfig(hidden_size=width, num_attention_heads=4, attn_implementation="sdpa")
+    attention = CLIPAttention(config)
+    inputs = 3 * torch.randn(3, 17, width)
+    packed = packed_module(attention, _replacement)
+    built = found() is not None and width == 64
+    assert isinstance(packed, _ViewAttention) == built
+    with torch.inference_mode():
+        outputs, _ = packed(hidden_states=inputs, attention_mask=None)
+        wanted, _ = attention(hidden_states=inputs)
+    torch.testing.assert_close(outputs, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backbone", SPECS)

@@ -217,6 +217,16 @@ def test_packed_and_plain_layers_decode_the_same(
     assert tokens(decode(model, ragged(model))) == expected["qwen2"]
 
 
+@pytest.mark.parametrize("kind", ["llama-gqa-biased", "mistral-window"])
+def test_attention_of_torch_and_compiled_decode_the_same(
+    models: dict[str, Any], expected: Expected, kind: str
+) -> None:
+    """Where nothing was compiled torch's attention is used, and nobody notices."""
+    model = models[kind]
+    decoder = NativeDecoder(LanguageModel(model), PLENTY, eos=(), attend=attend_by_row)
+    assert tokens(run(decoder, ragged(model))) == expected[kind]
+
+
 def test_the_model_stays_as_it_was(models: dict[str, Any], expected: Expected) -> None:
     model = models["llama"]
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -743,7 +753,7 @@ def test_attention_is_the_textbooks(
 def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     shape = KvShape(layers=1, heads=2, head_size=16)
-    assert chosen(shape, 4, torch.float32, cpu) is attend_by_row
+    assert chosen(KvShape(layers=1, heads=2, head_size=8), 4, torch.float32, cpu) is attend_by_row
     assert not _agrees(attend_varlen, shape, 4, torch.bfloat16, cpu), "no such kernel on a CPU"
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
     assert _agrees(attend_varlen, shape, 4, torch.float32, cpu)

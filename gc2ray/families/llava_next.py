@@ -10,7 +10,8 @@ as a text table and a few numbers of its config.
   the row folds to one product per token, `(W_k^T q) x + q b_k`: no keys, no heads, float32.
 * Views of a batch go through the tower flat, (sum of V, 3, T, T), without padded crops.
 * Only kept tokens are projected.
-* On a CPU the linear layers of tower and projector run prepacked (`freeze`, see `gc2ray.linear`).
+* On a CPU the linear layers of tower and projector run prepacked (`freeze`, see `gc2ray.linear`),
+  and attention is compiled where it can be (`gc2ray.compiled_attention`).
 
 The model is read, never changed: nothing is patched, hooked or replaced.
 
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPMLP
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
+from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found_for
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Needs
 from gc2ray.linear import Linear, packed_module
@@ -207,6 +209,31 @@ class _FeedForward(nn.Module):
         return self._second(F.silu(self._first(inputs), inplace=True))
 
 
+class _ViewAttention(nn.Module):
+    """A CLIP layer's attention, all heads of all views in one call of compiled code."""
+
+    def __init__(self, attention: Any, compiled: CompiledAttention) -> None:
+        super().__init__()
+        self._inputs = Linear.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._output = Linear.of(attention.out_proj)
+        self._size = int(attention.head_dim)
+        self._pattern = Pattern(float(attention.scale), causal=False)
+        self._attend = compiled
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """(V, N, D) to (V, N, D), and no weights, which nobody reads."""
+        views, tokens, width = hidden_states.shape
+        queries, keys, values = (
+            part.view(views * tokens, -1, self._size)
+            for part in self._inputs.each(hidden_states.flatten(0, 1))
+        )
+        table = SequenceTable.of([(view * tokens, tokens, tokens) for view in range(views)])
+        out = self._attend(
+            queries, keys.transpose(0, 1), values.transpose(0, 1), table, self._pattern
+        )
+        return self._output(out.view(views, tokens, width)), None
+
+
 def _packed_layer(layer: Any) -> Any:
     """A twin of an encoder layer for inference; the same where nothing can be packed."""
     return packed_module(layer, _replacement)
@@ -216,6 +243,10 @@ def _replacement(module: nn.Module) -> nn.Module | None:
     """What is computed in a way of our own."""
     if isinstance(module, CLIPMLP) and isinstance(module.activation_fn, QuickGELUActivation):
         return _FeedForward(module)
+    if isinstance(module, CLIPAttention):
+        weight = module.q_proj.weight
+        compiled = found_for(module.head_dim, weight.dtype, weight.device)
+        return None if compiled is None else _ViewAttention(module, compiled)
     return None
 
 
