@@ -4,7 +4,7 @@ The model is random, with a 7B's geometry and proportions. Stock is uncompressed
 batch size, once as it is and once with the same prepacked layers as ours; its preprocessing is
 timed, as ours is. Rows come in order of their visual tokens, which spares stock most padding. Both
 write 32 tokens for every row: end-of-sequence tokens are off. The same torch threads for all,
-float32, SDPA; our engine decodes images on one thread more, so a goal is held against CPU time as
+float32, SDPA; our engine decodes images on one thread more, so goals are held against CPU time as
 well as the clock. With as many torch threads as cores that thread has no core of its own.
 
 Stock's batch size is chosen once, on a quarter of the rows, without packed layers. Loading models,
@@ -260,13 +260,16 @@ def _ratios(
     lines = []
     for ours in engines:
         against = time_ratios(times[stock.name], times[ours.name])
-        floor = GOALS.get(ours.retention)
-        met = (
-            ""
-            if floor is None
-            else goal(f"at least {floor:g}x", met=min(against.values()) >= floor)
-        )
-        lines.append(Line(f"{ours.name}, against {stock.name}", against, met))
+        goals = _goals(GOALS.get(ours.retention), against)
+        lines.append(Line(f"{ours.name}, against {stock.name}", against, goals))
         equal_layers = time_ratios(times[equal.name], times[ours.name])
         lines.append(Line(f"{ours.name}, against {equal.name}", equal_layers))
     return lines
+
+
+def _goals(floor: float | None, against: Mapping[str, float]) -> str:
+    """A goal by the clock, and by CPU time."""
+    if floor is None:
+        return ""
+    by_clock = goal(f"at least {floor:g}x by the clock", met=against["ratio_wall"] >= floor)
+    return f"{by_clock}; {goal('by CPU time', met=against['ratio_cpu'] >= floor)}"
