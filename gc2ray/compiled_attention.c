@@ -171,7 +171,7 @@ static inline void transpose(const float *from, ptrdiff_t from_row, float *to, p
 
 /* Keys (tokens, size) to (tokens / 16, size, 16), zeros behind: what score tiles read in order. */
 static void pack(const float *keys, ptrdiff_t row, ptrdiff_t tokens, ptrdiff_t size, float *out) {
-  for (ptrdiff_t t = 0; t < tokens; t += LANES) {
+  for (ptrdiff_t t = 0; t < padded(tokens, COLS); t += LANES) {
     float *to = out + t / COLS * COLS * size + t % COLS;
     if (t + LANES <= tokens) {
       for (ptrdiff_t d = 0; d < size; d += LANES)
@@ -182,9 +182,6 @@ static void pack(const float *keys, ptrdiff_t row, ptrdiff_t tokens, ptrdiff_t s
       for (ptrdiff_t j = 0; j < LANES; j++)
         to[d * COLS + j] = t + j < tokens ? keys[(t + j) * row + d] : 0;
   }
-  if (padded(tokens, LANES) % COLS)
-    for (ptrdiff_t d = 0; d < size; d++)
-      memset(out + tokens / COLS * COLS * size + d * COLS + LANES, 0, LANES * sizeof(float));
 }
 
 /* Floats of memory that a task needs: packed keys, joined values, scores, queries and outputs. */
