@@ -184,7 +184,11 @@ def found() -> CompiledAttention | None:
     if spec is None or spec.origin is None:
         log.info("compiled attention was not built (is there a C compiler?): torch's is used")
         return None
-    return CompiledAttention(_library(spec.origin))
+    try:
+        return CompiledAttention(_library(spec.origin))
+    except OSError as error:  # built for another machine, or no OpenMP beside torch's
+        log.warning("compiled attention cannot be loaded: %s; torch's is used", error)
+        return None
 
 
 def found_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledAttention | None:

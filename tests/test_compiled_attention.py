@@ -215,14 +215,16 @@ def test_what_would_be_read_wrongly_is_refused(
         attend(queries, keys, values, SequenceTable.of([(2, 6, 5)]), Pattern(1.0))
 
 
-@pytest.mark.parametrize("missing", ["library", "processor"])
+@pytest.mark.parametrize("missing", ["library", "processor", "right library"])
 def test_where_it_is_not_to_be_had_torchs_is_used(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    capability = "DEFAULT" if missing == "processor" else "AVX2"
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     if missing == "library":
         monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray._not_built")
-    else:
-        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    elif missing == "right library":
+        monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray.errors")  # no machine code
     assert found() is None
     assert chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU) is attend_by_row
 
