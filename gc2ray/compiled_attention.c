@@ -123,7 +123,7 @@ static float weigh(float *scores, ptrdiff_t first, ptrdiff_t stop, float scale) 
 
 static inline __attribute__((always_inline)) void tile(
     const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row, ptrdiff_t depth, float *out,
-    ptrdiff_t out_row, const int add) {
+    ptrdiff_t out_row, int add) {
   EACH_ROW(BEGIN)
 #pragma GCC unroll 4
   for (ptrdiff_t d = 0; d < depth; d++) {
@@ -138,16 +138,11 @@ static __attribute__((noinline)) void score_tile(
   tile(queries, size, keys, COLS, size, scores, row, 0);
 }
 
-static __attribute__((noinline)) void first_value_tile(
-    const float *weights, ptrdiff_t weights_row, const float *values, ptrdiff_t values_row,
-    ptrdiff_t depth, float *out, ptrdiff_t out_row) {
-  tile(weights, weights_row, values, values_row, depth, out, out_row, 0);
-}
-
-static __attribute__((noinline)) void next_value_tile(
-    const float *weights, ptrdiff_t weights_row, const float *values, ptrdiff_t values_row,
-    ptrdiff_t depth, float *out, ptrdiff_t out_row) {
-  tile(weights, weights_row, values, values_row, depth, out, out_row, 1);
+/* Values and outputs have rows of one size. */
+static __attribute__((noinline)) void value_tile(
+    const float *weights, ptrdiff_t weights_row, const float *values, ptrdiff_t size,
+    ptrdiff_t depth, float *out, int add) {
+  tile(weights, weights_row, values, size, depth, out, size, add);
 }
 
 /* 8 rows of 8 numbers to 8 columns of them. */
@@ -218,9 +213,8 @@ static void attend_many(const Attention *it, const Sequence *sequence, const flo
     for (ptrdiff_t t = first; t < stop; t += DEPTH)
       for (ptrdiff_t d = 0; d < size; d += COLS)
         for (ptrdiff_t r = 0; r < tiled; r += ROWS)
-          (t == first ? first_value_tile : next_value_tile)(
-              scores + r * row + t, row, values + t * size + d, size, less_of(DEPTH, stop - t),
-              made + r * size + d, size);
+          value_tile(scores + r * row + t, row, values + t * size + d, size,
+                     less_of(DEPTH, stop - t), made + r * size + d, t > first);
     for (ptrdiff_t r = 0; r < rows; r++)
       for (ptrdiff_t d = 0; d < size; d += LANES)
         store(out + (i + r) * it->out.token + d, load(made + r * size + d) / all(sums[r]));

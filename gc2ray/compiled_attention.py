@@ -176,19 +176,7 @@ class CompiledAttention:
 
 def found() -> CompiledAttention | None:
     """The compiled attention, or None where it was not built or the processor has no use for it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability != "AVX2":
-        log.info("compiled attention is for AVX2, not %s: torch's is used", capability)
-        return None
-    spec = find_spec(LIBRARY)
-    if spec is None or spec.origin is None:
-        log.info("compiled attention was not built (is there a C compiler?): torch's is used")
-        return None
-    try:
-        return CompiledAttention(_library(spec.origin))
-    except OSError as error:  # built for another machine, or no OpenMP beside torch's
-        log.warning("compiled attention cannot be loaded: %s; torch's is used", error)
-        return None
+    return _loaded(torch.backends.cpu.get_cpu_capability(), LIBRARY)
 
 
 def found_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledAttention | None:
@@ -204,8 +192,20 @@ def found_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledAt
 
 
 @cache
-def _library(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
+def _loaded(capability: str, name: str) -> CompiledAttention | None:
+    """Looked for, and told about, once."""
+    if capability != "AVX2":
+        log.info("compiled attention is for AVX2, not %s: torch's is used", capability)
+        return None
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        log.info("compiled attention was not built (is there a C compiler?): torch's is used")
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:  # built for another machine, or no OpenMP beside torch's
+        log.warning("compiled attention cannot be loaded: %s; torch's is used", error)
+        return None
     library.gc2ray_attend.restype = ctypes.c_int
     library.gc2ray_attend.argtypes = (
         ctypes.POINTER(_Attention),
@@ -213,7 +213,7 @@ def _library(path: str) -> ctypes.CDLL:
         ctypes.c_int64,
         ctypes.c_int32,
     )
-    return library
+    return CompiledAttention(library)
 
 
 def _check(queries: Tensor, keys: Tensor, values: Tensor, sequences: SequenceTable) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks: compression, scores, attention, the job around a model, language, end to end, ….
+"""Benchmarks of the parts, of the job around a model, and of answering from end to end.
 
     python -m jobs.bench [--only NAME ...] [--threads N]
     python -m jobs.bench --model llava-next-7b --random-weights

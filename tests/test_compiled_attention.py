@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gc2ray import compiled_attention
 from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found, found_for
-from gc2ray.decoding.attention import attend_by_row, chosen
+from gc2ray.decoding.attention import Compiled, attend_by_row, chosen
 from gc2ray.decoding.kv_pool import KvShape
 
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -227,6 +227,12 @@ def test_where_it_is_not_to_be_had_torchs_is_used(
         monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray.errors")  # no machine code
     assert found() is None
     assert chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU) is attend_by_row
+
+
+def test_the_decoder_takes_it_where_it_is_found(attend: CompiledAttention) -> None:
+    way = chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU)
+    assert isinstance(way, Compiled)
+    assert way.attend is attend, "looked for twice"
 
 
 def test_it_is_found_for_float32_heads_on_a_cpu_alone() -> None:

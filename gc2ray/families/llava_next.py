@@ -113,7 +113,7 @@ class LlavaNext:
     def freeze(self) -> None:
         """Prepack linear layers where that is faster; from here on weights must not change."""
         run = max(*self._feature_states, len(self._layers) - 1)
-        self._layers[:run] = [_packed_layer(layer) for layer in self._layers[:run]]
+        self._layers[:run] = [packed_module(layer, _replacement) for layer in self._layers[:run]]
         self._projector = packed_module(self._projector)
 
     def canvas(self, tiles: Tiles) -> Canvas:
@@ -234,13 +234,8 @@ class _ViewAttention(nn.Module):
         return self._output(out.view(views, tokens, width)), None
 
 
-def _packed_layer(layer: Any) -> Any:
-    """A twin of an encoder layer for inference; the same where nothing can be packed."""
-    return packed_module(layer, _replacement)
-
-
 def _replacement(module: nn.Module) -> nn.Module | None:
-    """What is computed in a way of our own."""
+    """What a tower layer computes in a way of our own."""
     if isinstance(module, CLIPMLP) and isinstance(module.activation_fn, QuickGELUActivation):
         return _FeedForward(module)
     if isinstance(module, CLIPAttention):
