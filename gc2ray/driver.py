@@ -23,9 +23,10 @@ from datetime import UTC, datetime
 from gc2ray import ray_pool
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError, GivenUp
-from gc2ray.manifest import Plan, Shard, SourceFile, Span, cut_shards, first_spans
+from gc2ray.manifest import Plan
 from gc2ray.planner import (
     CALIBRATION_ROWS,
+    Committed,
     Outcome,
     committed_parts,
     outcome,
@@ -34,6 +35,7 @@ from gc2ray.planner import (
     stored_plan,
 )
 from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Pool, Progressed
+from gc2ray.shards import Shard, SourceFile, Span, first_spans
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.store import Commit, Store
 from gc2ray.worker import Progress, Worker
@@ -125,16 +127,15 @@ class Driver:
         self._calibrator = None
         return self._seconds_per_row
 
-    def run(self, plan: Plan, committed: set[str]) -> None:
+    def run(self, plan: Plan, committed: Committed) -> None:
         """Work until every shard is committed or dead.
 
         Raises:
             GivenUp: Too many bad rows, or no worker can be had.
             ConfigError: The model cannot be loaded.
         """
-        self._queue.extend(shard for shard in plan.shards if shard.sid not in committed)
-        waiting = sum(shard.rows for shard in self._queue)
-        self._total_rows, self._done_before = plan.rows, plan.rows - waiting
+        self._queue.extend(s for s in plan.shards if not committed.shards[s.index])
+        self._total_rows, self._done_before = plan.rows, committed.rows
         self._phase = "answering"
         while self._queue or any(state.shards for state in self._workers.values()):
             flying = sum(len(state.shards) for state in self._workers.values())
@@ -331,9 +332,9 @@ def run_job(
     store = Store(job.output)
     store.check_usable(writing=False)
     plan = stored_plan(store, job)
-    parts = committed_parts(store, plan) if plan else {}
-    if plan is not None and len(parts) == len(plan.shards):
-        return outcome(store, plan, parts)
+    committed = committed_parts(store, plan) if plan else None
+    if plan is not None and committed is not None and committed.whole:
+        return outcome(store, plan, committed)
     job.recipe.model.check()
     store.check_usable(writing=True)
     files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
@@ -345,15 +346,16 @@ def run_job(
         driver = Driver(job.cluster, store, pool, display or (lambda _: None))
         try:
             if plan is None:
-                shards = cut_shards(files, _shard_rows(job, files, driver), job.recipe)
-                plan = store_plan(store, job, Plan(job.recipe.fingerprint(), shards, carried))
-                parts = committed_parts(store, plan)  # another driver may have been faster
-            driver.run(plan, set(parts))
+                rows = _shard_rows(job, files, driver)
+                plan = store_plan(store, job, Plan.cut(job.recipe, files, rows, carried))
+            if committed is None:  # another driver may have been faster
+                committed = committed_parts(store, plan)
+            driver.run(plan, committed)
         finally:
             pool.close()
     if driver.lost_races:
         log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
-    return outcome(store, plan, committed_parts(store, plan))
+    return outcome(store, plan, committed_parts(store, plan, committed))
 
 
 def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:

@@ -1,4 +1,4 @@
-"""The frozen plan of a run, `SourceFile` -> `Span` -> `Shard` -> `Plan`, and the `Run` it is of.
+"""The frozen `Plan` of a run, and the `Run` that it is of.
 
 A plan is cut once and stored; nothing is recomputed from a setting afterwards. `Plan` goes to and
 from one Parquet file, `Run` to and from `run.json`; both know the recipe by its fingerprint.
@@ -7,91 +7,40 @@ from one Parquet file, `Run` to and from `run.json`; both know the recipe by its
 from __future__ import annotations
 
 import base64
-import hashlib
 import importlib.metadata
 import io
-import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray import __version__
 from gc2ray.config import Recipe, parse_recipe, recipe_difference
 from gc2ray.errors import ConfigError
+from gc2ray.shards import Shards, SourceFile, SpanColumns, cut_shards, digest
 
 FORMAT = 1
 VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
 PLAN_NAME = "plan/0000.parquet"
 RUN_NAME = "run.json"
 
+_NAMES = pa.dictionary(pa.int32(), pa.string())
 _PLAN_SCHEMA = pa.schema(
     [
         ("shard", pa.int64()),
         ("sid", pa.string()),
-        ("source", pa.string()),
-        ("fingerprint", pa.string()),
+        ("source", _NAMES),
+        ("fingerprint", _NAMES),
         ("first", pa.int64()),
         ("stop", pa.int64()),
+        ("continues", pa.bool_()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """An input file: path relative to the input root, fingerprint, rows of each row group."""
-
-    source: str
-    fingerprint: str
-    groups: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the file."""
-        return sum(self.groups)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows `first` up to, not including, `stop` of one file as it was when planned."""
-
-    source: str
-    fingerprint: str
-    first: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the span."""
-        return self.stop - self.first
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The unit of hand-out, retry and commit."""
-
-    index: int
-    sid: str
-    spans: tuple[Span, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the shard."""
-        return sum(span.rows for span in self.spans)
-
-    def places(self) -> Iterator[tuple[str, int]]:
-        """Source and row number of every row; how many prompts it has only reading tells."""
-        for span in self.spans:
-            yield from ((span.source, row) for row in range(span.first, span.stop))
-
-    @property
-    def part_name(self) -> str:
-        """Where its answers are committed."""
-        return f"data/part-{self.index:07d}-{self.sid}.parquet"
 
 
 @dataclass(frozen=True)
@@ -105,28 +54,44 @@ class Plan:
     """
 
     recipe_fingerprint: str
-    shards: tuple[Shard, ...]
+    shards: Shards
     carried: pa.Schema
+
+    @staticmethod
+    def cut(
+        recipe: Recipe, files: Iterable[SourceFile], shard_rows: int, carried: pa.Schema
+    ) -> Plan:
+        """The plan of a recipe's input files."""
+        fingerprint = recipe.fingerprint()
+        return Plan(fingerprint, Shards.of(cut_shards(files, shard_rows, fingerprint)), carried)
 
     @property
     def rows(self) -> int:
         """Planned rows."""
-        return sum(shard.rows for shard in self.shards)
+        return self.shards.rows
 
     def to_bytes(self) -> bytes:
         """As a Parquet file, the same bytes for the same plan."""
-        records = [
-            {"shard": shard.index, "sid": shard.sid, **asdict(span)}
-            for shard in self.shards
-            for span in shard.spans
+        spans, shard = self.shards.spans, pa.array(self.shards.spans.shard)
+        sids = pa.array([self.shards.sid(index) for index in range(len(self.shards))], pa.string())
+        names = [
+            pa.array([file[side] for file in self.shards.files], pa.string()) for side in (0, 1)
+        ]
+        columns = [
+            shard,
+            sids.take(shard),
+            *(pa.DictionaryArray.from_arrays(spans.file, name) for name in names),
+            pa.array(spans.first),
+            pa.array(spans.stop),
+            pa.array(self.shards.continues).take(shard),
         ]
         metadata = {
             "gc2ray.recipe": self.recipe_fingerprint,
             "gc2ray.carried": base64.b64encode(self.carried.serialize().to_pybytes()).decode(),
         }
-        schema = _PLAN_SCHEMA.with_metadata(metadata)
+        table = pa.table(columns, schema=_PLAN_SCHEMA.with_metadata(metadata))
         sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(records, schema=schema), sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd")
         return sink.getvalue()
 
     @staticmethod
@@ -142,16 +107,9 @@ class Plan:
             buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.carried"]))
             carried = pa.ipc.read_schema(buffer)
             fingerprint = metadata[b"gc2ray.recipe"].decode()
-            table = table.cast(_PLAN_SCHEMA)
+            shards = _shards(table.cast(_PLAN_SCHEMA).combine_chunks())
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{PLAN_NAME}: not written by gc2ray, or damaged") from error
-        spans: dict[int, list[Span]] = {}
-        sids: dict[int, str] = {}
-        for record in table.to_pylist():
-            index = record.pop("shard")
-            sids[index] = record.pop("sid")
-            spans.setdefault(index, []).append(Span(**record))
-        shards = tuple(Shard(index, sids[index], tuple(spans[index])) for index in sorted(spans))
         return Plan(fingerprint, shards, carried)
 
 
@@ -221,69 +179,22 @@ class Run:
             )
 
 
-def row_key(source: str, row: int, prompt_index: int | None = None) -> str:
-    """The key of an answer row, unique in a run.
-
-    Args:
-        source: Path of the source, relative to the input root.
-        row: Row number in the source.
-        prompt_index: Which prompt of a list; None where prompts are no lists.
-    """
-    return f"{source}#{row}" if prompt_index is None else f"{source}#{row}#{prompt_index}"
-
-
-def digest(data: bytes) -> str:
-    """SHA-256, hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def first_spans(files: Sequence[SourceFile], rows: int) -> list[Span]:
-    """Spans of the first `rows` rows of the input, or of all there are."""
-    spans: list[Span] = []
-    for file in files:
-        stop = min(rows, file.rows)
-        if stop > 0:
-            spans.append(Span(file.source, file.fingerprint, 0, stop))
-            rows -= stop
-    return spans
-
-
-def cut_shards(files: Sequence[SourceFile], shard_rows: int, recipe: Recipe) -> tuple[Shard, ...]:
-    """Cut files into shards of about `shard_rows` rows, at row-group borders where possible."""
-    fingerprint = recipe.fingerprint()
-    shards: list[Shard] = []
-    pending: list[Span] = []
-
-    def close() -> None:
-        if pending:
-            spans = tuple(pending)
-            shards.append(Shard(len(shards), _sid(fingerprint, spans), spans))
-            pending.clear()
-
-    for piece in _pieces(files, shard_rows):
-        if sum(span.rows for span in pending) + piece.rows > shard_rows:
-            close()
-        if pending and pending[-1].source == piece.source:
-            pending[-1] = replace(pending[-1], stop=piece.stop)
-        else:
-            pending.append(piece)
-    close()
-    return tuple(shards)
-
-
-def _pieces(files: Sequence[SourceFile], shard_rows: int) -> Iterator[Span]:
-    """Row groups, those above `shard_rows` in near-equal parts."""
-    for file in files:
-        first = 0
-        for rows in file.groups:
-            parts = max(1, -(-rows // shard_rows))
-            cuts = [first + rows * part // parts for part in range(parts + 1)]
-            for start, stop in itertools.pairwise(cuts):
-                if stop > start:
-                    yield Span(file.source, file.fingerprint, start, stop)
-            first += rows
-
-
-def _sid(recipe_fingerprint: str, spans: Sequence[Span]) -> str:
-    identity = json.dumps([recipe_fingerprint, *(asdict(span) for span in spans)])
-    return digest(identity.encode())[:16]
+def _shards(table: pa.Table) -> Shards:
+    """The shards of a plan's table."""
+    shard, sids, source, fingerprint, first, stop, continues = (
+        column.chunk(0) if column.num_chunks else pa.array([], column.type)
+        for column in table.columns
+    )
+    numbers = shard.to_numpy()
+    indices, begins = np.unique(numbers, return_index=True)
+    if (np.diff(numbers) < 0).any() or not np.array_equal(indices, np.arange(len(indices))):
+        raise ValueError("shards are not numbered from 0")
+    pairs = np.stack([source.indices.to_numpy(), fingerprint.indices.to_numpy()])
+    unique, file = np.unique(pairs, axis=1, return_inverse=True)
+    sources, fingerprints = source.dictionary.to_pylist(), fingerprint.dictionary.to_pylist()
+    return Shards(
+        [(sources[a], fingerprints[b]) for a, b in unique.T],
+        SpanColumns(numbers, file, first.to_numpy(), stop.to_numpy()),
+        np.array([int(sids[at].as_py(), 16) for at in begins], np.uint64),
+        continues.to_numpy(zero_copy_only=False)[begins],
+    )

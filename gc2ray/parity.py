@@ -19,9 +19,9 @@ from gc2ray.errors import BadRow
 from gc2ray.families.family import Loaded
 from gc2ray.families.stock import prompt_logits, stock_logits
 from gc2ray.images import decode, read_bytes
-from gc2ray.manifest import first_spans
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
+from gc2ray.shards import first_spans
 from gc2ray.sources.parquet import ParquetSource
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

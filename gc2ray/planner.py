@@ -7,14 +7,18 @@ listing of `data/` says what is committed, the parts' footers how many input row
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError
-from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run, Shard, digest
+from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run
+from gc2ray.shards import digest
 from gc2ray.stats import RunStats
-from gc2ray.store import PartFooter, Store
+from gc2ray.store import Store, part_index
 
 CALIBRATION_ROWS = 24
 SHARDS_PER_WORKER = 4
@@ -37,6 +41,31 @@ class Outcome:
     def exit_code(self) -> int:
         """0 only when every planned row is committed."""
         return 0 if self.rows == self.planned_rows and self.shards == self.planned_shards else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Committed:
+    """What is committed of a plan.
+
+    Attributes:
+        shards: Whether each shard is, (shards,).
+        rows: Input rows of those that are.
+        stats: Of their answers.
+    """
+
+    shards: npt.NDArray[np.bool_]
+    rows: int
+    stats: RunStats
+
+    @staticmethod
+    def nothing(plan: Plan) -> Committed:
+        """As at the start of a run."""
+        return Committed(np.zeros(len(plan.shards), np.bool_), 0, RunStats())
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left to do."""
+        return bool(self.shards.all())
 
 
 def stored_plan(store: Store, job: Job) -> Plan | None:
@@ -83,43 +112,62 @@ def shard_rows(cluster: Cluster, rows: int, workers: int, seconds_per_row: float
     return max(1, min(fair, timed, MAX_SHARD_ROWS))
 
 
-def committed_parts(store: Store, plan: Plan) -> dict[str, PartFooter]:
-    """Committed shards of a plan: sid to checked footer.
+def committed_parts(store: Store, plan: Plan, known: Committed | None = None) -> Committed:
+    """What is committed of a plan, by one listing and the footers of parts that were not known.
+
+    Args:
+        store: The output.
+        plan: Its plan.
+        known: What was committed at an earlier look; its footers are not read again.
 
     Raises:
         ConfigError: A part is damaged, or not of this plan.
     """
-    names = store.committed()
-    shards = {shard.sid: shard for shard in plan.shards}
-    footers = store.footers(list(names.values()))
-    for (sid, name), footer in zip(names.items(), footers, strict=True):
-        shard = shards.get(sid)
-        fits = shard is not None and footer.sid == sid and footer.rows == shard.rows
+    known = known or Committed.nothing(plan)
+    shards, new = known.shards.copy(), []
+    for sid, name in store.committed().items():
+        index = part_index(name)
+        if index >= len(plan.shards) or plan.shards.sid(index) != sid:
+            raise _foreign(store, name)
+        if not shards[index]:
+            shards[index] = True
+            new.append(name)
+    rows, stats = known.rows, known.stats
+    planned = plan.shards.rows_each
+    for name, footer in zip(new, store.footers(new), strict=True):
+        index = part_index(name)
+        fits = footer.rows == planned[index] and footer.sid == plan.shards.sid(index)
         if not fits or footer.run != plan.recipe_fingerprint:
-            raise ConfigError(f"{store.uri}: {name} is not a part of this run; move it away")
-    return dict(zip(names, footers, strict=True))
+            raise _foreign(store, name)
+        rows, stats = rows + footer.rows, stats + footer.stats
+    return Committed(shards, rows, stats)
 
 
-def outcome(store: Store, plan: Plan, parts: Mapping[str, PartFooter]) -> Outcome:
-    """How a run stands, by its `committed_parts`."""
-    footers = parts.values()
+def _foreign(store: Store, name: str) -> ConfigError:
+    return ConfigError(f"{store.uri}: {name} is not a part of this run; move it away")
+
+
+def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
+    """How a run stands, by what is committed of it."""
+    missing = np.flatnonzero(~committed.shards)
     return Outcome(
-        shards=len(footers),
+        shards=len(plan.shards) - len(missing),
         planned_shards=len(plan.shards),
-        rows=sum(footer.rows for footer in footers),
+        rows=committed.rows,
         planned_rows=plan.rows,
-        stats=sum((footer.stats for footer in footers), RunStats()),
-        dead=_dead_letters(store, [shard for shard in plan.shards if shard.sid not in parts]),
+        stats=committed.stats,
+        dead=_dead_letters(store, plan, missing),
     )
 
 
-def _dead_letters(store: Store, missing: Sequence[Shard]) -> tuple[str, ...]:
+def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str, ...]:
     """The last dead letter of each missing shard that has one, a line each."""
     last = {name.split("/")[1].split(".")[0]: name for name in store.names("dead")}
     letters = []
-    for shard in missing:
-        data = store.read(last[shard.sid]) if shard.sid in last else None
+    for index in missing if last else ():
+        name = last.get(plan.shards.sid(index))
+        data = store.read(name) if name else None
         if data is not None:
-            reason = json.loads(data)["reason"]
+            shard, reason = plan.shards[index], json.loads(data)["reason"]
             letters.append(f"shard {shard.index} ({shard.rows} rows): {reason}")
     return tuple(letters)

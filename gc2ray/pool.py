@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gc2ray.manifest import Shard, Span
+from gc2ray.shards import Shard, Span
 from gc2ray.worker import Progress, ShardDone
 
 

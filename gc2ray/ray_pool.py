@@ -23,8 +23,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from gc2ray.config import Cluster
 from gc2ray.errors import ConfigError, EngineDead
-from gc2ray.manifest import Shard, Span
 from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Progressed
+from gc2ray.shards import Shard, Span
 from gc2ray.worker import Progress, ShardDone, Worker
 
 PROGRESS_SECONDS = 2.0

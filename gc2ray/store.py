@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.footer import read_footer
-from gc2ray.manifest import Shard
+from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
 
 READ_THREADS = 16
@@ -261,6 +261,18 @@ class Store:
         finally:
             temporary.unlink()
         _sync_folder(target.parent)
+
+
+def part_index(name: str) -> int:
+    """The index of the shard that a part is named for.
+
+    Raises:
+        ValueError: It is no part's name.
+    """
+    match = _PART.search(name)
+    if match is None:
+        raise ValueError(f"{name} is not the name of a part")
+    return int(match.group(1))
 
 
 _FOOTER_KEYS = ("sid", "run", "token", "worker", "stats")

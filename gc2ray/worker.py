@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 
 from gc2ray.config import Job
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError, Status
-from gc2ray.manifest import Shard, Span
 from gc2ray.records import Answer, Provenance, Request, answer_schema, answer_table
+from gc2ray.shards import Shard, Span
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store

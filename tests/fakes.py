@@ -15,9 +15,9 @@ import pyarrow as pa
 from gc2ray.config import Job
 from gc2ray.errors import Status
 from gc2ray.feed import Feed
-from gc2ray.manifest import Shard, Span
 from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Progressed
 from gc2ray.records import Answer, Request
+from gc2ray.shards import Shard, Span
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit
 from gc2ray.worker import Progress, ShardDone, Worker

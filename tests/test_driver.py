@@ -6,15 +6,18 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from gc2ray.config import Cluster
 from gc2ray.driver import Driver, Snapshot
 from gc2ray.errors import ConfigError, GivenUp
-from gc2ray.manifest import Plan, SourceFile, cut_shards, first_spans
-from gc2ray.planner import CALIBRATION_ROWS, shard_rows
+from gc2ray.manifest import Plan
+from gc2ray.planner import CALIBRATION_ROWS, Committed, shard_rows
 from gc2ray.pool import Progressed
+from gc2ray.shards import SourceFile, first_spans
+from gc2ray.stats import RunStats
 from gc2ray.store import Store
 from gc2ray.worker import Progress
 from tests.fakes import SimulatedPool
@@ -24,8 +27,7 @@ RECIPE = make_recipe("model")
 
 
 def make_plan(rows: int = 100, per_shard: int = 10) -> Plan:
-    shards = cut_shards([SourceFile("a.parquet", "f", (rows,))], per_shard, RECIPE)
-    return Plan(RECIPE.fingerprint(), shards, pa.schema([]))
+    return Plan.cut(RECIPE, [SourceFile("a.parquet", "f", (rows,))], per_shard, pa.schema([]))
 
 
 class Harness:
@@ -36,8 +38,8 @@ class Harness:
         self.store = Store(str(tmp_path / "out"))
         self.driver = Driver(Cluster(**settings), self.store, pool, self.seen.append)
 
-    def run(self, plan: Plan, committed: set[str] | None = None) -> None:
-        self.driver.run(plan, committed or set())
+    def run(self, plan: Plan, committed: Committed | None = None) -> None:
+        self.driver.run(plan, committed or Committed.nothing(plan))
 
     def letters(self) -> list[dict]:
         return [json.loads(self.store.read(name) or b"") for name in self.store.names("dead")]
@@ -56,7 +58,7 @@ def test_every_shard_once(tmp_path: Path) -> None:
 
 def test_committed_shards_are_not_handed_out(tmp_path: Path) -> None:
     plan = make_plan()
-    committed = {shard.sid for shard in plan.shards[:7]}
+    committed = Committed(np.arange(10) < 7, 70, RunStats())
     harness = Harness(tmp_path, SimulatedPool())
     harness.run(plan, committed)
     assert sorted(harness.finished) == sorted(shard.sid for shard in plan.shards[7:])

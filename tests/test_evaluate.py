@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from gc2ray.errors import Status
-from gc2ray.manifest import SourceFile, cut_shards
 from gc2ray.records import Answer, Provenance, Request
+from gc2ray.shards import SourceFile, cut_shards
 from gc2ray.stats import RunStats
 from gc2ray.store import PartFooter, Store
 from gc2ray.worker import _part_bytes
@@ -29,7 +29,8 @@ def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.
     """A run of two parts; a row without an answer failed."""
     store = Store(str(folder))
     half = len(rows) // 2
-    shards = cut_shards([SourceFile("r.parquet", "f", (half, len(rows) - half))], half, RECIPE)
+    file = SourceFile("r.parquet", "f", (half, len(rows) - half))
+    shards = cut_shards([file], half, RECIPE.fingerprint())
     for shard in shards:
         span = shard.spans[0]
         answers = [
@@ -57,7 +58,7 @@ def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> s
     references = [["7", "red"], ["8", "blue", "left"], ["yes"]]
     carried = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
     store = Store(str(folder))
-    (shard,) = cut_shards([SourceFile("r.parquet", "f", (3,))], 3, RECIPE)
+    (shard,) = cut_shards([SourceFile("r.parquet", "f", (3,))], 3, RECIPE.fingerprint())
     written = [
         replace(
             found,

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.errors import ConfigError, ShardError, Status
-from gc2ray.manifest import SourceFile, Span, cut_shards
 from gc2ray.records import Answer, ImageRef, Provenance, Request, answer_table
+from gc2ray.shards import SourceFile, Span, cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from tests.rows import make_recipe, write_rows
 
@@ -443,7 +443,7 @@ def test_shards_read_every_row_once(tmp_path: Path) -> None:
     write_rows(tmp_path / "in" / "a.parquet", 20)
     write_rows(tmp_path / "in" / "b.parquet", 3)
     source = source_of(tmp_path / "in", keep=["id"])
-    shards = cut_shards(source.scan()[0], 3, make_recipe("model"))
+    shards = list(cut_shards(source.scan()[0], 3, "recipe"))
     rows = [row for shard in shards for span in shard.spans for row in source.read(span, MEMORY)]
     assert [row.carried["id"].as_py() for row in rows] == [*range(20), *range(3)]
 

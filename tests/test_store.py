@@ -19,9 +19,10 @@ import pytest
 import s3fs
 
 from gc2ray.errors import ConfigError, Status
-from gc2ray.manifest import Plan, Shard, SourceFile, Span, cut_shards
+from gc2ray.manifest import Plan
 from gc2ray.planner import committed_parts, outcome
 from gc2ray.records import Answer, Provenance, answer_schema, answer_table
+from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
@@ -93,7 +94,7 @@ def racy(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def a_shard(rows: int = 3) -> Shard:
-    (shard,) = cut_shards([SourceFile("rows.parquet", "f", (rows,))], rows, RECIPE)
+    (shard,) = cut_shards([SourceFile("rows.parquet", "f", (rows,))], rows, RECIPE.fingerprint())
     return shard
 
 
@@ -345,7 +346,7 @@ def test_a_footer_from_before_lists_of_prompts_has_a_row_per_answer(local: Store
     local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": None}))
     footer = local.footer(shard.part_name)
     assert (footer.rows, footer.answers) == (3, 3)
-    plan = Plan(RECIPE.fingerprint(), (shard,), pa.schema([]))
+    plan = Plan(RECIPE.fingerprint(), Shards.of([shard]), pa.schema([]))
     assert outcome(local, plan, committed_parts(local, plan)).exit_code == 0
 
 
@@ -355,7 +356,7 @@ def test_a_part_of_fewer_or_more_rows_than_planned_is_not_of_this_run(
 ) -> None:
     shard = a_shard()
     local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": rows}))
-    plan = Plan(RECIPE.fingerprint(), (shard,), pa.schema([]))
+    plan = Plan(RECIPE.fingerprint(), Shards.of([shard]), pa.schema([]))
     with pytest.raises(ConfigError, match="is not a part of this run"):
         committed_parts(local, plan)
 

@@ -16,8 +16,9 @@ import pytest
 
 from gc2ray.config import Job, parse_recipe
 from gc2ray.errors import EngineDead, ShardError, Status
-from gc2ray.manifest import Plan, Shard, cut_shards
+from gc2ray.manifest import Plan
 from gc2ray.planner import committed_parts, outcome
+from gc2ray.shards import Shard, Shards, cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.store import Commit, Store
 from gc2ray.worker import Worker
@@ -50,7 +51,7 @@ def listed(job: Job) -> Job:
 
 def shards_of(job: Job, rows: int = 6) -> tuple[Shard, ...]:
     files, _ = ParquetSource(job.recipe.input).scan()
-    return cut_shards(files, rows, job.recipe)
+    return tuple(cut_shards(files, rows, job.recipe.fingerprint()))
 
 
 def make_worker(job: Job, engine: object = None, **options: object) -> Worker:
@@ -112,7 +113,7 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
     assert sum(footer.answers for footer in footers) == len(expected)
     progress = worker.progress()
     assert (progress.rows, progress.answers) == (20, len(expected))
-    plan = Plan(listed.recipe.fingerprint(), shards, CARRIED)
+    plan = Plan(listed.recipe.fingerprint(), Shards.of(shards), CARRIED)
     state = outcome(store, plan, committed_parts(store, plan))
     assert (state.rows, state.planned_rows, state.exit_code) == (20, 20, 0)
     assert state.stats.rows == len(expected)

@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from gc2ray.config import InputConfig
 from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError, Status
 from gc2ray.footer import read_footer
-from gc2ray.manifest import SourceFile, Span, digest, row_key
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ImageRef, Request
+from gc2ray.shards import SourceFile, Span, digest, row_key
 
 FOOTER_THREADS = 16
 MAX_BATCH_ROWS = 256

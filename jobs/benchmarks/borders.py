@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from gc2ray.config import Job, parse_job
 from gc2ray.errors import Status
 from gc2ray.feed import Feed
-from gc2ray.manifest import Shard, cut_shards
 from gc2ray.records import Answer, Request
+from gc2ray.shards import Shard, cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.stats import RunStats
 from gc2ray.worker import Worker
@@ -65,7 +65,7 @@ def run() -> list[Line]:
     with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
         job = _job(Path(directory))
         files, carried = ParquetSource(job.recipe.input).scan()
-        shards = cut_shards(files, SHARD_ROWS, job.recipe)
+        shards = tuple(cut_shards(files, SHARD_ROWS, job.recipe.fingerprint()))
         engine = SteadyEngine()
         worker = Worker(job, carried, load=lambda _: engine)
         worker.load()

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from gc2ray.config import Job, parse_job
-from gc2ray.manifest import cut_shards
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.rows import Split, pocket_rows, write_rows
+from gc2ray.shards import cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.worker import Worker, peak_host_bytes
 from jobs.benchmarks import Line, goal
@@ -120,7 +120,7 @@ def _answered(root: Path, shard_rows: int) -> list[int]:
     worker.load()
 
     def peaks() -> Iterator[int]:
-        for shard in cut_shards(files, shard_rows, job.recipe):
+        for shard in cut_shards(files, shard_rows, job.recipe.fingerprint()):
             worker.process(shard, 1)
             yield peak_host_bytes()
 
