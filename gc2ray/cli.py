@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gc2ray import __version__
-from gc2ray.errors import STORAGE_ERRORS, ConfigError, GivenUp
+from gc2ray.errors import STORAGE_ERRORS, ConfigError, GivenUp, Interrupted
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
 # and `--help`, a typo in the configuration or `status` should not wait for them.
@@ -54,7 +54,7 @@ def run(
     with _exit_codes():
         from gc2ray.config import load_job
         from gc2ray.display import RunDisplay, print_outcome
-        from gc2ray.driver import run_job
+        from gc2ray.run import run_job
 
         job = load_job(config, overrides or [])
         console = Console()
@@ -155,6 +155,9 @@ def _exit_codes() -> Iterator[None]:
     except STORAGE_ERRORS as error:
         errors.print(f"storage: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
+    except Interrupted as error:
+        errors.print(f"interrupted: {error}; run the same command again to go on", soft_wrap=True)
+        raise typer.Exit(130) from None
     except KeyboardInterrupt:
         errors.print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None

@@ -199,11 +199,29 @@ class Recipe(_Frozen):
         return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
+class WorkerRange(_Frozen):
+    """How many workers: more are added while shards wait, fewer are kept when none do.
+
+    Attributes:
+        min: The run gives up where there is no room for so many.
+        max: Never more.
+    """
+
+    min: int = Field(default=1, gt=0)
+    max: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, {self.max}")
+        return self
+
+
 class Cluster(_Frozen):
     """How it is computed; may change between a run and its rerun.
 
     Attributes:
-        workers: Worker processes; None is one per GPU share, or one without GPUs.
+        workers: Worker processes, or {min, max}; None is one per GPU share, or one without GPUs.
         gpus_per_worker: Share of a GPU; None is 1 where the cluster has GPUs and 0 where not.
         cpus_per_worker: Ray's CPU reservation, and the torch threads of a CPU worker.
         image_threads: Threads of a worker that decode images. This and the four below are derived
@@ -216,14 +234,17 @@ class Cluster(_Frozen):
             (see `gc2ray.sources.parquet`).
         shard_rows: Rows of a shard; None sizes shards by calibration.
         shard_seconds: The calibrated size.
-        tries: Times that a shard is tried.
+        tries: Losses of a shard that taught nothing before it is given up.
+        max_poison_rows: Rows of a shard that may kill a worker, or hang, before it is given up.
         max_bad_rows: Share of failed answers, of at least 200, that stops the run.
         stall_seconds: A worker that gives no answer for so long is killed.
         place_seconds: Time to find room for a worker in the cluster.
         load_seconds: Time to load the model, counted anew whenever it reads on.
+        drain_seconds: Time for shards in flight to be committed when the run is told to stop; Ray
+            kills a job 3 s after it asked it to.
     """
 
-    workers: int | None = Field(default=None, gt=0)
+    workers: WorkerRange | None = None
     gpus_per_worker: float | None = Field(default=None, ge=0)
     cpus_per_worker: float = Field(default=1.0, gt=0)
     image_threads: int | None = Field(default=None, gt=0)
@@ -235,10 +256,20 @@ class Cluster(_Frozen):
     shard_rows: int | None = Field(default=None, gt=0)
     shard_seconds: Seconds = 45.0
     tries: int = Field(default=3, gt=0)
+    max_poison_rows: int = Field(default=8, ge=0)
     max_bad_rows: float = Field(default=0.05, ge=0, le=1)
     stall_seconds: Seconds = 600.0
     place_seconds: Seconds = 600.0
     load_seconds: Seconds = 900.0
+    drain_seconds: float = Field(default=2.0, ge=0)
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _as_many_as_fit(cls, workers: object) -> object:
+        """A plain number is as many as there is room for, up to that."""
+        if isinstance(workers, str) or (isinstance(workers, int) and workers < 1):
+            raise ValueError("expected a number above 0, or {min: …, max: …}")
+        return {"max": workers} if isinstance(workers, int | float) else workers
 
 
 class Job(_Frozen):

@@ -1,47 +1,60 @@
-"""The driver: plans a run once, hands shards to workers, and knows when to give up on one.
+"""The driver: hands shards to workers, and knows when to give up on one.
 
-It never trusts its memory for completion: what is committed is what the store lists. It talks to
-workers through a `Pool`, so that its decisions can be tested without Ray and without waiting.
+It talks to workers through a `Pool`, so that its decisions can be tested without Ray and without
+waiting. What is committed is what the store lists, never what the driver remembers.
 
 Rules: two shards in flight per worker, so that a border never drains an accelerator; a shard that
-was lost once runs alone, so that it takes no other with it; `tries` losses make a dead letter; a
-worker that gives no answer for `stall_seconds` is killed. Placement and loading have clocks of
-their own.
+was lost runs alone, so that it takes no other with it; what a loss means for the shard is the
+queue's business (`gc2ray.shard_queue`). A worker that gives no answer for `stall_seconds` is
+killed. Placement and loading have clocks of their own. Workers are added while shards wait; when
+none do, those without any are dropped, but one, which takes what gets lost. One whose node is about
+to go gets no more. Told to stop, it hands out nothing more and waits `drain_seconds` for what is in
+flight.
 
-Not covered: isolating the row that kills a worker, draining on signals.
+What a turn costs depends on what happened in it, not on the size of the plan; what looks at every
+worker is done once a second.
+
+Not covered: second copies of a slow shard at the end of a run.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import deque
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
-from gc2ray import ray_pool
-from gc2ray.config import Cluster, Job
-from gc2ray.errors import ConfigError, GivenUp
+import numpy as np
+
+from gc2ray.bill import Bill, Meter, Use
+from gc2ray.config import Cluster, WorkerRange
+from gc2ray.errors import ConfigError, GivenUp, Interrupted
+from gc2ray.handout import Handout
 from gc2ray.manifest import Plan
-from gc2ray.planner import (
-    CALIBRATION_ROWS,
-    Committed,
-    Outcome,
-    committed_parts,
-    outcome,
-    shard_rows,
-    store_plan,
-    stored_plan,
+from gc2ray.planner import Committed
+from gc2ray.pool import (
+    Calibrated,
+    Died,
+    Done,
+    Event,
+    Failed,
+    Leaving,
+    Loaded,
+    Placed,
+    Pool,
+    Progressed,
 )
-from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Pool, Progressed
-from gc2ray.shards import Shard, SourceFile, Span, first_spans
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.progress import Progress
+from gc2ray.shard_queue import Limits, Loss, ShardQueue
+from gc2ray.shards import Shard, Shards, Span
 from gc2ray.store import Commit, Store
-from gc2ray.worker import Progress, Worker
 
 IN_FLIGHT = 2
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
+LOOK_SECONDS = 1.0
+"""Between two looks at every worker."""
 SETUP_DEATHS = 3
 """Workers that die while setting up, with no shard done in between: then the run gives up."""
 BAD_ROWS_FROM = 200
@@ -76,7 +89,23 @@ class _WorkerState:
     loaded: float | None = None
     active: float = 0.0
     progress: Progress = field(default_factory=Progress)
-    shards: dict[str, Shard] = field(default_factory=dict)
+    handouts: dict[str, Handout] = field(default_factory=dict)
+    is_calibrating: bool = False
+    is_leaving: bool = False
+    is_stalled: bool = False
+    is_unplaced: bool = False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may take another shard: two at a time, and one that was lost alone."""
+        if self.loaded is None or self.is_leaving or self.is_stalled:
+            return False
+        lost = any(handout.attempt > 1 for handout in self.handouts.values())
+        return not lost and len(self.handouts) < IN_FLIGHT
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.handouts) or self.is_calibrating
 
 
 class Driver:
@@ -87,26 +116,52 @@ class Driver:
         store: Where dead letters go.
         pool: The workers.
         display: Shown the state about once a second.
+        stop: Set when the run is to stop.
+
+    Attributes:
+        lost_races: Shards that somebody else had committed first.
     """
 
-    def __init__(self, cluster: Cluster, store: Store, pool: Pool, display: Display) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        store: Store,
+        pool: Pool,
+        display: Display,
+        stop: threading.Event | None = None,
+    ) -> None:
         self._cluster = cluster
         self._store = store
         self._pool = pool
         self._display = display
-        self.target = cluster.workers or pool.default_workers()
+        self._stop = stop or threading.Event()
+        self._range = cluster.workers or WorkerRange(max=pool.default_workers())
+        self._limits = Limits(cluster.tries, cluster.max_poison_rows)
+        self._queue = ShardQueue(Shards.of([]), np.zeros(0, np.bool_), self._limits)
         self._workers: dict[int, _WorkerState] = {}
-        self._queue: deque[Shard] = deque()
-        self._tries: dict[str, int] = {}
-        self._past: list[Progress] = []
+        self._setting_up: set[int] = set()  # of the workers those that are not loaded
+        self._leaving: set[int] = set()  # those whose node is about to go
+        self._hungry: set[int] = set()  # those that may have room
+        self._meter = Meter(cluster.gpus_per_worker or 1.0)
+        self._flying = 0  # shards that are handed out
+        self._past = Progress()  # of workers that are gone
         self._done_before = 0
         self._total_rows = 0
         self._setup_deaths = 0
-        self._calibrator: int | None = None
         self._seconds_per_row: float | None = None
         self._phase = "starting"
-        self.lost_races = 0
+        self._looked = float("-inf")
         self._dead_shards = 0
+        self.lost_races = 0
+
+    @property
+    def most_workers(self) -> int:
+        """As many as there may be."""
+        return self._range.max
+
+    def bill(self) -> Bill:
+        """What became of the workers' time, up to the last thing that each of them ended."""
+        return self._meter.bill()
 
     def calibrate(self, sample: Sequence[Span]) -> float:
         """Seconds per row on the first worker that has loaded; the others load meanwhile.
@@ -114,17 +169,20 @@ class Driver:
         Raises:
             GivenUp: No worker can be had.
             ConfigError: The model cannot be loaded.
+            Interrupted: It was told to stop.
         """
         self._phase = "calibrating"
+        rows = sum(span.rows for span in sample)
         while self._seconds_per_row is None:
-            self._staff(min(self.target, sum(span.rows for span in sample)))
+            if self._stop.is_set():
+                raise Interrupted("nothing was answered yet")
+            self._staff(rows)
             loaded = [key for key, state in self._workers.items() if state.loaded is not None]
-            if loaded and self._calibrator not in loaded:
-                self._calibrator = loaded[0]
-                self._workers[loaded[0]].active = self._pool.now()
+            if loaded and not any(state.is_calibrating for state in self._workers.values()):
+                state = self._workers[loaded[0]]
+                state.is_calibrating, state.active = True, self._pool.now()
                 self._pool.calibrate(loaded[0], sample)
             self._turn()
-        self._calibrator = None
         return self._seconds_per_row
 
     def run(self, plan: Plan, committed: Committed) -> None:
@@ -133,120 +191,221 @@ class Driver:
         Raises:
             GivenUp: Too many bad rows, or no worker can be had.
             ConfigError: The model cannot be loaded.
+            Interrupted: It was told to stop; what was in flight had `drain_seconds`.
         """
-        self._queue.extend(s for s in plan.shards if not committed.shards[s.index])
+        self._queue = ShardQueue(plan.shards, committed.shards, self._limits)
         self._total_rows, self._done_before = plan.rows, committed.rows
         self._phase = "answering"
-        while self._queue or any(state.shards for state in self._workers.values()):
-            flying = sum(len(state.shards) for state in self._workers.values())
-            self._staff(min(self.target, len(self._queue) + flying))
-            self._hand_out()
+        try:
+            while self._queue or self._flying:
+                if self._stop.is_set():
+                    self._drain()
+                self._hand_out()
+                self._staff(len(self._queue) + len(self._workers) - len(self._setting_up))
+                self._turn()
+            self._display(self._snapshot(self._seen()))
+        finally:
+            self._settle()
+
+    def _drain(self) -> None:
+        """Commit what ends in time, abandon the rest.
+
+        Raises:
+            Interrupted: Always.
+        """
+        self._phase = "stopping"
+        deadline = self._pool.now() + self._cluster.drain_seconds
+        while self._flying and self._pool.now() < deadline:
             self._turn()
-            self._judge_rows()
+        left = f"; {self._flying} in flight were abandoned" if self._flying else ""
+        raise Interrupted(f"{len(self._queue) + self._flying} shards are left to answer{left}")
+
+    def _settle(self) -> None:
+        """What the workers did last."""
+        for worker, state in self._workers.items():
+            self._meter.stop(worker, self._use(state, Use.ABANDONED), self._pool.now())
+
+    def _use(self, state: _WorkerState, busy: Use) -> Use:
+        """What a worker's time is spent on: `busy` if it has something to answer."""
+        if state.loaded is None:
+            return Use.LOADING
+        if state.is_calibrating:
+            return Use.CALIBRATING
+        return busy if state.handouts else Use.IDLE
 
     def _turn(self) -> None:
         for event in self._pool.poll(POLL_SECONDS):
             if event.worker in self._workers:
                 self._handle(event)
+        if self._pool.now() - self._looked >= LOOK_SECONDS:
+            self._looked = self._pool.now()
+            self._look()
+
+    def _look(self) -> None:
+        """Whatever looks at every worker."""
         self._check_clocks()
-        self._display(self._snapshot())
+        seen = self._seen()
+        self._display(self._snapshot(seen))
+        self._judge_rows(seen)
 
     def _staff(self, wanted: int) -> None:
-        for _ in range(wanted - len(self._workers)):
-            self._workers[self._pool.start()] = _WorkerState(started=self._pool.now())
+        """Start workers up to as many as are wanted, and may be; those that leave are extra."""
+        staying = len(self._workers) - len(self._leaving)
+        for _ in range(min(self._range.max, wanted) - staying):
+            worker = self._pool.start()
+            self._workers[worker] = _WorkerState(started=self._pool.now())
+            self._setting_up.add(worker)
 
     def _hand_out(self) -> None:
-        for worker, state in self._workers.items():
-            if state.loaded is None:
-                continue
-            while (shard := self._next_for(state)) is not None:
-                if not state.shards:
-                    state.active = self._pool.now()
-                state.shards[shard.sid] = shard
-                self._pool.submit(worker, shard, self._tries.get(shard.sid, 0) + 1)
+        """A shard to every worker that has none, then a second one to each."""
+        for shards in range(IN_FLIGHT):
+            for worker in sorted(self._hungry):
+                state = self._workers[worker]
+                if len(state.handouts) == shards and not self._hand(worker, state):
+                    break
+        idle = [worker for worker in sorted(self._hungry) if not self._workers[worker].handouts]
+        for worker in idle[1:] if not self._queue else ():
+            if len(self._workers) > self._range.min:
+                self._drop(worker)
 
-    def _next_for(self, state: _WorkerState) -> Shard | None:
-        """A shard that this worker may take now: suspects go alone."""
-        if len(state.shards) >= IN_FLIGHT or any(sid in self._tries for sid in state.shards):
-            return None
-        for shard in self._queue:
-            if shard.sid not in self._tries or not state.shards:
-                self._queue.remove(shard)
-                return shard
-        return None
+    def _hand(self, worker: int, state: _WorkerState) -> bool:
+        """Give a worker a shard if it has room; False if there is none for anybody like it."""
+        if state.has_room:
+            handout = self._queue.take(worker, alone=not state.handouts)
+            if handout is None:
+                return False
+            if not state.handouts:
+                state.active = self._pool.now()
+                self._meter.spend(worker, Use.IDLE, state.active)
+            state.handouts[handout.shard.sid] = handout
+            self._flying += 1
+            self._pool.submit(worker, handout)
+        if not state.has_room:
+            self._hungry.discard(worker)
+        return True
+
+    def _drop(self, worker: int) -> None:
+        state = self._remove(worker)
+        self._meter.stop(worker, self._use(state, Use.ABANDONED), self._pool.now())
+        self._pool.drop(worker)
+
+    def _remove(self, worker: int) -> _WorkerState:
+        state = self._workers.pop(worker)
+        for group in (self._hungry, self._setting_up, self._leaving):
+            group.discard(worker)
+        self._queue.leave(worker)
+        self._past += state.progress
+        return state
 
     def _handle(self, event: Event) -> None:
-        state = self._workers[event.worker]
+        worker, state = event.worker, self._workers[event.worker]
+        match event:
+            case Placed() | Loaded() | Calibrated():
+                self._get_on(worker, state, event)
+            case Progressed():
+                self._note(state, event.progress)
+            case Done():
+                self._finished(worker, state, event)
+            case Failed():
+                self._failed(worker, state, event)
+            case Leaving():
+                self._leave(worker, state)
+            case Died():
+                self._bury(worker, event)
+
+    def _get_on(
+        self, worker: int, state: _WorkerState, event: Placed | Loaded | Calibrated
+    ) -> None:
+        """A worker has done a step of its setting up."""
+        state.active = self._pool.now()
         match event:
             case Placed():
-                state.placed = state.active = self._pool.now()
-                self._pool.load(event.worker)
+                state.placed = state.active
+                self._meter.start(worker, state.active)
+                self._pool.load(worker)
             case Loaded():
-                state.loaded = state.active = self._pool.now()
+                self._meter.spend(worker, Use.LOADING, state.active)
+                state.loaded = state.active
+                self._setting_up.discard(worker)
+                self._hungry.add(worker)
             case Calibrated():
-                self._seconds_per_row = event.seconds_per_row
-            case Progressed():
-                self._note(event.worker, state, event.progress)
-            case Done():
-                self._finished(state, event)
-            case Failed():
-                self._failed(event.worker, state, event)
-            case Died():
-                self._bury(event.worker, event.reason)
+                self._meter.spend(worker, Use.CALIBRATING, state.active)
+                state.is_calibrating, self._seconds_per_row = False, event.seconds_per_row
 
-    def _note(self, worker: int, state: _WorkerState, progress: Progress) -> None:
+    def _note(self, state: _WorkerState, progress: Progress) -> None:
         moved = progress.answers > state.progress.answers
-        setting_up = state.loaded is None or worker == self._calibrator
+        setting_up = state.loaded is None or state.is_calibrating
         if moved or (setting_up and progress.ticks > state.progress.ticks):
             state.active = self._pool.now()
         state.progress = progress
 
-    def _finished(self, state: _WorkerState, event: Done) -> None:
-        state.shards.pop(event.shard.sid, None)
-        state.active = self._pool.now()
+    def _finished(self, worker: int, state: _WorkerState, event: Done) -> None:
+        has_won = event.result.commit == Commit.WON
+        self._end_try(worker, state, event.shard, Use.USEFUL if has_won else Use.LOST_RACE)
+        self._queue.done(event.shard)
         self._setup_deaths = 0
-        if event.result.commit == Commit.LOST_RACE:
-            self.lost_races += 1
+        self.lost_races += not has_won
+
+    def _end_try(self, worker: int, state: _WorkerState, shard: Shard, use: Use) -> None:
+        """A shard has left a worker that lives."""
+        state.active = self._pool.now()
+        self._meter.spend(worker, use, state.active)
+        self._flying -= state.handouts.pop(shard.sid, None) is not None
+        self._hungry.add(worker)
+        if state.is_leaving and not state.handouts:
+            self._drop(worker)
 
     def _failed(self, worker: int, state: _WorkerState, event: Failed) -> None:
-        if event.shard is None:
-            if isinstance(event.error, ConfigError):
-                raise event.error
-            self._pool.kill(worker)
-            self._bury(worker, f"{type(event.error).__name__}: {event.error}")
-            return
-        state.shards.pop(event.shard.sid, None)
-        state.active = self._pool.now()
-        self._lost(event.shard, f"{type(event.error).__name__}: {event.error}")
+        reason = f"{type(event.error).__name__}: {event.error}"
+        if event.shard is not None:
+            self._end_try(worker, state, event.shard, Use.FAILED)
+            self._lost(event.shard, Loss(reason))
+        elif isinstance(event.error, ConfigError):
+            raise event.error
+        else:
+            self._pool.drop(worker)
+            self._bury(worker, Died(worker, reason))
 
-    def _bury(self, worker: int, reason: str) -> None:
+    def _leave(self, worker: int, state: _WorkerState) -> None:
+        """It ends what it has, and another starts."""
+        log.warning("worker %d gets no more shards: its node is about to go", worker)
+        state.is_leaving = True
+        self._leaving.add(worker)
+        if not state.is_busy:
+            self._drop(worker)
+
+    def _bury(self, worker: int, event: Died) -> None:
         """A worker is gone; its shards are handed out again, each alone."""
-        state = self._workers.pop(worker)
-        self._past.append(state.progress)
-        log.warning("worker %d is gone: %s", worker, reason)
-        if state.loaded is None or worker == self._calibrator:
+        state = self._remove(worker)
+        log.warning("worker %d is gone: %s", worker, event.reason)
+        died = Use.STALLED if state.is_stalled else Use.DIED
+        self._meter.stop(worker, self._use(state, died), self._pool.now())
+        if state.loaded is None or state.is_calibrating:
             self._setup_deaths += 1
             if self._setup_deaths >= SETUP_DEATHS:
-                raise GivenUp(f"{SETUP_DEATHS} workers in a row died while starting: {reason}")
-        for shard in state.shards.values():
-            self._lost(shard, reason)
+                raise GivenUp(
+                    f"{SETUP_DEATHS} workers in a row died while starting: {event.reason}"
+                )
+        self._flying -= len(state.handouts)
+        for sid, handout in state.handouts.items():
+            in_hand = event.in_hand.get(sid, ())
+            self._lost(handout.shard, Loss(event.reason, in_hand, state.is_stalled))
 
-    def _lost(self, shard: Shard, reason: str) -> None:
-        tries = self._tries[shard.sid] = self._tries.get(shard.sid, 0) + 1
-        if tries < self._cluster.tries:
-            self._queue.append(shard)
+    def _lost(self, shard: Shard, loss: Loss) -> None:
+        reason = self._queue.lost(shard, loss)
+        if reason is None:
             return
         letter = {
             "sid": shard.sid,
             "shard": shard.index,
-            "tries": tries,
+            "tries": self._queue.tries(shard),
             "reason": reason,
             "rows": shard.rows,
             "spans": [asdict(span) for span in shard.spans],
             "time": datetime.now(UTC).isoformat(),
         }
         data = (json.dumps(letter, indent=2) + "\n").encode()
-        number = tries
+        number = self._queue.tries(shard)
         while not self._store.create(f"dead/{shard.sid}.{number}.json", data):
             number += 1  # of an earlier run of the same plan
         self._dead_shards += 1
@@ -255,112 +414,53 @@ class Driver:
         now, clocks = self._pool.now(), self._cluster
         for worker, state in list(self._workers.items()):
             if state.placed is None:
-                if now - state.started > clocks.place_seconds:
-                    self._unplaced(worker)
+                if now - state.started > clocks.place_seconds and not state.is_unplaced:
+                    self._unplaced(state)
             elif state.loaded is None:
                 if now - state.active > clocks.load_seconds:
-                    self._stop(worker, f"no progress in loading for {clocks.load_seconds:g} s")
-            elif self._is_busy(worker) and now - state.active > clocks.stall_seconds:
-                self._stop(worker, f"stalled: no answer for {clocks.stall_seconds:g} s")
+                    self._kill(worker, f"no progress in loading for {clocks.load_seconds:g} s")
+            elif state.is_busy and now - state.active > clocks.stall_seconds:
+                self._kill(worker, f"stalled: no answer for {clocks.stall_seconds:g} s")
 
-    def _is_busy(self, worker: int) -> bool:
-        return bool(self._workers[worker].shards) or worker == self._calibrator
+    def _kill(self, worker: int, reason: str) -> None:
+        """End a worker that does not get on; `Died` tells what it had in hand."""
+        state = self._workers[worker]
+        if not state.is_stalled:
+            state.is_stalled = True
+            self._pool.kill(worker, reason)
 
-    def _stop(self, worker: int, reason: str) -> None:
-        self._pool.kill(worker)
-        self._bury(worker, reason)
+    def _unplaced(self, state: _WorkerState) -> None:
+        """No room for a worker: go on with fewer, or give up when there are too few.
 
-    def _unplaced(self, worker: int) -> None:
-        """No room for a worker: go on with fewer, or give up when there is none."""
+        It is not dropped: it starts when there is room, and an autoscaler sees that it waits.
+        """
         message = f"no room for a worker within {self._cluster.place_seconds:g} s: "
-        self._pool.kill(worker)
-        self._workers.pop(worker)
-        if all(state.placed is None for state in self._workers.values()):
+        placed = sum(state.placed is not None for state in self._workers.values())
+        if placed < self._range.min:
             raise GivenUp(message + self._pool.room())
-        self.target = max(1, len(self._workers))
-        log.warning("%s%s; going on with %d", message, self._pool.room(), self.target)
+        state.is_unplaced = True
+        log.warning("%s%s; going on with %d", message, self._pool.room(), placed)
 
-    def _judge_rows(self) -> None:
-        seen = self._seen()
-        answers, bad = sum(part.answers for part in seen), sum(part.bad_answers for part in seen)
+    def _seen(self) -> Progress:
+        return sum((state.progress for state in self._workers.values()), self._past)
+
+    def _judge_rows(self, seen: Progress) -> None:
+        answers, bad = seen.answers, seen.bad_answers
         if answers < BAD_ROWS_FROM or bad <= self._cluster.max_bad_rows * answers:
             return
-        errors = [error for part in seen for error in part.errors][:3]
         raise GivenUp(
             f"{bad} of {answers} answers failed, more than cluster.max_bad_rows = "
-            f"{self._cluster.max_bad_rows:g} allows; the first:\n  " + "\n  ".join(errors)
+            f"{self._cluster.max_bad_rows:g} allows; the first:\n  " + "\n  ".join(seen.errors)
         )
 
-    def _seen(self) -> list[Progress]:
-        return [*self._past, *(state.progress for state in self._workers.values())]
-
-    def _snapshot(self) -> Snapshot:
-        seen = self._seen()
-        rows = self._done_before + sum(part.rows for part in seen)
+    def _snapshot(self, seen: Progress) -> Snapshot:
         return Snapshot(
-            rows=min(rows, self._total_rows),
+            rows=min(self._done_before + seen.rows, self._total_rows),
             total_rows=self._total_rows,
-            bad_answers=sum(part.bad_answers for part in seen),
-            visual_tokens_full=sum(part.visual_tokens_full for part in seen),
-            visual_tokens_kept=sum(part.visual_tokens_kept for part in seen),
+            bad_answers=seen.bad_answers,
+            visual_tokens_full=seen.visual_tokens_full,
+            visual_tokens_kept=seen.visual_tokens_kept,
             workers=sum(state.loaded is not None for state in self._workers.values()),
             dead_shards=self._dead_shards,
             phase=self._phase,
         )
-
-
-def run_job(
-    job: Job,
-    *,
-    address: str | None = None,
-    display: Display | None = None,
-    make_worker: Callable[..., Worker] = Worker,
-) -> Outcome:
-    """Run a job to its end, from wherever an earlier run left it.
-
-    Args:
-        job: What, how and where.
-        address: Of a Ray cluster; None: `RAY_ADDRESS`, or a local Ray.
-        display: Shown the state about once a second.
-        make_worker: Makes the workers, in their processes, from the job and the carried schema.
-
-    Raises:
-        ConfigError: The configuration cannot be used, or the output belongs to another one.
-        GivenUp: The run stopped before its end.
-    """
-    job = job.located()
-    store = Store(job.output)
-    store.check_usable(writing=False)
-    plan = stored_plan(store, job)
-    committed = committed_parts(store, plan) if plan else None
-    if plan is not None and committed is not None and committed.whole:
-        return outcome(store, plan, committed)
-    job.recipe.model.check()
-    store.check_usable(writing=True)
-    files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
-    with ray_pool.connected(address):
-        # Workers write down what they cost, so they are told the share that they really get.
-        share = {"gpus_per_worker": ray_pool.gpus_per_worker(job.cluster)}
-        job = job.model_copy(update={"cluster": job.cluster.model_copy(update=share)})
-        pool = ray_pool.RayPool(job.cluster, make_worker, (job, carried))
-        driver = Driver(job.cluster, store, pool, display or (lambda _: None))
-        try:
-            if plan is None:
-                rows = _shard_rows(job, files, driver)
-                plan = store_plan(store, job, Plan.cut(job.recipe, files, rows, carried))
-            if committed is None:  # another driver may have been faster
-                committed = committed_parts(store, plan)
-            driver.run(plan, committed)
-        finally:
-            pool.close()
-    if driver.lost_races:
-        log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
-    return outcome(store, plan, committed_parts(store, plan, committed))
-
-
-def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:
-    """As configured, or measured on the first rows."""
-    rows, seconds = sum(file.rows for file in files), 0.0
-    if job.cluster.shard_rows is None and rows > 0:
-        seconds = driver.calibrate(first_spans(files, CALIBRATION_ROWS))
-    return shard_rows(job.cluster, rows, driver.target, seconds)

@@ -2,7 +2,8 @@
 
 A bad row belongs to its answer (`BadRow`), a bad shard to the driver (`ShardError`), a dead device
 to the worker process (`EngineDead`), a bad configuration to the user (`ConfigError`); `GivenUp` is
-the driver's decision to stop. What is none of these is a bug and is not caught.
+the driver's decision to stop, `Interrupted` somebody else's. What is none of these is a bug and is
+not caught.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Status(StrEnum):
     BAD_PROMPT = "bad_prompt"
     TOO_LONG = "too_long"
     OUT_OF_MEMORY = "out_of_memory"
+    KILLED_WORKER = "killed_worker"
+    TIMEOUT = "timeout"
     FAILED = "failed"
 
 
@@ -48,6 +51,10 @@ class ShardError(Exception):
 
 class EngineDead(Exception):  # noqa: N818 - as in the design
     """The engine or its device cannot go on; the process that holds it must end."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is a wish, not a fault
+    """The run was told to stop, and has; the message says what it left. Exit code 130."""
 
 
 class GivenUp(Exception):  # noqa: N818 - it is a decision, not a fault

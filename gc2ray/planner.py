@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from gc2ray.bill import Bill
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError
+from gc2ray.lease import driver_records
 from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run
 from gc2ray.shards import digest
 from gc2ray.stats import RunStats
@@ -36,6 +38,7 @@ class Outcome:
     planned_rows: int
     stats: RunStats  # of the answers, of which a row may have several
     dead: tuple[str, ...] = ()
+    bill: Bill = field(default_factory=Bill)
 
     @property
     def exit_code(self) -> int:
@@ -157,6 +160,7 @@ def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
         planned_rows=plan.rows,
         stats=committed.stats,
         dead=_dead_letters(store, plan, missing),
+        bill=sum((record.bill for record in driver_records(store)), Bill()),
     )
 
 

@@ -7,11 +7,14 @@ one; tests have one with a clock of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from gc2ray.handout import Handout
+from gc2ray.journal import InHand
+from gc2ray.progress import Progress
 from gc2ray.shards import Shard, Span
-from gc2ray.worker import Progress, ShardDone
+from gc2ray.worker import ShardDone
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,28 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """A worker's node is about to be taken away."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
 class Died:
-    """A worker is gone, and with it all that it was doing."""
+    """A worker is gone, and with it all that it was doing.
+
+    Attributes:
+        worker: Which.
+        reason: Why; as told to `kill`, if it was killed.
+        in_hand: Rows that it had in hand; empty where its node is gone too.
+    """
 
     worker: int
     reason: str
+    in_hand: InHand = field(default_factory=dict)
 
 
-Event = Placed | Loaded | Calibrated | Progressed | Done | Failed | Died
+Event = Placed | Loaded | Calibrated | Progressed | Done | Failed | Leaving | Died
 
 
 class Pool(Protocol):
@@ -89,11 +106,14 @@ class Pool(Protocol):
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
         """Let it measure its speed; `Calibrated` follows."""
 
-    def submit(self, worker: int, shard: Shard, attempt: int) -> None:
+    def submit(self, worker: int, handout: Handout) -> None:
         """Hand it a shard; `Done` or `Failed` follows."""
 
-    def kill(self, worker: int) -> None:
-        """End it now; no event follows."""
+    def kill(self, worker: int, reason: str) -> None:
+        """End it now; `Died` follows, and nothing else."""
+
+    def drop(self, worker: int) -> None:
+        """End it now; nothing follows."""
 
     def poll(self, seconds: float) -> list[Event]:
         """Events, waiting at most so long for the first."""

@@ -1,9 +1,10 @@
-"""Workers as Ray actors: the only code that knows Ray.
+"""Workers as Ray actors.
 
 Ray's own restarts and retries stay 0: the driver starts another worker and hands the shard out
-again.
+again. Of a worker that has ended the journal is read on its node, if that is still there, before
+its end is told. An actor that finds no room waits for it, which Ray's autoscaler sees.
 
-Not covered: autoscaling, heterogeneous workers, job submission.
+Not covered: heterogeneous workers, job submission.
 """
 
 from __future__ import annotations
@@ -14,26 +15,39 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # nothing public tells of leavers
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gc2ray.config import Cluster
 from gc2ray.errors import ConfigError, EngineDead
-from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Progressed
+from gc2ray.handout import Handout
+from gc2ray.journal import InHand, taken_over
+from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Leaving, Loaded, Placed, Progressed
+from gc2ray.progress import Progress
 from gc2ray.shards import Shard, Span
-from gc2ray.worker import Progress, ShardDone, Worker
+from gc2ray.worker import ShardDone, Worker
 
 PROGRESS_SECONDS = 2.0
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 """Shards and answers travel as files; the object store carries a few small messages."""
 KNOCK_SECONDS = 10.0
+JOURNAL_SECONDS = 30.0
+"""Time to read the journal of a worker that has ended; after that its node is taken for lost."""
+LEAVING_SECONDS = 2.0
+"""Between two looks at which nodes are about to go."""
 CONCURRENT_CALLS = 4
 """Two shards, one progress call, and one load or calibration."""
 
+
+log = logging.getLogger(__name__)
 
 MakeWorker = Callable[..., Worker]
 
@@ -116,6 +130,10 @@ class RayPool:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, str, Shard | None]] = {}
         self._asked: dict[int, float] = {}
+        self._places: dict[int, _Place] = {}
+        self._buried: dict[int, _Burial] = {}
+        self._gcs: Any = None
+        self._looked = 0.0
         self._started = 0
 
     def default_workers(self) -> int:
@@ -144,25 +162,40 @@ class RayPool:
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
         self._call(worker, "calibrate", self._actors[worker].calibrate.remote(tuple(spans)))
 
-    def submit(self, worker: int, shard: Shard, attempt: int) -> None:
-        self._call(worker, "shard", self._actors[worker].process.remote(shard, attempt), shard)
+    def submit(self, worker: int, handout: Handout) -> None:
+        reference = self._actors[worker].process.remote(handout)
+        self._call(worker, "shard", reference, handout.shard)
 
-    def kill(self, worker: int) -> None:
+    def drop(self, worker: int) -> None:
         self._asked.pop(worker, None)
+        self._places.pop(worker, None)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
         ray.kill(self._actors.pop(worker))
+
+    def kill(self, worker: int, reason: str) -> None:
+        place = self._places.get(worker)
+        self.drop(worker)
+        self._buried[worker] = _Burial(reason, time.monotonic() + JOURNAL_SECONDS)
+        if place is None:
+            self._buried[worker].deadline = 0.0  # it never was anywhere
+            return
+        read: Any = ray.remote(_read_journal)
+        there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+        self._call(worker, "journal", read.options(**options).remote(place.journal))
 
     def close(self) -> None:
         """End every worker."""
         for worker in list(self._actors):
-            self.kill(worker)
+            self.drop(worker)
 
     def poll(self, seconds: float) -> list[Event]:
         self._ask_progress()
+        told = [*self._leaving(), *self._overdue_burials()]
         references = list(self._calls)
-        if not references:
-            time.sleep(seconds)
-            return []
+        if told or not references:
+            time.sleep(0 if told else seconds)
+            return told
         ray.wait(references, num_returns=1, timeout=seconds)
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         events = [self._event(reference) for reference in ready]
@@ -187,25 +220,56 @@ class RayPool:
                 self._asked.pop(worker)
                 self._call(worker, "progress", self._actors[worker].progress.remote())
 
+    def _leaving(self) -> list[Event]:
+        """Workers on nodes that Ray is about to take away: each is told once."""
+        if time.monotonic() - self._looked < LEAVING_SECONDS:
+            return []
+        self._looked = time.monotonic()
+        if self._gcs is None:
+            self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+        nodes = {node.hex() if isinstance(node, bytes) else node for node in self._draining()}
+        told = [w for w, place in self._places.items() if place.node in nodes and not place.leaves]
+        for worker in told:
+            self._places[worker].leaves = True
+        return [Leaving(worker) for worker in told]
+
+    def _draining(self) -> Iterable[bytes | str]:
+        try:
+            return list(self._gcs.get_draining_nodes(timeout=1))
+        except RayError as error:  # then a node goes without notice, and its shards are redone
+            log.warning("cannot ask Ray which nodes are about to go: %s", _first_line(error))
+            return ()
+
+    def _overdue_burials(self) -> list[Event]:
+        now = time.monotonic()
+        overdue = [w for w, burial in self._buried.items() if now >= burial.deadline]
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] not in overdue}
+        return [Died(worker, self._buried.pop(worker).reason) for worker in overdue]
+
     def _event(self, reference: Any) -> Event | None:
         call = self._calls.pop(reference, None)
-        if call is None or call[0] not in self._actors:
+        if call is None:
             return None  # of a worker that this very poll found dead
         worker, kind, shard = call
+        if kind == "journal":
+            return Died(worker, self._buried.pop(worker).reason, _journal(reference))
         try:
             value = ray.get(reference)
         except RayTaskError as error:
             return self._failure(worker, shard, error.cause or error)
         except RayActorError as error:
-            return self._death(worker, f"the worker process ended: {_first_line(error)}")
+            self.kill(worker, f"the worker process ended: {_first_line(error)}")
         except RayError as error:
-            return self._death(worker, f"Ray lost the worker: {_first_line(error)}")
-        return self._success(worker, kind, shard, value)
+            self.kill(worker, f"Ray lost the worker: {_first_line(error)}")
+        else:
+            return self._success(worker, kind, shard, value)
+        return None
 
     def _success(self, worker: int, kind: str, shard: Shard | None, value: Any) -> Event:
         if kind in ("place", "progress"):
             self._asked[worker] = time.monotonic()
         if kind == "place":
+            self._places[worker] = _Place(*value)
             return Placed(worker)
         if kind == "load":
             return Loaded(worker, value)
@@ -215,14 +279,43 @@ class RayPool:
             return Done(worker, shard, value)
         return Progressed(worker, value)
 
-    def _failure(self, worker: int, shard: Shard | None, error: Exception) -> Event:
+    def _failure(self, worker: int, shard: Shard | None, error: Exception) -> Event | None:
         if isinstance(error, EngineDead):
-            return self._death(worker, f"the engine died: {error}")
+            self.kill(worker, f"the engine died: {error}")
+            return None
         return Failed(worker, shard, error)
 
-    def _death(self, worker: int, reason: str) -> Died:
-        self.kill(worker)
-        return Died(worker, reason)
+
+@dataclass
+class _Place:
+    """Where a worker is: node, journal on that node; whether the node is known to go."""
+
+    node: str
+    journal: str
+    leaves: bool = False
+
+
+@dataclass
+class _Burial:
+    """A worker that has ended, and until when its journal is waited for."""
+
+    reason: str
+    deadline: float
+
+
+def _read_journal(prefix: str) -> InHand:
+    """On the node of a worker that has ended."""
+    return taken_over(Path(prefix))
+
+
+def _journal(reference: Any) -> InHand:
+    """What a worker had in hand; nothing is known if its node is gone."""
+    try:
+        in_hand: InHand = ray.get(reference)
+    except RayError as error:
+        log.warning("its journal cannot be read: %s", _first_line(error))
+        return {}
+    return in_hand
 
 
 class _Actor:
@@ -231,8 +324,9 @@ class _Actor:
     def __init__(self, make_worker: MakeWorker, arguments: tuple[Any, ...]) -> None:
         self._worker = make_worker(*arguments)
 
-    def ready(self) -> None:
-        """Returns once the process is up."""
+    def ready(self) -> tuple[str, str]:
+        """Node and journal, once the process is up."""
+        return ray.get_runtime_context().get_node_id(), str(self._worker.journal)
 
     def load(self) -> str:
         return self._worker.load()
@@ -240,8 +334,8 @@ class _Actor:
     def calibrate(self, spans: Sequence[Span]) -> float:
         return self._worker.calibrate(spans)
 
-    def process(self, shard: Shard, attempt: int) -> ShardDone:
-        return self._worker.process(shard, attempt)
+    def process(self, handout: Handout) -> ShardDone:
+        return self._worker.process(handout)
 
     def progress(self) -> Progress:
         return self._worker.progress()

@@ -11,6 +11,7 @@ Not covered: `audit` and `kept_mask` are in the schema and null until something 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from gc2ray.errors import BadRow, Status
-from gc2ray.stats import STAGES, RunStats, retention_bucket
+from gc2ray.stats import STAGES, RunStats, retention_bucket, top
 
 SCHEMA_VERSION = 1
 
@@ -163,29 +164,40 @@ class Answer:
             return None
         return self.visual_tokens_kept / self.visual_tokens_full
 
-    def stats(self) -> RunStats:
-        """This answer alone as statistics."""
-        full, kept = self.visual_tokens_full or 0, self.visual_tokens_kept or 0
-        key = self.request.row_key
-        buckets = {f"{retention_bucket(kept, full):02d}": 1} if full else {}
-        return RunStats(
-            rows=1,
-            by_status={str(self.status): 1},
-            visual_tokens_full=full,
-            visual_tokens_kept=kept,
-            newline_tokens_full=self.newline_tokens_full or 0,
-            newline_tokens=self.newline_tokens or 0,
-            images_shared=int(self.image_shared),
-            prompt_tokens=self.prompt_tokens or 0,
-            prompt_tokens_shared=self.prompt_tokens_shared,
-            output_tokens=self.output_tokens or 0,
-            kv_bytes=self.kv_bytes or 0,
-            kv_bytes_full=self.kv_bytes_full or 0,
-            stage_ns={stage: self.stage_ns.get(stage, 0) for stage in STAGES},
-            retention=buckets,
-            slowest=((sum(self.stage_ns.values()), key),),
-            largest=((self.kv_bytes or 0, key),),
-        )
+    @property
+    def busy_ns(self) -> int:
+        """Time of all stages."""
+        return sum(self.stage_ns.values())
+
+    @property
+    def retention_bucket(self) -> str | None:
+        """See `gc2ray.stats.RETENTION_BUCKETS`; None without an image."""
+        full, kept = self.visual_tokens_full, self.visual_tokens_kept or 0
+        return f"{retention_bucket(kept, full):02d}" if full else None
+
+
+_SUMMED = (
+    "visual_tokens_full", "visual_tokens_kept", "newline_tokens_full", "newline_tokens",
+    "prompt_tokens", "prompt_tokens_shared", "output_tokens", "kv_bytes", "kv_bytes_full",
+)  # fmt: skip
+
+
+def stats_of(answers: Sequence[Answer]) -> RunStats:
+    """What happened to some answers, all of them at once: adding them up one by one is slow."""
+    buckets = Counter(answer.retention_bucket for answer in answers)
+    del buckets[None]
+    return RunStats(
+        rows=len(answers),
+        by_status=dict(Counter(str(answer.status) for answer in answers)),
+        images_shared=sum(answer.image_shared for answer in answers),
+        stage_ns={
+            stage: sum(answer.stage_ns.get(stage, 0) for answer in answers) for stage in STAGES
+        },
+        retention={str(bucket): count for bucket, count in buckets.items()},
+        slowest=top((answer.busy_ns, answer.request.row_key) for answer in answers),
+        largest=top((answer.kv_bytes or 0, answer.request.row_key) for answer in answers),
+        **{name: sum(getattr(answer, name) or 0 for answer in answers) for name in _SUMMED},
+    )
 
 
 @dataclass(frozen=True)

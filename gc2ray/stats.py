@@ -9,9 +9,10 @@ Not covered: rates and money. Readers derive them.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 STAGES = ("image", "encode", "compress", "prefill", "generate")
@@ -50,8 +51,9 @@ def _merged(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
 
 
-def _top(rows: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
-    return tuple(sorted(rows, key=lambda row: (-row[0], row[1]))[:TOP_ROWS])
+def top(rows: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
+    """The rows with the largest numbers, the largest first; of equals the first by key."""
+    return tuple(heapq.nsmallest(TOP_ROWS, rows, key=lambda row: (-row[0], row[1])))
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class RunStats:
             elif isinstance(a, dict):
                 merged[item.name] = _merged(a, b)
             elif isinstance(a, tuple):
-                merged[item.name] = _top([*a, *b])
+                merged[item.name] = top([*a, *b])
             else:
                 merged[item.name] = a + b
         return RunStats(**merged)  # type: ignore[arg-type]  # names and types are the fields' own

@@ -4,16 +4,18 @@ A plain class: no Ray in it, so that tests build it directly. One thread runs th
 endless stream of requests, so that a shard's border never drains it; callers of `process` (two at a
 time, as a rule) wait for their shard, write its part and commit it while the engine goes on.
 
+Which rows the engine has in hand stands in a journal that outlives the process. Rows that an
+earlier try died with come first, few at a time; those that are known to kill are not tried.
+
 A shard that cannot be read fails alone. When the engine itself fails every waiting shard gets
 `EngineDead`, and the process is to be ended by its owner.
 
-Not covered: telling which row killed the process.
+Not covered: rows that kill the process while they are read from their file: they take their shard.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -31,18 +33,20 @@ from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gc2ray.config import Job
-from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError, Status
-from gc2ray.records import Answer, Provenance, Request, answer_schema, answer_table
-from gc2ray.shards import Shard, Span
+from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError
+from gc2ray.handout import Handout
+from gc2ray.journal import Journal, Page
+from gc2ray.part import in_order, part_bytes
+from gc2ray.progress import Progress, Tally
+from gc2ray.records import Answer, Provenance, Request, stats_of
+from gc2ray.shards import Span
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
 
 RECORD_SECONDS = 30.0
-FIRST_ERRORS = 3
 COMMIT_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, ConfigError)
 """Storage that does not answer, and something else under the part's name."""
 
@@ -79,53 +83,30 @@ class ShardDone:
     commit: Commit
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a worker has done so far; counters only grow.
-
-    Attributes:
-        ticks: Grows while the worker gets on with loading.
-        rows: Rows whose first prompt is answered, committed or not: every row has exactly one.
-        answers: Answers, one for each prompt.
-        bad_answers: Those of them that failed.
-        visual_tokens_full: Of their images, before compression.
-        visual_tokens_kept: Of their images, after it.
-        errors: The first few errors, as `row_key: status: message`.
-    """
-
-    ticks: int = 0
-    rows: int = 0
-    answers: int = 0
-    bad_answers: int = 0
-    visual_tokens_full: int = 0
-    visual_tokens_kept: int = 0
-    errors: tuple[str, ...] = ()
-
-    def counted(self, answer: Answer) -> Progress:
-        """This, and one more answer."""
-        errors = self.errors
-        if answer.error is not None and len(errors) < FIRST_ERRORS:
-            errors = (*errors, f"{answer.request.row_key}: {answer.status}: {answer.error}")
-        return replace(
-            self,
-            rows=self.rows + (answer.request.prompt_index == 0),
-            answers=self.answers + 1,
-            bad_answers=self.bad_answers + (answer.status != Status.OK),
-            visual_tokens_full=self.visual_tokens_full + (answer.visual_tokens_full or 0),
-            visual_tokens_kept=self.visual_tokens_kept + (answer.visual_tokens_kept or 0),
-            errors=errors,
-        )
-
-
 @dataclass(eq=False)
 class _Work:
-    """A shard on its way through the engine."""
+    """A shard on its way through the engine.
 
-    shard: Shard
-    answers: dict[str, Answer] = field(default_factory=dict)
+    Attributes:
+        expected: Keys of the requests that were read.
+        answers: Those that are answered, by key.
+    """
+
+    handout: Handout
+    page: Page
     expected: set[str] = field(default_factory=set)
+    answers: dict[str, Answer] = field(default_factory=dict)
     all_read: bool = False
     done: Future[None] = field(default_factory=Future)
+
+    @property
+    def sid(self) -> str:
+        return self.handout.shard.sid
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing of it is in hand, or nobody waits for it any more."""
+        return len(self.answers) == len(self.expected) or self.done.done()
 
     def fail(self, error: Exception) -> None:
         if not self.done.done():
@@ -157,17 +138,24 @@ class Worker:
         self._metrics = metrics or (lambda step, sid: log.debug("%s %s", step, sid))
         self._store = Store(job.output)
         self._source = ParquetSource(job.recipe.input)
+        self._journal = Journal()
         self._queue: queue.Queue[_Work] = queue.Queue()
         self._reading: list[_Work] = []
-        self._shards = threading.Lock()  # of the shards: one thread reads them, another answers
+        self._in_hand: dict[str, tuple[_Work, int | None]] = {}  # by row key; the row's counter
+        self._shards = threading.Condition()  # of all these: one thread reads, another answers
         self._dead: EngineDead | None = None
         self._counted = RunStats()
         self._engine: Answering | None = None
-        self._progress = Progress()
+        self._tally = Tally()
         self._calibrated = 0
         self._running = threading.Lock()
         self._started = datetime.now(UTC)
         self._loaded: datetime | None = None
+
+    @property
+    def journal(self) -> Path:
+        """Prefix of the journal's files, for whoever buries this process."""
+        return self._journal.prefix
 
     def load(self) -> str:
         """Load the engine, start its thread and the worker's record; returns the device's name.
@@ -204,7 +192,7 @@ class Worker:
         self._answer(islice(self._rows(spans), rows))
         return (time.monotonic() - started) / max(1, rows) * prompts / max(1, rows)
 
-    def process(self, shard: Shard, attempt: int) -> ShardDone:
+    def process(self, handout: Handout) -> ShardDone:
         """Answer a shard and commit its part; may be called by several threads.
 
         Raises:
@@ -213,15 +201,16 @@ class Worker:
         """
         if self._running.acquire(blocking=False):  # once: it is never released
             threading.Thread(target=self._run, daemon=True, name="gc2ray-engine").start()
-        work = _Work(shard)
-        self._queue.put(work)
-        work.done.result()
-        return self._commit(work, attempt)
+        shard = handout.shard
+        with self._journal.page(shard.sid, shard.rows) as page:
+            work = _Work(handout, page)
+            self._queue.put(work)
+            work.done.result()
+        return self._commit(work)
 
     def progress(self) -> Progress:
         """What was done so far; cheap, and callable at any time."""
-        ticks = peak_host_bytes() + _bytes_moved() + self._calibrated
-        return replace(self._progress, ticks=ticks)
+        return self._tally.progress(peak_host_bytes() + _bytes_moved() + self._calibrated)
 
     def _answer(self, requests: Iterator[Request]) -> None:
         """Answer requests for nothing but the time it takes."""
@@ -250,6 +239,7 @@ class Worker:
             self._dead = error
             for work in self._reading:
                 work.fail(error)
+            self._shards.notify_all()
         while True:
             self._queue.get().fail(error)
 
@@ -266,22 +256,71 @@ class Worker:
 
     def _shard_requests(self, work: _Work) -> Iterator[Request]:
         try:
-            for request in self._rows(work.shard.spans):
-                with self._shards:
-                    if work.done.done():  # one of its answers has failed it meanwhile
+            groups = list(work.handout.suspect_groups())
+            yield from self._suspects(work, groups)
+            alone = {row for group in groups for row in group}
+            for row, request in self._numbered(work.handout):
+                if row not in alone:
+                    begun = self._begin(work, row, request)
+                    if begun is None:
                         return
-                    if request.row_key in work.expected:
-                        raise ShardError(f"{request.row_key} was read twice")
-                    work.expected.add(request.row_key)
-                yield request
+                    yield begun
         except ShardError as error:
             with self._shards:
                 self._fail(work, error)
             return
-        self._metrics("read", work.shard.sid)
+        self._metrics("read", work.sid)
         with self._shards:
             work.all_read = True
             self._close_if_whole(work)
+
+    def _suspects(self, work: _Work, groups: Sequence[Sequence[int]]) -> Iterator[Request]:
+        """Rows that an earlier try died with: a group when the one before it is answered."""
+        group_of = {row: number for number, group in enumerate(groups) for row in group}
+        current = 0
+        for row, request in self._numbered(work.handout) if group_of else ():
+            number = group_of.get(row, current)
+            if number != current:
+                self._wait_until_idle(work)
+                current = number
+            begun = self._begin(work, row, request) if row in group_of else None
+            if begun is not None:
+                yield begun
+        self._wait_until_idle(work)
+
+    def _wait_until_idle(self, work: _Work) -> None:
+        with self._shards:
+            self._shards.wait_for(lambda: work.is_idle)
+
+    def _begin(self, work: _Work, row: int, request: Request) -> Request | None:
+        """Note that a request goes to the engine; None if its shard has failed meanwhile.
+
+        Those that are known to have no answer are not suspected of anything.
+        """
+        poison = work.handout.fault(row)
+        if poison is not None:
+            request = replace(request, images=(), prompts=(), fault=poison)
+        key = request.row_key
+        with self._shards:
+            if work.done.done():
+                return None
+            if key in work.expected:
+                raise ShardError(f"{key} was read twice")
+            work.expected.add(key)
+            if request.fault is None:
+                work.page.begin(row)
+            self._in_hand[key] = (work, row if request.fault is None else None)
+        return request
+
+    def _numbered(self, handout: Handout) -> Iterator[tuple[int, Request]]:
+        """The requests of a shard, with the place of each one's row in it."""
+        before = 0
+        for span in handout.shard.spans:
+            for request in self._rows([span]):
+                if not span.first <= request.row < span.stop:
+                    raise ShardError(f"{request.row_key} was read, but is not planned")
+                yield before + request.row - span.first, request
+            before += span.rows
 
     def _rows(self, spans: Sequence[Span]) -> Iterator[Request]:
         for span in spans:
@@ -290,32 +329,37 @@ class Worker:
     def _take(self, answer: Answer) -> None:
         """Put an answer where it belongs; those of a shard that failed belong nowhere."""
         key = answer.request.row_key
-        self._progress = self._progress.counted(answer)
+        self._tally.count(answer)
         with self._shards:
-            for work in self._reading:
-                if key in work.expected and key not in work.answers:
-                    if answer.retry:
-                        self._fail(work, ShardError(f"{key}: {answer.error}"))
-                    else:
-                        work.answers[key] = answer
-                        self._close_if_whole(work)
-                    return
+            work, row = self._in_hand.pop(key, (None, None))
+            if work is None or work.done.done():
+                return
+            if row is not None:
+                work.page.end(row)
+            if answer.retry:
+                self._fail(work, ShardError(f"{key}: {answer.error}"))
+                return
+            work.answers[key] = answer
+            if work.is_idle:
+                self._close_if_whole(work)
+                self._shards.notify_all()
 
     def _fail(self, work: _Work, error: ShardError) -> None:
         if work in self._reading:
             self._reading.remove(work)
         work.fail(error)
+        self._shards.notify_all()
 
     def _close_if_whole(self, work: _Work) -> None:
-        if work in self._reading and work.all_read and len(work.answers) == len(work.expected):
+        if work in self._reading and work.all_read and work.is_idle:
             self._reading.remove(work)
-            self._metrics("answered", work.shard.sid)
+            self._metrics("answered", work.sid)
             work.done.set_result(None)
 
-    def _commit(self, work: _Work, attempt: int) -> ShardDone:
+    def _commit(self, work: _Work) -> ShardDone:
         """Every planned row, each of its prompts once, in order; then the part, whole or not."""
-        shard = work.shard
-        answers = _in_order(shard, work.answers.values())
+        shard = work.handout.shard
+        answers = in_order(shard, work.answers.values())
         footer = PartFooter(
             sid=shard.sid,
             run=self._job.recipe.fingerprint(),
@@ -324,8 +368,8 @@ class Worker:
             rows=shard.rows,
             stats=self._part_stats(answers),
         )
-        provenance = Provenance(attempt=attempt, generation=0, worker=self.uuid)
-        part = _part_bytes(answers, self._carried, provenance, footer)
+        provenance = Provenance(work.handout.attempt, generation=0, worker=self.uuid)
+        part = part_bytes(answers, self._carried, provenance, footer)
         self._metrics("written", shard.sid)
         try:
             commit = self._store.commit(shard, part, footer.token)
@@ -340,7 +384,7 @@ class Worker:
         with self._shards:
             new, self._counted = totals.since(self._counted), totals
         own = replace(new, peak_host_bytes=peak_host_bytes())
-        return sum((answer.stats() for answer in answers), own)
+        return stats_of(answers) + own
 
     def _keep_record(self) -> None:
         """Rewrite `workers/<uuid>.json`: what this process costs, while it lives."""
@@ -373,30 +417,6 @@ def _load_engine(job: Job) -> Answering:
     return load_engine(job.recipe, job.cluster)
 
 
-def _in_order(shard: Shard, answers: Iterable[Answer]) -> list[Answer]:
-    """A shard's answers by row, then prompt.
-
-    Raises:
-        ShardError: A planned row has no answer, a row was not planned, or a prompt is missing.
-    """
-    by_row: dict[tuple[str, int], list[Answer]] = {place: [] for place in shard.places()}
-    for answer in answers:
-        place = (answer.request.source, answer.request.row)
-        if place not in by_row:
-            raise ShardError(f"{answer.request.row_key} is answered, but not planned")
-        by_row[place].append(answer)
-    for (source, row), found in by_row.items():
-        found.sort(key=lambda answer: answer.request.prompt_index)
-        answered = [answer.request.prompt_index for answer in found]
-        if not answered:
-            raise ShardError(f"{source}#{row} is planned, but was not answered")
-        prompts = found[0].request.prompt_count
-        if answered != list(range(prompts)):
-            told = ", ".join(map(str, answered))
-            raise ShardError(f"{source}#{row} has {prompts} prompts, from 0; answered: {told}")
-    return [answer for found in by_row.values() for answer in found]
-
-
 def peak_host_bytes() -> int:
     """Largest resident set of this process so far; 0 where there is no /proc to tell.
 
@@ -407,16 +427,6 @@ def peak_host_bytes() -> int:
         return 0
     lines = path.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def _part_bytes(
-    answers: Sequence[Answer], carried: pa.Schema, provenance: Provenance, footer: PartFooter
-) -> bytes:
-    table = answer_table(answers, carried, provenance)
-    table = table.cast(answer_schema(carried, footer.metadata()))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
 
 
 def _bytes_moved() -> int:

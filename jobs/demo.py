@@ -22,12 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 from gc2ray.config import Job, load_job
 from gc2ray.display import RunDisplay, print_outcome
-from gc2ray.driver import run_job
 from gc2ray.errors import Status
 from gc2ray.planner import Outcome
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.rows import PocketRow, Split, pocket_rows, write_rows
 from gc2ray.quality import Interval, agreement, interval, score
+from gc2ray.run import run_job
 from jobs.photos import opened_photos
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"

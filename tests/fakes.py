@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +15,14 @@ import pyarrow as pa
 from gc2ray.config import Job
 from gc2ray.errors import Status
 from gc2ray.feed import Feed
-from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Loaded, Placed, Progressed
+from gc2ray.handout import Handout
+from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Leaving, Loaded, Placed, Progressed
+from gc2ray.progress import Progress
 from gc2ray.records import Answer, Request
 from gc2ray.shards import Shard, Span
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit
-from gc2ray.worker import Progress, ShardDone, Worker
+from gc2ray.worker import ShardDone, Worker
 
 
 def echo(request: Request, **changes: object) -> Answer:
@@ -69,7 +71,7 @@ class EchoEngine:
                 self.starved_ns = feed.waited_ns
 
     def _answer(self, row: Request) -> Answer:
-        if self._on_row:
+        if self._on_row and row.fault is None:
             self._on_row(row)
         time.sleep(self._seconds)
         if row.fault is not None:
@@ -156,6 +158,7 @@ class SimulatedPool:
 
     Attributes:
         behave: Given worker, shard and attempt, says how it goes: `done`, `die`, `hang`, `fail`.
+        in_hand: Rows of a shard that a worker has in hand when it ends.
         seconds_per_row: Of answering.
         placed: Workers that find room.
         load: How loading goes: `done`, `die`, `hang`, `slow`.
@@ -163,6 +166,7 @@ class SimulatedPool:
     """
 
     behave: Callable[[int, Shard, int], str] = lambda worker, shard, attempt: "done"
+    in_hand: Callable[[Handout], tuple[int, ...]] = lambda handout: ()
     seconds_per_row: float = 1.0
     placed: int = 100
     load_goes: Callable[[int], str] = lambda worker: "done"
@@ -170,21 +174,23 @@ class SimulatedPool:
     time: float = 0.0
     started: int = 0
     killed: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
     calibrated: list[int] = field(default_factory=list)
     submitted: list[tuple[int, Shard, int]] = field(default_factory=list)
+    handouts: list[Handout] = field(default_factory=list)
     most_in_flight: int = 0
     on_done: Callable[[Shard], None] = lambda shard: None
     _due: list[tuple[float, Event]] = field(default_factory=list)
     _busy_until: dict[int, float] = field(default_factory=dict)
     _rows: dict[int, int] = field(default_factory=dict)
-    _flying: dict[int, set[str]] = field(default_factory=dict)
+    _flying: dict[int, dict[str, Handout]] = field(default_factory=dict)
 
     def default_workers(self) -> int:
         return 2
 
     def start(self) -> int:
         self.started += 1
-        if self.started - len(self.killed) <= self.placed:
+        if self.started - len(self.killed) - len(self.dropped) <= self.placed:
             self._at(1.0, Placed(self.started))
         return self.started
 
@@ -205,10 +211,12 @@ class SimulatedPool:
         self.calibrated.append(worker)
         self._at(1.0, Calibrated(worker, self.seconds_per_row))
 
-    def submit(self, worker: int, shard: Shard, attempt: int) -> None:
+    def submit(self, worker: int, handout: Handout) -> None:
+        shard, attempt = handout.shard, handout.attempt
         self.submitted.append((worker, shard, attempt))
-        flying = self._flying.setdefault(worker, set())
-        flying.add(shard.sid)
+        self.handouts.append(handout)
+        flying = self._flying.setdefault(worker, {})
+        flying[shard.sid] = handout
         self.most_in_flight = max(self.most_in_flight, len(flying))
         start = max(self.time, self._busy_until.get(worker, 0.0))
         end = start + shard.rows * self.seconds_per_row
@@ -223,12 +231,24 @@ class SimulatedPool:
             self._at(end - self.time, Done(worker, shard, done(shard)))
         elif goes == "die":
             self._at(start - self.time + 0.5, Died(worker, "the process ended"))
+        elif goes == "leave":
+            self._at(start - self.time + 0.5, Leaving(worker))
+            self._at(end - self.time, Done(worker, shard, done(shard)))
         elif goes == "fail":
             self._at(start - self.time + 0.5, Failed(worker, shard, OSError("no such file")))
 
-    def kill(self, worker: int) -> None:
+    def kill(self, worker: int, reason: str) -> None:
         self.killed.append(worker)
         self._due = [due for due in self._due if due[1].worker != worker]
+        self._at(0.1, Died(worker, reason))
+
+    def drop(self, worker: int) -> None:
+        self.dropped.append(worker)
+        self._due = [due for due in self._due if due[1].worker != worker]
+
+    def _died(self, event: Died) -> Died:
+        flying = self._flying.get(event.worker, {})
+        return replace(event, in_hand={sid: self.in_hand(h) for sid, h in flying.items()})
 
     def poll(self, seconds: float) -> list[Event]:
         due = sorted(self._due, key=lambda item: item[0])
@@ -246,10 +266,11 @@ class SimulatedPool:
             if isinstance(event, Died):
                 dead.add(event.worker)
                 self._due = [item for item in self._due if item[1].worker != event.worker]
+                event = self._died(event)
             if isinstance(event, Done):
                 self.on_done(event.shard)
             if isinstance(event, Done | Failed) and event.shard is not None:
-                self._flying[event.worker].discard(event.shard.sid)
+                self._flying[event.worker].pop(event.shard.sid, None)
             events.append(event)
         return events
 

@@ -14,6 +14,7 @@ from gc2ray import compression
 from gc2ray.config import (
     Cluster,
     Job,
+    WorkerRange,
     load_job,
     parse_job,
     parse_recipe,
@@ -239,6 +240,7 @@ def test_overrides_are_applied_and_typed(tmp_path: Path) -> None:
             "recipe.input.prompt.constant=What? = how?",
             "recipe.model.revision=null",
             "cluster.shard_rows=7",
+            "cluster.tries=5",
             "output=s3://bucket/run",
         ],
     )
@@ -246,7 +248,7 @@ def test_overrides_are_applied_and_typed(tmp_path: Path) -> None:
     assert job.recipe.input.keep == ("id", "name")
     assert job.recipe.input.prompt.constant == "What? = how?"
     assert job.recipe.model.revision is None
-    assert (job.cluster.shard_rows, job.cluster.workers) == (7, 2)
+    assert (job.cluster.shard_rows, job.cluster.tries) == (7, 5)
     assert job.output == "s3://bucket/run"
 
 
@@ -255,6 +257,12 @@ def test_an_override_may_open_a_section(tmp_path: Path) -> None:
     del data["cluster"]
     job = load_job(written(tmp_path, yaml.safe_dump(data)), ["cluster.workers=3"])
     assert job.cluster == Cluster(workers=3)
+
+
+def test_a_number_of_workers_is_as_many_as_fit() -> None:
+    assert Cluster(workers=3).workers == WorkerRange(min=1, max=3)
+    assert Cluster(workers={"min": 2, "max": 9}).workers == WorkerRange(min=2, max=9)
+    assert Cluster().workers is None
 
 
 @pytest.mark.parametrize(
@@ -266,7 +274,10 @@ def test_an_override_may_open_a_section(tmp_path: Path) -> None:
         ("output.x=1", "'output.x=1': output has no keys below it"),
         ("output=[", "'output=[': '[' is not valid YAML"),
         ("cluster.worker=3", "cluster.worker: unknown 'worker'; did you mean 'workers'?"),
-        ("cluster.workers=two", "cluster.workers: "),
+        ("cluster.workers=two", "cluster.workers: expected a number above 0, or {min: …, max: …}"),
+        ("cluster.workers={min: 3, max: 2}", "cluster.workers: min is 3, more than max, 2"),
+        ("cluster.workers={min: 3}", "cluster.workers.max: required, and not set"),
+        ("cluster.workers.max=0", "'cluster.workers.max=0': workers has no keys below it"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from gc2ray.bill import Use
 from gc2ray.config import Cluster
 from gc2ray.driver import Driver, Snapshot
-from gc2ray.errors import ConfigError, GivenUp
+from gc2ray.errors import ConfigError, GivenUp, Interrupted, Status
 from gc2ray.manifest import Plan
 from gc2ray.planner import CALIBRATION_ROWS, Committed, shard_rows
-from gc2ray.pool import Progressed
+from gc2ray.pool import Done, Event, Leaving, Placed, Progressed
+from gc2ray.progress import Progress
 from gc2ray.shards import SourceFile, first_spans
 from gc2ray.stats import RunStats
-from gc2ray.store import Store
-from gc2ray.worker import Progress
-from tests.fakes import SimulatedPool
+from gc2ray.store import Commit, Store
+from tests.fakes import SimulatedPool, done
 from tests.rows import make_recipe
 
 RECIPE = make_recipe("model")
@@ -129,8 +132,9 @@ def test_a_slow_worker_is_not_stalled(tmp_path: Path) -> None:
     pool = SimulatedPool(seconds_per_row=90.0)
     original = pool.submit
 
-    def submit(worker, shard, attempt):
-        original(worker, shard, attempt)
+    def submit(worker, handout):
+        original(worker, handout)
+        shard = handout.shard
         base = pool._rows.get(worker, 0) - shard.rows
         start = pool._busy_until[worker] - shard.rows * 90.0
         for row in range(1, shard.rows):
@@ -222,8 +226,9 @@ def many_prompts() -> SimulatedPool:
     pool = SimulatedPool(seconds_per_row=1500.0)
     original = pool.submit
 
-    def submit(worker, shard, attempt):
-        original(worker, shard, attempt)
+    def submit(worker, handout):
+        original(worker, handout)
+        shard = handout.shard
         start = pool._busy_until[worker] - shard.rows * 1500.0
         for prompt in range(1, shard.rows * 50):
             progress = Progress(rows=prompt // 50, answers=prompt, bad_answers=prompt // 5)
@@ -301,3 +306,204 @@ def test_sample_takes_the_first_rows() -> None:
     files = [SourceFile(f"{i}.parquet", "f", (10,)) for i in range(5)]
     assert sum(span.rows for span in first_spans(files, 24)) == 24
     assert first_spans([], 24) == []
+
+
+# --- rows that kill ----------------------------------------------------------------------------
+
+
+def killing(row: int, goes: str = "die") -> SimulatedPool:
+    """A shard's row that kills its worker until it is named; up to five rows are in hand."""
+
+    def behave(worker, shard, attempt):
+        handout = pool.handouts[-1]
+        return goes if shard.index == 3 and row not in handout.poison else "done"
+
+    def in_hand(handout):
+        if handout.shard.index != 3:
+            return (0, 1)
+        return (row,) if row in handout.suspects else (row - 1, row, row + 1)
+
+    pool = SimulatedPool(behave, in_hand=in_hand)
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("goes", "status"), [("die", Status.KILLED_WORKER), ("hang", Status.TIMEOUT)]
+)
+def test_a_row_that_kills_is_named_and_the_shard_committed(
+    tmp_path: Path, goes: str, status: Status
+) -> None:
+    plan = make_plan()
+    pool = killing(5, goes)
+    harness = Harness(tmp_path, pool)
+    harness.run(plan)
+    assert Counter(harness.finished) == Counter(shard.sid for shard in plan.shards)
+    assert harness.letters() == []
+    tries = [handout for handout in pool.handouts if handout.shard.index == 3]
+    assert [handout.suspects for handout in tries] == [(), (4, 5, 6), ()]
+    assert [dict(handout.poison) for handout in tries] == [{}, {}, {5: status}]
+
+
+def test_other_shards_are_not_suspected_for_long(tmp_path: Path) -> None:
+    """What was in flight beside the killing row runs alone once, with its suspects, and is done."""
+    pool = killing(5)
+    harness = Harness(tmp_path, pool, workers=1)
+    harness.run(make_plan())
+    mates = Counter(h.shard.index for h in pool.handouts if h.shard.index != 3)
+    assert max(mates.values()) == 2
+    (again,) = [h for h in pool.handouts if h.shard.index != 3 and h.attempt == 2]
+    assert again.suspects == (0, 1)
+
+
+# --- as many workers as there is work ----------------------------------------------------------
+
+
+def test_workers_are_dropped_when_nothing_waits(tmp_path: Path) -> None:
+    """All but one, which is there for what gets lost; and never below the minimum."""
+    plan = make_plan(rows=90)
+    slow = plan.shards[-1].sid
+
+    def run(**range_: int) -> SimulatedPool:
+        pool = SimulatedPool(lambda w, shard, attempt: "hang" if shard.sid == slow else "done")
+        Harness(tmp_path, pool, workers=range_, tries=1, stall_seconds=500.0).run(plan)
+        return pool
+
+    pool = run(max=4)
+    assert (pool.started, len(pool.dropped)) == (4, 2)
+    assert run(min=4, max=4).dropped == []
+
+
+def test_a_lost_shard_brings_workers_back(tmp_path: Path) -> None:
+    """The last shards kill both that are left; they are done by others."""
+    pool = SimulatedPool(lambda w, s, attempt: "die" if s.index >= 8 and attempt == 1 else "done")
+    harness = Harness(tmp_path, pool, workers={"max": 4})
+    harness.run(make_plan())
+    assert len(harness.finished) == 10
+
+
+def test_workers_that_find_no_room_join_later(tmp_path: Path) -> None:
+    """A node that joins is used; until then the others go on, and a line says so once."""
+    pool = SimulatedPool(placed=1)
+    late = pool.start
+
+    def start() -> int:
+        worker = late()
+        if worker == 2:
+            pool._at(120.0, Placed(2))
+        return worker
+
+    pool.start = start
+    harness = Harness(tmp_path, pool, place_seconds=30.0)
+    harness.run(make_plan(rows=300))
+    workers = {worker for worker, _, _ in pool.submitted}
+    assert (workers, pool.started) == ({1, 2}, 2)
+    assert [snapshot.workers for snapshot in harness.seen][-1] == 2
+
+
+def test_fewer_workers_than_the_minimum_end_the_run(tmp_path: Path) -> None:
+    harness = Harness(
+        tmp_path, SimulatedPool(placed=1), workers={"min": 2, "max": 4}, place_seconds=30.0
+    )
+    with pytest.raises(GivenUp, match="no room for a worker within 30 s"):
+        harness.run(make_plan(rows=1000))
+
+
+def test_a_worker_whose_node_is_about_to_go_gets_no_more(tmp_path: Path) -> None:
+    """It ends what it has, another takes its place, and nothing counts as lost."""
+    pool = SimulatedPool(lambda worker, shard, attempt: "leave" if worker == 1 else "done")
+    harness = Harness(tmp_path, pool)
+    harness.run(make_plan(rows=200))
+    assert len(harness.finished) == 20
+    assert pool.dropped[0] == 1
+    assert pool.started == 3
+    mine = [shard for worker, shard, _ in pool.submitted if worker == 1]
+    assert len(mine) == 2
+    assert {attempt for _, _, attempt in pool.submitted} == {1}
+
+
+def test_an_idle_worker_whose_node_goes_is_dropped_at_once(tmp_path: Path) -> None:
+    pool = SimulatedPool(lambda w, s, a: "hang" if s.index == 0 else "done")
+    pool._at(50.0, Leaving(2))
+    Harness(tmp_path, pool, tries=1).run(make_plan(rows=20))
+    assert pool.dropped[0] == 2
+
+
+# --- told to stop ------------------------------------------------------------------------------
+
+
+def stopped_at(pool: SimulatedPool, seconds: float) -> threading.Event:
+    """Set when the pool's clock says so."""
+    stop, poll = threading.Event(), pool.poll
+
+    def poll_and_stop(wait: float) -> list[Event]:
+        events = poll(wait)
+        if pool.time >= seconds:
+            stop.set()
+        return events
+
+    pool.poll = poll_and_stop
+    return stop
+
+
+@pytest.mark.parametrize(("drain_seconds", "abandoned"), [(30.0, 0), (2.0, 4)])
+def test_told_to_stop_it_commits_what_ends_in_time(
+    tmp_path: Path, drain_seconds: float, abandoned: int
+) -> None:
+    pool = SimulatedPool()
+    harness = Harness(tmp_path, pool, drain_seconds=drain_seconds)
+    harness.driver._stop = stopped_at(pool, 14.0)
+    left = f"; {abandoned} in flight were abandoned" if abandoned else ""
+    finished = 2 if abandoned else 6
+    with pytest.raises(Interrupted, match=rf"^{20 - finished} shards are left to answer{left}$"):
+        harness.run(make_plan(rows=200))
+    assert len(harness.finished) == finished
+    assert len(pool.submitted) == 6
+    assert harness.seen[-1].phase == "stopping"
+
+
+def test_told_to_stop_while_calibrating(tmp_path: Path) -> None:
+    pool = SimulatedPool(load_goes=lambda worker: "hang")
+    harness = Harness(tmp_path, pool)
+    harness.driver._stop = stopped_at(pool, 10.0)
+    with pytest.raises(Interrupted, match="nothing was answered yet"):
+        harness.driver.calibrate(first_spans([SourceFile("a.parquet", "f", (1000,))], 24))
+
+
+# --- what it cost ------------------------------------------------------------------------------
+
+
+def test_the_bill_of_a_smooth_run(tmp_path: Path) -> None:
+    """Two workers, 1 s of loading each, ten shards of 10 s between them."""
+    harness = Harness(tmp_path, SimulatedPool(), gpus_per_worker=2.0)
+    harness.run(make_plan())
+    bill = harness.driver.bill()
+    assert bill.of(Use.USEFUL) == 200.0
+    assert bill.of(Use.LOADING) == 4.0
+    assert bill.total_seconds == pytest.approx(204.0, abs=3.0)
+
+
+def test_the_bill_names_every_waste(tmp_path: Path) -> None:
+    """One death half a second into a shard, one failure, one stall of 100 s, one lost race."""
+    how = {1: "die", 4: "fail", 7: "hang"}
+    pool = SimulatedPool(lambda w, s, attempt: how.get(s.index, "done") if attempt == 1 else "done")
+    harness = Harness(tmp_path, pool, workers=1)
+    poll = pool.poll
+
+    def lose_one(seconds: float) -> list[Event]:
+        return [
+            replace(event, result=done(event.shard, Commit.LOST_RACE))
+            if isinstance(event, Done) and event.shard.index == 9
+            else event
+            for event in poll(seconds)
+        ]
+
+    pool.poll = lose_one
+    harness.run(make_plan())
+    bill = harness.driver.bill()
+    assert bill.of(Use.USEFUL) == pytest.approx(90.0, abs=1.0)
+    assert bill.of(Use.LOST_RACE) == pytest.approx(10.0, abs=0.5)
+    assert bill.of(Use.STALLED) == pytest.approx(100.0, abs=2.0)
+    assert 0 < bill.of(Use.DIED) < 12.0
+    assert 0 < bill.of(Use.FAILED) < 12.0
+    assert bill.of(Use.LOADING) == 3.0
+    assert harness.driver.lost_races == 1

@@ -24,7 +24,7 @@ from gc2ray.families.family import Loaded
 from gc2ray.images import tiles_of
 from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.prompts import ChatPrompt
-from gc2ray.records import Answer, ImageRef, Request
+from gc2ray.records import Answer, ImageRef, Request, stats_of
 from gc2ray.stats import STAGES, RunStats
 from gc2ray.vision import Vision
 from tests.greedy import plain_greedy
@@ -617,7 +617,7 @@ def test_rows_that_show_one_image_share_it_and_answer_the_same(loaded: Loaded, m
     assert [answer.token_ids for answer in answers] == alone
     assert sum(family.batches) == 1, "the image was encoded again"
     assert sorted(answer.image_shared for answer in answers) == [False, True, True, True]
-    total = sum((answer.stats() for answer in answers), RunStats())
+    total = stats_of(answers)
     assert total.images_shared == 3
     assert total.visual_tokens_kept == 4 * (answers[0].visual_tokens_kept or 0)
     assert sum("encode" in answer.stage_ns for answer in answers) == 1

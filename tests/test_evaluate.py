@@ -12,11 +12,10 @@ import pyarrow as pa
 import pytest
 
 from gc2ray.errors import Status
-from gc2ray.records import Answer, Provenance, Request
+from gc2ray.part import part_bytes
+from gc2ray.records import Answer, Provenance, Request, stats_of
 from gc2ray.shards import SourceFile, cut_shards
-from gc2ray.stats import RunStats
 from gc2ray.store import PartFooter, Store
-from gc2ray.worker import _part_bytes
 from jobs.evaluate import main
 from tests.rows import make_recipe
 
@@ -37,9 +36,9 @@ def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.
             answered(row, *rows[row], topic="digit" if row < 2 else "yesno")
             for row in range(span.first, span.stop)
         ]
-        stats = sum((answer.stats() for answer in answers), RunStats())
+        stats = stats_of(answers)
         footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", len(answers), stats)
-        store.commit(shard, _part_bytes(answers, carried, Provenance(1, 0, "w"), footer), "t")
+        store.commit(shard, part_bytes(answers, carried, Provenance(1, 0, "w"), footer), "t")
     return str(folder)
 
 
@@ -68,9 +67,9 @@ def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> s
         for index, text in enumerate(texts)
         for found in [answered(row, text, references[row], f"topic{row}")]
     ]
-    stats = sum((answer.stats() for answer in written), RunStats())
+    stats = stats_of(written)
     footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", 3, stats)
-    store.commit(shard, _part_bytes(written, carried, Provenance(1, 0, "w"), footer), "t")
+    store.commit(shard, part_bytes(written, carried, Provenance(1, 0, "w"), footer), "t")
     return str(folder)
 
 

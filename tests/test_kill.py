@@ -24,10 +24,10 @@ import ray
 from rich.console import Console
 
 from gc2ray.display import print_outcome
-from gc2ray.driver import run_job
 from gc2ray.errors import ConfigError
 from gc2ray.manifest import Plan
 from gc2ray.planner import Outcome, committed_parts, outcome
+from gc2ray.run import run_job
 from gc2ray.store import Store
 from tests.fakes import Fault, faulty_worker
 from tests.rows import job_data, make_job, question_list, write_rows
@@ -183,14 +183,32 @@ def test_a_killed_worker_between_the_prompts_of_a_row(
     assert run(listed_file).exit_code == 0, "a finished run is seen to be one"
 
 
-def test_a_row_that_kills_every_process_costs_its_shard_only(job_file: Path, marks: Path) -> None:
+def poisoned(job_file: Path) -> list[tuple[int, str]]:
+    """Rows that were not answered, and what is written for them."""
+    rows = committed_rows(job_file)
+    return [(row["row"], row["status"]) for row in rows if row["status"] != "ok"]
+
+
+def test_a_row_that_kills_every_process_costs_itself_only(job_file: Path, marks: Path) -> None:
+    """Its first death leaves suspects, which go alone; the second names it."""
     result = run(job_file, Fault("exit", marks, row=70, once=False))
-    assert len(fired(marks, "exit")) == 3
+    assert len(fired(marks, "exit")) == 2
+    assert (result.exit_code, result.dead) == (0, ())
+    assert poisoned(job_file) == [(70, "killed_worker")]
+    assert_exactly_once(job_file)
+    assert result.stats.by_status == {"ok": ROWS - 1, "killed_worker": 1}
+
+
+def test_more_killing_rows_than_allowed_cost_their_shard(job_file: Path, marks: Path) -> None:
+    data = json.loads(job_file.read_text())
+    data["cluster"]["max_poison_rows"] = 0
+    job_file.write_text(json.dumps(data))
+    result = run(job_file, Fault("exit", marks, row=70, once=False))
+    assert len(fired(marks, "exit")) == 2
     assert result.exit_code == 1
     assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
     (letter,) = result.dead
-    assert "(15 rows)" in letter
-    assert "the worker process ended" in letter
+    assert "(15 rows): more than 0 of its rows end the worker process" in letter
 
 
 def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:
@@ -202,12 +220,12 @@ def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_shard_that_always_hangs(job_file: Path, marks: Path) -> None:
+def test_a_row_that_always_hangs(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("hang", marks, row=70, once=False))
-    assert len(fired(marks, "hang")) == 3
-    assert result.exit_code == 1
-    assert "no answer for 5 s" in result.dead[0]
-    assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
+    assert len(fired(marks, "hang")) == 2
+    assert (result.exit_code, result.dead) == (0, ())
+    assert poisoned(job_file) == [(70, "timeout")]
+    assert_exactly_once(job_file)
 
 
 def test_an_engine_that_breaks_once(job_file: Path, marks: Path) -> None:
@@ -224,7 +242,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from gc2ray.config import load_job
-from gc2ray.driver import run_job
+from gc2ray.run import run_job
 from tests.fakes import Fault, faulty_worker
 import os
 job_file, marks, step = sys.argv[1:4]

@@ -19,6 +19,7 @@ from gc2ray.records import (
     Request,
     answer_schema,
     answer_table,
+    stats_of,
 )
 from gc2ray.stats import STAGES, RunStats
 from tests.rows import request
@@ -181,7 +182,7 @@ def test_retention_actual() -> None:
 
 
 def test_stats_of_rows_add_up() -> None:
-    total = sum((a.stats() for a in (answered(0), answered(1), failed(2))), RunStats())
+    total = stats_of([answered(0), answered(1), failed(2)])
     assert total == RunStats(
         rows=3,
         by_status={"ok": 2, "bad_image": 1},
@@ -202,5 +203,5 @@ def test_stats_of_rows_add_up() -> None:
 
 def test_retention_buckets_sort_as_text() -> None:
     kept = [replace(answered(1), visual_tokens_kept=count) for count in (1, 40, 80)]
-    assert [*map(list, (a.stats().retention for a in kept))] == [["00"], ["09"], ["19"]]
-    assert all(re.fullmatch(r"\d\d", key) for a in kept for key in a.stats().retention)
+    assert [*map(list, (stats_of([a]).retention for a in kept))] == [["00"], ["09"], ["19"]]
+    assert all(re.fullmatch(r"\d\d", key) for a in kept for key in stats_of([a]).retention)

@@ -20,13 +20,13 @@ import s3fs
 
 from gc2ray.errors import ConfigError, Status
 from gc2ray.manifest import Plan
+from gc2ray.part import part_bytes
 from gc2ray.planner import committed_parts, outcome
-from gc2ray.records import Answer, Provenance, answer_schema, answer_table
+from gc2ray.records import Answer, Provenance, answer_schema, answer_table, stats_of
 from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
-from gc2ray.worker import _part_bytes
 from tests.rows import make_recipe, request
 
 RECIPE = make_recipe("model")
@@ -106,9 +106,9 @@ def a_part(shard: Shard, token: str) -> bytes:
         for row in range(1, shard.rows)
     ]
     answers = [good, *bad]
-    stats = sum((answer.stats() for answer in answers), RunStats(peak_host_bytes=5))
+    stats = stats_of(answers) + RunStats(peak_host_bytes=5)
     footer = PartFooter(shard.sid, RECIPE.fingerprint(), token, "w1", len(answers), stats)
-    return _part_bytes(answers, pa.schema([]), Provenance(1, 0, "w1"), footer)
+    return part_bytes(answers, pa.schema([]), Provenance(1, 0, "w1"), footer)
 
 
 def with_metadata(part: bytes, changes: dict[bytes, bytes | None]) -> bytes:

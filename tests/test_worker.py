@@ -10,12 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from gc2ray.config import Job, parse_recipe
 from gc2ray.errors import EngineDead, ShardError, Status
+from gc2ray.handout import Handout
+from gc2ray.journal import taken_over
 from gc2ray.manifest import Plan
 from gc2ray.planner import committed_parts, outcome
 from gc2ray.shards import Shard, Shards, cut_shards
@@ -65,7 +68,7 @@ def test_parts_hold_every_row_in_input_order(job: Job) -> None:
     worker = make_worker(job, EchoEngine(buffered=4))  # answers come back out of order
     shards = shards_of(job)
     with ThreadPoolExecutor(2) as callers:
-        results = list(callers.map(lambda shard: worker.process(shard, 1), shards))
+        results = list(callers.map(lambda shard: worker.process(Handout(shard)), shards))
     assert [result.commit for result in results] == [Commit.WON] * len(shards)
     store = Store(job.output)
     tables = [pq.read_table(Path(job.output) / name) for name in store.names("data")]
@@ -86,7 +89,7 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
     worker = make_worker(listed, EchoEngine(buffered=buffered))
     shards = shards_of(listed)
     with ThreadPoolExecutor(2) as callers:
-        results = list(callers.map(lambda shard: worker.process(shard, 1), shards))
+        results = list(callers.map(lambda shard: worker.process(Handout(shard)), shards))
     store = Store(listed.output)
     rows = [
         row
@@ -140,7 +143,7 @@ def test_a_prompt_that_is_not_read_fails_the_shard(
     shard = shards_of(listed, rows=12)[0]
     monkeypatch.setattr(ParquetSource, "read", losing)
     with pytest.raises(ShardError, match=message):
-        make_worker(listed).process(shard, 1)
+        make_worker(listed).process(Handout(shard))
     assert Store(listed.output).committed() == {}
 
 
@@ -152,8 +155,8 @@ def test_a_row_that_is_not_planned_fails_the_shard(
     wider = replace(shard.spans[0], stop=12)
     short = replace(shard, spans=(replace(wider, stop=9),))
     monkeypatch.setattr(ParquetSource, "read", lambda self, _, memory: read(self, wider, memory))
-    with pytest.raises(ShardError, match=r"a\.parquet#9#0 is answered, but not planned"):
-        make_worker(listed).process(short, 1)
+    with pytest.raises(ShardError, match=r"a\.parquet#9#0 was read, but is not planned"):
+        make_worker(listed).process(Handout(short))
 
 
 def test_a_prompt_that_is_read_twice_fails_the_shard(
@@ -164,7 +167,7 @@ def test_a_prompt_that_is_read_twice_fails_the_shard(
         ParquetSource, "read", lambda *a: (r for r in read(*a) for _ in range(1 + (r.row == 4)))
     )
     with pytest.raises(ShardError, match=r"a\.parquet#4#0 was read twice"):
-        make_worker(listed).process(shards_of(listed, rows=12)[0], 1)
+        make_worker(listed).process(Handout(shards_of(listed, rows=12)[0]))
 
 
 def test_an_answer_that_the_engine_loses_commits_nothing(listed: Job) -> None:
@@ -178,7 +181,7 @@ def test_an_answer_that_the_engine_loses_commits_nothing(listed: Job) -> None:
 
     worker = make_worker(listed, Losing())
     with ThreadPoolExecutor(1) as caller:
-        call = caller.submit(worker.process, shards_of(listed, rows=12)[0], 1)
+        call = caller.submit(worker.process, Handout(shards_of(listed, rows=12)[0]))
         with pytest.raises(TimeoutError):
             call.result(timeout=1.0)
         assert Store(listed.output).committed() == {}
@@ -201,7 +204,7 @@ def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
     engine = Waiting(buffered=8)
     worker = make_worker(job, engine, metrics=lambda step, sid: steps.append((step, sid)))
     with ThreadPoolExecutor(2) as callers:
-        calls = [callers.submit(worker.process, shard, 1) for shard in shards[:2]]
+        calls = [callers.submit(worker.process, Handout(shard)) for shard in shards[:2]]
         while worker._queue.qsize() < 2:
             time.sleep(0.01)
         both_queued.set()
@@ -216,8 +219,8 @@ def test_a_shard_that_cannot_be_read_fails_alone(job: Job, tmp_path: Path) -> No
     (tmp_path / "in" / "a.parquet").unlink()
     worker = make_worker(job)
     with pytest.raises(ShardError, match=r"a\.parquet"):
-        worker.process(shards[0], 1)
-    assert worker.process(shards[1], 1).stats.rows == 8
+        worker.process(Handout(shards[0]))
+    assert worker.process(Handout(shards[1])).stats.rows == 8
     assert len(Store(job.output).committed()) == 1
 
 
@@ -234,8 +237,8 @@ def test_a_row_whose_storage_failed_fails_its_shard(job: Job) -> None:
     worker = make_worker(job, Outage(buffered=2))
     first, second = shards_of(job, rows=12)
     with pytest.raises(ShardError, match=r"a\.parquet#3: 503"):
-        worker.process(first, 1)
-    assert worker.process(second, 1).commit == Commit.WON
+        worker.process(Handout(first))
+    assert worker.process(Handout(second)).commit == Commit.WON
     assert list(Store(job.output).committed()) == [second.sid]
 
 
@@ -243,7 +246,7 @@ def test_a_changed_input_is_an_error(job: Job, tmp_path: Path) -> None:
     shards = shards_of(job, rows=12)
     write_rows(tmp_path / "in" / "a.parquet", 12, row_group=6)
     with pytest.raises(ShardError, match="changed since the run was planned"):
-        make_worker(job).process(shards[0], 1)
+        make_worker(job).process(Handout(shards[0]))
 
 
 def test_a_broken_engine_fails_every_shard(job: Job) -> None:
@@ -253,7 +256,7 @@ def test_a_broken_engine_fails_every_shard(job: Job) -> None:
     worker = make_worker(job, EchoEngine(on_row=on_row))
     for shard in shards_of(job)[:2]:
         with pytest.raises(EngineDead, match="the engine breaks"):
-            worker.process(shard, 1)
+            worker.process(Handout(shard))
     assert Store(job.output).committed() == {}
 
 
@@ -267,7 +270,7 @@ def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
     worker = make_worker(job, Losing())
     shards = shards_of(job)
     with ThreadPoolExecutor(1) as caller:
-        call = caller.submit(worker.process, shards[0], 1)
+        call = caller.submit(worker.process, Handout(shards[0]))
         with pytest.raises(TimeoutError):
             call.result(timeout=1.0)  # it waits for the row; the driver's stall clock ends it
         assert Store(job.output).committed() == {}
@@ -278,9 +281,9 @@ def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
 
 def test_the_second_try_of_a_committed_shard_loses_the_race(job: Job) -> None:
     shard = shards_of(job)[0]
-    assert make_worker(job).process(shard, 1).commit == Commit.WON
+    assert make_worker(job).process(Handout(shard)).commit == Commit.WON
     before = (Path(job.output) / shard.part_name).read_bytes()
-    assert make_worker(job).process(shard, 2).commit == Commit.LOST_RACE
+    assert make_worker(job).process(Handout(shard, 2)).commit == Commit.LOST_RACE
     assert (Path(job.output) / shard.part_name).read_bytes() == before
 
 
@@ -306,7 +309,7 @@ def test_a_broken_image_is_a_bad_answer_to_every_prompt(
     worker = Worker(job, CARRIED)
     worker.load()
     (shard,) = shards_of(job)
-    worker.process(shard, 1)
+    worker.process(Handout(shard))
     rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
     assert [(row["row"], row["prompt_index"], row["status"], row["id"]) for row in rows] == [
         (0, 0, "ok", 0),
@@ -335,7 +338,7 @@ def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None
     schema = pq.read_schema(tmp_path / "in" / "a.parquet")
     pq.write_table(pa.table(table, schema=schema), tmp_path / "in" / "a.parquet")
     worker = make_worker(job)
-    worker.process(shards_of(job, rows=12)[0], 1)
+    worker.process(Handout(shards_of(job, rows=12)[0]))
     progress = worker.progress()
     assert (progress.rows, progress.answers, progress.bad_answers) == (12, 12, 6)
     assert len(progress.errors) == 3
@@ -351,3 +354,118 @@ def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
     record = json.loads(data)
     assert record["device"] == "fake"
     assert record["started"] <= record["loaded"] <= record["last_seen"]
+
+
+def hand(shard: Shard, **known: object) -> Handout:
+    return Handout(shard, 2, **known)
+
+
+class Watching(EchoEngine):
+    """Notes which rows are in the engine together, and in which order they come."""
+
+    def __init__(self) -> None:
+        super().__init__(buffered=100)
+        self.order: list[int] = []
+        self.together: list[set[int]] = []
+        self.inside: set[int] = set()
+
+    def stream(self, requests):
+        def watched():
+            for request in requests:
+                self.order.append(request.row)
+                self.inside.add(request.row)
+                self.together.append(set(self.inside))
+                yield request
+
+        for answer in super().stream(watched()):
+            self.inside.discard(answer.request.row)
+            yield answer
+
+
+def test_suspects_go_first_and_alone(job: Job) -> None:
+    engine = Watching()
+    worker = make_worker(job, engine)
+    (shard,) = shards_of(job, rows=12)[:1]
+    worker.process(hand(shard, suspects=(3, 4, 9)))
+    assert engine.order == [3, 4, 9, *(row for row in range(12) if row not in (3, 4, 9))]
+    assert engine.together[:3] == [{3}, {4}, {9}]
+    assert max(map(len, engine.together)) > 1, "the others do not wait for each other"
+    rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
+    assert [(row["row"], row["status"], row["attempt"]) for row in rows] == [
+        (row, "ok", 2) for row in range(12)
+    ]
+
+
+def test_the_prompts_of_a_suspect_go_together(listed: Job) -> None:
+    engine = Watching()
+    (shard,) = shards_of(listed, rows=12)[:1]
+    make_worker(listed, engine).process(hand(shard, suspects=(2, 4)))
+    assert engine.order[:6] == [2, 2, 4, 4, 4, 4]
+    assert all({2, 4} - inside for inside in engine.together[:6])
+
+
+def test_poison_is_written_and_never_tried(job: Job) -> None:
+    tried: list[int] = []
+    worker = make_worker(job, EchoEngine(on_row=lambda request: tried.append(request.row)))
+    shard = shards_of(job, rows=12)[0]
+    poison = {5: Status.KILLED_WORKER, 6: Status.TIMEOUT}
+    worker.process(hand(shard, suspects=(5, 7), poison=poison))
+    assert sorted(tried) == [row for row in range(12) if row not in poison]
+    rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
+    assert [row["status"] for row in rows if row["row"] in poison] == ["killed_worker", "timeout"]
+    assert "ended whenever it answered this row" in rows[5]["error"]
+    assert rows[5]["answer"] is None
+    assert [row["id"] for row in rows] == list(range(12)), "kept columns are still written"
+
+
+def test_the_journal_names_what_is_in_hand(job: Job, tmp_path: Path) -> None:
+    """While the engine is stuck with row 4; rows that are answered are out of hand."""
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def on_row(request):
+        if request.row == 4:
+            stuck.set()
+            go_on.wait(10)
+
+    worker = make_worker(job, EchoEngine(on_row=on_row))
+    shard = shards_of(job, rows=12)[0]
+    with ThreadPoolExecutor(1) as caller:
+        call = caller.submit(worker.process, Handout(shard))
+        assert stuck.wait(10)
+        (page,) = worker.journal.parent.glob(f"{worker.journal.name}.*")
+        counters = np.fromfile(page, np.uint32)
+        go_on.set()
+        call.result(timeout=10)
+    assert page.suffix == f".{shard.sid}"
+    assert counters[4] == 1
+    assert not counters[:4].any()
+    assert not page.exists()
+
+
+def test_rows_with_a_fault_are_not_in_hand(listed: Job) -> None:
+    """Nothing is tried with them, so they are not suspected."""
+    seen: list[int] = []
+
+    class Looking(EchoEngine):
+        def stream(self, requests):
+            for answer in super().stream(requests):
+                page = next(worker.journal.parent.glob(f"{worker.journal.name}.*"))
+                seen.extend(np.flatnonzero(np.fromfile(page, np.uint32)).tolist())
+                yield answer
+
+    worker = make_worker(listed, Looking(buffered=100))
+    worker.process(Handout(shards_of(listed, rows=12)[0]))
+    assert 4 in seen
+    assert not {3, 10} & {*seen}, "their lists are null"
+
+
+def test_an_engine_that_dies_with_suspects_tells_every_caller(job: Job) -> None:
+    def on_row(request):
+        if request.row == 4:
+            raise RuntimeError("the engine breaks")
+
+    worker = make_worker(job, EchoEngine(on_row=on_row))
+    shard = shards_of(job, rows=12)[0]
+    with pytest.raises(EngineDead):
+        worker.process(hand(shard, suspects=(2, 4, 6)))
+    assert taken_over(worker.journal) == {shard.sid: (4,)}

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from gc2ray.config import Job, parse_job
 from gc2ray.errors import Status
 from gc2ray.feed import Feed
+from gc2ray.handout import Handout
 from gc2ray.records import Answer, Request
 from gc2ray.shards import Shard, cut_shards
 from gc2ray.sources.parquet import ParquetSource
@@ -71,7 +72,7 @@ def run() -> list[Line]:
         worker.load()
 
         def process(shard: Shard) -> RunStats:
-            done = worker.process(shard, 1)
+            done = worker.process(Handout(shard))
             time.sleep(REPLY_SECONDS)
             return done.stats
 

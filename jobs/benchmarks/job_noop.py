@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.config import Job, parse_job
-from gc2ray.driver import run_job
 from gc2ray.errors import Status
 from gc2ray.records import Answer, Request
+from gc2ray.run import run_job
 from gc2ray.stats import RunStats
 from gc2ray.worker import Worker
 from jobs.benchmarks import Line

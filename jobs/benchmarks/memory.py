@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from gc2ray.config import Job, parse_job
+from gc2ray.handout import Handout
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.rows import Split, pocket_rows, write_rows
 from gc2ray.shards import cut_shards
@@ -121,7 +122,7 @@ def _answered(root: Path, shard_rows: int) -> list[int]:
 
     def peaks() -> Iterator[int]:
         for shard in cut_shards(files, shard_rows, job.recipe.fingerprint()):
-            worker.process(shard, 1)
+            worker.process(Handout(shard))
             yield peak_host_bytes()
 
     return list(chain([peak_host_bytes()], peaks()))

@@ -1,0 +1,104 @@
+"""`Journal`: which rows a worker has in hand; it outlives the worker, however that ends.
+
+A file for each of its shards among the temporary files of its node, mapped into memory: a counter
+per row, of its prompts that the engine has. Nothing is flushed, because the pages belong to the
+kernel: they are lost with the node, not with the process.
+
+Not covered: nodes that are lost; what the engine was doing with a row.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from gc2ray.errors import EngineDead
+
+PREFIX = "gc2ray-journal-"
+STALE_SECONDS = 24 * 3600.0
+"""Files of that age are of processes that nobody asked about."""
+_COUNTER = np.dtype(np.uint32)
+
+InHand = Mapping[str, tuple[int, ...]]
+"""Rows by shard: sid to places in the shard, from 0."""
+
+
+class Page:
+    """The counters of one shard."""
+
+    def __init__(self, counters: mmap.mmap) -> None:
+        self._counters = memoryview(counters).cast("I")
+
+    def begin(self, row: int) -> None:
+        """A prompt of a row goes to the engine."""
+        self._counters[row] += 1
+
+    def end(self, row: int) -> None:
+        """It is answered."""
+        self._counters[row] -= 1
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._counters.release()
+
+
+class Journal:
+    """The journal of one worker process.
+
+    Args:
+        folder: Where its files are; None is the node's place for temporary files.
+
+    Attributes:
+        prefix: What their paths begin with.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        folder = folder or Path(tempfile.gettempdir())
+        _sweep(folder)
+        self.prefix = folder / f"{PREFIX}{uuid.uuid4().hex}"
+
+    @contextmanager
+    def page(self, sid: str, rows: int) -> Iterator[Page]:
+        """The page of a shard, while it is answered.
+
+        If the engine dies it stays: whoever buries the worker reads it.
+        """
+        path = self.prefix.with_suffix(f".{sid}")
+        with path.open("w+b") as file:
+            file.truncate(max(1, rows) * _COUNTER.itemsize)
+            with mmap.mmap(file.fileno(), 0) as counters:
+                page = Page(counters)
+                is_over = True
+                try:
+                    yield page
+                except EngineDead:
+                    is_over = False
+                    raise
+                finally:
+                    page.close()
+                    if is_over:
+                        path.unlink()
+
+
+def taken_over(prefix: Path) -> InHand:
+    """What the worker with this journal had in hand when it ended; the journal is removed."""
+    found = {}
+    for path in prefix.parent.glob(f"{prefix.name}.*"):
+        counters = np.fromfile(path, _COUNTER)
+        found[path.suffix[1:]] = tuple(np.flatnonzero(counters).tolist())
+        path.unlink()
+    return found
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()

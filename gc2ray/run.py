@@ -1,0 +1,124 @@
+"""`run_job`: one run of a job, from wherever an earlier one left it to its end.
+
+Everything that can be refused is refused before Ray is joined. Signals are minded while shards are
+out: the first lets them end, the second does not wait.
+
+Not covered: what a person sees of it (`gc2ray.display`).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from gc2ray import ray_pool
+from gc2ray.config import Job
+from gc2ray.driver import Display, Driver
+from gc2ray.lease import Lease, warn_of_others
+from gc2ray.manifest import Plan
+from gc2ray.planner import (
+    CALIBRATION_ROWS,
+    Outcome,
+    committed_parts,
+    outcome,
+    shard_rows,
+    store_plan,
+    stored_plan,
+)
+from gc2ray.shards import SourceFile, first_spans
+from gc2ray.sources.parquet import ParquetSource
+from gc2ray.store import Store
+from gc2ray.worker import Worker
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+log = logging.getLogger(__name__)
+
+
+def run_job(
+    job: Job,
+    *,
+    address: str | None = None,
+    display: Display | None = None,
+    make_worker: Callable[..., Worker] = Worker,
+) -> Outcome:
+    """Run a job to its end, from wherever an earlier run left it.
+
+    Args:
+        job: What, how and where.
+        address: Of a Ray cluster; None: `RAY_ADDRESS`, or a local Ray.
+        display: Shown the state about once a second.
+        make_worker: Makes the workers, in their processes, from the job and the carried schema.
+
+    Raises:
+        ConfigError: The configuration cannot be used, or the output belongs to another one.
+        GivenUp: The run stopped before its end.
+        Interrupted: A signal stopped it.
+    """
+    job = job.located()
+    store = Store(job.output)
+    store.check_usable(writing=False)
+    plan = stored_plan(store, job)
+    committed = committed_parts(store, plan) if plan else None
+    if plan is not None and committed is not None and committed.whole:
+        return outcome(store, plan, committed)
+    job.recipe.model.check()
+    store.check_usable(writing=True)
+    warn_of_others(store)
+    files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
+    with ray_pool.connected(address):
+        # Workers write down what they cost, so they are told the share that they really get.
+        share = {"gpus_per_worker": ray_pool.gpus_per_worker(job.cluster)}
+        job = job.model_copy(update={"cluster": job.cluster.model_copy(update=share)})
+        pool = ray_pool.RayPool(job.cluster, make_worker, (job, carried))
+        try:
+            with stopping() as stop:
+                driver = Driver(job.cluster, store, pool, display or (lambda _: None), stop)
+                with Lease(store, driver.bill):
+                    if plan is None:
+                        rows = _shard_rows(job, files, driver)
+                        plan = store_plan(store, job, Plan.cut(job.recipe, files, rows, carried))
+                    if committed is None:  # another driver may have been faster
+                        committed = committed_parts(store, plan)
+                    driver.run(plan, committed)
+        finally:
+            pool.close()
+    if driver.lost_races:
+        log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
+    return outcome(store, plan, committed_parts(store, plan, committed))
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """Set at the first signal to stop; the second raises. Only the main thread hears signals.
+
+    Raises:
+        KeyboardInterrupt: At the second.
+    """
+    stop = threading.Event()
+
+    def hear(_signal: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, hear) for number in STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:
+    """As configured, or measured on the first rows."""
+    rows, seconds = sum(file.rows for file in files), 0.0
+    if job.cluster.shard_rows is None and rows > 0:
+        seconds = driver.calibrate(first_spans(files, CALIBRATION_ROWS))
+    return shard_rows(job.cluster, rows, driver.most_workers, seconds)
