@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from gc2ray.bill import Bill, Use
 from gc2ray.driver import Snapshot
 from gc2ray.planner import Outcome
 from gc2ray.stats import STAGES, RunStats
@@ -96,7 +97,8 @@ class RunDisplay:
 def print_outcome(console: Console, outcome: Outcome, output: str) -> None:
     """The table at the end of a run, and what was given up."""
     table = Table("", "", title=f"gc2ray: {output}", show_header=False)
-    for name, value in (*_row_lines(outcome), *_cost_lines(outcome.stats)):
+    lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_bill_lines(outcome.bill))
+    for name, value in lines:
         table.add_row(name, value)
     console.print(table)
     if outcome.exit_code:
@@ -136,6 +138,22 @@ def _cost_lines(stats: RunStats) -> list[tuple[str, str]]:
     if stats.peak_device_bytes:
         lines.append(("peak device memory", f"{stats.peak_device_bytes / 2**20:,.0f} MiB"))
     return lines
+
+
+def _bill_lines(bill: Bill) -> list[tuple[str, str]]:
+    """Seconds of all workers' devices, from when each worker was up until it ended."""
+    total = bill.total_seconds
+    if not total:
+        return []
+    useful = bill.of(Use.USEFUL)
+    wasted = {use: seconds for use, seconds in bill.seconds.items() if use != Use.USEFUL}
+    causes = ", ".join(
+        f"{use} {seconds:,.1f}" for use, seconds in wasted.items() if seconds >= 0.05
+    )
+    return [
+        ("device seconds, useful", f"{useful:,.1f} of {total:,.1f} ({useful / total:.0%})"),
+        ("device seconds, wasted", f"{total - useful:,.1f}" + (f" ({causes})" if causes else "")),
+    ]
 
 
 def _change(full: int, kept: int) -> str:

@@ -144,7 +144,7 @@ class Driver:
         self._hungry: set[int] = set()  # those that may have room
         self._meter = Meter(cluster.gpus_per_worker or 1.0)
         self._flying = 0  # shards that are handed out
-        self._past = Progress()  # of workers that are gone
+        self._seen = Progress()  # of all workers, those that are gone too
         self._done_before = 0
         self._total_rows = 0
         self._setup_deaths = 0
@@ -203,7 +203,7 @@ class Driver:
                 self._hand_out()
                 self._staff(len(self._queue) + len(self._workers) - len(self._setting_up))
                 self._turn()
-            self._display(self._snapshot(self._seen()))
+            self._display(self._snapshot())
         finally:
             self._settle()
 
@@ -244,9 +244,8 @@ class Driver:
     def _look(self) -> None:
         """Whatever looks at every worker."""
         self._check_clocks()
-        seen = self._seen()
-        self._display(self._snapshot(seen))
-        self._judge_rows(seen)
+        self._display(self._snapshot())
+        self._judge_rows()
 
     def _staff(self, wanted: int) -> None:
         """Start workers up to as many as are wanted, and may be; those that leave are extra."""
@@ -294,7 +293,6 @@ class Driver:
         for group in (self._hungry, self._setting_up, self._leaving):
             group.discard(worker)
         self._queue.leave(worker)
-        self._past += state.progress
         return state
 
     def _handle(self, event: Event) -> None:
@@ -337,6 +335,7 @@ class Driver:
         setting_up = state.loaded is None or state.is_calibrating
         if moved or (setting_up and progress.ticks > state.progress.ticks):
             state.active = self._pool.now()
+        self._seen = self._seen.gone_on(state.progress, progress)
         state.progress = progress
 
     def _finished(self, worker: int, state: _WorkerState, event: Done) -> None:
@@ -441,26 +440,25 @@ class Driver:
         state.is_unplaced = True
         log.warning("%s%s; going on with %d", message, self._pool.room(), placed)
 
-    def _seen(self) -> Progress:
-        return sum((state.progress for state in self._workers.values()), self._past)
-
-    def _judge_rows(self, seen: Progress) -> None:
-        answers, bad = seen.answers, seen.bad_answers
+    def _judge_rows(self) -> None:
+        answers, bad = self._seen.answers, self._seen.bad_answers
         if answers < BAD_ROWS_FROM or bad <= self._cluster.max_bad_rows * answers:
             return
         raise GivenUp(
             f"{bad} of {answers} answers failed, more than cluster.max_bad_rows = "
-            f"{self._cluster.max_bad_rows:g} allows; the first:\n  " + "\n  ".join(seen.errors)
+            f"{self._cluster.max_bad_rows:g} allows; the first:\n  "
+            + "\n  ".join(self._seen.errors)
         )
 
-    def _snapshot(self, seen: Progress) -> Snapshot:
+    def _snapshot(self) -> Snapshot:
+        seen = self._seen
         return Snapshot(
             rows=min(self._done_before + seen.rows, self._total_rows),
             total_rows=self._total_rows,
             bad_answers=seen.bad_answers,
             visual_tokens_full=seen.visual_tokens_full,
             visual_tokens_kept=seen.visual_tokens_kept,
-            workers=sum(state.loaded is not None for state in self._workers.values()),
+            workers=len(self._workers) - len(self._setting_up),
             dead_shards=self._dead_shards,
             phase=self._phase,
         )

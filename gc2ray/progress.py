@@ -32,16 +32,20 @@ class Progress:
     visual_tokens_kept: int = 0
     errors: tuple[str, ...] = ()
 
-    def __add__(self, other: Progress) -> Progress:
-        """Of two workers; the ticks of both."""
+    def gone_on(self, before: Progress, after: Progress) -> Progress:
+        """Of several workers: this, and what one of them did from `before` to `after`."""
         return Progress(
-            ticks=self.ticks + other.ticks,
-            rows=self.rows + other.rows,
-            answers=self.answers + other.answers,
-            bad_answers=self.bad_answers + other.bad_answers,
-            visual_tokens_full=self.visual_tokens_full + other.visual_tokens_full,
-            visual_tokens_kept=self.visual_tokens_kept + other.visual_tokens_kept,
-            errors=(self.errors + other.errors)[:FIRST_ERRORS],
+            ticks=self.ticks + after.ticks - before.ticks,
+            rows=self.rows + after.rows - before.rows,
+            answers=self.answers + after.answers - before.answers,
+            bad_answers=self.bad_answers + after.bad_answers - before.bad_answers,
+            visual_tokens_full=(
+                self.visual_tokens_full + after.visual_tokens_full - before.visual_tokens_full
+            ),
+            visual_tokens_kept=(
+                self.visual_tokens_kept + after.visual_tokens_kept - before.visual_tokens_kept
+            ),
+            errors=(self.errors + after.errors[len(before.errors) :])[:FIRST_ERRORS],
         )
 
 

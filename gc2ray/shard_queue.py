@@ -173,7 +173,8 @@ class ShardQueue:
         if not self._free:
             return None
         free = self._free.popleft()
-        following = np.searchsorted(self._starts, free.start, side="right")
+        # Of the same type, or numpy converts all of `_starts`.
+        following = np.searchsorted(self._starts, np.int32(free.start), side="right")
         end = int(self._starts[following]) if following < len(self._starts) else free.stop
         if end < free.stop:
             self._free.appendleft(range(end, free.stop))

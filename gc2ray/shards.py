@@ -13,7 +13,7 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -254,5 +254,5 @@ def _pieces(files: Iterable[SourceFile], shard_rows: int) -> Iterator[tuple[Span
 
 
 def _sid(recipe_fingerprint: str, spans: Sequence[Span]) -> str:
-    identity = json.dumps([recipe_fingerprint, *(asdict(span) for span in spans)])
+    identity = json.dumps([recipe_fingerprint, *(vars(span) for span in spans)])
     return digest(identity.encode())[:16]

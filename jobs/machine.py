@@ -1,4 +1,4 @@
-"""What this machine calls itself, for figures that are quoted."""
+"""What this machine calls itself, and what a process takes of it, for figures that are quoted."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     return str(models[0]) if models else platform.machine()
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; 0 where there is no /proc to tell."""
+    path = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s*(\d+) kB", path.read_text() if path.exists() else "")
+    return int(found.group(1)) * 1024 if found else 0

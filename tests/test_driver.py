@@ -23,7 +23,7 @@ from gc2ray.progress import Progress
 from gc2ray.shards import SourceFile, first_spans
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, Store
-from tests.fakes import SimulatedPool, done
+from jobs.benchmarks.simulated_pool import SimulatedPool, done
 from tests.rows import make_recipe
 
 RECIPE = make_recipe("model")
@@ -139,7 +139,7 @@ def test_a_slow_worker_is_not_stalled(tmp_path: Path) -> None:
         start = pool._busy_until[worker] - shard.rows * 90.0
         for row in range(1, shard.rows):
             due = start + row * 90.0
-            pool._due.append((due, Progressed(worker, Progress(answers=base + row))))
+            pool.at(due - pool.time, Progressed(worker, Progress(answers=base + row)))
 
     pool.submit = submit
     harness = Harness(tmp_path, pool)
@@ -208,7 +208,7 @@ def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path: Path) -> Non
     load = pool.load
     pool.load = lambda worker: (
         load(worker),
-        pool._at(1.0, Failed(worker, None, ConfigError("recipe.model.path: wrong"))),
+        pool.at(1.0, Failed(worker, None, ConfigError("recipe.model.path: wrong"))),
     )
     with pytest.raises(ConfigError, match=r"recipe\.model\.path"):
         Harness(tmp_path, pool).run(make_plan())
@@ -232,7 +232,7 @@ def many_prompts() -> SimulatedPool:
         start = pool._busy_until[worker] - shard.rows * 1500.0
         for prompt in range(1, shard.rows * 50):
             progress = Progress(rows=prompt // 50, answers=prompt, bad_answers=prompt // 5)
-            pool._due.append((start + prompt * 30.0, Progressed(worker, progress)))
+            pool.at(start + prompt * 30.0 - pool.time, Progressed(worker, progress))
 
     pool.submit = submit
     return pool
@@ -276,7 +276,7 @@ def test_calibration_that_fails_gives_up(tmp_path: Path) -> None:
     from gc2ray.pool import Failed
 
     pool = SimulatedPool()
-    pool.calibrate = lambda worker, spans: pool._at(1.0, Failed(worker, None, OSError("changed")))
+    pool.calibrate = lambda worker, spans: pool.at(1.0, Failed(worker, None, OSError("changed")))
     sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
     with pytest.raises(GivenUp, match="3 workers in a row died while starting: OSError: changed"):
         Harness(tmp_path, pool).driver.calibrate(sample)
@@ -389,7 +389,7 @@ def test_workers_that_find_no_room_join_later(tmp_path: Path) -> None:
     def start() -> int:
         worker = late()
         if worker == 2:
-            pool._at(120.0, Placed(2))
+            pool.at(120.0, Placed(2))
         return worker
 
     pool.start = start
@@ -423,7 +423,7 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more(tmp_path: Path) -> None
 
 def test_an_idle_worker_whose_node_goes_is_dropped_at_once(tmp_path: Path) -> None:
     pool = SimulatedPool(lambda w, s, a: "hang" if s.index == 0 else "done")
-    pool._at(50.0, Leaving(2))
+    pool.at(50.0, Leaving(2))
     Harness(tmp_path, pool, tries=1).run(make_plan(rows=20))
     assert pool.dropped[0] == 2
 
