@@ -7,8 +7,8 @@ looked into as it would be: the next try answers the rows that were in hand in g
 
 Efficiency is the service time of all shards over the time that the workers had, from the driver's
 start to its end: starting, deaths, what was lost by them and the tail are all missing from it.
-CPU time is this process's, with the simulation's own; where workers are few most of it goes into two
-turns a second that find nothing to do. Bytes are the growth of the process's memory.
+CPU time is this process's, with the simulation's own; where workers are few most of it goes into
+two turns a second that find nothing to do. Bytes are the growth of the process's memory.
 
 Not covered: Ray's own cost per call (`job_noop` has it), and reading footers.
 """
