@@ -45,5 +45,5 @@ def part_bytes(
     table = answer_table(answers, carried, provenance)
     table = table.cast(answer_schema(carried, footer.metadata()))
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()

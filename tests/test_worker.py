@@ -83,6 +83,22 @@ def test_parts_hold_every_row_in_input_order(job: Job) -> None:
     assert footer.stats.peak_host_bytes > 0
 
 
+def test_pages_of_a_part_have_checksums(job: Job) -> None:
+    shard = shards_of(job)[0]
+    make_worker(job).process(Handout(shard))
+    part = (Path(job.output) / shard.part_name).read_bytes()
+    column = pq.read_metadata(pa.BufferReader(part)).row_group(0).column(0)
+    place = column.data_page_offset + column.total_compressed_size // 2
+    damaged = part[:place] + bytes([part[place] ^ 1]) + part[place + 1 :]
+    whole, broken = (
+        pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        for data in (part, damaged)
+    )
+    assert len(whole.read()) == shard.rows
+    with pytest.raises(OSError, match="CRC checksum verification failed"):
+        broken.read(use_threads=False)
+
+
 @pytest.mark.parametrize("buffered", [0, 4, 100])
 def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: int) -> None:
     """However answers come back: within a row, between rows, and over the border of shards."""
