@@ -217,6 +217,23 @@ def cut_shards(
     files: Iterable[SourceFile], shard_rows: int, recipe_fingerprint: str
 ) -> Iterator[Shard]:
     """Cut files into shards of about `shard_rows` rows, at row-group borders where possible."""
+    return _cut(_pieces(files, shard_rows), shard_rows, recipe_fingerprint)
+
+
+def cut_spans(spans: Iterable[Span], shard_rows: int, recipe_fingerprint: str) -> Iterator[Shard]:
+    """Cut spans, in their order, into shards of at most `shard_rows` rows."""
+    pieces = (
+        (replace(span, first=first, stop=min(span.stop, first + shard_rows)), first > span.first)
+        for span in spans
+        for first in range(span.first, span.stop, shard_rows)
+    )
+    return _cut(pieces, shard_rows, recipe_fingerprint)
+
+
+def _cut(
+    pieces: Iterable[tuple[Span, bool]], shard_rows: int, recipe_fingerprint: str
+) -> Iterator[Shard]:
+    """Pack pieces into shards; True marks one that begins where the piece before it ends."""
     pending: list[Span] = []
     rows, begins_within = 0, False
     indices = itertools.count()
@@ -225,15 +242,16 @@ def cut_shards(
         spans = tuple(pending)
         return Shard(next(indices), _sid(recipe_fingerprint, spans), spans, begins_within)
 
-    for piece, within in _pieces(files, shard_rows):
+    for piece, within in pieces:
         if pending and rows + piece.rows > shard_rows:
             yield closed()
             pending, rows = [], 0
         if not pending:
             begins_within = within
         rows += piece.rows
-        if pending and pending[-1].source == piece.source:
-            pending[-1] = replace(pending[-1], stop=piece.stop)
+        last = pending[-1] if pending else None
+        if last and (last.source, last.stop) == (piece.source, piece.first):
+            pending[-1] = replace(last, stop=piece.stop)
         else:
             pending.append(piece)
     if pending:

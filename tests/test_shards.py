@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards, digest, row_key
+from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards, cut_spans, digest, row_key
 
 FINGERPRINT = "recipe"
 
@@ -102,6 +103,37 @@ def test_a_sid_is_a_digest_of_recipe_and_spans() -> None:
     identity[1] |= {"first": 0, "stop": 3}
     assert shard.sid == digest(json.dumps(identity).encode())[:16]
     assert len(shard.sid) == 16
+
+
+def some_spans() -> st.SearchStrategy[list[Span]]:
+    """Spans of two files, in order, some with nothing between them."""
+    gaps = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=8)
+
+    def of(name: str, pairs: list[tuple[int, int]]) -> list[Span]:
+        spans, row = [], 0
+        for gap, rows in pairs:
+            spans.append(Span(name, "f", row + gap, row + gap + rows))
+            row += gap + rows
+        return spans
+
+    return st.tuples(gaps, gaps).map(lambda two: of("a", two[0]) + of("b", two[1]))
+
+
+@settings(deadline=None)
+@given(some_spans(), st.integers(1, 30))
+def test_spans_are_cut_into_shards_of_the_same_rows(spans: list[Span], shard_rows: int) -> None:
+    shards = list(cut_spans(spans, shard_rows, FINGERPRINT))
+    planned = [(span.source, row) for span in spans for row in range(span.first, span.stop)]
+    assert places(shards) == planned
+    assert all(0 < shard.rows <= shard_rows for shard in shards)
+    assert [shard.index for shard in shards] == list(range(len(shards)))
+    for shard in shards:
+        for one, other in itertools.pairwise(shard.spans):
+            assert (one.source, one.stop) != (other.source, other.first), "these are one span"
+    for before, shard in itertools.pairwise(shards):
+        last, first = before.spans[-1], shard.spans[0]
+        if shard.continues:
+            assert (last.source, last.stop) == (first.source, first.first)
 
 
 @settings(deadline=None)
