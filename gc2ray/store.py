@@ -76,6 +76,25 @@ class PartFooter:
             "gc2ray.stats": self.stats.to_json(),
         }
 
+    @staticmethod
+    def of(metadata: pq.FileMetaData) -> PartFooter:
+        """The footer of a Parquet file.
+
+        Raises:
+            ValueError: It is not a part's.
+        """
+        found = metadata.metadata or {}
+        try:
+            values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
+            stats = RunStats.from_json(values.pop("stats"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a part's footer: {error}") from error
+        if stats.rows != metadata.num_rows:
+            raise ValueError(f"{metadata.num_rows} answers, statistics of {stats.rows}")
+        # Parts from before there were several prompts per row have an answer per row.
+        rows = int(found.get(b"gc2ray.rows", metadata.num_rows))
+        return PartFooter(rows=rows, stats=stats, **values)
+
     @property
     def answers(self) -> int:
         """Answer rows of the part: one for each prompt of a row."""
@@ -181,6 +200,20 @@ class Store:
         matches = [(_PART.search(name), name) for name in self.names("data")]
         return {match.group(2): name for match, name in matches if match}
 
+    def metadata(self, name: str) -> pq.FileMetaData:
+        """What the end of a Parquet file says of it.
+
+        Raises:
+            ValueError: It is not Parquet.
+            OSError: The storage does not answer.
+        """
+        with self._fs.open(self._path(name), "rb") as handle:
+            tail = read_footer(handle)
+        try:
+            return pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"not Parquet: {error}") from error
+
     def footer(self, name: str) -> PartFooter:
         """The footer of a part.
 
@@ -188,19 +221,9 @@ class Store:
             ConfigError: It is not a part.
             OSError: The storage does not answer.
         """
-        with self._fs.open(self._path(name), "rb") as handle:
-            tail = read_footer(handle)
         try:
-            metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
-            found = metadata.metadata or {}
-            values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
-            stats = RunStats.from_json(values.pop("stats"))
-            if stats.rows != metadata.num_rows:
-                raise ValueError(f"{metadata.num_rows} answers, statistics of {stats.rows}")
-            # Parts from before there were several prompts per row have an answer per row.
-            rows = int(found.get(b"gc2ray.rows", metadata.num_rows))
-            return PartFooter(rows=rows, stats=stats, **values)
-        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            return PartFooter.of(self.metadata(name))
+        except ValueError as error:
             raise ConfigError(
                 f"{self.uri}: {name} is not a part that gc2ray wrote; move it away, and rerun"
             ) from error
