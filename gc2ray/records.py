@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gc2ray.errors import BadRow, Status
 from gc2ray.stats import STAGES, RunStats, retention_bucket, top
@@ -224,6 +226,45 @@ def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Prov
         for name, column in columns.items():
             column.append(row.get(name))
     return pa.table(columns, schema=answer_schema(carried))
+
+
+UNWRITTEN_STATS = frozenset(
+    {
+        "images_shared",
+        "prompt_tokens_shared",
+        "starved_ns",
+        "halvings",
+        "peak_device_bytes",
+        "peak_host_bytes",
+    }
+)
+"""What a part's footer counts and its rows do not tell."""
+
+_SUMMED = (
+    "visual_tokens_full", "visual_tokens_kept", "newline_tokens_full", "newline_tokens",
+    "prompt_tokens", "output_tokens", "kv_bytes", "kv_bytes_full",
+)  # fmt: skip
+
+
+def table_stats(table: pa.Table) -> RunStats:
+    """Statistics of answer rows by their columns: their `Answer.stats`, less `UNWRITTEN_STATS`."""
+    stages = {stage: table[f"{stage}_ns"].to_numpy() for stage in STAGES}
+    number = {name: pc.fill_null(table[name], 0).to_numpy() for name in _SUMMED}
+    full, kept = number["visual_tokens_full"].tolist(), number["visual_tokens_kept"].tolist()
+    buckets: Counter[str] = Counter()
+    for (kept_tokens, full_tokens), rows in Counter(zip(kept, full, strict=True)).items():
+        if full_tokens:
+            buckets[f"{retention_bucket(kept_tokens, full_tokens):02d}"] += rows
+    keys = table["row_key"].to_pylist()
+    return RunStats(
+        rows=len(table),
+        by_status=dict(Counter(table["status"].to_pylist())),
+        **{name: int(values.sum(dtype=np.int64)) for name, values in number.items()},
+        stage_ns={stage: int(values.sum()) for stage, values in stages.items()},
+        retention=dict(buckets),
+        slowest=top(zip(sum(stages.values()).tolist(), keys, strict=True)),
+        largest=top(zip(number["kv_bytes"].tolist(), keys, strict=True)),
+    )
 
 
 def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:

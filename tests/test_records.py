@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gc2ray.errors import Status
 from gc2ray.records import (
     ANSWER_COLUMNS,
     SCHEMA_VERSION,
+    UNWRITTEN_STATS,
     Answer,
     Provenance,
     Request,
     answer_schema,
     answer_table,
     stats_of,
+    table_stats,
 )
 from gc2ray.stats import STAGES, RunStats
 from tests.rows import request
@@ -199,6 +203,43 @@ def test_stats_of_rows_add_up() -> None:
         slowest=((50, "rows.parquet#1"), (5, "rows.parquet#0"), (0, "rows.parquet#2")),
         largest=((430, "rows.parquet#0"), (430, "rows.parquet#1"), (0, "rows.parquet#2")),
     )
+
+
+COUNTS = st.one_of(st.none(), st.integers(0, 50))
+ANSWERS = st.builds(
+    Answer,
+    request=st.integers(0, 99).map(row),
+    status=st.sampled_from(list(Status)),
+    method=st.just("none"),
+    retention_requested=st.just(0.5),
+    prompt_tokens=COUNTS,
+    output_tokens=COUNTS,
+    visual_tokens_full=COUNTS,
+    visual_tokens_kept=COUNTS,
+    newline_tokens=COUNTS,
+    newline_tokens_full=COUNTS,
+    kv_bytes=st.one_of(st.none(), st.integers(0, 2**50)),
+    kv_bytes_full=COUNTS,
+    stage_ns=st.dictionaries(st.sampled_from(STAGES), st.integers(0, 2**50)),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(ANSWERS, min_size=1, max_size=30))
+def test_columns_tell_the_statistics_of_their_rows(answers: list[Answer]) -> None:
+    """Those that are written; whatever was not measured counts nothing."""
+    told = table_stats(answer_table(answers, CARRIED, PROVENANCE))
+    assert told == stats_of(answers)
+
+
+def test_only_what_is_not_written_is_not_told() -> None:
+    answer = replace(answered(3), image_shared=True, prompt_tokens_shared=2)
+    told = table_stats(answer_table([answer], CARRIED, PROVENANCE))
+    assert {
+        item.name
+        for item in fields(RunStats)
+        if getattr(told, item.name) != getattr(stats_of([answer]), item.name)
+    } <= UNWRITTEN_STATS
 
 
 def test_retention_buckets_sort_as_text() -> None:
