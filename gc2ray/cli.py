@@ -35,6 +35,7 @@ Config = Annotated[Path, typer.Argument(help="YAML with output, recipe and clust
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings as a.b=c.", show_default=False)
 ]
+Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 
 
 def main() -> None:
@@ -65,9 +66,7 @@ def run(
 
 
 @app.command()
-def status(
-    output: Annotated[str, typer.Argument(help="Output directory or URL of a run.")],
-) -> None:
+def status(output: Output) -> None:
     """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
     with _exit_codes():
         from gc2ray.display import print_outcome
@@ -88,6 +87,23 @@ def status(
         workers = [json.loads(store.read(name) or b"{}") for name in store.names("workers")]
         console.print(_worker_table(workers))
         raise typer.Exit(state.exit_code)
+
+
+@app.command()
+def verify(
+    output: Output,
+    deep: Annotated[  # noqa: FBT002 - typer makes an option of it
+        bool, typer.Option("--deep", help="Read every answer, not only the ends of files.")
+    ] = False,
+) -> None:
+    """Say whether an output holds what was planned, every row once; exit code 0 only if it does."""
+    with _exit_codes():
+        from gc2ray.display import print_verdict
+        from gc2ray.verify import verify as look_at
+
+        verdict = look_at(output, deep=deep)
+        print_verdict(Console(), verdict, output)
+        raise typer.Exit(verdict.exit_code)
 
 
 @app.command()

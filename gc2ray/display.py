@@ -23,9 +23,11 @@ from gc2ray.bill import Bill, Use
 from gc2ray.driver import Snapshot
 from gc2ray.planner import Outcome
 from gc2ray.stats import STAGES, RunStats
+from gc2ray.verify import Verdict
 
 LOG_SECONDS = 30.0
 MAX_LETTERS = 10
+MAX_PROBLEMS = 20
 
 
 class RunDisplay:
@@ -106,6 +108,33 @@ def print_outcome(console: Console, outcome: Outcome, output: str) -> None:
         console.print(f"[bold red]{missing} rows are not committed[/]; rerun to try them again")
     for letter in outcome.dead[:MAX_LETTERS]:
         console.print(f"  {letter}", markup=False, soft_wrap=True)
+
+
+def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
+    """What an output holds, and what is wrong with it."""
+    table = Table("generation", "shards", "rows", "answers", "of them errors", title=output)
+    for checked in verdict.generations:
+        plan, stats = checked.generation.plan, checked.stats
+        table.add_row(
+            str(checked.generation.number),
+            f"{checked.committed.sum():,} of {len(plan.shards):,}",
+            f"{checked.rows:,} of {plan.rows:,}",
+            f"{stats.rows:,}",
+            f"{stats.bad_rows:,}",
+        )
+    console.print(table)
+    for line in verdict.notes:
+        console.print(f"note: {line}", markup=False, soft_wrap=True)
+    for line in verdict.problems[:MAX_PROBLEMS]:
+        console.print(line, markup=False, soft_wrap=True)
+    more = len(verdict.problems) - MAX_PROBLEMS
+    if more > 0:
+        console.print(f"and {more:,} more")
+    answered = f"{verdict.rows:,} of {verdict.planned_rows:,} planned rows are answered"
+    color, word = ("red", "wrong") if verdict.damage else ("yellow", "incomplete")
+    if not verdict.problems:
+        color, word = "green", "whole"
+    console.print(f"[bold {color}]{word}[/]: {answered}", soft_wrap=True)
 
 
 def _row_lines(outcome: Outcome) -> list[tuple[str, str]]:

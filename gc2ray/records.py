@@ -180,7 +180,7 @@ class Answer:
 
 _SUMMED = (
     "visual_tokens_full", "visual_tokens_kept", "newline_tokens_full", "newline_tokens",
-    "prompt_tokens", "prompt_tokens_shared", "output_tokens", "kv_bytes", "kv_bytes_full",
+    "prompt_tokens", "output_tokens", "kv_bytes", "kv_bytes_full",
 )  # fmt: skip
 
 
@@ -192,6 +192,7 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         rows=len(answers),
         by_status=dict(Counter(str(answer.status) for answer in answers)),
         images_shared=sum(answer.image_shared for answer in answers),
+        prompt_tokens_shared=sum(answer.prompt_tokens_shared for answer in answers),
         stage_ns={
             stage: sum(answer.stage_ns.get(stage, 0) for answer in answers) for stage in STAGES
         },
@@ -240,14 +241,9 @@ UNWRITTEN_STATS = frozenset(
 )
 """What a part's footer counts and its rows do not tell."""
 
-_SUMMED = (
-    "visual_tokens_full", "visual_tokens_kept", "newline_tokens_full", "newline_tokens",
-    "prompt_tokens", "output_tokens", "kv_bytes", "kv_bytes_full",
-)  # fmt: skip
-
 
 def table_stats(table: pa.Table) -> RunStats:
-    """Statistics of answer rows by their columns: their `Answer.stats`, less `UNWRITTEN_STATS`."""
+    """Statistics of answer rows by their columns: their `stats_of`, less `UNWRITTEN_STATS`."""
     stages = {stage: table[f"{stage}_ns"].to_numpy() for stage in STAGES}
     number = {name: pc.fill_null(table[name], 0).to_numpy() for name in _SUMMED}
     full, kept = number["visual_tokens_full"].tolist(), number["visual_tokens_kept"].tolist()

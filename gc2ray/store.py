@@ -237,6 +237,24 @@ class Store:
         with ThreadPoolExecutor(READ_THREADS, "gc2ray-footer") as pool:
             return list(pool.map(self.footer, names))
 
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns of a part, or all of them.
+
+        Raises:
+            OSError: It cannot be read; the message names it.
+        """
+        wanted = None if columns is None else list(columns)
+        try:
+            with self._fs.open(self._path(name), "rb") as handle:
+                part = pq.ParquetFile(handle, page_checksum_verification=True)
+                return part.read(columns=wanted, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            said = " ".join(str(error).split())
+            raise OSError(
+                f"{self.uri}: {name} cannot be read: {said}; `gc2ray verify --deep` tells if it is "
+                "damaged"
+            ) from error
+
     def answers(self, columns: Sequence[str]) -> pa.Table:
         """Columns of all committed answer rows, part by part.
 

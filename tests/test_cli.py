@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gc2ray import __version__
+from tests.outputs import first_plan, parts, write_generation
 from tests.rows import job_data, prompts_of, question_list, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,38 @@ def test_status_without_a_run(tmp_path: Path) -> None:
     result = gc2ray("status", tmp_path / "empty")
     assert result.returncode == 2
     assert "there is no run here" in result.stderr
+
+
+def test_verify(tmp_path: Path) -> None:
+    write_generation(tmp_path, 0, first_plan())
+    for words in (["verify", tmp_path], ["verify", tmp_path, "--deep"]):
+        result = gc2ray(*words)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.endswith("whole: 17 of 17 planned rows are answered\n")
+    for number in range(30):
+        (tmp_path / f"data/notes-{number:02d}.txt").touch()
+    result = gc2ray("verify", tmp_path)
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    assert "data/notes-19.txt: is no planned shard's part; move it away" in lines
+    assert lines[-2:] == ["and 10 more", "wrong: 17 of 17 planned rows are answered"]
+
+
+def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> None:
+    write_generation(tmp_path, 0, first_plan())
+    parts(tmp_path)[1].unlink()
+    result = gc2ray("verify", tmp_path)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-2:] == [
+        "shard 1 (3 rows): not answered yet; run again",
+        "incomplete: 14 of 17 planned rows are answered",
+    ]
+
+
+def test_verify_without_a_run(tmp_path: Path) -> None:
+    result = gc2ray("verify", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"configuration: {tmp_path}: there is no run here (no run.json)\n"
 
 
 @pytest.mark.ray

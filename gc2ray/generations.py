@@ -1,0 +1,94 @@
+"""Generations of an output: the run itself, and the retries of its failed rows.
+
+Generation 0 is the output; generation N is `retries/gN` in it, a run like it: `run.json`, `plan/`,
+`data/`, `dead/`, `workers/`. No generation edits another.
+
+Not covered: which generation's answer counts (`gc2ray.latest`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gc2ray.errors import ConfigError
+from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run
+from gc2ray.shards import digest
+from gc2ray.store import Store
+
+RETRIES = "retries"
+_RETRY = re.compile(rf"{RETRIES}/g([1-9]\d*)$")
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """A run that was begun: its plan is frozen.
+
+    Attributes:
+        number: 0, or that of a retry.
+        store: Its directory.
+        run: What its `run.json` says.
+        plan: Its plan, all of it.
+    """
+
+    number: int
+    store: Store
+    run: Run
+    plan: Plan
+
+    def name(self, name: str) -> str:
+        """The name of one of its objects, relative to the output."""
+        return object_name(self.number, name)
+
+
+def object_name(number: int, name: str = "") -> str:
+    """The name, relative to the output, of an object of a generation, or of its directory."""
+    folder = f"{RETRIES}/g{number}" if number else ""
+    return "/".join(part for part in (folder, name) if part)
+
+
+def generation_store(output: str, number: int) -> Store:
+    """The directory of a generation of an output."""
+    return Store(f"{output.rstrip('/')}/{object_name(number)}" if number else output)
+
+
+def retry_numbers(names: Iterable[str]) -> list[int]:
+    """Numbers of the retries among the names in `retries/`, in order."""
+    matches = [_RETRY.match(name) for name in names]
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def stored_run(store: Store) -> Run | None:
+    """The run of a directory; None where none was begun.
+
+    Raises:
+        ConfigError: `run.json` is damaged; the message begins with its name.
+    """
+    data = store.read(RUN_NAME)
+    return None if data is None else Run.from_bytes(data)
+
+
+def open_generation(output: str, number: int) -> Generation | None:
+    """A generation of an output; None where it was not begun.
+
+    Raises:
+        ConfigError: `run.json` or the plan is damaged; the message begins with its name.
+    """
+    store = generation_store(output, number)
+    run = stored_run(store)
+    return None if run is None else Generation(number, store, run, frozen_plan(store, run))
+
+
+def frozen_plan(store: Store, run: Run) -> Plan:
+    """The whole plan that a run names.
+
+    Raises:
+        ConfigError: It is missing, or another one; the message begins with its name.
+    """
+    data = store.read(PLAN_NAME)
+    if data is None:
+        raise ConfigError(f"{PLAN_NAME}: missing, and {RUN_NAME} names it")
+    if digest(data) != run.plan_digest:
+        raise ConfigError(f"{PLAN_NAME}: not the one that {RUN_NAME} names")
+    return Plan.from_bytes(data)

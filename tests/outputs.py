@@ -1,0 +1,140 @@
+"""Outputs made by hand: any generations, any answers, real parts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gc2ray.config import Job
+from gc2ray.errors import Status
+from gc2ray.generations import generation_store
+from gc2ray.manifest import Plan
+from gc2ray.part import part_bytes
+from gc2ray.planner import store_plan
+from gc2ray.records import Answer, Provenance, Request, stats_of
+from gc2ray.shards import Shard, SourceFile, Span, cut_shards, cut_spans, row_key
+from gc2ray.shards import Shards as ShardColumns
+from gc2ray.stats import STAGES, RunStats
+from gc2ray.store import PartFooter, Store
+from tests.rows import make_recipe
+
+RECIPE = make_recipe("model")
+CARRIED = pa.schema([pa.field("id", pa.int64()), pa.field("tag", pa.list_(pa.string()))])
+FILES = (SourceFile("a.parquet", "fa", (5, 5)), SourceFile("d/b.parquet", "fb", (7,)))
+
+Outcome = Callable[[str, int], Sequence[Status] | None]
+"""What becomes of a row of a source: of each of its prompts; None: it is not answered."""
+
+
+def all_ok(source: str, row: int) -> list[Status]:
+    return [Status.OK]
+
+
+def first_plan(files: Sequence[SourceFile] = FILES, shard_rows: int = 3) -> Plan:
+    shards = cut_shards(files, shard_rows, RECIPE.fingerprint())
+    return Plan(RECIPE.fingerprint(), ShardColumns.of(shards), CARRIED)
+
+
+def retry_of(spans: Iterable[Span], shard_rows: int = 3) -> Plan:
+    shards = cut_spans(spans, shard_rows, RECIPE.fingerprint())
+    return Plan(RECIPE.fingerprint(), ShardColumns.of(shards), CARRIED)
+
+
+def an_answer(
+    source: str, row: int, prompt: int | None, status: Status, generation: int = 0
+) -> Answer:
+    """Measured numbers differ between answers; a failed one has few."""
+    index = prompt or 0
+    request = Request(
+        row_key=row_key(source, row, prompt),
+        source=source,
+        row=row,
+        images=(),
+        prompts=(),
+        carried={"id": row, "tag": [source, None]},
+        prompt_index=index,
+    )
+    stages = {stage: 100 * row + place for place, stage in enumerate(STAGES)}
+    if status != Status.OK:
+        return Answer(request, status, "none", 0.5, error=f"bad in {generation}", stage_ns=stages)
+    return Answer(
+        request, status, "none", 0.5,
+        answer=f"{source} {row} {index} of {generation}",
+        prompt_tokens=40 + row, output_tokens=3 + index, visual_tokens_full=20 + row % 3,
+        visual_tokens_kept=row % 7, newline_tokens=2, newline_tokens_full=4,
+        kept_per_view=((row % 7,),), kv_bytes=1000 - row, kv_bytes_full=2000, stage_ns=stages,
+    )  # fmt: skip
+
+
+def answers_of(
+    shard: Shard, outcome: Outcome, generation: int, *, listed: bool = False
+) -> list[Answer] | None:
+    """The answers of a shard; None if one of its rows has none."""
+    found = []
+    for source, row in shard.places():
+        statuses = outcome(source, row)
+        if statuses is None:
+            return None
+        found += [
+            an_answer(source, row, index if listed else None, status, generation)
+            for index, status in enumerate(statuses)
+        ]
+    return found
+
+
+def part_of(
+    shard: Shard, answers: Sequence[Answer], generation: int = 0, carried: pa.Schema = CARRIED
+) -> bytes:
+    own = RunStats(starved_ns=7, peak_host_bytes=5)
+    stats = stats_of(answers) + own
+    footer = PartFooter(shard.sid, RECIPE.fingerprint(), "token", "w", shard.rows, stats)
+    return part_bytes(answers, carried, Provenance(1, generation, "w"), footer)
+
+
+def write_generation(
+    output: Path | str, number: int, plan: Plan, outcome: Outcome = all_ok, *, listed: bool = False
+) -> Store:
+    """A generation whose rows come out as told; shards with a row that is not answered are dead."""
+    store = generation_store(str(output), number)
+    store_plan(store, Job(output=store.uri, recipe=RECIPE), plan)
+    for shard in plan.shards:
+        answers = answers_of(shard, outcome, number, listed=listed)
+        if answers is None:
+            store.create(f"dead/{shard.sid}.3.json", b'{"reason": "it died"}')
+        else:
+            store.commit(shard, part_of(shard, answers, number), "token")
+    return store
+
+
+def rewrite(
+    path: Path,
+    change: Callable[[pa.Table], pa.Table],
+    stats: Callable[[RunStats], RunStats] = lambda stats: stats,
+) -> None:
+    """Change the rows of a part; and its footer's statistics, as somebody who hides it would."""
+    table = pq.read_table(path)
+    metadata = dict(table.schema.metadata)
+    changed = change(table)
+    metadata[b"gc2ray.stats"] = stats(RunStats.from_json(metadata[b"gc2ray.stats"])).to_json()
+    sink = io.BytesIO()
+    pq.write_table(changed.replace_schema_metadata(metadata), sink)
+    path.write_bytes(sink.getvalue())
+
+
+def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    item = table.schema.field(name)
+    return table.set_column(table.schema.get_field_index(name), item, pa.array(values, item.type))
+
+
+def with_footer(path: Path, changes: Mapping[bytes, bytes]) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **changes}), path)
+
+
+def parts(output: Path) -> list[Path]:
+    return sorted((output / "data").iterdir())
