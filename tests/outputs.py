@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -138,3 +140,39 @@ def with_footer(path: Path, changes: Mapping[bytes, bytes]) -> None:
 
 def parts(output: Path) -> list[Path]:
     return sorted((output / "data").iterdir())
+
+
+def drawn(seed: int, generation: int, *, listed: bool, dead: float = 0.1) -> Outcome:
+    """Rows come out at random, the same for the same seed; a row has as many prompts every time."""
+
+    def outcome(source: str, row: int) -> list[Status] | None:
+        draw = random.Random(f"{seed} {generation} {source} {row}")
+        if draw.random() < dead:
+            return None
+        return [
+            draw.choice([Status.OK, Status.OK, Status.FAILED, Status.BAD_IMAGE])
+            for _ in range(1 + row % 3 if listed else 1)
+        ]
+
+    return outcome
+
+
+def all_answers(output: Path) -> pd.DataFrame:
+    """Every answer of every generation, in no order that means anything."""
+    files = sorted(output.glob("data/*")) + sorted(output.glob("retries/*/data/*"))
+    tables = [pq.read_table(file).to_pandas() for file in files]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def latest_answers(output: Path) -> dict[str, dict[str, Any]]:
+    """The latest answer of each row key, in plain loops."""
+    latest: dict[str, dict[str, Any]] = {}
+    for answer in all_answers(output).to_dict("records"):
+        known = latest.get(answer["row_key"])
+        if known is None or _rank(answer) > _rank(known):
+            latest[answer["row_key"]] = answer
+    return latest
+
+
+def _rank(answer: Mapping[str, Any]) -> tuple[bool, int]:
+    return answer["status"] == "ok", answer["generation"]

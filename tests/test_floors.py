@@ -22,6 +22,7 @@ FLOORS = {
     "engine": 5, "lease": 5, "part": 5, "generations": 5,
     "worker": 6, "planner": 6, "parity": 6, "latest": 6, "inspection": 6,
     "pool": 7, "verify": 7,
+    "retry": 8,
     "ray_pool": 8,
     "driver": 9,
     "run": 10, "display": 10,
