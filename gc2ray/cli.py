@@ -107,6 +107,30 @@ def verify(
 
 
 @app.command()
+def compact(
+    output: Output,
+    destination: Annotated[
+        str, typer.Argument(help="Directory or URL of the dataset; empty, or not there yet.")
+    ],
+    file_mb: Annotated[int, typer.Option(min=1, help="Size of its files in MiB.")] = 512,
+    incomplete: Annotated[  # noqa: FBT002 - typer makes an option of it
+        bool, typer.Option("--incomplete", help="Also where rows are not answered yet.")
+    ] = False,
+) -> None:
+    """Write the latest answers as a plain dataset of large files, in input order."""
+    with _exit_codes():
+        from gc2ray.compact import compact as write
+
+        dataset = write(output, destination, file_bytes=file_mb << 20, incomplete=incomplete)
+        Console().print(
+            f"{dataset.answers:,} answers to {dataset.rows:,} rows, {dataset.failed:,} of them "
+            f"failed, in {len(dataset.files):,} files: {destination}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
 def check(
     config: Config,
     overrides: Overrides = None,

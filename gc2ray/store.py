@@ -13,16 +13,18 @@ beyond the filesystem's own.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import posixpath
 import re
+import shutil
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -34,6 +36,7 @@ from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
 
 READ_THREADS = 16
+COPY_BYTES = 1 << 20
 _PART = re.compile(r"part-(\d{7})-([0-9a-f]{16})\.parquet$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
@@ -148,9 +151,21 @@ class Store:
         """
         try:
             if self._local:
-                self._create_local(self._path(name), data)
+                self._create_local(self._path(name), io.BytesIO(data))
             else:
                 self._fs.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def create_from(self, name: str, path: Path) -> bool:
+        """As `create`, of a file on this machine, which need not fit into memory."""
+        try:
+            if self._local:
+                with path.open("rb") as content:
+                    self._create_local(self._path(name), content)
+            else:
+                self._fs.put_file(str(path), self._path(name), mode="create")
         except FileExistsError:
             return False
         return True
@@ -162,7 +177,7 @@ class Store:
             return
         target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary(data).replace(target)
+        self._temporary(io.BytesIO(data)).replace(target)
 
     def read(self, name: str) -> bytes | None:
         """An object's content; None if there is none."""
@@ -278,27 +293,41 @@ class Store:
                 tables.append(part.read(columns=list(columns)))
         return pa.concat_tables(tables)
 
+    def tidy(self) -> None:
+        """Remove the empty folder of temporary files; only where nobody writes any more."""
+        folder = Path(self._root) / "_tmp"
+        if self._local and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def holds(self, other: Store) -> bool:
+        """Whether another root is this one, or lies within."""
+        own, its = (
+            posixpath.join(os.path.realpath(root) if self._local else root, "")
+            for root in (self._root, other._root)
+        )
+        return bool(self._fs == other._fs) and its.startswith(own)
+
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)
 
-    def _temporary(self, data: bytes) -> Path:
+    def _temporary(self, content: IO[bytes]) -> Path:
         """A synced file beside the data, on the same filesystem."""
         folder = Path(self._root) / "_tmp"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / uuid.uuid4().hex
-        _write_new(path, data)
+        _write_new(path, content)
         return path
 
-    def _create_local(self, path: str, data: bytes) -> None:
+    def _create_local(self, path: str, content: IO[bytes]) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._temporary(data)
+        temporary = self._temporary(content)
         try:
             target.hardlink_to(temporary)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            _write_new(target, data)  # no links here: exclusive, though not atomic
+            _write_new(target, content)  # no links here: exclusive, though not atomic
         finally:
             temporary.unlink()
         _sync_folder(target.parent)
@@ -324,11 +353,12 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, content: IO[bytes]) -> None:
     """Write and sync a file that is not there yet; nothing stays of it if that fails."""
+    content.seek(0)
     with path.open("xb") as handle:
         try:
-            handle.write(data)
+            shutil.copyfileobj(content, handle, COPY_BYTES)
             handle.flush()
             os.fsync(handle.fileno())
         except OSError:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -99,7 +98,13 @@ def part_of(
 
 
 def write_generation(
-    output: Path | str, number: int, plan: Plan, outcome: Outcome = all_ok, *, listed: bool = False
+    output: Path | str,
+    number: int,
+    plan: Plan,
+    outcome: Outcome = all_ok,
+    *,
+    listed: bool = False,
+    changed: Callable[[Answer], Answer] = lambda answer: answer,
 ) -> Store:
     """A generation whose rows come out as told; shards with a row that is not answered are dead."""
     store = generation_store(str(output), number)
@@ -109,7 +114,8 @@ def write_generation(
         if answers is None:
             store.create(f"dead/{shard.sid}.3.json", b'{"reason": "it died"}')
         else:
-            store.commit(shard, part_of(shard, answers, number), "token")
+            part = part_of(shard, list(map(changed, answers)), number, plan.carried)
+            store.commit(shard, part, "token")
     return store
 
 
@@ -157,17 +163,16 @@ def drawn(seed: int, generation: int, *, listed: bool, dead: float = 0.1) -> Out
     return outcome
 
 
-def all_answers(output: Path) -> pd.DataFrame:
+def all_answers(output: Path) -> list[dict[str, Any]]:
     """Every answer of every generation, in no order that means anything."""
     files = sorted(output.glob("data/*")) + sorted(output.glob("retries/*/data/*"))
-    tables = [pq.read_table(file).to_pandas() for file in files]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def latest_answers(output: Path) -> dict[str, dict[str, Any]]:
     """The latest answer of each row key, in plain loops."""
     latest: dict[str, dict[str, Any]] = {}
-    for answer in all_answers(output).to_dict("records"):
+    for answer in all_answers(output):
         known = latest.get(answer["row_key"])
         if known is None or _rank(answer) > _rank(known):
             latest[answer["row_key"]] = answer
@@ -176,3 +181,11 @@ def latest_answers(output: Path) -> dict[str, dict[str, Any]]:
 
 def _rank(answer: Mapping[str, Any]) -> tuple[bool, int]:
     return answer["status"] == "ok", answer["generation"]
+
+
+def flip_a_bit(part: Path) -> None:
+    """In the values of a column, where nothing but a checksum tells."""
+    column = pq.read_metadata(part).row_group(0).column(0)
+    data = bytearray(part.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    part.write_bytes(data)

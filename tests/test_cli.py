@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from gc2ray import __version__
@@ -114,6 +115,32 @@ def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> N
         "shard 1 (3 rows): not answered yet; run again",
         "incomplete: 14 of 17 planned rows are answered",
     ]
+
+
+def test_compact(tmp_path: Path) -> None:
+    write_generation(tmp_path / "out", 0, first_plan())
+    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest", "--file-mb", "1")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == (
+        f"17 answers to 17 rows, 0 of them failed, in 1 files: {tmp_path}/dest\n"
+    )
+    assert pq.read_table(tmp_path / "dest/part-00000.parquet").num_rows == 17
+    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"configuration: {tmp_path}/dest: holds a finished dataset; choose another place\n"
+    )
+
+
+def test_compact_of_an_incomplete_run(tmp_path: Path) -> None:
+    write_generation(tmp_path / "out", 0, first_plan())
+    parts(tmp_path / "out")[1].unlink()
+    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest")
+    assert result.returncode == 2
+    assert "shard 1 (3 rows): not answered yet; run again; --incomplete takes" in result.stderr
+    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest", "--incomplete")
+    assert result.returncode == 0
+    assert result.stdout.startswith("14 answers to 14 rows, 0 of them failed")
 
 
 def test_verify_without_a_run(tmp_path: Path) -> None:

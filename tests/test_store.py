@@ -144,6 +144,39 @@ def test_the_first_to_create_wins(store: Store) -> None:
     assert store.names("data") == ["data/a"]
 
 
+def test_a_file_becomes_an_object_once(store: Store, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"first" * 1000)
+    second.write_bytes(b"second")
+    assert store.create_from("part-0", first) is True
+    assert store.create_from("part-0", second) is False
+    assert store.read("part-0") == first.read_bytes() == b"first" * 1000
+    assert store.names("_tmp") == []
+
+
+def test_a_large_file_is_whole_on_s3(s3: str, tmp_path: Path) -> None:
+    """In several parts, of which none is seen before the last one is there."""
+    store, data = Store(f"{s3}/run"), os.urandom(1 << 20) * 120
+    (tmp_path / "large").write_bytes(data)
+    assert store.create_from("a", tmp_path / "large") is True
+    assert store.create_from("a", tmp_path / "large") is False
+    assert store.read("a") == data
+
+
+def test_a_place_within_another(tmp_path: Path) -> None:
+    out = Store(str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for inside in ("out", "out/", "out/data", "link/data", "x/../out/y"):
+        assert out.holds(Store(f"{tmp_path}/{inside}")), inside
+    for outside in ("", "out2", "other/out"):
+        assert not out.holds(Store(f"{tmp_path}/{outside}")), outside
+    bucket = Store("s3://bucket/out")
+    assert bucket.holds(Store("s3://bucket/out/data"))
+    assert not bucket.holds(Store("s3://bucket/out-2"))
+    assert not bucket.holds(Store("memory://bucket/out/data"))
+
+
 def test_an_object_may_be_replaced(store: Store) -> None:
     store.replace("workers/w.json", b"one")
     store.replace("workers/w.json", b"two")

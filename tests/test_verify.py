@@ -22,6 +22,7 @@ from tests.outputs import (
     all_ok,
     answers_of,
     first_plan,
+    flip_a_bit,
     part_of,
     parts,
     retry_of,
@@ -351,9 +352,7 @@ def test_an_edited_statistic_is_seen_deep_down(output: Path) -> None:
 
 
 def test_a_bit_that_flipped_is_seen_deep_down(output: Path) -> None:
-    data = bytearray(second(output).read_bytes())
-    data[120] ^= 1
-    second(output).write_bytes(data)
+    flip_a_bit(second(output))
     assert found(output, deep=False) == ()
     (line,) = found(output, deep=True)
     assert line.startswith(f"{SECOND.part_name}: cannot be read: ")
