@@ -35,6 +35,9 @@ Config = Annotated[Path, typer.Argument(help="YAML with output, recipe and clust
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings as a.b=c.", show_default=False)
 ]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join; else RAY_ADDRESS, else this machine.")
+]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 
 
@@ -47,9 +50,7 @@ def main() -> None:
 def run(
     config: Config,
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; else RAY_ADDRESS, else this machine.")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Answer every row; run again to go on where it was left."""
     with _exit_codes():
@@ -87,6 +88,38 @@ def status(output: Output) -> None:
         workers = [json.loads(store.read(name) or b"{}") for name in store.names("workers")]
         console.print(_worker_table(workers))
         raise typer.Exit(state.exit_code)
+
+
+@app.command()
+def retry(
+    output: Output,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings as cluster.b=c.", show_default=False)
+    ] = None,
+    status: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only rows with this status, or `dead` ones; may be given several times."
+        ),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Answer anew the rows that failed, into retries/gN; run again to go on where it was left."""
+    with _exit_codes():
+        from gc2ray.config import load_cluster
+        from gc2ray.display import RunDisplay, print_outcome
+        from gc2ray.retry import FAILURES, next_retry
+        from gc2ray.run import run_retry
+
+        cluster, console = load_cluster(overrides or []), Console()
+        chosen = next_retry(output, status or FAILURES)
+        if chosen is None:
+            console.print(f"{output}: no row is to be answered anew", soft_wrap=True)
+            return
+        with RunDisplay(console) as display:
+            outcome = run_retry(chosen, cluster, address=address, display=display)
+        print_outcome(console, outcome, chosen.store.uri)
+        raise typer.Exit(outcome.exit_code)
 
 
 @app.command()

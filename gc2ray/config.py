@@ -272,6 +272,10 @@ class Cluster(_Frozen):
         return {"max": workers} if isinstance(workers, int | float) else workers
 
 
+class _ClusterOnly(_Frozen):
+    cluster: Cluster = Cluster()
+
+
 class Job(_Frozen):
     """A recipe, a cluster, and where the answers go: a directory or any fsspec URL."""
 
@@ -309,6 +313,20 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     for override in overrides:
         _apply(data, override)
     return parse_job(data)
+
+
+def load_cluster(overrides: Sequence[str]) -> Cluster:
+    """A cluster from `cluster.b=c` overrides alone, where the recipe is already settled.
+
+    Raises:
+        ConfigError: An unknown key, one of the recipe, or a value out of range.
+    """
+    data: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith("cluster."):
+            raise ConfigError(f"{override!r}: the run has its recipe; only cluster.* may be set")
+        _apply(data, override)
+    return _parsed(_ClusterOnly, data).cluster
 
 
 def parse_job(data: Mapping[str, Any]) -> Job:

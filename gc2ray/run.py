@@ -13,9 +13,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from gc2ray import ray_pool
-from gc2ray.config import Job
+from gc2ray.config import Cluster, Job
 from gc2ray.driver import Display, Driver
 from gc2ray.lease import Lease, warn_of_others
 from gc2ray.manifest import Plan
@@ -28,6 +29,7 @@ from gc2ray.planner import (
     store_plan,
     stored_plan,
 )
+from gc2ray.retry import Retry, freeze
 from gc2ray.shards import SourceFile, first_spans
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.store import Store
@@ -89,6 +91,35 @@ def run_job(
     if driver.lost_races:
         log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
     return outcome(store, plan, committed_parts(store, plan, committed))
+
+
+def run_retry(
+    retry: Retry,
+    cluster: Cluster,
+    *,
+    address: str | None = None,
+    display: Display | None = None,
+    make_worker: Callable[..., Worker] = Worker,
+) -> Outcome:
+    """Answer anew what a retry names, as a run of its own; nothing else is touched.
+
+    Args:
+        retry: What to answer; its plan is frozen first.
+        cluster: How.
+        address: As for `run_job`; and so the others.
+        display: As there.
+        make_worker: Is told the `generation`, too.
+
+    Raises:
+        ConfigError, GivenUp, Interrupted: As `run_job`.
+    """
+    freeze(retry)
+    return run_job(
+        retry.job(cluster),
+        address=address,
+        display=display,
+        make_worker=partial(make_worker, generation=retry.number),
+    )
 
 
 @contextmanager

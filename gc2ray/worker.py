@@ -119,6 +119,7 @@ class Worker:
     Args:
         job: The job.
         carried: Schema of the input columns that are written back.
+        generation: 0, or that of the retry whose rows these are.
         load: Makes the engine; the default loads the recipe's model.
         metrics: Told every step of a shard.
     """
@@ -128,12 +129,14 @@ class Worker:
         job: Job,
         carried: pa.Schema,
         *,
+        generation: int = 0,
         load: Callable[[Job], Answering] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.uuid = uuid.uuid4().hex
         self._job = job
         self._carried = carried
+        self._generation = generation
         self._load = load or _load_engine
         self._metrics = metrics or (lambda step, sid: log.debug("%s %s", step, sid))
         self._store = Store(job.output)
@@ -368,7 +371,7 @@ class Worker:
             rows=shard.rows,
             stats=self._part_stats(answers),
         )
-        provenance = Provenance(work.handout.attempt, generation=0, worker=self.uuid)
+        provenance = Provenance(work.handout.attempt, self._generation, self.uuid)
         part = part_bytes(answers, self._carried, provenance, footer)
         self._metrics("written", shard.sid)
         try:

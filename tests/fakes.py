@@ -133,11 +133,14 @@ def _load_echo(fault: Fault | None, seconds: float, job: Job) -> EchoEngine:
     return EchoEngine(fault.seconds if fault else seconds, fault.on_row if fault else None)
 
 
-def faulty_worker(job: Job, carried: pa.Schema, fault: Fault | None = None) -> Worker:
+def faulty_worker(
+    job: Job, carried: pa.Schema, fault: Fault | None = None, generation: int = 0
+) -> Worker:
     """A worker with an echo engine and at most one fault."""
     return Worker(
         job,
         carried,
+        generation=generation,
         load=partial(_load_echo, fault, 0.002),
         metrics=fault.on_step if fault else None,
     )

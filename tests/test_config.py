@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gc2ray.config import (
     Cluster,
     Job,
     WorkerRange,
+    load_cluster,
     load_job,
     parse_job,
     parse_recipe,
@@ -257,6 +259,17 @@ def test_an_override_may_open_a_section(tmp_path: Path) -> None:
     del data["cluster"]
     job = load_job(written(tmp_path, yaml.safe_dump(data)), ["cluster.workers=3"])
     assert job.cluster == Cluster(workers=3)
+
+
+def test_a_cluster_alone() -> None:
+    assert load_cluster(["cluster.workers=3"]) == Cluster(workers=3)
+    assert load_cluster([]) == Cluster()
+    for override, message in [
+        ("recipe.model.path=x", "only cluster.* may be set"),
+        ("cluster.worker=3", "cluster.worker: unknown 'worker'; did you mean 'workers'?"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_cluster([override])
 
 
 def test_a_number_of_workers_is_as_many_as_fit() -> None:

@@ -23,12 +23,15 @@ import pytest
 import ray
 from rich.console import Console
 
+from gc2ray.compact import compact
 from gc2ray.display import print_outcome
 from gc2ray.errors import ConfigError
 from gc2ray.manifest import Plan
 from gc2ray.planner import Outcome, committed_parts, outcome
-from gc2ray.run import run_job
+from gc2ray.retry import next_retry
+from gc2ray.run import run_job, run_retry
 from gc2ray.store import Store
+from gc2ray.verify import verify
 from tests.fakes import Fault, faulty_worker
 from tests.rows import job_data, make_job, question_list, write_rows
 
@@ -211,6 +214,30 @@ def test_more_killing_rows_than_allowed_cost_their_shard(job_file: Path, marks: 
     assert "(15 rows): more than 0 of its rows end the worker process" in letter
 
 
+def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_path: Path) -> None:
+    """A row that killed, and a shard that was given up: both are answered, and nothing else is."""
+    data = json.loads(job_file.read_text())
+    data["cluster"] |= {"tries": 1, "max_poison_rows": 0}
+    job_file.write_text(json.dumps(data))
+    output = load(job_file).output
+    assert run(job_file, Fault("exit", marks, row=70, once=False)).exit_code == 1
+    before = {path: path.read_bytes() for path in (Path(output) / "data").iterdir()}
+    retry = next_retry(output)
+    assert retry is not None
+    assert (retry.number, retry.plan.rows) == (1, 15)
+    result = run_retry(retry, load(job_file).cluster, make_worker=faulty_worker)
+    assert (result.exit_code, result.rows) == (0, 15)
+    assert {path: path.read_bytes() for path in (Path(output) / "data").iterdir()} == before
+    assert verify(output, deep=True).exit_code == 0
+    assert next_retry(output) is None
+    dataset = compact(output, str(tmp_path / "compacted"))
+    rows = pq.read_table(tmp_path / "compacted").to_pylist()
+    assert (dataset.rows, dataset.failed) == (ROWS, 0)
+    assert [row["row"] for row in rows] == list(range(ROWS))
+    assert {row["generation"] for row in rows if 60 <= row["row"] < 75} == {1}
+    assert {row["generation"] for row in rows if not 60 <= row["row"] < 75} == {0}
+
+
 def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("hang", marks, row=70))
     (mark,) = fired(marks, "hang")
@@ -242,7 +269,8 @@ import sys
 from functools import partial
 from pathlib import Path
 from gc2ray.config import load_job
-from gc2ray.run import run_job
+from gc2ray.retry import next_retry
+from gc2ray.run import run_job, run_retry
 from tests.fakes import Fault, faulty_worker
 import os
 job_file, marks, step = sys.argv[1:4]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from hypothesis import strategies as st
 
 from gc2ray.config import Cluster
 from gc2ray.errors import ConfigError, Status
+from gc2ray.handout import Handout
 from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan
 from gc2ray.planner import store_plan
-from gc2ray.records import Provenance
 from gc2ray.retry import DEAD, FAILURES, Retry, freeze, next_retry
 from gc2ray.shards import SourceFile
 from gc2ray.sources.parquet import ParquetSource
@@ -230,7 +229,7 @@ def test_an_output_elsewhere() -> None:
     verdict.generations[0].generation.store._fs.store.clear()
 
 
-def test_workers_answer_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_answer_a_retry(tmp_path: Path) -> None:
     """Of rows with lists of prompts, some of which are null and stay so."""
     source = write_rows(tmp_path / "in/a.parquet", 20)
     job = make_job(
@@ -245,10 +244,7 @@ def test_workers_answer_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert places(retry.plan) == [("a.parquet", row) for row in bad]
     again = retry.job(Cluster())
     assert again.recipe == job.recipe
-    monkeypatch.setattr(  # until workers are told which generation they answer
-        "gc2ray.worker.Provenance", lambda **about: replace(Provenance(**about), generation=1)
-    )
-    answer(Worker(again, carried, load=lambda job: EchoEngine()), freeze(retry))
+    answer(Worker(again, carried, generation=1, load=lambda job: EchoEngine()), freeze(retry))
     verdict = verify(job.output, deep=True)
     assert (verdict.problems, [found.rows for found in verdict.generations]) == ((), [20, len(bad)])
     assert begun(tmp_path / "out").plan == retry.plan, "null prompts are bad for ever"
@@ -257,4 +253,4 @@ def test_workers_answer_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def answer(worker: Worker, plan: Plan) -> None:
     worker.load()
     with ThreadPoolExecutor(2) as callers:
-        list(callers.map(lambda shard: worker.process(shard, 1), plan.shards))
+        list(callers.map(lambda shard: worker.process(Handout(shard)), plan.shards))
