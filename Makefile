@@ -6,11 +6,13 @@ PY     := $(VENV)/bin/python
 # Another build of torch: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu (or …/cu130)
 TORCH_INDEX ?=
 ONLY   ?=
+# Of each kind, a multiple of three: one window after the other.
+KILLS  ?= 21
 # Processes that train the pocket model together: cores on a CPU, 1 on a GPU.
 PROCESSES ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench quality pocket clean
+.PHONY: help setup demo test test-all chaos check format bench quality pocket clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +34,9 @@ test: setup ## Run the tests
 
 test-all: setup ## Run the tests that are too slow for `make test`
 	$(PY) -m pytest -m slow
+
+chaos: setup ## Kill workers, drivers and nodes in every window, KILLS=21 of each; prints the table
+	$(PY) -m pytest tests/test_chaos.py --kills $(KILLS)
 
 check: setup ## Lint, format check, strict types
 	$(PY) -m ruff check .

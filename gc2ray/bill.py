@@ -95,6 +95,9 @@ class Meter:
         self.spend(worker, use, now)
         self._since.pop(worker, None)
 
-    def bill(self) -> Bill:
-        """So far."""
-        return Bill({use: self._seconds[use] for use in Use if use in self._seconds})
+    def bill(self, now: float, uses: Mapping[int, Use]) -> Bill:
+        """So far, if what workers do now came to nothing but the use that is given for each."""
+        spent = dict(self._seconds)
+        for worker, since in self._since.items():
+            spent[uses[worker]] = spent.get(uses[worker], 0.0) + (now - since) * self.devices
+        return Bill({use: spent[use] for use in Use if use in spent})

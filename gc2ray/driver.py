@@ -38,6 +38,7 @@ from gc2ray.pool import (
     Calibrated,
     Died,
     Done,
+    Ended,
     Event,
     Failed,
     Leaving,
@@ -147,6 +148,7 @@ class Driver:
         self._seen = Progress()  # of all workers, those that are gone too
         self._done_before = 0
         self._total_rows = 0
+        self._bill = Bill()
         self._setup_deaths = 0
         self._seconds_per_row: float | None = None
         self._phase = "starting"
@@ -160,8 +162,11 @@ class Driver:
         return self._range.max
 
     def bill(self) -> Bill:
-        """What became of the workers' time, up to the last thing that each of them ended."""
-        return self._meter.bill()
+        """What became of the workers' time, as of the last second; callable from any thread.
+
+        What is in flight counts as abandoned: it would be, if the driver died now.
+        """
+        return self._bill
 
     def calibrate(self, sample: Sequence[Span]) -> float:
         """Seconds per row on the first worker that has loaded; the others load meanwhile.
@@ -224,6 +229,7 @@ class Driver:
         """What the workers did last."""
         for worker, state in self._workers.items():
             self._meter.stop(worker, self._use(state, Use.ABANDONED), self._pool.now())
+        self._bill = self._meter.bill(self._pool.now(), {})
 
     def _use(self, state: _WorkerState, busy: Use) -> Use:
         """What a worker's time is spent on: `busy` if it has something to answer."""
@@ -244,6 +250,8 @@ class Driver:
     def _look(self) -> None:
         """Whatever looks at every worker."""
         self._check_clocks()
+        uses = {worker: self._use(s, Use.ABANDONED) for worker, s in self._workers.items()}
+        self._bill = self._meter.bill(self._pool.now(), uses)
         self._display(self._snapshot())
         self._judge_rows()
 
@@ -308,6 +316,8 @@ class Driver:
                 self._failed(worker, state, event)
             case Leaving():
                 self._leave(worker, state)
+            case Ended():
+                self._replace(worker, state)
             case Died():
                 self._bury(worker, event)
 
@@ -368,17 +378,22 @@ class Driver:
     def _leave(self, worker: int, state: _WorkerState) -> None:
         """It ends what it has, and another starts."""
         log.warning("worker %d gets no more shards: its node is about to go", worker)
-        state.is_leaving = True
-        self._leaving.add(worker)
+        self._replace(worker, state)
         if not state.is_busy:
             self._drop(worker)
+
+    def _replace(self, worker: int, state: _WorkerState) -> None:
+        """It gets no more, and another may start."""
+        state.is_leaving = True
+        self._leaving.add(worker)
 
     def _bury(self, worker: int, event: Died) -> None:
         """A worker is gone; its shards are handed out again, each alone."""
         state = self._remove(worker)
         log.warning("worker %d is gone: %s", worker, event.reason)
         died = Use.STALLED if state.is_stalled else Use.DIED
-        self._meter.stop(worker, self._use(state, died), self._pool.now())
+        ended = self._pool.now() if event.ended is None else event.ended
+        self._meter.stop(worker, self._use(state, died), ended)
         if state.loaded is None or state.is_calibrating:
             self._setup_deaths += 1
             if self._setup_deaths >= SETUP_DEATHS:

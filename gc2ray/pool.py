@@ -74,6 +74,13 @@ class Leaving:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """A worker is gone; `Died` follows when it is known what it had in hand."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
 class Died:
     """A worker is gone, and with it all that it was doing.
 
@@ -81,14 +88,16 @@ class Died:
         worker: Which.
         reason: Why; as told to `kill`, if it was killed.
         in_hand: Rows that it had in hand; empty where its node is gone too.
+        ended: When, on the pool's clock, if that was before it is told.
     """
 
     worker: int
     reason: str
     in_hand: InHand = field(default_factory=dict)
+    ended: float | None = None
 
 
-Event = Placed | Loaded | Calibrated | Progressed | Done | Failed | Leaving | Died
+Event = Placed | Loaded | Calibrated | Progressed | Done | Failed | Leaving | Ended | Died
 
 
 class Pool(Protocol):
@@ -110,7 +119,7 @@ class Pool(Protocol):
         """Hand it a shard; `Done` or `Failed` follows."""
 
     def kill(self, worker: int, reason: str) -> None:
-        """End it now; `Died` follows, and nothing else."""
+        """End it now; `Died` follows, perhaps after `Ended`, and nothing else."""
 
     def drop(self, worker: int) -> None:
         """End it now; nothing follows."""

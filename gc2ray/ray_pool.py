@@ -1,8 +1,8 @@
 """Workers as Ray actors.
 
 Ray's own restarts and retries stay 0: the driver starts another worker and hands the shard out
-again. Of a worker that has ended the journal is read on its node, if that is still there, before
-its end is told. An actor that finds no room waits for it, which Ray's autoscaler sees.
+again. Of a worker that has ended the journal is read on its node, if that is still there; another
+starts meanwhile. An actor that finds no room waits for it, which Ray's autoscaler sees.
 
 Not covered: heterogeneous workers, job submission.
 """
@@ -30,7 +30,18 @@ from gc2ray.config import Cluster
 from gc2ray.errors import ConfigError, EngineDead
 from gc2ray.handout import Handout
 from gc2ray.journal import InHand, taken_over
-from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Leaving, Loaded, Placed, Progressed
+from gc2ray.pool import (
+    Calibrated,
+    Died,
+    Done,
+    Ended,
+    Event,
+    Failed,
+    Leaving,
+    Loaded,
+    Placed,
+    Progressed,
+)
 from gc2ray.progress import Progress
 from gc2ray.shards import Shard, Span
 from gc2ray.worker import ShardDone, Worker
@@ -131,6 +142,7 @@ class RayPool:
         self._calls: dict[Any, tuple[int, str, Shard | None]] = {}
         self._asked: dict[int, float] = {}
         self._places: dict[int, _Place] = {}
+        self._ended: list[Event] = []
         self._buried: dict[int, _Burial] = {}
         self._gcs: Any = None
         self._looked = 0.0
@@ -175,9 +187,10 @@ class RayPool:
     def kill(self, worker: int, reason: str) -> None:
         place = self._places.get(worker)
         self.drop(worker)
-        self._buried[worker] = _Burial(reason, time.monotonic() + JOURNAL_SECONDS)
-        if place is None:
-            self._buried[worker].deadline = 0.0  # it never was anywhere
+        self._ended.append(Ended(worker))
+        wait = 0.0 if place is None else JOURNAL_SECONDS
+        self._buried[worker] = _Burial(reason, self.now(), wait)
+        if place is None:  # it never was anywhere
             return
         read: Any = ray.remote(_read_journal)
         there = NodeAffinitySchedulingStrategy(place.node, soft=False)
@@ -191,7 +204,8 @@ class RayPool:
 
     def poll(self, seconds: float) -> list[Event]:
         self._ask_progress()
-        told = [*self._leaving(), *self._overdue_burials()]
+        told = [*self._leaving(), *self._ended, *self._overdue_burials()]
+        self._ended.clear()
         references = list(self._calls)
         if told or not references:
             time.sleep(0 if told else seconds)
@@ -241,10 +255,9 @@ class RayPool:
             return ()
 
     def _overdue_burials(self) -> list[Event]:
-        now = time.monotonic()
-        overdue = [w for w, burial in self._buried.items() if now >= burial.deadline]
+        overdue = [w for w, burial in self._buried.items() if burial.is_overdue(self.now())]
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] not in overdue}
-        return [Died(worker, self._buried.pop(worker).reason) for worker in overdue]
+        return [self._buried.pop(worker).died(worker, {}) for worker in overdue]
 
     def _event(self, reference: Any) -> Event | None:
         call = self._calls.pop(reference, None)
@@ -252,7 +265,7 @@ class RayPool:
             return None  # of a worker that this very poll found dead
         worker, kind, shard = call
         if kind == "journal":
-            return Died(worker, self._buried.pop(worker).reason, _journal(reference))
+            return self._buried.pop(worker).died(worker, _journal(reference))
         try:
             value = ray.get(reference)
         except RayTaskError as error:
@@ -295,12 +308,19 @@ class _Place:
     leaves: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Burial:
-    """A worker that has ended, and until when its journal is waited for."""
+    """A worker that has ended, when, and how long its journal is waited for."""
 
     reason: str
-    deadline: float
+    ended: float
+    wait_seconds: float
+
+    def is_overdue(self, now: float) -> bool:
+        return now - self.ended >= self.wait_seconds
+
+    def died(self, worker: int, in_hand: InHand) -> Died:
+        return Died(worker, self.reason, in_hand, self.ended)
 
 
 def _read_journal(prefix: str) -> InHand:

@@ -17,6 +17,7 @@ import torch
 from gc2ray import families
 from gc2ray.families.family import Loaded
 from gc2ray.families.tiny import TinySpec, build_tiny
+from tests.chaos import Survived
 
 SPECS = {
     "vicuna": TinySpec(),
@@ -46,3 +47,26 @@ def loaded_models(tiny_paths: dict[str, Path]) -> dict[str, Loaded]:
         name: families.load(str(path), revision=None, dtype="float32", device="cpu")
         for name, path in tiny_paths.items()
     }
+
+
+SURVIVED = pytest.StashKey[Survived]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="kills of each kind, a multiple of 3")
+
+
+@pytest.fixture
+def survived(request: pytest.FixtureRequest) -> Survived:
+    """What the tests under fire lived through, told at the end."""
+    return request.config.stash.setdefault(SURVIVED, Survived())
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    survived = config.stash.get(SURVIVED, None)
+    if survived is not None and survived.tolls:
+        terminalreporter.section("faults survived")
+        for line in survived.table():
+            terminalreporter.write_line(line)

@@ -17,7 +17,7 @@ def test_every_second_is_spent_once() -> None:
         meter.spend(1, use, now)
     meter.stop(1, Use.DIED, 60.0)
     meter.stop(1, Use.IDLE, 99.0)  # once
-    bill = meter.bill()
+    bill = meter.bill(99.0, {})
     assert dict(bill.seconds) == {
         Use.USEFUL: 68.0,
         Use.LOADING: 10.0,
@@ -35,3 +35,14 @@ def test_bills_add_up_and_survive_json() -> None:
     assert (Bill() + one, Bill().total_seconds) == (one, 0.0)
     with pytest.raises(ValueError, match="coffee"):
         Bill.from_dict({"coffee": 1.0})
+
+
+def test_what_is_in_flight_is_on_the_bill() -> None:
+    meter = Meter()
+    for worker in (1, 2):
+        meter.start(worker, 10.0)
+    meter.spend(1, Use.LOADING, 12.0)
+    bill = meter.bill(20.0, {1: Use.ABANDONED, 2: Use.LOADING})
+    assert dict(bill.seconds) == {Use.LOADING: 12.0, Use.ABANDONED: 8.0}
+    meter.spend(1, Use.USEFUL, 30.0)
+    assert meter.bill(30.0, {1: Use.IDLE, 2: Use.LOADING}).of(Use.USEFUL) == 18.0

@@ -18,7 +18,7 @@ from gc2ray.driver import Driver, Snapshot
 from gc2ray.errors import ConfigError, GivenUp, Interrupted, Status
 from gc2ray.manifest import Plan
 from gc2ray.planner import CALIBRATION_ROWS, Committed, shard_rows
-from gc2ray.pool import Done, Event, Leaving, Placed, Progressed
+from gc2ray.pool import Died, Done, Ended, Event, Leaving, Placed, Progressed
 from gc2ray.progress import Progress
 from gc2ray.shards import SourceFile, first_spans
 from gc2ray.stats import RunStats
@@ -419,6 +419,26 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more(tmp_path: Path) -> None
     mine = [shard for worker, shard, _ in pool.submitted if worker == 1]
     assert len(mine) == 2
     assert {attempt for _, _, attempt in pool.submitted} == {1}
+
+
+def test_another_starts_while_a_journal_is_read(tmp_path: Path) -> None:
+    """The end is known at once, what was in hand a minute later; that minute is not billed."""
+    pool = SimulatedPool(lambda w, shard, attempt: "hang" if attempt == 1 else "done")
+    pool.at(10.0, Ended(1))
+    pool.at(70.0, Died(1, "the node is gone", ended=10.0))
+    harness = Harness(tmp_path, pool, workers=1, stall_seconds=500.0)
+    poll = pool.poll
+
+    def watch(seconds: float) -> list[Event]:
+        started.append((pool.time, pool.started))
+        return poll(seconds)
+
+    started: list[tuple[float, int]] = []
+    pool.poll = watch
+    harness.run(make_plan(rows=10))
+    assert harness.finished
+    assert min(time for time, number in started if number == 2) < 12.0
+    assert harness.driver.bill().of(Use.DIED) == pytest.approx(8.0, abs=0.1)
 
 
 def test_an_idle_worker_whose_node_goes_is_dropped_at_once(tmp_path: Path) -> None:

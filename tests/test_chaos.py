@@ -1,0 +1,212 @@
+"""The whole job under fire: workers, drivers and nodes are killed in every window.
+
+`make test` kills one of each kind in each window; `make chaos` twenty-one of each, and prints the
+table. Each kill is confirmed by pid. No row may be lost or doubled, and what each kill cost is
+counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.cluster_utils import Cluster as LocalCluster
+
+from gc2ray.bill import Bill, Use
+from gc2ray.config import Job, load_job
+from gc2ray.lease import driver_records
+from gc2ray.planner import Outcome
+from gc2ray.run import run_job
+from gc2ray.shards import cut_shards
+from gc2ray.sources.parquet import ParquetSource
+from gc2ray.store import Store
+from gc2ray.verify import verify
+from tests.chaos import DRIVER_PID, WINDOWS, Kill, Schedule, Survived, Toll, worker_on
+from tests.rows import job_data, write_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+SHARD_ROWS = 10
+SPARE_SHARDS = 6
+"""Beyond those in which something is killed."""
+NODES = 3
+GONE_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """A head that runs nothing, and three nodes of one worker each."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    made = LocalCluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
+    )
+    for _ in range(NODES):
+        add_node(made)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+    del os.environ["RAY_AUTH_MODE"]
+
+
+def add_node(cluster: LocalCluster) -> None:
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--kills"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, kills: int) -> Job:
+    write_rows(
+        tmp_path / "in" / "a.parquet", (kills + SPARE_SHARDS) * SHARD_ROWS, row_group=SHARD_ROWS
+    )
+    data = job_data("unused-hub-id", tmp_path / "in", tmp_path / "out")
+    data["recipe"]["input"]["prompt"] = {"column": "prompt"}
+    data["cluster"] = {"workers": 2, "shard_rows": SHARD_ROWS, "stall_seconds": 60.0, "tries": 4}
+    (tmp_path / "job.json").write_text(json.dumps(data))
+    return load_job(tmp_path / "job.json").located()
+
+
+def scheduled(kind: str, job: Job, kills: int, folder: Path) -> Schedule:
+    """A window for each of the first shards, in turns."""
+    files, _ = ParquetSource(job.recipe.input).scan()
+    shards = list(cut_shards(files, SHARD_ROWS, job.recipe.fingerprint()))
+    windows = list(WINDOWS)
+    steps = {shard.sid: windows[shard.index % 3] for shard in shards[:kills]}
+    marks = folder / "marks"
+    marks.mkdir()
+    return Schedule(kind, steps, marks)
+
+
+def is_gone(pid: int) -> bool:
+    deadline = time.monotonic() + GONE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return True  # only its parent has not looked yet
+        time.sleep(0.05)
+    return False
+
+
+def bill_of(job: Job) -> Bill:
+    return sum((record.bill for record in driver_records(Store(job.output))), Bill())
+
+
+def assert_survived(job: Job, schedule: Schedule, survived: Survived, kills: int) -> None:
+    """Every kill happened, where it was meant to; every row is there once."""
+    happened = schedule.kills()
+    assert Counter(kill.step for kill in happened) == dict.fromkeys(WINDOWS, kills // 3)
+    assert {kill.sid: kill.step for kill in happened} == schedule.steps
+    assert all(is_gone(kill.pid) for kill in happened)
+    parts = sorted((Path(job.output) / "data").iterdir())
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    planned = {f"a.parquet#{row}" for row in range((kills + SPARE_SHARDS) * SHARD_ROWS)}
+    found = [row["row_key"] for row in rows]
+    lost, doubled = len(planned - {*found}), len(found) - len({*found})
+    assert (lost, doubled, {*found}) == (0, 0, planned)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert verify(job.output, deep=True).problems == ()
+    bill = bill_of(job)
+    wasted = bill.total_seconds - bill.of(Use.USEFUL) - bill.of(Use.IDLE)
+    survived.note(happened, Toll(len(planned), lost, doubled, wasted))
+
+
+def confirm_worker_kills(job: Job, happened: list[Kill]) -> None:
+    records = (Path(job.output) / "workers").glob("*.json")
+    assert {kill.pid for kill in happened} <= {json.loads(r.read_text())["pid"] for r in records}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_are_killed(job: Job, kills: int, tmp_path: Path, survived: Survived) -> None:
+    schedule = scheduled("worker", job, kills, tmp_path)
+    result = run_job(job, make_worker=worker_on(schedule))
+    assert result.exit_code == 0
+    assert_survived(job, schedule, survived, kills)
+    confirm_worker_kills(job, schedule.kills())
+
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+from gc2ray import lease
+from gc2ray.config import load_job
+from gc2ray.run import run_job
+from tests.chaos import DRIVER_PID, Schedule, worker_on
+job_file, address, marks = sys.argv[1:4]
+lease.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with the driver
+steps = dict(item.split("=") for item in sys.argv[4:])
+marks = Path(marks)
+(marks / DRIVER_PID).write_text(str(os.getpid()))
+make_worker = worker_on(Schedule("driver", steps, marks))
+sys.exit(run_job(load_job(Path(job_file)), address=address, make_worker=make_worker).exit_code)
+"""
+
+
+def test_drivers_are_killed(
+    job: Job, kills: int, tmp_path: Path, survived: Survived, cluster: LocalCluster
+) -> None:
+    """Each is started again at once, while workers of the one before may still commit."""
+    schedule = scheduled("driver", job, kills, tmp_path)
+    steps = [f"{sid}={step}" for sid, step in schedule.steps.items()]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "job.json"), cluster.address]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    codes = []
+    while not codes or codes[-1] != 0:
+        driver = subprocess.run(
+            [*command, str(schedule.marks), *steps],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        codes.append(driver.returncode)
+        assert codes[-1] in (0, -signal.SIGKILL), driver.stderr[-2000:]
+        assert len(codes) <= kills + 1
+    assert (schedule.marks / DRIVER_PID).exists()
+    assert codes.count(-signal.SIGKILL) <= kills
+    assert_survived(job, schedule, survived, kills)
+
+
+def kill_nodes(cluster: LocalCluster, schedule: Schedule, run: Future[Outcome]) -> None:
+    """Kill the node of every worker that says it is in its window, and let another join."""
+    killed = 0
+    while not run.done():
+        for kill in schedule.kills()[killed:]:
+            killed += 1
+            (node,) = [node for node in cluster.worker_nodes if node.node_id == kill.node]
+            cluster.remove_node(node, allow_graceful=False)
+            add_node(cluster)
+        time.sleep(0.05)
+
+
+def test_nodes_are_killed(
+    job: Job, kills: int, tmp_path: Path, survived: Survived, cluster: LocalCluster
+) -> None:
+    """A node takes its worker, its journal and its raylet; another joins and is used."""
+    schedule = scheduled("node", job, kills, tmp_path)
+    with ThreadPoolExecutor(1) as beside:
+        run = beside.submit(run_job, job, make_worker=worker_on(schedule))
+        kill_nodes(cluster, schedule, run)
+    assert run.result().exit_code == 0
+    assert len({kill.node for kill in schedule.kills()}) == kills
+    assert_survived(job, schedule, survived, kills)
+    confirm_worker_kills(job, schedule.kills())
