@@ -6,20 +6,23 @@ where links are missing, an exclusive create. Elsewhere: one conditional put (`m
 Whoever comes second finds the name taken and looks whether it was himself, by a token in the
 part's footer: an acknowledgement that got lost is a success, another's part is a lost race.
 
-Not covered: stores that ignore the condition (there the last writer wins, whole), and retries
-beyond the filesystem's own.
+Trouble of a remote storage that may pass is waited out (`gc2ray.patience`).
+
+Not covered: two writers in the same moment on a store that ignores the condition, which is told at
+the start: there the last one wins, whole.
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,13 +35,18 @@ import pyarrow.parquet as pq
 
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.footer import read_footer
+from gc2ray.patience import Patience
 from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
 
 READ_THREADS = 16
+PATIENCE = Patience()
 COPY_BYTES = 1 << 20
 _PART = re.compile(r"part-(\d{7})-([0-9a-f]{16})\.parquet$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+log = logging.getLogger(__name__)
 
 
 class Commit(StrEnum):
@@ -109,21 +117,24 @@ class Store:
 
     Args:
         uri: Local directory or any fsspec URL.
+        patience: With a remote storage in trouble.
 
     Raises:
         ConfigError: No such filesystem.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, patience: Patience = PATIENCE) -> None:
         self.uri = uri
+        self._patience = patience
         try:
             self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"output: {error}") from error
         self._local = "file" in _protocols(self._fs)
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return type(self), (self.uri,)  # never a filesystem: its pickle may hold credentials
+    def __reduce__(self) -> tuple[type[Store], tuple[str, Patience]]:
+        # Never a filesystem: its pickle may hold credentials.
+        return type(self), (self.uri, self._patience)
 
     def check_usable(self, *, writing: bool) -> None:
         """List, and if need be write something, before anything depends on it.
@@ -134,14 +145,31 @@ class Store:
         try:
             self.names("data")
             if writing:
-                probe = f"_tmp/probe-{uuid.uuid4().hex}"
-                self.create(probe, b"")
-                self._fs.rm_file(self._path(probe))
+                self._probe()
         except STORAGE_ERRORS as error:
             raise ConfigError(
                 f"output: {self.uri} cannot be used: {type(error).__name__}: {error}; credentials "
                 "come from the storage's own chain (environment, profile or instance role)"
             ) from error
+
+    def _probe(self) -> None:
+        """Write something, twice where that tells whether the second writer is refused."""
+        probe = self._path(f"_tmp/probe-{uuid.uuid4().hex}")
+        if self._local:
+            self._create_local(probe, io.BytesIO(b""))
+        else:
+            self._patience.call("writing a probe", lambda: self._fs.pipe_file(probe, b""))
+            try:
+                self._fs.pipe_file(probe, b"", mode="create")
+            except FileExistsError:
+                pass
+            else:
+                log.warning(
+                    "%s ignores conditional writes: of two drivers in the same moment the last one "
+                    "wins, with whole parts; run one driver at a time on this output",
+                    self.uri,
+                )
+        self._fs.rm_file(probe)
 
     def create(self, name: str, data: bytes) -> bool:
         """Make an object, whole or not at all; False if the name is taken.
@@ -153,7 +181,8 @@ class Store:
             if self._local:
                 self._create_local(self._path(name), io.BytesIO(data))
             else:
-                self._fs.pipe_file(self._path(name), data, mode="create")
+                pipe = self._fs.pipe_file
+                self._create_remote(name, lambda target: pipe(target, data, mode="create"))
         except FileExistsError:
             return False
         return True
@@ -165,7 +194,8 @@ class Store:
                 with path.open("rb") as content:
                     self._create_local(self._path(name), content)
             else:
-                self._fs.put_file(str(path), self._path(name), mode="create")
+                put = self._fs.put_file
+                self._create_remote(name, lambda target: put(str(path), target, mode="create"))
         except FileExistsError:
             return False
         return True
@@ -173,7 +203,8 @@ class Store:
     def replace(self, name: str, data: bytes) -> None:
         """Make or overwrite an object, whole or not at all."""
         if not self._local:
-            self._fs.pipe_file(self._path(name), data)
+            path = self._path(name)
+            self._patience.call(f"writing {name}", lambda: self._fs.pipe_file(path, data))
             return
         target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +213,9 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """An object's content; None if there is none."""
         try:
-            content: bytes = self._fs.cat_file(self._path(name))
+            content: bytes = self._patience.call(
+                f"reading {name}", lambda: self._fs.cat_file(self._path(name))
+            )
         except FileNotFoundError:
             return None
         return content
@@ -190,7 +223,9 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """Names of the objects in a folder, sorted; empty if there is no folder."""
         try:
-            found = self._fs.ls(self._path(folder), detail=False)
+            found = self._patience.call(
+                f"listing {folder}/", lambda: self._fs.ls(self._path(folder), detail=False)
+            )
         except FileNotFoundError:
             return []
         return sorted(f"{folder}/{posixpath.basename(path)}" for path in found)
@@ -222,12 +257,15 @@ class Store:
             ValueError: It is not Parquet.
             OSError: The storage does not answer.
         """
-        with self._fs.open(self._path(name), "rb") as handle:
-            tail = read_footer(handle)
+        tail = self._patience.call(f"reading {name}", lambda: self._tail(name))
         try:
             return pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"not Parquet: {error}") from error
+
+    def _tail(self, name: str) -> bytes:
+        with self._fs.open(self._path(name), "rb") as handle:
+            return read_footer(handle)
 
     def footer(self, name: str) -> PartFooter:
         """The footer of a part.
@@ -317,6 +355,31 @@ class Store:
         path = folder / uuid.uuid4().hex
         _write_new(path, content)
         return path
+
+    def _create_remote(self, name: str, write: Callable[[str], object]) -> None:
+        """One conditional put, tried again while the storage is in trouble.
+
+        It is looked first whether the name is taken: a store that ignores the condition would
+        overwrite. Two writers in the same moment are then still possible there.
+
+        Raises:
+            FileExistsError: The name is taken, perhaps by an earlier try of this very call.
+        """
+        path = self._path(name)
+
+        def put() -> None:
+            if self._is_taken(path):
+                raise FileExistsError(errno.EEXIST, "the name is taken", name)
+            write(path)
+
+        self._patience.call(f"writing {name}", put)
+
+    def _is_taken(self, path: str) -> bool:
+        try:
+            self._fs.info(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _create_local(self, path: str, content: IO[bytes]) -> None:
         target = Path(path)

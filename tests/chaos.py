@@ -75,17 +75,17 @@ class Schedule:
         """A worker has done a step of a shard."""
         if self.steps.get(sid) != step:
             return
-        doomed = self.marks / f"doomed.{os.getpid()}"
-        if doomed.exists():  # its node is about to be killed for another of its shards
-            time.sleep(DOOMED_SECONDS)
-        try:
-            (self.marks / f"fired.{sid}").touch(exist_ok=False)
-        except FileExistsError:
-            return
         victim = os.getpid()
         if self.kind == "driver":
             victim = int((self.marks / DRIVER_PID).read_text())
-        doomed.touch()
+        doomed = self.marks / f"doomed.{victim}"
+        if doomed.exists() and self.kind == "node":  # for another of its shards: this one waits
+            time.sleep(DOOMED_SECONDS)
+        try:
+            (self.marks / f"fired.{sid}").touch(exist_ok=False)
+            doomed.touch(exist_ok=False)
+        except FileExistsError:  # this window passes: nothing is killed twice
+            return
         (self.marks / f"{self.kind}-{step}-{sid}-{victim}-{_node()}").touch()
         if self.kind == "node":
             time.sleep(DOOMED_SECONDS)

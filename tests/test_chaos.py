@@ -32,7 +32,7 @@ from gc2ray.shards import cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.store import Store
 from gc2ray.verify import verify
-from tests.chaos import DRIVER_PID, WINDOWS, Kill, Schedule, Survived, Toll, worker_on
+from tests.chaos import WINDOWS, Kill, Schedule, Survived, Toll, worker_on
 from tests.rows import job_data, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -113,8 +113,10 @@ def bill_of(job: Job) -> Bill:
 def assert_survived(job: Job, schedule: Schedule, survived: Survived, kills: int) -> None:
     """Every kill happened, where it was meant to; every row is there once."""
     happened = schedule.kills()
-    assert Counter(kill.step for kill in happened) == dict.fromkeys(WINDOWS, kills // 3)
-    assert {kill.sid: kill.step for kill in happened} == schedule.steps
+    windows = Counter(kill.step for kill in happened)
+    assert min(windows[step] for step in WINDOWS) >= kills // 3
+    assert {kill.sid: kill.step for kill in happened}.items() <= schedule.steps.items()
+    assert len({kill.pid for kill in happened}) == len(happened)
     assert all(is_gone(kill.pid) for kill in happened)
     parts = sorted((Path(job.output) / "data").iterdir())
     rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
@@ -146,12 +148,12 @@ def test_workers_are_killed(job: Job, kills: int, tmp_path: Path, survived: Surv
 DRIVER = """
 import os, sys
 from pathlib import Path
-from gc2ray import lease
+from gc2ray import driver, lease
 from gc2ray.config import load_job
 from gc2ray.run import run_job
 from tests.chaos import DRIVER_PID, Schedule, worker_on
 job_file, address, marks = sys.argv[1:4]
-lease.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with the driver
+driver.LOOK_SECONDS = lease.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with it
 steps = dict(item.split("=") for item in sys.argv[4:])
 marks = Path(marks)
 (marks / DRIVER_PID).write_text(str(os.getpid()))
@@ -163,8 +165,11 @@ sys.exit(run_job(load_job(Path(job_file)), address=address, make_worker=make_wor
 def test_drivers_are_killed(
     job: Job, kills: int, tmp_path: Path, survived: Survived, cluster: LocalCluster
 ) -> None:
-    """Each is started again at once, while workers of the one before may still commit."""
-    schedule = scheduled("driver", job, kills, tmp_path)
+    """Each is started again at once, while workers of the one before may still commit.
+
+    Such a commit may pass a window without a driver to kill: more are scheduled than are asked for.
+    """
+    schedule = scheduled("driver", job, kills + SPARE_SHARDS, tmp_path)
     steps = [f"{sid}={step}" for sid, step in schedule.steps.items()]
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "job.json"), cluster.address]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -180,9 +185,8 @@ def test_drivers_are_killed(
         )
         codes.append(driver.returncode)
         assert codes[-1] in (0, -signal.SIGKILL), driver.stderr[-2000:]
-        assert len(codes) <= kills + 1
-    assert (schedule.marks / DRIVER_PID).exists()
-    assert codes.count(-signal.SIGKILL) <= kills
+        assert len(codes) <= len(schedule.steps) + 1
+    assert codes.count(-signal.SIGKILL) == len(schedule.kills())
     assert_survived(job, schedule, survived, kills)
 
 

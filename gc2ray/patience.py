@@ -1,0 +1,95 @@
+"""`Patience`: calls to a storage that may fail for a while.
+
+Trouble that passes is waited out: throttling, servers that are down or busy, lost connections,
+timeouts. Everything else is raised at once: what is forbidden, missing or full stays so. What is
+which is told by type, error number and HTTP status, never by the text.
+
+s3fs and botocore retry a little by themselves, for a second or two; this goes on where they end.
+
+Not covered: calls that wait for ever; filesystems have timeouts of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TypeVar
+
+from aiohttp import ClientError as HttpClientError
+from botocore.exceptions import ClientError, HTTPClientError
+
+from gc2ray.errors import STORAGE_ERRORS
+
+T = TypeVar("T")
+
+PASSING_STATUS = {HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
+LASTING_STATUS = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.INSUFFICIENT_STORAGE}
+_PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN, errno.ETIMEDOUT}
+_PASSING = (TimeoutError, ConnectionError, HTTPClientError, HttpClientError)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long trouble that passes is waited out.
+
+    Attributes:
+        total_seconds: From the first failure; then it is raised.
+        first_seconds: Of waiting, at most, after the first failure; doubled each time.
+        longest_seconds: Of waiting, at most, after any.
+    """
+
+    total_seconds: float = 120.0
+    first_seconds: float = 0.2
+    longest_seconds: float = 15.0
+
+    def call(self, what: str, work: Callable[[], T]) -> T:
+        """The result of `work`, tried again while what fails may pass.
+
+        Args:
+            what: For messages: what is done to which object.
+            work: Safe to be done twice.
+
+        Raises:
+            OSError: It lasted too long; the message says how long and what came last.
+        """
+        started = None
+        for wait in self._waits():
+            try:
+                return work()
+            except (*STORAGE_ERRORS, *_PASSING) as error:
+                if not passes(error):
+                    raise
+                started = time.monotonic() if started is None else started
+                tried = time.monotonic() - started
+                if tried + wait > self.total_seconds:
+                    told = f"{what}: tried for {tried:.0f} s, last: {type(error).__name__}: {error}"
+                    raise OSError(errno.ETIMEDOUT, told) from error
+                log.warning("%s: %s; again in %.1f s", what, type(error).__name__, wait)
+            time.sleep(wait)
+        raise AssertionError("the waits never end")
+
+    def _waits(self) -> Iterator[float]:
+        """Doubling, each drawn from nothing to all of it, so that callers spread out."""
+        longest = self.first_seconds
+        while True:
+            yield random.uniform(0, longest)  # noqa: S311 - no secret
+            longest = min(2 * longest, self.longest_seconds)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same call may succeed in a while."""
+    answer = error if isinstance(error, ClientError) else error.__cause__
+    if isinstance(answer, ClientError):
+        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        is_server = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in LASTING_STATUS
+        return is_server or status in PASSING_STATUS
+    if isinstance(error, _PASSING):
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
