@@ -213,7 +213,8 @@ class RayPool:
         ray.wait(references, num_returns=1, timeout=seconds)
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         events = [self._event(reference) for reference in ready]
-        return [event for event in events if event is not None]
+        ended, self._ended = self._ended, []  # at once: nothing may be handed to who is gone
+        return [*(event for event in events if event is not None), *ended]
 
     def room(self) -> str:
         asked = {"CPU": self._cluster.cpus_per_worker, "GPU": self._gpus}

@@ -73,19 +73,22 @@ class Schedule:
 
     def on_step(self, step: str, sid: str) -> None:
         """A worker has done a step of a shard."""
-        if self.steps.get(sid) != step:
+        due, fired = self.steps.get(sid), self.marks / f"fired.{sid}"
+        if due is None or fired.exists():
             return
         victim = os.getpid()
         if self.kind == "driver":
             victim = int((self.marks / DRIVER_PID).read_text())
         doomed = self.marks / f"doomed.{victim}"
-        if doomed.exists() and self.kind == "node":  # for another of its shards: this one waits
+        if doomed.exists():  # killed for another shard: this one's turn comes again
             time.sleep(DOOMED_SECONDS)
-        try:
-            (self.marks / f"fired.{sid}").touch(exist_ok=False)
-            doomed.touch(exist_ok=False)
-        except FileExistsError:  # this window passes: nothing is killed twice
+        if due != step:
             return
+        try:
+            doomed.touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(DOOMED_SECONDS)
+        fired.touch()
         (self.marks / f"{self.kind}-{step}-{sid}-{victim}-{_node()}").touch()
         if self.kind == "node":
             time.sleep(DOOMED_SECONDS)

@@ -144,3 +144,45 @@ def faulty_worker(
         load=partial(_load_echo, fault, 0.002),
         metrics=fault.on_step if fault else None,
     )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An engine that counts what it does, in files, and is killed by some rows, once each.
+
+    Attributes:
+        marks: Folder of a file `answered-<pid>` with a byte for each row, and `loaded-<pid>`.
+        kills: Row numbers that kill.
+        row_seconds: Of answering.
+        load_seconds: Of loading.
+    """
+
+    marks: Path
+    kills: frozenset[int]
+    row_seconds: float
+    load_seconds: float
+
+    def load(self, _job: Job) -> EchoEngine:
+        time.sleep(self.load_seconds)
+        (self.marks / f"loaded-{os.getpid()}").touch()
+        return EchoEngine(self.row_seconds, self.on_row)
+
+    def on_row(self, request: Request) -> None:
+        if request.row in self.kills:
+            killed = self.marks / f"killed-{request.row}"
+            if not killed.exists():
+                killed.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGKILL)
+        with (self.marks / f"answered-{os.getpid()}").open("ab") as answered:
+            answered.write(b".")
+
+    def loads(self) -> int:
+        return len(list(self.marks.glob("loaded-*")))
+
+    def answers(self) -> int:
+        return sum(path.stat().st_size for path in self.marks.glob("answered-*"))
+
+
+def counted_worker(job: Job, carried: pa.Schema, counted: Counted) -> Worker:
+    """A worker with such an engine."""
+    return Worker(job, carried, load=counted.load)

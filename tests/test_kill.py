@@ -23,6 +23,7 @@ import pytest
 import ray
 from rich.console import Console
 
+from gc2ray.bill import Use
 from gc2ray.compact import compact
 from gc2ray.display import print_outcome
 from gc2ray.errors import ConfigError
@@ -32,7 +33,7 @@ from gc2ray.retry import next_retry
 from gc2ray.run import run_job, run_retry
 from gc2ray.store import Store
 from gc2ray.verify import verify
-from tests.fakes import Fault, faulty_worker
+from tests.fakes import Counted, Fault, counted_worker, faulty_worker
 from tests.rows import job_data, make_job, question_list, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
@@ -262,6 +263,27 @@ def test_an_engine_that_breaks_once(job_file: Path, marks: Path) -> None:
     assert_exactly_once(job_file)
 
 
+@pytest.mark.slow
+def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
+    """Five kills; useful and wasted device-seconds within 5% of the test's own count."""
+    counted = Counted(marks, frozenset({9, 52, 99, 144, 190}), row_seconds=0.25, load_seconds=3.0)
+    result = run_job(load(job_file), make_worker=partial(counted_worker, counted=counted))
+    assert (result.exit_code, result.rows) == (0, ROWS)
+    assert_exactly_once(job_file)
+    pids = [int(path.read_text()) for path in marks.glob("killed-*")]
+    assert len({*pids}) == 5
+    assert all(map(gone, pids))
+    wasted = (counted.answers() - ROWS) * counted.row_seconds
+    assert wasted > 2.0, "the kills cost nothing"
+    bill = result.bill
+    assert bill.of(Use.USEFUL) == pytest.approx(ROWS * counted.row_seconds, rel=0.05)
+    assert bill.of(Use.DIED) == pytest.approx(wasted, rel=0.05)
+    assert bill.of(Use.LOADING) == pytest.approx(counted.loads() * counted.load_seconds, rel=0.05)
+    console = Console(record=True, width=160)
+    print_outcome(console, result, "out")
+    assert re.search(r"device seconds, wasted +│ .*loading .*died ", console.export_text())
+
+
 # --- faults of the driver ----------------------------------------------------------------------
 
 DRIVER = """
@@ -271,7 +293,7 @@ from pathlib import Path
 from gc2ray.config import load_job
 from gc2ray.retry import next_retry
 from gc2ray.run import run_job, run_retry
-from tests.fakes import Fault, faulty_worker
+from tests.fakes import Counted, Fault, counted_worker, faulty_worker
 import os
 job_file, marks, step = sys.argv[1:4]
 fault = Fault("kill_driver", Path(marks), step=step, driver_pid=os.getpid(), seconds=0.01)
