@@ -460,6 +460,18 @@ def test_a_changed_file_is_a_shard_error(tmp_path: Path) -> None:
         list(source.read(whole(file), MEMORY))
 
 
+def test_a_file_that_changes_while_it_is_read_is_a_shard_error(tmp_path: Path) -> None:
+    """Its rows may be of both; they are read, but their shard is not."""
+    path = write(tmp_path / "a.parquet", image=[b"x", b"y"], id=[1, 2])
+    source = source_of(tmp_path)
+    ((file,), _) = source.scan()
+    rows = source.read(whole(file), MEMORY)
+    assert next(rows).row == 0
+    write(path, image=[b"x", b"y"], id=[1, 3])
+    with pytest.raises(ShardError, match=r"a\.parquet changed since the run was planned"):
+        list(rows)
+
+
 def test_a_touched_file_is_a_shard_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", image=[b"x"])
     source = source_of(tmp_path)

@@ -100,10 +100,10 @@ class ParquetSource:
         filesystem, root, _ = self._located()
         path = posixpath.normpath(posixpath.join(root, span.source))
         try:
-            if _fingerprint(filesystem, path) != span.fingerprint:
-                raise ShardError(f"{span.source} changed since the run was planned")
+            _check_unchanged(filesystem, path, span)
             with filesystem.open(path, "rb") as handle:
                 yield from self._rows(handle, span, host_memory_bytes)
+            _check_unchanged(filesystem, path, span)  # or parts of two files may have been read
         except (*STORAGE_ERRORS, pa.ArrowException) as error:
             raise ShardError(f"{span.source}: {error}") from error
 
@@ -193,6 +193,11 @@ class ParquetSource:
 def _hidden(path: str, root: str) -> bool:
     parts = posixpath.relpath(path, root).split("/")
     return any(part.startswith(("_", ".")) for part in parts)
+
+
+def _check_unchanged(filesystem: Any, path: str, span: Span) -> None:
+    if _fingerprint(filesystem, path) != span.fingerprint:
+        raise ShardError(f"{span.source} changed since the run was planned")
 
 
 def _fingerprint(filesystem: Any, path: str) -> str:
