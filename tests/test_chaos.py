@@ -1,7 +1,8 @@
 """The whole job under fire: workers, drivers and nodes are killed in every window.
 
-`make test` kills one of each kind in each window; `make chaos` twenty-one of each, and prints the
-table. Each kill is confirmed by pid. No row may be lost or doubled, and what each kill cost is
+`make test-all` kills one of each kind in each window; `make chaos` twenty-one of each, and prints
+the table. Not in `make test`: beside another Ray on two cores, workers now and then die while they
+start. Each kill is confirmed by pid. No row may be lost or doubled, and what each kill cost is
 counted.
 """
 
@@ -35,7 +36,7 @@ from gc2ray.verify import verify
 from tests.chaos import WINDOWS, Kill, Schedule, Survived, Toll, worker_on
 from tests.rows import job_data, write_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHARD_ROWS = 10
 SPARE_SHARDS = 6

@@ -218,7 +218,7 @@ def test_more_killing_rows_than_allowed_cost_their_shard(job_file: Path, marks: 
 def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_path: Path) -> None:
     """A row that killed, and a shard that was given up: both are answered, and nothing else is."""
     data = json.loads(job_file.read_text())
-    data["cluster"] |= {"tries": 1, "max_poison_rows": 0}
+    data["cluster"]["max_poison_rows"] = 0
     job_file.write_text(json.dumps(data))
     output = load(job_file).output
     assert run(job_file, Fault("exit", marks, row=70, once=False)).exit_code == 1
