@@ -35,7 +35,10 @@ class _Frozen(BaseModel):
 
 
 class ModelConfig(_Frozen):
-    """The model: directory or hub id; `adapter` and `quantization` are not supported yet."""
+    """The model: directory, hub id or any fsspec URL.
+
+    `adapter` and `quantization` are not supported yet.
+    """
 
     path: str
     revision: str | None = None
@@ -43,14 +46,24 @@ class ModelConfig(_Frozen):
     adapter: None = None
     quantization: None = None
 
+    @property
+    def is_url(self) -> bool:
+        """Whether it is behind an fsspec URL."""
+        return _is_url(self.path)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is, or should be, a directory here; what is none of both is a hub id."""
+        named = self.path.startswith((".", "/", "~")) or Path(self.path).is_dir()
+        return named and not self.is_url
+
     def check(self) -> None:
         """Look for the model as far as that needs neither network nor its libraries.
 
         Raises:
             ConfigError: `path` is a local one, and there is no model.
         """
-        local = self.path.startswith((".", "/", "~")) or Path(self.path).is_dir()
-        if local and not (Path(self.path).expanduser() / "config.json").is_file():
+        if self.is_local and not (Path(self.path).expanduser() / "config.json").is_file():
             raise ConfigError(f"recipe.model.path: there is no model in {self.path}")
 
 
@@ -289,7 +302,7 @@ class Job(_Frozen):
         roots = tuple(_absolute(root) for root in recipe.input.image_roots)
         where = {"uri": _absolute(recipe.input.uri), "image_roots": roots}
         model = recipe.model
-        if Path(model.path).is_dir():
+        if model.is_local:
             model = model.model_copy(update={"path": _absolute(model.path)})
         what = {"input": recipe.input.model_copy(update=where), "model": model}
         located = {"output": _absolute(self.output), "recipe": recipe.model_copy(update=what)}
@@ -359,7 +372,11 @@ def recipe_difference(stored: Recipe, yours: Recipe) -> list[str]:
 
 def _absolute(place: str) -> str:
     """A local path made absolute; URLs stay as they are."""
-    return place if "://" in place or "::" in place else str(Path(place).expanduser().absolute())
+    return place if _is_url(place) else str(Path(place).expanduser().absolute())
+
+
+def _is_url(place: str) -> bool:
+    return "://" in place or "::" in place
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -39,6 +39,7 @@ from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Answer, Request, Sampling
 from gc2ray.row import Row, lost, trouble_of, views_of
 from gc2ray.sizing import Memory, Sizes, cores, free_host_bytes, sizes
+from gc2ray.staging import Tick, stage
 from gc2ray.stats import RunStats
 from gc2ray.views import Prompt
 from gc2ray.vision import Vision
@@ -78,6 +79,7 @@ class Engine:
         self._open: dict[int, Row] = {}
         self._tags = 0
         self.device = device_name(self._family.device)
+        self.model_digest = loaded.digest
         self._starved_ns = 0
 
     @cached_property
@@ -279,29 +281,38 @@ def _decoder(model: Any, found: Sizes) -> Decoder:
     return NativeDecoder(LanguageModel(model), room, eos=end_tokens(model))
 
 
-def load_engine(recipe: Recipe, cluster: Cluster) -> Engine:
+def load_engine(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Engine:
     """Load the recipe's model on the GPU that this process was given, else on the CPU.
 
     Raises:
         ConfigError: The model cannot be loaded.
+        OSError: It could not be fetched now.
     """
-    return Engine(load_model(recipe, cluster), recipe, cluster)
+    return Engine(load_model(recipe, cluster, tick), recipe, cluster)
 
 
-def load_model(recipe: Recipe, cluster: Cluster) -> Loaded:
+def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Loaded:
     """The recipe's model; on a CPU, torch takes the threads that the cluster allows a worker.
+
+    Args:
+        recipe: Names the model.
+        cluster: Threads, and the share of a GPU.
+        tick: Called whenever the model gets on while it is fetched.
 
     Raises:
         ConfigError: The model cannot be loaded.
+        OSError: It could not be fetched now.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     else:  # a cap, so that workers on one GPU cannot take from each other
         torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
-    model = recipe.model
-    model.check()
-    return families.load(model.path, revision=model.revision, dtype=model.dtype, device=device)
+    staged = stage(recipe.model, tick=tick)
+    loaded = families.load(
+        str(staged.directory), revision=None, dtype=recipe.model.dtype, device=device
+    )
+    return replace(loaded, digest=staged.digest)
 
 
 def memory(device: torch.device) -> Memory:

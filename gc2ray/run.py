@@ -32,6 +32,7 @@ from gc2ray.planner import (
 from gc2ray.retry import Retry, freeze
 from gc2ray.shards import SourceFile, first_spans
 from gc2ray.sources.parquet import ParquetSource
+from gc2ray.staging import check_model
 from gc2ray.store import Store
 from gc2ray.worker import Worker
 
@@ -67,7 +68,7 @@ def run_job(
     committed = committed_parts(store, plan) if plan else None
     if plan is not None and committed is not None and committed.whole:
         return outcome(store, plan, committed)
-    job.recipe.model.check()
+    check_model(job.recipe.model)
     store.check_usable(writing=True)
     warn_of_others(store)
     files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()

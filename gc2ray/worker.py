@@ -60,6 +60,10 @@ class Answering(Protocol):
     def device(self) -> str:
         """What the device calls itself."""
 
+    @property
+    def model_digest(self) -> str:
+        """Which model it is; see `gc2ray.staging.digest`."""
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """As `Engine.stream`."""
 
@@ -137,7 +141,7 @@ class Worker:
         self._job = job
         self._carried = carried
         self._generation = generation
-        self._load = load or _load_engine
+        self._load = load or self._load_engine
         self._metrics = metrics or (lambda step, sid: log.debug("%s %s", step, sid))
         self._store = Store(job.output)
         self._source = ParquetSource(job.recipe.input)
@@ -150,7 +154,7 @@ class Worker:
         self._counted = RunStats()
         self._engine: Answering | None = None
         self._tally = Tally()
-        self._calibrated = 0
+        self._ticks = 0
         self._running = threading.Lock()
         self._started = datetime.now(UTC)
         self._loaded: datetime | None = None
@@ -165,6 +169,7 @@ class Worker:
 
         Raises:
             ConfigError: The model cannot be loaded.
+            OSError: It could not be fetched now.
         """
         self._engine = self._load(self._job)
         self._loaded = datetime.now(UTC)
@@ -213,12 +218,24 @@ class Worker:
 
     def progress(self) -> Progress:
         """What was done so far; cheap, and callable at any time."""
-        return self._tally.progress(peak_host_bytes() + _bytes_moved() + self._calibrated)
+        return self._tally.progress(peak_host_bytes() + _bytes_moved() + self._ticks)
 
     def _answer(self, requests: Iterator[Request]) -> None:
         """Answer requests for nothing but the time it takes."""
         for _ in self._loaded_engine().stream(requests):
-            self._calibrated += 1
+            self._tick()
+
+    def _tick(self) -> None:
+        """Something got on that neither answers nor bytes of this process tell of."""
+        with self._shards:
+            self._ticks += 1
+
+    def _load_engine(self, job: Job) -> Answering:
+        # Imported here because only a worker that answers needs the model's libraries; the driver
+        # and the command line, which know workers too, start seconds sooner without them.
+        from gc2ray.engine import load_engine
+
+        return load_engine(job.recipe, job.cluster, self._tick)
 
     def _loaded_engine(self) -> Answering:
         if self._engine is None:
@@ -403,6 +420,7 @@ class Worker:
             "node": socket.gethostname(),
             "pid": os.getpid(),
             "device": self._loaded_engine().device,
+            "model_digest": self._loaded_engine().model_digest,
             "gpus": self._job.cluster.gpus_per_worker,
             "cpus": self._job.cluster.cpus_per_worker,
             "started": self._started.isoformat(),
@@ -410,14 +428,6 @@ class Worker:
             "last_seen": datetime.now(UTC).isoformat(),
         }
         return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _load_engine(job: Job) -> Answering:
-    # Imported here because only a worker that answers needs the model's libraries; the driver and
-    # the command line, which know workers too, start seconds sooner without them.
-    from gc2ray.engine import load_engine
-
-    return load_engine(job.recipe, job.cluster)
 
 
 def peak_host_bytes() -> int:

@@ -38,6 +38,7 @@ class EchoEngine:
     """
 
     device = "fake"
+    model_digest = "no model"
 
     def __init__(
         self,

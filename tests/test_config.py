@@ -161,8 +161,21 @@ def test_a_local_model_must_be_there(tmp_path: Path) -> None:
     model.check()
 
 
-def test_a_model_of_the_hub_is_not_looked_for() -> None:
-    parse_job(data_with("recipe.model.path", "somebody/some-model")).recipe.model.check()
+@pytest.mark.parametrize(
+    "path",
+    [
+        "somebody/some-model",
+        "s3://bucket/model",
+        "file:///nowhere",
+        "zip://a::./b.zip",
+        "/a::zip://b",
+    ],
+)
+def test_a_model_of_the_hub_or_behind_a_url_is_not_looked_for(path: str) -> None:
+    model = parse_job(data_with("recipe.model.path", path)).recipe.model
+    model.check()
+    assert not model.is_local
+    assert model.is_url == ("://" in path)
 
 
 def test_image_limits_are_checked_before_anything_starts() -> None:
@@ -445,5 +458,17 @@ def test_local_paths_are_made_absolute_and_urls_are_not(
     assert located.recipe.model.path == f"{tmp_path}/model"
     assert located.recipe.input.uri == f"{tmp_path}/in/*.parquet"
     assert located.recipe.input.image_roots == (f"{tmp_path}/photos", "s3://bucket/photos")
-    remote = parse_job(job_data("somebody/model", "s3://bucket/in", "s3://bucket/out"))
-    assert remote.located() == remote
+    for model in ("somebody/model", "s3://bucket/model", "zip://model::s3://bucket/model.zip"):
+        remote = parse_job(job_data(model, "s3://bucket/in", "s3://bucket/out"))
+        assert remote.located() == remote
+
+
+def test_a_model_in_the_home_directory_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = parse_job(job_data("~/model", "in", "out"))
+    assert job.located().recipe.model.path == f"{tmp_path}/model"
+    assert parse_job(job_data("./m", "in", "out")).located().recipe.model.path == str(
+        Path("m").absolute()
+    )

@@ -18,6 +18,7 @@ FLOORS = {
     "images": 1, "prompts": 1, "packing": 1, "compression": 1, "families": 1, "decoding": 1,
     "config": 2, "pictures": 2, "pocket": 2,
     "sizing": 3, "manifest": 3, "row": 3, "shard_queue": 3,
+    "staging": 3,
     "vision": 4, "sources": 4, "store": 4,
     "engine": 5, "lease": 5, "part": 5, "generations": 5,
     "worker": 6, "planner": 6, "parity": 6, "latest": 6, "inspection": 6,
@@ -69,7 +70,9 @@ BORDERS = {
     "rich": {"cli", "display"},
     "yaml": {"config"},
     "pydantic": {"config"},
-    "fsspec": {"images", "sources", "store"},
+    "fsspec": {"images", "sources", "staging", "store"},
+    "huggingface_hub": {"staging"},
+    "filelock": {"staging"},
 }
 
 

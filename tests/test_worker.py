@@ -345,7 +345,7 @@ def test_calibration_counts_the_prompts_of_a_row(listed: Job) -> None:
     share = sum(map(prompts_of, range(shard.rows))) / shard.rows
     assert share > 1.5
     assert worker.calibrate(shard.spans) >= 0.05 * share
-    assert worker._calibrated == 2 * shard.rows
+    assert worker._ticks == 2 * shard.rows
 
 
 def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None:
@@ -361,6 +361,28 @@ def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None
     assert progress.errors[0] == "a.parquet#1: bad_prompt: prompt column 'prompt' is null"
 
 
+def test_a_model_that_gets_on_renews_the_load_clock(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where no byte of this process moves: it waits for another that fetches the model."""
+    monkeypatch.setattr("gc2ray.worker.peak_host_bytes", lambda: 0)
+    monkeypatch.setattr("gc2ray.worker._bytes_moved", lambda: 0)
+    seen: list[int] = []
+
+    def slow_stage(model, *, tick):
+        for _ in range(3):
+            seen.append(worker.progress().ticks)
+            tick()
+        raise OSError("the network failed")
+
+    monkeypatch.setattr("gc2ray.engine.stage", slow_stage)
+    worker = Worker(job, CARRIED)
+    with pytest.raises(OSError, match="the network failed"):
+        worker.load()
+    assert seen == [0, 1, 2]
+    assert worker.progress().ticks == 3
+
+
 def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
     worker = make_worker(job)
     store, deadline = Store(job.output), time.monotonic() + 10
@@ -368,7 +390,7 @@ def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     record = json.loads(data)
-    assert record["device"] == "fake"
+    assert (record["device"], record["model_digest"]) == ("fake", "no model")
     assert record["started"] <= record["loaded"] <= record["last_seen"]
 
 

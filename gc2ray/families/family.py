@@ -87,8 +87,10 @@ class Loaded:
         model: The transformers model, untouched.
         processor: Its processor: tokenizer, chat template, image settings.
         family: Our view of it.
+        digest: Which model it is (`gc2ray.staging.digest`); empty where nobody has looked.
     """
 
     model: Any
     processor: Any
     family: Family
+    digest: str = ""

@@ -36,6 +36,7 @@ class SteadyEngine:
     """Takes the same time for every row, and counts how long it had none; see `Answering`."""
 
     device = "steady"
+    model_digest = "no model"
 
     def __init__(self) -> None:
         self.starved_ns = 0

@@ -42,6 +42,7 @@ class NoopEngine:
 
     sleep_seconds: float = 0.0
     device: str = "no-op"
+    model_digest: str = "no model"
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         for request in requests:

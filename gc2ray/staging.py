@@ -1,0 +1,370 @@
+"""`stage`: a model on this node's disk, and the digest that says which model it is.
+
+A directory is used where it is. A hub id goes through the hub's own cache, a URL into
+`~/.cache/gc2ray/models` (`GC2RAY_CACHE` in the environment names another place than
+`~/.cache/gc2ray`), under the hash of the URL and of what is listed there: a model that changes is
+another model. Of all processes on a node one fetches and the others wait for it. What is fetched
+gets its name when it is whole. Only what loading reads is fetched: never pickles, never code.
+
+What is missing or forbidden is a `ConfigError`; a network that fails and a disk that is full are
+an `OSError` (or botocore's, see `STORAGE_ERRORS`), because another worker, or another node, may
+have more luck.
+
+Not covered: models that nobody uses any more (delete them), and a hub's branch that moves while
+workers start: their records show two digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from botocore.exceptions import NoCredentialsError
+from filelock import FileLock, Timeout
+from fsspec.callbacks import Callback
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__init__`, documented
+    filter_repo_objects,
+)
+
+from gc2ray.config import ModelConfig
+from gc2ray.errors import ConfigError
+
+FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+LEFT_OUT = ("*/*.safetensors",)
+"""Checkpoints in folders below the model, which nothing loads."""
+CACHE_VARIABLE = "GC2RAY_CACHE"
+JITTER_SECONDS = 3.0
+"""Workers that start together ask the storage spread over this time."""
+LOOK_SECONDS = 1.0
+"""Between two looks of a process that waits at how far the one that fetches is."""
+FETCH_THREADS = 8
+REFUSALS = (401, 403, 404)
+"""What the hub says of a model that is not there, or not for us; anything else may pass."""
+TAIL_BYTES = 64 * 1024
+MAX_HEADER_BYTES = 100_000_000  # more is refused when it is loaded
+UNREADABLE = (FileNotFoundError, PermissionError, NoCredentialsError)
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """A model that can be loaded.
+
+    Attributes:
+        directory: Where it lies on this node.
+        digest: See `digest`.
+    """
+
+    directory: Path
+    digest: str
+
+
+def stage(
+    model: ModelConfig, *, tick: Tick = lambda: None, jitter_seconds: float = JITTER_SECONDS
+) -> StagedModel:
+    """Have a model on this node's disk.
+
+    Args:
+        model: Where it comes from.
+        tick: Called whenever the model gets on, whether this process fetches it or another.
+        jitter_seconds: The storage is asked after a random part of this.
+
+    Raises:
+        ConfigError: There is no such model, it may not be read, or the cache not written.
+        OSError: The network failed, or the disk has no room.
+    """
+    model.check()
+    if model.is_local:
+        directory = Path(model.path).expanduser()
+    elif model.is_url:
+        directory = _from_url(model.path, tick, jitter_seconds)
+    else:
+        directory = _from_hub(model, tick, jitter_seconds)
+    return StagedModel(directory, digest(directory))
+
+
+def check_model(model: ModelConfig) -> None:
+    """Look for the model as far as that needs no hub.
+
+    Raises:
+        ConfigError: There is no such model, or it may not be read.
+        OSError: The storage does not answer.
+    """
+    model.check()
+    if model.is_url:
+        _found(model.path)
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 over `config.json` and of each weight file name, size, header and last 64 KiB.
+
+    Copies have the same wherever they lie. A tensor's name, shape or type changes it, and so does
+    training, which leaves no end of a file as it was. Not covered: weights that were changed in the
+    middle of a file only, the tokenizer, the processor.
+    """
+    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    weights = [_weights_digest(path) for path in sorted(directory.glob("*.safetensors"))]
+    return hashlib.sha256(json.dumps([config, weights]).encode()).hexdigest()
+
+
+def _weights_digest(path: Path) -> tuple[str, int, str, str]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
+        file.seek(max(0, size - TAIL_BYTES))
+        tail = file.read(TAIL_BYTES)
+    return path.name, size, hashlib.sha256(header).hexdigest(), hashlib.sha256(tail).hexdigest()
+
+
+def _from_hub(model: ModelConfig, tick: Tick, jitter_seconds: float) -> Path:
+    """Fetched into the hub's cache, or found there.
+
+    Raises:
+        ConfigError: The hub does not know it, or not for us; offline, the cache does not.
+        OSError: The hub does not answer, or the disk has no room.
+    """
+    if not constants.is_offline_mode():
+        _sleep(jitter_seconds)
+    try:
+        directory = _snapshot(model, tick)
+    except LocalEntryNotFoundError as error:
+        if not constants.is_offline_mode():
+            raise  # the hub does not answer
+        raise ConfigError(
+            f"recipe.model.path: {model.path} at {model.revision or 'main'} is not in "
+            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it, or name a directory"
+        ) from error
+    except HFValidationError as error:
+        raise _unreadable(model.path, error) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in REFUSALS:
+            raise
+        raise _unreadable(model.path, error) from error
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"recipe.model.path: there is no model at {model.path} (no config.json)")
+    return directory
+
+
+def _snapshot(model: ModelConfig, tick: Tick) -> Path:
+    cache = Path(constants.HF_HUB_CACHE)
+    what: dict[str, Any] = {
+        "repo_id": model.path,
+        "revision": model.revision,
+        "cache_dir": cache,
+        "allow_patterns": list(FETCHED),
+        "ignore_patterns": list(LEFT_OUT),
+    }
+    name = repo_folder_name(repo_id=model.path, repo_type="model")
+    with _locked(_models() / f"{name}.lock", cache / name, tick):
+        if not constants.is_offline_mode():
+            _check_room(model.path, _hub_bytes(what), cache, "HF_HOME")
+        return Path(snapshot_download(**what))
+
+
+def _hub_bytes(what: Mapping[str, Any]) -> int:
+    """What is still to be fetched; 0 where the hub does not answer, which may do no harm."""
+    try:
+        files = snapshot_download(dry_run=True, **what)
+    except DryRunError:
+        return 0
+    return sum(file.file_size for file in files if file.will_download)
+
+
+def _from_url(url: str, tick: Tick, jitter_seconds: float) -> Path:
+    """Fetched once per node.
+
+    Raises:
+        ConfigError: There is no model, or it may not be read.
+        OSError: The storage does not answer, or the disk has no room.
+    """
+    _sleep(jitter_seconds)
+    filesystem, files = _found(url)
+    directory = _models() / _key(url, files)
+    partial = directory.with_suffix(".partial")
+    with _locked(directory.with_suffix(".lock"), partial, tick):
+        if not directory.is_dir():
+            if partial.exists():  # of a process that was killed, or failed
+                shutil.rmtree(partial)
+            needed = sum(file.size_bytes for file in files)
+            _check_room(url, needed, directory.parent, CACHE_VARIABLE)
+            try:
+                _fetch(filesystem, files, partial, tick)
+            except UNREADABLE as error:
+                raise _unreadable(url, error) from error
+            partial.rename(directory)
+    return directory
+
+
+def _found(url: str) -> tuple[Any, list[_File]]:
+    """The filesystem, and what is to be fetched from it.
+
+    Raises:
+        ConfigError: There is no model, or it may not be read.
+        OSError: The storage does not answer.
+    """
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        return filesystem, _listed(url, root.rstrip("/"), filesystem.find(root, detail=True))
+    except (ImportError, ValueError, *UNREADABLE) as error:
+        raise _unreadable(url, error) from error
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a model behind a URL.
+
+    Attributes:
+        path: In its filesystem.
+        name: Below the model.
+        size_bytes: 0 where the storage does not tell.
+        version: What changes with its content, as far as the storage tells.
+    """
+
+    path: str
+    name: str
+    size_bytes: int
+    version: str
+
+
+def _listed(url: str, root: str, found: Mapping[str, Mapping[str, Any]]) -> list[_File]:
+    """What is to be fetched, in order of name.
+
+    Raises:
+        ConfigError: There is no model, or a name leads out of it.
+    """
+    files = []
+    for path, info in found.items():
+        if path == root:
+            continue  # a file, not a directory
+        name = path.removeprefix(f"{root}/")
+        if name == path or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ConfigError(f"recipe.model.path: {url} lists {path!r}, which is not below it")
+        version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
+        files.append(_File(path, name, info.get("size") or 0, str(version)))
+    wanted = filter_repo_objects(
+        files,
+        allow_patterns=list(FETCHED),
+        ignore_patterns=list(LEFT_OUT),
+        key=lambda file: file.name,
+    )
+    chosen = sorted(wanted, key=lambda file: file.name)
+    if "config.json" not in [file.name for file in chosen]:
+        raise ConfigError(f"recipe.model.path: there is no model at {url} (no config.json)")
+    return chosen
+
+
+def _key(url: str, files: Sequence[_File]) -> str:
+    listing = [(file.name, file.size_bytes, file.version) for file in files]
+    return hashlib.sha256(json.dumps([url.rstrip("/"), listing]).encode()).hexdigest()[:32]
+
+
+def _fetch(filesystem: Any, files: Sequence[_File], partial: Path, tick: Tick) -> None:
+    """Files into a new folder, and onto the disk."""
+
+    def fetch(file: _File) -> None:
+        target = partial / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        told = Callback(hooks={"tick": lambda *_args, **_told: tick()})
+        filesystem.get_file(file.path, str(target), callback=told)
+        with target.open("rb+") as written:
+            os.fsync(written.fileno())
+            size = written.seek(0, os.SEEK_END)
+        if size != file.size_bytes > 0:
+            raise OSError(f"{file.path}: {size} bytes came of {file.size_bytes}")
+
+    with ThreadPoolExecutor(FETCH_THREADS, "gc2ray-fetch") as pool:
+        list(pool.map(fetch, files))
+
+
+def _models() -> Path:
+    """Where models from URLs, and locks, are kept on this node."""
+    cache = os.environ.get(CACHE_VARIABLE) or "~/.cache/gc2ray"
+    return Path(cache).expanduser().absolute() / "models"
+
+
+@contextmanager
+def _locked(path: Path, watched: Path, tick: Tick) -> Iterator[None]:
+    """Alone on this node; while another process is, what it fetches into `watched` ticks.
+
+    The lock is the kernel's, so one that is killed leaves none behind.
+
+    Raises:
+        ConfigError: The lock cannot be made.
+    """
+    lock = FileLock(path)
+    seen = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=LOOK_SECONDS)
+            except Timeout:
+                before, seen = seen, _bytes_below(watched)
+                if seen != before:
+                    tick()
+    except OSError as error:
+        raise ConfigError(
+            f"models are kept in {path.parent}, which cannot be written: {error.strerror}; name "
+            f"another place in the environment variable {CACHE_VARIABLE}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes on disk; files may come and go meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += Path(parent, name).lstat().st_blocks * 512
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _check_room(model: str, needed_bytes: int, folder: Path, variable: str) -> None:
+    """Refuse to fill a disk.
+
+    Raises:
+        OSError: There is less room than that.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free_bytes = shutil.disk_usage(there).free
+    if free_bytes < needed_bytes:
+        raise OSError(
+            f"{model} needs {needed_bytes / 1e9:.3f} GB, and {folder} has {free_bytes / 1e9:.3f} "
+            f"GB free: make room there, or set {variable} to a larger disk"
+        )
+
+
+def _sleep(jitter_seconds: float) -> None:
+    """A random part of it, whatever seeds were set."""
+    time.sleep(random.SystemRandom().uniform(0, jitter_seconds))
+
+
+def _unreadable(path: str, error: Exception) -> ConfigError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ConfigError(f"recipe.model.path: {path} cannot be read: {first_line}")
