@@ -93,13 +93,19 @@ class _WorkerState:
     handouts: dict[str, Handout] = field(default_factory=dict)
     is_calibrating: bool = False
     is_leaving: bool = False
+    has_ended: bool = False
     is_stalled: bool = False
     is_unplaced: bool = False
 
     @property
+    def is_at_hand(self) -> bool:
+        """Whether it may be given something to do."""
+        return self.loaded is not None and not (self.is_leaving or self.has_ended)
+
+    @property
     def has_room(self) -> bool:
         """Whether it may take another shard: two at a time, and one that was lost alone."""
-        if self.loaded is None or self.is_leaving or self.is_stalled:
+        if not self.is_at_hand:
             return False
         lost = any(handout.attempt > 1 for handout in self.handouts.values())
         return not lost and len(self.handouts) < IN_FLIGHT
@@ -182,11 +188,11 @@ class Driver:
             if self._stop.is_set():
                 raise Interrupted("nothing was answered yet")
             self._staff(rows)
-            loaded = [key for key, state in self._workers.items() if state.loaded is not None]
-            if loaded and not any(state.is_calibrating for state in self._workers.values()):
-                state = self._workers[loaded[0]]
+            at_hand = [key for key, state in self._workers.items() if state.is_at_hand]
+            if at_hand and not any(state.is_calibrating for state in self._workers.values()):
+                state = self._workers[at_hand[0]]
                 state.is_calibrating, state.active = True, self._pool.now()
-                self._pool.calibrate(loaded[0], sample)
+                self._pool.calibrate(at_hand[0], sample)
             self._turn()
         return self._seconds_per_row
 
@@ -206,7 +212,7 @@ class Driver:
                 if self._stop.is_set():
                     self._drain()
                 self._hand_out()
-                self._staff(len(self._queue) + len(self._workers) - len(self._setting_up))
+                self._staff(self._wanted())
                 self._turn()
             self._display(self._snapshot())
         finally:
@@ -270,10 +276,24 @@ class Driver:
                 state = self._workers[worker]
                 if len(state.handouts) == shards and not self._hand(worker, state):
                     break
-        idle = [worker for worker in sorted(self._hungry) if not self._workers[worker].handouts]
-        for worker in idle[1:] if not self._queue else ():
+        for worker in self._idle()[max(1, self._returning()) :] if not self._queue else ():
             if len(self._workers) > self._range.min:
                 self._drop(worker)
+
+    def _idle(self) -> list[int]:
+        """Workers that have nothing to do."""
+        return [worker for worker in sorted(self._hungry) if not self._workers[worker].handouts]
+
+    def _returning(self) -> int:
+        """Shards that will be handed out again: their worker has ended, and is looked into."""
+        gone = (self._workers[worker] for worker in self._leaving)
+        return sum(len(state.handouts) for state in gone if state.has_ended)
+
+    def _wanted(self) -> int:
+        """Workers that stay, and one more for each shard that none of them is about to take."""
+        staying = len(self._workers) - len(self._leaving)
+        about_to = len(self._setting_up - self._leaving) + len(self._idle())
+        return staying + len(self._queue) + self._returning() - about_to
 
     def _hand(self, worker: int, state: _WorkerState) -> bool:
         """Give a worker a shard if it has room; False if there is none for anybody like it."""
@@ -317,6 +337,7 @@ class Driver:
             case Leaving():
                 self._leave(worker, state)
             case Ended():
+                state.has_ended = True
                 self._replace(worker, state)
             case Died():
                 self._bury(worker, event)
@@ -386,6 +407,7 @@ class Driver:
         """It gets no more, and another may start."""
         state.is_leaving = True
         self._leaving.add(worker)
+        self._hungry.discard(worker)
 
     def _bury(self, worker: int, event: Died) -> None:
         """A worker is gone; its shards are handed out again, each alone."""
@@ -427,6 +449,8 @@ class Driver:
     def _check_clocks(self) -> None:
         now, clocks = self._pool.now(), self._cluster
         for worker, state in list(self._workers.items()):
+            if state.has_ended:
+                continue
             if state.placed is None:
                 if now - state.started > clocks.place_seconds and not state.is_unplaced:
                     self._unplaced(state)
@@ -439,9 +463,8 @@ class Driver:
     def _kill(self, worker: int, reason: str) -> None:
         """End a worker that does not get on; `Died` tells what it had in hand."""
         state = self._workers[worker]
-        if not state.is_stalled:
-            state.is_stalled = True
-            self._pool.kill(worker, reason)
+        state.is_stalled = state.has_ended = True
+        self._pool.kill(worker, reason)
 
     def _unplaced(self, state: _WorkerState) -> None:
         """No room for a worker: go on with fewer, or give up when there are too few.

@@ -441,6 +441,43 @@ def test_another_starts_while_a_journal_is_read(tmp_path: Path) -> None:
     assert harness.driver.bill().of(Use.DIED) == pytest.approx(8.0, abs=0.1)
 
 
+def test_a_worker_that_has_ended_is_not_killed_again(tmp_path: Path) -> None:
+    """Its journal takes longer to read than a stall does to be noticed."""
+    pool = SimulatedPool(lambda w, shard, attempt: "hang" if attempt == 1 else "done")
+    pool.at(10.0, Ended(1))
+    pool.at(200.0, Died(1, "the node is gone", ended=10.0))
+    harness = Harness(tmp_path, pool, workers=1, stall_seconds=100.0)
+    harness.run(make_plan(rows=10))
+    assert harness.finished
+    assert pool.killed == []
+    assert harness.driver.bill().of(Use.STALLED) == 0.0
+
+
+def test_an_idle_worker_that_has_ended_is_not_dropped(tmp_path: Path) -> None:
+    """The second is idle when it ends; then the first is, too, and there is one too many."""
+    seconds = (20.0, 5.0, 50.0)
+    pool = SimulatedPool(service_seconds=lambda handout: seconds[handout.shard.index])
+    pool.at(10.0, Ended(2))
+    pool.at(100.0, Died(2, "the node is gone", ended=10.0))
+    harness = Harness(tmp_path, pool, workers=3)
+    harness.run(make_plan(rows=30))
+    assert len(harness.finished) == 3
+    assert 2 not in pool.dropped
+    assert pool.started <= 4
+
+
+def test_a_worker_that_has_ended_does_not_calibrate(tmp_path: Path) -> None:
+    pool = SimulatedPool(seconds_per_row=0.5)
+    original = pool.calibrate
+    pool.calibrate = lambda worker, spans: original(worker, spans) if worker != 1 else None
+    pool.at(2.5, Ended(2))
+    pool.at(2.6, Died(1, "the process ended"))
+    pool.at(50.0, Died(2, "the node is gone", ended=2.5))
+    sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
+    assert Harness(tmp_path, pool).driver.calibrate(sample) == 0.5
+    assert pool.calibrated == [3]
+
+
 def test_an_idle_worker_whose_node_goes_is_dropped_at_once(tmp_path: Path) -> None:
     pool = SimulatedPool(lambda w, s, a: "hang" if s.index == 0 else "done")
     pool.at(50.0, Leaving(2))

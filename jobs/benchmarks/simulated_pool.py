@@ -15,7 +15,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gc2ray.handout import Handout
-from gc2ray.pool import Calibrated, Died, Done, Event, Failed, Leaving, Loaded, Placed, Progressed
+from gc2ray.pool import (
+    Calibrated,
+    Died,
+    Done,
+    Ended,
+    Event,
+    Failed,
+    Leaving,
+    Loaded,
+    Placed,
+    Progressed,
+)
 from gc2ray.progress import Progress
 from gc2ray.shards import Shard, Span
 from gc2ray.stats import RunStats
@@ -88,6 +99,7 @@ class SimulatedPool:
         return self.started
 
     def load(self, worker: int) -> None:
+        self._check_alive(worker)
         goes = self.load_goes(worker)
         if goes == "die":
             self.at(STEP_SECONDS, Died(worker, "died while loading"))
@@ -101,10 +113,12 @@ class SimulatedPool:
             self.at(STEP_SECONDS, Failed(worker, None, RuntimeError(goes)))
 
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:  # noqa: ARG002 - a Pool's
+        self._check_alive(worker)
         self.calibrated.append(worker)
         self.at(STEP_SECONDS, Calibrated(worker, self.seconds_per_row))
 
     def submit(self, worker: int, handout: Handout) -> None:
+        self._check_alive(worker)
         shard = handout.shard
         if self.remembers:
             self.submitted.append((worker, shard, handout.attempt))
@@ -128,11 +142,13 @@ class SimulatedPool:
             self.at(start + FAULT_SECONDS, Failed(worker, shard, OSError("no such file")))
 
     def kill(self, worker: int, reason: str) -> None:
+        self._check_alive(worker)
         self.killed.append(worker)
         self._gone.add(worker)
         self.at(BURIAL_SECONDS, self._died(Died(worker, reason)))
 
     def drop(self, worker: int) -> None:
+        self._check_alive(worker)
         self.dropped.append(worker)
         self._forget(worker)
 
@@ -160,6 +176,11 @@ class SimulatedPool:
         """An event, so many seconds from now."""
         heapq.heappush(self._due, (self.time + delay, next(self._order), event))
 
+    def _check_alive(self, worker: int) -> None:
+        """As in earnest: nothing can be done with a worker that has ended, and it was told so."""
+        if worker in self._gone:
+            raise KeyError(f"worker {worker} has ended")
+
     def _skip_gone(self) -> None:
         """Nothing happens to workers that are gone, not even time."""
         while self._due and self._is_void(self._due[0][2]):
@@ -175,6 +196,8 @@ class SimulatedPool:
             told = event if event.worker in self._gone else self._died(event)
             self._forget(event.worker)
             return told
+        if isinstance(event, Ended):
+            self._gone.add(event.worker)
         if isinstance(event, Done):
             self.on_done(event.shard)
         if isinstance(event, Done | Failed) and event.shard is not None:
