@@ -21,11 +21,9 @@ import pyarrow.parquet as pq
 from gc2ray.errors import Status
 from gc2ray.generations import Generation
 from gc2ray.records import ANSWER_FIELDS, UNWRITTEN_STATS, answer_schema, table_stats
-from gc2ray.shards import Shard, row_key
+from gc2ray.shards import Integers, Shard, row_key
 from gc2ray.stats import RunStats
 from gc2ray.store import PartFooter
-
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gc2ray.errors import Status
 from gc2ray.generations import Generation
-from gc2ray.shards import Shard, Shards, Span
-
-Integers = npt.NDArray[np.int64]
-Booleans = npt.NDArray[np.bool_]
+from gc2ray.shards import Booleans, Integers, Shard, Shards, Span, runs
 
 MERGED_BY = ("source", "row", "prompt_index", "status", "generation")
 """Columns that tell which answer is the latest."""
@@ -144,11 +140,9 @@ def spans_where(shard: Shard, chosen: Booleans) -> list[Span]:
     """
     found, offset = [], 0
     for span in shard.spans:
-        steps = np.diff(chosen[offset : offset + span.rows].astype(np.int8), prepend=0, append=0)
-        for start, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0), strict=True):
-            found.append(
-                Span(span.source, span.fingerprint, span.first + int(start), span.first + int(stop))
-            )
+        for run in runs(chosen[offset : offset + span.rows]):
+            first, stop = span.first + run.start, span.first + run.stop
+            found.append(Span(span.source, span.fingerprint, first, stop))
         offset += span.rows
     return found
 

@@ -15,7 +15,7 @@ import errno
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 PASSING_STATUS = {HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
 LASTING_STATUS = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.INSUFFICIENT_STORAGE}
+_MOST_DOUBLINGS = 32  # more would overflow some day
 _PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN, errno.ETIMEDOUT}
 _PASSING = (TimeoutError, ConnectionError, HTTPClientError, HttpClientError)
 
@@ -59,28 +60,26 @@ class Patience:
         Raises:
             OSError: It lasted too long; the message says how long and what came last.
         """
-        started = None
-        for wait in self._waits():
+        started, failures = None, 0
+        while True:
             try:
                 return work()
             except (*STORAGE_ERRORS, *_PASSING) as error:
                 if not passes(error):
                     raise
                 started = time.monotonic() if started is None else started
-                tried = time.monotonic() - started
+                tried, wait = time.monotonic() - started, self._wait(failures)
                 if tried + wait > self.total_seconds:
                     told = f"{what}: tried for {tried:.0f} s, last: {type(error).__name__}: {error}"
                     raise OSError(errno.ETIMEDOUT, told) from error
                 log.warning("%s: %s; again in %.1f s", what, type(error).__name__, wait)
+            failures += 1
             time.sleep(wait)
-        raise AssertionError("the waits never end")
 
-    def _waits(self) -> Iterator[float]:
-        """Doubling, each drawn from nothing to all of it, so that callers spread out."""
-        longest = self.first_seconds
-        while True:
-            yield random.uniform(0, longest)  # noqa: S311 - no secret
-            longest = min(2 * longest, self.longest_seconds)
+    def _wait(self, failures: int) -> float:
+        """Seconds after so many earlier failures: drawn from nothing up, so that callers spread."""
+        doubled = self.first_seconds * 2.0 ** min(failures, _MOST_DOUBLINGS)
+        return random.uniform(0, min(doubled, self.longest_seconds))  # noqa: S311 - no secret
 
 
 def passes(error: BaseException) -> bool:

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from gc2ray.bill import Bill
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError
 from gc2ray.lease import driver_records
 from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run
-from gc2ray.shards import digest
+from gc2ray.shards import Booleans, digest
 from gc2ray.stats import RunStats
 from gc2ray.store import Store, part_index
 
@@ -56,7 +55,7 @@ class Committed:
         stats: Of their answers.
     """
 
-    shards: npt.NDArray[np.bool_]
+    shards: Booleans
     rows: int
     stats: RunStats
 

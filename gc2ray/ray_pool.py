@@ -204,17 +204,10 @@ class RayPool:
 
     def poll(self, seconds: float) -> list[Event]:
         self._ask_progress()
-        told = [*self._leaving(), *self._ended, *self._overdue_burials()]
-        self._ended.clear()
-        references = list(self._calls)
-        if told or not references:
-            time.sleep(0 if told else seconds)
-            return told
-        ray.wait(references, num_returns=1, timeout=seconds)
-        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
-        events = [self._event(reference) for reference in ready]
+        told = [*self._leaving(), *self._overdue_burials()]
+        told += self._returned(0 if told or self._ended else seconds)
         ended, self._ended = self._ended, []  # at once: nothing may be handed to who is gone
-        return [*(event for event in events if event is not None), *ended]
+        return [*told, *ended]
 
     def room(self) -> str:
         asked = {"CPU": self._cluster.cpus_per_worker, "GPU": self._gpus}
@@ -228,6 +221,17 @@ class RayPool:
 
     def _call(self, worker: int, kind: str, reference: Any, shard: Shard | None = None) -> None:
         self._calls[reference] = (worker, kind, shard)
+
+    def _returned(self, seconds: float) -> list[Event]:
+        """What the calls that have ended tell; the first of them is waited for."""
+        references = list(self._calls)
+        if not references:
+            time.sleep(seconds)
+            return []
+        ray.wait(references, num_returns=1, timeout=seconds)
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        events = [self._event(reference) for reference in ready]
+        return [event for event in events if event is not None]
 
     def _ask_progress(self) -> None:
         for worker, asked in list(self._asked.items()):

@@ -22,7 +22,7 @@ from gc2ray.generations import generation_store
 from gc2ray.latest import MERGED_BY, Latest, places, spans_where
 from gc2ray.manifest import Plan
 from gc2ray.planner import store_plan
-from gc2ray.shards import Shard, Shards, Span, cut_spans
+from gc2ray.shards import Booleans, Shard, Shards, Span, cut_spans
 from gc2ray.store import Store
 from gc2ray.verify import Verdict, verify
 
@@ -123,7 +123,7 @@ def _spans(files: Sequence[tuple[str, str]], columns: npt.NDArray[np.int64]) -> 
         yield Span(source, fingerprint, int(first), int(stop))
 
 
-def _failed_rows(latest: Latest, shard: Shard, failures: Collection[str]) -> npt.NDArray[np.bool_]:
+def _failed_rows(latest: Latest, shard: Shard, failures: Collection[str]) -> Booleans:
     """Which rows of a shard are to be answered anew, (rows,)."""
     chosen = latest.unanswered(shard.index) & (DEAD in failures)
     answers = latest.answers(shard.index, MERGED_BY)

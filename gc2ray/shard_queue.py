@@ -24,11 +24,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from gc2ray.errors import Status
 from gc2ray.handout import Handout
-from gc2ray.shards import Shard, Shards
+from gc2ray.shards import Booleans, Shard, Shards
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class ShardQueue:
         limits: When one is given up.
     """
 
-    def __init__(self, shards: Shards, committed: npt.NDArray[np.bool_], limits: Limits) -> None:
+    def __init__(self, shards: Shards, committed: Booleans, limits: Limits) -> None:
         self._shards = shards
         self._limits = limits
         self._wanted = np.flatnonzero(~committed).astype(np.int32)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Shards(Sequence[Shard]):
         files: Sequence[tuple[str, str]],
         spans: SpanColumns,
         sids: npt.NDArray[np.uint64],
-        continues: npt.NDArray[np.bool_],
+        continues: Booleans,
     ) -> None:
         self.files = tuple(files)
         self.spans = SpanColumns(
@@ -200,6 +201,13 @@ def row_key(source: str, row: int, prompt_index: int | None = None) -> str:
 def digest(data: bytes) -> str:
     """SHA-256, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def runs(chosen: Booleans) -> Iterator[slice]:
+    """Runs of places that are chosen, in order."""
+    steps = np.diff(chosen.astype(np.int8), prepend=0, append=0)
+    for first, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0), strict=True):
+        yield slice(int(first), int(stop))
 
 
 def first_spans(files: Sequence[SourceFile], rows: int) -> list[Span]:

@@ -24,6 +24,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -157,19 +158,27 @@ class Store:
         probe = self._path(f"_tmp/probe-{uuid.uuid4().hex}")
         if self._local:
             self._create_local(probe, io.BytesIO(b""))
-        else:
-            self._patience.call("writing a probe", lambda: self._fs.pipe_file(probe, b""))
-            try:
-                self._fs.pipe_file(probe, b"", mode="create")
-            except FileExistsError:
-                pass
-            else:
-                log.warning(
-                    "%s ignores conditional writes: of two drivers in the same moment the last one "
-                    "wins, with whole parts; run one driver at a time on this output",
-                    self.uri,
-                )
-        self._fs.rm_file(probe)
+        elif not self._refuses_second(probe):
+            log.warning(
+                "%s ignores conditional writes: of two drivers in the same moment the last one "
+                "wins, with whole parts; run one driver at a time on this output",
+                self.uri,
+            )
+        self._patience.call("removing a probe", lambda: self._remove(probe))
+
+    def _refuses_second(self, path: str) -> bool:
+        """Whether a name that is taken is refused on the condition that it is free."""
+        call, pipe = self._patience.call, self._fs.pipe_file
+        call("writing a probe", lambda: pipe(path, b""))
+        try:
+            call("writing a probe", lambda: pipe(path, b"", mode="create"))
+        except FileExistsError:
+            return True
+        return False
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # an earlier try of this very call was faster
+            self._fs.rm_file(path)
 
     def create(self, name: str, data: bytes) -> bool:
         """Make an object, whole or not at all; False if the name is taken.
@@ -177,25 +186,30 @@ class Store:
         Raises:
             OSError: It could not be written.
         """
-        try:
-            if self._local:
-                self._create_local(self._path(name), io.BytesIO(data))
-            else:
-                pipe = self._fs.pipe_file
-                self._create_remote(name, lambda target: pipe(target, data, mode="create"))
-        except FileExistsError:
-            return False
-        return True
+        return self._created(
+            name,
+            lambda: io.BytesIO(data),
+            lambda target: self._fs.pipe_file(target, data, mode="create"),
+        )
 
     def create_from(self, name: str, path: Path) -> bool:
         """As `create`, of a file on this machine, which need not fit into memory."""
+        return self._created(
+            name,
+            lambda: path.open("rb"),
+            lambda target: self._fs.put_file(str(path), target, mode="create"),
+        )
+
+    def _created(
+        self, name: str, content: Callable[[], IO[bytes]], put: Callable[[str], object]
+    ) -> bool:
+        """`content` is for a local disk, `put` for any other storage."""
         try:
             if self._local:
-                with path.open("rb") as content:
-                    self._create_local(self._path(name), content)
+                with content() as opened:
+                    self._create_local(self._path(name), opened)
             else:
-                put = self._fs.put_file
-                self._create_remote(name, lambda target: put(str(path), target, mode="create"))
+                self._create_remote(name, put)
         except FileExistsError:
             return False
         return True

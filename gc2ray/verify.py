@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from gc2ray.errors import ConfigError
 from gc2ray.generations import (
@@ -28,6 +27,7 @@ from gc2ray.generations import (
 from gc2ray.inspection import Inspection, inspect
 from gc2ray.latest import Latest, owners
 from gc2ray.manifest import PLAN_NAME, RUN_NAME
+from gc2ray.shards import Booleans, Integers, runs
 from gc2ray.stats import RunStats
 from gc2ray.store import Store, part_index
 
@@ -35,9 +35,6 @@ FOOTER_THREADS = 16
 READ_THREADS = 2
 AT_A_TIME = 1024
 """Parts whose inspections are held at a time."""
-
-Integers = npt.NDArray[np.int64]
-Booleans = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +263,7 @@ def _missing(checked: Sequence[Checked], unanswered: Integers) -> Iterator[str]:
     """A line for each run of shards without answers."""
     first, newest = checked[0], checked[-1]
     yield from _waiting(first, unanswered, "run again")
-    for shards in _runs(first.given_up & (unanswered > 0)):
+    for shards in runs(first.given_up & (unanswered > 0)):
         yield (
             f"{_named(shards)} ({unanswered[shards].sum()} rows without an answer): given up, "
             "dead/ says why; run again, or `gc2ray retry`"
@@ -277,16 +274,9 @@ def _missing(checked: Sequence[Checked], unanswered: Integers) -> Iterator[str]:
 
 
 def _waiting(checked: Checked, rows: Integers, remedy: str) -> Iterator[str]:
-    for shards in _runs(checked.waiting):
+    for shards in runs(checked.waiting):
         name = checked.generation.name(_named(shards))
         yield f"{name} ({rows[shards].sum()} rows): not answered yet; {remedy}"
-
-
-def _runs(chosen: Booleans) -> Iterator[slice]:
-    """Runs of places that are chosen."""
-    steps = np.diff(chosen.astype(np.int8), prepend=0, append=0)
-    for first, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0), strict=True):
-        yield slice(int(first), int(stop))
 
 
 def _named(shards: slice) -> str:

@@ -291,9 +291,8 @@ import sys
 from functools import partial
 from pathlib import Path
 from gc2ray.config import load_job
-from gc2ray.retry import next_retry
-from gc2ray.run import run_job, run_retry
-from tests.fakes import Counted, Fault, counted_worker, faulty_worker
+from gc2ray.run import run_job
+from tests.fakes import Fault, faulty_worker
 import os
 job_file, marks, step = sys.argv[1:4]
 fault = Fault("kill_driver", Path(marks), step=step, driver_pid=os.getpid(), seconds=0.01)
