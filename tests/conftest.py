@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from gc2ray import families
 from gc2ray.families.family import Loaded
 from gc2ray.families.tiny import TinySpec, build_tiny
 from tests.chaos import Survived
+from tests.object_servers import RcloneServer, a_bucket, moto_server
 
 SPECS = {
     "vicuna": TinySpec(),
@@ -47,6 +49,34 @@ def loaded_models(tiny_paths: dict[str, Path]) -> dict[str, Loaded]:
         name: families.load(str(path), revision=None, dtype="float32", device="cpu")
         for name, path in tiny_paths.items()
     }
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[tuple[str, int]]:
+    """Host and port of an S3 server that honours conditional writes."""
+    with moto_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """Host and port of one that ignores them."""
+    with RcloneServer(tmp_path_factory.mktemp("buckets")).running() as server:
+        yield server.host, server.port
+
+
+@pytest.fixture
+def s3(moto: tuple[str, int]) -> Iterator[str]:
+    """An empty bucket where conditional writes are honoured."""
+    with a_bucket(*moto) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def rclone(rclone_server: tuple[str, int]) -> Iterator[str]:
+    """An empty bucket where they are not."""
+    with a_bucket(*rclone_server) as bucket:
+        yield bucket
 
 
 SURVIVED = pytest.StashKey[Survived]()

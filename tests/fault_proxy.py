@@ -42,7 +42,7 @@ class Faults:
 
 
 class FaultProxy:
-    """The proxy; `address` is where it listens.
+    """The proxy; it listens at `host` and `port`.
 
     Attributes:
         faults: May be replaced at any time.
@@ -76,7 +76,7 @@ class FaultProxy:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.host, self.port = "127.0.0.1", int(self._server.server_address[1])
 
     @contextmanager
     def running(self) -> Iterator[FaultProxy]:

@@ -28,7 +28,6 @@ from gc2ray import staging
 from gc2ray.config import Cluster, ModelConfig
 from gc2ray.errors import ConfigError
 from gc2ray.staging import StagedModel, check_model, digest, stage
-from tests.test_store import s3, s3_server  # noqa: F401 - fixtures
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share open files, and torch's threads
 WANTED = {

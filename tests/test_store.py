@@ -27,38 +27,11 @@ from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards
 from gc2ray.sources.parquet import ParquetSource
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
+from tests.object_servers import SECRET
 from tests.rows import make_recipe, request
 
 RECIPE = make_recipe("model")
-SECRET = "hunter2hunter2hunter2"
 THREADS = 8
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[None]:
-    """An S3 server; its address and the keys come from the environment, as in real life."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: None) -> str:
-    """An empty bucket."""
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    return f"s3://{bucket}"
 
 
 @pytest.fixture
@@ -74,10 +47,10 @@ def local(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "run"))
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "rclone"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "s3":
-        yield Store(f"{request.getfixturevalue('s3')}/run")
+    if request.param in ("s3", "rclone"):
+        yield Store(f"{request.getfixturevalue(request.param)}/run")
     elif request.param == "memory":
         yield Store(f"memory://run-{uuid.uuid4().hex}")
         fsspec.filesystem("memory").store.clear()

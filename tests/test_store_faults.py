@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import s3fs
 
 from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
 from gc2ray.shards import Shard, SourceFile, cut_shards
 from gc2ray.store import Commit, Store
 from tests.fault_proxy import FaultProxy, Faults
-from tests.test_store import RECIPE, SECRET, a_part
+from tests.object_servers import SECRET, a_bucket
+from tests.test_store import RECIPE, a_part
 
 SHARDS, DRIVERS = 12, 2
 PATIENT = Patience(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
 
 
 @pytest.fixture(scope="module")
-def proxy() -> Iterator[FaultProxy]:
-    """An S3 server that honours conditional writes, behind the proxy."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    made = FaultProxy(*server.get_host_and_port())
-    with made.running(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", made.address)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield made
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+def proxies(
+    moto: tuple[str, int], rclone_server: tuple[str, int]
+) -> Iterator[dict[str, FaultProxy]]:
+    """In front of a server that honours conditional writes, and of one that ignores them."""
+    honours, ignores = FaultProxy(*moto), FaultProxy(*rclone_server)
+    with honours.running(), ignores.running():
+        yield {"honours": honours, "ignores": ignores}
 
 
 @pytest.fixture
-def output(proxy: FaultProxy) -> str:
-    proxy.faults = Faults()
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    proxy.met.clear()
-    return f"s3://{bucket}/run"
+def server() -> str:
+    """Which of them; some tests ask for the other one, too."""
+    return "honours"
+
+
+@pytest.fixture
+def proxy(proxies: dict[str, FaultProxy], server: str) -> FaultProxy:
+    proxies[server].faults = Faults()
+    return proxies[server]
+
+
+@pytest.fixture
+def output(proxy: FaultProxy) -> Iterator[str]:
+    with a_bucket(proxy.host, proxy.port) as bucket:
+        proxy.met.clear()
+        yield f"{bucket}/run"
 
 
 def shards() -> list[Shard]:
@@ -60,8 +60,8 @@ def part(shard: Shard, token: str) -> bytes:
     return a_part(shard, token)
 
 
-def committed_by_two(output: str) -> dict[tuple[int, str], Commit]:
-    """Every shard is committed by two drivers at the same time."""
+def committed_by_two(output: str, *, at_once: bool = True) -> dict[tuple[int, str], Commit]:
+    """Every shard is committed by two drivers, at the same time or one after the other."""
     stores = [Store(output, PATIENT) for _ in range(DRIVERS)]
 
     def commit(work: tuple[int, Shard]) -> tuple[tuple[int, str], Commit]:
@@ -69,11 +69,14 @@ def committed_by_two(output: str) -> dict[tuple[int, str], Commit]:
         token = f"{driver}-{shard.index}"
         return (driver, shard.sid), stores[driver].commit(shard, part(shard, token), token)
 
-    work = [(driver, shard) for shard in shards() for driver in range(DRIVERS)]
+    turns = [[(driver, shard) for shard in shards()] for driver in range(DRIVERS)]
+    if at_once:
+        turns = [[work for pair in zip(*turns, strict=True) for work in pair]]
     with ThreadPoolExecutor(8) as pool:
-        return dict(pool.map(commit, work))
+        return dict(verdict for turn in turns for verdict in pool.map(commit, turn))
 
 
+@pytest.mark.parametrize("server", ["honours", "ignores"])
 @pytest.mark.parametrize(
     ("faults", "met"),
     [
@@ -86,10 +89,11 @@ def committed_by_two(output: str) -> dict[tuple[int, str], Commit]:
     ids=["busy", "dropped", "lost-acknowledgements", "all", "slow"],
 )
 def test_nothing_is_lost_or_doubled(
-    proxy: FaultProxy, output: str, faults: Faults, met: str
+    proxy: FaultProxy, output: str, server: str, faults: Faults, met: str
 ) -> None:
+    """Where conditions are ignored, two drivers must not run in the same moment."""
     proxy.faults = faults
-    verdicts = committed_by_two(output)
+    verdicts = committed_by_two(output, at_once=server == "honours")
     count = proxy.met[met]
     proxy.faults = Faults()
     assert count > 0, "the fault was not met"
@@ -150,27 +154,19 @@ def test_a_store_that_honours_conditions_is_not_warned_of(
     assert Store(output).names("_tmp") == []
 
 
-def test_a_store_that_ignores_conditions_is_told(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("server", ["ignores"])
+def test_a_store_that_ignores_conditions_is_told(
+    output: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Even there a second writer that is late overwrites nothing."""
-
-    class Ignoring:
-        def __init__(self, filesystem: object) -> None:
-            self._fs = filesystem
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self._fs, name)
-
-        def pipe_file(self, path: str, value: bytes, **_: object) -> None:
-            self._fs.pipe_file(path, value)
-
-    store = Store(f"memory://run-{uuid.uuid4().hex}")
-    store._fs = Ignoring(store._fs)
+    store = Store(output)
     store.check_usable(writing=True)
-    (message,) = caplog.messages
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("gc2ray")]
     assert "ignores conditional writes" in message
     assert store.create("data/a", b"one") is True
     assert store.create("data/a", b"two") is False
     assert store.read("data/a") == b"one"
+    assert store.names("_tmp") == []
 
 
 def test_no_secret_is_logged(
