@@ -21,6 +21,7 @@ from rich.table import Table
 
 from gc2ray import __version__
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, GivenUp, Interrupted
+from gc2ray.logs import LogForm, set_up
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
 # and `--help`, a typo in the configuration or `status` should not wait for them.
@@ -64,6 +65,40 @@ def run(
             outcome = run_job(job, address=address, display=display)
         print_outcome(console, outcome, job.output)
         raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def submit(
+    context: typer.Context,
+    config: Config,
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://head:8265."
+        ),
+    ] = "http://127.0.0.1:8265",
+    follow: Annotated[  # noqa: FBT002 - typer makes an option of it
+        bool, typer.Option("--follow", help="Print what it prints; end with its exit code.")
+    ] = False,
+    submission_id: Annotated[
+        str | None, typer.Option("--id", help="Name of the job on the cluster; else one is drawn.")
+    ] = None,
+) -> None:
+    """Run a job on a Ray cluster; submit it again to go on where it was left."""
+    with _exit_codes():
+        from gc2ray.config import load_job
+        from gc2ray.submission import JobServer
+
+        job = load_job(config, overrides or [])
+        job.check_portable()
+        server = JobServer(address)
+        for handler in logging.getLogger("ray").handlers:  # it would tell of its requests
+            handler.setLevel(logging.WARNING)
+        submission_id = server.submit(job, submission_id, ["--log", str(context.obj)])
+        typer.echo(f"submitted {submission_id}; how far it is: gc2ray status {job.output}")
+        if follow:
+            raise typer.Exit(server.follow(submission_id, lambda text: typer.echo(text, nl=False)))
 
 
 @app.command()
@@ -202,12 +237,17 @@ def _version(show: bool | None) -> None:  # noqa: FBT001 - typer calls it so
 
 @app.callback()
 def _root(
+    context: typer.Context,
     _show_version: Annotated[
         bool | None,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = None,
+    log: Annotated[
+        LogForm, typer.Option(help="Lines on stderr: for people, or with ids for programs.")
+    ] = LogForm.TEXT,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    set_up(log)
+    context.obj = log
     # Ray workers started under `uv run` would rebuild the environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 

@@ -308,6 +308,28 @@ class Job(_Frozen):
         located = {"output": _absolute(self.output), "recipe": recipe.model_copy(update=what)}
         return self.model_copy(update=located)
 
+    def to_yaml(self) -> str:
+        """As a file that `load_job` reads, every setting written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def check_portable(self) -> None:
+        """Refuse what means something else on another machine.
+
+        Raises:
+            ConfigError: A local path is not absolute.
+        """
+        recipe = self.recipe
+        places = {"output": [self.output], "recipe.input.uri": [recipe.input.uri]}
+        places["recipe.input.image_roots"] = list(recipe.input.image_roots)
+        places["recipe.model.path"] = [recipe.model.path] if recipe.model.is_local else []
+        for key, values in places.items():
+            for value in values:
+                if not _is_url(value) and not Path(value).is_absolute():
+                    raise ConfigError(
+                        f"{key}: {value!r} is a path of this machine; the cluster needs a URL, or "
+                        "an absolute path that all its nodes share"
+                    )
+
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """Read a YAML and apply `a.b=c` overrides.

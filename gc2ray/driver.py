@@ -412,7 +412,8 @@ class Driver:
     def _bury(self, worker: int, event: Died) -> None:
         """A worker is gone; its shards are handed out again, each alone."""
         state = self._remove(worker)
-        log.warning("worker %d is gone: %s", worker, event.reason)
+        told = {"worker": worker, "shards": list(state.handouts)}
+        log.warning("worker %d is gone: %s", worker, event.reason, extra=told)
         died = Use.STALLED if state.is_stalled else Use.DIED
         ended = self._pool.now() if event.ended is None else event.ended
         self._meter.stop(worker, self._use(state, died), ended)
@@ -428,9 +429,12 @@ class Driver:
             self._lost(handout.shard, Loss(event.reason, in_hand, state.is_stalled))
 
     def _lost(self, shard: Shard, loss: Loss) -> None:
+        told = {"shard": shard.sid}
+        log.info("shard %d is lost: %s", shard.index, loss.reason, extra=told)
         reason = self._queue.lost(shard, loss)
         if reason is None:
             return
+        log.warning("shard %d is given up: %s", shard.index, reason, extra=told)
         letter = {
             "sid": shard.sid,
             "shard": shard.index,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,9 @@ from gc2ray.config import Cluster
 from gc2ray.errors import ConfigError, EngineDead
 from gc2ray.handout import Handout
 from gc2ray.journal import InHand, taken_over
+from gc2ray.knock import knock
+from gc2ray.logs import LogForm, set_up
+from gc2ray.metrics import RunMetrics
 from gc2ray.pool import (
     Calibrated,
     Died,
@@ -44,12 +46,12 @@ from gc2ray.pool import (
 )
 from gc2ray.progress import Progress
 from gc2ray.shards import Shard, Span
+from gc2ray.store import Commit
 from gc2ray.worker import ShardDone, Worker
 
 PROGRESS_SECONDS = 2.0
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 """Shards and answers travel as files; the object store carries a few small messages."""
-KNOCK_SECONDS = 10.0
 JOURNAL_SECONDS = 30.0
 """Time to read the journal of a worker that has ended; after that its node is taken for lost."""
 LEAVING_SECONDS = 2.0
@@ -105,14 +107,14 @@ def _join(address: str | None) -> None:
 
 
 def _knock(address: str) -> None:
-    """Open and close a connection: Ray itself waits minutes for a head that is not there.
+    """Knock at an address of a head, if it says where.
 
     Raises:
         OSError: Nobody answers.
     """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        knock(host, int(port))
 
 
 def gpus_per_worker(cluster: Cluster) -> float:
@@ -344,10 +346,12 @@ def _journal(reference: Any) -> InHand:
 
 
 class _Actor:
-    """A worker in its own process; `Worker` itself stays free of Ray."""
+    """A worker in its own process, its logs and metrics; `Worker` itself stays free of Ray."""
 
     def __init__(self, make_worker: MakeWorker, arguments: tuple[Any, ...]) -> None:
         self._worker = make_worker(*arguments)
+        set_up(LogForm.JSON, run=self._worker.run, worker=self._worker.uuid)
+        self._metrics = RunMetrics(self._worker.run)
 
     def ready(self) -> tuple[str, str]:
         """Node and journal, once the process is up."""
@@ -360,7 +364,10 @@ class _Actor:
         return self._worker.calibrate(spans)
 
     def process(self, handout: Handout) -> ShardDone:
-        return self._worker.process(handout)
+        done = self._worker.process(handout)
+        if done.commit == Commit.WON:
+            self._metrics.count(done.stats)
+        return done
 
     def progress(self) -> Progress:
         return self._worker.progress()

@@ -126,6 +126,10 @@ class Worker:
         generation: 0, or that of the retry whose rows these are.
         load: Makes the engine; the default loads the recipe's model.
         metrics: Told every step of a shard.
+
+    Attributes:
+        uuid: Of this process, as the records of its answers name it.
+        run: Fingerprint of the recipe.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ class Worker:
         metrics: Metrics | None = None,
     ) -> None:
         self.uuid = uuid.uuid4().hex
+        self.run = job.recipe.fingerprint()
         self._job = job
         self._carried = carried
         self._generation = generation
@@ -208,7 +213,7 @@ class Worker:
             EngineDead: The engine is lost; end this process.
         """
         if self._running.acquire(blocking=False):  # once: it is never released
-            threading.Thread(target=self._run, daemon=True, name="gc2ray-engine").start()
+            threading.Thread(target=self._stream, daemon=True, name="gc2ray-engine").start()
         shard = handout.shard
         with self._journal.page(shard.sid, shard.rows) as page:
             work = _Work(handout, page)
@@ -242,7 +247,7 @@ class Worker:
             raise EngineDead("the worker has no engine yet: call load first")
         return self._engine
 
-    def _run(self) -> None:
+    def _stream(self) -> None:
         """The engine's thread: one stream for the life of the worker."""
         reason = "the engine stopped"
         try:
@@ -288,6 +293,7 @@ class Worker:
         except ShardError as error:
             with self._shards:
                 self._fail(work, error)
+            log.warning("%s", error, extra={"shard": work.sid})
             return
         self._metrics("read", work.sid)
         with self._shards:
@@ -382,7 +388,7 @@ class Worker:
         answers = in_order(shard, work.answers.values())
         footer = PartFooter(
             sid=shard.sid,
-            run=self._job.recipe.fingerprint(),
+            run=self.run,
             token=uuid.uuid4().hex,
             worker=self.uuid,
             rows=shard.rows,
@@ -396,6 +402,8 @@ class Worker:
         except COMMIT_ERRORS as error:
             raise ShardError(f"the part cannot be written: {error}") from error
         self._metrics("committed", shard.sid)
+        told = {"shard": shard.sid, "attempt": work.handout.attempt, "commit": str(commit)}
+        log.info("%s: %d rows", shard.part_name, shard.rows, extra=told)
         return ShardDone(shard.sid, footer.stats, commit)
 
     def _part_stats(self, answers: Sequence[Answer]) -> RunStats:

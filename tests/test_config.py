@@ -25,7 +25,7 @@ from gc2ray.config import (
 from gc2ray.errors import ConfigError
 from gc2ray.packing import Packing
 from gc2ray.records import ANSWER_COLUMNS
-from tests.rows import job_data
+from tests.rows import job_data, make_job
 
 
 def data_with(path: str, value: object) -> dict[str, Any]:
@@ -472,3 +472,31 @@ def test_a_model_in_the_home_directory_is_found_from_anywhere(
     assert parse_job(job_data("./m", "in", "out")).located().recipe.model.path == str(
         Path("m").absolute()
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "in/*.parquet"}, "recipe.input.uri: 'in/*.parquet'"),
+        (
+            {"input__image_roots": ["s3://images", "~/images"]},
+            "recipe.input.image_roots: '~/images'",
+        ),
+        ({"model": "./model"}, "recipe.model.path: './model'"),
+        ({"output": "out"}, "output: 'out'"),
+    ],
+)
+def test_paths_of_this_machine_mean_nothing_on_another(
+    changes: dict[str, object], message: str
+) -> None:
+    places = {"model": "hub/model", "source": "/data/in", "output": "s3://bucket/out"}
+    make_job(**places).check_portable()
+    job = make_job(**{**places, **changes})
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        job.check_portable()
+
+
+def test_a_job_written_as_yaml_is_read_back_the_same(tmp_path: Path) -> None:
+    job = make_job("hub/model", "/data/in", "s3://bucket/out", compression__retention=0.1)
+    (tmp_path / "job.yaml").write_text(job.to_yaml())
+    assert load_job(tmp_path / "job.yaml") == job

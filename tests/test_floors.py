@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "gc2ray"
 FLOORS = {
     "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
     "compiled_attention": 0, "feed": 0, "linear": 0, "quality": 0, "shards": 0,
-    "bill": 0,
-    "handout": 1, "journal": 1, "patience": 1, "progress": 1,
+    "bill": 0, "knock": 0, "logs": 0,
+    "handout": 1, "journal": 1, "metrics": 1, "patience": 1, "progress": 1,
     "images": 1, "prompts": 1, "packing": 1, "compression": 1, "families": 1, "decoding": 1,
     "config": 2, "pictures": 2, "pocket": 2,
     "sizing": 3, "manifest": 3, "row": 3, "shard_queue": 3,
@@ -24,10 +24,11 @@ FLOORS = {
     "worker": 6, "planner": 6, "parity": 6, "latest": 6, "inspection": 6,
     "pool": 7, "verify": 7,
     "retry": 8, "compact": 8,
-    "ray_pool": 8,
+    "ray_pool": 8, "submission": 8,
     "driver": 9,
     "run": 10, "display": 10,
     "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 
 SAME_FLOOR = {("records", "errors"), ("records", "stats"), ("views", "canvas")}
@@ -51,7 +52,10 @@ BORDERS = {
     "ctypes": {"compiled_attention"},
     "transformers": {"families", "decoding"},
     "tokenizers": {"families"},
-    "ray": {"ray_pool"},
+    "ray": {"metrics", "ray_pool", "submission"},
+    "pythonjsonlogger": {"logs"},
+    "requests": {"submission"},
+    "aiohttp": {"patience", "submission"},
     "pyarrow": {
         "pocket",
         "records",
