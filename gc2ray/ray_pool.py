@@ -4,7 +4,7 @@ Ray's own restarts and retries stay 0: the driver starts another worker and hand
 again. Of a worker that has ended the journal is read on its node, if that is still there; another
 starts meanwhile. An actor that finds no room waits for it, which Ray's autoscaler sees.
 
-Not covered: heterogeneous workers, job submission.
+Not covered: heterogeneous workers.
 """
 
 from __future__ import annotations

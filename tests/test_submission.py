@@ -181,9 +181,7 @@ def test_a_head_that_is_not_there(job_file: Path) -> None:
 
 def test_another_server_is_no_job_server(moto: tuple[str, int]) -> None:
     host, port = moto
-    with pytest.raises(
-        ConfigError, match=f":{port} refuses: Version check returned 404"
-    ):
+    with pytest.raises(ConfigError, match=f":{port} refuses: Version check returned 404"):
         JobServer(f"http://{host}:{port}")
 
 
