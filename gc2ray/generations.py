@@ -1,13 +1,14 @@
 """Generations of an output: the run itself, and the retries of its failed rows.
 
 Generation 0 is the output; generation N is `retries/gN` in it, a run like it: `run.json`, `plan/`,
-`data/`, `dead/`, `workers/`. No generation edits another.
+`data/`, `dead/`, `workers/`, `model.json`. No generation edits another.
 
 Not covered: which generation's answer counts (`gc2ray.latest`).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from gc2ray.shards import digest
 from gc2ray.store import Store
 
 RETRIES = "retries"
+MODEL_NAME = "model.json"
+"""Digest of the model that the first worker had."""
 _RETRY = re.compile(rf"{RETRIES}/g([1-9]\d*)$")
 
 
@@ -30,12 +33,14 @@ class Generation:
         store: Its directory.
         run: What its `run.json` says.
         plan: Its plan, all of it.
+        model: Digest of the model that answers; None where none was loaded.
     """
 
     number: int
     store: Store
     run: Run
     plan: Plan
+    model: str | None
 
     def name(self, name: str) -> str:
         """The name of one of its objects, relative to the output."""
@@ -69,15 +74,31 @@ def stored_run(store: Store) -> Run | None:
     return None if data is None else Run.from_bytes(data)
 
 
+def stored_digest(store: Store) -> str | None:
+    """The digest of the model that a directory's answers are of; None where none was loaded.
+
+    Raises:
+        ConfigError: `model.json` is damaged; the message begins with its name.
+    """
+    data = store.read(MODEL_NAME)
+    try:
+        return None if data is None else str(json.loads(data)["digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{MODEL_NAME}: not written by gc2ray, or damaged") from error
+
+
 def open_generation(output: str, number: int) -> Generation | None:
     """A generation of an output; None where it was not begun.
 
     Raises:
-        ConfigError: `run.json` or the plan is damaged; the message begins with its name.
+        ConfigError: `run.json`, the plan or `model.json` is damaged; the message begins with its
+            name.
     """
     store = generation_store(output, number)
     run = stored_run(store)
-    return None if run is None else Generation(number, store, run, frozen_plan(store, run))
+    if run is None:
+        return None
+    return Generation(number, store, run, frozen_plan(store, run), stored_digest(store))
 
 
 def frozen_plan(store: Store, run: Run) -> Plan:

@@ -10,8 +10,11 @@ What is missing or forbidden is a `ConfigError`; a network that fails and a disk
 an `OSError` (or botocore's, see `STORAGE_ERRORS`), because another worker, or another node, may
 have more luck.
 
-Not covered: models that nobody uses any more (delete them), and a hub's branch that moves while
-workers start: their records show two digests.
+Trouble of a storage that may pass is waited out (`gc2ray.patience`); the hub's client does that by
+itself.
+
+Not covered: models that nobody uses any more (delete them). A hub's branch that moves while workers
+start is another model for some of them, which the worker refuses by its digest.
 """
 
 from __future__ import annotations
@@ -47,11 +50,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__i
 
 from gc2ray.config import ModelConfig
 from gc2ray.errors import ConfigError
+from gc2ray.patience import Patience
 
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 LEFT_OUT = ("*/*.safetensors",)
 """Checkpoints in folders below the model, which nothing loads."""
 CACHE_VARIABLE = "GC2RAY_CACHE"
+PATIENCE = Patience()
 JITTER_SECONDS = 3.0
 """Workers that start together ask the storage spread over this time."""
 LOOK_SECONDS = 1.0
@@ -224,7 +229,8 @@ def _found(url: str) -> tuple[Any, list[_File]]:
     """
     try:
         filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        return filesystem, _listed(url, root.rstrip("/"), filesystem.find(root, detail=True))
+        found = PATIENCE.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
+        return filesystem, _listed(url, root.rstrip("/"), found)
     except (ImportError, ValueError, *UNREADABLE) as error:
         raise _unreadable(url, error) from error
 
@@ -285,7 +291,8 @@ def _fetch(filesystem: Any, files: Sequence[_File], partial: Path, tick: Tick) -
         target = partial / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         told = Callback(hooks={"tick": lambda *_args, **_told: tick()})
-        filesystem.get_file(file.path, str(target), callback=told)
+        get = filesystem.get_file
+        PATIENCE.call(f"fetching {file.path}", lambda: get(file.path, str(target), callback=told))
         with target.open("rb+") as written:
             os.fsync(written.fileno())
             size = written.seek(0, os.SEEK_END)

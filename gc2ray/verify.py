@@ -17,6 +17,7 @@ import numpy as np
 
 from gc2ray.errors import ConfigError
 from gc2ray.generations import (
+    MODEL_NAME,
     RETRIES,
     Generation,
     object_name,
@@ -162,7 +163,9 @@ def _strayed(first: Generation, retry: Generation) -> Iterator[str]:
     run = retry.name(RUN_NAME)
     if retry.plan.recipe_fingerprint != first.plan.recipe_fingerprint:
         yield f"{run}: its recipe is not the output's; move {retry.name('')} away"
-    elif (owners(first.plan.shards, retry.plan.shards) < 0).any():
+    if None not in (first.model, retry.model) and first.model != retry.model:
+        yield f"{retry.name(MODEL_NAME)}: its model is not the output's; move {retry.name('')} away"
+    if (owners(first.plan.shards, retry.plan.shards) < 0).any():
         yield f"{retry.name(PLAN_NAME)}: plans rows that {PLAN_NAME} does not; move it away"
 
 

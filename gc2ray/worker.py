@@ -36,6 +36,7 @@ import pyarrow as pa
 
 from gc2ray.config import Job
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError
+from gc2ray.generations import MODEL_NAME, stored_digest
 from gc2ray.handout import Handout
 from gc2ray.journal import Journal, Page
 from gc2ray.part import in_order, part_bytes
@@ -173,10 +174,11 @@ class Worker:
         """Load the engine, start its thread and the worker's record; returns the device's name.
 
         Raises:
-            ConfigError: The model cannot be loaded.
-            OSError: It could not be fetched now.
+            ConfigError: The model cannot be loaded, or is another one than the run began with.
+            OSError: It could not be fetched now, or the storage does not answer.
         """
         self._engine = self._load(self._job)
+        self._check_model(self._engine.model_digest)
         self._loaded = datetime.now(UTC)
         threading.Thread(target=self._keep_record, daemon=True, name="gc2ray-record").start()
         return self._engine.device
@@ -229,6 +231,26 @@ class Worker:
         """Answer requests for nothing but the time it takes."""
         for _ in self._loaded_engine().stream(requests):
             self._tick()
+
+    def _check_model(self, digest: str) -> None:
+        """All workers of a run, and those that go on with it, must have the same model.
+
+        The first one says which.
+
+        Raises:
+            ConfigError: This is another one.
+        """
+        model = self._job.recipe.model
+        told = {"digest": digest, "path": model.path, "revision": model.revision}
+        data = (json.dumps(told, indent=2) + "\n").encode()
+        if self._store.create(MODEL_NAME, data):
+            return
+        first = stored_digest(self._store)
+        if first != digest:
+            raise ConfigError(
+                f"recipe.model: {model.path} is another model than the run began with ({digest} "
+                f"here, {first} in {MODEL_NAME}); pin recipe.model.revision, or choose a new output"
+            )
 
     def _tick(self) -> None:
         """Something got on that neither answers nor bytes of this process tell of."""

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from gc2ray import staging
 from gc2ray.config import Cluster, ModelConfig
 from gc2ray.errors import ConfigError
+from gc2ray.patience import Patience
 from gc2ray.staging import StagedModel, check_model, digest, stage
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share open files, and torch's threads
@@ -216,7 +217,7 @@ def test_a_model_on_s3_ticks_while_it_is_fetched(
     [
         (PermissionError("Access Denied"), ConfigError),
         (FileNotFoundError("bucket"), ConfigError),
-        (ConnectionResetError("reset by peer"), ConnectionResetError),
+        (ConnectionResetError("reset by peer"), TimeoutError),
     ],
 )
 def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
@@ -225,11 +226,30 @@ def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
     def fail(*_: object, **__: object) -> None:
         raise error
 
+    monkeypatch.setattr(staging, "PATIENCE", Patience(total_seconds=0.2, first_seconds=0.01))
     for method in ("find", "get_file"):
         with monkeypatch.context() as patch:
             patch.setattr(LocalFileSystem, method, fail)
             with pytest.raises(expected, match=str(error)):
                 staged(source.as_uri())
+
+
+def test_trouble_that_passes_is_waited_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call fails the first time."""
+    monkeypatch.setattr(staging, "PATIENCE", Patience(total_seconds=20.0, first_seconds=0.01))
+    failed: set[object] = set()
+    for name in ("find", "get_file"):
+        method = getattr(LocalFileSystem, name)
+
+        def once(own: object, path: str, *rest: object, _call=method, _name=name, **named: object):
+            if (_name, path) not in failed:
+                failed.add((_name, path))
+                raise ConnectionResetError("reset by peer")
+            return _call(own, path, *rest, **named)
+
+        monkeypatch.setattr(LocalFileSystem, name, once)
+    assert files_in(staged(source.as_uri()).directory) == WANTED
+    assert len(failed) == len(WANTED) + 1
 
 
 def test_half_a_file_is_no_model(

@@ -385,6 +385,19 @@ def test_an_edited_recipe_of_the_run(output: Path) -> None:
     assert found(output, deep=False) == ("plan/0000.parquet: of another recipe than run.json",)
 
 
+def test_a_retry_with_another_model(output: Path) -> None:
+    write_generation(output, 1, retry_of([Span("a.parquet", "fa", 0, 2)]))
+    assert found(output, deep=False) == ()
+    (output / "model.json").write_text('{"digest": "a"}')
+    assert found(output, deep=False) == ()
+    (output / "retries/g1/model.json").write_text('{"digest": "b"}')
+    (problem,) = found(output, deep=False)
+    assert problem == ("retries/g1/model.json: its model is not the output's; move retries/g1 away")
+    (output / "retries/g1/model.json").write_text("b")
+    (problem,) = found(output, deep=False)
+    assert problem == "retries/g1/model.json: not written by gc2ray, or damaged"
+
+
 def test_a_plan_that_has_a_row_twice(tmp_path: Path) -> None:
     spans = [Span("a", "f", 0, 4), Span("b", "f", 0, 4), Span("a", "f", 3, 5)]
     write_generation(tmp_path, 0, retry_of(spans))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gc2ray.config import Job, parse_recipe
-from gc2ray.errors import EngineDead, ShardError, Status
+from gc2ray.errors import ConfigError, EngineDead, ShardError, Status
 from gc2ray.handout import Handout
 from gc2ray.journal import taken_over
 from gc2ray.manifest import Plan
@@ -392,6 +392,18 @@ def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
     record = json.loads(data)
     assert (record["device"], record["model_digest"]) == ("fake", "no model")
     assert record["started"] <= record["loaded"] <= record["last_seen"]
+
+
+def test_a_worker_with_another_model_is_refused(job: Job) -> None:
+    """The first one says which model the run has; another run says so for itself."""
+    make_worker(job)
+    make_worker(job)
+    other = EchoEngine()
+    other.model_digest = "another"
+    with pytest.raises(ConfigError, match=r"another model than the run began with \(another here"):
+        make_worker(job, other)
+    make_worker(job.model_copy(update={"output": f"{job.output}-2"}), other)
+    assert json.loads(Store(job.output).read("model.json") or b"")["digest"] == "no model"
 
 
 def hand(shard: Shard, **known: object) -> Handout:
