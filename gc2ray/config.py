@@ -154,7 +154,8 @@ class InputConfig(_Frozen):
     """The rows.
 
     Attributes:
-        uri: Parquet file, directory or glob; local or any fsspec URL.
+        uri: Parquet file, directory or glob, local or any fsspec URL; a directory that `datasets`
+            has saved; `hf:OWNER/NAME?split=SPLIT`; or a list of these.
         image: Column of images: struct of bytes and path, binary, or path.
         prompt: Where the prompt comes from.
         keep: Input columns written back with the answers.
@@ -163,7 +164,7 @@ class InputConfig(_Frozen):
         max_image_pixels: Larger images are refused by their header.
     """
 
-    uri: str
+    uri: str | Annotated[tuple[str, ...], Field(min_length=1)]
     image: str = "image"
     prompt: PromptConfig
     keep: tuple[str, ...] = ()
@@ -185,6 +186,10 @@ class InputConfig(_Frozen):
         if len(set(keep)) < len(keep):
             raise ValueError("a column is named twice")
         return keep
+
+    def uris(self) -> tuple[str, ...]:
+        """Where the rows are: one place or several."""
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
 
     def image_policy(self) -> ImagePolicy:
         """Limits for untrusted images."""
@@ -300,7 +305,9 @@ class Job(_Frozen):
         """The same with absolute local paths: workers have other working directories."""
         recipe = self.recipe
         roots = tuple(_absolute(root) for root in recipe.input.image_roots)
-        where = {"uri": _absolute(recipe.input.uri), "image_roots": roots}
+        uri = recipe.input.uri
+        uri = _absolute(uri) if isinstance(uri, str) else tuple(map(_absolute, uri))
+        where = {"uri": uri, "image_roots": roots}
         model = recipe.model
         if model.is_local:
             model = model.model_copy(update={"path": _absolute(model.path)})
@@ -319,7 +326,7 @@ class Job(_Frozen):
             ConfigError: A local path is not absolute.
         """
         recipe = self.recipe
-        places = {"output": [self.output], "recipe.input.uri": [recipe.input.uri]}
+        places = {"output": [self.output], "recipe.input.uri": list(recipe.input.uris())}
         places["recipe.input.image_roots"] = list(recipe.input.image_roots)
         places["recipe.model.path"] = [recipe.model.path] if recipe.model.is_local else []
         for key, values in places.items():
@@ -398,7 +405,7 @@ def _absolute(place: str) -> str:
 
 
 def _is_url(place: str) -> bool:
-    return "://" in place or "::" in place
+    return "://" in place or "::" in place or place.startswith("hf:")
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

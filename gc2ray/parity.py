@@ -22,7 +22,7 @@ from gc2ray.images import decode, read_bytes
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
 from gc2ray.shards import first_spans
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest logit difference allowed, as a share of the largest logit."""
@@ -65,7 +65,7 @@ def check(job: Job, rows: int) -> Parity:
     Raises:
         ConfigError: Model or input cannot be used.
     """
-    source = ParquetSource(job.recipe.input)
+    source = Source(job.recipe.input)
     files, _ = source.scan()
     loaded = load_model(job.recipe, job.cluster)
     uncompressed = Engine(loaded, _uncompressed(job.recipe), job.cluster)

@@ -31,7 +31,7 @@ from gc2ray.planner import (
 )
 from gc2ray.retry import Retry, freeze
 from gc2ray.shards import SourceFile, first_spans
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.staging import check_model
 from gc2ray.store import Store
 from gc2ray.worker import Worker
@@ -71,7 +71,7 @@ def run_job(
     check_model(job.recipe.model)
     store.check_usable(writing=True)
     warn_of_others(store)
-    files, carried = ([], plan.carried) if plan else ParquetSource(job.recipe.input).scan()
+    files, carried = ([], plan.carried) if plan else Source(job.recipe.input).scan()
     with ray_pool.connected(address):
         # Workers write down what they cost, so they are told the share that they really get.
         share = {"gpus_per_worker": ray_pool.gpus_per_worker(job.cluster)}

@@ -43,7 +43,7 @@ from gc2ray.part import in_order, part_bytes
 from gc2ray.progress import Progress, Tally
 from gc2ray.records import Answer, Provenance, Request, stats_of
 from gc2ray.shards import Span
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
 
@@ -150,7 +150,7 @@ class Worker:
         self._load = load or self._load_engine
         self._metrics = metrics or (lambda step, sid: log.debug("%s %s", step, sid))
         self._store = Store(job.output)
-        self._source = ParquetSource(job.recipe.input)
+        self._source = Source(job.recipe.input)
         self._journal = Journal()
         self._queue: queue.Queue[_Work] = queue.Queue()
         self._reading: list[_Work] = []

@@ -46,8 +46,9 @@ def main() -> int:
     root = Path(compressed.output).parent
     _clear(root)
     shutil.copytree(MODEL, compressed.recipe.model.path)
-    rows = write_rows(Path(compressed.recipe.input.uri), iter(_rows()))
-    console.print(f"wrote {rows} questions about as many pictures to {compressed.recipe.input.uri}")
+    (path,) = compressed.recipe.input.uris()
+    rows = write_rows(Path(path), iter(_rows()))
+    console.print(f"wrote {rows} questions about as many pictures to {path}")
     console.print(f"wrote the pocket model to {compressed.recipe.model.path}")
     answers = {}
     for job in (compressed, uncompressed):

@@ -30,7 +30,7 @@ from gc2ray.lease import driver_records
 from gc2ray.planner import Outcome
 from gc2ray.run import run_job
 from gc2ray.shards import cut_shards
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.verify import verify
 from tests.chaos import WINDOWS, Kill, Schedule, Survived, Toll, worker_on
@@ -85,7 +85,7 @@ def job(tmp_path: Path, kills: int) -> Job:
 
 def scheduled(kind: str, job: Job, kills: int, folder: Path) -> Schedule:
     """A window for each of the first shards, in turns."""
-    files, _ = ParquetSource(job.recipe.input).scan()
+    files, _ = Source(job.recipe.input).scan()
     shards = list(cut_shards(files, SHARD_ROWS, job.recipe.fingerprint()))
     windows = list(WINDOWS)
     steps = {shard.sid: windows[shard.index % 3] for shard in shards[:kills]}

@@ -18,7 +18,7 @@ from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan
 from gc2ray.planner import store_plan
 from gc2ray.retry import DEAD, FAILURES, Retry, freeze, next_retry
 from gc2ray.shards import SourceFile
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.verify import verify
 from gc2ray.worker import Worker
@@ -235,7 +235,7 @@ def test_workers_answer_a_retry(tmp_path: Path) -> None:
     job = make_job(
         "model", source, tmp_path / "out", input__keep=["id"], input__prompt={"column": "prompts"}
     )
-    files, carried = ParquetSource(job.recipe.input).scan()
+    files, carried = Source(job.recipe.input).scan()
     plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 6, carried))
     answer(Worker(job, carried, load=lambda job: EchoEngine(buffered=4)), plan)
     assert verify(job.output, deep=True).problems == ()

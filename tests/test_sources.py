@@ -15,22 +15,27 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.errors import ConfigError, ShardError, Status
 from gc2ray.records import Answer, ImageRef, Provenance, Request, answer_table
 from gc2ray.shards import SourceFile, Span, cut_shards
-from gc2ray.sources.parquet import ParquetSource
-from tests.rows import make_recipe, write_rows
+from gc2ray.sources import listing
+from gc2ray.sources.parquet import ParquetRows
+from gc2ray.sources.source import Source
+from tests.rows import make_recipe, picture, write_rows
 
 MEMORY = 1 << 20
 COLUMN = {"column": "prompt"}
 
 
-def source_of(uri: Path | str, **changes: Any) -> ParquetSource:
-    settings_ = {f"input__{key}": value for key, value in {"uri": str(uri), **changes}.items()}
-    return ParquetSource(make_recipe("model", **settings_).input)
+def source_of(uri: Path | str | list[str], **changes: Any) -> Source:
+    where = uri if isinstance(uri, list) else str(uri)
+    settings_ = {f"input__{key}": value for key, value in {"uri": where, **changes}.items()}
+    return Source(make_recipe("model", **settings_).input)
 
 
 def write(path: Path, *, row_group: int = 1000, **columns: Any) -> Path:
@@ -43,12 +48,12 @@ def whole(file: SourceFile) -> Span:
     return Span(file.source, file.fingerprint, 0, file.rows)
 
 
-def rows_of(source: ParquetSource, memory: int = MEMORY) -> list[Request]:
+def rows_of(source: Source, memory: int = MEMORY) -> list[Request]:
     files, _ = source.scan()
     return [request for file in files for request in source.read(whole(file), memory)]
 
 
-def refusal(source: ParquetSource) -> str:
+def refusal(source: Source) -> str:
     with pytest.raises(ConfigError) as caught:
         source.scan()
     return str(caught.value)
@@ -412,7 +417,7 @@ def test_a_kept_value_comes_out_as_it_went_in(tmp_path: Path, values: pa.Array) 
 
 
 @pytest.fixture(scope="module")
-def numbered(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ParquetSource]:
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Source]:
     """The same sixty rows in row groups of several sizes."""
     root = tmp_path_factory.mktemp("numbered")
     for size in (1, 7, 20, 60):
@@ -425,7 +430,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ParquetSourc
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from([1, 7, 20, 60]), st.integers(0, 59), st.integers(1, 60), st.integers(0, 20))
 def test_a_span_gives_its_rows(
-    numbered: dict[int, ParquetSource], size: int, first: int, rows: int, shift: int
+    numbered: dict[int, Source], size: int, first: int, rows: int, shift: int
 ) -> None:
     """Wherever it starts and stops within row groups, and however small the batches are."""
     source = numbered[size]
@@ -537,10 +542,238 @@ def test_any_filesystem_will_do(in_memory: str, pattern: str) -> None:
     ]
 
 
+# --- several places -----------------------------------------------------------------------------
+
+
+def sources_in(source: Source) -> list[str]:
+    return [file.source for file in source.scan()[0]]
+
+
+def test_a_list_is_read_entry_by_entry_and_no_file_twice(tree: Path) -> None:
+    uris = [f"{tree}/sub", f"{tree}/a.parquet", f"{tree}/*.parquet"]
+    source = source_of(uris)
+    assert sources_in(source) == ["sub/c.parquet", "sub/deep/d.parquet", "a.parquet", "b.parquet"]
+    assert [row.source for row in rows_of(source)] == sources_in(source)
+
+
+def test_sources_of_a_list_are_named_below_what_its_entries_share(tmp_path: Path) -> None:
+    for name in ("x/in/a.parquet", "y/in/a.parquet"):
+        write(tmp_path / name, image=[name.encode()], prompt=["q"])
+    source = source_of([f"{tmp_path}/y/in", f"{tmp_path}/x/in"])
+    rows = rows_of(source)
+    assert [row.row_key for row in rows] == ["y/in/a.parquet#0", "x/in/a.parquet#0"]
+    assert [row.images[0].data for row in rows] == [b"y/in/a.parquet", b"x/in/a.parquet"]
+
+
+def test_a_list_on_two_storages_is_refused(tree: Path, in_memory: str) -> None:
+    refused = refusal(source_of([str(tree), in_memory]))
+    assert "its entries are on different storages" in refused
+
+
+def test_an_entry_without_files_adds_none(tree: Path) -> None:
+    assert sources_in(source_of([f"{tree}/nothing", f"{tree}/a.parquet"])) == ["a.parquet"]
+    refused = refusal(source_of([f"{tree}/nothing", f"{tree}/none"]))
+    assert f"no Parquet files at {tree}/nothing, {tree}/none" in refused
+
+
+# --- of the hub and of `datasets` ---------------------------------------------------------------
+
+
+def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Hub:
+        def glob(self, path: str) -> list[str]:
+            asked.append(path)
+            return []
+
+    def url_to_fs(url: str) -> tuple[Hub, str]:
+        return Hub(), url.removeprefix("hf://")
+
+    monkeypatch.setattr(listing.fsspec.core, "url_to_fs", url_to_fs)
+    refusal(source_of("hf:owner/name?split=train"))
+    refusal(source_of("hf:name?split=test&subset=large"))
+    assert asked == [
+        "datasets/owner/name@refs/convert/parquet/default/train/*.parquet",
+        "datasets/name@refs/convert/parquet/large/test/*.parquet",
+    ]
+
+
+@pytest.mark.parametrize(
+    "uri", ["hf:owner/name", "hf:owner/name?splt=train", "hf:a/b/c?split=train", "hf:?"]
+)
+def test_a_dataset_of_the_hub_needs_a_split(uri: str) -> None:
+    assert "is not of the form hf:OWNER/NAME?split=SPLIT" in refusal(source_of(uri))
+
+
+def saved(folder: Path, rows: int = 7, **options: Any) -> Dataset:
+    """A dataset of real images, saved as `datasets` does."""
+    names = [f"{folder}-{index}.png" for index in range(rows)]
+    for index, name in enumerate(names):
+        picture((8, 9), index).save(name)
+    features = Features({"image": ImageFeature(), "prompt": Value("string"), "id": Value("int64")})
+    prompts = [f"Question {index}?" for index in range(rows)]
+    columns = {"image": names, "prompt": prompts, "id": list(range(rows))}
+    dataset = Dataset.from_dict(columns, features=features)
+    dataset.save_to_disk(folder, **options)
+    return dataset
+
+
+def test_a_saved_dataset_is_read_where_it_lies(tmp_path: Path) -> None:
+    dataset = saved(tmp_path / "saved", num_shards=2)
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"not of the dataset")
+    source = source_of(tmp_path / "saved", prompt=COLUMN, keep=["id"])
+    files, _ = source.scan()
+    assert [(file.source, file.rows) for file in files] == [
+        ("data-00000-of-00002.arrow", 4),
+        ("data-00001-of-00002.arrow", 3),
+    ]
+    rows = rows_of(source)
+    assert [row.carried["id"].as_py() for row in rows] == list(range(7))
+    assert [row.prompts for row in rows] == [(f"Question {index}?",) for index in range(7)]
+    raw = dataset.cast_column("image", ImageFeature(decode=False))
+    for row, image in zip(rows, raw["image"], strict=True):
+        assert row.images[0].data == Path(image["path"]).read_bytes()
+    with pytest.raises(ShardError, match="changed since"):
+        list(source.read(replace(whole(files[0]), fingerprint="another"), MEMORY))
+
+
+def test_a_saved_selection_is_read_as_selected(tmp_path: Path) -> None:
+    """`datasets` writes the selected rows, in their order."""
+    dataset = saved(tmp_path / "all")
+    dataset.select([5, 2, 3]).save_to_disk(tmp_path / "some")
+    rows = rows_of(source_of(tmp_path / "some", keep=["id"]))
+    assert [row.carried["id"].as_py() for row in rows] == [5, 2, 3]
+
+
+def test_a_split_of_a_saved_dataset_must_be_named(tmp_path: Path) -> None:
+    dataset = saved(tmp_path / "all")
+    DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "dict")
+    refused = refusal(source_of(tmp_path / "dict"))
+    assert f"holds the splits train, test; name one of them, as {tmp_path}/dict/train" in refused
+    assert len(rows_of(source_of(tmp_path / "dict" / "test"))) == 7
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"_data_files": 1}', '{"_data_files": [1]}'])
+def test_a_damaged_state_is_a_configuration_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    assert "state.json: not written by datasets" in refusal(source_of(tmp_path))
+
+
+def test_an_arrow_file_with_an_index_is_read_too(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"x"] * 10, "id": list(range(10))})
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=4)
+    source = source_of(tmp_path / "a.arrow", keep=["id"])
+    (file,), _ = source.scan()
+    assert file.groups == (4, 4, 2)
+    read = [row.carried["id"].as_py() for row in source.read(replace(whole(file), first=3), MEMORY)]
+    assert read == list(range(3, 10))
+
+
+def test_an_arrow_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.arrow").write_bytes(b"nothing of the kind")
+    assert "a.arrow cannot be read" in refusal(source_of(tmp_path / "a.arrow"))
+
+
+def test_an_arrow_file_on_remote_storage_is_refused(in_memory: str) -> None:
+    fsspec.filesystem("memory").pipe_file("/gc2ray-input/x.arrow", b"")
+    assert "an Arrow file on remote storage" in refusal(source_of(f"{in_memory}/x.arrow"))
+
+
+# --- read on ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """First rows from which files were read."""
+    rows: list[int] = []
+    batches = ParquetRows.batches
+
+    def noting(self: ParquetRows, first: int, *rest: Any) -> Any:
+        rows.append(first)
+        return batches(self, first, *rest)
+
+    monkeypatch.setattr(ParquetRows, "batches", noting)
+    return rows
+
+
+def test_shards_of_one_group_are_read_in_one_go(tmp_path: Path, begun: list[int]) -> None:
+    write_rows(tmp_path / "a.parquet", 60, row_group=40)
+    source = source_of(tmp_path)
+    (file,), _ = source.scan()
+    spans = [replace(whole(file), first=at, stop=at + 10) for at in range(0, 60, 10)]
+    read = [row.row for span in spans for row in source.read(span, MEMORY)]
+    assert read == list(range(60))
+    assert begun == [0, 40]
+
+
+def test_a_read_that_was_left_is_not_gone_on_with(tmp_path: Path, begun: list[int]) -> None:
+    write_rows(tmp_path / "a.parquet", 40, row_group=40)
+    source = source_of(tmp_path)
+    (file,), _ = source.scan()
+    first = source.read(replace(whole(file), stop=20), MEMORY)
+    assert next(first).row == 0
+    first.close()
+    rest = replace(whole(file), first=20)
+    assert [row.row for row in source.read(rest, MEMORY)] == list(range(20, 40))
+    assert begun == [0, 20]
+
+
+def test_a_file_that_changed_between_two_spans_is_a_shard_error(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.parquet", 40, row_group=40)
+    source = source_of(tmp_path)
+    (file,), _ = source.scan()
+    assert len(list(source.read(replace(whole(file), stop=20), MEMORY))) == 20
+    write_rows(tmp_path / "a.parquet", 41, row_group=40)
+    with pytest.raises(ShardError, match="changed since"):
+        list(source.read(replace(whole(file), first=20), MEMORY))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    spans=st.lists(
+        st.tuples(st.integers(0, 29), st.integers(1, 12), st.booleans()), min_size=1, max_size=6
+    )
+)
+def test_any_spans_in_any_order_give_their_rows(
+    spans: list[tuple[int, int, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Some go on where the one before ended, and some are left in the middle."""
+    folder = tmp_path_factory.getbasetemp() / "thirty"
+    if not folder.exists():
+        write_rows(folder / "a.parquet", 30, row_group=13)
+    source = source_of(folder)
+    (file,), _ = source.scan()
+    end = 0
+    for first, length, goes_on in spans:
+        start = end if goes_on and end < 30 else first
+        end = min(30, start + length)
+        reading = source.read(replace(whole(file), first=start, stop=end), MEMORY)
+        if length == 1:
+            next(reading)
+        else:
+            assert [row.row for row in reading] == list(range(start, end))
+
+
+def test_large_row_groups_are_warned_of(
+    tree: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source_of(tree).scan()
+    assert caplog.messages == []
+    monkeypatch.setattr("gc2ray.sources.source.LARGE_GROUP_BYTES", 10)
+    source_of(tree).scan()
+    (message,) = caplog.messages
+    assert message.startswith("4 input files have row groups above 0 MB (a.parquet: ")
+
+
 READER = r"""
 import json, re, sys
 from pathlib import Path
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from tests.test_sources import source_of, whole
 
 def peak():  # not ru_maxrss: that starts at the peak of the process that started this one

@@ -24,7 +24,7 @@ from gc2ray.part import part_bytes
 from gc2ray.planner import committed_parts, outcome
 from gc2ray.records import Answer, Provenance, answer_schema, answer_table, stats_of
 from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
 from tests.object_servers import SECRET
@@ -505,7 +505,7 @@ def test_an_input_on_s3_is_known_by_its_etag(s3: str) -> None:
     for name, ids in (("a.parquet", [1, 2]), ("sub/b.parquet", [3])):
         with filesystem.open(f"{root}/{name}", "wb") as handle:
             pq.write_table(pa.table({"image": [b"x"] * len(ids), "id": ids}), handle)
-    source = ParquetSource(make_recipe("model", input__uri=f"{s3}/in", input__keep=["id"]).input)
+    source = Source(make_recipe("model", input__uri=f"{s3}/in", input__keep=["id"]).input)
     files, _ = source.scan()
     assert [file.source for file in files] == ["a.parquet", "sub/b.parquet"]
     assert all(file.fingerprint.startswith("etag:") for file in files)

@@ -22,7 +22,7 @@ from gc2ray.journal import taken_over
 from gc2ray.manifest import Plan
 from gc2ray.planner import committed_parts, outcome
 from gc2ray.shards import Shard, Shards, cut_shards
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.store import Commit, Store
 from gc2ray.worker import Worker
 from tests.fakes import EchoEngine
@@ -53,7 +53,7 @@ def listed(job: Job) -> Job:
 
 
 def shards_of(job: Job, rows: int = 6) -> tuple[Shard, ...]:
-    files, _ = ParquetSource(job.recipe.input).scan()
+    files, _ = Source(job.recipe.input).scan()
     return tuple(cut_shards(files, rows, job.recipe.fingerprint()))
 
 
@@ -151,13 +151,13 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
 def test_a_prompt_that_is_not_read_fails_the_shard(
     listed: Job, lost: Callable[[int, int], bool], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ParquetSource.read
+    read = Source.read
 
     def losing(self, span, memory):
         return (r for r in read(self, span, memory) if not lost(r.row, r.prompt_index))
 
     shard = shards_of(listed, rows=12)[0]
-    monkeypatch.setattr(ParquetSource, "read", losing)
+    monkeypatch.setattr(Source, "read", losing)
     with pytest.raises(ShardError, match=message):
         make_worker(listed).process(Handout(shard))
     assert Store(listed.output).committed() == {}
@@ -166,11 +166,11 @@ def test_a_prompt_that_is_not_read_fails_the_shard(
 def test_a_row_that_is_not_planned_fails_the_shard(
     listed: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ParquetSource.read
+    read = Source.read
     shard = shards_of(listed, rows=12)[0]
     wider = replace(shard.spans[0], stop=12)
     short = replace(shard, spans=(replace(wider, stop=9),))
-    monkeypatch.setattr(ParquetSource, "read", lambda self, _, memory: read(self, wider, memory))
+    monkeypatch.setattr(Source, "read", lambda self, _, memory: read(self, wider, memory))
     with pytest.raises(ShardError, match=r"a\.parquet#9#0 was read, but is not planned"):
         make_worker(listed).process(Handout(short))
 
@@ -178,9 +178,9 @@ def test_a_row_that_is_not_planned_fails_the_shard(
 def test_a_prompt_that_is_read_twice_fails_the_shard(
     listed: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ParquetSource.read
+    read = Source.read
     monkeypatch.setattr(
-        ParquetSource, "read", lambda *a: (r for r in read(*a) for _ in range(1 + (r.row == 4)))
+        Source, "read", lambda *a: (r for r in read(*a) for _ in range(1 + (r.row == 4)))
     )
     with pytest.raises(ShardError, match=r"a\.parquet#4#0 was read twice"):
         make_worker(listed).process(Handout(shards_of(listed, rows=12)[0]))

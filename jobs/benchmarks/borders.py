@@ -19,7 +19,7 @@ from gc2ray.feed import Feed
 from gc2ray.handout import Handout
 from gc2ray.records import Answer, Request
 from gc2ray.shards import Shard, cut_shards
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.stats import RunStats
 from gc2ray.worker import Worker
 from jobs.benchmarks import Line, goal
@@ -66,7 +66,7 @@ def run() -> list[Line]:
     """From Parquet to committed parts, two shards in flight, without Ray."""
     with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
         job = _job(Path(directory))
-        files, carried = ParquetSource(job.recipe.input).scan()
+        files, carried = Source(job.recipe.input).scan()
         shards = tuple(cut_shards(files, SHARD_ROWS, job.recipe.fingerprint()))
         engine = SteadyEngine()
         worker = Worker(job, carried, load=lambda _: engine)

@@ -22,7 +22,7 @@ from gc2ray.handout import Handout
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.rows import Split, pocket_rows, write_rows
 from gc2ray.shards import cut_shards
-from gc2ray.sources.parquet import ParquetSource
+from gc2ray.sources.source import Source
 from gc2ray.worker import Worker, peak_host_bytes
 from jobs.benchmarks import Line, goal
 from jobs.photos import jpeg, opened_photos
@@ -116,7 +116,7 @@ def _job(root: Path) -> Job:
 def _answered(root: Path, shard_rows: int) -> list[int]:
     """Peak of this process when the model is loaded, and after each shard."""
     job = _job(root)
-    files, _ = ParquetSource(job.recipe.input).scan()
+    files, _ = Source(job.recipe.input).scan()
     worker = Worker(job, pa.schema([]))
     worker.load()
 

@@ -1,0 +1,75 @@
+"""`ArrowRows`: an Arrow file on a local disk, as `datasets` saves them, mapped into memory.
+
+Nothing is copied before a row is looked at. Its record batches are what row groups are elsewhere.
+
+Not covered: Arrow files on remote storage, which would have to be read whole to find a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+MAGIC = b"ARROW1"
+"""Files with an index begin so; streams, as `datasets` writes them, do not."""
+
+
+class ArrowRows:
+    """The rows of an Arrow file, streamed or with an index.
+
+    Args:
+        path: On a local disk.
+
+    Raises:
+        OSError: There is none.
+        pa.ArrowException: It is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._mapped = pa.memory_map(path, "rb")
+        self._indexed = self._mapped.read(len(MAGIC)) == MAGIC
+        self._mapped.seek(0)
+        self._reader = self._opened()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns."""
+        return self._reader.schema
+
+    def groups(self) -> tuple[int, ...]:
+        """Rows of each record batch."""
+        return tuple(len(batch) for batch in self._batches())
+
+    def group_bytes(self, columns: Sequence[str]) -> tuple[int, ...]:
+        """Bytes that some columns of each record batch have in the file."""
+        return tuple(batch.select(list(columns)).nbytes for batch in self._batches())
+
+    def batches(
+        self,
+        first: int,
+        stop: int,
+        columns: Sequence[str],
+        host_memory_bytes: int,  # noqa: ARG002 - nothing is held
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """As `ParquetRows.batches`."""
+        row = 0
+        for batch in self._batches():
+            if row >= stop:
+                return
+            if row + len(batch) > first:
+                yield row, batch.select(list(columns))
+            row += len(batch)
+
+    def _opened(self) -> pa.RecordBatchReader | pa.ipc.RecordBatchFileReader:
+        self._mapped.seek(0)
+        opened = pa.ipc.open_file if self._indexed else pa.ipc.open_stream
+        return opened(self._mapped)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """All of them, from the first one on."""
+        reader = self._opened()
+        if self._indexed:
+            yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            yield from reader
