@@ -39,6 +39,9 @@ Overrides = Annotated[
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to join; else RAY_ADDRESS, else this machine.")
 ]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Plan input files that are new since the run began, too.")
+]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 
 
@@ -52,6 +55,7 @@ def run(
     config: Config,
     overrides: Overrides = None,
     address: Address = None,
+    extend: Extend = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Answer every row; run again to go on where it was left."""
     with _exit_codes():
@@ -62,13 +66,13 @@ def run(
         job = load_job(config, overrides or [])
         console = Console()
         with RunDisplay(console) as display:
-            outcome = run_job(job, address=address, display=display)
+            outcome = run_job(job, address=address, display=display, extend=extend)
         print_outcome(console, outcome, job.output)
         raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
-def submit(
+def submit(  # noqa: PLR0913 - typer makes an option of each
     context: typer.Context,
     config: Config,
     overrides: Overrides = None,
@@ -84,6 +88,7 @@ def submit(
     submission_id: Annotated[
         str | None, typer.Option("--id", help="Name of the job on the cluster; else one is drawn.")
     ] = None,
+    extend: Extend = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Run a job on a Ray cluster; submit it again to go on where it was left."""
     with _exit_codes():
@@ -95,7 +100,8 @@ def submit(
         server = JobServer(address)
         for handler in logging.getLogger("ray").handlers:  # it would tell of its requests
             handler.setLevel(logging.WARNING)
-        submission_id = server.submit(job, submission_id, ["--log", str(context.obj)])
+        command = ["--log", str(context.obj), "run", *(["--extend"] if extend else [])]
+        submission_id = server.submit(job, command, submission_id)
         typer.echo(f"submitted {submission_id}; how far it is: gc2ray status {job.output}")
         if follow:
             raise typer.Exit(server.follow(submission_id, lambda text: typer.echo(text, nl=False)))
@@ -106,17 +112,16 @@ def status(output: Output) -> None:
     """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
     with _exit_codes():
         from gc2ray.display import print_outcome
-        from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan
+        from gc2ray.generations import generation_store, open_generation
+        from gc2ray.manifest import RUN_NAME
         from gc2ray.planner import committed_parts, outcome
-        from gc2ray.store import Store
 
-        store = Store(output)
+        store = generation_store(output, 0)
         store.check_usable(writing=False)
-        plan = store.read(PLAN_NAME)
-        if store.read(RUN_NAME) is None or plan is None:
+        found = open_generation(output, 0)
+        if found is None:
             raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
-        frozen = Plan.from_bytes(plan)
-        state = outcome(store, frozen, committed_parts(store, frozen))
+        state = outcome(store, found.plan, committed_parts(store, found.plan))
         console = Console()
         console.print(f"{state.shards} of {state.planned_shards} shards committed")
         print_outcome(console, state, output)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gc2ray.errors import ConfigError
-from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run
+from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run, follows, plan_name
 from gc2ray.shards import digest
 from gc2ray.store import Store
 
@@ -102,7 +102,7 @@ def open_generation(output: str, number: int) -> Generation | None:
 
 
 def frozen_plan(store: Store, run: Run) -> Plan:
-    """The whole plan that a run names.
+    """The whole plan that a run names, with its extensions.
 
     Raises:
         ConfigError: It is missing, or another one; the message begins with its name.
@@ -112,4 +112,34 @@ def frozen_plan(store: Store, run: Run) -> Plan:
         raise ConfigError(f"{PLAN_NAME}: missing, and {RUN_NAME} names it")
     if digest(data) != run.plan_digest:
         raise ConfigError(f"{PLAN_NAME}: not the one that {RUN_NAME} names")
-    return Plan.from_bytes(data)
+    plan = Plan.from_bytes(data)
+    if (run.shards, run.rows) != (len(plan.shards), plan.rows):
+        raise ConfigError(
+            f"{RUN_NAME}: {run.shards} shards of {run.rows} rows, {len(plan.shards)} of "
+            f"{plan.rows} are planned"
+        )
+    for name, extension in extensions(store, data):
+        try:
+            plan = plan.extended(Plan.from_bytes(extension))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    return plan
+
+
+def extensions(store: Store, plan: bytes) -> Iterator[tuple[str, bytes]]:
+    """Files that extend a plan, with their names, in order.
+
+    Args:
+        store: The directory.
+        plan: Its first file.
+
+    Raises:
+        ConfigError: One does not follow the one before; the message begins with its name.
+    """
+    before, before_name = digest(plan), PLAN_NAME
+    for number, name in enumerate(store.names("plan")[1:], 1):
+        data = store.read(name) or b""
+        if name != plan_name(number) or follows(data) != before:
+            raise ConfigError(f"{name}: does not extend {before_name}; move it away")
+        yield name, data
+        before, before_name = digest(data), name

@@ -1,7 +1,9 @@
 """The frozen `Plan` of a run, and the `Run` that it is of.
 
 A plan is cut once and stored; nothing is recomputed from a setting afterwards. `Plan` goes to and
-from one Parquet file, `Run` to and from `run.json`; both know the recipe by its fingerprint.
+from a Parquet file, `Run` to and from `run.json`; both know the recipe by its fingerprint. A plan
+that grew has a file for each extension, `plan/0001.parquet` and on: its shards are numbered from 0,
+and it names the file before it by its digest.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from gc2ray.shards import Shards, SourceFile, SpanColumns, cut_shards, digest
 FORMAT = 1
 VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
 PLAN_NAME = "plan/0000.parquet"
+"""The first file; `plan_name` tells those of extensions."""
 RUN_NAME = "run.json"
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
@@ -70,8 +73,27 @@ class Plan:
         """Planned rows."""
         return self.shards.rows
 
-    def to_bytes(self) -> bytes:
-        """As a Parquet file, the same bytes for the same plan."""
+    def extended(self, more: Plan) -> Plan:
+        """With the shards of another, numbered on.
+
+        Raises:
+            ConfigError: It is of another recipe, or writes other columns back.
+        """
+        if more.recipe_fingerprint != self.recipe_fingerprint:
+            raise ConfigError("an extension of the plan is of another recipe")
+        if not more.carried.equals(self.carried):
+            raise ConfigError(
+                f"recipe.input.keep: the kept columns of new files are {_named(more.carried)}, and "
+                f"were {_named(self.carried)}; answers in one output must have the same"
+            )
+        return Plan(self.recipe_fingerprint, self.shards.followed_by(more.shards), self.carried)
+
+    def to_bytes(self, follows: str = "") -> bytes:
+        """As a Parquet file, the same bytes for the same plan.
+
+        Args:
+            follows: Digest of the file that this extends.
+        """
         spans, shard = self.shards.spans, pa.array(self.shards.spans.shard)
         sids = pa.array([self.shards.sid(index) for index in range(len(self.shards))], pa.string())
         names = [
@@ -87,6 +109,7 @@ class Plan:
         ]
         metadata = {
             "gc2ray.recipe": self.recipe_fingerprint,
+            "gc2ray.follows": follows,
             "gc2ray.carried": base64.b64encode(self.carried.serialize().to_pybytes()).decode(),
         }
         table = pa.table(columns, schema=_PLAN_SCHEMA.with_metadata(metadata))
@@ -177,6 +200,24 @@ class Run:
                 "the output directory belongs to another recipe; choose a new output, or go back "
                 "to the stored settings:\n  " + "\n  ".join(lines)
             )
+
+
+def plan_name(number: int) -> str:
+    """The name of the plan, 0, or of an extension."""
+    return f"plan/{number:04d}.parquet"
+
+
+def follows(data: bytes) -> str:
+    """Digest of the file that a plan file extends; empty where it extends none, or is none."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+    except pa.ArrowException:
+        return ""
+    return str(metadata.get(b"gc2ray.follows", b""), "utf-8")
+
+
+def _named(schema: pa.Schema) -> str:
+    return ", ".join(f"{item.name} {item.type}" for item in schema) or "none"
 
 
 def _shards(table: pa.Table) -> Shards:

@@ -7,17 +7,19 @@ listing of `data/` says what is committed, the parts' footers how many input row
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from gc2ray.bill import Bill
 from gc2ray.config import Cluster, Job
 from gc2ray.errors import ConfigError
+from gc2ray.generations import frozen_plan, stored_run
 from gc2ray.lease import driver_records
-from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run
-from gc2ray.shards import Booleans, digest
+from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run, plan_name
+from gc2ray.shards import Booleans, SourceFile, digest
 from gc2ray.stats import RunStats
 from gc2ray.store import Store, part_index
 
@@ -76,15 +78,47 @@ def stored_plan(store: Store, job: Job) -> Plan | None:
     Raises:
         ConfigError: It is of another recipe, or damaged.
     """
-    data = store.read(RUN_NAME)
-    if data is None:
+    run = stored_run(store)
+    if run is None:
         return None
-    run = Run.from_bytes(data)
     run.check(job.recipe)
-    plan = store.read(PLAN_NAME)
-    if plan is None or digest(plan) != run.plan_digest:
-        raise ConfigError(f"{job.output}: {PLAN_NAME} is not the one that {RUN_NAME} names")
-    return Plan.from_bytes(plan)
+    return frozen_plan(store, run)
+
+
+def extend_plan(
+    store: Store, job: Job, plan: Plan, files: Sequence[SourceFile], carried: pa.Schema
+) -> Plan:
+    """The plan with the files that it does not have yet, frozen as its next extension.
+
+    Args:
+        store: The output.
+        job: Whose input.
+        plan: As it is stored.
+        files: Of the input as it is now.
+        carried: Schema of its columns that are written back.
+
+    Raises:
+        ConfigError: A file that is planned has changed, or kept columns have.
+    """
+    known = dict(plan.shards.files)
+    changed = [f.source for f in files if known.get(f.source, f.fingerprint) != f.fingerprint]
+    if changed:
+        raise ConfigError(
+            f"--extend: {changed[0]} changed since it was planned"
+            f"{f', and {len(changed) - 1} more' if changed[1:] else ''}; only new files can extend "
+            "a run: give changed ones another name, or choose a new output"
+        )
+    new = [file for file in files if file.source not in known and file.rows]
+    if not new:
+        return plan
+    rows = job.cluster.shard_rows or int(plan.shards.rows_each.max(initial=1))
+    more = Plan.cut(job.recipe, new, rows, carried)
+    plan.extended(more)  # or it must not be stored
+    names = store.names("plan")
+    last = store.read(names[-1]) or b""
+    store.create(plan_name(len(names)), more.to_bytes(digest(last)))
+    grown = stored_plan(store, job) or plan
+    return extend_plan(store, job, grown, files, carried)  # another driver may have been faster
 
 
 def store_plan(store: Store, job: Job, plan: Plan) -> Plan:

@@ -24,6 +24,7 @@ from gc2ray.planner import (
     CALIBRATION_ROWS,
     Outcome,
     committed_parts,
+    extend_plan,
     outcome,
     shard_rows,
     store_plan,
@@ -47,6 +48,7 @@ def run_job(
     address: str | None = None,
     display: Display | None = None,
     make_worker: Callable[..., Worker] = Worker,
+    extend: bool = False,
 ) -> Outcome:
     """Run a job to its end, from wherever an earlier run left it.
 
@@ -55,6 +57,7 @@ def run_job(
         address: Of a Ray cluster; None: `RAY_ADDRESS`, or a local Ray.
         display: Shown the state about once a second.
         make_worker: Makes the workers, in their processes, from the job and the carried schema.
+        extend: Plan input files that are new since the run began, too.
 
     Raises:
         ConfigError: The configuration cannot be used, or the output belongs to another one.
@@ -64,14 +67,17 @@ def run_job(
     job = job.located()
     store = Store(job.output)
     store.check_usable(writing=False)
+    source = Source(job.recipe.input)
     plan = stored_plan(store, job)
+    if plan is not None and extend:
+        plan = extend_plan(store, job, plan, *source.scan())
     committed = committed_parts(store, plan) if plan else None
     if plan is not None and committed is not None and committed.whole:
         return outcome(store, plan, committed)
     check_model(job.recipe.model)
     store.check_usable(writing=True)
     warn_of_others(store)
-    files, carried = ([], plan.carried) if plan else Source(job.recipe.input).scan()
+    files, carried = ([], plan.carried) if plan else source.scan()
     with ray_pool.connected(address):
         # Workers write down what they cost, so they are told the share that they really get.
         share = {"gpus_per_worker": ray_pool.gpus_per_worker(job.cluster)}
@@ -91,7 +97,9 @@ def run_job(
             pool.close()
     if driver.lost_races:
         log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
-    return outcome(store, plan, committed_parts(store, plan, committed))
+    now = stored_plan(store, job) or plan  # somebody may have extended it meanwhile
+    known = committed if len(now.shards) == len(plan.shards) else None
+    return outcome(store, now, committed_parts(store, now, known))
 
 
 def run_retry(

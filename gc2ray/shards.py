@@ -141,6 +141,19 @@ class Shards(Sequence[Shard]):
             np.array(continues, np.bool_),
         )
 
+    def followed_by(self, others: Shards) -> Shards:
+        """These, and others numbered on from them."""
+        own, more = self.spans, others.spans
+        spans = SpanColumns(
+            np.concatenate([own.shard, more.shard + len(self)]),
+            np.concatenate([own.file, more.file + len(self.files)]),
+            np.concatenate([own.first, more.first]),
+            np.concatenate([own.stop, more.stop]),
+        )
+        sids = np.concatenate([self.sids, others.sids])
+        continues = np.concatenate([self.continues, others.continues])
+        return Shards([*self.files, *others.files], spans, sids, continues)
+
     def __len__(self) -> int:
         return len(self.sids)
 

@@ -61,14 +61,14 @@ class JobServer:
             self._client = JobSubmissionClient(address)
 
     def submit(
-        self, job: Job, submission_id: str | None = None, options: Sequence[str] = ()
+        self, job: Job, command: Sequence[str] = ("run",), submission_id: str | None = None
     ) -> str:
         """Hand in a job, which starts at once; returns its id.
 
         Args:
             job: Its paths mean the same on the cluster as here.
+            command: Of ours, to which the job file is given.
             submission_id: Unique on the cluster; None: the server draws one.
-            options: Of the command line, before `run`.
 
         Raises:
             ConfigError: A path is relative, the id is taken, or the server refuses.
@@ -78,7 +78,7 @@ class JobServer:
             raise ConfigError(
                 f"--id: there is a job {submission_id} already; choose another, or leave it out"
             )
-        entrypoint = shlex.join([*ENTRYPOINT, *options, "run", JOB_FILE])
+        entrypoint = shlex.join([*ENTRYPOINT, *command, JOB_FILE])
         with _packed(job) as folder, self._explained():
             return str(
                 self._client.submit_job(

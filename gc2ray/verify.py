@@ -205,11 +205,6 @@ def _plan_problems(generation: Generation) -> Iterator[str]:
     plan, run = generation.plan, generation.run
     if run.recipe.fingerprint() != plan.recipe_fingerprint:
         yield f"{generation.name(PLAN_NAME)}: of another recipe than {RUN_NAME}"
-    if (run.shards, run.rows) != (len(plan.shards), plan.rows):
-        yield (
-            f"{generation.name(RUN_NAME)}: {run.shards} shards of {run.rows} rows, "
-            f"{len(plan.shards)} of {plan.rows} are planned"
-        )
     spans, sources = plan.shards.spans, [source for source, _ in plan.shards.files]
     source = np.unique(sources, return_inverse=True)[1].astype(np.int64)[spans.file]
     order = np.lexsort((spans.first, source))

@@ -63,6 +63,7 @@ BORDERS = {
         "sources",
         "store",
         "part",
+        "planner",
         "worker",
         "inspection",
         "latest",

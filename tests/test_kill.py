@@ -332,6 +332,28 @@ def test_a_killed_driver(job_file: Path, marks: Path, step: str) -> None:
     assert outcome(store, plan, committed_parts(store, plan)).rows == ROWS
 
 
+def test_new_files_extend_a_finished_run(job_file: Path) -> None:
+    """What was answered stays as it is; a file that changed is refused."""
+    job = load(job_file)
+    assert run(job_file).exit_code == 0
+    source, output = Path(job.recipe.input.uris()[0]), Path(job.output)
+    before = {path: path.read_bytes() for path in (output / "data").iterdir()}
+    write_rows(source / "b.parquet", 30, row_group=10)
+    assert run(job_file).planned_rows == ROWS, "not asked for"
+    result = run_job(job, make_worker=partial(faulty_worker, fault=None), extend=True)
+    assert (result.exit_code, result.rows, result.planned_rows) == (0, ROWS + 30, ROWS + 30)
+    assert {path: path.read_bytes() for path in before} == before
+    assert verify(job.output, deep=True).problems == ()
+    again = run_job(job, make_worker=partial(faulty_worker, fault=None), extend=True)
+    assert (again.exit_code, again.planned_rows) == (0, ROWS + 30)
+    assert len(list((output / "plan").iterdir())) == 2
+    compact(job.output, f"{job.output}-whole")
+    assert len(pq.read_table(f"{job.output}-whole")) == ROWS + 30
+    write_rows(source / "b.parquet", 31, row_group=10)
+    with pytest.raises(ConfigError, match=r"--extend: b\.parquet changed since it was planned"):
+        run_job(job, make_worker=partial(faulty_worker, fault=None), extend=True)
+
+
 @pytest.mark.slow
 def test_a_kill_between_plan_and_run_json(job_file: Path) -> None:
     """A start that got no further than the plan file is picked up by the next one."""
