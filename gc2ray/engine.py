@@ -220,6 +220,7 @@ class Engine:
             row = self._open.pop(completion.tag)
             if completion.error is not None:
                 row.trouble = trouble_of(completion.error)
+                row.halvings += completion.halvings
                 yield self._failed(row)
             else:
                 yield self._answered(row, completion)
@@ -255,6 +256,7 @@ class Engine:
             token_ids=completion.token_ids,
             image_shared=row.shares,
             prompt_tokens_shared=completion.shared,
+            halvings=row.halvings + completion.halvings,
         )
 
     def _failed(self, row: Row) -> Answer:
@@ -268,6 +270,7 @@ class Engine:
             stage_ns=row.stage_ns,
             device=self.device,
             retry=row.retry,
+            halvings=row.halvings,
         )
 
 

@@ -34,6 +34,7 @@ class Picture:
         packed: What the language model is to read of it, (K, D).
         places: Where that stood in the uncompressed image, or None.
         trouble: Why it cannot be used.
+        halvings: Times that memory was short for it and others, which were halved.
         rows: Rows that showed it so far.
     """
 
@@ -44,6 +45,7 @@ class Picture:
     places: Places | None = None
     trouble: BadRow | None = None
     retry: bool = False
+    halvings: int = 0
     rows: int = 0
     kept_per_view: tuple[int, ...] = ()
     full_tokens: int = 0

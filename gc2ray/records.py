@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from gc2ray.errors import BadRow, Status
 from gc2ray.stats import STAGES, RunStats, retention_bucket, top
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _AUDIT = pa.struct(
     [
@@ -55,6 +55,7 @@ ANSWER_FIELDS: tuple[pa.Field, ...] = (
     pa.field("kv_bytes", pa.int64()),
     pa.field("kv_bytes_full", pa.int64()),
     *(pa.field(f"{stage}_ns", pa.int64(), nullable=False) for stage in STAGES),
+    pa.field("halvings", pa.int32(), nullable=False),
     pa.field("attempt", pa.int32(), nullable=False),
     pa.field("generation", pa.int32(), nullable=False),
     pa.field("device", pa.string(), nullable=False),
@@ -158,6 +159,7 @@ class Answer:
     retry: bool = False
     image_shared: bool = False
     prompt_tokens_shared: int = 0
+    halvings: int = 0
 
     @property
     def retention_actual(self) -> float | None:
@@ -269,6 +271,7 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "answer", "error", "finish_reason", "prompt_tokens", "output_tokens", "visual_tokens_full",
         "visual_tokens_kept", "newline_tokens", "newline_tokens_full", "kept_per_view", "method",
         "retention_requested", "retention_actual", "kv_bytes", "kv_bytes_full", "device",
+        "halvings",
     )  # fmt: skip
     return {
         "row_key": request.row_key,

@@ -27,10 +27,12 @@ class Troubled(Protocol):
     Attributes:
         trouble: Why it cannot be answered, or used.
         retry: Another time it may.
+        halvings: Times that memory was short for it and others, which were halved.
     """
 
     trouble: BadRow | None
     retry: bool
+    halvings: int
 
 
 U = TypeVar("U", bound=Troubled)
@@ -48,6 +50,7 @@ class Row:
         prompt: What the language model is to read, until the decoder has it.
         trouble: Why it cannot be answered.
         retry: The trouble may pass: its shard is to be tried again.
+        halvings: Times that memory was short for it and others before the decoder had it.
         stage_ns: Time by stage so far.
     """
 
@@ -58,6 +61,7 @@ class Row:
     prompt: Prompt | None = None
     trouble: BadRow | None = None
     retry: bool = False
+    halvings: int = 0
     stage_ns: dict[str, int] = field(default_factory=dict)
 
 
@@ -92,6 +96,8 @@ def attempt(things: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:
     if len(things) == 1:
         things[0].trouble, things[0].retry = trouble, retry
         return
+    for thing in things if trouble.status == Status.OUT_OF_MEMORY else ():
+        thing.halvings += 1
     half = len(things) // 2
     attempt(things[:half], work)
     attempt(things[half:], work)

@@ -109,6 +109,8 @@ class Vision:
                     if row.picture.tiles is not None:
                         payers.setdefault(row.picture, row)
             attempt(list(payers), lambda pictures: self._encode(pictures, payers))
+            for picture, row in payers.items():
+                row.halvings += picture.halvings
             for row in rows:
                 if row.picture is not None and row.picture.trouble is not None:
                     self._pictures.forget(row.picture)

@@ -293,7 +293,8 @@ def test_only_what_does_not_fit_alone_is_out_of_memory(model: Any) -> None:
     assert [item.finish_reason for item in done] == [
         "error" if length == 30 else "length" for length in LENGTHS
     ]
-    assert replace(done[3], error=None) == Completion(3, (), "error", 0, 0)
+    assert replace(done[3], error=None) == Completion(3, (), "error", 0, 0, halvings=3)
+    assert [item.halvings for item in done] == [1, 3, 1, 3, 2]
     assert isinstance(done[3].error, torch.OutOfMemoryError)
     expected = tokens_alone(model, prompts, Sampling(NEW))
     assert [item.token_ids for item in done[:3]] == expected[:3]

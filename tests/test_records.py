@@ -35,7 +35,7 @@ COLUMNS = [
     "prompt_tokens", "output_tokens", "visual_tokens_full", "visual_tokens_kept", "newline_tokens",
     "newline_tokens_full", "kept_per_view", "method", "retention_requested", "retention_actual",
     "kv_bytes", "kv_bytes_full", "image_ns", "encode_ns", "compress_ns", "prefill_ns",
-    "generate_ns", "attempt", "generation", "device", "worker", "audit", "kept_mask",
+    "generate_ns", "halvings", "attempt", "generation", "device", "worker", "audit", "kept_mask",
 ]  # fmt: skip
 UNMEASURED = [
     "answer", "finish_reason", "prompt_tokens", "output_tokens", "visual_tokens_full",
@@ -109,7 +109,7 @@ def test_an_answered_row() -> None:
         "kept_per_view": [[9, 11], [], [3]], "method": "globalcom2",
         "retention_requested": 0.25, "retention_actual": 0.25, "kv_bytes": 430,
         "kv_bytes_full": 1000, "image_ns": 1000, "encode_ns": 1000, "compress_ns": 1000,
-        "prefill_ns": 1000, "generate_ns": 1000, "attempt": 2, "generation": 0,
+        "prefill_ns": 1000, "generate_ns": 1000, "halvings": 0, "attempt": 2, "generation": 0,
         "device": "cpu", "worker": "w1", "audit": None, "kept_mask": None,
     }  # fmt: skip
 

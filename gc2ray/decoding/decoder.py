@@ -29,6 +29,7 @@ class Completion:
         generate_ns: Its share of the time after the first token, by output tokens.
         error: What this prompt raises even alone; there are no tokens then.
         shared: Prompt tokens whose keys and values another prompt had computed.
+        halvings: Times that the device's memory was short for it and others, which were halved.
     """
 
     tag: int
@@ -38,6 +39,7 @@ class Completion:
     generate_ns: int
     error: Exception | None = None
     shared: int = 0
+    halvings: int = 0
 
 
 class Decoder(Protocol):

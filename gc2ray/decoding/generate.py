@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,20 +81,26 @@ class GenerateDecoder:
         rows = max(1, self._max_tokens // (len(self._waiting[-1][1]) + new))
         batch = self._waiting[-rows:]
         del self._waiting[-rows:]
-        return self._run_halving(batch)
+        return self._run_halving(batch, 0)
 
-    def _run_halving(self, batch: list[_Item]) -> list[Completion]:
+    def _run_halving(self, batch: list[_Item], halvings: int) -> list[Completion]:
+        """A batch, or what is left of one that was halved so often for want of memory."""
         try:
-            return self._run(batch)
+            return [replace(done, halvings=halvings) for done in self._run(batch)]
         except torch.AcceleratorError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:  # the first covers out of memory
             if len(batch) == 1:
-                return [Completion(batch[0][0], (), "error", 0, 0, error)]
-            self.halvings += isinstance(error, torch.OutOfMemoryError)
+                return [Completion(batch[0][0], (), "error", 0, 0, error, halvings=halvings)]
+            short = isinstance(error, torch.OutOfMemoryError)
+            self.halvings += short
+            halvings += short
         torch.cuda.empty_cache()
         half = len(batch) // 2
-        return self._run_halving(batch[:half]) + self._run_halving(batch[half:])
+        return [
+            *self._run_halving(batch[:half], halvings),
+            *self._run_halving(batch[half:], halvings),
+        ]
 
     @torch.inference_mode()
     def _run(self, batch: list[_Item]) -> list[Completion]:

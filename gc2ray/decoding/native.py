@@ -76,6 +76,7 @@ class _Row:
         shared: Those of them that were copied from another row's prefix.
         owns: It computed a prefix that others may copy.
         alone: It was part of a step that failed: it now runs with no other row.
+        halvings: Times that memory was short for it and others.
     """
 
     tag: int
@@ -88,6 +89,7 @@ class _Row:
     shared: int = 0
     owns: bool = False
     alone: bool = False
+    halvings: int = 0
     tokens: list[int] = field(default_factory=list)
     prefill_ns: int = 0
     generate_ns: int = 0
@@ -346,7 +348,13 @@ class NativeDecoder:
     def _finished(self, row: _Row, reason: str) -> Completion:
         self._vacate(row)
         return Completion(
-            row.tag, tuple(row.tokens), reason, row.prefill_ns, row.generate_ns, shared=row.shared
+            row.tag,
+            tuple(row.tokens),
+            reason,
+            row.prefill_ns,
+            row.generate_ns,
+            shared=row.shared,
+            halvings=row.halvings,
         )
 
     def _vacate(self, row: _Row) -> None:
@@ -373,6 +381,8 @@ class NativeDecoder:
             return [self._blame(rows[0], error)]
         if memory:
             self.halvings += 1
+            for row in rows:
+                row.halvings += 1
             self._limits = (max(1, len(rows) // 2), max(1, self._limits[1] // 2))
         back = list(admitted) or self._live[len(self._live) // 2 :]
         self._live = [row for row in self._live if row not in back]
@@ -388,7 +398,8 @@ class NativeDecoder:
         self._vacate(row)
         self._live = []
         self._limits = (self._room.live_rows, self._room.prefill_tokens)
-        return Completion(row.tag, (), "error", row.prefill_ns, row.generate_ns, error=error)
+        times = (row.prefill_ns, row.generate_ns)
+        return Completion(row.tag, (), "error", *times, error, halvings=row.halvings)
 
 
 def _next_position(prompt: Prompt) -> int:
