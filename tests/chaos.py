@@ -27,7 +27,8 @@ WINDOWS = {
     "committed": "after commit, before reply",
 }
 """Steps of a worker, and the windows that they open."""
-DRIVER_PID = "driver.pid"
+VICTIMS = {"driver": "driver.pid", "store": "store.pid"}
+"""Files that tell whom a worker kills, where that is not itself."""
 ROW_SECONDS = 0.002
 DOOMED_SECONDS = 60.0
 
@@ -62,7 +63,7 @@ class Schedule:
     """What to kill, and when.
 
     Attributes:
-        kind: `worker`, `driver` or `node`; nodes are killed by whoever reads the marks.
+        kind: `worker`, `driver`, `store` or `node`; nodes are killed by whoever reads the marks.
         steps: Step by sid.
         marks: Where marks go.
     """
@@ -76,9 +77,11 @@ class Schedule:
         due, fired = self.steps.get(sid), self.marks / f"fired.{sid}"
         if due is None or fired.exists():
             return
-        victim = os.getpid()
-        if self.kind == "driver":
-            victim = int((self.marks / DRIVER_PID).read_text())
+        if self.kind == "store":
+            if due == step:
+                self._kill(fired, step, sid, self._next_store())
+            return
+        victim = self._victim()
         doomed = self.marks / f"doomed.{victim}"
         if doomed.exists():  # killed for another shard: this one's turn comes again
             time.sleep(DOOMED_SECONDS)
@@ -88,6 +91,25 @@ class Schedule:
             doomed.touch(exist_ok=False)
         except FileExistsError:
             time.sleep(DOOMED_SECONDS)
+        self._kill(fired, step, sid, victim)
+
+    def _victim(self) -> int:
+        """Whom a worker of ours kills."""
+        name = VICTIMS.get(self.kind)
+        return int((self.marks / name).read_text()) if name else os.getpid()
+
+    def _next_store(self) -> int:
+        """The store that is up; one that another shard has killed is up again in a moment."""
+        while True:
+            victim = self._victim()
+            try:
+                (self.marks / f"doomed.{victim}").touch(exist_ok=False)
+            except FileExistsError:
+                time.sleep(0.05)
+            else:
+                return victim
+
+    def _kill(self, fired: Path, step: str, sid: str, victim: int) -> None:
         fired.touch()
         (self.marks / f"{self.kind}-{step}-{sid}-{victim}-{_node()}").touch()
         if self.kind == "node":

@@ -44,7 +44,7 @@ class RcloneServer:
 
     def __init__(self, folder: Path) -> None:
         self.host, self.port = "127.0.0.1", free_port()
-        self._folder = folder
+        self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -59,7 +59,7 @@ class RcloneServer:
             "--auth-key": f"{KEY},{SECRET}",
             "--config": os.devnull,
         }
-        command = [rclone_program(), "serve", "s3", str(self._folder)]
+        command = [rclone_program(), "serve", "s3", str(self.folder)]
         self._process = subprocess.Popen(
             command + [word for option in options.items() for word in option],
             stdout=subprocess.DEVNULL,

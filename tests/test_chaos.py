@@ -1,4 +1,4 @@
-"""The whole job under fire: workers, drivers and nodes are killed in every window.
+"""The whole job under fire: workers, drivers, nodes and stores are killed in every window.
 
 `make test-all` kills one of each kind in each window; `make chaos` twenty-one of each, and prints
 the table. Not in `make test`: beside another Ray on two cores, workers now and then die while they
@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import ray
+import s3fs
 from ray.cluster_utils import Cluster as LocalCluster
 
 from gc2ray.bill import Bill, Use
@@ -33,7 +33,8 @@ from gc2ray.shards import cut_shards
 from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.verify import verify
-from tests.chaos import WINDOWS, Kill, Schedule, Survived, Toll, worker_on
+from tests.chaos import VICTIMS, WINDOWS, Kill, Schedule, Survived, Toll, worker_on
+from tests.object_servers import RcloneServer, aws_environment
 from tests.rows import job_data, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -43,11 +44,22 @@ SPARE_SHARDS = 6
 """Beyond those in which something is killed."""
 NODES = 3
 GONE_SECONDS = 10.0
+OUTAGE_SECONDS = 1.0
+LATE_SECONDS = 20.0
+"""A back-off that began just before a store is back ends by then."""
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    """A head that runs nothing, and three nodes of one worker each."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RcloneServer]:
+    """A store whose content outlives it; its address is in the environment."""
+    made = RcloneServer(tmp_path_factory.mktemp("buckets"))
+    with made.running(), aws_environment(made.host, made.port):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cluster(server: RcloneServer) -> Iterator[LocalCluster]:
+    """A head that runs nothing, and three nodes of one worker each, which know the store."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     made = LocalCluster(
         initialize_head=True,
@@ -111,7 +123,9 @@ def bill_of(job: Job) -> Bill:
     return sum((record.bill for record in driver_records(Store(job.output))), Bill())
 
 
-def assert_survived(job: Job, schedule: Schedule, survived: Survived, kills: int) -> None:
+def assert_survived(
+    job: Job, schedule: Schedule, survived: Survived, kills: int, late_seconds: float = 0.0
+) -> None:
     """Every kill happened, where it was meant to; every row is there once."""
     happened = schedule.kills()
     windows = Counter(kill.step for kill in happened)
@@ -119,8 +133,8 @@ def assert_survived(job: Job, schedule: Schedule, survived: Survived, kills: int
     assert {kill.sid: kill.step for kill in happened}.items() <= schedule.steps.items()
     assert len({kill.pid for kill in happened}) == len(happened)
     assert all(is_gone(kill.pid) for kill in happened)
-    parts = sorted((Path(job.output) / "data").iterdir())
-    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    store = Store(job.output)
+    rows = [row for part in store.names("data") for row in store.table(part).to_pylist()]
     planned = {f"a.parquet#{row}" for row in range((kills + SPARE_SHARDS) * SHARD_ROWS)}
     found = [row["row_key"] for row in rows]
     lost, doubled = len(planned - {*found}), len(found) - len({*found})
@@ -128,7 +142,7 @@ def assert_survived(job: Job, schedule: Schedule, survived: Survived, kills: int
     assert {row["status"] for row in rows} == {"ok"}
     assert verify(job.output, deep=True).problems == ()
     bill = bill_of(job)
-    wasted = bill.total_seconds - bill.of(Use.USEFUL) - bill.of(Use.IDLE)
+    wasted = late_seconds + bill.total_seconds - bill.of(Use.USEFUL) - bill.of(Use.IDLE)
     survived.note(happened, Toll(len(planned), lost, doubled, wasted))
 
 
@@ -152,12 +166,12 @@ from pathlib import Path
 from gc2ray import driver, lease
 from gc2ray.config import load_job
 from gc2ray.run import run_job
-from tests.chaos import DRIVER_PID, Schedule, worker_on
+from tests.chaos import VICTIMS, Schedule, worker_on
 job_file, address, marks = sys.argv[1:4]
 driver.LOOK_SECONDS = lease.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with it
 steps = dict(item.split("=") for item in sys.argv[4:])
 marks = Path(marks)
-(marks / DRIVER_PID).write_text(str(os.getpid()))
+(marks / VICTIMS["driver"]).write_text(str(os.getpid()))
 make_worker = worker_on(Schedule("driver", steps, marks))
 sys.exit(run_job(load_job(Path(job_file)), address=address, make_worker=make_worker).exit_code)
 """
@@ -215,3 +229,45 @@ def test_nodes_are_killed(
     assert len({kill.node for kill in schedule.kills()}) == kills
     assert_survived(job, schedule, survived, kills)
     confirm_worker_kills(job, schedule.kills())
+
+
+def restart(server: RcloneServer, schedule: Schedule, run: Future[Outcome]) -> None:
+    """Start the store again a while after each kill."""
+    killed = 0
+    while not run.done():
+        if len(schedule.kills()) > killed:
+            killed += 1
+            server.kill()  # it is: its parent, who is us, must look
+            time.sleep(OUTAGE_SECONDS)
+            server.start()
+            (schedule.marks / "pid.new").write_text(str(server.pid))
+            (schedule.marks / "pid.new").rename(schedule.marks / VICTIMS["store"])
+        time.sleep(0.05)
+
+
+def lateness(folder: Path, schedule: Schedule) -> float:
+    """Seconds between a kill and the commit of its shard, summed."""
+    late = 0.0
+    for kill in schedule.kills():
+        (mark,) = schedule.marks.glob(f"store-{kill.step}-{kill.sid}-*")
+        (part,) = folder.glob(f"*/run/data/part-*-{kill.sid}.parquet")
+        late += max(0.0, part.stat().st_mtime - mark.stat().st_mtime)
+    return late
+
+
+@pytest.mark.usefixtures("cluster")
+def test_stores_are_killed(
+    job: Job, kills: int, tmp_path: Path, survived: Survived, server: RcloneServer
+) -> None:
+    """Workers and driver wait until it is back; what it was writing is whole, or not there."""
+    s3fs.S3FileSystem().mkdir("chaos")
+    job = job.model_copy(update={"output": "s3://chaos/run"})
+    schedule = scheduled("store", job, kills, tmp_path)
+    (schedule.marks / VICTIMS["store"]).write_text(str(server.pid))
+    with ThreadPoolExecutor(1) as beside:
+        run = beside.submit(run_job, job, make_worker=worker_on(schedule))
+        restart(server, schedule, run)
+    assert run.result().exit_code == 0
+    late_seconds = lateness(server.folder, schedule)
+    assert_survived(job, schedule, survived, kills, late_seconds)
+    assert late_seconds < kills * (OUTAGE_SECONDS + LATE_SECONDS)
