@@ -57,7 +57,10 @@ POLL_SECONDS = 0.5
 LOOK_SECONDS = 1.0
 """Between two looks at every worker."""
 SETUP_DEATHS = 3
-"""Workers that die while setting up, with no shard done in between: then the run gives up."""
+"""Workers that die while setting up, with no shard done in between: then the run gives up.
+
+Those do not count that may have gone with their node: that says nothing about the others.
+"""
 BAD_ROWS_FROM = 200
 """Answers before the share of bad ones is judged."""
 
@@ -417,7 +420,7 @@ class Driver:
         died = Use.STALLED if state.is_stalled else Use.DIED
         ended = self._pool.now() if event.ended is None else event.ended
         self._meter.stop(worker, self._use(state, died), ended)
-        if state.loaded is None or state.is_calibrating:
+        if (state.loaded is None or state.is_calibrating) and not event.node_lost:
             self._setup_deaths += 1
             if self._setup_deaths >= SETUP_DEATHS:
                 raise GivenUp(

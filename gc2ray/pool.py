@@ -89,12 +89,14 @@ class Died:
         reason: Why; as told to `kill`, if it was killed.
         in_hand: Rows that it had in hand; empty where its node is gone too.
         ended: When, on the pool's clock, if that was before it is told.
+        node_lost: A node was lost in its time, perhaps its own: it may not be to blame.
     """
 
     worker: int
     reason: str
     in_hand: InHand = field(default_factory=dict)
     ended: float | None = None
+    node_lost: bool = False
 
 
 Event = Placed | Loaded | Calibrated | Progressed | Done | Failed | Leaving | Ended | Died

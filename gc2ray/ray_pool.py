@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -59,6 +60,8 @@ LEAVING_SECONDS = 2.0
 CONCURRENT_CALLS = 4
 """Two shards, one progress call, and one load or calibration."""
 
+
+_DETAIL = re.compile(r"\w+: ")  # which actor it was: a line each
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +149,7 @@ class RayPool:
         self._places: dict[int, _Place] = {}
         self._ended: list[Event] = []
         self._buried: dict[int, _Burial] = {}
+        self._lost_before: dict[int, int] = {}  # nodes that were lost when a worker was started
         self._gcs: Any = None
         self._looked = 0.0
         self._started = 0
@@ -167,6 +171,7 @@ class RayPool:
             scheduling_strategy="SPREAD",
         ).remote(self._make_worker, tuple(self._arguments))
         self._actors[self._started] = handle
+        self._lost_before[self._started] = _lost_nodes()
         self._call(self._started, "place", handle.ready.remote())
         return self._started
 
@@ -183,15 +188,17 @@ class RayPool:
     def drop(self, worker: int) -> None:
         self._asked.pop(worker, None)
         self._places.pop(worker, None)
+        self._lost_before.pop(worker)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
         ray.kill(self._actors.pop(worker))
 
     def kill(self, worker: int, reason: str) -> None:
         place = self._places.get(worker)
+        lost_before = self._lost_before[worker]
         self.drop(worker)
         self._ended.append(Ended(worker))
         wait = 0.0 if place is None else JOURNAL_SECONDS
-        self._buried[worker] = _Burial(reason, self.now(), wait)
+        self._buried[worker] = _Burial(reason, self.now(), wait, lost_before)
         if place is None:  # it never was anywhere
             return
         read: Any = ray.remote(_read_journal)
@@ -278,7 +285,7 @@ class RayPool:
         except RayTaskError as error:
             return self._failure(worker, shard, error.cause or error)
         except RayActorError as error:
-            self.kill(worker, f"the worker process ended: {_first_line(error)}")
+            self.kill(worker, f"the worker process ended: {_cause(error)}")
         except RayError as error:
             self.kill(worker, f"Ray lost the worker: {_first_line(error)}")
         else:
@@ -317,17 +324,26 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Burial:
-    """A worker that has ended, when, and how long its journal is waited for."""
+    """A worker that has ended.
+
+    Attributes:
+        reason: Why.
+        ended: When.
+        wait_seconds: How long its journal is waited for.
+        lost_before: Nodes that had been lost when it was started.
+    """
 
     reason: str
     ended: float
     wait_seconds: float
+    lost_before: int
 
     def is_overdue(self, now: float) -> bool:
         return now - self.ended >= self.wait_seconds
 
     def died(self, worker: int, in_hand: InHand) -> Died:
-        return Died(worker, self.reason, in_hand, self.ended)
+        node_lost = _lost_nodes() > self.lost_before
+        return Died(worker, self.reason, in_hand, self.ended, node_lost)
 
 
 def _read_journal(prefix: str) -> InHand:
@@ -375,6 +391,18 @@ class _Actor:
 
 def _amounts(resources: dict[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _lost_nodes() -> int:
+    """Nodes that the cluster has lost so far."""
+    return sum(not node["Alive"] for node in ray.nodes())
+
+
+def _cause(error: RayActorError) -> str:
+    """Why an actor ended: what Ray says of it without the lines that say which it was."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not _DETAIL.match(line)]
+    return " ".join(said[1:] or said)[:300]
 
 
 def _first_line(error: Exception) -> str:

@@ -97,6 +97,7 @@ def run_job(
             pool.close()
     if driver.lost_races:
         log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
+    store.sweep()
     now = stored_plan(store, job) or plan  # somebody may have extended it meanwhile
     known = committed if len(now.shards) == len(plan.shards) else None
     return outcome(store, now, committed_parts(store, now, known))

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +44,8 @@ from gc2ray.stats import RunStats
 READ_THREADS = 16
 PATIENCE = Patience()
 COPY_BYTES = 1 << 20
+LEFTOVER_SECONDS = 3600.0
+"""A temporary file of that age belongs to nobody: a part is written in seconds."""
 _PART = re.compile(r"part-(\d{7})-([0-9a-f]{16})\.parquet$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
@@ -350,6 +353,21 @@ class Store:
         folder = Path(self._root) / "_tmp"
         if self._local and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+    def sweep(self, older_seconds: float = LEFTOVER_SECONDS) -> None:
+        """Remove temporary files of that age: of processes that were killed, not of living ones.
+
+        Where that fails they stay: nothing depends on it.
+        """
+        try:
+            for name in self.names("_tmp"):
+                path = self._path(name)
+                with suppress(FileNotFoundError):  # somebody else sweeps, too
+                    age = datetime.now(UTC) - self._fs.modified(path)
+                    if age.total_seconds() > older_seconds:
+                        self._fs.rm_file(path)
+        except STORAGE_ERRORS as error:
+            log.warning("%s: leftovers in _tmp stay: %s", self.uri, error)
 
     def holds(self, other: Store) -> bool:
         """Whether another root is this one, or lies within."""

@@ -245,7 +245,7 @@ def _notes(generation: Generation, revived: int) -> Iterator[str]:
     left = len(generation.store.names("_tmp"))
     if left:
         name = generation.name("_tmp")
-        yield f"{name}: {left} leftovers of processes that were killed; may be deleted between runs"
+        yield f"{name}: {left} leftovers of processes that were killed; a later run removes them"
 
 
 def _unanswered(checked: Sequence[Checked]) -> Integers:

@@ -30,6 +30,7 @@ WINDOWS = {
 VICTIMS = {"driver": "driver.pid", "store": "store.pid"}
 """Files that tell whom a worker kills, where that is not itself."""
 ROW_SECONDS = 0.002
+SLOW_ROW_SECONDS = 0.1
 DOOMED_SECONDS = 60.0
 
 
@@ -178,6 +179,15 @@ def _load(_job: Job) -> EchoEngine:
 def chaotic_worker(job: Job, carried: pa.Schema, schedule: Schedule | None = None) -> Worker:
     """A worker whose process may be killed on schedule."""
     return Worker(job, carried, load=_load, metrics=schedule.on_step if schedule else None)
+
+
+def _load_slow(_job: Job) -> EchoEngine:
+    return EchoEngine(SLOW_ROW_SECONDS)
+
+
+def slow_worker(job: Job, carried: pa.Schema) -> Worker:
+    """A worker that has time to be interrupted."""
+    return Worker(job, carried, load=_load_slow)
 
 
 def worker_on(schedule: Schedule) -> partial[Worker]:

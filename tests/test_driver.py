@@ -466,6 +466,17 @@ def test_an_idle_worker_that_has_ended_is_not_dropped(tmp_path: Path) -> None:
     assert pool.started <= 4
 
 
+def test_workers_that_go_with_their_nodes_do_not_end_the_run(tmp_path: Path) -> None:
+    """Five nodes take a worker each that has just started."""
+    pool = SimulatedPool(load_goes=lambda worker: "hang" if worker <= 5 else "done")
+    for worker in range(1, 6):
+        pool.at(worker + 0.5, Died(worker, "its node is gone", node_lost=True))
+    harness = Harness(tmp_path, pool, workers=1)
+    harness.run(make_plan(rows=10))
+    assert len(harness.finished) == 1
+    assert pool.started == 6
+
+
 def test_a_worker_that_has_ended_does_not_calibrate(tmp_path: Path) -> None:
     pool = SimulatedPool(seconds_per_row=0.5)
     original = pool.calibrate

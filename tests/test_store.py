@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,30 @@ def test_a_large_object_is_whole_on_s3(s3: str) -> None:
     assert store.create("data/a", data) is True
     assert store.create("data/a", data[::-1]) is False
     assert store.read("data/a") == data
+
+
+def test_only_old_leftovers_are_swept(store: Store) -> None:
+    for name in ("_tmp/a", "_tmp/b", "data/c"):
+        store.replace(name, b"x")
+    store.sweep()
+    assert len(store.names("_tmp")) == 2
+    time.sleep(1.1)  # S3 tells times in seconds
+    store.replace("_tmp/young", b"x")
+    store.sweep(1.0)
+    assert store.names("_tmp") == ["_tmp/young"]
+    assert store.names("data") == ["data/c"]
+
+
+def test_leftovers_that_cannot_be_removed_stay(
+    local: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("not yours")
+
+    local.replace("_tmp/a", b"x")
+    monkeypatch.setattr(local._fs, "rm_file", refuse)
+    local.sweep(-1.0)
+    assert "leftovers in _tmp stay: not yours" in caplog.text
 
 
 def test_a_race_has_one_winner(racy: Store) -> None:

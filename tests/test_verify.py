@@ -420,7 +420,7 @@ def test_leftovers_and_letters_of_committed_shards_are_no_problem(output: Path) 
     assert (verdict.problems, verdict.exit_code) == ((), 0)
     assert verdict.notes == (
         "dead: 1 shards were given up, and committed later",
-        "_tmp: 1 leftovers of processes that were killed; may be deleted between runs",
+        "_tmp: 1 leftovers of processes that were killed; a later run removes them",
     )
 
 
