@@ -35,7 +35,7 @@ test: setup ## Run the tests
 test-all: setup ## Run the tests that are too slow for `make test`
 	$(PY) -m pytest -m slow
 
-chaos: setup ## Kill workers, drivers and nodes in every window, KILLS=21 of each; prints the table
+chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=21 of each; prints the table
 	$(PY) -m pytest tests/test_chaos.py --kills $(KILLS)
 
 check: setup ## Lint, format check, strict types

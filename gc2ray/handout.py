@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isqrt
+from typing import NamedTuple
 
 from gc2ray.errors import BadRow, Status
 from gc2ray.shards import Shard
@@ -16,6 +17,13 @@ _KILLED = {
     Status.KILLED_WORKER: "the worker process ended whenever it answered this row, alone too",
     Status.TIMEOUT: "no answer came whenever this row was tried, alone too",
 }
+
+
+class Poison(NamedTuple):
+    """What is written for a row that kills or hangs: its status, and how its worker ended."""
+
+    status: Status
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Handout:
     shard: Shard
     attempt: int = 1
     suspects: tuple[int, ...] = ()
-    poison: Mapping[int, Status] = field(default_factory=dict)
+    poison: Mapping[int, Poison] = field(default_factory=dict)
 
     def suspect_groups(self) -> Iterator[tuple[int, ...]]:
         """The suspects, as many together as may be in hand at a time."""
@@ -46,5 +54,7 @@ class Handout:
 
     def fault(self, row: int) -> BadRow | None:
         """Why a row is not to be tried, if it is not."""
-        status = self.poison.get(row)
-        return None if status is None else BadRow(status, _KILLED[status])
+        poison = self.poison.get(row)
+        if poison is None:
+            return None
+        return BadRow(poison.status, f"{_KILLED[poison.status]}: {poison.reason}")

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gc2ray.errors import Status
-from gc2ray.handout import Handout
+from gc2ray.handout import Handout, Poison
 from gc2ray.shards import Booleans, Shard, Shards
 
 
@@ -62,7 +62,7 @@ class _Trouble:
     tries: int = 0
     suspects: frozenset[int] = frozenset()
     is_searching: bool = False
-    poison: dict[int, Status] = field(default_factory=dict)
+    poison: dict[int, Poison] = field(default_factory=dict)
 
     def learn(self, loss: Loss) -> None:
         """Take a loss into account."""
@@ -72,7 +72,8 @@ class _Trouble:
             self.tries += 1
         elif in_hand <= self.suspects and len(in_hand) == 1:
             (row,) = in_hand
-            self.poison[row] = Status.TIMEOUT if loss.is_stall else Status.KILLED_WORKER
+            status = Status.TIMEOUT if loss.is_stall else Status.KILLED_WORKER
+            self.poison[row] = Poison(status, loss.reason)
             self.suspects, self.is_searching = frozenset(), False
         elif in_hand < self.suspects:
             self.suspects = in_hand

@@ -1,7 +1,8 @@
-"""A real Ray head of its own: token authentication, job server, metrics, all on free ports."""
+"""A real Ray head of its own, with token authentication, job server and metrics; jobs for it."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -18,12 +19,17 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from gc2ray.config import load_job
 from tests.object_servers import free_port, wait_for_port
+from tests.rows import job_data, write_rows
 
 START_SECONDS = 90.0
 END_SECONDS = 10.0
 REPORT_MILLISECONDS = 500
 HOST = "127.0.0.1"
+ROOT = Path(__file__).parents[1]
+SECRET = "do-not-tell-anybody-4711"
+ROWS, SHARD_ROWS = 24, 6
 T = TypeVar("T")
 
 
@@ -138,3 +144,37 @@ def until(condition: Callable[[], T], seconds: float = 60.0) -> T:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {seconds:g} s")
         time.sleep(0.2)
+
+
+def output_of(job_file: Path) -> str:
+    return load_job(job_file).output
+
+
+def write_job(
+    folder: Path, model: Path | str, rows: int, output: str | None = None, **cluster: object
+) -> Path:
+    """A job file, and its rows."""
+    source = write_rows(folder / "in" / "a.parquet", rows, row_group=SHARD_ROWS)
+    data = job_data(model, source, output or folder / "out")
+    data["cluster"] |= {"workers": 1, "shard_rows": SHARD_ROWS, **cluster}
+    (folder / "job.yaml").write_text(json.dumps(data))
+    return folder / "job.yaml"
+
+
+def start(head: RayHead | None, *words: object) -> subprocess.Popen[str]:
+    """The command, of somebody who knows the token, and a secret."""
+    known = head.credentials() if head else {"RAY_AUTH_MODE": "disabled"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "gc2ray", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **known, "AWS_SECRET_ACCESS_KEY": SECRET, "COLUMNS": "200"},
+        cwd=ROOT,
+    )
+
+
+def gc2ray(head: RayHead | None, *words: object) -> subprocess.CompletedProcess[str]:
+    process = start(head, *words)
+    stdout, stderr = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -341,7 +341,10 @@ def test_a_row_that_kills_is_named_and_the_shard_committed(
     assert harness.letters() == []
     tries = [handout for handout in pool.handouts if handout.shard.index == 3]
     assert [handout.suspects for handout in tries] == [(), (4, 5, 6), ()]
-    assert [dict(handout.poison) for handout in tries] == [{}, {}, {5: status}]
+    assert [dict(handout.poison) for handout in tries[:2]] == [{}, {}]
+    ((row, poison),) = tries[2].poison.items()
+    assert (row, poison.status) == (5, status)
+    assert poison.reason
 
 
 def test_other_shards_are_not_suspected_for_long(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.errors import Status
-from gc2ray.handout import GROUPED_FROM, Handout
+from gc2ray.handout import GROUPED_FROM, Handout, Poison
 from gc2ray.shard_queue import Limits, Loss, ShardQueue
 from gc2ray.shards import Shards, SourceFile, cut_shards
 
@@ -153,9 +153,9 @@ def test_the_second_death_names_the_row(status: Status) -> None:
     first = die(queue, (3, 4, 5))
     assert (first.suspects, dict(first.poison)) == ((3, 4, 5), {})
     second = die(queue, (4,), is_stall=status == Status.TIMEOUT)
-    assert (second.suspects, dict(second.poison)) == ((), {4: status})
+    assert (second.suspects, dict(second.poison)) == ((), {4: (status, "died")})
     assert second.attempt == 3
-    assert "alone too" in second.fault(4).message
+    assert second.fault(4).message.endswith("alone too: died")
     assert second.fault(3) is None
 
 
@@ -168,12 +168,12 @@ def test_many_suspects_are_narrowed_by_groups_first() -> None:
     assert second.suspects == groups[3]
     assert list(second.suspect_groups()) == [(row,) for row in groups[3]]
     third = die(queue, (groups[3][7],))
-    assert dict(third.poison) == {groups[3][7]: Status.KILLED_WORKER}
+    assert dict(third.poison) == {groups[3][7]: (Status.KILLED_WORKER, "died")}
 
 
 def test_few_suspects_are_answered_alone() -> None:
     shard = make_shards([100], 100)[0]
-    handout = Handout(shard, 2, tuple(range(GROUPED_FROM)), {5: Status.TIMEOUT})
+    handout = Handout(shard, 2, tuple(range(GROUPED_FROM)), {5: Poison(Status.TIMEOUT, "x")})
     assert [*handout.suspect_groups()] == [(row,) for row in range(GROUPED_FROM) if row != 5]
 
 
@@ -198,7 +198,7 @@ def test_more_poison_than_allowed_is_a_dead_letter() -> None:
 def test_one_row_alone_at_the_first_death_is_a_suspect_only() -> None:
     queue = make_queue([10])
     assert dict(die(queue, (3,)).poison) == {}
-    assert dict(die(queue, (3,)).poison) == {3: Status.KILLED_WORKER}
+    assert dict(die(queue, (3,)).poison) == {3: (Status.KILLED_WORKER, "died")}
 
 
 @settings(deadline=None, max_examples=300)

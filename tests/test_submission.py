@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobSubmissionClient
 
 from gc2ray.config import load_job
 from gc2ray.errors import ConfigError
@@ -22,14 +21,11 @@ from gc2ray.store import Store
 from gc2ray.submission import JobServer
 from gc2ray.verify import verify
 from tests.object_servers import free_port
-from tests.ray_head import RayHead, ray_head, until
-from tests.rows import job_data, write_rows
+from tests.ray_head import ROWS, SECRET, RayHead, gc2ray, output_of, ray_head, until, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[1]
-SECRET = "do-not-tell-anybody-4711"
-ROWS, SHARD_ROWS = 24, 6
 
 
 @pytest.fixture(scope="module")
@@ -43,41 +39,10 @@ def job_file(tmp_path: Path, tiny_paths: dict[str, Path]) -> Path:
     return write_job(tmp_path, tiny_paths["vicuna"], ROWS)
 
 
-def write_job(folder: Path, model: Path, rows: int) -> Path:
-    source = write_rows(folder / "in" / "a.parquet", rows, row_group=SHARD_ROWS)
-    data = job_data(model, source, folder / "out")
-    data["cluster"] |= {"workers": 1, "shard_rows": SHARD_ROWS}
-    (folder / "job.yaml").write_text(json.dumps(data))
-    return folder / "job.yaml"
-
-
-def start(head: RayHead | None, *words: object) -> subprocess.Popen[str]:
-    """The command, of somebody who knows the token, and a secret."""
-    known = head.credentials() if head else {"RAY_AUTH_MODE": "disabled"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "gc2ray", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **known, "AWS_SECRET_ACCESS_KEY": SECRET, "COLUMNS": "200"},
-        cwd=ROOT,
-    )
-
-
-def gc2ray(head: RayHead | None, *words: object) -> subprocess.CompletedProcess[str]:
-    process = start(head, *words)
-    stdout, stderr = process.communicate(timeout=200)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
 @pytest.fixture
 def client(head: RayHead) -> JobSubmissionClient:
     """Somebody else who knows the token."""
     return JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {head.token}"})
-
-
-def output_of(job_file: Path) -> str:
-    return load_job(job_file).output
 
 
 # --- handed in and followed ---------------------------------------------------------------------
@@ -196,32 +161,6 @@ def test_who_has_no_token_is_told_how_to_give_it(
     assert "refuses us (401 or 403): set RAY_AUTH_MODE=token" in result.stderr
 
 
-# --- stopped ------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_stopped_job_goes_on_where_it_was(
-    head: RayHead, tmp_path: Path, tiny_paths: dict[str, Path], client: JobSubmissionClient
-) -> None:
-    """`ray job stop` leaves three seconds: what ends in time is committed, nothing is torn."""
-    job_file = write_job(tmp_path, tiny_paths["vicuna"], 1200)
-    store, words = Store(output_of(job_file)), ["submit", job_file, "--address", head.address]
-    following = start(head, *words, "--follow", "--id", "stopped")
-    until(lambda: len(store.committed()) >= 3)
-    assert client.stop_job("stopped")
-    stdout, stderr = following.communicate(timeout=60)
-    assert following.returncode == 1, stdout
-    assert "stopped was stopped; submit it again to go on" in stderr
-    assert client.get_job_status("stopped") is JobStatus.STOPPED
-    logs = client.get_job_logs("stopped")
-    assert "interrupted: " in logs, logs
-    before = len(store.committed())
-    assert before < 200
-    assert gc2ray(head, *words, "--follow").returncode == 0
-    verdict = verify(output_of(job_file), deep=True)
-    assert (verdict.problems, verdict.exit_code) == ((), 0)
-
-
 # --- measured -----------------------------------------------------------------------------------
 
 DRIVER = """
@@ -303,25 +242,3 @@ def test_metrics_agree_with_the_footers(head: RayHead, job_file: Path, tmp_path:
         gate.touch()
         _, stderr = driver.communicate(timeout=60)
     assert driver.returncode == 0, stderr[-2000:]
-
-
-# --- the head is killed -------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_head_that_is_killed(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
-    """Whoever follows is told; the output says how far it is, and another cluster goes on."""
-    job_file = write_job(tmp_path, tiny_paths["vicuna"], 1200)
-    store = Store(output_of(job_file))
-    with ray_head() as head:
-        following = start(head, "submit", job_file, "--address", head.address, "--follow")
-        until(lambda: len(store.committed()) >= 3)
-        for process in reversed(head.processes()):
-            process.send_signal(signal.SIGKILL)
-        stdout, stderr = following.communicate(timeout=120)
-    assert following.returncode == 1, stdout
-    assert "does not answer any more; `gc2ray status` tells" in stderr
-    assert gc2ray(None, "status", output_of(job_file)).returncode == 1
-    assert gc2ray(None, "run", job_file).returncode == 0
-    verdict = verify(output_of(job_file), deep=True)
-    assert (verdict.problems, verdict.exit_code) == ((), 0)

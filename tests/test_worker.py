@@ -17,7 +17,7 @@ import pytest
 
 from gc2ray.config import Job, parse_recipe
 from gc2ray.errors import ConfigError, EngineDead, ShardError, Status
-from gc2ray.handout import Handout
+from gc2ray.handout import Handout, Poison
 from gc2ray.journal import taken_over
 from gc2ray.manifest import Plan
 from gc2ray.planner import committed_parts, outcome
@@ -458,12 +458,12 @@ def test_poison_is_written_and_never_tried(job: Job) -> None:
     tried: list[int] = []
     worker = make_worker(job, EchoEngine(on_row=lambda request: tried.append(request.row)))
     shard = shards_of(job, rows=12)[0]
-    poison = {5: Status.KILLED_WORKER, 6: Status.TIMEOUT}
+    poison = {5: Poison(Status.KILLED_WORKER, "why"), 6: Poison(Status.TIMEOUT, "why")}
     worker.process(hand(shard, suspects=(5, 7), poison=poison))
     assert sorted(tried) == [row for row in range(12) if row not in poison]
     rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
     assert [row["status"] for row in rows if row["row"] in poison] == ["killed_worker", "timeout"]
-    assert "ended whenever it answered this row" in rows[5]["error"]
+    assert "ended whenever it answered this row, alone too: why" in rows[5]["error"]
     assert rows[5]["answer"] is None
     assert [row["id"] for row in rows] == list(range(12)), "kept columns are still written"
 
