@@ -123,7 +123,8 @@ def test_files_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
         *(f"part-{number:05d}.parquet" for number in range(len(names) - 1)),
     ]
     assert len(dataset.files) > 3
-    assert all(30_000 <= file.bytes < 60_000 for file in dataset.files[:-1])
+    # One row group more at most, and the footer, which at this size is half of a file.
+    assert all(30_000 <= file.bytes < 65_000 for file in dataset.files[:-1])
     assert read(dest).equals(read(tmp_path / "whole"))
 
 
