@@ -711,6 +711,19 @@ def test_shards_of_one_group_are_read_in_one_go(tmp_path: Path, begun: list[int]
     assert begun == [0, 40]
 
 
+def test_an_input_is_located_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of its entries are files has to be asked of the storage, one by one."""
+    located: list[str] = []
+    of = listing.Place.of
+    monkeypatch.setattr(listing.Place, "of", lambda uri: (located.append(uri), of(uri))[1])
+    uris = [f"{tree}/a.parquet", f"{tree}/b.parquet"]
+    source = source_of(uris)
+    files, _ = source.scan()
+    for file in (*files, *files):
+        assert len(list(source.read(whole(file), MEMORY))) == 1
+    assert located == uris
+
+
 def test_a_read_that_was_left_is_not_gone_on_with(tmp_path: Path, begun: list[int]) -> None:
     write_rows(tmp_path / "a.parquet", 40, row_group=40)
     source = source_of(tmp_path)

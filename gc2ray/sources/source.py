@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import IO, Any
 
 import pyarrow as pa
@@ -51,13 +52,18 @@ class Source:
         self._rows = RowReader(config)
         self._kept: _Reading | None = None
 
+    @cached_property
+    def _listing(self) -> Listing:
+        """Where the input is: asking which entries are files costs a call each."""
+        return Listing.of(self.config.uris())
+
     def scan(self) -> tuple[list[SourceFile], pa.Schema]:
         """Every file in order, and the schema of the columns that are written back.
 
         Raises:
             ConfigError: There are no files, one cannot be read, or columns are missing.
         """
-        listing = Listing.of(self.config.uris())
+        listing = self._listing
         found = listing.paths()
         if not found:
             raise ConfigError(
@@ -95,7 +101,7 @@ class Source:
         Raises:
             ShardError: The file is gone, changed, or damaged.
         """
-        listing = Listing.of(self.config.uris())
+        listing = self._listing
         path = listing.path(span.source)
         reading: _Reading | None = None
         try:
