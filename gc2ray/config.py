@@ -27,6 +27,8 @@ from gc2ray.records import ANSWER_COLUMNS
 
 MIB = 1024 * 1024
 M = TypeVar("M", bound=BaseModel)
+HUB = "hf:"
+"""Datasets of the Hugging Face hub begin so, see `gc2ray.sources.listing`."""
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -405,7 +407,7 @@ def _absolute(place: str) -> str:
 
 
 def _is_url(place: str) -> bool:
-    return "://" in place or "::" in place or place.startswith("hf:")
+    return "://" in place or "::" in place or place.startswith(HUB)
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

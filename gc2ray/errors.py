@@ -29,6 +29,11 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, as far as that fits into a message of ours; its kind if nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the message says which key, and what to do. Exit code 2."""
 

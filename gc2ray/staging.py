@@ -49,7 +49,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__i
 )
 
 from gc2ray.config import ModelConfig
-from gc2ray.errors import ConfigError
+from gc2ray.errors import ConfigError, first_line
 from gc2ray.patience import Patience
 
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
@@ -373,5 +373,4 @@ def _sleep(jitter_seconds: float) -> None:
 
 
 def _unreadable(path: str, error: Exception) -> ConfigError:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ConfigError(f"recipe.model.path: {path} cannot be read: {first_line}")
+    return ConfigError(f"recipe.model.path: {path} cannot be read: {first_line(error)}")

@@ -29,7 +29,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import gc2ray
 from gc2ray.config import Job
-from gc2ray.errors import ConfigError, GivenUp
+from gc2ray.errors import ConfigError, GivenUp, first_line
 from gc2ray.knock import knock
 
 ENTRYPOINT = ("python", "-m", "gc2ray")
@@ -155,10 +155,10 @@ class JobServer:
             ) from error
         except (ConnectionError, requests.RequestException) as error:
             raise ConfigError(
-                f"{self.address} does not answer as a job server: {_first_line(error)}"
+                f"{self.address} does not answer as a job server: {first_line(error)[:300]}"
             ) from error
         except RuntimeError as error:
-            raise ConfigError(f"{self.address} refuses: {_first_line(error)}") from error
+            raise ConfigError(f"{self.address} refuses: {first_line(error)[:300]}") from error
 
 
 def _check_address(address: str) -> None:
@@ -194,7 +194,3 @@ def _packed(job: Job) -> Iterator[Path]:
         shutil.copytree(package, Path(folder) / package.name, ignore=leave_out)
         (Path(folder) / JOB_FILE).write_text(job.to_yaml(), encoding="utf-8")
         yield Path(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

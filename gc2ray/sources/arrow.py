@@ -21,6 +21,9 @@ class ArrowRows:
     Args:
         path: On a local disk.
 
+    Attributes:
+        schema: Its columns.
+
     Raises:
         OSError: There is none.
         pa.ArrowException: It is none.
@@ -29,13 +32,7 @@ class ArrowRows:
     def __init__(self, path: str) -> None:
         self._mapped = pa.memory_map(path, "rb")
         self._indexed = self._mapped.read(len(MAGIC)) == MAGIC
-        self._mapped.seek(0)
-        self._reader = self._opened()
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Its columns."""
-        return self._reader.schema
+        self.schema = self._opened().schema
 
     def groups(self) -> tuple[int, ...]:
         """Rows of each record batch."""

@@ -23,10 +23,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import fsspec
 
+from gc2ray.config import HUB
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
 
 PARQUET, ARROW = ".parquet", ".arrow"
-HUB = "hf:"
 HUB_KEYS = {"split", "subset"}
 SAVED_FILES, SAVED_SPLITS = "state.json", "dataset_dict.json"
 _KEY = "recipe.input.uri"

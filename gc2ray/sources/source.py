@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any
@@ -108,9 +108,9 @@ class Source:
             _check_unchanged(listing.filesystem, path, span)
             reading = self._resumed(span)
             if reading is None:
-                reading = _Reading(listing.filesystem, path, span)
-                reading.begin(self._rows.columns, host_memory_bytes)
-            for row, record in reading.records(self._rows.columns, span.stop):
+                opened = _opened(listing.filesystem, path)
+                reading = _Reading(opened, span, self._rows.columns, host_memory_bytes)
+            for row, record in reading.records(span.stop):
                 yield from self._rows.requests(span.source, row, record)
             if reading.row < span.stop:
                 raise ShardError(f"{span.source} ends at row {reading.row}, planned to {span.stop}")
@@ -142,41 +142,47 @@ class _Looked:
 class _Reading:
     """A file that is being read, row after row.
 
+    Args:
+        opened: The file; closed by `close`.
+        span: Where to begin, and which row groups to read to their end.
+        columns: Those that are wanted.
+        host_memory_bytes: About how much of them may be held at a time.
+
     Attributes:
         row: The next one.
+        close: Lets go of the file.
     """
 
-    def __init__(self, filesystem: Any, path: str, span: Span) -> None:
+    def __init__(
+        self,
+        opened: AbstractContextManager[ParquetRows | ArrowRows],
+        span: Span,
+        columns: tuple[str, ...],
+        host_memory_bytes: int,
+    ) -> None:
         self.row = span.first
-        self._span = span
-        self._open = ExitStack()
-        self._rows = self._open.enter_context(_opened(filesystem, path))
-        self._batches: Iterator[tuple[int, pa.RecordBatch]] = iter(())
+        self._span, self._columns = span, columns
         self._rest: pa.RecordBatch | None = None
-        self._end = span.first  # of the row groups that were begun
-
-    def begin(self, columns: tuple[str, ...], host_memory_bytes: int) -> None:
-        """Find the first row."""
-        first, stop = self._span.first, self._span.stop
-        self._batches = self._rows.batches(first, stop, columns, host_memory_bytes)
-        ends = itertools.accumulate(self._rows.groups())
-        self._end = next((end for end in ends if end >= stop), stop)
+        with ExitStack() as stack:
+            rows = stack.enter_context(opened)
+            self._batches = rows.batches(span.first, span.stop, columns, host_memory_bytes)
+            ends = itertools.accumulate(rows.groups())
+            self._end = next((end for end in ends if end >= span.stop), span.stop)
+            self.close = stack.pop_all().close
 
     def goes_on_with(self, span: Span) -> bool:
         """Whether its next rows are those of a span, to the last one."""
         same = (span.source, span.fingerprint) == (self._span.source, self._span.fingerprint)
         return same and span.first == self.row and span.stop <= self._end
 
-    def records(
-        self, columns: tuple[str, ...], stop: int
-    ) -> Iterator[tuple[int, dict[str, pa.Scalar]]]:
+    def records(self, stop: int) -> Iterator[tuple[int, dict[str, pa.Scalar]]]:
         """Rows with their numbers, up to `stop` or the end of what is at hand."""
         while self.row < stop and (batch := self._ahead()) is not None:
             taken = min(len(batch), stop - self.row)
             self._rest = batch.slice(taken)
             for index in range(taken):
                 self.row += 1
-                yield self.row - 1, {name: batch.column(name)[index] for name in columns}
+                yield self.row - 1, {name: batch.column(name)[index] for name in self._columns}
 
     def _ahead(self) -> pa.RecordBatch | None:
         """Rows from the next one on; None if none is at hand."""
@@ -186,11 +192,6 @@ class _Reading:
                 return None
             self._rest = batch.slice(min(len(batch), max(0, self.row - start)))
         return self._rest
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._batches, self._rest = iter(()), None
-        self._open.close()
 
 
 @contextmanager
