@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from gc2ray.config import load_job
 from tests.object_servers import free_port, wait_for_port
@@ -70,6 +71,10 @@ class RayHead:
         """What a client has in its environment."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
+    def client(self) -> JobSubmissionClient:
+        """Of somebody else who knows the token."""
+        return JobSubmissionClient(self.address, headers={"Authorization": f"Bearer {self.token}"})
+
     def processes(self) -> list[psutil.Process]:
         """Everything that belongs to it, its workers too."""
         leader = psutil.Process(self.process.pid)
@@ -108,9 +113,13 @@ def _started(folder: Path, environment: Mapping[str, str]) -> RayHead:
     }
     programs = Path(sys.executable).parent
     flags = ["--head", "--block", "--disable-usage-stats", "--include-dashboard=true"]
-    report = {"RAY_metrics_report_interval_ms": str(REPORT_MILLISECONDS)}
-    report["PATH"] = f"{programs}:{os.environ['PATH']}"  # jobs are started as `python`
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **report, **environment}
+    own = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_metrics_report_interval_ms": str(REPORT_MILLISECONDS),
+        "PATH": f"{programs}:{os.environ['PATH']}",  # jobs are started as `python`
+        **environment,
+    }
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
             [str(programs / "ray"), "start", *flags, *(f"{k}={v}" for k, v in options.items())],

@@ -33,7 +33,7 @@ def head() -> Iterator[RayHead]:
 
 @pytest.fixture
 def client(head: RayHead) -> JobSubmissionClient:
-    return JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {head.token}"})
+    return head.client()
 
 
 def assert_whole(output: str) -> None:

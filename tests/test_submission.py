@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head with token authentication: handed in, followed, stopped, measured."""
+"""Jobs on a real Ray head with token authentication: handed in, followed, measured."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ from gc2ray.store import Store
 from gc2ray.submission import JobServer
 from gc2ray.verify import verify
 from tests.object_servers import free_port
-from tests.ray_head import ROWS, SECRET, RayHead, gc2ray, output_of, ray_head, until, write_job
+from tests.ray_head import (
+    ROOT,
+    ROWS,
+    SECRET,
+    RayHead,
+    gc2ray,
+    output_of,
+    ray_head,
+    until,
+    write_job,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +49,7 @@ def job_file(tmp_path: Path, tiny_paths: dict[str, Path]) -> Path:
 
 @pytest.fixture
 def client(head: RayHead) -> JobSubmissionClient:
-    """Somebody else who knows the token."""
-    return JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {head.token}"})
+    return head.client()
 
 
 # --- handed in and followed ---------------------------------------------------------------------
