@@ -96,7 +96,7 @@ class JobServer:
 
         Raises:
             GivenUp: The server is gone, or the job ended without an exit code.
-            ConfigError: There is no such job.
+            ConfigError: The server refuses us.
         """
         with self._explained():
             asyncio.run(self._pass_on(submission_id, write))
@@ -116,19 +116,20 @@ class JobServer:
             log.warning("what %s prints cannot be followed: %s", submission_id, error)
 
     def _ended(self, submission_id: str) -> JobDetails:
-        """What is known of a job when it has ended."""
+        """What is known of a job when it has ended.
+
+        A server that fails may know it in a moment; one whose head is gone says that it has none.
+        """
         heard = time.monotonic()
         while True:
             try:
                 details = self._client.get_job_info(submission_id)
-            except (ConnectionError, requests.ConnectionError) as error:
+            except (ConnectionError, requests.RequestException, RuntimeError) as error:
                 if time.monotonic() - heard > LOST_SECONDS:
                     raise GivenUp(
                         f"{self.address} does not answer any more; `gc2ray status` tells from the "
                         "output how far the job is"
                     ) from error
-            except RuntimeError as error:
-                raise ConfigError(f"{self.address} knows no job {submission_id}") from error
             else:
                 heard = time.monotonic()
                 if details.status.is_terminal():

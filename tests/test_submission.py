@@ -6,16 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
+from gc2ray import submission
 from gc2ray.config import load_job
-from gc2ray.errors import ConfigError
+from gc2ray.errors import ConfigError, GivenUp
 from gc2ray.stats import RunStats
 from gc2ray.store import Store
 from gc2ray.submission import JobServer
@@ -166,6 +167,60 @@ def test_who_has_no_token_is_told_how_to_give_it(
     result = gc2ray(head, "submit", job_file, "--address", head.address)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "refuses us (401 or 403): set RAY_AUTH_MODE=token" in result.stderr
+
+
+# --- followed through trouble -------------------------------------------------------------------
+
+
+class Failing:
+    """A client of a server that says one thing after the other of its only job."""
+
+    def __init__(self, *answers: Exception | JobDetails) -> None:
+        self.answers = list(answers)
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        yield "one line\n"
+        raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_info(self, _: str) -> JobDetails:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+TROUBLE = (
+    RuntimeError("Request failed with status code 500: Internal Server Error"),
+    ConnectionError("Failed to connect to Ray"),
+    requests.ReadTimeout("slow"),
+)
+
+
+def following(monkeypatch: pytest.MonkeyPatch, *answers: Exception | JobDetails) -> JobServer:
+    monkeypatch.setattr(submission, "_check_address", lambda _: None)
+    monkeypatch.setattr(submission, "JobSubmissionClient", lambda _: Failing(*answers))
+    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    return JobServer("http://head:8265")
+
+
+def test_a_server_in_trouble_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails in every way, and then knows how the job has ended."""
+    ended = JobDetails(
+        type=JobType.SUBMISSION, entrypoint="", status=JobStatus.FAILED, driver_exit_code=7
+    )
+    seen: list[str] = []
+    assert following(monkeypatch, *TROUBLE, ended).follow("job", seen.append) == 7
+    assert seen == ["one line\n"]
+
+
+@pytest.mark.parametrize("trouble", TROUBLE, ids=["500", "refused", "slow"])
+def test_a_server_that_stays_in_trouble_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    """As a head does that is being killed: its job server outlives what it asks by a moment."""
+    monkeypatch.setattr(submission, "LOST_SECONDS", 0.05)
+    with pytest.raises(GivenUp, match="does not answer any more; `gc2ray status` tells"):
+        following(monkeypatch, trouble).follow("job", lambda _: None)
 
 
 # --- measured -----------------------------------------------------------------------------------
