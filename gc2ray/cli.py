@@ -43,6 +43,7 @@ Extend = Annotated[
     bool, typer.Option("--extend", help="Plan input files that are new since the run began, too.")
 ]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
+REFUSED = "if it refused, are the credentials good? Run the same command again to go on"
 
 
 def main() -> None:
@@ -271,7 +272,8 @@ def _exit_codes() -> Iterator[None]:
         errors.print(f"given up: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except STORAGE_ERRORS as error:
-        errors.print(f"storage: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
+        told = ": ".join([*getattr(error, "__notes__", ()), type(error).__name__, str(error)])
+        errors.print(f"storage: {told}; {REFUSED}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except Interrupted as error:
         errors.print(f"interrupted: {error}; run the same command again to go on", soft_wrap=True)

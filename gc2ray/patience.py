@@ -59,6 +59,7 @@ class Patience:
 
         Raises:
             OSError: It lasted too long; the message says how long and what came last.
+            Exception: What does not pass, as `work` raised it, with `what` as a note.
         """
         started, failures = None, 0
         while True:
@@ -66,6 +67,7 @@ class Patience:
                 return work()
             except (*STORAGE_ERRORS, *_PASSING) as error:
                 if not passes(error):
+                    error.add_note(what)
                     raise
                 started = time.monotonic() if started is None else started
                 tried, wait = time.monotonic() - started, self._wait(failures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -86,7 +87,7 @@ class Fault:
     """What goes wrong in a worker process, once or always.
 
     Attributes:
-        kind: `exit`, `hang`, `raise` or `kill_driver`.
+        kind: `kill`, `segfault`, `exit`, `hang`, `raise` or `kill_driver`.
         row: Row number of the row at which it happens, or None.
         prompt_index: Which of its prompts.
         step: Step of a shard (`read`, `answered`, `written`, `committed`) at which it happens.
@@ -120,8 +121,12 @@ class Fault:
             except FileExistsError:
                 return
         (self.marks / f"{self.kind}-{what}-{os.getpid()}-{time.monotonic_ns()}").touch()
-        if self.kind == "exit":
+        if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif self.kind == "segfault":
+            ctypes.string_at(0)
+        elif self.kind == "exit":
+            os._exit(1)
         elif self.kind == "hang":
             time.sleep(3600)
         elif self.kind == "kill_driver":

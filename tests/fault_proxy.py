@@ -28,7 +28,8 @@ class Faults:
         busy: Share of requests that are answered 503, and not forwarded.
         dropped: Share of connections that are closed without an answer, nothing forwarded.
         lost: Share of puts that are forwarded, and their acknowledgement replaced by 500.
-        status: Every put is answered so, and not forwarded; 0: none.
+        status: Every request of `refused` is answered so, and not forwarded; 0: none.
+        refused: Methods.
         outage_until: Until then, by the monotonic clock, everything is answered 503.
         trickle_seconds: Before each piece of an answer's body.
     """
@@ -37,6 +38,7 @@ class Faults:
     dropped: float = 0.0
     lost: float = 0.0
     status: int = 0
+    refused: tuple[str, ...] = ("PUT",)
     outage_until: float = 0.0
     trickle_seconds: float = 0.0
 
@@ -113,7 +115,7 @@ class FaultProxy:
         faults = self.faults
         if time.monotonic() < faults.outage_until:
             return "outage"
-        if command == "PUT" and faults.status:
+        if faults.status and command in faults.refused:
             return "status"
         for name in ("busy", "dropped", "lost"):
             share = getattr(faults, name) if name != "lost" or command == "PUT" else 0.0
@@ -160,7 +162,13 @@ class FaultProxy:
             request.wfile.flush()
 
 
-_CODES = {403: "AccessDenied", 409: "ConditionalRequestConflict", 507: "InsufficientStorage"}
+EVERYTHING = ("GET", "HEAD", "PUT", "POST", "DELETE")
+_CODES = {
+    400: "ExpiredToken",
+    403: "AccessDenied",
+    409: "ConditionalRequestConflict",
+    507: "InsufficientStorage",
+}
 
 
 def _answer(request: BaseHTTPRequestHandler, status: int, code: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gc2ray.store import Store
 from gc2ray.verify import verify
+from tests.fault_proxy import EVERYTHING, FaultProxy, Faults
 from tests.object_servers import SECRET as STORE_SECRET
 from tests.object_servers import a_bucket
 from tests.ray_head import ROOT, RayHead, gc2ray, output_of, ray_head, start, until, write_job
@@ -106,6 +108,31 @@ def test_two_drivers_on_one_output_on_s3(
         logs = [path for path in head.folder.rglob("*") if path.is_file()]
         leaking = [path for path in logs if STORE_SECRET.encode() in path.read_bytes()]
         assert leaking == []
+
+
+# --- locked out ---------------------------------------------------------------------------------
+
+
+def test_credentials_that_expire(
+    tmp_path: Path, tiny_paths: dict[str, Path], moto: tuple[str, int]
+) -> None:
+    """The run ends and says why; with new ones the same command goes on."""
+    proxy = FaultProxy(*moto)
+    with proxy.running(), a_bucket(proxy.host, proxy.port) as bucket:
+        job_file = write_job(tmp_path, tiny_paths["vicuna"], 1200, f"{bucket}/run")
+        store = Store(output_of(job_file))
+        running = start(None, "run", job_file)
+        until(lambda: len(store.committed()) >= 3)
+        proxy.faults = Faults(status=400, refused=EVERYTHING)
+        stdout, stderr = running.communicate(timeout=100)
+        assert proxy.met["status"] > 0
+        proxy.faults = Faults()
+        assert running.returncode == 1, stdout
+        assert re.search(r"^storage: \w+ing .*: OSError: .*are the credentials", stderr, re.M)
+        assert 3 <= len(store.committed()) < 200
+        again = gc2ray(None, "run", job_file)
+        assert again.returncode == 0, again.stderr
+        assert_whole(output_of(job_file))
 
 
 # --- out of the host's memory -------------------------------------------------------------------

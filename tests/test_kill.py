@@ -124,8 +124,8 @@ def test_a_whole_run_and_a_rerun(job_file: Path) -> None:
 )
 def test_a_killed_worker(job_file: Path, marks: Path, where: str, value: object) -> None:
     """In the middle of a shard; with the part written but not committed; committed but untold."""
-    result = run(job_file, Fault("exit", marks, **{where: value}))
-    (mark,) = fired(marks, "exit")
+    result = run(job_file, Fault("kill", marks, **{where: value}))
+    (mark,) = fired(marks, "kill")
     assert str(value) in mark
     pid = int(mark.split("-")[-2])
     assert gone(pid)
@@ -161,8 +161,8 @@ def test_a_killed_worker_between_the_prompts_of_a_row(
 
     questions = {row: question_list(row) or [None] for row in range(ROWS)}
     assert len(questions[74]) == 4
-    result = run(listed_file, Fault("exit", marks, row=74, prompt_index=2))
-    assert len(fired(marks, "exit")) == 1
+    result = run(listed_file, Fault("kill", marks, row=74, prompt_index=2))
+    assert len(fired(marks, "kill")) == 1
     assert (result.exit_code, result.rows, result.planned_rows) == (0, ROWS, ROWS)
     answers = sum(map(len, questions.values()))
     assert result.stats.rows == answers > ROWS
@@ -193,10 +193,13 @@ def poisoned(job_file: Path) -> list[tuple[int, str]]:
     return [(row["row"], row["status"]) for row in rows if row["status"] != "ok"]
 
 
-def test_a_row_that_kills_every_process_costs_itself_only(job_file: Path, marks: Path) -> None:
+@pytest.mark.parametrize("kind", ["kill", "segfault", "exit"])
+def test_a_row_that_ends_every_process_costs_itself_only(
+    job_file: Path, marks: Path, kind: str
+) -> None:
     """Its first death leaves suspects, which go alone; the second names it."""
-    result = run(job_file, Fault("exit", marks, row=70, once=False))
-    assert len(fired(marks, "exit")) == 2
+    result = run(job_file, Fault(kind, marks, row=70, once=False))
+    assert len(fired(marks, kind)) == 2
     assert (result.exit_code, result.dead) == (0, ())
     assert poisoned(job_file) == [(70, "killed_worker")]
     assert_exactly_once(job_file)
@@ -207,8 +210,8 @@ def test_more_killing_rows_than_allowed_cost_their_shard(job_file: Path, marks: 
     data = json.loads(job_file.read_text())
     data["cluster"]["max_poison_rows"] = 0
     job_file.write_text(json.dumps(data))
-    result = run(job_file, Fault("exit", marks, row=70, once=False))
-    assert len(fired(marks, "exit")) == 2
+    result = run(job_file, Fault("kill", marks, row=70, once=False))
+    assert len(fired(marks, "kill")) == 2
     assert result.exit_code == 1
     assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
     (letter,) = result.dead
@@ -221,7 +224,7 @@ def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_
     data["cluster"]["max_poison_rows"] = 0
     job_file.write_text(json.dumps(data))
     output = load(job_file).output
-    assert run(job_file, Fault("exit", marks, row=70, once=False)).exit_code == 1
+    assert run(job_file, Fault("kill", marks, row=70, once=False)).exit_code == 1
     before = {path: path.read_bytes() for path in (Path(output) / "data").iterdir()}
     retry = next_retry(output)
     assert retry is not None

@@ -116,10 +116,12 @@ def test_an_outage_is_waited_out(proxy: FaultProxy, output: str, seconds: float)
     assert len(Store(output).committed()) == SHARDS
 
 
-def test_what_is_forbidden_is_not_tried_again(proxy: FaultProxy, output: str) -> None:
-    proxy.faults = Faults(status=403)
-    with pytest.raises(PermissionError):
+@pytest.mark.parametrize("status", [403, 400], ids=["denied", "expired"])
+def test_what_is_forbidden_is_not_tried_again(proxy: FaultProxy, output: str, status: int) -> None:
+    proxy.faults = Faults(status=status)
+    with pytest.raises(PermissionError) as refused:
         Store(output, PATIENT).create("data/a", b"x")
+    assert refused.value.__notes__ == ["writing data/a"]
     assert proxy.met["status"] == 1
     with pytest.raises(ConfigError, match=r"cannot be used: PermissionError: .*own chain"):
         Store(output, PATIENT).check_usable(writing=True)
