@@ -100,7 +100,7 @@ class JobServer:
         """
         with self._explained():
             asyncio.run(self._pass_on(submission_id, write))
-        details = self._ended(submission_id)
+            details = self._ended(submission_id)
         if details.status is JobStatus.STOPPED:
             raise GivenUp(f"{submission_id} was stopped; submit it again to go on")
         if details.driver_exit_code is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 from gc2ray import submission
@@ -221,6 +222,12 @@ def test_a_server_that_stays_in_trouble_is_given_up(
     monkeypatch.setattr(submission, "LOST_SECONDS", 0.05)
     with pytest.raises(GivenUp, match="does not answer any more; `gc2ray status` tells"):
         following(monkeypatch, trouble).follow("job", lambda _: None)
+
+
+def test_a_token_that_expires_while_a_job_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    expired = AuthenticationError("Unauthenticated: Invalid token")
+    with pytest.raises(ConfigError, match=r"refuses us \(401 or 403\): set RAY_AUTH_MODE=token"):
+        following(monkeypatch, expired).follow("job", lambda _: None)
 
 
 # --- measured -----------------------------------------------------------------------------------
