@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,11 +170,13 @@ def write_job(
     return folder / "job.yaml"
 
 
-def start(head: RayHead | None, *words: object) -> subprocess.Popen[str]:
+def start(
+    head: RayHead | None, *words: object, program: Sequence[str] = ("-m", "gc2ray")
+) -> subprocess.Popen[str]:
     """The command, of somebody who knows the token, and a secret."""
     known = head.credentials() if head else {"RAY_AUTH_MODE": "disabled"}
     return subprocess.Popen(
-        [sys.executable, "-m", "gc2ray", *map(str, words)],
+        [sys.executable, *program, *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
