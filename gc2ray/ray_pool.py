@@ -75,7 +75,7 @@ def connected(address: str | None) -> Iterator[None]:
     A Ray that this process has joined already is used, and not left.
 
     Raises:
-        ConfigError: There is no cluster at the address.
+        ConfigError: There is no cluster at the address, or none can be started here.
     """
     if ray.is_initialized():
         yield
@@ -101,12 +101,21 @@ def _join(address: str | None) -> None:
             _knock(address)
         ray.init(**options, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot join a Ray cluster at {address}: {error}; if it asks for a token, set "
-            "RAY_AUTH_MODE=token; to run on this machine, leave out --address and RAY_ADDRESS"
-        ) from error
+        raise ConfigError(_no_ray(address, error)) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
+
+
+def _no_ray(address: str | None, error: Exception) -> str:
+    if address is None:
+        return (
+            f"cannot start Ray on this machine: {error}; it keeps a token in the home directory: "
+            "if that cannot be written, set RAY_AUTH_MODE=disabled, or HOME"
+        )
+    return (
+        f"cannot join a Ray cluster at {address}: {error}; if it asks for a token, set "
+        "RAY_AUTH_MODE=token; to run on this machine, leave out --address and RAY_ADDRESS"
+    )
 
 
 def _knock(address: str) -> None:

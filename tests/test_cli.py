@@ -177,6 +177,18 @@ def test_no_cluster_at_the_address(tmp_path: Path, tiny_paths: dict[str, Path]) 
     assert "RAY_AUTH_MODE=token" in result.stderr
 
 
+def test_a_home_that_cannot_be_written(
+    tmp_path: Path, tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray keeps a token there, unless it is told that it needs none."""
+    monkeypatch.setenv("HOME", "/proc/self")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    result = gc2ray("run", job_file(tmp_path, tiny_paths["vicuna"]))
+    assert result.returncode == 2
+    assert "cannot start Ray on this machine: " in result.stderr
+    assert "set RAY_AUTH_MODE=disabled, or HOME" in result.stderr
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(240)
