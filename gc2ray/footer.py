@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import IO
+from typing import Protocol
 
 TAIL_BYTES = 1 << 16
 """Read at first; a footer is smaller, as a rule."""
 _LENGTH_AND_MAGIC_BYTES = 8
 
 
-def read_footer(handle: IO[bytes]) -> bytes:
+class Readable(Protocol):
+    """What is needed of an open file."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to so many bytes from where it stands."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a place; where that is."""
+
+
+def read_footer(handle: Readable) -> bytes:
     """The footer of an open file, with its length and the magic number behind it.
 
     Of a file that is no Parquet some of the end is returned.

@@ -19,6 +19,7 @@ from gc2ray import families
 from gc2ray.families.family import Loaded
 from gc2ray.families.tiny import TinySpec, build_tiny
 from tests.chaos import Survived
+from tests.fault_proxy import FaultProxy, Faults
 from tests.object_servers import RcloneServer, a_bucket, moto_server
 
 SPECS = {
@@ -77,6 +78,28 @@ def rclone(rclone_server: tuple[str, int]) -> Iterator[str]:
     """An empty bucket where they are not."""
     with a_bucket(*rclone_server) as bucket:
         yield bucket
+
+
+@pytest.fixture(scope="session")
+def proxies(
+    moto: tuple[str, int], rclone_server: tuple[str, int]
+) -> Iterator[dict[str, FaultProxy]]:
+    """In front of a server that honours conditional writes, and of one that ignores them."""
+    honours, ignores = FaultProxy(*moto), FaultProxy(*rclone_server)
+    with honours.running(), ignores.running():
+        yield {"honours": honours, "ignores": ignores}
+
+
+@pytest.fixture
+def server() -> str:
+    """Which of them; some tests ask for the other one, too."""
+    return "honours"
+
+
+@pytest.fixture
+def proxy(proxies: dict[str, FaultProxy], server: str) -> FaultProxy:
+    proxies[server].faults = Faults()
+    return proxies[server]
 
 
 SURVIVED = pytest.StashKey[Survived]()

@@ -49,11 +49,13 @@ class FaultProxy:
     Attributes:
         faults: May be replaced at any time.
         met: Requests by what became of them.
+        sent_bytes: Of bodies of answers that were passed on.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.faults = Faults()
         self.met: Counter[str] = Counter()
+        self.sent_bytes = 0
         self._draw = random.Random(0)
         self._lock = threading.Lock()
         self._upstream = (host, port)
@@ -155,6 +157,8 @@ class FaultProxy:
         if not is_head:
             request.send_header("Content-Length", str(len(content)))
         request.end_headers()
+        with self._lock:
+            self.sent_bytes += len(content) if not is_head else 0
         step = max(1, len(content) // 4) if self.faults.trickle_seconds else max(1, len(content))
         for first in range(0, len(content) if not is_head else 0, step):
             time.sleep(self.faults.trickle_seconds)

@@ -587,6 +587,9 @@ def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyP
             asked.append(path)
             return []
 
+        def invalidate_cache(self) -> None:
+            pass
+
     def url_to_fs(url: str) -> tuple[Hub, str]:
         return Hub(), url.removeprefix("hf://")
 
@@ -715,7 +718,12 @@ def test_an_input_is_located_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -
     """Which of its entries are files has to be asked of the storage, one by one."""
     located: list[str] = []
     of = listing.Place.of
-    monkeypatch.setattr(listing.Place, "of", lambda uri: (located.append(uri), of(uri))[1])
+
+    def noted(uri: str, *rest: Any) -> listing.Place:
+        located.append(uri)
+        return of(uri, *rest)
+
+    monkeypatch.setattr(listing.Place, "of", noted)
     uris = [f"{tree}/a.parquet", f"{tree}/b.parquet"]
     source = source_of(uris)
     files, _ = source.scan()

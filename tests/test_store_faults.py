@@ -21,28 +21,6 @@ SHARDS, DRIVERS = 12, 2
 PATIENT = Patience(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
 
 
-@pytest.fixture(scope="module")
-def proxies(
-    moto: tuple[str, int], rclone_server: tuple[str, int]
-) -> Iterator[dict[str, FaultProxy]]:
-    """In front of a server that honours conditional writes, and of one that ignores them."""
-    honours, ignores = FaultProxy(*moto), FaultProxy(*rclone_server)
-    with honours.running(), ignores.running():
-        yield {"honours": honours, "ignores": ignores}
-
-
-@pytest.fixture
-def server() -> str:
-    """Which of them; some tests ask for the other one, too."""
-    return "honours"
-
-
-@pytest.fixture
-def proxy(proxies: dict[str, FaultProxy], server: str) -> FaultProxy:
-    proxies[server].faults = Faults()
-    return proxies[server]
-
-
 @pytest.fixture
 def output(proxy: FaultProxy) -> Iterator[str]:
     with a_bucket(proxy.host, proxy.port) as bucket:

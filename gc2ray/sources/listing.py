@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -25,6 +26,7 @@ import fsspec
 
 from gc2ray.config import HUB
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
+from gc2ray.patience import Patience
 
 PARQUET, ARROW = ".parquet", ".arrow"
 HUB_KEYS = {"split", "subset"}
@@ -41,11 +43,11 @@ class Place:
     path: str
 
     @staticmethod
-    def of(uri: str) -> Place:
+    def of(uri: str, patience: Patience) -> Place:
         """Where an entry is.
 
         Raises:
-            ConfigError: No such storage, or no such way to name a dataset.
+            ConfigError: No such storage, it does not answer, or no such way to name a dataset.
         """
         try:
             filesystem, path = fsspec.core.url_to_fs(_hub_url(uri) if _is_hub(uri) else uri)
@@ -54,17 +56,20 @@ class Place:
         if "*" in path or "?" in path:
             fixed = path[: min(path.find(mark) for mark in "*?" if mark in path)]
             return Place(filesystem, posixpath.dirname(fixed), path)
-        is_file = path.endswith((PARQUET, ARROW)) and not filesystem.isdir(path)
+        is_file = path.endswith((PARQUET, ARROW)) and not _is_directory(filesystem, path, patience)
         return Place(filesystem, posixpath.dirname(path) if is_file else path.rstrip("/"), path)
 
-    def files(self) -> list[str]:
+    def files(self, patience: Patience) -> list[str]:
         """Paths of its files, in order.
+
+        Args:
+            patience: With a storage in trouble.
 
         Raises:
             ConfigError: The storage does not answer, or what is there is no input.
         """
         try:
-            return sorted(self._files())
+            return patience.call(f"listing {self.path}", lambda: sorted(self._files()))
         except FileNotFoundError:
             return []
         except STORAGE_ERRORS as error:
@@ -120,33 +125,44 @@ class Listing:
         filesystem: The storage.
         root: What sources are named below.
         places: The entries.
+        patience: With the storage in trouble.
     """
 
     filesystem: Any
     root: str
     places: tuple[Place, ...]
+    patience: Patience
 
     @staticmethod
-    def of(uris: Sequence[str]) -> Listing:
+    def of(uris: Sequence[str], patience: Patience) -> Listing:
         """Where an input is; nothing is listed yet.
 
         Raises:
             ConfigError: There is no such storage, or several.
         """
-        places = tuple(Place.of(uri) for uri in uris)
+        places = tuple(Place.of(uri, patience) for uri in uris)
         first = places[0].filesystem
         if any(place.filesystem != first for place in places):
             raise ConfigError(f"{_KEY}: its entries are on different storages; copy, or run twice")
         root = posixpath.commonpath([place.root for place in places])
-        return Listing(first, root if len(places) > 1 else places[0].root, places)
+        return Listing(first, root if len(places) > 1 else places[0].root, places, patience)
 
-    def paths(self) -> list[str]:
+    @contextmanager
+    def listed(self) -> Iterator[list[str]]:
         """Its files: entry after entry, each in order of name, none twice.
+
+        Within, what the storage has told of each is remembered, so that it is not asked of each
+        again; afterwards nothing is, or a file that changes later would not be noticed.
 
         Raises:
             ConfigError: As `Place.files`.
         """
-        return list(dict.fromkeys(path for place in self.places for path in place.files()))
+        self.filesystem.invalidate_cache()
+        try:
+            found = (path for place in self.places for path in place.files(self.patience))
+            yield list(dict.fromkeys(found))
+        finally:
+            self.filesystem.invalidate_cache()
 
     def source(self, path: str) -> str:
         """What a file is called in answers."""
@@ -155,6 +171,13 @@ class Listing:
     def path(self, source: str) -> str:
         """The inverse of `source`."""
         return posixpath.normpath(posixpath.join(self.root, source))
+
+
+def _is_directory(filesystem: Any, path: str, patience: Patience) -> bool:
+    try:
+        return bool(patience.call(f"asking for {path}", lambda: filesystem.isdir(path)))
+    except STORAGE_ERRORS as error:
+        raise ConfigError(f"{_KEY}: {path}: {error}") from error
 
 
 def _is_hub(uri: str) -> bool:

@@ -1,4 +1,4 @@
-"""`ParquetRows`: an open Parquet file, of which small batches of some columns are read.
+"""`ParquetRows`: a Parquet file, of which small batches of some columns are read.
 
 Never a whole row group is held. What a reader must hold is one page of each column and its
 dictionary. Files with pages of about a megabyte cost little, whatever their row groups; pyarrow's
@@ -9,34 +9,40 @@ page (measured: 411 MiB for a group of 300 MB of 100 KB images, 12 to 63 MiB wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gc2ray.patient_file import PatientFile
+
+MAGIC = b"PAR1"
 MAX_BATCH_ROWS = 256
+MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 256 << 10, 4 << 20
+"""Fetched at a time from a storage: the most takes some tens of milliseconds, so that latency costs
+little beside it."""
 READ_BUFFER_BYTES = 1 << 20
 
 
 class ParquetRows:
-    """The rows of an open Parquet file.
+    """The rows of a Parquet file.
 
     Args:
-        handle: The file; whoever opened it closes it.
+        footer: As `gc2ray.footer.read_footer` reads it.
+        opened: Opens the file, when rows are read, to be read in blocks of so many bytes; whoever
+            gives this closes it.
+
+    Attributes:
+        schema: Its columns.
 
     Raises:
-        pa.ArrowException: It is none.
+        OSError, pa.ArrowException: It is none.
     """
 
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
-        self._metadata = self._file.metadata
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Its columns."""
-        return self._file.schema_arrow
+    def __init__(self, footer: bytes, opened: Callable[[int], PatientFile]) -> None:
+        self._opened = opened
+        self._metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer))
+        self.schema: pa.Schema = self._metadata.schema.to_arrow_schema()
 
     def groups(self) -> tuple[int, ...]:
         """Rows of each row group."""
@@ -60,7 +66,13 @@ class ParquetRows:
             host_memory_bytes: About how much of them may be held at a time.
         """
         groups, row = self._holding(first, stop)
-        found = self._file.iter_batches(
+        file = pq.ParquetFile(
+            self._opened(self._block_bytes(groups, columns)),
+            metadata=self._metadata,
+            pre_buffer=False,
+            buffer_size=READ_BUFFER_BYTES,
+        )
+        found = file.iter_batches(
             batch_size=self._batch_rows(groups, columns, host_memory_bytes),
             row_groups=groups,
             columns=list(columns),
@@ -93,6 +105,11 @@ class ParquetRows:
         rows = sum(self._metadata.row_group(index).num_rows for index in groups)
         per_row = max(1, total // max(1, rows))
         return int(max(1, min(MAX_BATCH_ROWS, host_memory_bytes // 8 // per_row)))
+
+    def _block_bytes(self, groups: Sequence[int], columns: Sequence[str]) -> int:
+        """Bytes that are fetched at a time: so few that what is fetched in vain costs little."""
+        stored = sum(self._bytes(index, columns)[0] for index in groups)
+        return max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, stored // 8))
 
     def _bytes(self, index: int, columns: Sequence[str]) -> tuple[int, int]:
         """Of some columns of a row group: bytes in the file, and uncompressed."""

@@ -17,14 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from gc2ray.config import InputConfig
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, ShardError
-from gc2ray.footer import read_footer
+from gc2ray.footer import Readable, read_footer
+from gc2ray.patience import Patience
+from gc2ray.patient_file import PatientFile
 from gc2ray.records import Request
 from gc2ray.shards import SourceFile, Span, digest
 from gc2ray.sources.arrow import ArrowRows
@@ -37,6 +38,7 @@ LARGE_GROUP_BYTES = 256 << 20
 END_BYTES = 64 << 10
 READ_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, pa.ArrowException)
 
+PATIENCE = Patience()
 log = logging.getLogger(__name__)
 
 
@@ -45,17 +47,19 @@ class Source:
 
     Args:
         config: Where it is and which columns it has.
+        patience: With a storage in trouble.
     """
 
-    def __init__(self, config: InputConfig) -> None:
+    def __init__(self, config: InputConfig, patience: Patience = PATIENCE) -> None:
         self.config = config
+        self._patience = patience
         self._rows = RowReader(config)
         self._kept: _Reading | None = None
 
     @cached_property
     def _listing(self) -> Listing:
         """Where the input is: asking which entries are files costs a call each."""
-        return Listing.of(self.config.uris())
+        return Listing.of(self.config.uris(), self._patience)
 
     def scan(self) -> tuple[list[SourceFile], pa.Schema]:
         """Every file in order, and the schema of the columns that are written back.
@@ -63,33 +67,45 @@ class Source:
         Raises:
             ConfigError: There are no files, one cannot be read, or columns are missing.
         """
-        listing = self._listing
-        found = listing.paths()
-        if not found:
-            raise ConfigError(
-                f"recipe.input.uri: no Parquet files at {', '.join(self.config.uris())}"
-            )
-        try:
-            with _opened(listing.filesystem, found[0]) as rows:
-                schema = self._rows.check(rows.schema)
-        except READ_ERRORS as error:
-            raise ConfigError(f"recipe.input.uri: {found[0]} cannot be read: {error}") from error
+        with self._listing.listed() as found:
+            if not found:
+                raise ConfigError(
+                    f"recipe.input.uri: no Parquet files at {', '.join(self.config.uris())}"
+                )
+            try:
+                with self._opened(found[0]) as rows:
+                    schema = self._rows.check(rows.schema)
+            except READ_ERRORS as error:
+                raise ConfigError(
+                    f"recipe.input.uri: {found[0]} cannot be read: {error}"
+                ) from error
+            looked = self._looked(found, schema)
+        _warn_of_large_groups(looked)
+        return [file.file for file in looked], self._rows.carried(schema)
+
+    def _looked(self, paths: Sequence[str], schema: pa.Schema) -> list[_Looked]:
+        """A look at every file.
+
+        Args:
+            paths: Of them.
+            schema: Of the first one's columns.
+
+        Raises:
+            ConfigError: One cannot be read, or has other columns.
+        """
 
         def look(path: str) -> _Looked:
-            source = listing.source(path)
-            with _opened(listing.filesystem, path) as rows:
+            source = self._listing.source(path)
+            with self._opened(path) as rows:
                 self._rows.check_same(schema, rows.schema, source)
-                fingerprint = _fingerprint(listing.filesystem, path)
                 largest = max(rows.group_bytes(self._rows.columns), default=0)
-                return _Looked(SourceFile(source, fingerprint, rows.groups()), largest)
+                return _Looked(SourceFile(source, self._fingerprint(path), rows.groups()), largest)
 
         try:
             with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
-                looked = list(pool.map(look, found))
+                return list(pool.map(look, paths))
         except READ_ERRORS as error:
             raise ConfigError(f"recipe.input.uri: an input file cannot be read: {error}") from error
-        _warn_of_large_groups(looked)
-        return [file.file for file in looked], self._rows.carried(schema)
 
     def read(self, span: Span, host_memory_bytes: int) -> Iterator[Request]:
         """The requests of a span in order: at least one per row, one for each of its prompts.
@@ -101,20 +117,19 @@ class Source:
         Raises:
             ShardError: The file is gone, changed, or damaged.
         """
-        listing = self._listing
-        path = listing.path(span.source)
+        path = self._listing.path(span.source)
         reading: _Reading | None = None
         try:
-            _check_unchanged(listing.filesystem, path, span)
+            self._check_unchanged(path, span)
             reading = self._resumed(span)
             if reading is None:
-                opened = _opened(listing.filesystem, path)
+                opened = self._opened(path)
                 reading = _Reading(opened, span, self._rows.columns, host_memory_bytes)
             for row, record in reading.records(span.stop):
                 yield from self._rows.requests(span.source, row, record)
             if reading.row < span.stop:
                 raise ShardError(f"{span.source} ends at row {reading.row}, planned to {span.stop}")
-            _check_unchanged(listing.filesystem, path, span)  # or two files may have been read
+            self._check_unchanged(path, span)  # or two files may have been read
             self._kept, reading = reading, None
         except READ_ERRORS as error:
             raise ShardError(f"{span.source}: {error}") from error
@@ -129,6 +144,48 @@ class Source:
             return kept
         kept.close()
         return None
+
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[ParquetRows | ArrowRows]:
+        """A file's rows; it is closed at the end.
+
+        Raises:
+            OSError, pa.ArrowException: It cannot be read.
+            ConfigError: It is an Arrow file elsewhere than on a local disk.
+        """
+        filesystem = self._listing.filesystem
+        if not path.endswith(ARROW):
+            with self._file(path) as file:
+                footer = read_footer(file)
+            with ExitStack() as stack:
+                yield ParquetRows(
+                    footer, lambda block_bytes: stack.enter_context(self._file(path, block_bytes))
+                )
+        elif isinstance(filesystem, LocalFileSystem):
+            yield ArrowRows(path)
+        else:
+            raise ConfigError(
+                f"recipe.input.uri: {path} is an Arrow file on remote storage, which cannot be "
+                "read by rows; copy it to a local disk, or save it with dataset.to_parquet()"
+            )
+
+    def _file(self, path: str, block_bytes: int | None = None) -> PatientFile:
+        return PatientFile(self._listing.filesystem, path, self._patience, block_bytes)
+
+    def _check_unchanged(self, path: str, span: Span) -> None:
+        if self._fingerprint(path) != span.fingerprint:
+            raise ShardError(f"{span.source} changed since the run was planned")
+
+    def _fingerprint(self, path: str) -> str:
+        """The store's ETag; without one, size, time of change and a digest of the footer."""
+        filesystem = self._listing.filesystem
+        info = self._patience.call(f"asking for {path}", lambda: filesystem.info(path))
+        if info.get("ETag"):
+            return f"etag:{info['ETag']}".replace('"', "")
+        with self._file(path) as file:
+            footer = digest(_end(file) if path.endswith(ARROW) else read_footer(file))[:16]
+        changed = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
+        return f"size:{int(info['size'])} changed:{changed} footer:{footer}"
 
 
 @dataclass(frozen=True)
@@ -194,26 +251,6 @@ class _Reading:
         return self._rest
 
 
-@contextmanager
-def _opened(filesystem: Any, path: str) -> Iterator[ParquetRows | ArrowRows]:
-    """A file's rows; it is closed at the end.
-
-    Raises:
-        OSError, pa.ArrowException: It cannot be read.
-        ConfigError: It is an Arrow file elsewhere than on a local disk.
-    """
-    if not path.endswith(ARROW):
-        with filesystem.open(path, "rb") as handle:
-            yield ParquetRows(handle)
-    elif isinstance(filesystem, LocalFileSystem):
-        yield ArrowRows(path)
-    else:
-        raise ConfigError(
-            f"recipe.input.uri: {path} is an Arrow file on remote storage, which cannot be read by "
-            "rows; copy it to a local disk, or save it with dataset.to_parquet()"
-        )
-
-
 def _warn_of_large_groups(looked: Sequence[_Looked]) -> None:
     large = [file for file in looked if file.largest_bytes > LARGE_GROUP_BYTES]
     if large:
@@ -228,23 +265,7 @@ def _warn_of_large_groups(looked: Sequence[_Looked]) -> None:
         )
 
 
-def _check_unchanged(filesystem: Any, path: str, span: Span) -> None:
-    if _fingerprint(filesystem, path) != span.fingerprint:
-        raise ShardError(f"{span.source} changed since the run was planned")
-
-
-def _fingerprint(filesystem: Any, path: str) -> str:
-    """The store's ETag; without one, size, time of change and a digest of the footer."""
-    info = filesystem.info(path)
-    if info.get("ETag"):
-        return f"etag:{info['ETag']}".replace('"', "")
-    with filesystem.open(path, "rb") as handle:
-        footer = digest(_end(handle) if path.endswith(ARROW) else read_footer(handle))[:16]
-    changed = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
-    return f"size:{int(info['size'])} changed:{changed} footer:{footer}"
-
-
-def _end(handle: IO[bytes]) -> bytes:
+def _end(handle: Readable) -> bytes:
     """The end of a file that has no footer."""
     size = handle.seek(0, os.SEEK_END)
     handle.seek(max(0, size - END_BYTES))
