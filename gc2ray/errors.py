@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from aiohttp import ClientError
 from botocore.exceptions import BotoCoreError
 
-STORAGE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
-"""What a filesystem raises; s3fs lets missing credentials and the like through as botocore's."""
+STORAGE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError)
+"""What a filesystem raises: s3fs lets missing credentials and the like through as botocore's, and
+broken connections, as the web's filesystem does, as aiohttp's."""
 
 
 class Status(StrEnum):

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
 
-from aiohttp import ClientError as HttpClientError
+from aiohttp import ClientConnectionError, ClientPayloadError, ClientResponseError
 from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as StoreConnectionError
 
 from gc2ray.errors import STORAGE_ERRORS
 
@@ -31,7 +32,14 @@ PASSING_STATUS = {HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.
 LASTING_STATUS = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.INSUFFICIENT_STORAGE}
 _MOST_DOUBLINGS = 32  # more would overflow some day
 _PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN, errno.ETIMEDOUT}
-_PASSING = (TimeoutError, ConnectionError, HTTPClientError, HttpClientError)
+_PASSING = (
+    TimeoutError,
+    ConnectionError,
+    HTTPClientError,
+    StoreConnectionError,
+    ClientConnectionError,
+    ClientPayloadError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +73,7 @@ class Patience:
         while True:
             try:
                 return work()
-            except (*STORAGE_ERRORS, *_PASSING) as error:
+            except STORAGE_ERRORS as error:
                 if not passes(error):
                     error.add_note(what)
                     raise
@@ -85,12 +93,29 @@ class Patience:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the same call may succeed in a while."""
-    answer = error if isinstance(error, ClientError) else error.__cause__
-    if isinstance(answer, ClientError):
-        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    """Whether the same call may succeed in a while.
+
+    A file is not there for good, save where that is concluded from what failed: the web's
+    filesystem says so of whatever goes wrong, and names the cause.
+    """
+    cause = error.__cause__
+    status = _http_status(error) or _http_status(cause)
+    if status is not None:
         is_server = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in LASTING_STATUS
         return is_server or status in PASSING_STATUS
+    if isinstance(error, FileNotFoundError) and cause is not None:
+        return passes(cause)
     if isinstance(error, _PASSING):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """What a server answered, if it did and an error tells."""
+    match error:
+        case ClientError():
+            return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        case ClientResponseError():
+            return error.status
+        case _:
+            return None

@@ -55,7 +55,7 @@ BORDERS = {
     "ray": {"metrics", "ray_pool", "submission"},
     "pythonjsonlogger": {"logs"},
     "requests": {"submission"},
-    "aiohttp": {"patience", "submission"},
+    "aiohttp": {"errors", "patience", "submission"},
     "pyarrow": {
         "pocket",
         "records",
