@@ -35,7 +35,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from gc2ray.canvas import AnyRes
-from gc2ray.errors import BadRow, ConfigError, ShardError, Status
+from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError, Status
+from gc2ray.patience import Patience
 from gc2ray.records import ImageRef
 from gc2ray.views import Tiles
 
@@ -77,6 +78,9 @@ _DECODE_ERRORS: tuple[type[Exception], ...] = (
     Image.DecompressionBombError,
     Warning,  # Pillow's remarks, where the process makes errors of warnings
 )
+
+PATIENCE, WEB_PATIENCE = Patience(), Patience(total_seconds=20.0)
+"""With storages of ours; and with the web, where somebody else's server may fail for good."""
 
 _MESSAGE_LIMIT = 200
 _PLACE_LIMIT = 120
@@ -161,8 +165,13 @@ def read_bytes(ref: ImageRef, policy: ImagePolicy) -> bytes:
     links and `..` resolved. URLs are compared by protocol and whole components, and what is read
     is the URL that was compared. HTTP redirects are not followed: they could leave the root.
 
+    Trouble that may pass is waited out. Of a storage that stays in trouble nothing is known about
+    this image, and its shard is tried again; the web is another matter, where one page in a million
+    always fails.
+
     Raises:
-        BadRow: `BAD_IMAGE`: null, empty, too large, missing, not a file, or not under a root.
+        BadRow: `BAD_IMAGE`: null, empty, too large, missing, not a file, not under a root, or a
+            page of the web that cannot be had.
         ConfigError: fsspec cannot serve the protocol of a root.
         ShardError: The storage failed in a way that says nothing about this image.
     """
@@ -251,26 +260,40 @@ def _lies_under(location: str, root: str) -> bool:
 def _fetch(location: str, path: str, policy: ImagePolicy) -> bytes | None:
     """At most `max_bytes` + 1 bytes of a file, or None where there is none."""
     fs, inner = _filesystem(location)
+    patience = WEB_PATIENCE if _is_web(location) else PATIENCE
     try:
-        info = fs.info(inner)
-        if info.get("type") != "file":
-            raise _refusal("not a file", path)
-        if (info.get("size") or 0) > policy.max_bytes:
-            raise _refusal(f"the image has more than {policy.max_bytes} bytes", path)
-        with fs.open(inner, "rb") as file:
-            return _read_at_most(file, policy.max_bytes + 1)
+        return patience.call("reading an image", lambda: _content(fs, inner, path, policy))
     except FileNotFoundError:
         return None
-    except OSError as error:
+    except STORAGE_ERRORS as error:
         reason = f"cannot read the image ({type(error).__name__})"
-        if isinstance(error, _UNREADABLE) or error.errno in _ROW_ERRNOS:
+        if _is_web(location) or _is_refused(error):
             raise _refusal(reason, path) from error
         raise ShardError(_one_line(f"{reason}: {path}: {error}")) from error
 
 
+def _content(fs: Any, inner: str, path: str, policy: ImagePolicy) -> bytes:
+    info = fs.info(inner)
+    if info.get("type") != "file":
+        raise _refusal("not a file", path)
+    if (info.get("size") or 0) > policy.max_bytes:
+        raise _refusal(f"the image has more than {policy.max_bytes} bytes", path)
+    with fs.open(inner, "rb") as file:
+        return _read_at_most(file, policy.max_bytes + 1)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether an error says something about this image, and not about the storage."""
+    is_the_files = isinstance(error, OSError) and error.errno in _ROW_ERRNOS
+    return is_the_files or isinstance(error, _UNREADABLE)
+
+
+def _is_web(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
 def _filesystem(location: str) -> tuple[Any, str]:
-    web = location.startswith(("http://", "https://"))
-    options = {"allow_redirects": False} if web else {}
+    options = {"allow_redirects": False} if _is_web(location) else {}
     try:
         fs, inner = fsspec.core.url_to_fs(location, **options)
     except (ImportError, ValueError) as error:

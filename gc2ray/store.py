@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.footer import read_footer
 from gc2ray.patience import Patience
+from gc2ray.patient_file import PatientFile
 from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
 
@@ -274,15 +275,15 @@ class Store:
             ValueError: It is not Parquet.
             OSError: The storage does not answer.
         """
-        tail = self._patience.call(f"reading {name}", lambda: self._tail(name))
+        with self._open(name) as handle:
+            tail = read_footer(handle)
         try:
             return pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"not Parquet: {error}") from error
 
-    def _tail(self, name: str) -> bytes:
-        with self._fs.open(self._path(name), "rb") as handle:
-            return read_footer(handle)
+    def _open(self, name: str) -> PatientFile:
+        return PatientFile(self._fs, self._path(name), self._patience)
 
     def footer(self, name: str) -> PartFooter:
         """The footer of a part.
@@ -315,7 +316,7 @@ class Store:
         """
         wanted = None if columns is None else list(columns)
         try:
-            with self._fs.open(self._path(name), "rb") as handle:
+            with self._open(name) as handle:
                 part = pq.ParquetFile(handle, page_checksum_verification=True)
                 return part.read(columns=wanted, use_threads=False)
         except (OSError, pa.ArrowException) as error:
@@ -337,7 +338,7 @@ class Store:
             raise ConfigError(f"{self.uri}: holds no answers")
         tables = []
         for name in names:
-            with self._fs.open(self._path(name), "rb") as handle:
+            with self._open(name) as handle:
                 part = pq.ParquetFile(handle)
                 missing = sorted(set(columns) - set(part.schema_arrow.names))
                 if missing:

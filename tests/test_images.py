@@ -10,10 +10,12 @@ import os
 import struct
 import threading
 import zlib
+from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+import s3fs
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,11 +26,15 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
+from gc2ray import images
 from gc2ray.canvas import AnyRes, pixel_table
 from gc2ray.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.images import MAX_PIXELS, MAX_SIDE, ImagePolicy, decode, load_tiles, read_bytes, tile
+from gc2ray.patience import Patience
 from gc2ray.records import ImageRef
 from gc2ray.views import Tiles
+from tests.fault_proxy import Faults
+from tests.object_servers import a_bucket
 
 # Pillow remarks on damaged metadata; here most of it is damaged on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -434,12 +440,23 @@ def test_unknown_protocol_is_a_configuration_error():
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """`/dir/image.png`, `/secret.png`, and a redirect from under the first to the second."""
+    """`/dir/image.png`, `/secret.png`, and a redirect from under the first to the second.
+
+    The next requests are answered by `trouble` first: a status each, or 0 for nothing at all.
+    """
+
+    trouble: ClassVar[list[int]] = []
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
+        status = self.trouble.pop(0) if self.trouble else None
+        if status is not None:
+            self.close_connection = True
+            if status:
+                self.send_error(status)
+            return
         if self.path == "/dir/elsewhere.png":
             self.send_response(302)
             self.send_header("Location", "/secret.png")
@@ -478,6 +495,50 @@ def test_http_is_read_under_its_root_only_and_redirects_are_not_followed(site):
     refused(read_bytes, ImageRef(path=f"{site}/dir/elsewhere.png"), policy)
     small = ImagePolicy(roots=policy.roots, max_bytes=len(PNG) - 1)
     assert "more than" in refused(read_bytes, ImageRef(path=f"{site}/dir/image.png"), small)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    short = Patience(total_seconds=1.0, first_seconds=0.01, longest_seconds=0.1)
+    monkeypatch.setattr(images, "WEB_PATIENCE", short)
+    monkeypatch.setattr(images, "PATIENCE", short)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("status", [503, 500, 429, 0])
+def test_a_page_that_cannot_be_had_for_a_moment_is_waited_for(site, monkeypatch, status):
+    monkeypatch.setattr(Site, "trouble", [status] * 5)
+    policy = ImagePolicy(roots=(f"{site}/dir",))
+    assert read_bytes(ImageRef(path=f"{site}/dir/image.png"), policy) == PNG
+    assert Site.trouble == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_page_that_always_fails_is_its_rows_fault(site, monkeypatch):
+    monkeypatch.setattr(Site, "trouble", [500] * 10_000)
+    policy = ImagePolicy(roots=(f"{site}/dir",))
+    message = refused(read_bytes, ImageRef(path=f"{site}/dir/image.png"), policy)
+    assert "cannot read the image (TimeoutError)" in message
+    assert len(Site.trouble) < 9_990
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("status", [403, 410])
+def test_a_page_that_is_not_for_us_is_not_waited_for(site, monkeypatch, status):
+    monkeypatch.setattr(Site, "trouble", [status] * 10)
+    policy = ImagePolicy(roots=(f"{site}/dir",))
+    assert "no such image" in refused(read_bytes, ImageRef(path=f"{site}/dir/image.png"), policy)
+    assert len(Site.trouble) == 8, "HEAD, then GET"
+
+
+def test_a_bucket_in_trouble_is_waited_for(proxy):
+    with a_bucket(proxy.host, proxy.port) as bucket:
+        s3fs.S3FileSystem().pipe_file(f"{bucket}/image.png", PNG)
+        proxy.faults = Faults(dropped=0.4)
+        policy = ImagePolicy(roots=(bucket,))
+        for _ in range(10):
+            assert read_bytes(ImageRef(path="image.png"), policy) == PNG
+        assert proxy.met["dropped"] > 0
 
 
 def test_bytes_of_the_row_come_before_its_path():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -22,6 +23,7 @@ import s3fs
 from gc2ray.errors import ConfigError, Status
 from gc2ray.manifest import Plan
 from gc2ray.part import part_bytes
+from gc2ray.patience import Patience
 from gc2ray.planner import committed_parts, outcome
 from gc2ray.records import Answer, Provenance, answer_schema, answer_table, stats_of
 from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards
@@ -504,6 +506,45 @@ def test_a_storage_that_does_not_answer_is_not_taken_for_a_bad_part(
     monkeypatch.setattr(local._fs, "open", no_answer)
     with pytest.raises(OSError, match="503"):
         local.footer(shard.part_name)
+
+
+def test_a_part_is_read_whatever_fails_for_a_moment(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it and every read fail, the first time."""
+    shard = a_shard()
+    local.create(shard.part_name, a_part(shard, "mine"))
+    store = Store(local.uri, Patience(total_seconds=20.0, first_seconds=0.001))
+    failed: set[object] = set()
+
+    def once(what: object) -> None:
+        if what not in failed:
+            failed.add(what)
+            raise ConnectionResetError("reset by peer")
+
+    class Unsteady:
+        def __init__(self, opened: Any) -> None:
+            self._opened = opened
+
+        def read(self, size: int = -1) -> bytes:
+            place = self._opened.tell()
+            content: bytes = self._opened.read(size)
+            once((place, size))
+            return content
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._opened, name)
+
+    whole = store._fs.open
+
+    def unsteady(path: str, *rest: object, **named: object) -> Unsteady:
+        once(path)
+        return Unsteady(whole(path, *rest, **named))
+
+    monkeypatch.setattr(store._fs, "open", unsteady)
+    assert len(store.table(shard.part_name)) == shard.rows
+    assert len(store.answers(["row_key"])) == shard.rows
+    assert len(failed) > 3
 
 
 def test_a_long_footer_is_read_whole(local: Store) -> None:
