@@ -44,6 +44,8 @@ from gc2ray.stats import RunStats
 
 READ_THREADS = 16
 PATIENCE = Patience()
+AT_START = Patience(total_seconds=15.0)
+"""While somebody waits for the first word: an address may be wrong."""
 COPY_BYTES = 1 << 20
 LEFTOVER_SECONDS = 3600.0
 """A temporary file of that age belongs to nobody: a part is written in seconds."""
@@ -147,10 +149,11 @@ class Store:
         Raises:
             ConfigError: The storage does not answer, or not to us.
         """
+        at_start = Store(self.uri, AT_START)
         try:
-            self.names("data")
+            at_start.names("data")
             if writing:
-                self._probe()
+                at_start._probe()
         except STORAGE_ERRORS as error:
             raise ConfigError(
                 f"output: {self.uri} cannot be used: {type(error).__name__}: {error}; credentials "
