@@ -111,8 +111,9 @@ def compact(
         run=first.plan.recipe_fingerprint,
         generations=tuple(checked.generation.number for checked in verdict.generations),
     )
-    if not target.create(SUCCESS_NAME, (json.dumps(asdict(dataset), indent=2) + "\n").encode()):
-        raise _taken(target, SUCCESS_NAME)
+    told = (json.dumps(asdict(dataset), indent=2) + "\n").encode()
+    if not target.create(SUCCESS_NAME, told):
+        _check_own(target, SUCCESS_NAME, hashlib.sha256(told).hexdigest())
     target.tidy()
     return dataset
 
@@ -130,8 +131,14 @@ def _check_empty(target: Store) -> None:
     target.check_usable(writing=True)
 
 
-def _taken(target: Store, name: str) -> ConfigError:
-    return ConfigError(f"{target.uri}: {name} is there already: somebody else writes here too")
+def _check_own(target: Store, name: str, sha256: str) -> None:
+    """Of a name that is taken: by us, if only the acknowledgement was lost.
+
+    Raises:
+        ConfigError: By somebody else.
+    """
+    if target.sha256(name) != sha256:
+        raise ConfigError(f"{target.uri}: {name} is there already: somebody else writes here too")
 
 
 def _schema(first: Generation) -> pa.Schema:
@@ -183,7 +190,7 @@ def _write(
                 sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
             size = path.stat().st_size
             if not target.create_from(path.name, path):
-                raise _taken(target, path.name)
+                _check_own(target, path.name, sha256)
             path.unlink()
             yield DataFile(path.name, answers, failed, size, sha256)
             following = next(groups, None)

@@ -15,6 +15,7 @@ the start: there the last one wins, whole.
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import logging
 import os
@@ -240,6 +241,18 @@ class Store:
         except FileNotFoundError:
             return None
         return content
+
+    def sha256(self, name: str) -> str:
+        """Of an object's content, which need not fit into memory.
+
+        Raises:
+            OSError: There is none, or the storage does not answer.
+        """
+        digest = hashlib.sha256()
+        with self._open(name) as handle:
+            while piece := handle.read(COPY_BYTES):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def names(self, folder: str) -> list[str]:
         """Names of the objects in a folder, sorted; empty if there is no folder."""

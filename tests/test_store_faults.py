@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from gc2ray.compact import compact
 from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
 from gc2ray.shards import Shard, SourceFile, cut_shards
 from gc2ray.store import Commit, Store
 from tests.fault_proxy import FaultProxy, Faults
 from tests.object_servers import SECRET, a_bucket
+from tests.outputs import first_plan, write_generation
 from tests.test_store import RECIPE, a_part
 
 SHARDS, DRIVERS = 12, 2
@@ -83,6 +87,20 @@ def test_nothing_is_lost_or_doubled(
         winner = int(store.footer(names[shard.sid]).token.split("-")[0])
         told = {driver: verdicts[driver, shard.sid] for driver in range(DRIVERS)}
         assert told == {winner: Commit.WON, 1 - winner: Commit.LOST_RACE}
+
+
+def test_a_dataset_is_written_though_acknowledgements_get_lost(
+    proxy: FaultProxy, output: str, tmp_path: Path
+) -> None:
+    write_generation(tmp_path, 0, first_plan())
+    proxy.faults = Faults(lost=0.5)
+    dataset = compact(str(tmp_path), f"{output}/dataset", file_bytes=1000)
+    proxy.faults = Faults()
+    assert proxy.met["lost"] > 0
+    store = Store(f"{output}/dataset")
+    for file in dataset.files:
+        assert store.sha256(file.name) == file.sha256
+    assert json.loads(store.read("_SUCCESS") or b"")["answers"] == dataset.answers
 
 
 @pytest.mark.parametrize("seconds", [2.0, pytest.param(10.0, marks=pytest.mark.slow)])
