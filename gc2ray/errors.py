@@ -12,10 +12,11 @@ from enum import StrEnum
 
 from aiohttp import ClientError
 from botocore.exceptions import BotoCoreError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever library
 
-STORAGE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError)
+STORAGE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError, HTTPError)
 """What a filesystem raises: s3fs lets missing credentials and the like through as botocore's, and
-broken connections, as the web's filesystem does, as aiohttp's."""
+broken connections, as the web's filesystem does, as aiohttp's; the hub's as its HTTP library's."""
 
 
 class Status(StrEnum):

@@ -23,6 +23,8 @@ from typing import TypeVar
 from aiohttp import ClientConnectionError, ClientPayloadError, ClientResponseError
 from botocore.exceptions import ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as StoreConnectionError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # see errors
 
 from gc2ray.errors import STORAGE_ERRORS
 
@@ -39,6 +41,7 @@ _PASSING = (
     StoreConnectionError,
     ClientConnectionError,
     ClientPayloadError,
+    HubError,
 )
 
 log = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ def passes(error: BaseException) -> bool:
         return is_server or status in PASSING_STATUS
     if isinstance(error, FileNotFoundError) and cause is not None:
         return passes(cause)
-    if isinstance(error, _PASSING):
+    if isinstance(error, _PASSING) and not isinstance(error, OfflineModeIsEnabled):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
 
@@ -117,5 +120,7 @@ def _http_status(error: BaseException | None) -> int | None:
             return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         case ClientResponseError():
             return error.status
+        case HfHubHTTPError():
+            return int(error.response.status_code)
         case _:
             return None

@@ -77,7 +77,7 @@ BORDERS = {
     "yaml": {"config"},
     "pydantic": {"config"},
     "fsspec": {"images", "sources", "staging", "store"},
-    "huggingface_hub": {"staging"},
+    "huggingface_hub": {"errors", "patience", "staging"},
     "filelock": {"staging"},
 }
 

@@ -9,6 +9,8 @@ import aiohttp
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError as HubError
 
 from gc2ray.patience import passes
 
@@ -22,6 +24,11 @@ def refused(status: int) -> ClientError:
     """As botocore raises it."""
     told = {"Error": {"Code": "x"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return ClientError(told, "PutObject")  # type: ignore[arg-type]
+
+
+def asked_the_hub(status: int) -> HfHubHTTPError:
+    """As the hub's client raises it."""
+    return HfHubHTTPError("no", response=Mock(status_code=status))
 
 
 def because(error: Exception, cause: Exception) -> Exception:
@@ -42,6 +49,8 @@ PASSES = {
     "web, 429": answered(429),
     "web, concluded from 500": because(FileNotFoundError("a.png"), answered(500)),
     "web, concluded from a drop": because(FileNotFoundError("a.png"), ConnectionResetError()),
+    "hub, nobody there": HubError("connection refused"),
+    "hub, 503": asked_the_hub(503),
     "s3, 503": because(OSError(errno.EBUSY, "Slow Down"), refused(503)),
     "s3, 409": because(OSError(errno.EBUSY, "conflict"), refused(409)),
 }
@@ -54,6 +63,8 @@ STAYS = {
     "web, 302": answered(302),
     "web, no URL": aiohttp.InvalidURL("http:///"),
     "web, concluded from 403": because(FileNotFoundError("a.png"), answered(403)),
+    "hub, 401": asked_the_hub(401),
+    "hub, offline": OfflineModeIsEnabled("HF_HUB_OFFLINE is set"),
     "s3, 404": because(FileNotFoundError("a"), refused(404)),
     "s3, expired": because(OSError(errno.EINVAL, "Bad Request"), refused(400)),
     "s3, full": because(OSError(errno.EIO, "full"), refused(507)),

@@ -6,17 +6,20 @@ import io
 import time
 from collections.abc import Iterator
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from huggingface_hub import HfFileSystem
 
 from gc2ray.errors import ConfigError, ShardError
 from gc2ray.patience import Patience
 from gc2ray.records import Request
 from gc2ray.shards import SourceFile, Span, cut_shards
 from gc2ray.sources.source import Source
+from tests.fake_hub import FakeHub
 from tests.fault_proxy import EVERYTHING, FaultProxy, Faults
 from tests.object_servers import a_bucket
 from tests.rows import make_recipe
@@ -130,6 +133,35 @@ def test_what_is_forbidden_is_told_at_once(proxy: FaultProxy, bucket: str, statu
     with pytest.raises(ConfigError, match=r"recipe\.input\.uri: "):
         source_of(f"{bucket}/in/").scan()
     assert time.monotonic() - started < PATIENT.total_seconds / 4
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    files = {f"default/train/{n:04d}.parquet": rows_file(n * ROWS) for n in range(FILES)}
+    files["default/test/0000.parquet"] = rows_file(1000)
+    with FakeHub("owner/name", files).running() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.address})
+        HfFileSystem.clear_instance_cache()
+        yield hub
+    HfFileSystem.clear_instance_cache()
+
+
+def test_a_split_of_a_dataset_of_the_hub_is_read(hub: FakeHub) -> None:
+    rows = rows_of(source_of("hf:owner/name?split=train"))
+    assert [row.row_key for row in rows[:2]] == ["0000.parquet#0", "0000.parquet#1"]
+    assert [row.prompts for row in rows] == [(f"{n}?",) for n in range(FILES * ROWS)]
+    assert len(rows_of(source_of("hf:owner/name?split=test"))) == ROWS
+    with pytest.raises(ConfigError, match="no Parquet files at hf:owner/name"):
+        source_of("hf:owner/name?split=none").scan()
+
+
+def test_a_hub_in_trouble_is_waited_for(hub: FakeHub) -> None:
+    source = source_of("hf:owner/name?split=train")
+    (file, *_), _ = source.scan()
+    hub.down_for = 2
+    assert len(list(source.read(whole(file), MEMORY))) == ROWS
+    assert hub.down_for == 0
 
 
 @SERVERS

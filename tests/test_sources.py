@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pyarrow as pa
@@ -17,10 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
+from huggingface_hub.errors import HTTPError as HubError
+from huggingface_hub.errors import OfflineModeIsEnabled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.errors import ConfigError, ShardError, Status
+from gc2ray.patience import Patience
 from gc2ray.records import Answer, ImageRef, Provenance, Request, answer_table
 from gc2ray.shards import SourceFile, Span, cut_shards
 from gc2ray.sources import listing
@@ -600,6 +604,25 @@ def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyP
         "datasets/owner/name@refs/convert/parquet/default/train/*.parquet",
         "datasets/name@refs/convert/parquet/large/test/*.parquet",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (HubError("connection refused"), "tried for 0 s, last: HTTPError: connection refused"),
+        (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), "HF_HUB_OFFLINE is set"),
+    ],
+    ids=["out of reach", "offline"],
+)
+def test_a_hub_that_does_not_answer_is_a_configuration_error(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    hub = Mock()
+    hub.glob.side_effect = error
+    monkeypatch.setattr(listing.fsspec.core, "url_to_fs", lambda _: (hub, "datasets/a/*.parquet"))
+    config = make_recipe("model", input__uri="hf:owner/name?split=train").input
+    with pytest.raises(ConfigError, match=rf"recipe\.input\.uri: datasets/a.*: .*{told}"):
+        Source(config, Patience(total_seconds=0.0)).scan()
 
 
 @pytest.mark.parametrize(
