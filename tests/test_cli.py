@@ -11,10 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from gc2ray import __version__
+from tests.fault_proxy import FaultProxy, Faults
+from tests.object_servers import a_bucket
 from tests.outputs import first_plan, parts, write_generation
 from tests.rows import job_data, prompts_of, question_list, write_rows
 
@@ -224,6 +228,43 @@ def test_no_room_says_what_is_lacking(tmp_path: Path, tiny_paths: dict[str, Path
     result = gc2ray("run", path)
     assert result.returncode == 1
     assert "no room for a worker within 5 s: a worker asks for 1 CPU, 4 GPU" in result.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_everything_may_be_in_a_bucket(
+    tmp_path: Path, tiny_paths: dict[str, Path], proxy: FaultProxy
+) -> None:
+    """Model, rows, images by path, answers and the dataset of them; the answers are the same."""
+    path = job_file(tmp_path, tiny_paths["vicuna"])
+    assert gc2ray("run", path).returncode == 0
+    table = pq.read_table(tmp_path / "in" / "a.parquet")
+    images = [image["bytes"] for image in table["image"].to_pylist()]
+    names = pa.array([f"{number}.png" for number in range(len(images))])
+    with a_bucket(proxy.host, proxy.port) as bucket:
+        fs = s3fs.S3FileSystem()
+        fs.put(f"{tiny_paths['vicuna']}/", f"{bucket}/model/", recursive=True)
+        for name, image in zip(names.to_pylist(), images, strict=True):
+            fs.pipe_file(f"{bucket}/photos/{name}", image)
+        named = table.set_column(table.schema.get_field_index("image"), "image", names)
+        with fs.open(f"{bucket}/in/a.parquet", "wb") as target:
+            pq.write_table(named, target, row_group_size=6)
+        data = json.loads(path.read_text()) | {"output": f"{bucket}/run"}
+        data["recipe"]["model"]["path"] = f"{bucket}/model"
+        data["recipe"]["input"] |= {"uri": f"{bucket}/in/", "image_roots": [f"{bucket}/photos"]}
+        path.write_text(json.dumps(data))
+        proxy.faults = Faults(busy=0.03, dropped=0.03, lost=0.1)
+        result = gc2ray("run", path)
+        assert result.returncode == 0, result.stderr
+        assert gc2ray("verify", f"{bucket}/run", "--deep").returncode == 0
+        assert gc2ray("compact", f"{bucket}/run", f"{bucket}/dataset").returncode == 0
+        proxy.faults = Faults()
+        rows = pq.read_table(f"{bucket[5:]}/dataset/part-00000.parquet", filesystem=fs)
+    here = pq.read_table(tmp_path / "out" / "data").sort_by("row")
+    for column in ("row_key", "answer", "status", "visual_tokens_kept"):
+        assert rows[column].to_pylist() == here[column].to_pylist()
+    assert len(rows) == 12
 
 
 def test_check_compares_every_prompt_of_the_rows(
