@@ -100,6 +100,17 @@ def aws_environment(host: str, port: int) -> Iterator[None]:
 
 
 @contextmanager
+def hasty_clients() -> Iterator[None]:
+    """The client's own tries, which may take half a minute, are left to whoever calls it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@contextmanager
 def a_bucket(host: str, port: int) -> Iterator[str]:
     """A new bucket of a server, and the environment to use it."""
     with aws_environment(host, port):

@@ -70,7 +70,7 @@ def test_a_job_that_does_not_stop_in_time_is_ended_and_loses_what_was_in_flight(
     head: RayHead, tmp_path: Path, tiny_paths: dict[str, Path], client: JobSubmissionClient
 ) -> None:
     """It would drain for longer than Ray leaves it."""
-    job_file = write_job(tmp_path, tiny_paths["vicuna"], 1200, shard_rows=600, drain_seconds=60.0)
+    job_file = write_job(tmp_path, tiny_paths["vicuna"], 600, shard_rows=600, drain_seconds=60.0)
     longer = "recipe.generation.max_new_tokens=100"
     words = ["submit", job_file, longer, "--address", head.address]
     store = Store(output_of(job_file))
@@ -93,7 +93,7 @@ def test_two_drivers_on_one_output_on_s3(
 ) -> None:
     """Both end well, every row is there once, and the second one says that there is a first."""
     with a_bucket(*moto) as bucket, ray_head() as head:
-        job_file = write_job(tmp_path, tiny_paths["vicuna"], 1200, f"{bucket}/run")
+        job_file = write_job(tmp_path, tiny_paths["vicuna"], 900, f"{bucket}/run")
         longer = "recipe.generation.max_new_tokens=40"  # so that both are at work at a time
         words = ["submit", job_file, longer, "--address", head.address, "--follow"]
         store = Store(output_of(job_file))
@@ -104,7 +104,7 @@ def test_two_drivers_on_one_output_on_s3(
         assert [first.returncode, second.returncode] == [0, 0], told
         assert "another driver" in told[1]
         assert_whole(output_of(job_file))
-        assert len(store.names("data")) == 200
+        assert len(store.names("data")) == 150
         logs = [path for path in head.folder.rglob("*") if path.is_file()]
         leaking = [path for path in logs if STORE_SECRET.encode() in path.read_bytes()]
         assert leaking == []

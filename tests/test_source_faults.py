@@ -21,7 +21,7 @@ from gc2ray.shards import SourceFile, Span, cut_shards
 from gc2ray.sources.source import Source
 from tests.fake_hub import FakeHub
 from tests.fault_proxy import EVERYTHING, FaultProxy, Faults
-from tests.object_servers import a_bucket
+from tests.object_servers import a_bucket, hasty_clients
 from tests.rows import make_recipe
 
 FILES, ROWS, GROUP_ROWS, SHARD_ROWS = 4, 40, 20, 10
@@ -71,6 +71,12 @@ def rows_of(source: Source, shard_rows: int = SHARD_ROWS) -> list[Request]:
     return [row for span in spans for row in source.read(span, MEMORY)]
 
 
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    with hasty_clients():
+        yield
+
+
 @SERVERS
 @pytest.mark.parametrize("uri", ["in/", "in/*.parquet", "in/0.parquet"])
 def test_a_bucket_is_read(bucket: str, uri: str) -> None:
@@ -96,7 +102,7 @@ def test_trouble_that_passes_is_waited_out(
     assert [row.prompts for row in rows] == [(f"{n}?",) for n in range(FILES * ROWS)]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
 def test_an_outage_in_the_middle_of_a_file_is_waited_out(proxy: FaultProxy, bucket: str) -> None:
     data = rows_file(0, rows=60, row_bytes=1 << 20, use_dictionary=False, write_batch_size=1)
     s3fs.S3FileSystem().pipe_file(f"{bucket}/large/a.parquet", data)
@@ -104,12 +110,12 @@ def test_an_outage_in_the_middle_of_a_file_is_waited_out(proxy: FaultProxy, buck
     (file,), _ = source.scan()
     rows = source.read(whole(file), MEMORY)
     assert next(rows).row == 0
-    proxy.faults = Faults(outage_until=time.monotonic() + 12.0)
+    proxy.faults = Faults(outage_until=time.monotonic() + 3.0)
     assert [row.row for row in rows] == list(range(1, 60))
     assert proxy.met["outage"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
 def test_trouble_that_stays_is_the_shards(proxy: FaultProxy, bucket: str) -> None:
     """It says what was tried, and for how long."""
     impatient = Patience(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2)

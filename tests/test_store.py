@@ -30,7 +30,7 @@ from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards
 from gc2ray.sources.source import Source
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
-from tests.object_servers import SECRET
+from tests.object_servers import SECRET, hasty_clients
 from tests.rows import make_recipe, request
 
 RECIPE = make_recipe("model")
@@ -466,14 +466,11 @@ def test_an_unknown_filesystem_is_a_configuration_error() -> None:
         Store("nosuch://bucket/run")
 
 
-@pytest.mark.usefixtures("new_s3_instances")
 def test_a_store_out_of_reach_is_told_before_anything_starts(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    with pytest.raises(ConfigError, match=r"output: s3://.* cannot be used"):
+    with hasty_clients(), pytest.raises(ConfigError, match=r"output: s3://.* cannot be used"):
         Store(f"{s3}/run").check_usable(writing=False)
 
 
