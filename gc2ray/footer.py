@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAGIC = b"PAR1"
 TAIL_BYTES = 1 << 16
 """Read at first; a footer is smaller, as a rule."""
 _LENGTH_AND_MAGIC_BYTES = 8
@@ -33,3 +37,12 @@ def read_footer(handle: Readable) -> bytes:
         handle.seek(size - length)
         tail = handle.read()
     return tail[-length:]
+
+
+def parse_footer(footer: bytes) -> pq.FileMetaData:
+    """What a footer says of its file.
+
+    Raises:
+        OSError, pa.ArrowException: It is no Parquet file's.
+    """
+    return pq.read_metadata(pa.BufferReader(MAGIC + footer))

@@ -36,7 +36,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from gc2ray.canvas import AnyRes
 from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError, Status
-from gc2ray.patience import Patience
+from gc2ray.patience import PATIENCE, Patience
 from gc2ray.records import ImageRef
 from gc2ray.views import Tiles
 
@@ -79,8 +79,8 @@ _DECODE_ERRORS: tuple[type[Exception], ...] = (
     Warning,  # Pillow's remarks, where the process makes errors of warnings
 )
 
-PATIENCE, WEB_PATIENCE = Patience(), Patience(total_seconds=20.0)
-"""With storages of ours; and with the web, where somebody else's server may fail for good."""
+WEB_PATIENCE = Patience(total_seconds=20.0)
+"""With the web, where somebody else's server may fail for good."""
 
 _MESSAGE_LIMIT = 200
 _PLACE_LIMIT = 120

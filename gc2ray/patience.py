@@ -95,6 +95,10 @@ class Patience:
         return random.uniform(0, min(doubled, self.longest_seconds))  # noqa: S311 - no secret
 
 
+PATIENCE = Patience()
+"""With a storage, where nothing else is said."""
+
+
 def passes(error: BaseException) -> bool:
     """Whether the same call may succeed in a while.
 

@@ -50,13 +50,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__i
 
 from gc2ray.config import ModelConfig
 from gc2ray.errors import ConfigError, first_line
-from gc2ray.patience import Patience
+from gc2ray.patience import PATIENCE
 
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 LEFT_OUT = ("*/*.safetensors",)
 """Checkpoints in folders below the model, which nothing loads."""
 CACHE_VARIABLE = "GC2RAY_CACHE"
-PATIENCE = Patience()
 JITTER_SECONDS = 3.0
 """Workers that start together ask the storage spread over this time."""
 LOOK_SECONDS = 1.0

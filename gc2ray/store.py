@@ -37,14 +37,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
-from gc2ray.footer import read_footer
-from gc2ray.patience import Patience
+from gc2ray.footer import parse_footer, read_footer
+from gc2ray.patience import PATIENCE, Patience
 from gc2ray.patient_file import PatientFile
 from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
 
 READ_THREADS = 16
-PATIENCE = Patience()
 AT_START = Patience(total_seconds=15.0)
 """While somebody waits for the first word: an address may be wrong."""
 COPY_BYTES = 1 << 20
@@ -294,7 +293,7 @@ class Store:
         with self._open(name) as handle:
             tail = read_footer(handle)
         try:
-            return pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
+            return parse_footer(tail)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"not Parquet: {error}") from error
 

@@ -58,6 +58,7 @@ BORDERS = {
     "requests": {"submission"},
     "aiohttp": {"errors", "patience", "submission"},
     "pyarrow": {
+        "footer",
         "pocket",
         "records",
         "manifest",

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gc2ray.footer import parse_footer
 from gc2ray.patient_file import PatientFile
 
-MAGIC = b"PAR1"
 MAX_BATCH_ROWS = 256
 MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 256 << 10, 4 << 20
 """Fetched at a time from a storage: the most takes some tens of milliseconds, so that latency costs
@@ -41,7 +41,7 @@ class ParquetRows:
 
     def __init__(self, footer: bytes, opened: Callable[[int], PatientFile]) -> None:
         self._opened = opened
-        self._metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer))
+        self._metadata = parse_footer(footer)
         self.schema: pa.Schema = self._metadata.schema.to_arrow_schema()
 
     def groups(self) -> tuple[int, ...]:

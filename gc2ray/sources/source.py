@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from gc2ray.config import InputConfig
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, ShardError
 from gc2ray.footer import Readable, read_footer
-from gc2ray.patience import Patience
+from gc2ray.patience import PATIENCE, Patience
 from gc2ray.patient_file import PatientFile
 from gc2ray.records import Request
 from gc2ray.shards import SourceFile, Span, digest
@@ -38,7 +38,6 @@ LARGE_GROUP_BYTES = 256 << 20
 END_BYTES = 64 << 10
 READ_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, pa.ArrowException)
 
-PATIENCE = Patience()
 log = logging.getLogger(__name__)
 
 
