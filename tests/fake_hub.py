@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
+
+from tests.loopback import LoopbackServer, send
 
 CONVERTED = "refs/convert/parquet"
 
 
-class FakeHub:
+class FakeHub(LoopbackServer):
     """The hub.
 
     Args:
@@ -25,35 +25,15 @@ class FakeHub:
     """
 
     def __init__(self, dataset: str, files: Mapping[str, bytes]) -> None:
+        super().__init__()
         self.down_for = 0
         self._tree = f"/api/datasets/{dataset}/tree/{CONVERTED}"
         self._revision = f"/api/datasets/{dataset}/revision/{CONVERTED}"
         self._files = {f"/datasets/{dataset}/resolve/{CONVERTED}/{p}": b for p, b in files.items()}
         self._paths = {path: len(data) for path, data in files.items()}
-        hub = self
+        self.address = f"http://{self.host}:{self.port}"
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    @contextmanager
-    def running(self) -> Iterator[FakeHub]:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
         """One request."""
         path = unquote(urlsplit(request.path).path)
         if self.down_for:
@@ -86,8 +66,4 @@ class FakeHub:
 
 
 def _send(request: BaseHTTPRequestHandler, status: int, content: bytes) -> None:
-    request.send_response(status)
-    request.send_header("Content-Type", "application/json")
-    request.send_header("Content-Length", str(len(content)))
-    request.end_headers()
-    request.wfile.write(content)
+    send(request, status, content, "application/json")

@@ -12,11 +12,14 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
+from gc2ray.patience import Patience
+from tests.loopback import LoopbackServer, send
+
+PATIENT = Patience(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
+"""With faults that pass."""
 ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>"
 
 
@@ -43,7 +46,7 @@ class Faults:
     trickle_seconds: float = 0.0
 
 
-class FaultProxy:
+class FaultProxy(LoopbackServer):
     """The proxy; it listens at `host` and `port`.
 
     Attributes:
@@ -53,44 +56,13 @@ class FaultProxy:
     """
 
     def __init__(self, host: str, port: int) -> None:
+        super().__init__()
         self.faults = Faults()
         self.met: Counter[str] = Counter()
         self.sent_bytes = 0
         self._draw = random.Random(0)
         self._lock = threading.Lock()
         self._upstream = (host, port)
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_one_request(self) -> None:
-                try:
-                    super().handle_one_request()
-                except (ConnectionError, TimeoutError):
-                    self.close_connection = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do(self) -> None:
-                proxy.handle(self)
-
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do  # noqa: N815
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.host, self.port = "127.0.0.1", int(self._server.server_address[1])
-
-    @contextmanager
-    def running(self) -> Iterator[FaultProxy]:
-        thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
 
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         """One request: met by a fault, or forwarded."""
@@ -176,9 +148,4 @@ _CODES = {
 
 
 def _answer(request: BaseHTTPRequestHandler, status: int, code: str) -> None:
-    content = ERROR.format(code=code).encode() if request.command != "HEAD" else b""
-    request.send_response_only(status)
-    request.send_header("Content-Type", "application/xml")
-    request.send_header("Content-Length", str(len(content)))
-    request.end_headers()
-    request.wfile.write(content)
+    send(request, status, ERROR.format(code=code).encode(), "application/xml")

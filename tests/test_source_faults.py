@@ -17,16 +17,16 @@ from huggingface_hub import HfFileSystem
 from gc2ray.errors import ConfigError, ShardError
 from gc2ray.patience import Patience
 from gc2ray.records import Request
-from gc2ray.shards import SourceFile, Span, cut_shards
+from gc2ray.shards import cut_shards
 from gc2ray.sources.source import Source
 from tests.fake_hub import FakeHub
-from tests.fault_proxy import EVERYTHING, FaultProxy, Faults
+from tests.fault_proxy import EVERYTHING, PATIENT, FaultProxy, Faults
 from tests.object_servers import a_bucket, hasty_clients
 from tests.rows import make_recipe
+from tests.test_sources import whole
 
 FILES, ROWS, GROUP_ROWS, SHARD_ROWS = 4, 40, 20, 10
 MEMORY = 1 << 20
-PATIENT = Patience(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
 SERVERS = pytest.mark.parametrize("server", ["honours", "ignores"])
 
 
@@ -58,10 +58,6 @@ def bucket(proxy: FaultProxy) -> Iterator[str]:
 def source_of(uri: str, patience: Patience = PATIENT) -> Source:
     settings = {"input__uri": uri, "input__keep": ["id"], "input__prompt": {"column": "prompt"}}
     return Source(make_recipe("model", **settings).input, patience)
-
-
-def whole(file: SourceFile) -> Span:
-    return Span(file.source, file.fingerprint, 0, file.rows)
 
 
 def rows_of(source: Source, shard_rows: int = SHARD_ROWS) -> list[Request]:

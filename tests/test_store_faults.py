@@ -16,13 +16,12 @@ from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
 from gc2ray.shards import Shard, SourceFile, cut_shards
 from gc2ray.store import Commit, Store
-from tests.fault_proxy import FaultProxy, Faults
+from tests.fault_proxy import PATIENT, FaultProxy, Faults
 from tests.object_servers import SECRET, a_bucket
 from tests.outputs import first_plan, write_generation
 from tests.test_store import RECIPE, a_part
 
 SHARDS, DRIVERS = 12, 2
-PATIENT = Patience(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
 
 
 @pytest.fixture
