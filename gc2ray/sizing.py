@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gc2ray.config import MIB, Cluster
+from gc2ray.cost import Needs
 from gc2ray.errors import ConfigError
-from gc2ray.families.family import Needs
 
 GPU_USABLE = 0.92
 """Of a worker's share; the rest is for fragments, the CUDA context and libraries' workspaces."""

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from gc2ray import families
+from gc2ray.cost import LLAVA_7B, ModelShape
 from gc2ray.families.tiny import TinySpec, build_tiny, untrained
 from jobs import bench
 from jobs.benchmarks import Line, end_to_end, full_size, language
-from jobs.benchmarks.flops import FLOAT32, LLAVA_7B, TextModel, Tower, causal_pairs
 from jobs.benchmarks.inputs import IN_PROPORTION
 from jobs.benchmarks.peers import Batches, one_by_one
 from jobs.benchmarks.ragged import ANSWER, PROMPT, REQUESTS, ragged_requests
@@ -25,71 +23,6 @@ from jobs.benchmarks.roofline import Machine, Stage
 from jobs.benchmarks.timing import Times, in_turn, time_ratios
 
 MACHINE = Machine(plain=50e9, packed=100e9, plain_logits=20e9, packed_logits=40e9, bytes_per_s=10e9)
-TEXT: dict[str, Any] = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "eager",
-}  # fmt: skip
-
-
-def counted(work: Any) -> int:
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
-
-
-def test_operations_of_a_language_model_are_those_that_torch_counts() -> None:
-    model = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
-    text, length = TextModel.of(model.config), 11
-    ids = torch.arange(length)[None]
-    output = model(ids)
-    square = 4 * text.queries * text.layers * (length**2 - causal_pairs(length))
-    prefill = counted(lambda: model(ids, logits_to_keep=1))
-    assert prefill == text.prefill(length) + square
-    cache = output.past_key_values
-    step = counted(lambda: model(ids[:, :1], past_key_values=cache))
-    assert step == text.decode(length, 2)
-    second = counted(lambda: model(ids[:, :1], past_key_values=cache))
-    assert step + second == text.decode(length, 3)
-
-
-def test_a_prompt_needs_only_keys_and_values_of_the_last_layer() -> None:
-    text, length = TextModel(2, width=8, queries=8, keys=4, ffn=16, vocabulary=10), 5
-    layer = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16
-    assert text.layer_weights == layer
-    first = 2 * layer * length + 4 * 8 * 15
-    last = 2 * 2 * 8 * 4 * length + 2 * (layer - 2 * 8 * 4) + 4 * 8 * 5
-    assert text.needed_prefill(length) == first + last + 2 * 8 * 10
-    assert text.needed_prefill(1) == text.prefill(1)
-    assert text.weight_bytes == FLOAT32 * (2 * layer + 80)
-    assert text.decode(length, 1) == text.cache_bytes_read(length, 1) == 0
-    assert text.cache_bytes_read(length, 3) == FLOAT32 * 2 * 2 * 4 * (6 + 7)
-
-
-def test_operations_of_a_tower_are_those_that_torch_counts() -> None:
-    model, _ = untrained(TinySpec(vision=(32, 3, 4)))
-    tower = Tower.of(model.config)
-    assert (tower.layers, tower.needed_layers, tower.patches) == (3, 2, 36)
-    config: Any = CLIPVisionConfig(**model.config.vision_config.to_dict())
-    config._attn_implementation = "eager"
-    clip = CLIPVisionModel(config).eval()
-    pixels = torch.zeros(2, 3, 84, 84)
-    assert counted(lambda: clip(pixels)) == tower.whole(2)
-    layer = 2 * (37 * (4 * 32**2 + 2 * 32 * 64) + 2 * 32 * 37**2)
-    assert tower.whole(1) - tower.needed(1) == layer
-    projector = model.model.multi_modal_projector
-    assert counted(lambda: projector(torch.zeros(7, 32))) == tower.projector(7)
-    several, _ = untrained(TinySpec(vision_layers=(-3, -1)))
-    with pytest.raises(ValueError, match="several"):
-        Tower.of(several.config)
-
-
-def test_a_7b_costs_what_is_known_of_it() -> None:
-    """CLIP ViT-L/14-336 has 381.9 GFLOP a view; reading 2940 tokens takes Vicuna-7B 40.3 TFLOP."""
-    tower, text = LLAVA_7B
-    assert tower.whole(1) == pytest.approx(381.9e9, rel=1e-3)
-    assert tower.needed(1) == pytest.approx(366.0e9, rel=1e-3)
-    assert tower.projector(2880) == pytest.approx(0.121e12, rel=1e-2)
-    assert text.prefill(2940) == pytest.approx(40.3e12, rel=1e-2)
 
 
 def test_the_ragged_workload_is_what_it_says() -> None:
@@ -133,25 +66,24 @@ def test_sizes_of_a_tiny_model_can_be_set() -> None:
     assert usual.keys() == spelled.keys()
     assert all(usual[name].equal(spelled[name]) for name in usual)
     model, _ = untrained(TinySpec(vision_ffn=40, text_ffn=56, table=1000))
-    text, tower = TextModel.of(model.config.text_config), Tower.of(model.config)
-    assert (text.vocabulary, text.ffn, tower.ffn) == (1000, 56, 40)
+    shape = ModelShape.of(model.config)
+    assert (shape.text.vocabulary, shape.text.ffn, shape.tower.ffn) == (1000, 56, 40)
     assert model.get_output_embeddings().weight.shape == (1000, 48)
 
 
 def test_the_model_in_proportion_is_a_7b_in_small() -> None:
     with torch.device("meta"):
         model, _ = untrained(IN_PROPORTION)
-    tower, text = Tower.of(model.config), TextModel.of(model.config.text_config)
-    seven_tower, seven_text = LLAVA_7B
-    assert tower.patches == seven_tower.patches
-    assert text.layers * seven_tower.layers == seven_text.layers * tower.layers
+    small, seven = ModelShape.of(model.config), LLAVA_7B
+    assert small.tower.patches == seven.tower.patches
+    assert small.text.layers * seven.tower.layers == seven.text.layers * small.tower.layers
 
-    def vision_share(tower: Tower, text: TextModel) -> float:
-        vision = tower.whole(5) + tower.projector(2400)
-        return vision / (vision + text.prefill(2500) + text.decode(2500, 32))
+    def vision_share(shape: ModelShape) -> float:
+        vision = shape.tower.whole(5) + shape.tower.projector(2400)
+        return vision / (vision + shape.text.prefill(2500) + shape.text.decode(2500, 32))
 
-    assert vision_share(tower, text) == pytest.approx(0.05, abs=0.01)
-    assert vision_share(*LLAVA_7B) == pytest.approx(0.055, abs=0.01)
+    assert vision_share(small) == pytest.approx(0.05, abs=0.01)
+    assert vision_share(seven) == pytest.approx(0.055, abs=0.01)
 
 
 def test_static_batches_write_what_one_by_one_does() -> None:
@@ -193,21 +125,6 @@ def check_lines(lines: list[Line]) -> None:
     assert len({line.what for line in lines}) == len(lines), "two lines with one name"
     assert any("ratio_wall" in line.figures for line in lines)
     assert all(value >= 0 for line in lines for value in line.figures.values())
-
-
-@pytest.mark.parametrize(
-    ("tokens", "tflops"), [(2880, 41.7), (2160, 30.4), (1440, 19.7), (720, 9.6), (288, 3.8)]
-)
-def test_the_papers_operations_are_those_of_its_table(tokens: int, tflops: float) -> None:
-    """Table 8 of arXiv 2501.05179, LLaVA-NeXT-7B."""
-    assert LLAVA_7B[1].paper_prefill(tokens, 32) / 1e12 == pytest.approx(tflops, rel=0.01)
-
-
-@pytest.mark.parametrize(("name", "billions"), [("llava-next-7b", 7.06), ("llava-next-13b", 13.35)])
-def test_full_sizes_are_the_published_ones(name: str, billions: float) -> None:
-    """Parameters of LLaVA-NeXT with Vicuna-7B and 13B, without making them."""
-    model, _ = untrained(full_size.SIZES[name], device=torch.device("meta"))
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.02)
 
 
 def test_full_size_prints_a_line_for_each_retention() -> None:

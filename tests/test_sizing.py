@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gc2ray.config import MIB, Cluster
+from gc2ray.cost import Needs
 from gc2ray.errors import ConfigError
-from gc2ray.families.family import Loaded, Needs
+from gc2ray.families.family import Loaded
 from gc2ray.sizing import Memory, cores, free_host_bytes, sizes
 
 GB = 10**9

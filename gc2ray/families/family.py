@@ -9,28 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, device
 
 from gc2ray.canvas import AnyRes, Canvas
+from gc2ray.cost import ModelShape, Needs
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a model needs, in bytes of its device.
-
-    Attributes:
-        weights: As it is loaded.
-        kv_per_token: KV cache of one token.
-        per_token: Activations of one token in prefill.
-        per_view: Activations of one view in the vision tower.
-        features_per_view: What is kept of a view until it is compressed.
-        max_positions: Longest prompt and answer, in tokens.
-    """
-
-    weights: int
-    kv_per_token: int
-    per_token: int
-    per_view: int
-    features_per_view: int
-    max_positions: int
 
 
 class Family(Protocol):
@@ -39,12 +19,14 @@ class Family(Protocol):
     Attributes:
         anyres: How images are cut for it.
         device: Where its tensors are.
+        shape: Its sizes.
         max_positions: Longest sequence of prompt and answer, in tokens.
         kv_bytes_per_token: KV cache of one token over all layers.
     """
 
     anyres: AnyRes
     device: device
+    shape: ModelShape
     max_positions: int
     kv_bytes_per_token: int
 

@@ -21,6 +21,7 @@ Not covered: towers without a class token, the feature strategy "full", pruned o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found_for
+from gc2ray.cost import ModelShape, Needs
 from gc2ray.errors import ConfigError
-from gc2ray.families.family import Needs
 from gc2ray.linear import Linear, packed_module
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
@@ -53,7 +54,7 @@ class LlavaNext:
     def __init__(self, model: Any, processor: Any) -> None:
         self._check(model)
         inner, config = model.model, model.config
-        self._config = config
+        self.shape = ModelShape.of(config)
         self._weights = sum(parameter.nbytes for parameter in model.parameters())
         self._tower = inner.vision_tower
         self._layers = list(self._tower.encoder.layers)
@@ -68,14 +69,8 @@ class LlavaNext:
         self.dtype: torch.dtype = self._newline.dtype
         self.anyres = _anyres(processor.image_processor, config)
         self._pixels = pixel_table(self.anyres).to(self.device, self.dtype)
-        text = config.text_config
-        self.max_positions = int(text.max_position_embeddings)
-        heads = text.num_attention_heads
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        self.kv_bytes_per_token = int(
-            2 * text.num_hidden_layers * kv_heads * head_size * self.dtype.itemsize
-        )
+        self.max_positions = self.shape.text.max_positions
+        self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.dtype.itemsize)
 
     @staticmethod
     def _check(model: Any) -> None:
@@ -93,22 +88,8 @@ class LlavaNext:
             )
 
     def needs(self) -> Needs:
-        """How much memory the model takes; activations are counted generously, by tensor."""
-        size, text, vision = (
-            self.dtype.itemsize,
-            self._config.text_config,
-            self._config.vision_config,
-        )
-        tokens = self._side[0] * self._side[1]
-        states = len(self._feature_states)
-        return Needs(
-            weights=self._weights,
-            kv_per_token=self.kv_bytes_per_token,
-            per_token=size * (12 * text.hidden_size + 3 * text.intermediate_size),
-            per_view=size * (tokens + 1) * (8 * vision.hidden_size + 2 * vision.intermediate_size),
-            features_per_view=size * tokens * vision.hidden_size * states,
-            max_positions=self.max_positions,
-        )
+        """How much memory the model takes; weights as they are, which may be of several types."""
+        return replace(self.shape.needs(self.dtype.itemsize), weights=self._weights)
 
     def freeze(self) -> None:
         """Prepack linear layers where that is faster; from here on weights must not change."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from gc2ray.config import Cluster, parse_recipe
+from gc2ray.cost import LLAVA_7B, ModelShape
 from gc2ray.engine import Engine
 from gc2ray.families.family import Loaded
 from gc2ray.families.stock import stock_generate
@@ -28,7 +29,6 @@ from gc2ray.records import Answer, ImageRef, Request
 from gc2ray.stats import STAGES
 from jobs.answering import answers_in_order
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.flops import LLAVA_7B, TextModel, Tower
 from jobs.benchmarks.inputs import XGA, conditions, model_in_proportion, opened, photographs
 from jobs.benchmarks.roofline import Machine, Stage, answering_stages, measured_machine
 from jobs.benchmarks.timing import Times, Work, in_turn, time_ratios
@@ -223,29 +223,30 @@ class _Scale:
 def _proportions(loaded: Loaded, answers: Sequence[Answer]) -> Line:
     """What parts cost when nothing is compressed, here and in the 7B, on the same rows."""
     config = loaded.model.config
-    tower = Tower.of(config)
-    parts = (tower, TextModel.of(config.text_config))
-    gflop = sum(sum(_uncompressed(*parts, answer)) for answer in answers) / len(answers) / 1e9
+    shape = ModelShape.of(config)
+    tower, seven = shape.tower, LLAVA_7B.tower
+    gflop = sum(sum(_uncompressed(shape, answer)) for answer in answers) / len(answers) / 1e9
     figures = {
         "parameters_m": sum(p.numel() for p in loaded.model.parameters()) / 1e6,
         "gflop_per_row": gflop,
-        "tower_and_projector": _vision_share(*parts, answers),
-        "tower_and_projector_7b": _vision_share(*LLAVA_7B, answers),
+        "tower_and_projector": _vision_share(shape, answers),
+        "tower_and_projector_7b": _vision_share(LLAVA_7B, answers),
         "tower_needed": tower.needed(1) / tower.whole(1),
-        "tower_needed_7b": LLAVA_7B[0].needed(1) / LLAVA_7B[0].whole(1),
+        "tower_needed_7b": seven.needed(1) / seven.whole(1),
     }
     what = f"model ({conditions(loaded.model)}): shares of {len(answers)} uncompressed rows' work"
     return Line(what, figures)
 
 
-def _vision_share(tower: Tower, text: TextModel, answers: Sequence[Answer]) -> float:
-    parts = [_uncompressed(tower, text, answer) for answer in answers]
+def _vision_share(shape: ModelShape, answers: Sequence[Answer]) -> float:
+    parts = [_uncompressed(shape, answer) for answer in answers]
     return sum(vision for vision, _ in parts) / sum(map(sum, parts))
 
 
-def _uncompressed(tower: Tower, text: TextModel, answer: Answer) -> tuple[int, int]:
+def _uncompressed(shape: ModelShape, answer: Answer) -> tuple[int, int]:
     """FLOPs of tower and projector, and of the language model, run as they are."""
     full, prompt = answer.visual_tokens_full or 0, answer.prompt_tokens or 0
+    tower, text = shape.tower, shape.text
     vision = tower.whole(_views(answer)) + tower.projector(full)
     return vision, text.prefill(prompt) + text.decode(prompt, NEW_TOKENS)
 

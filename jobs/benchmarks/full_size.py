@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from gc2ray.config import Cluster, Recipe, parse_recipe
+from gc2ray.cost import TextModel, paper_flops
 from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.decoding.native import NativeDecoder, Room
 from gc2ray.engine import Engine
@@ -37,7 +38,6 @@ from gc2ray.records import ImageRef, Request, Sampling
 from gc2ray.stats import STAGES
 from jobs.answering import answers_in_order
 from jobs.benchmarks import Line
-from jobs.benchmarks.flops import TextModel
 from jobs.benchmarks.inputs import IN_PROPORTION, REAL_GEOMETRY
 from jobs.benchmarks.roofline import answering_stages, ideal_seconds
 from jobs.photos import jpeg
@@ -138,13 +138,12 @@ def _figures(
     seconds = time.perf_counter() - started
     kept = sum(a.visual_tokens_kept or 0 for a in answers) / len(answers)
     text = TextModel.of(loaded.model.config.text_config)
-    heads = loaded.model.config.text_config.num_attention_heads
     stages = answering_stages(loaded.model.config, answers, NEW_TOKENS, loaded.model.dtype.itemsize)
     ideal = ideal_seconds(stages, rates.flops, rates.bytes_read)
     spent = {stage: sum(a.stage_ns[stage] for a in answers) for stage in STAGES}
     return {
         "visual_tokens": kept,
-        "paper_tflops": text.paper_prefill(round(kept), heads) / 1e12,
+        "paper_tflops": paper_flops(text, round(kept)) / 1e12,
         "kv_mb": kept * loaded.family.kv_bytes_per_token / 1e6,
         "prefill_ms": prefill_ms,
         "samples_per_s": len(answers) / seconds,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gc2ray.cost import TextModel, cached_reads
 from gc2ray.decoding.decoder import Completion
 from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.decoding.native import NativeDecoder, Room
@@ -29,7 +30,6 @@ from gc2ray.linear import packed_module
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.flops import TextModel
 from jobs.benchmarks.inputs import conditions
 from jobs.benchmarks.peers import (
     BATCH_TOKENS,
@@ -41,7 +41,7 @@ from jobs.benchmarks.peers import (
     one_by_one,
 )
 from jobs.benchmarks.ragged import RaggedRequest, ragged_requests
-from jobs.benchmarks.roofline import PACKED_GAIN, Machine, Stage, measured_machine
+from jobs.benchmarks.roofline import FLOAT32, PACKED_GAIN, Machine, Stage, measured_machine
 from jobs.benchmarks.timing import Times, in_turn, tell, time_ratios
 
 WIDTH, LAYERS, HEADS, FFN, VOCABULARY = 512, 8, 8, 1376, 32_000
@@ -223,14 +223,15 @@ class _Scale:
         text = TextModel.of(model.config)
         sizes = [(len(request.prompt), request.new_tokens) for request in requests]
         steps = max(new for _, new in sizes) - 1
-        cache = sum(text.cache_bytes_read(*size) for size in sizes)
+        cache = text.cached_numbers * sum(cached_reads(*size) for size in sizes)
         return _Scale(
             requests=len(sizes),
             prompt_tokens=sum(length for length, _ in sizes),
             new_tokens=sum(new for _, new in sizes),
             prefill=Stage(sum(text.needed_prefill(length) for length, _ in sizes), 0),
             decode=Stage(
-                sum(text.decode(*size) for size in sizes), steps * text.weight_bytes + cache
+                sum(text.decode(*size) for size in sizes),
+                FLOAT32 * (steps * text.step_weights + cache),
             ),
             machine=machine,
             conditions=conditions(model),

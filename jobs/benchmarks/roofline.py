@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from gc2ray.cost import ModelShape, cached_reads
 from gc2ray.linear import Linear
 from gc2ray.records import Answer
 from jobs.benchmarks import Line
-from jobs.benchmarks.flops import FLOAT32, TextModel, Tower
 from jobs.benchmarks.timing import Work, in_turn
 
+FLOAT32 = 4
+"""Bytes."""
 PREFILL, LOGITS = (1024, 512, 1376), (16, 512, 32_000)
 """Tokens, inputs and outputs of a layer as prefill and decoding have them."""
 TURNS, CALL_FLOPS = 9, 6e9
@@ -103,18 +105,18 @@ def answering_stages(
         new_tokens: Tokens of each answer.
         itemsize: Bytes of a weight and of a cached number.
     """
-    tower, text = Tower.of(config), TextModel.of(config.text_config)
+    shape = ModelShape.of(config)
+    tower, text = shape.tower, shape.text
     prompts = [answer.prompt_tokens or 0 for answer in answers]
     views = sum(len(per) for answer in answers for per in answer.kept_per_view or ())
     kept = sum(answer.visual_tokens_kept or 0 for answer in answers)
     prefill = sum(text.needed_prefill(length) for length in prompts)
     decode = sum(text.decode(length, new_tokens) for length in prompts)
-    cache = sum(text.cache_bytes_read(length, new_tokens) for length in prompts)
-    size = itemsize / FLOAT32
+    cache = text.cached_numbers * sum(cached_reads(length, new_tokens) for length in prompts)
     return (
-        Stage(tower.needed(views) + tower.projector(kept), size * tower.weight_bytes),
-        Stage(prefill, size * text.weight_bytes),
-        Stage(decode, size * ((new_tokens - 1) * text.weight_bytes + cache)),
+        Stage(tower.needed(views) + tower.projector(kept), itemsize * tower.batch_weights),
+        Stage(prefill, itemsize * text.step_weights),
+        Stage(decode, itemsize * ((new_tokens - 1) * text.step_weights + cache)),
     )
 
 
