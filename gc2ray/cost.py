@@ -285,53 +285,58 @@ class Needs:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a vision-language model: enough to count, not to run."""
+    """The sizes of a vision-language model: enough to count, not to run.
+
+    Attributes:
+        tower: Its vision side, the projector included.
+        text: Its language model.
+        itemsize: Bytes of a weight, an activation and a cached number.
+    """
 
     tower: Tower
     text: TextModel
+    itemsize: int
 
     @staticmethod
-    def of(config: Any) -> ModelShape:
-        """From a transformers config of LLaVA-NeXT."""
-        return ModelShape(Tower.of(config), TextModel.of(config.text_config))
+    def of(config: Any, itemsize: int) -> ModelShape:
+        """From a transformers config of LLaVA-NeXT, loaded with numbers of `itemsize` bytes."""
+        return ModelShape(Tower.of(config), TextModel.of(config.text_config), itemsize)
 
     @property
     def parameters(self) -> int:
         """Numbers of the whole model."""
         return self.tower.parameters + self.text.parameters
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """KV cache of one token over all layers, of numbers of `itemsize` bytes."""
-        return itemsize * self.text.cached_numbers
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV cache of one token over all layers."""
+        return self.itemsize * self.text.cached_numbers
 
-    def needs(self, itemsize: int) -> Needs:
-        """How much memory it takes; activations are counted generously, by tensor.
-
-        Args:
-            itemsize: Bytes of a weight, an activation and a cached number.
-        """
-        tower, text = self.tower, self.text
+    def needs(self) -> Needs:
+        """How much memory it takes; activations are counted generously, by tensor."""
+        tower, text, itemsize = self.tower, self.text, self.itemsize
         return Needs(
             weights=itemsize * self.parameters,
-            kv_per_token=self.kv_bytes_per_token(itemsize),
+            kv_per_token=self.kv_bytes_per_token,
             per_token=itemsize * (12 * text.width + 3 * text.ffn),
             per_view=itemsize * tower.tokens * (8 * tower.width + 2 * tower.ffn),
             features_per_view=itemsize * tower.patches * tower.width * tower.features,
             max_positions=text.max_positions,
         )
 
-    def to_dict(self) -> dict[str, dict[str, int | bool]]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: Mapping[str, Mapping[str, Any]]) -> ModelShape:
+    def from_dict(data: Mapping[str, Any]) -> ModelShape:
         """The inverse of `to_dict`.
 
         Raises:
             KeyError, TypeError: Not what it makes.
         """
-        return ModelShape(Tower(**data["tower"]), TextModel(**data["text"]))
+        tower, text = Tower(**data["tower"]), TextModel(**data["text"])
+        return ModelShape(tower, text, int(data["itemsize"]))
 
 
 @dataclass(frozen=True)
@@ -351,6 +356,19 @@ class AnswerTokens:
     prompt: int
     output: int
     shared: int = 0
+
+    def with_more(self, image_tokens: int) -> AnswerTokens:
+        """The same answer, had so many tokens more been kept of the image.
+
+        What is shared of a prompt ends behind its image, whatever of that is kept.
+        """
+        return AnswerTokens(
+            views=self.views,
+            projected=self.projected and self.projected + image_tokens,
+            prompt=self.prompt + image_tokens,
+            output=self.output,
+            shared=self.shared and self.shared + image_tokens,
+        )
 
 
 def matmul_flops(shape: ModelShape, tokens: AnswerTokens, run: Run = Run.GC2RAY) -> dict[str, int]:
@@ -374,6 +392,25 @@ def matmul_flops(shape: ModelShape, tokens: AnswerTokens, run: Run = Run.GC2RAY)
     }
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What an answer asks of a machine.
+
+    Attributes:
+        flops: As `matmul_flops`, by stage.
+        cache_read_bytes: KV cache that decoding reads.
+    """
+
+    flops: Mapping[str, int]
+    cache_read_bytes: int
+
+    @staticmethod
+    def of(shape: ModelShape, tokens: AnswerTokens) -> Demand:
+        """Of an answer, run by gc2ray."""
+        read = cached_reads(tokens.prompt, tokens.output)
+        return Demand(matmul_flops(shape, tokens), read * shape.kv_bytes_per_token)
+
+
 def paper_flops(text: TextModel, tokens: int) -> int:
     """Operations of a prefill as the paper's table 8 counts them, over visual tokens alone.
 
@@ -393,5 +430,6 @@ LLAVA_7B = ModelShape(
         32, 4096, queries=4096, keys=4096, ffn=11_008, vocabulary=32_064, heads=32,
         max_positions=4096,
     ),
+    itemsize=2,
 )  # fmt: skip
-"""LLaVA-NeXT with Vicuna-7B, as `llava-hf/llava-v1.6-vicuna-7b-hf` is."""
+"""LLaVA-NeXT with Vicuna-7B in half precision, as `llava-hf/llava-v1.6-vicuna-7b-hf` is."""

@@ -28,10 +28,12 @@ import torch
 from gc2ray import families
 from gc2ray.compression.compressor import Compressor
 from gc2ray.config import Cluster, Recipe
+from gc2ray.cost import AnswerTokens, Demand
 from gc2ray.decoding.decoder import Completion, Decoder, end_tokens
 from gc2ray.decoding.generate import GenerateDecoder
 from gc2ray.decoding.language_model import LanguageModel, unsupported
 from gc2ray.decoding.native import NativeDecoder, Room
+from gc2ray.energy import EnergyMeter
 from gc2ray.errors import BadRow, EngineDead, Status
 from gc2ray.families.family import Family, Loaded
 from gc2ray.feed import Feed, Inline
@@ -80,7 +82,9 @@ class Engine:
         self._tags = 0
         self.device = device_name(self._family.device)
         self.model_digest = loaded.digest
+        self.model_shape = self._family.shape
         self._starved_ns = 0
+        self._energy = EnergyMeter(gpu_uuid(self._family.device))
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -181,15 +185,18 @@ class Engine:
             self._decoder.forget()
 
     def totals(self) -> RunStats:
-        """What belongs to no row, since the engine was made: starvation, memory and its shortage.
+        """What belongs to no row, since the engine was made: starvation, steps, energy, memory.
 
-        The largest allocation is 0 where the device does not tell.
+        Energy and the largest allocation are 0 where the device does not tell. Of a GPU that
+        workers share each counts its share.
         """
         device = self._family.device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return RunStats(
             starved_ns=self._starved_ns,
             halvings=self._decoder.halvings,
+            decode_steps=self._decoder.steps,
+            energy_millijoules=int(self._energy.millijoules() * self._sizes.gpu_share),
             peak_device_bytes=int(peak),
         )
 
@@ -230,10 +237,16 @@ class Engine:
         if picture is None:
             raise EngineDead(f"{row.request.row_key} was answered without its picture")
         text_tokens = len(row.token_ids) - 1  # without the image's placeholder
-        kept, output = sum(picture.kept_per_view), len(completion.token_ids)
-        prompt_tokens = text_tokens + kept + picture.newlines
+        kept = sum(picture.kept_per_view)
+        tokens = AnswerTokens(
+            views=0 if row.shares else len(picture.kept_per_view),
+            projected=0 if row.shares else kept + picture.newlines,
+            prompt=text_tokens + kept + picture.newlines,
+            output=len(completion.token_ids),
+            shared=completion.shared,
+        )
         full = text_tokens + picture.full_tokens + picture.full_newlines
-        per_token = self._family.kv_bytes_per_token
+        shape, per_token = self.model_shape, self._family.kv_bytes_per_token
         stages = {"prefill": completion.prefill_ns, "generate": completion.generate_ns}
         return Answer(
             request=row.request,
@@ -242,21 +255,24 @@ class Engine:
             retention_requested=self._recipe.compression.retention_requested,
             answer=self._chat.decode(completion.token_ids),
             finish_reason=completion.finish_reason,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output,
+            prompt_tokens=tokens.prompt,
+            output_tokens=tokens.output,
             visual_tokens_full=picture.full_tokens,
             visual_tokens_kept=kept,
             newline_tokens=picture.newlines,
             newline_tokens_full=picture.full_newlines,
             kept_per_view=(picture.kept_per_view,),
-            kv_bytes=(prompt_tokens + output) * per_token,
-            kv_bytes_full=(full + output) * per_token,
+            kv_bytes=(tokens.prompt + tokens.output) * per_token,
+            kv_bytes_full=(full + tokens.output) * per_token,
             stage_ns={**row.stage_ns, **stages},
             device=self.device,
             token_ids=completion.token_ids,
             image_shared=row.shares,
             prompt_tokens_shared=completion.shared,
             halvings=row.halvings + completion.halvings,
+            full_per_view=(picture.full_per_view,),
+            demand=Demand.of(shape, tokens),
+            demand_full=Demand.of(shape, tokens.with_more(full - tokens.prompt)),
         )
 
     def _failed(self, row: Row) -> Answer:
@@ -329,3 +345,10 @@ def memory(device: torch.device) -> Memory:
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """A GPU's name among all; None where there is none."""
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)

@@ -48,7 +48,7 @@ class Picture:
     halvings: int = 0
     rows: int = 0
     kept_per_view: tuple[int, ...] = ()
-    full_tokens: int = 0
+    full_per_view: tuple[int, ...] = ()
     newlines: int = 0
     full_newlines: int = 0
 
@@ -62,11 +62,16 @@ class Picture:
         """Views that are still to be encoded."""
         return 0 if self.tiles is None else len(self.tiles.pixels)
 
+    @property
+    def full_tokens(self) -> int:
+        """Visual tokens before compression."""
+        return sum(self.full_per_view)
+
     def count(self, views: Views, selection: Selection) -> None:
         """Note what the compressor kept: counted, never claimed."""
-        per_view = views.valid_per_view
-        self.kept_per_view = selection.kept_per_view(len(per_view), views.tokens_per_view)
-        self.full_tokens = sum(per_view)
+        self.full_per_view = views.valid_per_view
+        views_count = len(self.full_per_view)
+        self.kept_per_view = selection.kept_per_view(views_count, views.tokens_per_view)
         self.newlines = len(selection.source) - sum(self.kept_per_view)
         self.full_newlines = views.canvas.newlines
 

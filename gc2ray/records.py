@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gc2ray.cost import Demand
 from gc2ray.errors import BadRow, Status
-from gc2ray.stats import STAGES, RunStats, retention_bucket, top
+from gc2ray.stats import STAGES, RunStats, merged, retention_bucket, top
 
 SCHEMA_VERSION = 2
 
@@ -131,10 +132,12 @@ class Request:
 class Answer:
     """One answer row; see the README's table of columns for the meaning of each.
 
-    `kept_per_view` is one list per image, one count per view. Four are not written: `token_ids`;
+    `kept_per_view` is one list per image, one count per view. Some are not written: `token_ids`;
     `retry`, which says that not the row but its image's storage failed, so that its shard is to be
     tried again; and, counted in the statistics only, `image_shared`: another row had encoded the
-    image, and `prompt_tokens_shared`: so many prompt tokens another row had computed.
+    image; `prompt_tokens_shared`: so many prompt tokens another row had computed; `full_per_view`,
+    as `kept_per_view` before compression; `demand`, what the answer asked of the machine, and
+    `demand_full`, what it would have asked uncompressed.
     """
 
     request: Request
@@ -160,6 +163,9 @@ class Answer:
     image_shared: bool = False
     prompt_tokens_shared: int = 0
     halvings: int = 0
+    full_per_view: tuple[tuple[int, ...], ...] | None = None
+    demand: Demand | None = None
+    demand_full: Demand | None = None
 
     @property
     def retention_actual(self) -> float | None:
@@ -190,9 +196,18 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
     """What happened to some answers, all of them at once: adding them up one by one is slow."""
     buckets = Counter(answer.retention_bucket for answer in answers)
     del buckets[None]
+    demands = [answer.demand for answer in answers if answer.demand is not None]
+    full = [answer.demand_full for answer in answers if answer.demand_full is not None]
     return RunStats(
         rows=len(answers),
         by_status=dict(Counter(str(answer.status) for answer in answers)),
+        view_tokens_full=_by_view(answer.full_per_view for answer in answers),
+        view_tokens_kept=_by_view(answer.kept_per_view for answer in answers),
+        images=sum(answer.demand is not None and not answer.image_shared for answer in answers),
+        flops=merged(demand.flops for demand in demands),
+        flops_full=merged(demand.flops for demand in full),
+        cache_read_bytes=sum(demand.cache_read_bytes for demand in demands),
+        cache_read_bytes_full=sum(demand.cache_read_bytes for demand in full),
         images_shared=sum(answer.image_shared for answer in answers),
         prompt_tokens_shared=sum(answer.prompt_tokens_shared for answer in answers),
         stage_ns={
@@ -203,6 +218,16 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         largest=top((answer.kv_bytes or 0, answer.request.row_key) for answer in answers),
         **{name: sum(getattr(answer, name) or 0 for answer in answers) for name in _SUMMED},
     )
+
+
+def _by_view(answers: Iterable[Sequence[Sequence[int]] | None]) -> dict[str, int]:
+    """Tokens by view, over the images of answers."""
+    total: Counter[int] = Counter()
+    for images in answers:
+        for views in images or ():
+            for view, tokens in enumerate(views):
+                total[view] += tokens
+    return {str(view): tokens for view, tokens in sorted(total.items())}
 
 
 @dataclass(frozen=True)
@@ -233,8 +258,16 @@ def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Prov
 
 UNWRITTEN_STATS = frozenset(
     {
+        "view_tokens_full",
+        "images",
         "images_shared",
         "prompt_tokens_shared",
+        "flops",
+        "flops_full",
+        "cache_read_bytes",
+        "cache_read_bytes_full",
+        "decode_steps",
+        "energy_millijoules",
         "starved_ns",
         "halvings",
         "peak_device_bytes",
@@ -254,11 +287,15 @@ def table_stats(table: pa.Table) -> RunStats:
         if full_tokens:
             buckets[f"{retention_bucket(kept_tokens, full_tokens):02d}"] += rows
     keys = table["row_key"].to_pylist()
+    sums: dict[str, Any] = {
+        name: int(values.sum(dtype=np.int64)) for name, values in number.items()
+    }
     return RunStats(
         rows=len(table),
         by_status=dict(Counter(table["status"].to_pylist())),
-        **{name: int(values.sum(dtype=np.int64)) for name, values in number.items()},
+        **sums,
         stage_ns={stage: int(values.sum()) for stage, values in stages.items()},
+        view_tokens_kept=_by_view(table["kept_per_view"].to_pylist()),
         retention=dict(buckets),
         slowest=top(zip(sum(stages.values()).tolist(), keys, strict=True)),
         largest=top(zip(number["kv_bytes"].tolist(), keys, strict=True)),

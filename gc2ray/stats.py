@@ -47,8 +47,13 @@ def retention_bucket(kept: int, full: int) -> int:
     return min(RETENTION_BUCKETS - 1, max(0, -(-kept * RETENTION_BUCKETS // full) - 1))
 
 
-def _merged(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
-    return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
+def merged(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counts by key, added up; keys in order."""
+    total: dict[str, int] = {}
+    for count in counts:
+        for key, value in count.items():
+            total[key] = total.get(key, 0) + value
+    return dict(sorted(total.items()))
 
 
 def top(rows: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
@@ -67,12 +72,21 @@ class RunStats:
         visual_tokens_kept: Visual tokens the language model read.
         newline_tokens_full: Newline tokens of the uncompressed sequence.
         newline_tokens: Newline tokens the language model read.
+        view_tokens_full: Visual tokens before compression by view: 0 the thumbnail, then crops.
+        view_tokens_kept: The same after it.
+        images: Images that were decoded and encoded for them.
         images_shared: Rows whose image another row had decoded and encoded.
         prompt_tokens: Text, visual and newline tokens the language model read.
         prompt_tokens_shared: Those of them that another row had computed.
         output_tokens: Tokens it wrote.
         kv_bytes: KV cache of prompt and output.
         kv_bytes_full: The same, uncompressed.
+        flops: Operations of matrix products by stage, as `gc2ray.cost.matmul_flops` counts them.
+        flops_full: The same, uncompressed.
+        cache_read_bytes: KV cache that decoding read, a step's rows each their own.
+        cache_read_bytes_full: The same, uncompressed.
+        decode_steps: Forwards of the language model, each over all rows that were live.
+        energy_millijoules: Of the device while it worked on them; 0 where it does not tell.
         stage_ns: Busy nanoseconds by stage (`STAGES`).
         starved_ns: Time in which a worker had nothing to do, and rows were still to come.
         halvings: Times that device memory was short, and fewer rows were decoded together.
@@ -89,12 +103,21 @@ class RunStats:
     visual_tokens_kept: int = 0
     newline_tokens_full: int = 0
     newline_tokens: int = 0
+    view_tokens_full: dict[str, int] = field(default_factory=dict)
+    view_tokens_kept: dict[str, int] = field(default_factory=dict)
+    images: int = 0
     images_shared: int = 0
     prompt_tokens: int = 0
     prompt_tokens_shared: int = 0
     output_tokens: int = 0
     kv_bytes: int = 0
     kv_bytes_full: int = 0
+    flops: dict[str, int] = field(default_factory=dict)
+    flops_full: dict[str, int] = field(default_factory=dict)
+    cache_read_bytes: int = 0
+    cache_read_bytes_full: int = 0
+    decode_steps: int = 0
+    energy_millijoules: int = 0
     stage_ns: dict[str, int] = field(default_factory=dict)
     starved_ns: int = 0
     halvings: int = 0
@@ -105,25 +128,24 @@ class RunStats:
     largest: tuple[tuple[int, str], ...] = ()
 
     def __add__(self, other: RunStats) -> RunStats:
-        merged: dict[str, object] = {}
+        total: dict[str, object] = {}
         for item in fields(self):
             a, b = getattr(self, item.name), getattr(other, item.name)
             if item.name.startswith("peak_"):
-                merged[item.name] = max(a, b)
+                total[item.name] = max(a, b)
             elif isinstance(a, dict):
-                merged[item.name] = _merged(a, b)
+                total[item.name] = merged((a, b))
             elif isinstance(a, tuple):
-                merged[item.name] = top([*a, *b])
+                total[item.name] = top([*a, *b])
             else:
-                merged[item.name] = a + b
-        return RunStats(**merged)  # type: ignore[arg-type]  # names and types are the fields' own
+                total[item.name] = a + b
+        return RunStats(**total)  # type: ignore[arg-type]  # names and types are the fields' own
 
     def since(self, before: RunStats) -> RunStats:
         """What came on top of an earlier state of the same totals; peaks stay peaks."""
+        names = ("starved_ns", "halvings", "decode_steps", "energy_millijoules")
         return replace(
-            self,
-            starved_ns=self.starved_ns - before.starved_ns,
-            halvings=self.halvings - before.halvings,
+            self, **{name: getattr(self, name) - getattr(before, name) for name in names}
         )
 
     @property

@@ -74,6 +74,7 @@ class PartFooter:
         worker: Who wrote it.
         rows: Input rows that it answers.
         stats: Of its answers.
+        written: When; None in parts from before that was noted.
     """
 
     sid: str
@@ -82,9 +83,11 @@ class PartFooter:
     worker: str
     rows: int
     stats: RunStats
+    written: datetime | None = None
 
     def metadata(self) -> dict[str, str]:
         """As schema metadata."""
+        written = {"gc2ray.written": self.written.isoformat()} if self.written else {}
         return {
             "gc2ray.sid": self.sid,
             "gc2ray.run": self.run,
@@ -92,6 +95,7 @@ class PartFooter:
             "gc2ray.worker": self.worker,
             "gc2ray.rows": str(self.rows),
             "gc2ray.stats": self.stats.to_json(),
+            **written,
         }
 
     @staticmethod
@@ -111,7 +115,9 @@ class PartFooter:
             raise ValueError(f"{metadata.num_rows} answers, statistics of {stats.rows}")
         # Parts from before there were several prompts per row have an answer per row.
         rows = int(found.get(b"gc2ray.rows", metadata.num_rows))
-        return PartFooter(rows=rows, stats=stats, **values)
+        when = found.get(b"gc2ray.written")
+        written = datetime.fromisoformat(when.decode()) if when else None
+        return PartFooter(rows=rows, stats=stats, written=written, **values)
 
     @property
     def answers(self) -> int:

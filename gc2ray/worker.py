@@ -35,6 +35,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from gc2ray.config import Job
+from gc2ray.cost import ModelShape
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError
 from gc2ray.generations import MODEL_NAME, stored_digest
 from gc2ray.handout import Handout
@@ -64,6 +65,10 @@ class Answering(Protocol):
     @property
     def model_digest(self) -> str:
         """Which model it is; see `gc2ray.staging.digest`."""
+
+    @property
+    def model_shape(self) -> ModelShape | None:
+        """Its sizes, if it has any."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """As `Engine.stream`."""
@@ -415,6 +420,7 @@ class Worker:
             worker=self.uuid,
             rows=shard.rows,
             stats=self._part_stats(answers),
+            written=datetime.now(UTC),
         )
         provenance = Provenance(work.handout.attempt, self._generation, self.uuid)
         part = part_bytes(answers, self._carried, provenance, footer)
@@ -445,12 +451,14 @@ class Worker:
             time.sleep(RECORD_SECONDS)
 
     def _record(self) -> bytes:
+        shape = self._loaded_engine().model_shape
         content = {
             "uuid": self.uuid,
             "node": socket.gethostname(),
             "pid": os.getpid(),
             "device": self._loaded_engine().device,
             "model_digest": self._loaded_engine().model_digest,
+            "model_shape": shape and shape.to_dict(),
             "gpus": self._job.cluster.gpus_per_worker,
             "cpus": self._job.cluster.cpus_per_worker,
             "started": self._started.isoformat(),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from gc2ray.config import Job
+from gc2ray.cost import ModelShape
 from gc2ray.errors import Status
 from gc2ray.feed import Feed
 from gc2ray.records import Answer, Request
@@ -40,6 +41,7 @@ class EchoEngine:
 
     device = "fake"
     model_digest = "no model"
+    model_shape: ModelShape | None = None
 
     def __init__(
         self,

@@ -95,9 +95,9 @@ def test_operations_are_those_of_table_8(text: TextModel, tflops: tuple[float, .
     ids=["7b", "13b"],
 )
 def test_kv_caches_are_those_of_table_8(text: TextModel, megabytes: tuple[float, ...]) -> None:
-    shape = ModelShape(LLAVA_7B.tower, text)
+    shape = replace(LLAVA_7B, text=text)
     for tokens, expected in zip(TOKENS, megabytes, strict=True):
-        shown = paper_display(tokens * shape.kv_bytes_per_token(FP16))
+        shown = paper_display(tokens * shape.kv_bytes_per_token)
         assert shown == pytest.approx(expected, rel=0.01)
 
 
@@ -145,7 +145,7 @@ def test_operations_of_a_tower_are_those_that_torch_counts() -> None:
 
 def siglip(tower: SiglipVisionConfig) -> ModelShape:
     text = LlamaConfig(**TEXT)
-    return ModelShape.of(LlavaNextConfig(vision_config=tower, text_config=text))
+    return ModelShape.of(LlavaNextConfig(vision_config=tower, text_config=text), FP16)
 
 
 def test_operations_of_a_tower_without_class_token_are_those_that_torch_counts() -> None:
@@ -185,7 +185,7 @@ def test_operations_of_a_whole_model_are_those_that_torch_counts() -> None:
         lambda: model(input_ids=ids, pixel_values=pixels, image_sizes=size, logits_to_keep=1)
     )
     answer = AnswerTokens(views=5, projected=80, prompt=image + 6, output=1)
-    stages = matmul_flops(ModelShape.of(model.config), answer, Run.EAGER)
+    stages = matmul_flops(ModelShape.of(model.config, FP16), answer, Run.EAGER)
     assert sum(stages.values()) == pytest.approx(found, rel=1e-3)
 
 
@@ -239,16 +239,16 @@ def test_operations_of_our_language_model_are_those_that_torch_counts() -> None:
 @pytest.mark.parametrize("name", [*full_size.SIZES])
 def test_weights_are_counted_to_the_last(name: str) -> None:
     model, _ = untrained(full_size.SIZES[name], device=torch.device("meta"))
-    shape = ModelShape.of(model.config)
+    shape = ModelShape.of(model.config, FP16)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert shape.needs(FP16).weights == FP16 * shape.parameters
+    assert shape.needs().weights == FP16 * shape.parameters
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llava-next-7b", 7.06), ("llava-next-13b", 13.35)])
 def test_full_sizes_are_the_published_ones(name: str, billions: float) -> None:
     """Parameters of LLaVA-NeXT with Vicuna-7B and 13B, without making them."""
     model, _ = untrained(full_size.SIZES[name], device=torch.device("meta"))
-    assert ModelShape.of(model.config).parameters / 1e9 == pytest.approx(billions, abs=0.02)
+    assert ModelShape.of(model.config, FP16).parameters / 1e9 == pytest.approx(billions, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -289,14 +289,14 @@ def test_a_7b_costs_what_is_known_of_it() -> None:
     assert tower.needed(1) == pytest.approx(366.0e9, rel=1e-3)
     assert tower.projector(2880) == pytest.approx(0.121e12, rel=1e-2)
     assert text.prefill(2940) == pytest.approx(40.3e12, rel=1e-2)
-    needs = LLAVA_7B.needs(FP16)
+    needs = LLAVA_7B.needs()
     assert needs.kv_per_token == 524_288
     assert needs.weights == pytest.approx(14.1e9, rel=0.01)
 
 
 def test_the_shape_of_the_7b_is_the_models() -> None:
     model, _ = untrained(full_size.VICUNA_7B, device=torch.device("meta"))
-    found = ModelShape.of(model.config)
+    found = ModelShape.of(model.config, FP16)
     positions = found.text.max_positions
     assert replace(found, text=replace(found.text, max_positions=4096)) == LLAVA_7B
     assert positions == model.config.text_config.max_position_embeddings

@@ -16,6 +16,7 @@ import torch
 
 from gc2ray.compression.globalcom2 import GlobalCom2
 from gc2ray.config import Cluster
+from gc2ray.cost import AnswerTokens, Demand
 from gc2ray.decoding.generate import GenerateDecoder
 from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.engine import Engine, load_engine
@@ -194,6 +195,42 @@ def test_kv_bytes_are_those_of_the_config(loaded: Loaded) -> None:
         bare = answer.newline_tokens_full - answer.newline_tokens
         assert answer.kv_bytes_full == answer.kv_bytes + (dropped + bare) * per_token
         assert dropped > 0
+
+
+def test_an_answer_asks_what_its_tokens_do(loaded: Loaded) -> None:
+    """The demand follows from what is written of the answer, and from the model's sizes."""
+    shape = loaded.family.shape
+    for answer in answers_of(make_engine(loaded, compression__retention=0.25), requests()):
+        views, newlines = answer.kept_per_view, answer.newline_tokens
+        assert views is not None
+        assert answer.prompt_tokens is not None
+        tokens = AnswerTokens(
+            views=len(views[0]),
+            projected=(answer.visual_tokens_kept or 0) + (newlines or 0),
+            prompt=answer.prompt_tokens,
+            output=len(answer.token_ids),
+        )
+        assert answer.demand == Demand.of(shape, tokens)
+        full = (answer.visual_tokens_full or 0) + (answer.newline_tokens_full or 0)
+        assert answer.demand_full == Demand.of(shape, tokens.with_more(full - tokens.projected))
+        assert answer.full_per_view is not None
+        assert sum(answer.full_per_view[0]) == answer.visual_tokens_full
+
+
+def test_uncompressed_answers_ask_what_they_would_uncompressed(loaded: Loaded) -> None:
+    for answer in answers_of(make_engine(loaded, compression__retention=1.0), requests()):
+        assert answer.demand == answer.demand_full
+        assert answer.full_per_view == answer.kept_per_view
+
+
+def test_forwards_are_counted(loaded: Loaded) -> None:
+    """One row at a time takes one for each token; several together take fewer."""
+    alone, together = make_engine(loaded, Cluster(live_rows=1)), make_engine(loaded)
+    tokens = sum(len(answer.token_ids) for answer in answers_of(alone, requests()))
+    assert alone.totals().decode_steps == tokens
+    answers_of(together, requests())
+    assert NEW <= together.totals().decode_steps < tokens
+    assert together.totals().energy_millijoules == 0  # a CPU does not tell
 
 
 def test_every_stage_is_timed(loaded: Loaded) -> None:
@@ -637,6 +674,29 @@ def test_the_beginning_of_their_prompts_is_computed_once(loaded: Loaded) -> None
              questions(3, ASKED)[:1]]  # fmt: skip
     engine.rows = 1
     assert answers_of(engine, other)[0].prompt_tokens_shared == 0
+
+
+def test_what_is_shared_asks_for_nothing(loaded: Loaded) -> None:
+    recipe = make_recipe("unused", generation__max_new_tokens=NEW, compression__retention=0.25)
+    engine = Patient(loaded, recipe, Cluster())
+    engine.rows = 4
+    answers = answers_of(engine, questions(3, ASKED))
+    stats, shape = stats_of(answers), loaded.family.shape
+    assert (stats.images, stats.images_shared) == (1, 3)
+    views = len(answers[0].kept_per_view[0] if answers[0].kept_per_view else ())
+    assert stats.flops["encode"] == stats.flops_full["encode"] == shape.tower.needed(views)
+    kept, full = stats.visual_tokens_kept // 4, stats.visual_tokens_full // 4
+    assert stats.flops["compress"] == shape.tower.projector(kept + stats.newline_tokens // 4)
+    whole = full + stats.newline_tokens_full // 4
+    assert stats.flops_full["compress"] == shape.tower.projector(whole)
+    for answer in answers:
+        assert answer.demand is not None
+        assert answer.demand_full is not None
+        prompt, shared = answer.prompt_tokens or 0, answer.prompt_tokens_shared
+        assert answer.demand.flops["prefill"] == shape.text.needed_prefill(prompt, shared)
+        more = whole - kept - stats.newline_tokens // 4
+        uncompressed = shape.text.needed_prefill(prompt + more, shared and shared + more)
+        assert answer.demand_full.flops["prefill"] == uncompressed
 
 
 def test_prompts_alone_take_no_kv_cache(loaded: Loaded) -> None:

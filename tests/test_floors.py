@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gc2ray"
 FLOORS = {
     "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "views": 0,
     "compiled_attention": 0, "feed": 0, "linear": 0, "quality": 0, "shards": 0,
-    "bill": 0, "cost": 0, "knock": 0, "logs": 0,
+    "bill": 0, "cost": 0, "energy": 0, "knock": 0, "logs": 0,
     "handout": 1, "journal": 1, "metrics": 1, "patience": 1, "progress": 1,
     "prompts": 1, "packing": 1, "compression": 1, "families": 1, "decoding": 1,
     "images": 2, "patient_file": 2,
@@ -32,7 +32,7 @@ FLOORS = {
     "__main__": 13,
 }  # fmt: skip
 
-SAME_FLOOR = {("records", "errors"), ("records", "stats"), ("views", "canvas")}
+SAME_FLOOR = {("records", "errors"), ("records", "stats"), ("records", "cost"), ("views", "canvas")}
 """Borders within the ground floor: types that are made of each other, in one direction."""
 
 BORDERS = {
@@ -51,6 +51,7 @@ BORDERS = {
         "engine",
     },
     "ctypes": {"compiled_attention"},
+    "pynvml": {"energy"},
     "transformers": {"families", "decoding"},
     "tokenizers": {"families"},
     "ray": {"metrics", "ray_pool", "submission"},

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gc2ray.cost import Demand
 from gc2ray.errors import Status
 from gc2ray.records import (
     ANSWER_COLUMNS,
@@ -67,6 +68,9 @@ def answered(number: int) -> Answer:
         kv_bytes_full=1000,
         stage_ns=dict.fromkeys(STAGES, 10**number),
         device="cpu",
+        full_per_view=((30, 40), (), (10,)),
+        demand=Demand({"encode": 7, "prefill": 10**number}, 50),
+        demand_full=Demand({"encode": 7, "prefill": 3 * 10**number}, 90),
     )
 
 
@@ -198,6 +202,13 @@ def test_stats_of_rows_add_up() -> None:
         output_tokens=6,
         kv_bytes=860,
         kv_bytes_full=2000,
+        view_tokens_full={"0": 80, "1": 80},
+        view_tokens_kept={"0": 19, "1": 22},
+        images=2,
+        flops={"encode": 14, "prefill": 11},
+        flops_full={"encode": 14, "prefill": 33},
+        cache_read_bytes=100,
+        cache_read_bytes_full=180,
         stage_ns=dict.fromkeys(STAGES, 11),
         retention={"04": 2},
         slowest=((50, "rows.parquet#1"), (5, "rows.parquet#0"), (0, "rows.parquet#2")),
@@ -221,6 +232,7 @@ ANSWERS = st.builds(
     kv_bytes=st.one_of(st.none(), st.integers(0, 2**50)),
     kv_bytes_full=COUNTS,
     stage_ns=st.dictionaries(st.sampled_from(STAGES), st.integers(0, 2**50)),
+    kept_per_view=st.one_of(st.none(), st.tuples(st.lists(st.integers(0, 50), max_size=3))),
 )
 
 
@@ -230,6 +242,11 @@ def test_columns_tell_the_statistics_of_their_rows(answers: list[Answer]) -> Non
     """Those that are written; whatever was not measured counts nothing."""
     told = table_stats(answer_table(answers, CARRIED, PROVENANCE))
     assert told == stats_of(answers)
+
+
+def test_an_image_that_was_shared_is_counted_once() -> None:
+    answers = [answered(1), replace(answered(2), image_shared=True), failed(3)]
+    assert (stats_of(answers).images, stats_of(answers).images_shared) == (1, 1)
 
 
 def test_only_what_is_not_written_is_not_told() -> None:

@@ -19,7 +19,12 @@ from gc2ray.stats import (
 
 COUNTS = st.integers(0, 2**70)
 KEYS = st.sampled_from(["a#0", "a#1", "b/c#0", "ü#7"])
-DICTS = {"by_status": ("ok", "failed"), "stage_ns": STAGES, "retention": ("00", "19")}
+KEYS_OF = {"by_status": ("ok", "failed"), "stage_ns": STAGES, "retention": ("00", "19")}
+DICTS = {
+    item.name: KEYS_OF.get(item.name, ("0", "1", "10"))
+    for item in fields(RunStats)
+    if item.default_factory is dict
+}
 TOPS = ("slowest", "largest")
 
 

@@ -394,7 +394,9 @@ def test_a_part_of_fewer_or_more_rows_than_planned_is_not_of_this_run(
         committed_parts(local, plan)
 
 
-@pytest.mark.parametrize("changes", [{b"gc2ray.rows": b"x"}, {b"gc2ray.stats": None}])
+@pytest.mark.parametrize(
+    "changes", [{b"gc2ray.rows": b"x"}, {b"gc2ray.stats": None}, {b"gc2ray.written": b"x"}]
+)
 def test_a_footer_that_makes_no_sense_is_no_part(
     local: Store, changes: dict[bytes, bytes | None]
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gc2ray.config import Job, parse_recipe
+from gc2ray.cost import LLAVA_7B, ModelShape
 from gc2ray.errors import ConfigError, EngineDead, ShardError, Status
 from gc2ray.handout import Handout, Poison
 from gc2ray.journal import taken_over
@@ -103,7 +105,7 @@ def test_pages_of_a_part_have_checksums(job: Job) -> None:
 def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: int) -> None:
     """However answers come back: within a row, between rows, and over the border of shards."""
     worker = make_worker(listed, EchoEngine(buffered=buffered))
-    shards = shards_of(listed)
+    shards, started = shards_of(listed), datetime.now(UTC)
     with ThreadPoolExecutor(2) as callers:
         results = list(callers.map(lambda shard: worker.process(Handout(shard)), shards))
     store = Store(listed.output)
@@ -130,6 +132,7 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
     assert [footer.rows for footer in footers] == [shard.rows for shard in shards]
     assert [footer.answers for footer in footers] == [done.stats.rows for done in results]
     assert sum(footer.answers for footer in footers) == len(expected)
+    assert all(f.written and started < f.written < datetime.now(UTC) for f in footers)
     progress = worker.progress()
     assert (progress.rows, progress.answers) == (20, len(expected))
     plan = Plan(listed.recipe.fingerprint(), Shards.of(shards), CARRIED)
@@ -392,6 +395,18 @@ def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
     record = json.loads(data)
     assert (record["device"], record["model_digest"]) == ("fake", "no model")
     assert record["started"] <= record["loaded"] <= record["last_seen"]
+    assert record["model_shape"] is None
+
+
+def test_the_record_tells_the_sizes_of_the_model(job: Job) -> None:
+    engine = EchoEngine()
+    engine.model_shape = LLAVA_7B
+    worker = make_worker(job, engine)
+    store, deadline = Store(job.output), time.monotonic() + 10
+    while (data := store.read(f"workers/{worker.uuid}.json")) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert ModelShape.from_dict(json.loads(data)["model_shape"]) == LLAVA_7B
 
 
 def test_a_worker_with_another_model_is_refused(job: Job) -> None:

@@ -50,9 +50,11 @@ class Decoder(Protocol):
 
     Attributes:
         halvings: Times that the device's memory was short, and fewer prompts went on together.
+        steps: Forwards so far, each over all prompts that were live.
     """
 
     halvings: int
+    steps: int
 
     def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
         """Take a prompt, or say that there is no room before the next `step`."""

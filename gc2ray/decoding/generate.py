@@ -41,7 +41,7 @@ class GenerateDecoder:
         self._model = model
         self._max_tokens = max_tokens
         self._waiting: list[_Item] = []
-        self.halvings = 0
+        self.halvings = self.steps = 0
         self._eos = list(end_tokens(model))
         pad = model.generation_config.pad_token_id
         self._pad = pad if pad is not None else (self._eos or [0])[0]
@@ -120,6 +120,7 @@ class GenerateDecoder:
             logits_processor=LogitsProcessorList([drawing]),
         ).tolist()
         ended = time.perf_counter_ns()
+        self.steps += max(map(len, output))
         ends = [
             self._ended(row, sampling) for row, (_, _, sampling) in zip(output, batch, strict=True)
         ]

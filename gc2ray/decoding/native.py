@@ -145,6 +145,7 @@ class NativeDecoder:
 
     Attributes:
         halvings: Times that the device's memory was short and live rows were halved.
+        steps: Forwards so far.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class NativeDecoder:
         self._bursts: dict[BurstShape, Burst] = {}
         if room.burst > 1:
             self._pool.admit(1)  # the place that bursts write to for rows that are missing
-        self.halvings = 0
+        self.halvings = self.steps = 0
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._live)
@@ -231,6 +232,7 @@ class NativeDecoder:
         samplings, numbers = [row.sampling for row in rows], [row.number for row in rows]
         tokens = Drawing.of(samplings, numbers, self._model.device).tokens(logits).tolist()
         passed = time.perf_counter_ns() - started
+        self.steps += 1
         shares = apportion(passed, [chunk.new for chunk in step.chunks])
         for row, token, chunk, share in zip(rows, tokens, step.chunks, shares, strict=True):
             if row.tokens:
@@ -257,6 +259,7 @@ class NativeDecoder:
                 self._model, self._pool.arena, self._attend, shape, self._room.burst
             )
         found = self._bursts[shape].run([row.before_burst() for row in rows], steps)
+        self.steps += steps
         taken = [self._take(row, tokens) for row, tokens in zip(rows, found, strict=True)]
         shares = apportion(time.perf_counter_ns() - started, taken)
         for row, share in zip(rows, shares, strict=True):

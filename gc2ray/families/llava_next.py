@@ -54,7 +54,6 @@ class LlavaNext:
     def __init__(self, model: Any, processor: Any) -> None:
         self._check(model)
         inner, config = model.model, model.config
-        self.shape = ModelShape.of(config)
         self._weights = sum(parameter.nbytes for parameter in model.parameters())
         self._tower = inner.vision_tower
         self._layers = list(self._tower.encoder.layers)
@@ -67,10 +66,11 @@ class LlavaNext:
         self._side = (side, side)
         self.device: torch.device = self._newline.device
         self.dtype: torch.dtype = self._newline.dtype
+        self.shape = ModelShape.of(config, self.dtype.itemsize)
         self.anyres = _anyres(processor.image_processor, config)
         self._pixels = pixel_table(self.anyres).to(self.device, self.dtype)
         self.max_positions = self.shape.text.max_positions
-        self.kv_bytes_per_token = self.shape.kv_bytes_per_token(self.dtype.itemsize)
+        self.kv_bytes_per_token = self.shape.kv_bytes_per_token
 
     @staticmethod
     def _check(model: Any) -> None:
@@ -89,7 +89,7 @@ class LlavaNext:
 
     def needs(self) -> Needs:
         """How much memory the model takes; weights as they are, which may be of several types."""
-        return replace(self.shape.needs(self.dtype.itemsize), weights=self._weights)
+        return replace(self.shape.needs(), weights=self._weights)
 
     def freeze(self) -> None:
         """Prepack linear layers where that is faster; from here on weights must not change."""

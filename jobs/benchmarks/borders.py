@@ -37,6 +37,7 @@ class SteadyEngine:
 
     device = "steady"
     model_digest = "no model"
+    model_shape = None
 
     def __init__(self) -> None:
         self.starved_ns = 0

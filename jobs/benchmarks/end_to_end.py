@@ -30,7 +30,7 @@ from gc2ray.stats import STAGES
 from jobs.answering import answers_in_order
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.inputs import XGA, conditions, model_in_proportion, opened, photographs
-from jobs.benchmarks.roofline import Machine, Stage, answering_stages, measured_machine
+from jobs.benchmarks.roofline import FLOAT32, Machine, Stage, answering_stages, measured_machine
 from jobs.benchmarks.timing import Times, Work, in_turn, time_ratios
 
 RETENTIONS = (1.0, 0.5, 0.25, 0.1)
@@ -223,7 +223,7 @@ class _Scale:
 def _proportions(loaded: Loaded, answers: Sequence[Answer]) -> Line:
     """What parts cost when nothing is compressed, here and in the 7B, on the same rows."""
     config = loaded.model.config
-    shape = ModelShape.of(config)
+    shape = ModelShape.of(config, FLOAT32)
     tower, seven = shape.tower, LLAVA_7B.tower
     gflop = sum(sum(_uncompressed(shape, answer)) for answer in answers) / len(answers) / 1e9
     figures = {

@@ -43,6 +43,7 @@ class NoopEngine:
     sleep_seconds: float = 0.0
     device: str = "no-op"
     model_digest: str = "no model"
+    model_shape: None = None
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         for request in requests:

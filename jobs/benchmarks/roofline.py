@@ -105,7 +105,7 @@ def answering_stages(
         new_tokens: Tokens of each answer.
         itemsize: Bytes of a weight and of a cached number.
     """
-    shape = ModelShape.of(config)
+    shape = ModelShape.of(config, itemsize)
     tower, text = shape.tower, shape.text
     prompts = [answer.prompt_tokens or 0 for answer in answers]
     views = sum(len(per) for answer in answers for per in answer.kept_per_view or ())
