@@ -152,6 +152,13 @@ class Canvas:
             for c in range(self.grid[1])
         ]
 
+    def tokens_per_view(self) -> list[int]:
+        """Valid tokens of the thumbnail and of each crop, in raster order."""
+        crops = [
+            (bottom - top) * (right - left) for (top, bottom), (left, right) in self.crop_extents()
+        ]
+        return [self.side[0] * self.side[1], *crops]
+
 
 @dataclass(frozen=True, eq=False)
 class CanvasPlan:

@@ -53,6 +53,8 @@ from gc2ray.errors import ConfigError, first_line
 from gc2ray.patience import PATIENCE
 
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+OUTLINE = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
+"""What describes a model: all but its weights."""
 LEFT_OUT = ("*/*.safetensors",)
 """Checkpoints in folders below the model, which nothing loads."""
 CACHE_VARIABLE = "GC2RAY_CACHE"
@@ -98,13 +100,28 @@ def stage(
         OSError: The network failed, or the disk has no room.
     """
     model.check()
-    if model.is_local:
-        directory = Path(model.path).expanduser()
-    elif model.is_url:
-        directory = _from_url(model.path, tick, jitter_seconds)
-    else:
-        directory = _from_hub(model, tick, jitter_seconds)
+    if model.is_url or not (model.is_local or constants.is_offline_mode()):
+        _sleep(jitter_seconds)
+    directory = _staged(model, FETCHED, tick)
     return StagedModel(directory, digest(directory))
+
+
+def stage_outline(model: ModelConfig) -> Path:
+    """Have what describes a model on this node's disk: config, tokenizer, processor, no weights.
+
+    Raises:
+        ConfigError, OSError: As `stage`.
+    """
+    model.check()
+    return _staged(model, OUTLINE, lambda: None)
+
+
+def _staged(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
+    if model.is_local:
+        return Path(model.path).expanduser()
+    if model.is_url:
+        return _from_url(model.path, patterns, tick)
+    return _from_hub(model, patterns, tick)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -140,17 +157,15 @@ def _weights_digest(path: Path) -> tuple[str, int, str, str]:
     return path.name, size, hashlib.sha256(header).hexdigest(), hashlib.sha256(tail).hexdigest()
 
 
-def _from_hub(model: ModelConfig, tick: Tick, jitter_seconds: float) -> Path:
+def _from_hub(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
     """Fetched into the hub's cache, or found there.
 
     Raises:
         ConfigError: The hub does not know it, or not for us; offline, the cache does not.
         OSError: The hub does not answer, or the disk has no room.
     """
-    if not constants.is_offline_mode():
-        _sleep(jitter_seconds)
     try:
-        directory = _snapshot(model, tick)
+        directory = _snapshot(model, patterns, tick)
     except LocalEntryNotFoundError as error:
         if not constants.is_offline_mode():
             raise  # the hub does not answer
@@ -169,13 +184,13 @@ def _from_hub(model: ModelConfig, tick: Tick, jitter_seconds: float) -> Path:
     return directory
 
 
-def _snapshot(model: ModelConfig, tick: Tick) -> Path:
+def _snapshot(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
     cache = Path(constants.HF_HUB_CACHE)
     what: dict[str, Any] = {
         "repo_id": model.path,
         "revision": model.revision,
         "cache_dir": cache,
-        "allow_patterns": list(FETCHED),
+        "allow_patterns": list(patterns),
         "ignore_patterns": list(LEFT_OUT),
     }
     name = repo_folder_name(repo_id=model.path, repo_type="model")
@@ -194,15 +209,14 @@ def _hub_bytes(what: Mapping[str, Any]) -> int:
     return sum(file.file_size for file in files if file.will_download)
 
 
-def _from_url(url: str, tick: Tick, jitter_seconds: float) -> Path:
+def _from_url(url: str, patterns: Sequence[str], tick: Tick) -> Path:
     """Fetched once per node.
 
     Raises:
         ConfigError: There is no model, or it may not be read.
         OSError: The storage does not answer, or the disk has no room.
     """
-    _sleep(jitter_seconds)
-    filesystem, files = _found(url)
+    filesystem, files = _found(url, patterns)
     directory = _models() / _key(url, files)
     partial = directory.with_suffix(".partial")
     with _locked(directory.with_suffix(".lock"), partial, tick):
@@ -219,7 +233,7 @@ def _from_url(url: str, tick: Tick, jitter_seconds: float) -> Path:
     return directory
 
 
-def _found(url: str) -> tuple[Any, list[_File]]:
+def _found(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list[_File]]:
     """The filesystem, and what is to be fetched from it.
 
     Raises:
@@ -229,7 +243,7 @@ def _found(url: str) -> tuple[Any, list[_File]]:
     try:
         filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         found = PATIENCE.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
-        return filesystem, _listed(url, root.rstrip("/"), found)
+        return filesystem, _listed(url, root.rstrip("/"), found, patterns)
     except (ImportError, ValueError, *UNREADABLE) as error:
         raise _unreadable(url, error) from error
 
@@ -251,7 +265,9 @@ class _File:
     version: str
 
 
-def _listed(url: str, root: str, found: Mapping[str, Mapping[str, Any]]) -> list[_File]:
+def _listed(
+    url: str, root: str, found: Mapping[str, Mapping[str, Any]], patterns: Sequence[str]
+) -> list[_File]:
     """What is to be fetched, in order of name.
 
     Raises:
@@ -268,7 +284,7 @@ def _listed(url: str, root: str, found: Mapping[str, Mapping[str, Any]]) -> list
         files.append(_File(path, name, info.get("size") or 0, str(version)))
     wanted = filter_repo_objects(
         files,
-        allow_patterns=list(FETCHED),
+        allow_patterns=list(patterns),
         ignore_patterns=list(LEFT_OUT),
         key=lambda file: file.name,
     )

@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gc2ray.canvas import NEWLINE, AnyRes, Canvas
+from gc2ray.canvas import NEWLINE, AnyRes, Canvas, canvas_plan
 from gc2ray.compression import COMPRESSORS, build, parameters
 from gc2ray.compression.compressor import ViewBatch
 from gc2ray.compression.globalcom2 import GlobalCom2, crop_scales
@@ -293,6 +293,50 @@ def test_contract(method: str, size: tuple[int, int], retention: float, seed: in
         assert all(min(1, n) <= count <= n for count, n in pairs)
     else:
         assert counts == promised(method, views, retention)
+
+
+@pytest.mark.parametrize("method", COMPRESSORS)
+@settings(max_examples=60, deadline=None)
+@given(size=image_sizes, retention=retentions, seed=st.integers(0, 10_000))
+def test_bounds_hold_whatever_the_scores(
+    method: str, size: tuple[int, int], retention: float, seed: int
+) -> None:
+    views = make_views(size, seed=seed)
+    views = replace(views, scores=views.scores * 10 ** (seed % 4))  # from flat to all on one crop
+    compressor = build(method, retention=retention)
+    kept = sum(compressor(views).kept_per_view(len(views.valid_per_view), views.tokens_per_view))
+    low, high = compressor.bounds(views.canvas)
+    assert 0 <= low <= kept <= high
+    if method not in ("globalcom2", "globalcom2-reference"):
+        assert low == high
+
+
+def test_bounds_are_close_where_crops_are_filled() -> None:
+    """Budgets move between crops, and their sum stays; each crop loses less than a token."""
+    for retention in (0.05, 0.1, 0.25, 0.5):
+        low, high = GlobalCom2(retention).bounds(Canvas.of((672, 672), (2, 2), (24, 24)))
+        assert high - low <= 4
+        assert high == pytest.approx(5 * 576 * retention, rel=0.01)
+    assert GlobalCom2(0.75).bounds(Canvas.of((672, 672), (2, 2), (24, 24))) == (1976, 2160)
+
+
+@pytest.mark.parametrize("size", [(672, 672), (500, 672), (90, 2000), (2000, 90)])
+def test_extreme_scores_reach_the_bounds(size: tuple[int, int]) -> None:
+    """All the thumbnail's scores in one crop's region, for each crop in turn."""
+    base = make_views(size)
+    canvas = base.canvas
+    method = GlobalCom2(0.4)
+    low, high = method.bounds(canvas)
+    region = canvas_plan(canvas, 0, base.scores.device).region_of
+    sums = []
+    for crop in range(canvas.crops):
+        scores = torch.rand(base.scores.shape)
+        scores[0] += 1e4 * (region == crop)
+        views = replace(base, scores=scores)
+        sums.append(sum(method(views).kept_per_view(canvas.crops + 1, views.tokens_per_view)))
+    slack = canvas.crops
+    assert min(sums) <= low + slack
+    assert max(sums) >= high - slack
 
 
 def test_pool_averages_its_cells() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, LlavaNextConfig, SiglipVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
 from gc2ray import families
@@ -27,7 +29,7 @@ from gc2ray.families.llava_next import (
 )
 from gc2ray.families.stock import prompt_logits, stock_generate, stock_inputs, stock_logits
 from gc2ray.families.tiny import TinySpec, build_tiny
-from gc2ray.images import ImagePolicy, load_tiles
+from gc2ray.images import ImagePolicy, load_tiles, tile
 from gc2ray.linear import packed_module
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
@@ -334,10 +336,36 @@ def test_pickled_weights_are_refused(tmp_path) -> None:
 
 def test_a_tower_without_class_token_is_refused(loaded_models: dict[str, Loaded]) -> None:
     loaded = loaded_models["vicuna"]
+    config = LlavaNextConfig(vision_config=SiglipVisionConfig())
+    with pytest.raises(ConfigError, match="is siglip_vision_model, which has no class token"):
+        families.FAMILIES["llava_next"].outline(config, loaded.processor, 4)
 
-    class Wrapped:
-        config = loaded.model.config
-        model = type("Inner", (), {"vision_tower": torch.nn.Identity()})
 
-    with pytest.raises(ConfigError, match="no class token"):
-        families.FAMILIES["llava_next"](Wrapped, loaded.processor)
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_an_outline_needs_no_weights(
+    name: str, tiny_paths: dict[str, Path], loaded_models: dict[str, Loaded], tmp_path: Path
+) -> None:
+    """And says what the loaded model says."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_paths[name], bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    outline, family = families.outline(str(bare), dtype="float32"), loaded_models[name].family
+    assert (outline.shape, outline.anyres) == (family.shape, family.anyres)
+    assert outline.shape.needs() == family.needs()
+    for size in SIZES:
+        image = tile(Image.new("RGB", size[::-1]), family.anyres)
+        assert outline.canvas(size) == family.canvas(image)
+    chat = ChatPrompt(outline.processor)
+    assert chat.encode("what is it?") == ChatPrompt(loaded_models[name].processor).encode(
+        "what is it?"
+    )
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        families.load(str(bare), revision=None, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("what", ["nowhere", "another"])
+def test_an_outline_of_no_model_is_refused(tmp_path: Path, what: str) -> None:
+    if what == "another":
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    expected = {"nowhere": "cannot be loaded", "another": "is a llama model; supported: llava_next"}
+    with pytest.raises(ConfigError, match=expected[what]):
+        families.outline(str(tmp_path), dtype="float32")

@@ -28,7 +28,7 @@ from gc2ray import staging
 from gc2ray.config import Cluster, ModelConfig
 from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
-from gc2ray.staging import StagedModel, check_model, digest, stage
+from gc2ray.staging import StagedModel, check_model, digest, stage, stage_outline
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share open files, and torch's threads
 WANTED = {
@@ -132,6 +132,14 @@ def test_only_what_loading_reads_is_fetched(source: Path) -> None:
     directory = staged(source.as_uri()).directory
     assert files_in(directory) == WANTED
     assert all((directory / n).read_bytes() == (source / n).read_bytes() for n in WANTED)
+
+
+def test_an_outline_has_no_weights(source: Path) -> None:
+    outline = stage_outline(ModelConfig(path=source.as_uri()))
+    model = staged(source.as_uri()).directory
+    assert files_in(outline) == {n for n in files_in(model) if not n.endswith(".safetensors")}
+    assert "config.json" in files_in(outline) != files_in(model)
+    assert stage_outline(ModelConfig(path=str(source))) == source
 
 
 def test_a_slash_at_the_end_makes_no_other_model(source: Path) -> None:

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gc2ray.canvas import Canvas
 from gc2ray.views import Selection, Views, everything, reading_order
 
 
@@ -93,6 +94,13 @@ class Compressor(ABC):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         """What is kept of each of several images, the same as one by one."""
 
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        """Visual tokens that are kept at least and at most, by an image's geometry alone.
+
+        Newlines are not counted. The image has a thumbnail.
+        """
+        return 0, sum(canvas.tokens_per_view())
+
 
 @dataclass(frozen=True)
 class MaskCompressor(Compressor):
@@ -115,6 +123,14 @@ class MaskCompressor(Compressor):
         if self.retention == 1:
             return [everything(image) for image in images]
         return reading_order(images, self.keep(ViewBatch.of(images)))
+
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        kept = sum(self.share(tokens) for tokens in canvas.tokens_per_view())
+        return kept, kept
+
+    def share(self, tokens: int) -> int:
+        """Tokens kept of a view, where each keeps the same share; see `gc2ray.views.share_of`."""
+        return min(tokens, max(1, int(tokens * self.retention)))
 
     @abstractmethod
     def keep(self, batch: ViewBatch) -> Tensor:

@@ -28,6 +28,7 @@ is not redistributed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,12 +36,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.canvas import canvas_plan
+from gc2ray.canvas import Canvas, canvas_plan
 from gc2ray.compression.compressor import MaskCompressor, ViewBatch
 from gc2ray.views import share_of, top_k_mask
 
 EPSILON = 1e-8
 """Added to the softmax's denominator, as in the paper's equation."""
+ROUNDING = 1e-3
+"""More than floating point can do to a sum of shares."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,30 @@ class GlobalCom2(MaskCompressor):
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0; got {self.temperature}")
+
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        """The thumbnail keeps its share; crops share theirs out, which hardly changes the sum.
+
+        With the whole softmax on one crop the sum is largest or smallest, as it is concave in it
+        (shares are clipped at 1); rounding down takes less than a token of each crop.
+        """
+        thumbnail, *crops = canvas.tokens_per_view()
+        if self.retention == 1:
+            return thumbnail + sum(crops), thumbnail + sum(crops)
+        views, shown = len(crops), sum(tokens > 0 for tokens in crops)
+
+        def kept(favoured: int) -> float:
+            scales = [self.retention * (1 + (i == favoured) - 1 / views) for i in range(views)]
+            return sum(n * min(1.0, scale) for n, scale in zip(crops, scales, strict=True))
+
+        least = min(kept(favoured) for favoured in range(views))
+        base = self.retention * (1 - 1 / views)
+        most = base * sum(crops) + self.retention * max(crops)
+        lifted = sum(n > 0 and base * n < 1 for n in crops)  # to one token, if it comes to that
+        low = max(shown, math.ceil(least - ROUNDING) - shown)
+        high = min(sum(crops), math.floor(most + ROUNDING) + lifted)
+        own = self.share(thumbnail)
+        return own + low, own + max(low, high)
 
     def keep(self, batch: ViewBatch) -> Tensor:
         budgets = torch.full_like(batch.counts, self.retention, dtype=torch.float64)

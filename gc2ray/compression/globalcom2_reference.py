@@ -43,6 +43,11 @@ class GlobalCom2Reference(Compressor):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         return [self._one(image) for image in images]
 
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        """Anything: its padding is rounded in another way, by the image's size."""
+        views = canvas.tokens_per_view()
+        return 0, len(views) * views[0]
+
     def _one(self, image: Views) -> Selection:
         canvas = Canvas.of(image.size, image.canvas.grid, image.canvas.side, digits=None)
         image = replace(image, canvas=canvas)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gc2ray.canvas import Canvas
 from gc2ray.compression.compressor import Compressor
 from gc2ray.views import Selection, Views, everything
 
@@ -18,3 +19,7 @@ class NoCompression(Compressor):
 
     def many(self, images: Sequence[Views]) -> list[Selection]:
         return [everything(image) for image in images]
+
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        whole = sum(canvas.tokens_per_view())
+        return whole, whole

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gc2ray.canvas import Canvas
 from gc2ray.compression.compressor import MaskCompressor, ViewBatch
 from gc2ray.views import Selection, Views
 
@@ -42,7 +43,7 @@ class Pool(MaskCompressor):
         kept = torch.zeros_like(batch.valid)
         first = 0
         for image in batch.images:
-            for view, extent in enumerate(_extents(image)):
+            for view, extent in enumerate(_extents(image.canvas, image.thumbnail)):
                 rows, columns = self._pooled_shape(extent)
                 at_rows = _centres(extent[0], rows, kept.device)
                 at_columns = _centres(extent[1], columns, kept.device)
@@ -50,6 +51,14 @@ class Pool(MaskCompressor):
                 kept[first + view, places.flatten()] = True
             first += len(image.valid_per_view)
         return kept
+
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        if self.retention == 1:
+            return super().bounds(canvas)
+        kept = sum(
+            math.prod(self._pooled_shape(extent)) for extent in _extents(canvas, thumbnail=0)
+        )
+        return kept, kept
 
     def _pooled_shape(self, extent: tuple[tuple[int, int], tuple[int, int]]) -> tuple[int, int]:
         (top, bottom), (left, right) = extent
@@ -64,7 +73,7 @@ class Pool(MaskCompressor):
         """Features of the cells, at the cells' centres; then gathered as any selection is."""
         pooled = image.features.clone()  # (V, N, D)
         height, width = image.canvas.side
-        for view, extent in enumerate(_extents(image)):
+        for view, extent in enumerate(_extents(image.canvas, image.thumbnail)):
             (top, bottom), (left, right) = extent
             shape = self._pooled_shape(extent)
             if shape[0] == 0:
@@ -78,12 +87,14 @@ class Pool(MaskCompressor):
         return pooled.flatten(0, 1).index_select(0, source.clamp_min(0))
 
 
-def _extents(image: Views) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _extents(
+    canvas: Canvas, thumbnail: int | None
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Covered (rows, columns) of every view; the thumbnail's are its whole."""
-    crops = image.canvas.crop_extents()
-    if image.thumbnail is None:
+    crops = canvas.crop_extents()
+    if thumbnail is None:
         return crops
-    return [((0, image.canvas.side[0]), (0, image.canvas.side[1])), *crops]
+    return [((0, canvas.side[0]), (0, canvas.side[1])), *crops]
 
 
 def _centres(span: tuple[int, int], parts: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from gc2ray.canvas import Canvas
 from gc2ray.compression.compressor import Compressor, ViewBatch
 from gc2ray.views import Selection, Views, reading_order
 
@@ -25,3 +26,7 @@ class ThumbnailOnly(Compressor):
         keep = torch.zeros_like(batch.valid)
         keep[batch.thumbnails] = True
         return reading_order(images, keep)
+
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        thumbnail = canvas.tokens_per_view()[0]
+        return thumbnail, thumbnail

@@ -9,17 +9,18 @@ runs none of its code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from gc2ray.errors import ConfigError
-from gc2ray.families.family import Family, Loaded
+from gc2ray.families.family import Loaded, Outline
 from gc2ray.families.llava_next import LlavaNext
 
-FAMILIES: dict[str, Callable[[Any, Any], Family]] = {"llava_next": LlavaNext}
+FAMILIES: dict[str, type[LlavaNext]] = {"llava_next": LlavaNext}
 
 
 def load(path: str, *, revision: str | None, dtype: str, device: str) -> Loaded:
@@ -36,21 +37,44 @@ def load(path: str, *, revision: str | None, dtype: str, device: str) -> Loaded:
             safetensors weights.
     """
     where = {"revision": revision, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(path, **where)
-        if config.model_type not in FAMILIES:
-            known = ", ".join(sorted(FAMILIES))
-            raise ConfigError(
-                f"recipe.model.path: {path} is a {config.model_type} model; supported: {known}"
-            )
-        processor = AutoProcessor.from_pretrained(path, **where)
+    with _loading(path):
+        config, processor = _described(path, where)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, **where
         )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"recipe.model.path: {path} cannot be loaded: {first_line}") from error
     model.to(device).eval()
     family = FAMILIES[config.model_type](model, processor)
     family.freeze()
     return Loaded(model, processor, family)
+
+
+def outline(path: str, *, dtype: str) -> Outline:
+    """What a checkpoint's directory says of the model, without its weights.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    with _loading(path):
+        config, processor = _described(path, {"trust_remote_code": False})
+    return FAMILIES[config.model_type].outline(config, processor, getattr(torch, dtype).itemsize)
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Turn what transformers raises into an error that names the model."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"recipe.model.path: {path} cannot be loaded: {first_line}") from error
+
+
+def _described(path: str, where: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Config and processor."""
+    config = AutoConfig.from_pretrained(path, **where)
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(
+            f"recipe.model.path: {path} is a {config.model_type} model; supported: {known}"
+        )
+    return config, AutoProcessor.from_pretrained(path, **where)

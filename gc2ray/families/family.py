@@ -62,6 +62,27 @@ class Family(Protocol):
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights: enough to count what rows will cost.
+
+    Attributes:
+        shape: Its sizes.
+        anyres: How images are cut for it.
+        side: Token rows and columns of a view.
+        processor: Tokenizer and chat template.
+    """
+
+    shape: ModelShape
+    anyres: AnyRes
+    side: tuple[int, int]
+    processor: Any
+
+    def canvas(self, size: tuple[int, int]) -> Canvas:
+        """Where an image of (height, width) pixels lies on its canvas of tokens."""
+        return Canvas.of(size, self.anyres.grid(size), self.side)
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model in memory.
 

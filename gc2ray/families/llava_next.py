@@ -33,8 +33,9 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
 from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found_for
-from gc2ray.cost import ModelShape, Needs
+from gc2ray.cost import CLASS_TOKEN_TOWERS, ModelShape, Needs
 from gc2ray.errors import ConfigError
+from gc2ray.families.family import Outline
 from gc2ray.linear import Linear, packed_module
 from gc2ray.views import Places, Prompt, Selection, Tiles, Views
 
@@ -52,8 +53,8 @@ class LlavaNext:
     """A loaded `LlavaNextForConditionalGeneration`; see `gc2ray.families.family.Family`."""
 
     def __init__(self, model: Any, processor: Any) -> None:
-        self._check(model)
         inner, config = model.model, model.config
+        outline = self.outline(config, processor, inner.image_newline.dtype.itemsize)
         self._weights = sum(parameter.nbytes for parameter in model.parameters())
         self._tower = inner.vision_tower
         self._layers = list(self._tower.encoder.layers)
@@ -62,21 +63,28 @@ class LlavaNext:
         self._text_table = model.get_input_embeddings()
         self._image_token_id = int(config.image_token_id)
         self._feature_states = _feature_states(config, len(self._tower.encoder.layers))
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        self._side = (side, side)
         self.device: torch.device = self._newline.device
         self.dtype: torch.dtype = self._newline.dtype
-        self.shape = ModelShape.of(config, self.dtype.itemsize)
-        self.anyres = _anyres(processor.image_processor, config)
+        self.shape, self.anyres, self._side = outline.shape, outline.anyres, outline.side
         self._pixels = pixel_table(self.anyres).to(self.device, self.dtype)
         self.max_positions = self.shape.text.max_positions
         self.kv_bytes_per_token = self.shape.kv_bytes_per_token
 
     @staticmethod
-    def _check(model: Any) -> None:
-        config = model.config
-        if getattr(model.model.vision_tower, "pre_layrnorm", None) is None:
-            kind = config.vision_config.model_type
+    def outline(config: Any, processor: Any, itemsize: int) -> Outline:
+        """What is known of a model without its weights.
+
+        Args:
+            config: Of the model.
+            processor: Its processor.
+            itemsize: Bytes of a weight.
+
+        Raises:
+            ConfigError: The model is of a kind that is not supported.
+        """
+        vision = config.vision_config
+        kind = vision.model_type
+        if kind not in CLASS_TOKEN_TOWERS:
             raise ConfigError(
                 f"recipe.model.path: the vision tower is {kind}, which has no class token to take "
                 "scores from; only CLIP towers are supported"
@@ -86,6 +94,9 @@ class LlavaNext:
                 "recipe.model.path: vision_feature_select_strategy is "
                 f"{config.vision_feature_select_strategy!r}; only 'default' is supported"
             )
+        side = vision.image_size // vision.patch_size
+        anyres = _anyres(processor.image_processor, config)
+        return Outline(ModelShape.of(config, itemsize), anyres, (side, side), processor)
 
     def needs(self) -> Needs:
         """How much memory the model takes; weights as they are, which may be of several types."""
