@@ -362,6 +362,23 @@ def test_an_outline_needs_no_weights(
         families.load(str(bare), revision=None, dtype="float32", device="cpu")
 
 
+def test_images_are_cut_by_pillow_wherever(
+    tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torchvision transformers would take another processor, which resizes otherwise."""
+    asked: list[object] = []
+    real = families.AutoProcessor.from_pretrained
+
+    def noted(path: str, **named: object) -> object:
+        asked.append(named["backend"])
+        return real(path, **named)
+
+    monkeypatch.setattr(families.AutoProcessor, "from_pretrained", noted)
+    processor = families.outline(str(tiny_paths["vicuna"]), dtype="float32").processor
+    assert asked == ["pil"]
+    assert type(processor.image_processor).__name__ == "LlavaNextImageProcessorPil"
+
+
 @pytest.mark.parametrize("what", ["nowhere", "another"])
 def test_an_outline_of_no_model_is_refused(tmp_path: Path, what: str) -> None:
     if what == "another":

@@ -30,6 +30,7 @@ from gc2ray.decoding.attention import (
     Step,
     _agrees,
     attend_by_row,
+    attend_flash,
     attend_padded,
     attend_varlen,
     chosen,
@@ -727,6 +728,16 @@ def fake_varlen(
     return out
 
 
+def fake_flash(*places: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+    """The operator behind it: the same, but for how a window is said, with what nobody reads."""
+    *tensors, dropout, is_causal, wants_weights = places
+    left, right = named.pop("window_size_left"), named.pop("window_size_right")
+    assert (dropout, is_causal, wants_weights) == (0.0, left == -1, False)
+    grouped = tensors[0].shape[1] != tensors[1].shape[1]
+    out = fake_varlen(*tensors, window_size=(left, right), enable_gqa=grouped, **named)
+    return out, torch.zeros(0)
+
+
 @pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("stage", ["mixed", "decoding"])
@@ -735,6 +746,7 @@ def test_attention_is_the_textbooks(
 ) -> None:
     """Sequences at different stages, against softmax over the tokens that each query may see."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", fake_flash)
     generator = torch.Generator().manual_seed(0)
     arena = torch.randn(1, 2, 2, 60, 8, generator=generator)
     chunks = (Chunk(3, 9, 9), Chunk(20, 7, 1), Chunk(30, 12, 5), Chunk(50, 1, 1))
@@ -749,7 +761,7 @@ def test_attention_is_the_textbooks(
                 weights = (seen[0] @ queries[row, head] * 0.3).softmax(0)
                 wanted[row, head] = weights @ seen[1]
             row += 1
-    for attend in (attend_by_row, attend_padded, attend_varlen):
+    for attend in (attend_by_row, attend_padded, attend_varlen, attend_flash):
         torch.testing.assert_close(attend(step, 0, queries, 0.3, window), wanted)
 
 
@@ -757,7 +769,8 @@ def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.Monkey
     cpu = torch.device("cpu")
     shape = KvShape(layers=1, heads=2, head_size=16)
     assert chosen(KvShape(layers=1, heads=2, head_size=8), 4, torch.float32, cpu) is attend_by_row
-    assert not _agrees(attend_varlen, shape, 4, torch.bfloat16, cpu), "no such kernel on a CPU"
+    for attend in (attend_varlen, attend_flash):
+        assert not _agrees(attend, shape, 4, torch.bfloat16, cpu), "no such kernel on a CPU"
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
     assert _agrees(attend_varlen, shape, 4, torch.float32, cpu)
 

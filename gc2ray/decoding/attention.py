@@ -207,8 +207,9 @@ def chosen(shape: KvShape, heads: int, dtype: torch.dtype, device: torch.device)
         return Compiled(compiled)
     if device.type == "cpu":
         return attend_by_row
-    if dtype != torch.float32 and _agrees(attend_varlen, shape, heads, dtype, device):
-        return attend_varlen
+    for attend in (attend_varlen, attend_flash) if dtype != torch.float32 else ():
+        if _agrees(attend, shape, heads, dtype, device):
+            return attend
     log.warning("no variable-length attention on %s in %s: decoding is padded", device, dtype)
     return attend_padded
 
@@ -231,7 +232,7 @@ def _agrees(
             for window in (None, 16)
         ]
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
-        log.info("variable-length attention does not work here: %s", error)
+        log.info("%s does not work here: %s", getattr(attend, "__name__", attend), error)
         return False
     return all(bool((found - right).abs().max() < 0.05) for found, right in pairs)
 
@@ -275,6 +276,33 @@ def attend_varlen(
         seqused_k=step.used,
     )
     return out if isinstance(out, Tensor) else out[0]
+
+
+def attend_flash(
+    step: Sequences, layer: int, queries: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """The same by the operator behind it; see `Attend`.
+
+    For torch before 2.12, whose `varlen_attn` takes neither grouped heads nor used lengths.
+    """
+    keys, values = step.arena[layer].transpose(1, 2).unbind()  # (tokens, heads, head size)
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        queries,
+        keys,
+        values,
+        step.query_ends,
+        step.starts,
+        step.most_new,
+        step.most_used,
+        0.0,
+        window is None,
+        False,  # noqa: FBT003 - the operator takes it by place
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+        seqused_k=step.used,
+    )[0]
+    return out
 
 
 def attend_padded(

@@ -4,11 +4,12 @@ On a GPU a step of decoding is many small kernels. Launching them from Python ta
 run, and asking after every step which rows have ended stops the device each time. So a burst keeps
 its rows' state (token, position, place, length) on the device, does a fixed number of steps, and
 only then tells the host all tokens; what a row wrote behind its end is thrown away. The step is
-recorded once as a CUDA graph for each number of rows, and replayed.
+recorded once as a CUDA graph for each number of rows, and replayed. As no two of these run at a
+time, and what outlives a step is kept elsewhere, their graphs may share one pool of memory.
 
 The same code without a graph runs on any device, which is how it is tested.
 
-Not covered: measured on a GPU; rows that join within a burst.
+Not covered: rows that join within a burst.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,12 +106,20 @@ class Burst:
         attend: Works on tensors alone: `attend_varlen` or `attend_padded`.
         shape: What for.
         steps: Most steps of a burst.
+        graph_pool: Memory that graphs of other shapes use, too; None for its own.
     """
 
     def __init__(
-        self, model: LanguageModel, arena: Tensor, attend: Attend, shape: BurstShape, steps: int
+        self,
+        model: LanguageModel,
+        arena: Tensor,
+        attend: Attend,
+        shape: BurstShape,
+        steps: int,
+        graph_pool: Any = None,
     ) -> None:
         device, rows = arena.device, shape.rows
+        self._graph_pool = graph_pool
         self._model, self._attend, self._shape = model, attend, shape
         self._slots = _Slots(arena, shape)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -133,8 +143,8 @@ class Burst:
 
     def _load(self, rows: Sequence[BurstRow], steps: int) -> None:
         if self._slots.arena.is_cuda and not self._tried:
-            self._tried = True
             self._record()
+            self._tried = True  # not before: what was short of memory may be recorded next time
         missing = self._shape.rows - len(rows)
         state = torch.tensor(
             [[row.token, row.position, row.start, row.length + 1] for row in rows]
@@ -195,7 +205,7 @@ class Burst:
         graph = torch.cuda.CUDAGraph()
         try:
             # The vision side goes on meanwhile, on its own thread: only this one is watched.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 self._compute()
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise

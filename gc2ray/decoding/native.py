@@ -167,6 +167,8 @@ class NativeDecoder:
         self._live: list[_Row] = []
         self._limits = (room.live_rows, room.prefill_tokens)
         self._bursts: dict[BurstShape, Burst] = {}
+        on_gpu = model.device.type == "cuda"
+        self._graph_pool = torch.cuda.graph_pool_handle() if on_gpu else None
         if room.burst > 1:
             self._pool.admit(1)  # the place that bursts write to for rows that are missing
         self.halvings = self.steps = 0
@@ -256,7 +258,12 @@ class NativeDecoder:
         )
         if shape not in self._bursts:
             self._bursts[shape] = Burst(
-                self._model, self._pool.arena, self._attend, shape, self._room.burst
+                self._model,
+                self._pool.arena,
+                self._attend,
+                shape,
+                self._room.burst,
+                self._graph_pool,
             )
         found = self._bursts[shape].run([row.before_burst() for row in rows], steps)
         self.steps += steps

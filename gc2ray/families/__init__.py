@@ -77,4 +77,5 @@ def _described(path: str, where: Mapping[str, Any]) -> tuple[Any, Any]:
         raise ConfigError(
             f"recipe.model.path: {path} is a {config.model_type} model; supported: {known}"
         )
-    return config, AutoProcessor.from_pretrained(path, **where)
+    # Pillow's image processor, also where torchvision is at hand: its resizing is another.
+    return config, AutoProcessor.from_pretrained(path, backend="pil", **where)
