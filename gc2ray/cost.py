@@ -272,6 +272,7 @@ class Needs:
         per_token: Activations of one token in prefill.
         per_view: Activations of one view in the vision tower.
         features_per_view: What is kept of a view until it is compressed.
+        packed_per_view: Activations of projecting a view of which nothing is dropped.
         max_positions: Longest prompt and answer, in tokens.
     """
 
@@ -280,6 +281,7 @@ class Needs:
     per_token: int
     per_view: int
     features_per_view: int
+    packed_per_view: int
     max_positions: int
 
 
@@ -321,6 +323,7 @@ class ModelShape:
             per_token=itemsize * (12 * text.width + 3 * text.ffn),
             per_view=itemsize * tower.tokens * (8 * tower.width + 2 * tower.ffn),
             features_per_view=itemsize * tower.patches * tower.width * tower.features,
+            packed_per_view=3 * itemsize * tower.patches * text.width,
             max_positions=text.max_positions,
         )
 
