@@ -42,6 +42,7 @@ Address = Annotated[
 Extend = Annotated[
     bool, typer.Option("--extend", help="Plan input files that are new since the run began, too.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one document of JSON instead.")]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 REFUSED = "if it refused, are the credentials good? Run the same command again to go on"
 
@@ -106,6 +107,59 @@ def submit(  # noqa: PLR0913 - typer makes an option of each
         typer.echo(f"submitted {submission_id}; how far it is: gc2ray status {job.output}")
         if follow:
             raise typer.Exit(server.follow(submission_id, lambda text: typer.echo(text, nl=False)))
+
+
+@app.command()
+def estimate(  # noqa: PLR0913 - typer makes an option of each
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows whose image headers and prompts are read.")
+    ] = 1000,
+    all_rows: Annotated[  # noqa: FBT002 - typer makes an option of it
+        bool, typer.Option("--all", help="Read those of all rows: tokens are exact then.")
+    ] = False,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Output of an earlier run of this model, whose pace and answers count."),
+    ] = None,
+    output_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Tokens of an answer, on average.")
+    ] = None,
+    hours: Annotated[
+        float, typer.Option(min=0.01, help="Suggest as many workers as end within these.")
+    ] = 1.0,
+    hardware: Annotated[
+        Path | None, typer.Option(help="YAML of devices and prices in place of gc2ray's own.")
+    ] = None,
+    as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
+) -> None:
+    """Say what a run would cost in tokens, time, memory and money, by headers alone."""
+    with _exit_codes():
+        from gc2ray.config import load_job
+        from gc2ray.display import Counted
+        from gc2ray.estimate import Assumptions
+        from gc2ray.estimate import estimate as found_for
+        from gc2ray.estimate_table import print_estimate
+        from gc2ray.families import outline
+        from gc2ray.hardware import load_hardware
+        from gc2ray.ledger import read_ledger
+        from gc2ray.pace import Pace
+        from gc2ray.staging import stage_outline
+        from gc2ray.survey import survey
+
+        job = load_job(config, overrides or [])
+        table = load_hardware(hardware)
+        pace = Pace.of(read_ledger(like)) if like else None
+        model = outline(str(stage_outline(job.recipe.model)), dtype=job.recipe.model.dtype)
+        with Counted("rows looked at") as counted:
+            looked = survey(job.recipe, model, None if all_rows else rows, counted.add)
+        assumed = Assumptions(output_tokens=output_tokens, pace=pace, hours=hours)
+        found = found_for(looked, model, job, table, assumed)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict()))
+        else:
+            print_estimate(Console(), found, job)
 
 
 @app.command()

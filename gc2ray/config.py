@@ -12,7 +12,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,11 +32,13 @@ HUB = "hf:"
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """A model of a configuration: cannot be changed, and refuses keys that it does not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """The model: directory, hub id or any fsspec URL.
 
     `adapter` and `quantization` are not supported yet.
@@ -69,7 +71,7 @@ class ModelConfig(_Frozen):
             raise ConfigError(f"recipe.model.path: there is no model in {self.path}")
 
 
-class CompressionConfig(_Frozen):
+class CompressionConfig(Frozen):
     """The compression method and its settings; `retention` is the fraction KEPT.
 
     `positions` and `newlines` name the packing (`gc2ray.packing.Packing`). By default tokens are
@@ -107,7 +109,7 @@ class CompressionConfig(_Frozen):
         return self.retention if takes else 1.0
 
 
-class GenerationConfig(_Frozen):
+class GenerationConfig(Frozen):
     """How answers are drawn, and where they end.
 
     Attributes:
@@ -132,7 +134,7 @@ class GenerationConfig(_Frozen):
         return seed ^ self.seed
 
 
-class PromptConfig(_Frozen):
+class PromptConfig(Frozen):
     """Exactly one of a column, a template over columns (`"{question}"`), or a constant.
 
     A column of lists gives each row several prompts, and an answer to each.
@@ -152,7 +154,7 @@ class PromptConfig(_Frozen):
         return PromptSource(self.column, self.template, self.constant)
 
 
-class InputConfig(_Frozen):
+class InputConfig(Frozen):
     """The rows.
 
     Attributes:
@@ -206,7 +208,7 @@ class InputConfig(_Frozen):
         return tuple(dict.fromkeys([self.image, *self.prompt.source().columns(), *self.keep]))
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """What is computed. Two runs into one output must have the same."""
 
     model: ModelConfig
@@ -219,7 +221,7 @@ class Recipe(_Frozen):
         return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
-class WorkerRange(_Frozen):
+class WorkerRange(Frozen):
     """How many workers: more are added while shards wait, fewer are kept when none do.
 
     Attributes:
@@ -237,7 +239,7 @@ class WorkerRange(_Frozen):
         return self
 
 
-class Cluster(_Frozen):
+class Cluster(Frozen):
     """How it is computed; may change between a run and its rerun.
 
     Attributes:
@@ -292,11 +294,11 @@ class Cluster(_Frozen):
         return {"max": workers} if isinstance(workers, int | float) else workers
 
 
-class _ClusterOnly(_Frozen):
+class _ClusterOnly(Frozen):
     cluster: Cluster = Cluster()
 
 
-class Job(_Frozen):
+class Job(Frozen):
     """A recipe, a cluster, and where the answers go: a directory or any fsspec URL."""
 
     output: str
@@ -346,17 +348,26 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     Raises:
         ConfigError: Not readable, an unknown key, or a value out of range.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys output, recipe, cluster at the top")
     for override in overrides:
         _apply(data, override)
     return parse_job(data)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: It cannot be read, or is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def load_cluster(overrides: Sequence[str]) -> Cluster:
@@ -370,7 +381,7 @@ def load_cluster(overrides: Sequence[str]) -> Cluster:
         if not override.startswith("cluster."):
             raise ConfigError(f"{override!r}: the run has its recipe; only cluster.* may be set")
         _apply(data, override)
-    return _parsed(_ClusterOnly, data).cluster
+    return parsed(_ClusterOnly, data).cluster
 
 
 def parse_job(data: Mapping[str, Any]) -> Job:
@@ -379,7 +390,7 @@ def parse_job(data: Mapping[str, Any]) -> Job:
     Raises:
         ConfigError: As `load_job`.
     """
-    return _parsed(Job, data)
+    return parsed(Job, data)
 
 
 def parse_recipe(data: Mapping[str, Any]) -> Recipe:
@@ -388,7 +399,7 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: As `load_job`.
     """
-    return _parsed(Recipe, data)
+    return parsed(Recipe, data)
 
 
 def recipe_difference(stored: Recipe, yours: Recipe) -> list[str]:
@@ -434,7 +445,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: {text!r} is not valid YAML") from error
 
 
-def _parsed(model: type[M], data: Mapping[str, Any]) -> M:
+def parsed(model: type[M], data: Mapping[str, Any]) -> M:
+    """Data as what it should be.
+
+    Raises:
+        ConfigError: It is not; a line for each problem, with its path and the nearest valid key.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -457,7 +473,11 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
 
 def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     for key in path:
+        if key.isdigit():  # a place in a list of them
+            continue
         kind = model.model_fields[key].annotation
+        if get_origin(kind) is tuple:
+            kind = get_args(kind)[0]
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             break
         model = kind

@@ -96,6 +96,41 @@ class RunDisplay:
         return ", ".join(parts)
 
 
+class Counted:
+    """Counts on a terminal what somebody waits for, and nowhere else; a context manager.
+
+    Args:
+        what: Is counted.
+    """
+
+    def __init__(self, what: str) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.completed:,.0f} " + what),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> Counted:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self._bar.advance(self._task, count)
+
+
 def print_outcome(console: Console, outcome: Outcome, output: str) -> None:
     """The table at the end of a run, and what was given up."""
     table = Table("", "", title=f"gc2ray: {output}", show_header=False)

@@ -336,13 +336,31 @@ def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _loaded(data: bytes, policy: ImagePolicy) -> Image.Image:
+def upright_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
+    """(height, width) of the image that `decode` would give, from its header alone.
+
+    Damage behind the header is not seen. A PNG whose orientation stands behind its pixels is taken
+    as it lies.
+
+    Raises:
+        BadRow: `BAD_IMAGE`: not an image of a known format, or too large.
+    """
+    image = _loaded(data, policy, pixels=False)
+    late = image.format == "PNG" and "exif" not in image.info  # asking would decode the pixels
+    upright = image.format == "TIFF"  # Pillow tells the size that it will have
+    turned = not (late or upright) and _orientation(image) in (5, 6, 7, 8)
+    width, height = image.size
+    return (width, height) if turned else (height, width)
+
+
+def _loaded(data: bytes, policy: ImagePolicy, *, pixels: bool = True) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         _check_size(image.size, policy)  # only the header has been read so far
         if image.format == "JPEG2000":
             _check_end(data)
-        image.load()
+        if pixels:
+            image.load()
     except UnidentifiedImageError as error:
         raise _refusal(f"not an image of a known format ({', '.join(_FORMATS)})") from error
     except Image.DecompressionBombError as error:

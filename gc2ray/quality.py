@@ -155,6 +155,37 @@ def interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> I
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
+def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0) -> Interval:
+    """Sum of one measure over the sum of another, of groups of rows that are alike within.
+
+    Groups are resampled, both measures together; as few groups make a bootstrap too narrow, it is
+    widened by sqrt(n / (n - 1)). One group says nothing of others: its interval has no end.
+
+    Args:
+        above: By group, float64 (G,).
+        below: Likewise; its sum is above 0.
+        seed: Of the resamples.
+
+    Raises:
+        ValueError: There are no groups, or nothing to divide by.
+    """
+    groups = len(above)
+    if not groups or below.sum() <= 0:
+        raise ValueError("no rows to take a ratio of")
+    mean = float(above.sum() / below.sum())
+    if groups == 1:
+        return Interval(mean, -np.inf, np.inf, groups)
+    drawn = np.random.default_rng(seed).multinomial(
+        groups, np.full(groups, 1 / groups), size=RESAMPLES
+    )
+    ratios = (drawn @ above) / np.maximum(drawn @ below, np.finfo(np.float64).tiny)
+    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    wide = np.sqrt(groups / (groups - 1))
+    return Interval(
+        mean, float(mean - wide * (mean - low)), float(mean + wide * (high - mean)), groups
+    )
+
+
 def difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> Interval:
     """Mean of ours minus theirs on the same rows, paired.
 

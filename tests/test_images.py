@@ -29,7 +29,16 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from gc2ray import images
 from gc2ray.canvas import AnyRes, pixel_table
 from gc2ray.errors import BadRow, ConfigError, ShardError, Status
-from gc2ray.images import MAX_PIXELS, MAX_SIDE, ImagePolicy, decode, load_tiles, read_bytes, tile
+from gc2ray.images import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    ImagePolicy,
+    decode,
+    load_tiles,
+    read_bytes,
+    tile,
+    upright_size,
+)
 from gc2ray.patience import Patience
 from gc2ray.records import ImageRef
 from gc2ray.views import Tiles
@@ -677,6 +686,42 @@ def test_rotated_jpeg_swaps_sides():
     tiles = load_tiles(ref, anyres(), POLICY)
     assert tiles.size == (800, 400)
     assert tiles.grid == (2, 1)
+
+
+@pytest.mark.parametrize("name", samples())
+def test_the_size_of_every_format_is_known_from_its_header(name):
+    data = samples()[name]
+    assert upright_size(data, ImagePolicy()) == decode(data, ImagePolicy()).size[::-1]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_is_known_from_the_header(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(gradient(), kind, exif=exif)
+    assert upright_size(data, ImagePolicy()) == decode(data, ImagePolicy()).size[::-1]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_header_is_enough_for_the_size(kind):
+    data = encode(gradient(), kind)
+    data = data[: len(data) - 120]
+    assert upright_size(data, ImagePolicy()) == gradient().size[::-1]
+    with pytest.raises(BadRow, match="cannot decode"):
+        decode(data, ImagePolicy())
+
+
+def test_what_a_header_tells_is_refused_as_when_it_is_decoded():
+    for data, policy in (
+        (b"nothing", ImagePolicy()),
+        (encode(gradient(), "PNG"), ImagePolicy(max_pixels=100)),
+    ):
+        with pytest.raises(BadRow) as decoding:
+            decode(data, policy)
+        with pytest.raises(BadRow) as looking:
+            upright_size(data, policy)
+        assert looking.value.message == decoding.value.message
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0??garbage", b"Exif\0\0II*\0"])

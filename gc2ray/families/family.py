@@ -70,12 +70,14 @@ class Outline:
         anyres: How images are cut for it.
         side: Token rows and columns of a view.
         processor: Tokenizer and chat template.
+        image_token_id: The placeholder of an image.
     """
 
     shape: ModelShape
     anyres: AnyRes
     side: tuple[int, int]
     processor: Any
+    image_token_id: int
 
     def canvas(self, size: tuple[int, int]) -> Canvas:
         """Where an image of (height, width) pixels lies on its canvas of tokens."""

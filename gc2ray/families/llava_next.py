@@ -61,7 +61,7 @@ class LlavaNext:
         self._projector = inner.multi_modal_projector
         self._newline: Tensor = inner.image_newline
         self._text_table = model.get_input_embeddings()
-        self._image_token_id = int(config.image_token_id)
+        self._image_token_id = outline.image_token_id
         self._feature_states = _feature_states(config, len(self._tower.encoder.layers))
         self.device: torch.device = self._newline.device
         self.dtype: torch.dtype = self._newline.dtype
@@ -96,7 +96,8 @@ class LlavaNext:
             )
         side = vision.image_size // vision.patch_size
         anyres = _anyres(processor.image_processor, config)
-        return Outline(ModelShape.of(config, itemsize), anyres, (side, side), processor)
+        shape, token = ModelShape.of(config, itemsize), int(config.image_token_id)
+        return Outline(shape, anyres, (side, side), processor, token)
 
     def needs(self) -> Needs:
         """How much memory the model takes; weights as they are, which may be of several types."""
