@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +43,20 @@ Address = Annotated[
 Extend = Annotated[
     bool, typer.Option("--extend", help="Plan input files that are new since the run began, too.")
 ]
+HardwareFile = Annotated[
+    Path | None,
+    typer.Option("--hardware", help="YAML of devices and prices in place of gc2ray's own."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one document of JSON instead.")]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 REFUSED = "if it refused, are the credentials good? Run the same command again to go on"
+
+
+class PriceKind(StrEnum):
+    """Kinds of prices in a table of hardware."""
+
+    ON_DEMAND = "on_demand"
+    SPOT = "spot"
 
 
 def main() -> None:
@@ -129,9 +141,7 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
     hours: Annotated[
         float, typer.Option(min=0.01, help="Suggest as many workers as end within these.")
     ] = 1.0,
-    hardware: Annotated[
-        Path | None, typer.Option(help="YAML of devices and prices in place of gc2ray's own.")
-    ] = None,
+    hardware: HardwareFile = None,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Say what a run would cost in tokens, time, memory and money, by headers alone."""
@@ -215,6 +225,42 @@ def retry(
             outcome = run_retry(chosen, cluster, address=address, display=display)
         print_outcome(console, outcome, chosen.store.uri)
         raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def report(
+    outputs: Annotated[
+        list[str], typer.Argument(help="Output of a run, or of several to see side by side.")
+    ],
+    to: Annotated[
+        str | None, typer.Option(help="Directory or URL; else report/ in the first output.")
+    ] = None,
+    price: Annotated[PriceKind, typer.Option(help="Which prices of the table.")] = (
+        PriceKind.ON_DEMAND
+    ),
+    usd_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of one device, in place of the table's.")
+    ] = None,
+    hardware: HardwareFile = None,
+) -> None:
+    """Tell what runs did and cost: a page, a text and JSON, from footers and records alone."""
+    with _exit_codes():
+        from gc2ray.display import Counted
+        from gc2ray.hardware import load_hardware
+        from gc2ray.ledger import read_ledger
+        from gc2ray.report import report as told
+        from gc2ray.store import Store
+        from gc2ray.summary import Prices, summarise
+
+        prices = Prices(load_hardware(hardware), str(price), usd_per_hour)
+        with Counted("parts read") as counted:
+            ledgers = [read_ledger(output, counted.add) for output in outputs]
+        found = told([summarise(ledger, prices) for ledger in ledgers])
+        store = Store(to or f"{outputs[0].rstrip('/')}/report")
+        for name, text in (("html", found.html), ("md", found.markdown), ("json", found.json)):
+            store.replace(f"report.{name}", text.encode())
+        store.tidy()
+        Console().print(f"{store.uri}/report.html, .md, .json", markup=False, soft_wrap=True)
 
 
 @app.command()

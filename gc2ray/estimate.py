@@ -17,11 +17,12 @@ import numpy as np
 from gc2ray import compression
 from gc2ray.config import Job, Recipe
 from gc2ray.families.family import Outline
+from gc2ray.figures import Range
 from gc2ray.forecast import Forecast, forecast
 from gc2ray.hardware import Hardware
 from gc2ray.offer import Bid, Offer
 from gc2ray.pace import Pace
-from gc2ray.survey import Range, Shown, Stretch, Survey
+from gc2ray.survey import Shown, Stretch, Survey
 
 RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
 """What is compared, beside the recipe's own: those of the paper's table 8."""

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 
 from gc2ray.config import Job
 from gc2ray.estimate import Estimate
+from gc2ray.figures import Range, duration, money, precise, shown
 from gc2ray.forecast import Forecast
-from gc2ray.offer import HOUR, Offer
+from gc2ray.offer import Offer
 from gc2ray.pace import ROOFLINE_SHARE
-from gc2ray.survey import Range
-
-MOST_HOURS = 48
-"""Longer ones are told in days."""
-LETTERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 
 
 def print_estimate(console: Console, found: Estimate, job: Job) -> None:
@@ -150,47 +146,3 @@ def _misfits(found: Estimate) -> Iterator[str]:
             seen.setdefault((item.hardware, item.misfit), []).append(f"{item.retention:g}")
     for (hardware, why), retentions in seen.items():
         yield f"{hardware} does not do at {', '.join(retentions)}: {why}"
-
-
-# ------------------------------------------------------------------------------------- numbers
-
-
-def shown(value: Range, text: Callable[[float], str] | None = None) -> str:
-    """A number, with what it may be instead; exact ones to the last digit."""
-    if value.is_exact:
-        return (text or _whole)(value.mid)
-    text = text or short
-    return f"{text(value.mid)} ({text(value.low)} to {text(value.high)})"
-
-
-def short(value: float) -> str:
-    """Three digits of large numbers."""
-    for size, letter in LETTERS:
-        if value >= size:
-            unit = max(size, 1e3) if letter != "k" else 1e3
-            return f"{precise(value / unit)}{letter}"
-    return _whole(value)
-
-
-def precise(value: float) -> str:
-    """Three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def duration(hours: float) -> str:
-    """Hours as a person says them."""
-    seconds = hours * HOUR
-    if seconds < 120:
-        return f"{precise(seconds)} s" if seconds < 10 else f"{seconds:.0f} s"
-    if hours < 2:
-        return f"{seconds / 60:.0f} min"
-    return f"{hours:.1f} h" if hours < MOST_HOURS else f"{hours / 24:.1f} d"
-
-
-def money(usd: float) -> str:
-    """Dollars, with cents while they matter."""
-    return f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}" if usd >= 0.095 else f"${usd:.2g}"
-
-
-def _whole(value: float) -> str:
-    return f"{value:,.0f}"

@@ -18,8 +18,9 @@ from gc2ray.canvas import Canvas
 from gc2ray.config import CompressionConfig, Recipe
 from gc2ray.cost import AnswerTokens, Demand
 from gc2ray.families.family import Outline
+from gc2ray.figures import Range
 from gc2ray.stats import RunStats
-from gc2ray.survey import Range, Shown, Survey
+from gc2ray.survey import Shown, Survey
 
 ENDS = 3
 """The low end, the best guess and the high end."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from gc2ray.config import Cluster
 from gc2ray.cost import ModelShape
 from gc2ray.errors import ConfigError
+from gc2ray.figures import Range
 from gc2ray.forecast import Forecast
 from gc2ray.hardware import Hardware
 from gc2ray.pace import ROOFLINE_SHARE, Pace, roofline_seconds
 from gc2ray.sizing import Memory, sizes
-from gc2ray.survey import Range
 
 START_SECONDS = Range(20.0, 60.0, 240.0)
 """Of a run and of each worker, where no run has told: processes, libraries, weights from a disk."""

@@ -20,11 +20,11 @@ import numpy as np
 from gc2ray.bill import Use
 from gc2ray.cost import ModelShape
 from gc2ray.errors import ConfigError
+from gc2ray.figures import Range
 from gc2ray.hardware import Hardware
 from gc2ray.ledger import Ledger
 from gc2ray.quality import ratio
 from gc2ray.stats import RunStats
-from gc2ray.survey import Range
 
 ROOFLINE_SHARE = Range(0.25, 0.4, 0.6)
 """Of the roofline, what a device is taken to reach where no run has told: LLaVA-NeXT-7B on an H200

@@ -24,6 +24,7 @@ from gc2ray.canvas import Canvas
 from gc2ray.config import Recipe
 from gc2ray.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.families.family import Outline
+from gc2ray.figures import Range
 from gc2ray.images import read_bytes, upright_size
 from gc2ray.prompts import ChatPrompt
 from gc2ray.quality import ratio
@@ -36,43 +37,6 @@ STRETCHES = 64
 HOST_BYTES = 128 << 20
 REMEMBERED = 4096
 """Images, of which later rows of a stretch may be about; an engine remembers no more, either."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """A number that is not known to the last digit.
-
-    Attributes:
-        low: With 95 % confidence, or by arithmetic, it is at least this.
-        mid: The best guess.
-        high: At most this.
-    """
-
-    low: float
-    mid: float
-    high: float
-
-    @staticmethod
-    def exactly(value: float) -> Range:
-        """A number that is known."""
-        return Range(value, value, value)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it is known."""
-        return self.low == self.high
-
-    def times(self, other: Range) -> Range:
-        """The product of two that are not negative."""
-        return Range(self.low * other.low, self.mid * other.mid, self.high * other.high)
-
-    def scaled(self, factor: float) -> Range:
-        """So many times it."""
-        return self.times(Range.exactly(factor))
-
-    def plus(self, other: Range) -> Range:
-        """The sum."""
-        return Range(self.low + other.low, self.mid + other.mid, self.high + other.high)
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,9 @@ class Worker:
         self._loaded_engine().forget()
         started = time.monotonic()
         self._answer(islice(self._rows(spans), rows))
-        return (time.monotonic() - started) / max(1, rows) * prompts / max(1, rows)
+        seconds = time.monotonic() - started
+        self._loaded_engine().forget()  # or the first shards would find their images encoded
+        return seconds / max(1, rows) * prompts / max(1, rows)
 
     def process(self, handout: Handout) -> ShardDone:
         """Answer a shard and commit its part; may be called by several threads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from tests.rows import make_recipe
 RECIPE = make_recipe("model")
 CARRIED = pa.schema([pa.field("id", pa.int64()), pa.field("tag", pa.list_(pa.string()))])
 FILES = (SourceFile("a.parquet", "fa", (5, 5)), SourceFile("d/b.parquet", "fb", (7,)))
+
+WRITTEN = datetime(2026, 11, 1, tzinfo=UTC)
+"""When the first part was; the others follow by the minute."""
 
 Outcome = Callable[[str, int], Sequence[Status] | None]
 """What becomes of a row of a source: of each of its prompts; None: it is not answered."""
@@ -93,7 +97,8 @@ def part_of(
 ) -> bytes:
     own = RunStats(starved_ns=7, peak_host_bytes=5)
     stats = stats_of(answers) + own
-    footer = PartFooter(shard.sid, RECIPE.fingerprint(), "token", "w", shard.rows, stats)
+    written = WRITTEN + timedelta(minutes=shard.index)
+    footer = PartFooter(shard.sid, RECIPE.fingerprint(), "token", "w", shard.rows, stats, written)
     return part_bytes(answers, carried, Provenance(1, generation, "w"), footer)
 
 

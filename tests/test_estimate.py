@@ -11,13 +11,13 @@ import yaml
 
 from gc2ray.config import load_job
 from gc2ray.estimate import Assumptions, estimate
-from gc2ray.estimate_table import duration, money, short, shown
 from gc2ray.families import outline
+from gc2ray.figures import Range, duration, money, short, shown
 from gc2ray.hardware import load_hardware
 from gc2ray.ledger import read_ledger
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.rows import Split, pocket_rows, write_rows
-from gc2ray.survey import Range, survey
+from gc2ray.survey import survey
 from jobs.photos import opened_photos
 from tests.test_cli import gc2ray, job_file
 from tests.test_hardware import GOOD

@@ -15,11 +15,12 @@ from gc2ray.compression import COMPRESSORS
 from gc2ray.config import CompressionConfig
 from gc2ray.families import outline
 from gc2ray.families.family import Loaded
+from gc2ray.figures import Range
 from gc2ray.forecast import Forecast, Kept, forecast
 from gc2ray.packing import Packing
 from gc2ray.records import stats_of
 from gc2ray.stats import RunStats
-from gc2ray.survey import Range, survey
+from gc2ray.survey import survey
 from tests.rows import SIZES, make_job
 from tests.test_survey import answers, mixed
 from tests.views import random_views

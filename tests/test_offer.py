@@ -10,12 +10,12 @@ import pytest
 from gc2ray.bill import Bill, Use
 from gc2ray.config import Cluster
 from gc2ray.cost import LLAVA_7B
+from gc2ray.figures import Range
 from gc2ray.forecast import Forecast
 from gc2ray.hardware import Hardware, Price
 from gc2ray.offer import HOUR, START_SECONDS, Bid
 from gc2ray.pace import ROOFLINE_SHARE, Pace, roofline_seconds
 from gc2ray.stats import RunStats
-from gc2ray.survey import Range
 from tests.test_pace import PART, ledger
 
 BIG = Hardware(

@@ -19,10 +19,11 @@ from gc2ray.engine import Engine
 from gc2ray.errors import ConfigError, Status
 from gc2ray.families import outline
 from gc2ray.families.family import Loaded, Outline
+from gc2ray.figures import Range
 from gc2ray.records import Answer, stats_of
 from gc2ray.shards import SourceFile
 from gc2ray.sources.source import Source
-from gc2ray.survey import Range, Shown, Stretch, Survey, _spread, survey
+from gc2ray.survey import Shown, Stretch, Survey, _spread, survey
 from tests.rows import SIZES, encoded, make_job, picture, prompts_of, write_rows
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

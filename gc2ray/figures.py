@@ -1,0 +1,89 @@
+"""Numbers that are not known to the last digit (`Range`), and how people are told numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MOST_HOURS = 48
+"""Longer ones are told in days."""
+LETTERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number that is not known to the last digit.
+
+    Attributes:
+        low: With 95 % confidence, or by arithmetic, it is at least this.
+        mid: The best guess.
+        high: At most this.
+    """
+
+    low: float
+    mid: float
+    high: float
+
+    @staticmethod
+    def exactly(value: float) -> Range:
+        """A number that is known."""
+        return Range(value, value, value)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is known."""
+        return self.low == self.high
+
+    def times(self, other: Range) -> Range:
+        """The product of two that are not negative."""
+        return Range(self.low * other.low, self.mid * other.mid, self.high * other.high)
+
+    def scaled(self, factor: float) -> Range:
+        """So many times it."""
+        return self.times(Range.exactly(factor))
+
+    def plus(self, other: Range) -> Range:
+        """The sum."""
+        return Range(self.low + other.low, self.mid + other.mid, self.high + other.high)
+
+
+def shown(value: Range, text: Callable[[float], str] | None = None) -> str:
+    """A number, with what it may be instead; exact ones to the last digit."""
+    if value.is_exact:
+        return (text or whole)(value.mid)
+    text = text or short
+    return f"{text(value.mid)} ({text(value.low)} to {text(value.high)})"
+
+
+def short(value: float) -> str:
+    """Three digits of large numbers."""
+    for size, letter in LETTERS:
+        if value >= size:
+            unit = max(size, 1e3) if letter != "k" else 1e3
+            return f"{precise(value / unit)}{letter}"
+    return whole(value)
+
+
+def precise(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(hours: float) -> str:
+    """Hours as a person says them."""
+    seconds = hours * 3600
+    if seconds < 120:
+        return f"{precise(seconds)} s" if seconds < 10 else f"{seconds:.0f} s"
+    if hours < 2:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:.1f} h" if hours < MOST_HOURS else f"{hours / 24:.1f} d"
+
+
+def money(usd: float) -> str:
+    """Dollars, with cents while they matter."""
+    return f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}" if usd >= 0.095 else f"${usd:.2g}"
+
+
+def whole(value: float) -> str:
+    """To the last digit."""
+    return f"{value:,.0f}"

@@ -1,0 +1,433 @@
+"""The report of one run, or of several side by side: a page, a text for people, JSON for programs.
+
+All three say the same numbers, those of `Summary`. The page is one file: no script, no request to
+anywhere (its own policy forbids both), drawings inline. What comes from rows and users (keys,
+reasons, paths) is escaped.
+
+Not covered: answers themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from gc2ray import __version__, charts
+from gc2ray.bill import Use
+from gc2ray.figures import Range, duration, money, precise, short, shown
+from gc2ray.summary import HOUR, Change, Summary
+
+TEMPLATES = Path(__file__).with_name("templates")
+STAGES = {
+    "image": "decode images (on threads)",
+    "encode": "vision tower",
+    "compress": "compress, project",
+    "prefill": "prefill",
+    "generate": "decode",
+}
+"""How people are told stages."""
+KWH_JOULES = 3.6e6
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, and whether all columns but the first are numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    numbers: bool = True
+
+
+@dataclass(frozen=True)
+class Line:
+    """A sentence, and whether it is `good`, `bad` or neither."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing of ours, with its caption."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as it is told.
+
+    Attributes:
+        summary: Its numbers.
+        name: Short.
+        when: From when to when.
+        tiles: The most important numbers: what, how much.
+        verdicts: What follows from them.
+        tables: All of them.
+        charts: Drawings; the text has none.
+        recipe: As YAML.
+    """
+
+    summary: Summary
+    name: str
+    when: str
+    tiles: Sequence[tuple[str, str]]
+    verdicts: Sequence[Line]
+    tables: Sequence[Table]
+    charts: Sequence[Chart]
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The three forms of a report."""
+
+    html: str
+    markdown: str
+    json: str
+
+
+def report(summaries: Sequence[Summary]) -> Report:
+    """Tell runs, the first one first."""
+    names = _names([summary.output for summary in summaries])
+    runs = [_view(*pair) for pair in zip(summaries, names, strict=True)]
+    title = names[0] if len(names) == 1 else f"{len(names)} runs side by side"
+    told = {"title": title, "version": __version__, "runs": runs, "compared": _compared(runs)}
+    templates = _templates()
+    document = {"version": __version__, "runs": [asdict(summary) for summary in summaries]}
+    return Report(
+        html=templates.get_template("report.html.j2").render(told),
+        markdown=templates.get_template("report.md.j2").render(told),
+        json=json.dumps(document, default=str, indent=1),
+    )
+
+
+def _templates() -> jinja2.Environment:
+    """Pages escape everything; texts escape with `markdown_text`, cell by cell."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=jinja2.select_autoescape(["html.j2"], default=False),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = markdown_text
+    return environment
+
+
+def markdown_text(value: object) -> str:
+    """Text that Markdown, and HTML within it, show as it is, on one line."""
+    text = " ".join(str(value).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
+
+
+def _names(outputs: Sequence[str]) -> list[str]:
+    """Last parts of paths, as many as make them differ."""
+    parts = [[part for part in output.rstrip("/").split("/") if part] for output in outputs]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = [posixpath.join(*found[-length:]) for found in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(outputs)
+
+
+# -------------------------------------------------------------------------------------- one run
+
+
+def _view(summary: Summary, name: str) -> RunView:
+    recipe = yaml.safe_dump(dict(summary.recipe), sort_keys=False, allow_unicode=True)
+    versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
+    return RunView(
+        summary=summary,
+        name=name,
+        when=_when(summary),
+        tiles=list(_tiles(summary)),
+        verdicts=list(_verdicts(summary)),
+        tables=[table for table in _tables(summary) if table.rows],
+        charts=list(_charts(summary)),
+        recipe=f"{recipe}# {versions}",
+    )
+
+
+def _when(summary: Summary) -> str:
+    if summary.started is None or summary.ended is None:
+        return ""
+    hours = (summary.ended - summary.started).total_seconds() / HOUR
+    return f"{summary.started:%Y-%m-%d %H:%M} UTC, for {duration(hours)}"
+
+
+def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
+    first = summary.generations[0]
+    yield "rows committed", f"{first.rows:,} of {first.planned_rows:,}"
+    share = summary.errors / summary.answers if summary.answers else 0.0
+    yield f"errors among {summary.answers:,} answers", f"{summary.errors:,} ({share:.2%})"
+    yield "of the visual tokens kept", _percent(summary.visual.share)
+    yield "of the KV cache used", _percent(summary.kv_bytes.share)
+    yield "of the operations done", _percent(_operations(summary).share)
+    if summary.device_seconds:
+        yield "device time", duration(summary.device_seconds / HOUR)
+        yield "of it useful", _percent(summary.useful_share)
+    if summary.usd is not None:
+        yield f"in all, {summary.price}", money(summary.usd)
+    if summary.usd_per_1000 is not None:
+        yield "per 1,000 images", money(summary.usd_per_1000)
+    if summary.energy_joules:
+        yield "energy of the devices", f"{precise(summary.energy_joules / KWH_JOULES)} kWh"
+
+
+def _verdicts(summary: Summary) -> Iterator[Line]:
+    first = summary.generations[0]
+    missing = first.planned_rows - first.rows
+    if missing:
+        yield Line(f"{missing:,} planned rows are not committed; run again to go on.", "bad")
+    saved, useful = summary.saved_seconds, summary.bill.get(str(Use.USEFUL), 0.0)
+    if saved is None or summary.visual.share is None:
+        return
+    if summary.visual.share == 1:
+        yield Line("Nothing was compressed in this run.")
+    elif useful:
+        of_full = Range(*(s / (s + useful) for s in (saved.low, saved.mid, saved.high)))
+        text = (
+            f"Compression saved about {duration(saved.mid / HOUR)} of device time "
+            f"({duration(saved.low / HOUR)} to {duration(saved.high / HOUR)}), "
+            f"{of_full.mid:.0%} ({of_full.low:.0%} to {of_full.high:.0%}) of what answering would "
+            "have taken without it: an estimate from operations, not a measurement. What it did to "
+            "the answers, footers cannot tell."
+        )
+        yield Line(text, "good" if of_full.low > 0.05 else "")
+
+
+def _operations(summary: Summary) -> Change:
+    full = sum(change.full for change in summary.flops.values())
+    return Change(full, sum(change.kept for change in summary.flops.values()))
+
+
+def _tables(summary: Summary) -> Iterator[Table]:
+    statuses = sorted(summary.by_status.items(), key=lambda item: (item[0] != "ok", -item[1]))
+    yield Table("Answers by status", ["status", "answers"], [[s, f"{n:,}"] for s, n in statuses])
+    if len(summary.generations) > 1:
+        yield Table(
+            "Generations",
+            ["generation", "rows", "parts", "ok", "errors"],
+            [
+                [
+                    "run" if found.number == 0 else f"retry {found.number}",
+                    f"{found.rows:,} of {found.planned_rows:,}",
+                    f"{found.parts:,}",
+                    f"{found.by_status.get('ok', 0):,}",
+                    f"{sum(found.by_status.values()) - found.by_status.get('ok', 0):,}",
+                ]
+                for found in summary.generations
+            ],
+        )
+    yield _token_table(summary)
+    yield _memory_table(summary)
+    yield Table(
+        "Operations",
+        ["stage", "before", "after", "share"],
+        [_change_row(STAGES[s], c) for s, c in summary.flops.items() if c.full],
+        "Matrix products only, as gc2ray runs them; the tower reads every image whatever is kept.",
+    )
+    yield _time_table(summary)
+    yield from _money_tables(summary)
+    yield Table(
+        "Slowest rows",
+        ["row", "busy seconds"],
+        [[key, precise(seconds)] for seconds, key in summary.slowest],
+    )
+    yield Table(
+        "Largest rows",
+        ["row", "KV cache"],
+        [[key, _bytes(size)] for size, key in summary.largest if size],
+    )
+    more = summary.letter_count - len(summary.letters)
+    yield Table(
+        "Dead letters",
+        ["shard", "why it was given up"],
+        [list(letter) for letter in summary.letters],
+        f"and {more:,} more" if more else "",
+        numbers=False,
+    )
+
+
+def _token_table(summary: Summary) -> Table:
+    thumbnail, *crops = summary.views or (Change(0, 0),)
+    all_crops = Change(sum(c.full for c in crops), sum(c.kept for c in crops))
+    text = summary.prompt_tokens - summary.visual.kept - summary.newlines.kept
+    rows = [
+        _change_row("visual tokens", summary.visual),
+        *([_change_row("of the thumbnails", thumbnail)] if thumbnail.full else []),
+        *([_change_row("of the crops", all_crops)] if all_crops.full else []),
+        *(_change_row(f"of crop {place}", crop) for place, crop in enumerate(crops, 1)),
+        _change_row("newline tokens", summary.newlines),
+        ["text tokens", short(text), short(text), ""],
+        ["output tokens", short(summary.output_tokens), short(summary.output_tokens), ""],
+    ]
+    note = ""
+    if summary.images_shared:
+        note = (
+            f"{summary.images_shared:,} answers shared an image that another had brought, and "
+            f"{short(summary.prompt_tokens_shared)} prompt tokens."
+        )
+    return Table("Tokens", ["", "before", "after", "share"], rows, note)
+
+
+def _memory_table(summary: Summary) -> Table:
+    rows = [["KV cache of all answers", *_change_cells(summary.kv_bytes, _bytes)]]
+    if summary.peak_device_bytes:
+        rows.append(["largest device allocation", "", _bytes(summary.peak_device_bytes), ""])
+    if summary.peak_host_bytes:
+        rows.append(["largest worker process", "", _bytes(summary.peak_host_bytes), ""])
+    return Table("Memory", ["", "before", "after", "share"], rows)
+
+
+def _time_table(summary: Summary) -> Table:
+    seconds = summary.stage_seconds
+    rows = [[STAGES[stage], duration(spent / HOUR)] for stage, spent in seconds.items()]
+    rows.append(["starved: nothing to do, rows to come", duration(summary.starved_seconds / HOUR)])
+    note = "Busy time of all workers; stages overlap on a GPU."
+    if summary.rows_a_step:
+        note += f" {precise(summary.rows_a_step)} rows were decoded together on average."
+    return Table("Time by stage", ["stage", "busy"], rows, note)
+
+
+def _money_tables(summary: Summary) -> Iterator[Table]:
+    total = summary.device_seconds
+    price = summary.usd / total if summary.usd is not None and total else None
+    yield Table(
+        "Where device time went",
+        ["use", "time", "share", *(["cost"] if price is not None else [])],
+        [
+            [
+                use,
+                duration(seconds / HOUR),
+                f"{seconds / total:.1%}",
+                *([money(seconds * price)] if price is not None else []),
+            ]
+            for use, seconds in sorted(summary.bill.items(), key=lambda item: -item[1])
+        ],
+        "Useful time led to a committed part; the rest is waste, by cause.",
+    )
+    yield Table(
+        "Devices",
+        ["device", "workers", "time", "price an hour"],
+        [
+            [d.device, str(d.workers), duration(d.seconds / HOUR), _price(d.usd_per_hour)]
+            for d in summary.devices
+        ],
+        f"Prices: {summary.price}. Time from each worker's start until it was last seen.",
+    )
+    yield Table(
+        "What if: the same answers on other devices",
+        ["device", "device time", "on demand", "spot"],
+        [
+            [
+                found.hardware,
+                shown(found.device_hours, duration),
+                *(
+                    shown(found.usd[kind], money) if kind in found.usd else ""
+                    for kind in ("on_demand", "spot")
+                ),
+            ]
+            for found in summary.what_if
+        ],
+        "By each device's roofline, of which it is taken to reach the share that this run's device "
+        "did, or else 25 % to 60 %. Answering only, no loading.",
+    )
+
+
+def _charts(summary: Summary) -> Iterator[Chart]:
+    views = {
+        "thumbnail" if place == 0 else f"crop {place}": change
+        for place, change in enumerate(summary.views)
+    }
+    if views:
+        title = "Visual tokens by view"
+        yield Chart(title, charts.changes(title, "tokens", views))
+    if sum(summary.retention):
+        title = "Actual retention"
+        yield Chart(title, charts.retention(title, summary.retention))
+    if summary.flops:
+        title = "Operations by stage"
+        told = {STAGES[stage].split(",")[0]: change for stage, change in summary.flops.items()}
+        yield Chart(title, charts.changes(title, "operations", told))
+    title = "Busy seconds by stage"
+    told_seconds = {STAGES[s].split(" (")[0]: n for s, n in summary.stage_seconds.items()}
+    yield Chart(title, charts.bars(title, "seconds", told_seconds))
+    if len(summary.throughput) > 1:
+        title = "Throughput"
+        yield Chart(title, charts.over_time(title, summary.throughput))
+    if summary.bill:
+        title = "Device time by use"
+        yield Chart(title, charts.bars(title, "seconds", summary.bill))
+
+
+# --------------------------------------------------------------------------------- side by side
+
+
+def _compared(runs: Sequence[RunView]) -> Table:
+    rows: dict[str, list[str]] = {}
+    for place, run in enumerate(runs):
+        for name, value in _comparable(run.summary).items():
+            rows.setdefault(name, [""] * len(runs))[place] = value
+    found = [[name, *values] for name, values in rows.items()]
+    return Table("Side by side", ["", *(run.name for run in runs)], found)
+
+
+def _comparable(summary: Summary) -> Mapping[str, str]:
+    each = max(1, summary.answers)
+    found = {
+        "method, retention": f"{summary.method}, {summary.retention_requested:g}",
+        "answers": f"{summary.answers:,}",
+        "errors": f"{summary.errors:,}",
+        "visual tokens an answer": precise(summary.visual.kept / each),
+        "prompt tokens an answer": precise(summary.prompt_tokens / each),
+        "output tokens an answer": precise(summary.output_tokens / each),
+        "KV cache an answer": _bytes(summary.kv_bytes.kept // each),
+        "operations an answer": short(_operations(summary).kept / each),
+        "device time": duration(summary.device_seconds / HOUR),
+        "of it useful": _percent(summary.useful_share),
+    }
+    useful = summary.bill.get(str(Use.USEFUL), 0.0)
+    if useful:
+        found["answers a useful device-second"] = precise(summary.answers / useful)
+    if summary.usd_per_1000 is not None:
+        found["per 1,000 images"] = money(summary.usd_per_1000)
+    if summary.energy_joules:
+        found["joules an answer"] = precise(summary.energy_joules / each)
+    return found
+
+
+# ----------------------------------------------------------------------------------------- texts
+
+
+def _change_row(name: str, change: Change) -> list[str]:
+    return [name, *_change_cells(change, short)]
+
+
+def _change_cells(change: Change, text: Any) -> list[str]:
+    return [text(change.full), text(change.kept), _percent(change.share)]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _price(usd: float | None) -> str:
+    return "unknown" if usd is None else money(usd)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
