@@ -15,8 +15,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.dates import ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
+from matplotlib.ticker import LinearLocator, MaxNLocator
 
 from gc2ray.stats import RETENTION_BUCKETS
 from gc2ray.summary import Change
@@ -27,6 +28,7 @@ VARIABLES = {INK: "ink", FAINT: "faint", BEFORE: "before", AFTER: "after", THIRD
 """Placeholder to CSS variable."""
 WIDTH, ROW = 4.6, 0.34
 """Inches, of which 72 are a pixel column each."""
+TIME_TICKS = 4
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -61,8 +63,8 @@ def changes(title: str, unit: str, values: Mapping[str, Change]) -> str:
 
     def draw(axes: Axes) -> None:
         places = range(len(values))
-        full = [change.full for change in values.values()]
-        kept = [change.kept for change in values.values()]
+        full = [float(change.full) for change in values.values()]  # more than C's integers hold
+        kept = [float(change.kept) for change in values.values()]
         before = axes.barh([p - 0.2 for p in places], full, height=0.4, color=BEFORE)
         after = axes.barh([p + 0.2 for p in places], kept, height=0.4, color=AFTER)
         axes.bar_label(before, [_number(value) for value in full], padding=3, color=INK)
@@ -83,7 +85,7 @@ def retention(title: str, counts: Sequence[int]) -> str:
     def draw(axes: Axes) -> None:
         width = 1 / RETENTION_BUCKETS
         places = [(index + 0.5) * width for index in range(len(counts))]
-        axes.bar(places, counts, width=0.9 * width, color=AFTER)
+        axes.bar(places, list(map(float, counts)), width=0.9 * width, color=AFTER)
         axes.set_xlim(0, 1)
         axes.set_xlabel("fraction of visual tokens kept")
         axes.set_ylabel("answers")
@@ -105,7 +107,7 @@ def over_time(title: str, moments: Sequence[tuple[datetime, float, float]]) -> s
         axes.fill_between(when, rates, step="post", color=AFTER, alpha=0.25)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("answers/s")
-        locator = AutoDateLocator(maxticks=5)  # type: ignore[no-untyped-call]
+        locator = LinearLocator(TIME_TICKS)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
         other = axes.twinx()
@@ -123,12 +125,20 @@ def _tidy_bars(axes: Axes, largest: float, unit: str) -> None:
     axes.set_xlim(0, 1.3 * largest or 1)
     axes.set_xlabel(unit)
     axes.xaxis.set_major_formatter(lambda value, _: _number(value))
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(axis="y", length=0)
 
 
 def _number(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in (
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"

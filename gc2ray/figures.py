@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 MOST_HOURS = 48
 """Longer ones are told in days."""
-LETTERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+LETTERS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,20 @@ def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
     assert named <= set(ids)
 
 
+def test_a_run_of_any_size_can_be_drawn(tmp_path: Path) -> None:
+    """A million rows of a 7B take more operations than fit into 64 bits."""
+    huge = Change(3 * 10**25, 10**25)
+    summary, _ = told(a_run(tmp_path))
+    many = replace(
+        summary, flops=dict.fromkeys(summary.flops, huge), visual=huge, views=(huge, huge),
+        kv_bytes=huge, retention=(10**19,) * 20,
+    )  # fmt: skip
+    found = report([many])
+    assert json.loads(found.json)["runs"][0]["flops"]["encode"]["full"] == 3 * 10**25
+    assert "33.3%" in found.html
+    assert "3e+04Z" in found.html
+
+
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
     assert told(folder)[1] == told(folder)[1]
