@@ -242,9 +242,13 @@ def report(
         float | None, typer.Option(min=0, help="Of one device, in place of the table's.")
     ] = None,
     hardware: HardwareFile = None,
+    card: Annotated[  # noqa: FBT002 - typer makes an option of it
+        bool, typer.Option(help="Also write the dataset card of each output, README.md.")
+    ] = True,
 ) -> None:
     """Tell what runs did and cost: a page, a text and JSON, from footers and records alone."""
     with _exit_codes():
+        from gc2ray.card import CARD_NAME, write_card
         from gc2ray.display import Counted
         from gc2ray.hardware import load_hardware
         from gc2ray.ledger import read_ledger
@@ -255,12 +259,18 @@ def report(
         prices = Prices(load_hardware(hardware), str(price), usd_per_hour)
         with Counted("parts read") as counted:
             ledgers = [read_ledger(output, counted.add) for output in outputs]
-        found = told([summarise(ledger, prices) for ledger in ledgers])
+        summaries = [summarise(ledger, prices) for ledger in ledgers]
+        found = told(summaries)
         store = Store(to or f"{outputs[0].rstrip('/')}/report")
         for name, text in (("html", found.html), ("md", found.markdown), ("json", found.json)):
             store.replace(f"report.{name}", text.encode())
         store.tidy()
-        Console().print(f"{store.uri}/report.html, .md, .json", markup=False, soft_wrap=True)
+        console = Console(markup=False, soft_wrap=True)
+        console.print(f"{store.uri}/report.html, .md, .json")
+        for output, summary in zip(outputs, summaries, strict=True) if card else ():
+            written = write_card(Store(output), summary)
+            name = f"{output.rstrip('/')}/{CARD_NAME}"
+            console.print(name if written else f"{name} is your own, and stays as it is")
 
 
 @app.command()

@@ -104,16 +104,16 @@ def report(summaries: Sequence[Summary]) -> Report:
     runs = [_view(*pair) for pair in zip(summaries, names, strict=True)]
     title = names[0] if len(names) == 1 else f"{len(names)} runs side by side"
     told = {"title": title, "version": __version__, "runs": runs, "compared": _compared(runs)}
-    templates = _templates()
+    found = templates()
     document = {"version": __version__, "runs": [asdict(summary) for summary in summaries]}
     return Report(
-        html=templates.get_template("report.html.j2").render(told),
-        markdown=templates.get_template("report.md.j2").render(told),
+        html=found.get_template("report.html.j2").render(told),
+        markdown=found.get_template("report.md.j2").render(told),
         json=json.dumps(document, default=str, indent=1),
     )
 
 
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     """Pages escape everything; texts escape with `markdown_text`, cell by cell."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

@@ -26,13 +26,14 @@ FLOORS = {
     "survey": 7, "ledger": 7, "hardware": 4,
     "forecast": 8, "pace": 8,
     "offer": 9, "summary": 9, "charts": 10, "estimate": 10, "report": 11, "estimate_table": 11,
+    "card": 12,
     "pool": 8, "verify": 8,
     "retry": 9, "compact": 9,
     "ray_pool": 9, "submission": 9,
     "driver": 10,
     "run": 11, "display": 11,
-    "cli": 12,
-    "__main__": 13,
+    "cli": 13,
+    "__main__": 14,
 }  # fmt: skip
 
 SAME_FLOOR = {("records", "errors"), ("records", "stats"), ("records", "cost"), ("views", "canvas")}
@@ -81,7 +82,7 @@ BORDERS = {
     "rapidfuzz": {"quality"},
     "typer": {"cli"},
     "rich": {"cli", "display", "estimate_table"},
-    "yaml": {"config", "report"},
+    "yaml": {"card", "config", "report"},
     "pydantic": {"config", "hardware"},
     "fsspec": {"images", "sources", "staging", "store"},
     "huggingface_hub": {"errors", "patience", "staging"},
