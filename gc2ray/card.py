@@ -97,6 +97,9 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "model", f"{_public(model['path'])}{revision}, {model['dtype']}"
     yield "compression", f"{summary.method}, retention {summary.retention_requested:g}"
     yield "visual tokens", f"{summary.visual.full:,} before, {summary.visual.kept:,} after"
+    if summary.audit is not None:
+        agreed = f"{summary.audit.agreed.mid:.1%} of {summary.audit.audits:,}"
+        yield "same answer uncompressed", f"{agreed} audited answers"
     yield "rows answered", f"{first.rows:,} of {first.planned_rows:,}"
     if summary.started is not None:
         yield "begun", f"{summary.started:%Y-%m-%d %H:%M} UTC"

@@ -208,13 +208,30 @@ class InputConfig(Frozen):
         return tuple(dict.fromkeys([self.image, *self.prompt.source().columns(), *self.keep]))
 
 
+class AuditConfig(Frozen):
+    """A second look at some rows, which are answered uncompressed, too.
+
+    Attributes:
+        share: Of the prompts; which ones, depends on their keys alone.
+    """
+
+    share: float = Field(default=0.0, ge=0, le=1)
+
+
 class Recipe(Frozen):
     """What is computed. Two runs into one output must have the same."""
 
     model: ModelConfig
     compression: CompressionConfig = CompressionConfig()
     generation: GenerationConfig = GenerationConfig()
+    audit: AuditConfig = AuditConfig()
     input: InputConfig
+
+    @model_validator(mode="after")
+    def _something_to_audit(self) -> Recipe:
+        if self.audit.share and self.compression.build().keeps_everything:
+            raise ValueError("audit.share is above 0, but nothing is compressed; set it to 0")
+        return self
 
     def fingerprint(self) -> str:
         """Digest of every setting that is not its default: new settings change no old recipe."""

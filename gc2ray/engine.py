@@ -27,6 +27,7 @@ import torch
 
 from gc2ray import families
 from gc2ray.compression.compressor import Compressor
+from gc2ray.compression.none import NoCompression
 from gc2ray.config import Cluster, Recipe
 from gc2ray.cost import AnswerTokens, Demand
 from gc2ray.decoding.decoder import Completion, Decoder, end_tokens
@@ -251,8 +252,7 @@ class Engine:
         return Answer(
             request=row.request,
             status=Status.OK,
-            method=self._compressor.name,
-            retention_requested=self._recipe.compression.retention_requested,
+            **self._asked(row.request),
             answer=self._chat.decode(completion.token_ids),
             finish_reason=completion.finish_reason,
             prompt_tokens=tokens.prompt,
@@ -271,17 +271,24 @@ class Engine:
             prompt_tokens_shared=completion.shared,
             halvings=row.halvings + completion.halvings,
             full_per_view=(picture.full_per_view,),
+            kept_mask=picture.mask if row.request.is_audited else None,
             demand=Demand.of(shape, tokens),
             demand_full=Demand.of(shape, tokens.with_more(full - tokens.prompt)),
         )
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        """What was asked of the compression."""
+        if request.is_uncompressed:
+            return {"method": NoCompression.name, "retention_requested": 1.0}
+        retention = self._recipe.compression.retention_requested
+        return {"method": self._compressor.name, "retention_requested": retention}
 
     def _failed(self, row: Row) -> Answer:
         trouble = row.trouble or BadRow(Status.FAILED, "failed without a reason")
         return Answer(
             request=row.request,
             status=trouble.status,
-            method=self._compressor.name,
-            retention_requested=self._recipe.compression.retention_requested,
+            **self._asked(row.request),
             error=trouble.message[:MESSAGE_CHARACTERS],
             stage_ns=row.stage_ns,
             device=self.device,

@@ -33,12 +33,16 @@ class Picture:
         tiles: Its views as bytes, until it is encoded.
         packed: What the language model is to read of it, (K, D).
         places: Where that stood in the uncompressed image, or None.
+        uncompressed: All of it is wanted, whatever the recipe says.
+        mask: Which tokens were kept, a bitmap for each view.
         trouble: Why it cannot be used.
         halvings: Times that memory was short for it and others, which were halved.
         rows: Rows that showed it so far.
     """
 
     key: str
+    uncompressed: bool = False
+    mask: tuple[bytes, ...] = ()
     decoded: threading.Event = field(default_factory=threading.Event)
     tiles: Tiles | None = None
     packed: Tensor | None = None
@@ -71,17 +75,22 @@ class Picture:
         """Note what the compressor kept: counted, never claimed."""
         self.full_per_view = views.valid_per_view
         views_count = len(self.full_per_view)
+        selection = Selection(selection.source.cpu())  # once
         self.kept_per_view = selection.kept_per_view(views_count, views.tokens_per_view)
+        self.mask = selection.bitmaps(views_count, views.tokens_per_view)
         self.newlines = len(selection.source) - sum(self.kept_per_view)
         self.full_newlines = views.canvas.newlines
 
 
-def picture_key(data: bytes, prompt: str | None = None) -> str:
-    """Digest of an image's bytes; with the prompt, where what is kept depends on it."""
+def picture_key(data: bytes, prompt: str | None = None, *, uncompressed: bool = False) -> str:
+    """Digest of an image's bytes; with the prompt, where what is kept depends on it.
+
+    The same image with all its tokens is another picture.
+    """
     digest = hashlib.blake2b(data, digest_size=16)
     if prompt is not None:
         digest.update(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
-    return digest.hexdigest()
+    return digest.hexdigest() + ("/all" if uncompressed else "")
 
 
 class Pictures:
@@ -98,13 +107,13 @@ class Pictures:
         self._bytes = 0  # of those
         self._lock = threading.Lock()
 
-    def find(self, key: str) -> tuple[Picture, bool]:
+    def find(self, key: str, *, uncompressed: bool = False) -> tuple[Picture, bool]:
         """The picture of a key, and whether it is new: then the caller is to decode it."""
         with self._lock:
             picture = self._known.get(key)
             new = picture is None
             if picture is None:
-                picture = self._known[key] = Picture(key)
+                picture = self._known[key] = Picture(key, uncompressed)
             picture.rows += 1
             if key in self._kept:
                 self._kept.move_to_end(key)

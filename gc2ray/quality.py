@@ -80,6 +80,14 @@ def yes_no(answer: str, references: Sequence[str]) -> float | None:
     return float(bool(words) and words[0] in wanted)
 
 
+def similarity(answer: str, other: str) -> float:
+    """1 where two answers are the same, but for case, outer space and a final stop; else less.
+
+    Normalised Levenshtein similarity: 1 - edits / length of the longer one.
+    """
+    return float(Levenshtein.normalized_similarity(_plain(answer), _plain(other)))
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float | None]] = {
     "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,

@@ -5,7 +5,7 @@ A row is an input row; an answer, or answer row, is what is written for one of i
 The only module that knows column names. An answer that failed has every column too, with nulls
 where nothing was measured, so that the schema is the same from the first part to the last.
 
-Not covered: `audit` and `kept_mask` are in the schema and null until something fills them.
+Only audited answers have an `audit` and a `kept_mask` (see `gc2ray.audit`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gc2ray.errors import BadRow, Status
 from gc2ray.stats import STAGES, RunStats, merged, retention_bucket, top
 
 SCHEMA_VERSION = 2
+MILLION = 1_000_000
 
 _AUDIT = pa.struct(
     [
@@ -110,6 +111,8 @@ class Request:
         fault: Set where the source already knows that there can be no answer.
         prompt_index: Which of the row's prompts it is; a row without any has one request, with 0.
         prompt_count: How many requests the row has, so that a lost one is missed.
+        is_audited: It is answered twice, see `gc2ray.audit`.
+        is_uncompressed: It is to be answered with all visual tokens, whatever the recipe says.
     """
 
     row_key: str
@@ -121,6 +124,8 @@ class Request:
     fault: BadRow | None = None
     prompt_index: int = 0
     prompt_count: int = 1
+    is_audited: bool = False
+    is_uncompressed: bool = False
 
     @property
     def seed(self) -> int:
@@ -129,15 +134,35 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """A second look at an answer.
+
+    Attributes:
+        answer: What the model says with more visual tokens; None where it failed.
+        retention: Of that answer.
+        agreement: `gc2ray.quality.similarity` of both: 1 where they are the same, 0 where one of
+            them failed, None where both did.
+        stage_ns: Time that it took, by stage; not written.
+    """
+
+    answer: str | None
+    retention: float
+    agreement: float | None
+    stage_ns: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer row; see the README's table of columns for the meaning of each.
 
-    `kept_per_view` is one list per image, one count per view. Some are not written: `token_ids`;
-    `retry`, which says that not the row but its image's storage failed, so that its shard is to be
-    tried again; and, counted in the statistics only, `image_shared`: another row had encoded the
-    image; `prompt_tokens_shared`: so many prompt tokens another row had computed; `full_per_view`,
-    as `kept_per_view` before compression; `demand`, what the answer asked of the machine, and
-    `demand_full`, what it would have asked uncompressed.
+    `kept_per_view` is one list per image, one count per view. `kept_mask` has a bitmap for each
+    view: bit i, from the lowest of the first byte on, is token i in raster order.
+
+    Some are not written: `token_ids`; `retry`, which says that not the row but its image's storage
+    failed, so that its shard is to be tried again; and, counted in the statistics only,
+    `image_shared`: another row had encoded the image; `prompt_tokens_shared`: so many prompt tokens
+    another row had computed; `full_per_view`, as `kept_per_view` before compression; `demand`, what
+    the answer asked of the machine, and `demand_full`, what it would have asked uncompressed.
     """
 
     request: Request
@@ -166,6 +191,8 @@ class Answer:
     full_per_view: tuple[tuple[int, ...], ...] | None = None
     demand: Demand | None = None
     demand_full: Demand | None = None
+    audit: Audit | None = None
+    kept_mask: tuple[bytes, ...] | None = None
 
     @property
     def retention_actual(self) -> float | None:
@@ -198,6 +225,11 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
     del buckets[None]
     demands = [answer.demand for answer in answers if answer.demand is not None]
     full = [answer.demand_full for answer in answers if answer.demand_full is not None]
+    audits = [(a.request.row_key, a.audit) for a in answers if a.audit is not None]
+    sums: dict[str, Any] = {
+        name: sum(getattr(answer, name) or 0 for answer in answers) for name in _SUMMED
+    }
+    sums |= _audit_stats([(key, audit.agreement) for key, audit in audits])
     return RunStats(
         rows=len(answers),
         by_status=dict(Counter(str(answer.status) for answer in answers)),
@@ -208,6 +240,9 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         flops_full=merged(demand.flops for demand in full),
         cache_read_bytes=sum(demand.cache_read_bytes for demand in demands),
         cache_read_bytes_full=sum(demand.cache_read_bytes for demand in full),
+        **sums,
+        audit_ns=merged(audit.stage_ns for _, audit in audits),
+        audited_ns=merged(a.stage_ns for a in answers if a.audit is not None),
         images_shared=sum(answer.image_shared for answer in answers),
         prompt_tokens_shared=sum(answer.prompt_tokens_shared for answer in answers),
         stage_ns={
@@ -216,8 +251,20 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         retention={str(bucket): count for bucket, count in buckets.items()},
         slowest=top((answer.busy_ns, answer.request.row_key) for answer in answers),
         largest=top((answer.kv_bytes or 0, answer.request.row_key) for answer in answers),
-        **{name: sum(getattr(answer, name) or 0 for answer in answers) for name in _SUMMED},
     )
+
+
+def _audit_stats(audits: Sequence[tuple[str, float | None]]) -> dict[str, Any]:
+    """Statistics of agreements by row key; None where neither answer came."""
+    known = [(key, agreement) for key, agreement in audits if agreement is not None]
+    return {
+        "audits": len(known),
+        "audits_agreed": sum(agreement == 1 for _, agreement in known),
+        "agreement_millionths": sum(round(agreement * MILLION) for _, agreement in known),
+        "least_agreed": top(
+            (MILLION - round(agreement * MILLION), key) for key, agreement in known if agreement < 1
+        ),
+    }
 
 
 def _by_view(answers: Iterable[Sequence[Sequence[int]] | None]) -> dict[str, int]:
@@ -268,6 +315,8 @@ UNWRITTEN_STATS = frozenset(
         "cache_read_bytes_full",
         "decode_steps",
         "energy_millijoules",
+        "audit_ns",
+        "audited_ns",
         "starved_ns",
         "halvings",
         "peak_device_bytes",
@@ -290,6 +339,8 @@ def table_stats(table: pa.Table) -> RunStats:
     sums: dict[str, Any] = {
         name: int(values.sum(dtype=np.int64)) for name, values in number.items()
     }
+    audits = zip(keys, table["audit"].to_pylist(), strict=True)
+    sums |= _audit_stats([(key, audit["agreement"]) for key, audit in audits if audit])
     return RunStats(
         rows=len(table),
         by_status=dict(Counter(table["status"].to_pylist())),
@@ -308,7 +359,7 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "answer", "error", "finish_reason", "prompt_tokens", "output_tokens", "visual_tokens_full",
         "visual_tokens_kept", "newline_tokens", "newline_tokens_full", "kept_per_view", "method",
         "retention_requested", "retention_actual", "kv_bytes", "kv_bytes_full", "device",
-        "halvings",
+        "halvings", "kept_mask",
     )  # fmt: skip
     return {
         "row_key": request.row_key,
@@ -321,4 +372,13 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "attempt": provenance.attempt,
         "generation": provenance.generation,
         "worker": provenance.worker,
+        "audit": _audit_cell(answer.audit),
     }
+
+
+def _audit_cell(audit: Audit | None) -> dict[str, Any] | None:
+    if audit is None:
+        return None
+    return {
+        "answer": audit.answer, "retention": audit.retention, "agreement": audit.agreement
+    }  # fmt: skip

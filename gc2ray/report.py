@@ -183,6 +183,8 @@ def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
         yield f"in all, {summary.price}", money(summary.usd)
     if summary.usd_per_1000 is not None:
         yield "per 1,000 images", money(summary.usd_per_1000)
+    if summary.audit is not None:
+        yield "of audited answers unchanged", _percent(summary.audit.agreed.mid)
     if summary.energy_joules:
         yield "energy of the devices", f"{precise(summary.energy_joules / KWH_JOULES)} kWh"
 
@@ -203,10 +205,31 @@ def _verdicts(summary: Summary) -> Iterator[Line]:
             f"Compression saved about {duration(saved.mid / HOUR)} of device time "
             f"({duration(saved.low / HOUR)} to {duration(saved.high / HOUR)}), "
             f"{of_full.mid:.0%} ({of_full.low:.0%} to {of_full.high:.0%}) of what answering would "
-            "have taken without it: an estimate from operations, not a measurement. What it did to "
-            "the answers, footers cannot tell."
+            "have taken without it: an estimate from operations, not a measurement."
         )
         yield Line(text, "good" if of_full.low > 0.05 else "")
+        yield _audit_line(summary)
+
+
+def _audit_line(summary: Summary) -> Line:
+    audit = summary.audit
+    if audit is None:
+        return Line(
+            "What it did to the answers is not known: no row was answered uncompressed, too "
+            "(recipe.audit.share)."
+        )
+    agreed = audit.agreed
+    text = (
+        f"Of {audit.audits:,} rows that were answered uncompressed, too, {agreed.mid:.1%} "
+        f"({agreed.low:.1%} to {agreed.high:.1%}) were given the same answer; mean similarity "
+        f"{audit.similarity:.3f}."
+    )
+    if audit.slowdown is not None:
+        text += (
+            f" Those took {audit.slowdown:.2f} times as long on the device, in the same batches as "
+            "compressed ones."
+        )
+    return Line(text)
 
 
 def _operations(summary: Summary) -> Change:
@@ -242,6 +265,12 @@ def _tables(summary: Summary) -> Iterator[Table]:
     )
     yield _time_table(summary)
     yield from _money_tables(summary)
+    if summary.audit is not None:
+        yield Table(
+            "Audited rows that differ most",
+            ["row", "similarity"],
+            [[key, f"{similarity:.3f}"] for similarity, key in summary.audit.least],
+        )
     yield Table(
         "Slowest rows",
         ["row", "busy seconds"],
@@ -405,6 +434,8 @@ def _comparable(summary: Summary) -> Mapping[str, str]:
         found["answers a useful device-second"] = precise(summary.answers / useful)
     if summary.usd_per_1000 is not None:
         found["per 1,000 images"] = money(summary.usd_per_1000)
+    if summary.audit is not None:
+        found["audited answers unchanged"] = _percent(summary.audit.agreed.mid)
     if summary.energy_joules:
         found["joules an answer"] = precise(summary.energy_joules / each)
     return found

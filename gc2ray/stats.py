@@ -87,6 +87,12 @@ class RunStats:
         cache_read_bytes_full: The same, uncompressed.
         decode_steps: Forwards of the language model, each over all rows that were live.
         energy_millijoules: Of the device while it worked on them; 0 where it does not tell.
+        audits: Answers that were compared with uncompressed ones.
+        audits_agreed: Those of them that said the same.
+        agreement_millionths: Sum of their similarities, in millionths.
+        audit_ns: Busy nanoseconds of the uncompressed answers, by stage; in no other number.
+        audited_ns: The same of the answers that they were compared with.
+        least_agreed: Audited rows that differed most, as (difference in millionths, row key).
         stage_ns: Busy nanoseconds by stage (`STAGES`).
         starved_ns: Time in which a worker had nothing to do, and rows were still to come.
         halvings: Times that device memory was short, and fewer rows were decoded together.
@@ -118,6 +124,11 @@ class RunStats:
     cache_read_bytes_full: int = 0
     decode_steps: int = 0
     energy_millijoules: int = 0
+    audits: int = 0
+    audits_agreed: int = 0
+    agreement_millionths: int = 0
+    audit_ns: dict[str, int] = field(default_factory=dict)
+    audited_ns: dict[str, int] = field(default_factory=dict)
     stage_ns: dict[str, int] = field(default_factory=dict)
     starved_ns: int = 0
     halvings: int = 0
@@ -126,6 +137,7 @@ class RunStats:
     peak_host_bytes: int = 0
     slowest: tuple[tuple[int, str], ...] = ()
     largest: tuple[tuple[int, str], ...] = ()
+    least_agreed: tuple[tuple[int, str], ...] = ()
 
     def __add__(self, other: RunStats) -> RunStats:
         total: dict[str, object] = {}
@@ -161,6 +173,6 @@ class RunStats:
     def from_json(text: str | bytes) -> RunStats:
         """The inverse of `to_json`."""
         data = json.loads(text)
-        for name in ("slowest", "largest"):
-            data[name] = tuple((int(value), str(key)) for value, key in data[name])
+        for name in ("slowest", "largest", "least_agreed"):
+            data[name] = tuple((int(value), str(key)) for value, key in data.get(name, ()))
         return RunStats(**data)

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
 from gc2ray.bill import Use
 from gc2ray.figures import Range
 from gc2ray.hardware import Hardware, find_hardware
 from gc2ray.ledger import Entry, Ledger, WorkerRecord
 from gc2ray.pace import ROOFLINE_SHARE, roofline_seconds
+from gc2ray.quality import interval
+from gc2ray.records import MILLION
 from gc2ray.stats import RETENTION_BUCKETS, STAGES, RunStats
 
 HOUR = 3600.0
@@ -73,6 +77,36 @@ class WhatIf:
 
 
 @dataclass(frozen=True)
+class AuditSummary:
+    """What a second look at some answers found.
+
+    Attributes:
+        audits: Answers that were compared with uncompressed ones.
+        agreed: Share that said the same, with 95 % confidence.
+        similarity: Mean similarity, 1 where they said the same.
+        audit_seconds: Busy time of the uncompressed answers, by stage.
+        audited_seconds: The same of the answers that they were compared with.
+        least: Rows that differed most, as (similarity, row key).
+    """
+
+    audits: int
+    agreed: Range
+    similarity: float
+    audit_seconds: Mapping[str, float]
+    audited_seconds: Mapping[str, float]
+    least: tuple[tuple[float, str], ...]
+
+    @property
+    def slowdown(self) -> float | None:
+        """How much longer uncompressed answers took on the device, decoding of images aside."""
+        ours, theirs = (
+            sum(seconds for stage, seconds in spent.items() if stage != "image")
+            for spent in (self.audited_seconds, self.audit_seconds)
+        )
+        return theirs / ours if ours else None
+
+
+@dataclass(frozen=True)
 class Generation:
     """What became of one generation: its number, rows, answers and parts."""
 
@@ -123,6 +157,7 @@ class Summary:
         usd_per_1000: Of a thousand encoded images; likewise.
         saved_seconds: Device-seconds that compression saved: an estimate from operations.
         what_if: The work of answering on other devices.
+        audit: What a second look found; None where there was none.
         slowest: Rows with the most busy time, as (seconds, row key).
         largest: Rows with the largest KV cache, as (bytes, row key).
         letters: Why shards were given up.
@@ -164,6 +199,7 @@ class Summary:
     usd_per_1000: float | None
     saved_seconds: Range | None
     what_if: tuple[WhatIf, ...]
+    audit: AuditSummary | None
     slowest: tuple[tuple[float, str], ...]
     largest: tuple[tuple[int, str], ...]
     letters: tuple[tuple[str, str], ...]
@@ -272,6 +308,7 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
         usd_per_1000=1000 * usd / stats.images if usd is not None and stats.images else None,
         saved_seconds=_saved(stats, bill),
         what_if=_what_if(ledger, stats, bill, prices.table),
+        audit=_audit(stats),
         slowest=tuple((ns / 1e9, key) for ns, key in stats.slowest),
         largest=stats.largest,
         letters=tuple(letter for entry in ledger.entries for letter in entry.letters),
@@ -282,6 +319,22 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
 def _generation(entry: Entry) -> Generation:
     return Generation(
         entry.number, entry.run.rows, entry.rows, entry.parts, dict(entry.stats.by_status)
+    )
+
+
+def _audit(stats: RunStats) -> AuditSummary | None:
+    if not stats.audits:
+        return None
+    agreed = interval(
+        np.repeat([1.0, 0.0], [stats.audits_agreed, stats.audits - stats.audits_agreed])
+    )
+    return AuditSummary(
+        audits=stats.audits,
+        agreed=Range(agreed.low, agreed.mean, agreed.high),
+        similarity=stats.agreement_millionths / stats.audits / MILLION,
+        audit_seconds={stage: ns / 1e9 for stage, ns in stats.audit_ns.items()},
+        audited_seconds={stage: ns / 1e9 for stage, ns in stats.audited_ns.items()},
+        least=tuple((1 - off / MILLION, key) for off, key in stats.least_agreed),
     )
 
 

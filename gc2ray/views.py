@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gc2ray.canvas import NEWLINE, Canvas, canvas_plan
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,14 @@ class Selection:
         source = self.source.cpu()
         kept = source[source >= 0] // tokens_per_view
         return tuple(torch.bincount(kept, minlength=views).tolist())
+
+    def bitmaps(self, views: int, tokens_per_view: int) -> tuple[bytes, ...]:
+        """Which tokens of each view are kept; bit i, from the lowest on, is token i."""
+        kept = torch.zeros(views * tokens_per_view, dtype=torch.bool)
+        source = self.source.cpu().long()
+        kept[source[source >= 0]] = True
+        rows = kept.view(views, tokens_per_view).numpy()
+        return tuple(row.tobytes() for row in np.packbits(rows, axis=1, bitorder="little"))
 
 
 @dataclass(frozen=True)

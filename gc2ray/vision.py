@@ -18,15 +18,17 @@ from dataclasses import replace
 import torch
 
 from gc2ray.compression.compressor import Compressor
+from gc2ray.compression.none import NoCompression
 from gc2ray.config import Recipe
 from gc2ray.errors import BadRow, Status
 from gc2ray.families.family import Family
 from gc2ray.images import read_bytes, tiles_of
+from gc2ray.packing import Packing
 from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
 from gc2ray.row import Row, attempt, share_time
-from gc2ray.views import Prompt
+from gc2ray.views import Places, Prompt, Selection, Views
 
 
 class Vision:
@@ -72,8 +74,10 @@ class Vision:
                 raise BadRow(Status.FAILED, "a request has one image and one prompt, for now")
             data = read_bytes(request.images[0], self._images)
             reads_prompt = self._compressor.reads_prompt
-            key = picture_key(data, request.prompts[0] if reads_prompt else None)
-            row.picture, new = self._pictures.find(key)
+            whole = request.is_uncompressed
+            text = request.prompts[0] if reads_prompt and not whole else None
+            key = picture_key(data, text, uncompressed=whole)
+            row.picture, new = self._pictures.find(key, uncompressed=whole)
             row.shares = not new
             if new:
                 self._decode(row.picture, request, data)
@@ -126,8 +130,7 @@ class Vision:
         seeds = [self._generation.mixed(picture.seed) for picture in pictures]
         views = self._family.encode(tiles, seeds)
         encoded = self._now()
-        selections = self._packing.apply(views, self._compressor.many(views))
-        places = self._packing.places(views, selections)
+        selections, places = self._selected(pictures, views)
         packed = self._family.pack(views, selections)
         compressed = self._now()
         rows = [payers[picture] for picture in pictures]
@@ -142,6 +145,24 @@ class Vision:
             self._pictures.keep(picture)
         full = [picture.full_tokens for picture in pictures]
         share_time(rows, "compress", compressed - encoded, full)
+
+    def _selected(
+        self, pictures: Sequence[Picture], views: Sequence[Views]
+    ) -> tuple[list[Selection], list[Places | None]]:
+        """What is kept of each, and where it stood; of some pictures that is everything."""
+        selections: dict[int, Selection] = {}
+        places: dict[int, Places | None] = {}
+        ways = ((False, self._compressor, self._packing), (True, NoCompression(), Packing()))
+        for whole, compressor, packing in ways:
+            chosen = [at for at, picture in enumerate(pictures) if picture.uncompressed == whole]
+            some = [views[at] for at in chosen]
+            if not some:
+                continue
+            found = packing.apply(some, compressor.many(some))
+            selections |= dict(zip(chosen, found, strict=True))
+            places |= dict(zip(chosen, packing.places(some, found), strict=True))
+        order = range(len(pictures))
+        return [selections[at] for at in order], [places[at] for at in order]
 
     def _embed(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -24,18 +24,17 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 
+from gc2ray.audit import Answering, Audited
 from gc2ray.config import Job
-from gc2ray.cost import ModelShape
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError
 from gc2ray.generations import MODEL_NAME, stored_digest
 from gc2ray.handout import Handout
@@ -53,31 +52,6 @@ COMMIT_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, ConfigError)
 """Storage that does not answer, and something else under the part's name."""
 
 log = logging.getLogger(__name__)
-
-
-class Answering(Protocol):
-    """What a worker needs of an engine."""
-
-    @property
-    def device(self) -> str:
-        """What the device calls itself."""
-
-    @property
-    def model_digest(self) -> str:
-        """Which model it is; see `gc2ray.staging.digest`."""
-
-    @property
-    def model_shape(self) -> ModelShape | None:
-        """Its sizes, if it has any."""
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """As `Engine.stream`."""
-
-    def forget(self) -> None:
-        """As `Engine.forget`."""
-
-    def totals(self) -> RunStats:
-        """As `Engine.totals`."""
 
 
 Metrics = Callable[[str, str], None]
@@ -269,7 +243,9 @@ class Worker:
         # and the command line, which know workers too, start seconds sooner without them.
         from gc2ray.engine import load_engine
 
-        return load_engine(job.recipe, job.cluster, self._tick)
+        engine = load_engine(job.recipe, job.cluster, self._tick)
+        share = job.recipe.audit.share
+        return Audited(engine, share) if share else engine
 
     def _loaded_engine(self) -> Answering:
         if self._engine is None:

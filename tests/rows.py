@@ -69,7 +69,7 @@ def make_job(
     for name, value in changes.items():
         section, _, key = name.partition("__")
         owner = data if section == "cluster" else data["recipe"]
-        owner[section] = {**owner[section], key: value}
+        owner[section] = {**owner.get(section, {}), key: value}
     return parse_job(data)
 
 

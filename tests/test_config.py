@@ -367,6 +367,7 @@ CHANGES: dict[str, object] = {
     "generation.seed": 1,
     "generation.stop_token_ids": [7],
     "generation.max_repeats": 4,
+    "audit.share": 0.01,
     "input.uri": "elsewhere",
     "input.image": "picture",
     "input.prompt": {"column": "prompt"},

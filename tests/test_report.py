@@ -14,7 +14,7 @@ from gc2ray.bill import Bill, Use
 from gc2ray.cost import LLAVA_7B, AnswerTokens, Demand
 from gc2ray.errors import Status
 from gc2ray.ledger import read_ledger
-from gc2ray.records import Answer
+from gc2ray.records import Answer, Audit
 from gc2ray.report import Report, markdown_text, report
 from gc2ray.shards import SourceFile, Span
 from gc2ray.stats import RunStats
@@ -259,6 +259,35 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_markdown_shows_text_as_it_is(text: object, shown: str) -> None:
     assert markdown_text(text) == shown
+
+
+def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
+    def looked_at(answer: Answer) -> Answer:
+        answer = measured(answer)
+        same = answer.request.row % 5 != 0
+        audit = Audit("x", 1.0, 1.0 if same else 0.25, {"encode": 10**8, "prefill": 9 * 10**8})
+        return replace(answer, audit=audit)
+
+    write_generation(tmp_path, 0, first_plan(), changed=looked_at)
+    Store(str(tmp_path)).create("workers/w.json", worker_record(device="NVIDIA Big", gpus=1.0))
+    record = driver_record(60.0, Bill({Use.USEFUL: 50.0}))
+    Store(str(tmp_path)).create(record.name, record.to_bytes())
+    summary, found = told(tmp_path)
+    audit = summary.audit
+    assert audit is not None
+    assert (audit.audits, audit.agreed.mid) == (17, pytest.approx(13 / 17))
+    assert 0.4 < audit.agreed.low < audit.agreed.mid < audit.agreed.high < 1
+    assert audit.similarity == pytest.approx((13 + 4 * 0.25) / 17)
+    assert audit.slowdown == pytest.approx(1.0 / 0.4)
+    assert [similarity for similarity, _ in audit.least] == [0.25] * 4
+    for text in ("Of 17 rows", "76.5%", "2.50 times as long", "Audited rows that differ most"):
+        assert text in found.markdown, text
+        assert text in found.html, text
+    assert "of audited answers unchanged" in found.html
+
+
+def test_without_an_audit_quality_is_not_known(tmp_path: Path) -> None:
+    assert "What it did to the answers is not known" in told(a_run(tmp_path))[1].html
 
 
 def test_old_outputs_have_a_report(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ DICTS = {
     for item in fields(RunStats)
     if item.default_factory is dict
 }
-TOPS = ("slowest", "largest")
+TOPS = ("slowest", "largest", "least_agreed")
 
 
 def top(rows: list[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
