@@ -274,6 +274,28 @@ def report(
 
 
 @app.command()
+def show(
+    output: Output,
+    row_key: Annotated[str, typer.Argument(help="A row, as the column row_key names it.")],
+    to: Annotated[
+        Path | None, typer.Option(help="The PNG to write; else named for the row, here.")
+    ] = None,
+) -> None:
+    """Draw what was kept of a row's image, and which scores commanded it; loads the model."""
+    with _exit_codes():
+        from gc2ray.show import picture_name
+        from gc2ray.show import show as drawn
+
+        path = to or Path(picture_name(output, row_key))
+        picture = drawn(output, row_key)
+        try:
+            path.write_bytes(picture)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+        Console().print(str(path), markup=False, soft_wrap=True)
+
+
+@app.command()
 def verify(
     output: Output,
     deep: Annotated[  # noqa: FBT002 - typer makes an option of it

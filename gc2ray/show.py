@@ -1,0 +1,160 @@
+"""One row of an output, looked at again: what its method kept of its image, as a picture.
+
+The image is read from the input, and goes through the model's vision side and the recipe's method
+once more, which gives what it gave when the row was answered: the choice depends on the image and
+the recipe alone. The answer, and what an audit said, come from the output.
+
+Not covered: methods that read the prompt; outputs whose input has changed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from gc2ray.config import Cluster, Recipe
+from gc2ray.engine import load_model
+from gc2ray.errors import BadRow, ConfigError, ShardError, Status
+from gc2ray.families.family import Loaded
+from gc2ray.generations import RETRIES, Generation, open_generation, retry_numbers
+from gc2ray.heat_map import Looked, heat_map
+from gc2ray.images import decode, read_bytes, tile
+from gc2ray.manifest import RUN_NAME
+from gc2ray.pictures import Picture, picture_key
+from gc2ray.records import Request
+from gc2ray.shards import Span
+from gc2ray.sources.source import Source
+
+HOST_BYTES = 64 << 20
+COLUMNS = ("row_key", "status", "answer", "error", "audit")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row is: its source, as it was when planned, and its number there."""
+
+    source: str
+    fingerprint: str
+    row: int
+
+
+def show(output: str, key: str) -> bytes:
+    """A picture of what was kept for a row, as PNG.
+
+    Args:
+        output: Directory or URL.
+        key: The row's `row_key`.
+
+    Raises:
+        ConfigError: There is no such run or row, or its image cannot be read.
+    """
+    first = open_generation(output, 0)
+    if first is None:
+        raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
+    recipe, place = first.run.recipe, _place(first, key)
+    request = _request(recipe, place, key)
+    captions = [f"{key}: {request.prompts[0]}", *_told(_answer(output, first, place, key))]
+    return heat_map(_looked(load_model(recipe, Cluster()), recipe, request, captions))
+
+
+def _place(generation: Generation, key: str) -> Place:
+    """A source may have any name, so its row, and its prompt, are what stands behind it."""
+    fingerprints = dict(generation.plan.shards.files)
+    for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
+        source, row = parts[0], parts[-1]
+        if source in fingerprints and row.isdigit():
+            return Place(source, fingerprints[source], int(row))
+    raise ConfigError(f"no row {key!r} in the plan; the column row_key has those that there are")
+
+
+def _request(recipe: Recipe, place: Place, key: str) -> Request:
+    span = Span(place.source, place.fingerprint, place.row, place.row + 1)
+    try:
+        found = [r for r in Source(recipe.input).read(span, HOST_BYTES) if r.row_key == key]
+    except ShardError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if not found:
+        raise ConfigError(f"{key}: the row has no such prompt")
+    if found[0].fault is not None:
+        raise ConfigError(f"{key}: {found[0].fault.message}")
+    return found[0]
+
+
+@torch.inference_mode()
+def _looked(loaded: Loaded, recipe: Recipe, request: Request, captions: list[str]) -> Looked:
+    family, policy = loaded.family, recipe.input.image_policy()
+    compressor = recipe.compression.build()
+    try:
+        data = read_bytes(request.images[0], policy)
+        image = decode(data, policy)
+    except (BadRow, ShardError) as error:
+        raise ConfigError(f"{request.row_key}: {error}") from error
+    seed = recipe.generation.mixed(Picture(picture_key(data)).seed)
+    (views,) = family.encode([tile(image, family.anyres)], [seed])
+    selection = compressor(views)
+    count, tokens = len(views.valid_per_view), views.tokens_per_view
+    bits = [np.frombuffer(view, np.uint8) for view in selection.bitmaps(count, tokens)]
+    kept = np.unpackbits(np.stack(bits), axis=1, count=tokens, bitorder="little").astype(bool)
+    compression = recipe.compression
+    method = f"{compression.method}, retention {compression.retention_requested:g}"
+    full = sum(views.valid_per_view)
+    told = f"{method}: {int(kept.sum())} of {full} visual tokens kept"
+    return Looked(
+        image=np.asarray(image),
+        canvas=views.canvas,
+        scores=views.scores[0].float().cpu().numpy(),
+        kept=kept,
+        captions=[*captions, told],
+    )
+
+
+def _answer(output: str, first: Generation, place: Place, key: str) -> dict[str, Any] | None:
+    """The latest answer to a row, an `ok` one before others; None where it has none yet."""
+    numbers = retry_numbers(first.store.names(RETRIES))
+    found = [
+        row
+        for number in (*reversed(numbers), 0)
+        for row in _answers(open_generation(output, number), place, key)
+    ]
+    good = [row for row in found if row["status"] == Status.OK]
+    return next(iter([*good, *found]), None)
+
+
+def _answers(generation: Generation | None, place: Place, key: str) -> Iterator[dict[str, Any]]:
+    if generation is None:
+        return
+    shards = generation.plan.shards
+    files = [at for at, (source, _) in enumerate(shards.files) if source == place.source]
+    spans = shards.spans
+    holding = np.isin(spans.file, files) & (spans.first <= place.row) & (place.row < spans.stop)
+    committed = set(generation.store.names("data"))
+    for index in np.unique(spans.shard[holding]):
+        name = shards[int(index)].part_name
+        if name in committed:
+            table = generation.store.table(name, COLUMNS)
+            yield from table.filter(pc.equal(table["row_key"], key)).to_pylist()
+
+
+def _told(answer: dict[str, Any] | None) -> Iterator[str]:
+    if answer is None:
+        yield "not answered yet"
+        return
+    if answer["status"] != Status.OK:
+        yield f"{answer['status']}: {answer['error']}"
+    else:
+        yield f"answer: {answer['answer']}"
+    if answer["audit"]:
+        audit = answer["audit"]
+        known = "" if audit["agreement"] is None else f" (agreement {audit['agreement']:.3f})"
+        yield f"uncompressed: {audit['answer']}{known}"
+
+
+def picture_name(output: str, key: str) -> str:
+    """A file name for a row's picture."""
+    last = output.rstrip("/").split("/")[-1]
+    return f"{last}-{''.join(c if c.isalnum() or c in '.-_' else '_' for c in key)}.png"

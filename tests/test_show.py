@@ -1,0 +1,144 @@
+"""What was kept of an image, drawn: the right tokens at the right places, for any row."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gc2ray import show as show_module
+from gc2ray.canvas import Canvas
+from gc2ray.compression.globalcom2 import GlobalCom2
+from gc2ray.config import Job
+from gc2ray.errors import ConfigError
+from gc2ray.handout import Handout
+from gc2ray.heat_map import Looked, heat_map
+from gc2ray.manifest import Plan
+from gc2ray.planner import store_plan
+from gc2ray.show import picture_name, show
+from gc2ray.sources.source import Source
+from gc2ray.store import Store
+from gc2ray.worker import Worker
+from tests.rows import SIZES, encoded, make_job, picture
+from tests.test_cli import gc2ray
+from tests.views import random_views
+
+
+def mask(packed: bytes) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([*SIZES, (10, 900), (900, 10)]),
+    st.sampled_from([(2, 2), (1, 3), (3, 1)]),
+    st.integers(0, 99),
+)
+def test_tokens_are_drawn_where_they_are(
+    size: tuple[int, int], grid: tuple[int, int], seed: int
+) -> None:
+    """Place by place: canvas row and column of every kept token of every crop."""
+    views = random_views(size, grid, 6, seed)
+    selection = GlobalCom2(0.3).many([views])[0]
+    count = len(views.valid_per_view)
+    kept = np.stack([mask(view)[:36] for view in selection.bitmaps(count, 36)]).astype(bool)
+    looked = Looked(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
+    expected = np.zeros((views.canvas.height, views.canvas.width), bool)
+    for source in selection.source.tolist():
+        if source >= 36:
+            crop, token = divmod(source - 36, 36)
+            row = crop // grid[1] * 6 + token // 6 - views.canvas.rows[0]
+            column = crop % grid[1] * 6 + token % 6 - views.canvas.columns[0]
+            expected[row, column] = True
+    assert (looked.covered() == expected).all()
+    assert looked.kept_per_view == list(selection.kept_per_view(count, 36))
+
+
+@pytest.mark.parametrize("size", [(40, 60), (3, 400), (400, 3)])
+def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
+    canvas = Canvas.of(size, (1, 2), (6, 6))
+    kept = np.zeros((3, 36), bool)
+    image = np.full((*size, 3), 200, np.uint8)
+    looked = Looked(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an answer " * 40])
+    drawn = Image.open(io.BytesIO(heat_map(looked)))
+    assert drawn.format == "PNG"
+    assert drawn.width > 1000
+    assert heat_map(looked) == heat_map(looked)
+
+
+@pytest.fixture
+def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
+    """A run of three rows in one shard, one of them broken, and a shard that is not answered."""
+    images = [encoded(picture((100, 200), 1)), b"no image", encoded(picture((168, 168), 2))]
+    images += [images[0]] * 3
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array([{"bytes": i, "path": None} for i in images], kind)})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "odd#1.parquet")
+    output = tmp_path / "out"
+    job = make_job(tiny_paths["vicuna"], tmp_path / "in", output, audit__share=1.0).located()
+    files, carried = Source(job.recipe.input).scan()
+    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 3, carried))
+    worker = Worker(job, carried)
+    worker.load()
+    worker.process(Handout(plan.shards[0]))
+    return job
+
+
+def test_a_row_is_looked_at_again(answered: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens as when it was answered: the mask in the output is the one drawn."""
+    drawn: list[Looked] = []
+    monkeypatch.setattr(show_module, "heat_map", lambda looked: drawn.append(looked) or b"png")
+    store = Store(answered.output)
+    rows = store.table(store.names("data")[0]).to_pylist()
+    for row in (rows[0], rows[2]):
+        assert show(answered.output, row["row_key"]) == b"png"
+        looked = drawn[-1]
+        assert [mask(view)[:36].tolist() for view in row["kept_mask"]] == (
+            looked.kept.astype(int).tolist()
+        )
+        told = "\n".join(looked.captions)
+        assert row["row_key"] in told
+        assert f"answer: {row['answer']}" in told
+        assert f"uncompressed: {row['audit']['answer']}" in told
+        assert f"{row['visual_tokens_kept']} of {row['visual_tokens_full']}" in told
+    show(answered.output, "odd#1.parquet#3")
+    assert "not answered yet" in drawn[-1].captions
+    assert drawn[-1].image.shape == (100, 200, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("odd#1.parquet#1", r"odd#1.parquet#1: not an image of a known format"),
+        ("odd#1.parquet#7", "ends at row|no such prompt"),
+        ("other.parquet#0", "no row 'other.parquet#0' in the plan"),
+        ("odd#1.parquet", "no row"),
+        ("odd#1.parquet#0#2", "the row has no such prompt"),
+    ],
+)
+def test_what_cannot_be_shown_says_why(answered: Job, key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        show(answered.output, key)
+
+
+def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
+    file = tmp_path / "row.png"
+    result = gc2ray("show", answered.output, "odd#1.parquet#0", "--to", file)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(file)
+    assert Image.open(file).format == "PNG"
+    refused = gc2ray("show", tmp_path / "nowhere", "a#0")
+    assert refused.returncode == 2
+    assert "there is no run here" in refused.stderr
+
+
+def test_a_picture_is_named_for_its_row() -> None:
+    assert picture_name("s3://b/run-7/", "a/b c.parquet#3") == "run-7-a_b_c.parquet_3.png"
