@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -30,7 +31,25 @@ MAX_LETTERS = 10
 MAX_PROBLEMS = 20
 
 
-class RunDisplay:
+class _Shown:
+    """Something with a bar that is on the screen while it is entered."""
+
+    _bar: Progress
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+
+class RunDisplay(_Shown):
     """Shows snapshots of a run; a context manager, and callable as the driver's display."""
 
     def __init__(self, console: Console) -> None:
@@ -50,18 +69,6 @@ class RunDisplay:
         self._task = self._bar.add_task("starting", total=None, note="")
         self._first: tuple[float, int] | None = None
         self._logged = 0.0
-
-    def __enter__(self) -> RunDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
     def __call__(self, snapshot: Snapshot) -> None:
         """Show a snapshot."""
@@ -96,7 +103,7 @@ class RunDisplay:
         return ", ".join(parts)
 
 
-class Counted:
+class Counted(_Shown):
     """Counts on a terminal what somebody waits for, and nowhere else; a context manager.
 
     Args:
@@ -113,18 +120,6 @@ class Counted:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(what, total=None)
-
-    def __enter__(self) -> Counted:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
     def add(self, count: int) -> None:
         """So many more."""

@@ -126,10 +126,6 @@ class Survey:
         high = found.mean + unseen * (found.high - found.mean)
         return Range(max(seen, self.rows * low), self.rows * found.mean, self.rows * high)
 
-    def share(self, measure: Callable[[Stretch], float]) -> Range:
-        """The same for one row."""
-        return self.total(measure).scaled(1 / max(1, self.rows))
-
 
 def survey(
     recipe: Recipe,
