@@ -19,7 +19,7 @@ from typing import Protocol
 from gc2ray.cost import ModelShape
 from gc2ray.errors import Status
 from gc2ray.quality import similarity
-from gc2ray.records import Answer, Audit, Request
+from gc2ray.records import UNCOMPRESSED, Answer, Audit, Request
 from gc2ray.stats import RunStats
 
 _WHOLE = 1 << 64
@@ -102,7 +102,7 @@ class Audited:
             other = waiting.pop(key, None)
             if other is None:
                 waiting[key] = answer
-            elif answer.request.is_uncompressed:
+            elif answer.request.way == UNCOMPRESSED:
                 yield _joined(other, answer)
             else:
                 yield _joined(answer, other)
@@ -113,7 +113,7 @@ class Audited:
             if request.fault is None and is_audited(request.row_key, self.share):
                 audited = replace(request, is_audited=True)
                 yield audited
-                yield replace(audited, is_uncompressed=True)
+                yield replace(audited, way=UNCOMPRESSED)
             else:
                 yield request
 

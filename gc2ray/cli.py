@@ -173,6 +173,59 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
 
 
 @app.command()
+def tune(  # noqa: PLR0913 - typer makes an option of each
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=4, help="Rows to answer in every setting.")] = 200,
+    method: Annotated[list[str] | None, typer.Option(help="Methods; else the recipe's.")] = None,
+    retention: Annotated[
+        list[float] | None, typer.Option(help="Fractions KEPT; else 0.75 to 0.05.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Same answers as uncompressed; else 0.95."),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Score against --reference.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Column with right answers; recipe.input.keep must name it.")
+    ] = None,
+    budget_usd: Annotated[
+        float | None, typer.Option(min=0, help="All rows for this; then the best quality.")
+    ] = None,
+    usd_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of this device, in place of the table's.")
+    ] = None,
+    hardware: HardwareFile = None,
+    as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
+) -> None:
+    """Measure on this device which retention and method pay on your rows, and say if none does."""
+    with _exit_codes():
+        from gc2ray.config import load_job
+        from gc2ray.hardware import load_hardware
+        from gc2ray.summary import Prices
+        from gc2ray.tune import Target
+        from gc2ray.tuning import Wish, tuned
+        from gc2ray.tuning import print_tuning as shown
+
+        wish = Wish(
+            rows=rows,
+            methods=tuple(method or ()),
+            retentions=tuple(retention or ()),
+            target=Target(min_agreement, min_accuracy, budget_usd),
+            reference=reference,
+            prices=Prices(load_hardware(hardware), usd_per_hour=usd_per_hour),
+        )
+        found = tuned(load_job(config, overrides or []), wish)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict()))
+        else:
+            shown(Console(), found)
+        raise typer.Exit(0 if found.recommended is not None else 1)
+
+
+@app.command()
 def status(output: Output) -> None:
     """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
     with _exit_codes():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -27,8 +27,7 @@ import torch
 
 from gc2ray import families
 from gc2ray.compression.compressor import Compressor
-from gc2ray.compression.none import NoCompression
-from gc2ray.config import Cluster, Recipe
+from gc2ray.config import Cluster, CompressionConfig, Recipe
 from gc2ray.cost import AnswerTokens, Demand
 from gc2ray.decoding.decoder import Completion, Decoder, end_tokens
 from gc2ray.decoding.generate import GenerateDecoder
@@ -39,13 +38,14 @@ from gc2ray.errors import BadRow, EngineDead, Status
 from gc2ray.families.family import Family, Loaded
 from gc2ray.feed import Feed, Inline
 from gc2ray.prompts import ChatPrompt
-from gc2ray.records import Answer, Request, Sampling
+from gc2ray.records import RECIPES_WAY, Answer, Request, Sampling
 from gc2ray.row import Row, lost, trouble_of, views_of
 from gc2ray.sizing import Memory, Sizes, cores, free_host_bytes, sizes
 from gc2ray.staging import Tick, stage
 from gc2ray.stats import RunStats
 from gc2ray.views import Prompt
 from gc2ray.vision import Vision
+from gc2ray.way import ways_of
 
 MESSAGE_CHARACTERS = 300
 
@@ -60,6 +60,7 @@ class Engine:
         recipe: What to compute.
         cluster: Batch sizes and threads.
         compressor: In place of the recipe's, for experiments with methods that no recipe names.
+        ways: Others that requests may ask for, by name.
     """
 
     def __init__(
@@ -68,16 +69,20 @@ class Engine:
         recipe: Recipe,
         cluster: Cluster,
         compressor: Compressor | None = None,
+        ways: Mapping[str, CompressionConfig] | None = None,
     ) -> None:
         self._family: Family = loaded.family
         self._chat = ChatPrompt(loaded.processor)
         self._recipe = recipe
         self._sizes = sizes(cluster, self._family.needs(), memory(self._family.device))
-        self._compressor = compressor or recipe.compression.build()
+        self._ways = ways_of(recipe, ways or {})
+        if compressor is not None:
+            own = self._ways[RECIPES_WAY]
+            self._ways[RECIPES_WAY] = replace(own, compressor=compressor)
         self._sampling = Sampling(**recipe.generation.model_dump())
         self._model = loaded.model
         self._vision = Vision(
-            self._family, self._chat, recipe, self._compressor, self._sizes.remembered_bytes
+            self._family, self._chat, recipe, self._ways, self._sizes.remembered_bytes
         )
         self._open: dict[int, Row] = {}
         self._tags = 0
@@ -278,10 +283,8 @@ class Engine:
 
     def _asked(self, request: Request) -> dict[str, Any]:
         """What was asked of the compression."""
-        if request.is_uncompressed:
-            return {"method": NoCompression.name, "retention_requested": 1.0}
-        retention = self._recipe.compression.retention_requested
-        return {"method": self._compressor.name, "retention_requested": retention}
+        way = self._ways[request.way]
+        return {"method": way.compressor.name, "retention_requested": way.retention_requested}
 
     def _failed(self, row: Row) -> Answer:
         trouble = row.trouble or BadRow(Status.FAILED, "failed without a reason")

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from gc2ray.errors import BadRow
+from gc2ray.records import RECIPES_WAY
 from gc2ray.views import Places, Selection, Tiles, Views
 
 
@@ -33,7 +34,7 @@ class Picture:
         tiles: Its views as bytes, until it is encoded.
         packed: What the language model is to read of it, (K, D).
         places: Where that stood in the uncompressed image, or None.
-        uncompressed: All of it is wanted, whatever the recipe says.
+        way: How it is to be compressed.
         mask: Which tokens were kept, a bitmap for each view.
         trouble: Why it cannot be used.
         halvings: Times that memory was short for it and others, which were halved.
@@ -41,7 +42,7 @@ class Picture:
     """
 
     key: str
-    uncompressed: bool = False
+    way: str = RECIPES_WAY
     mask: tuple[bytes, ...] = ()
     decoded: threading.Event = field(default_factory=threading.Event)
     tiles: Tiles | None = None
@@ -82,15 +83,15 @@ class Picture:
         self.full_newlines = views.canvas.newlines
 
 
-def picture_key(data: bytes, prompt: str | None = None, *, uncompressed: bool = False) -> str:
+def picture_key(data: bytes, prompt: str | None = None, way: str = RECIPES_WAY) -> str:
     """Digest of an image's bytes; with the prompt, where what is kept depends on it.
 
-    The same image with all its tokens is another picture.
+    The same image compressed in another way is another picture.
     """
     digest = hashlib.blake2b(data, digest_size=16)
     if prompt is not None:
         digest.update(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
-    return digest.hexdigest() + ("/all" if uncompressed else "")
+    return digest.hexdigest() + ("" if way == RECIPES_WAY else f"/{way}")
 
 
 class Pictures:
@@ -107,13 +108,13 @@ class Pictures:
         self._bytes = 0  # of those
         self._lock = threading.Lock()
 
-    def find(self, key: str, *, uncompressed: bool = False) -> tuple[Picture, bool]:
+    def find(self, key: str, way: str = RECIPES_WAY) -> tuple[Picture, bool]:
         """The picture of a key, and whether it is new: then the caller is to decode it."""
         with self._lock:
             picture = self._known.get(key)
             new = picture is None
             if picture is None:
-                picture = self._known[key] = Picture(key, uncompressed)
+                picture = self._known[key] = Picture(key, way)
             picture.rows += 1
             if key in self._kept:
                 self._kept.move_to_end(key)

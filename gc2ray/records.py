@@ -26,6 +26,8 @@ from gc2ray.stats import STAGES, RunStats, merged, retention_bucket, top
 
 SCHEMA_VERSION = 2
 MILLION = 1_000_000
+RECIPES_WAY, UNCOMPRESSED = "recipe", "uncompressed"
+"""Ways of compression that every engine knows."""
 
 _AUDIT = pa.struct(
     [
@@ -112,7 +114,7 @@ class Request:
         prompt_index: Which of the row's prompts it is; a row without any has one request, with 0.
         prompt_count: How many requests the row has, so that a lost one is missed.
         is_audited: It is answered twice, see `gc2ray.audit`.
-        is_uncompressed: It is to be answered with all visual tokens, whatever the recipe says.
+        way: How its image is to be compressed, see `gc2ray.way`; as a rule as the recipe says.
     """
 
     row_key: str
@@ -125,7 +127,7 @@ class Request:
     prompt_index: int = 0
     prompt_count: int = 1
     is_audited: bool = False
-    is_uncompressed: bool = False
+    way: str = RECIPES_WAY
 
     @property
     def seed(self) -> int:

@@ -148,7 +148,7 @@ def survey(
     files, _ = source.scan()
     looker = _Looker(recipe, outline)
     total = sum(file.rows for file in files)
-    spans = _all(files) if rows is None or rows >= total else _spread(files, rows)
+    spans = _all(files) if rows is None or rows >= total else spread(files, rows)
     stretches = []
     for span in spans:
         try:
@@ -204,7 +204,7 @@ def _all(files: Sequence[SourceFile]) -> list[Span]:
     return [Span(file.source, file.fingerprint, 0, file.rows) for file in files if file.rows]
 
 
-def _spread(files: Sequence[SourceFile], rows: int) -> list[Span]:
+def spread(files: Sequence[SourceFile], rows: int) -> list[Span]:
     """About so many rows in stretches of equal length, one at a random place of each equal part."""
     starts = np.cumsum([0, *(file.rows for file in files)])
     total = int(starts[-1])

@@ -17,18 +17,16 @@ from dataclasses import replace
 
 import torch
 
-from gc2ray.compression.compressor import Compressor
-from gc2ray.compression.none import NoCompression
 from gc2ray.config import Recipe
 from gc2ray.errors import BadRow, Status
 from gc2ray.families.family import Family
 from gc2ray.images import read_bytes, tiles_of
-from gc2ray.packing import Packing
 from gc2ray.pictures import Picture, Pictures, picture_key
 from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Request
 from gc2ray.row import Row, attempt, share_time
 from gc2ray.views import Places, Prompt, Selection, Views
+from gc2ray.way import Way
 
 
 class Vision:
@@ -38,7 +36,7 @@ class Vision:
         family: The model's vision side, projector and text table.
         chat: Its chat template.
         recipe: What to compute.
-        compressor: What chooses tokens.
+        ways: How images may be compressed, by name.
         remembered_bytes: Packed pictures that are kept for rows to come, at most.
     """
 
@@ -47,13 +45,12 @@ class Vision:
         family: Family,
         chat: ChatPrompt,
         recipe: Recipe,
-        compressor: Compressor,
+        ways: Mapping[str, Way],
         remembered_bytes: int,
     ) -> None:
         self._family = family
         self._chat = chat
-        self._compressor = compressor
-        self._packing = recipe.compression.packing()
+        self._ways = ways
         self._images = recipe.input.image_policy()
         self._generation = recipe.generation
         self._remembered_bytes = remembered_bytes
@@ -73,11 +70,10 @@ class Vision:
             if len(request.images) != 1 or len(request.prompts) != 1:
                 raise BadRow(Status.FAILED, "a request has one image and one prompt, for now")
             data = read_bytes(request.images[0], self._images)
-            reads_prompt = self._compressor.reads_prompt
-            whole = request.is_uncompressed
-            text = request.prompts[0] if reads_prompt and not whole else None
-            key = picture_key(data, text, uncompressed=whole)
-            row.picture, new = self._pictures.find(key, uncompressed=whole)
+            way = request.way
+            reads_prompt = self._ways[way].compressor.reads_prompt
+            key = picture_key(data, request.prompts[0] if reads_prompt else None, way)
+            row.picture, new = self._pictures.find(key, way)
             row.shares = not new
             if new:
                 self._decode(row.picture, request, data)
@@ -149,18 +145,16 @@ class Vision:
     def _selected(
         self, pictures: Sequence[Picture], views: Sequence[Views]
     ) -> tuple[list[Selection], list[Places | None]]:
-        """What is kept of each, and where it stood; of some pictures that is everything."""
+        """What is kept of each, and where it stood; each in its own way."""
         selections: dict[int, Selection] = {}
         places: dict[int, Places | None] = {}
-        ways = ((False, self._compressor, self._packing), (True, NoCompression(), Packing()))
-        for whole, compressor, packing in ways:
-            chosen = [at for at, picture in enumerate(pictures) if picture.uncompressed == whole]
+        for name in dict.fromkeys(picture.way for picture in pictures):
+            way = self._ways[name]
+            chosen = [at for at, picture in enumerate(pictures) if picture.way == name]
             some = [views[at] for at in chosen]
-            if not some:
-                continue
-            found = packing.apply(some, compressor.many(some))
+            found = way.packing.apply(some, way.compressor.many(some))
             selections |= dict(zip(chosen, found, strict=True))
-            places |= dict(zip(chosen, packing.places(some, found), strict=True))
+            places |= dict(zip(chosen, way.packing.places(some, found), strict=True))
         order = range(len(pictures))
         return [selections[at] for at in order], [places[at] for at in order]
 

@@ -17,7 +17,7 @@ from gc2ray.engine import Engine
 from gc2ray.errors import BadRow, ConfigError, Status
 from gc2ray.families.family import Loaded
 from gc2ray.handout import Handout
-from gc2ray.records import Answer, Request, stats_of
+from gc2ray.records import RECIPES_WAY, UNCOMPRESSED, Answer, Request, stats_of
 from gc2ray.store import Store
 from gc2ray.verify import verify
 from gc2ray.worker import Worker
@@ -42,9 +42,11 @@ class TwoFaced(EchoEngine):
             if row.fault is not None:
                 yield echo(row, status=row.fault.status, answer=None, error=row.fault.message)
                 continue
-            says = self._says[row.is_uncompressed]
+            says = self._says[row.way == UNCOMPRESSED]
             status = Status.OK if says is not None else Status.TOO_LONG
-            times = {stage: ns * (1 + 9 * row.is_uncompressed) for stage, ns in STAGES.items()}
+            times = {
+                stage: ns * (1 + 9 * (row.way == UNCOMPRESSED)) for stage, ns in STAGES.items()
+            }
             yield echo(row, status=status, answer=says, stage_ns=times)
 
 
@@ -72,7 +74,7 @@ def test_every_request_has_one_answer(seed: int) -> None:
     for answer in found:
         looked = answer.request.fault is None and is_audited(answer.request.row_key, 0.5)
         assert (answer.audit is not None) == looked
-        assert not answer.request.is_uncompressed
+        assert answer.request.way == RECIPES_WAY
         if answer.request.fault is None:
             assert (answer.answer, answer.stage_ns) == ("a cat", STAGES)
     assert 5 < sum(answer.audit is not None for answer in found) < 35
@@ -109,7 +111,7 @@ def test_a_storage_that_failed_the_second_look_has_the_shard_tried_again() -> No
     class Failing(TwoFaced):
         def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
             for answer in super().stream(requests):
-                yield replace(answer, retry=answer.request.is_uncompressed)
+                yield replace(answer, retry=answer.request.way == UNCOMPRESSED)
 
     found = list(Audited(Failing("a", "a"), 0.5).stream(rows()))
     assert all(answer.retry == (answer.audit is not None) for answer in found)

@@ -28,6 +28,7 @@ from gc2ray.prompts import ChatPrompt
 from gc2ray.records import Answer, ImageRef, Request, stats_of
 from gc2ray.stats import STAGES, RunStats
 from gc2ray.vision import Vision
+from gc2ray.way import ways_of
 from tests.greedy import plain_greedy
 from tests.rows import SIZES, encoded, make_recipe, picture, request, requests
 
@@ -604,7 +605,7 @@ ASKED = ("What is it?", "How many objects are there?", "Which colour is it?", "D
 def make_vision(loaded: Loaded) -> Vision:
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
     chat = ChatPrompt(loaded.processor)
-    return Vision(loaded.family, chat, recipe, recipe.compression.build(), remembered_bytes=0)
+    return Vision(loaded.family, chat, recipe, ways_of(recipe, {}), remembered_bytes=0)
 
 
 def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: Loaded) -> None:

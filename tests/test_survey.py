@@ -23,7 +23,7 @@ from gc2ray.figures import Range
 from gc2ray.records import Answer, stats_of
 from gc2ray.shards import SourceFile
 from gc2ray.sources.source import Source
-from gc2ray.survey import Shown, Stretch, Survey, _spread, survey
+from gc2ray.survey import Shown, Stretch, Survey, spread, survey
 from tests.rows import SIZES, encoded, make_job, picture, prompts_of, write_rows
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -126,14 +126,14 @@ def test_a_sample_is_spread_over_the_input(
 
 def test_stretches_lie_in_order_and_do_not_meet() -> None:
     files = [SourceFile(f"{n}", "f", (rows,)) for n, rows in enumerate((5, 0, 700, 1, 3000))]
-    spans = _spread(files, 640)
+    spans = spread(files, 640)
     starts = np.cumsum([0, *(file.rows for file in files)])
     places = [(starts[int(s.source)] + s.first, starts[int(s.source)] + s.stop) for s in spans]
     assert all(first < stop for first, stop in places)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
     assert 600 <= sum(span.rows for span in spans) <= 640
     assert all(span.stop <= files[int(span.source)].rows for span in spans)
-    assert _spread(files, 640) == spans
+    assert spread(files, 640) == spans
 
 
 def test_an_input_that_cannot_be_read_is_refused(
