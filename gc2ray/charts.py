@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,8 +25,11 @@ from gc2ray.summary import Change
 
 INK, FAINT = "#010203", "#040506"
 BEFORE, AFTER, THIRD = "#070809", "#0a0b0c", "#0d0e0f"
-VARIABLES = {INK: "ink", FAINT: "faint", BEFORE: "before", AFTER: "after", THIRD: "third"}
-"""Placeholder to CSS variable."""
+VARIABLES = {
+    INK: "ink, #1b1f24", FAINT: "faint, #8a929c", BEFORE: "before, #8f98a3",
+    AFTER: "after, #0072b2", THIRD: "third, #b04a00",
+}  # fmt: skip
+"""Placeholder to CSS variable, and what it is where no page sets it."""
 WIDTH, ROW = 4.6, 0.34
 """Inches, of which 72 are a pixel column each."""
 TIME_TICKS = 4
@@ -44,6 +48,18 @@ STYLE: Any = {
     "axes.spines.right": False,
     "path.simplify": True,
 }
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting: how long a row takes, and how good it is, with an interval."""
+
+    name: str
+    milliseconds: float
+    quality: float
+    low: float
+    high: float
+    on_front: bool
 
 
 def bars(title: str, unit: str, values: Mapping[str, float]) -> str:
@@ -118,6 +134,29 @@ def over_time(title: str, moments: Sequence[tuple[datetime, float, float]]) -> s
         axes.patch.set_visible(False)  # the second pair of axes has put it back
 
     return _svg(title, 2.4, draw)
+
+
+def front(title: str, points: Sequence[Point]) -> str:
+    """Quality against time, with intervals; the points that nothing beats are joined."""
+
+    def draw(axes: Axes) -> None:
+        best = sorted((p for p in points if p.on_front), key=lambda p: p.milliseconds)
+        axes.plot(
+            [p.milliseconds for p in best], [p.quality for p in best], color=AFTER, linewidth=1
+        )
+        for point in points:
+            colour = AFTER if point.on_front else BEFORE
+            axes.plot([point.milliseconds] * 2, [point.low, point.high], color=colour, linewidth=1)
+            axes.plot([point.milliseconds], [point.quality], marker="o", color=colour)
+            axes.annotate(
+                point.name, (point.milliseconds, point.quality), xytext=(5, -11),
+                textcoords="offset points", fontsize=8, color=INK,
+            )  # fmt: skip
+        axes.margins(x=0.2)
+        axes.set_xlabel("milliseconds a row")
+        axes.set_ylabel("quality, 95 %")
+
+    return _svg(title, 3.2, draw)
 
 
 def _tidy_bars(axes: Axes, largest: float, unit: str) -> None:

@@ -198,6 +198,9 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
         float | None, typer.Option(min=0, help="Of this device, in place of the table's.")
     ] = None,
     hardware: HardwareFile = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw quality against time, the Pareto front.")
+    ] = None,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Measure on this device which retention and method pay on your rows, and say if none does."""
@@ -206,7 +209,7 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.hardware import load_hardware
         from gc2ray.summary import Prices
         from gc2ray.tune import Target
-        from gc2ray.tuning import Wish, tuned
+        from gc2ray.tuning import Wish, drawing, tuned
         from gc2ray.tuning import print_tuning as shown
 
         wish = Wish(
@@ -218,6 +221,8 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
             prices=Prices(load_hardware(hardware), usd_per_hour=usd_per_hour),
         )
         found = tuned(load_job(config, overrides or []), wish)
+        if svg is not None:
+            _write(svg, drawing(found).encode())
         if as_json:
             typer.echo(json.dumps(found.to_dict()))
         else:
@@ -340,11 +345,7 @@ def show(
         from gc2ray.show import show as drawn
 
         path = to or Path(picture_name(output, row_key))
-        picture = drawn(output, row_key)
-        try:
-            path.write_bytes(picture)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+        _write(path, drawn(output, row_key))
         Console().print(str(path), markup=False, soft_wrap=True)
 
 
@@ -418,6 +419,13 @@ def check(
         )
         console.print("[bold green]passed[/]" if parity.passed else "[bold red]failed[/]")
         raise typer.Exit(0 if parity.passed else 1)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _version(show: bool | None) -> None:  # noqa: FBT001 - typer calls it so

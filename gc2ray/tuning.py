@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gc2ray import compression
+from gc2ray.charts import Point, front
 from gc2ray.config import Job
 from gc2ray.engine import Engine, load_model
 from gc2ray.errors import ConfigError, ShardError
@@ -146,6 +147,22 @@ def print_tuning(console: Console, found: Tuning) -> None:
         highlight=False,
     )
     console.print(found.verdict, soft_wrap=True, markup=False, highlight=False)
+
+
+def drawing(found: Tuning) -> str:
+    """The Pareto front, as SVG."""
+    points = [
+        Point(
+            name=item.setting.name,
+            milliseconds=1e3 * item.seconds_per_row,
+            quality=item.quality.mean,
+            low=item.quality.low,
+            high=item.quality.high,
+            on_front=item.on_front,
+        )
+        for item in found.measured
+    ]
+    return front("Quality against time", points)
 
 
 def _speed_up(found: Interval) -> str:

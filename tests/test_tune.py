@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -240,10 +241,17 @@ def test_the_command_measures_and_says_what_to_take(
     words = ("tune", config, "--rows", "24", "--retention", "0.5", "--retention", "0.1")
     result = gc2ray(*words, "--min-agreement", "0")
     assert result.returncode == 0, result.stderr
+    drawing = tmp_path / "front.svg"
+    refused = gc2ray(*words, "--svg", tmp_path / "nowhere" / "front.svg")
+    assert (refused.returncode, "cannot be written" in refused.stderr) == (2, True)
     assert "none at 1" in result.stdout
     assert "globalcom2 at 0.1" in result.stdout
     assert re.search(r"(Take globalcom2 at 0\.\d|Compression does not pay here)", result.stdout)
-    found = json.loads(gc2ray(*words, "--json", "--usd-per-hour", "1").stdout)
+    priced = gc2ray(*words, "--json", "--usd-per-hour", "1", "--svg", drawing)
+    found = json.loads(priced.stdout)
+    root = ElementTree.fromstring(drawing.read_text())
+    texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"none at 1", "globalcom2 at 0.5", "globalcom2 at 0.1"} <= set(texts)
     assert [item["setting"]["retention"] for item in found["measured"]] == [1.0, 0.5, 0.1]
     tokens = [item["visual_tokens"] for item in found["measured"]]
     assert tokens == sorted(tokens, reverse=True)
