@@ -154,7 +154,7 @@ def test_accuracy_is_against_references_and_failures_count() -> None:
 
 def test_a_budget_buys_the_best_quality() -> None:
     engine = Known(SPEEDS, {WHOLE: 1.0, HALF: 0.9, TENTH: 0.5})
-    for budget, expected in ((100.0, WHOLE), (60.0, HALF), (25.0, TENTH), (1.0, None)):
+    for budget, expected in ((101.0, WHOLE), (60.0, HALF), (25.0, TENTH), (1.0, None)):
         question = Question(
             Target(budget_usd=budget), {}, usd_per_hour=3.6, total_rows=100_000
         )  # 100, 50 and 20 dollars
