@@ -30,9 +30,7 @@ demo: setup ## Run the whole job with the pocket model on this machine, with rig
 	$(PY) -m jobs.demo
 
 test: setup ## Run the tests
-	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile --ignore tests/test_chaos.py
-	# In a process of its own: handles of an earlier cluster's actors would end those of this one.
-	$(PY) -m pytest -m "not slow" tests/test_chaos.py
+	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: setup ## Run the tests that are too slow for `make test`
 	$(PY) -m pytest -m slow

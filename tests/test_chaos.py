@@ -65,7 +65,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RcloneServer]:
 @pytest.fixture(scope="module")
 def cluster(server: RcloneServer) -> Iterator[LocalCluster]:
     """A head that runs nothing, and three nodes of one worker each, which know the store."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     made = LocalCluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
@@ -76,7 +75,6 @@ def cluster(server: RcloneServer) -> Iterator[LocalCluster]:
     yield made
     ray.shutdown()
     made.shutdown()
-    del os.environ["RAY_AUTH_MODE"]
 
 
 def add_node(cluster: LocalCluster) -> None:
