@@ -213,9 +213,22 @@ class AuditConfig(Frozen):
 
     Attributes:
         share: Of the prompts; which ones, depends on their keys alone.
+        escalate: Retentions, rising, at which one whose answers disagree is answered anew, until
+            one agrees: that, or else the last, is the row's answer. Empty: none is.
+        min_agreement: Answers that are less alike disagree.
     """
 
     share: float = Field(default=0.0, ge=0, le=1)
+    escalate: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    min_agreement: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _rising(self) -> AuditConfig:
+        if list(self.escalate) != sorted(set(self.escalate)):
+            raise ValueError("escalate: retentions must rise, one after the other")
+        if self.escalate and not self.share:
+            raise ValueError("escalate needs a share above 0: only audited rows are answered anew")
+        return self
 
 
 class Recipe(Frozen):
@@ -231,7 +244,24 @@ class Recipe(Frozen):
     def _something_to_audit(self) -> Recipe:
         if self.audit.share and self.compression.build().keeps_everything:
             raise ValueError("audit.share is above 0, but nothing is compressed; set it to 0")
+        lowest = min(self.audit.escalate, default=None)
+        if lowest is not None and lowest <= self.compression.retention:
+            raise ValueError(
+                f"audit.escalate: {lowest:g} is not above the retention of the compression, "
+                f"{self.compression.retention:g}"
+            )
+        if self.audit.escalate and "retention" not in compression.parameters(
+            self.compression.method
+        ):
+            raise ValueError(f"audit.escalate: {self.compression.method} has no retention to raise")
         return self
+
+    def rungs(self) -> dict[str, CompressionConfig]:
+        """Compressions with which audited rows that disagree are answered anew, by name."""
+        return {
+            f"retention {retention:g}": self.compression.model_copy(update={"retention": retention})
+            for retention in self.audit.escalate
+        }
 
     def fingerprint(self) -> str:
         """Digest of every setting that is not its default: new settings change no old recipe."""

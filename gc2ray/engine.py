@@ -85,6 +85,7 @@ class Engine:
             self._family, self._chat, recipe, self._ways, self._sizes.remembered_bytes
         )
         self._open: dict[int, Row] = {}
+        self._feed: Feed[Request, Row] | None = None
         self._tags = 0
         self.device = device_name(self._family.device)
         self.model_digest = loaded.digest
@@ -116,6 +117,7 @@ class Engine:
             Feed(requests, self._vision.open, threads=threads, ahead=ahead) as feed,
             self._beside() as beside,
         ):
+            self._feed = feed
             while True:
                 self._fill(batch, feed)
                 if encoding is None and not ready and self._worth_encoding(batch):
@@ -131,6 +133,16 @@ class Engine:
                     if feed.ended:
                         return
                     self._starve(feed)
+
+    def again(self, request: Request) -> None:
+        """Answer this one, too: asked between two answers of a `stream`, which then has it as well.
+
+        Raises:
+            RuntimeError: There is no stream.
+        """
+        if self._feed is None:
+            raise RuntimeError("again is for whoever reads a stream of answers")
+        self._feed.add(request)
 
     def _beside(self) -> Executor:
         """Where batches are encoded: beside the decoder on a GPU, in turn with it on a CPU."""

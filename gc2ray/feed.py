@@ -4,7 +4,8 @@ One thread reads an iterator, which may block as long as it likes; some more wor
 the owner takes results in the order of the items, as many as are at hand, and waits only when it
 has nothing else to do. How long it waited is counted: that is time in which it starved.
 
-How far the threads run ahead is bounded, so that memory is.
+How far the threads run ahead is bounded, so that memory is. The owner may add items of its own,
+which come before those that are still to be read.
 
 Not covered: more than one owner; interrupting an item that is being worked on.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from types import TracebackType
@@ -58,8 +60,8 @@ class Feed(Generic[S, T]):
         self._room = threading.Semaphore(ahead)
         self._made: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
         self._next: Future[T] | None = None
-        self._closed = False
-        self.ended = False
+        self._own: deque[Future[T]] = deque()
+        self._closed = self._all_read = False
         self.waited_ns = 0
 
     def __enter__(self) -> Self:
@@ -76,8 +78,19 @@ class Feed(Generic[S, T]):
         self._room.release()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def ended(self) -> bool:
+        """There is nothing more to come, unless the owner adds it."""
+        return self._all_read and not self._own
+
+    def add(self, item: S) -> None:
+        """Work on an item of the owner's, too; nothing bounds how many there are."""
+        self._own.append(self._pool.submit(self._work, item))
+
     def take(self) -> T | None:
         """The next result if it is at hand, else None; see `ended`."""
+        if self._own and self._own[0].done():
+            return self._own.popleft().result()
         if self._next is None and not self._made.empty():
             self._advance()
         if self._next is None or not self._next.done():
@@ -89,15 +102,16 @@ class Feed(Generic[S, T]):
     def wait(self) -> None:
         """Wait until the next result is at hand, or there will be none."""
         started = time.perf_counter_ns()
-        if self._next is None and not self.ended:
+        if self._next is None and not self._own and not self._all_read:
             self._advance()
-        if self._next is not None:
-            wait([self._next])
+        coming = self._own[0] if self._own else self._next
+        if coming is not None:
+            wait([coming])
         self.waited_ns += time.perf_counter_ns() - started
 
     def _advance(self) -> None:
         self._next = self._made.get()
-        self.ended = self._next is None
+        self._all_read = self._next is None
 
     def _read(self) -> None:
         """The reading thread: one item after the other, while there is room."""

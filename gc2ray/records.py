@@ -24,7 +24,7 @@ from gc2ray.cost import Demand
 from gc2ray.errors import BadRow, Status
 from gc2ray.stats import STAGES, RunStats, merged, retention_bucket, top
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MILLION = 1_000_000
 RECIPES_WAY, UNCOMPRESSED = "recipe", "uncompressed"
 """Ways of compression that every engine knows."""
@@ -34,6 +34,8 @@ _AUDIT = pa.struct(
         ("answer", pa.string()),
         ("retention", pa.float64()),
         ("agreement", pa.float64()),
+        ("first_answer", pa.string()),
+        ("final_agreement", pa.float64()),
     ]
 )
 
@@ -136,21 +138,40 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Escalation:
+    """What became of an audited row that was answered anew, with more visual tokens.
+
+    Attributes:
+        first_answer: What it was answered before; None where that failed.
+        agreement: Of the answer that it has now with the uncompressed one.
+        stage_ns: Time of those of its answers that were replaced, by stage; not written.
+    """
+
+    first_answer: str | None
+    agreement: float
+    stage_ns: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Audit:
     """A second look at an answer.
 
     Attributes:
-        answer: What the model says with more visual tokens; None where it failed.
-        retention: Of that answer.
-        agreement: `gc2ray.quality.similarity` of both: 1 where they are the same, 0 where one of
-            them failed, None where both did.
-        stage_ns: Time that it took, by stage; not written.
+        answer: What the model says uncompressed; None where it failed.
+        agreement: `gc2ray.quality.similarity` of that and what the recipe's compression gave: 1
+            where they are the same, 0 where one of them failed, None where both did.
+        stage_ns: Time that the uncompressed answer took, by stage; not written.
+        own_ns: The same of the one that it was compared with.
+        escalation: Where the row was answered anew.
+        retention: Of the uncompressed answer.
     """
 
     answer: str | None
-    retention: float
     agreement: float | None
     stage_ns: Mapping[str, int] = field(default_factory=dict)
+    own_ns: Mapping[str, int] = field(default_factory=dict)
+    escalation: Escalation | None = None
+    retention: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -227,11 +248,14 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
     del buckets[None]
     demands = [answer.demand for answer in answers if answer.demand is not None]
     full = [answer.demand_full for answer in answers if answer.demand_full is not None]
-    audits = [(a.request.row_key, a.audit) for a in answers if a.audit is not None]
+    audits = [a.audit for a in answers if a.audit is not None]
+    cells = [
+        (a.request.row_key, a.retention_requested, _audit_cell(a.audit)) for a in answers if a.audit
+    ]
     sums: dict[str, Any] = {
         name: sum(getattr(answer, name) or 0 for answer in answers) for name in _SUMMED
     }
-    sums |= _audit_stats([(key, audit.agreement) for key, audit in audits])
+    sums |= _audit_stats(cells)
     return RunStats(
         rows=len(answers),
         by_status=dict(Counter(str(answer.status) for answer in answers)),
@@ -243,8 +267,9 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         cache_read_bytes=sum(demand.cache_read_bytes for demand in demands),
         cache_read_bytes_full=sum(demand.cache_read_bytes for demand in full),
         **sums,
-        audit_ns=merged(audit.stage_ns for _, audit in audits),
-        audited_ns=merged(a.stage_ns for a in answers if a.audit is not None),
+        audit_ns=merged(audit.stage_ns for audit in audits),
+        audited_ns=merged(audit.own_ns for audit in audits),
+        escalation_ns=merged(a.escalation.stage_ns for a in audits if a.escalation is not None),
         images_shared=sum(answer.image_shared for answer in answers),
         prompt_tokens_shared=sum(answer.prompt_tokens_shared for answer in answers),
         stage_ns={
@@ -256,10 +281,17 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
     )
 
 
-def _audit_stats(audits: Sequence[tuple[str, float | None]]) -> dict[str, Any]:
-    """Statistics of agreements by row key; None where neither answer came."""
-    known = [(key, agreement) for key, agreement in audits if agreement is not None]
+def _audit_stats(audits: Sequence[tuple[str, float, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Statistics of audits by row key, the retention of the row's answer and the audit's cell."""
+    known = [(key, cell["agreement"]) for key, _, cell in audits if cell["agreement"] is not None]
+    anew = [
+        (f"{retention:g}", cell["final_agreement"])
+        for _, retention, cell in audits
+        if cell["final_agreement"] is not None
+    ]
     return {
+        "escalated": dict(Counter(retention for retention, _ in anew)),
+        "escalated_agreed": dict(Counter(retention for retention, now in anew if now == 1)),
         "audits": len(known),
         "audits_agreed": sum(agreement == 1 for _, agreement in known),
         "agreement_millionths": sum(round(agreement * MILLION) for _, agreement in known),
@@ -319,6 +351,7 @@ UNWRITTEN_STATS = frozenset(
         "energy_millijoules",
         "audit_ns",
         "audited_ns",
+        "escalation_ns",
         "starved_ns",
         "halvings",
         "peak_device_bytes",
@@ -341,8 +374,8 @@ def table_stats(table: pa.Table) -> RunStats:
     sums: dict[str, Any] = {
         name: int(values.sum(dtype=np.int64)) for name, values in number.items()
     }
-    audits = zip(keys, table["audit"].to_pylist(), strict=True)
-    sums |= _audit_stats([(key, audit["agreement"]) for key, audit in audits if audit])
+    cells = (table[name].to_pylist() for name in ("row_key", "retention_requested", "audit"))
+    sums |= _audit_stats([row for row in zip(*cells, strict=True) if row[2]])
     return RunStats(
         rows=len(table),
         by_status=dict(Counter(table["status"].to_pylist())),
@@ -374,13 +407,16 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "attempt": provenance.attempt,
         "generation": provenance.generation,
         "worker": provenance.worker,
-        "audit": _audit_cell(answer.audit),
+        "audit": None if answer.audit is None else _audit_cell(answer.audit),
     }
 
 
-def _audit_cell(audit: Audit | None) -> dict[str, Any] | None:
-    if audit is None:
-        return None
+def _audit_cell(audit: Audit) -> dict[str, Any]:
+    anew = audit.escalation
     return {
-        "answer": audit.answer, "retention": audit.retention, "agreement": audit.agreement
-    }  # fmt: skip
+        "answer": audit.answer,
+        "retention": audit.retention,
+        "agreement": audit.agreement,
+        "first_answer": anew and anew.first_answer,
+        "final_agreement": anew and anew.agreement,
+    }

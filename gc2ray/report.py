@@ -229,6 +229,12 @@ def _audit_line(summary: Summary) -> Line:
             f" Those took {audit.slowdown:.2f} times as long on the device, in the same batches as "
             "compressed ones."
         )
+    if audit.rungs:
+        anew, agreed_now = (sum(getattr(r, of) for r in audit.rungs) for of in ("rows", "agreed"))
+        text += (
+            f" {anew:,} that differed were answered anew with more visual tokens; {agreed_now:,} "
+            "of them agree now."
+        )
     return Line(text)
 
 
@@ -266,6 +272,15 @@ def _tables(summary: Summary) -> Iterator[Table]:
     yield _time_table(summary)
     yield from _money_tables(summary)
     if summary.audit is not None:
+        yield Table(
+            "Audited rows that were answered anew",
+            ["retention of their answer now", "rows", "of them same as uncompressed"],
+            [
+                [f"{rung.retention:g}", f"{rung.rows:,}", f"{rung.agreed:,}"]
+                for rung in summary.audit.rungs
+            ],
+            "Those whose answers disagreed, at rising retentions, until one agreed.",
+        )
         yield Table(
             "Audited rows that differ most",
             ["row", "similarity"],

@@ -92,6 +92,9 @@ class RunStats:
         agreement_millionths: Sum of their similarities, in millionths.
         audit_ns: Busy nanoseconds of the uncompressed answers, by stage; in no other number.
         audited_ns: The same of the answers that they were compared with.
+        escalated: Audited answers that were given anew, by the retention of what they are now.
+        escalated_agreed: Those of them that now say the same.
+        escalation_ns: Busy nanoseconds of what those replaced, by stage; in no other number.
         least_agreed: Audited rows that differed most, as (difference in millionths, row key).
         stage_ns: Busy nanoseconds by stage (`STAGES`).
         starved_ns: Time in which a worker had nothing to do, and rows were still to come.
@@ -129,6 +132,9 @@ class RunStats:
     agreement_millionths: int = 0
     audit_ns: dict[str, int] = field(default_factory=dict)
     audited_ns: dict[str, int] = field(default_factory=dict)
+    escalated: dict[str, int] = field(default_factory=dict)
+    escalated_agreed: dict[str, int] = field(default_factory=dict)
+    escalation_ns: dict[str, int] = field(default_factory=dict)
     stage_ns: dict[str, int] = field(default_factory=dict)
     starved_ns: int = 0
     halvings: int = 0

@@ -77,6 +77,21 @@ class WhatIf:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """A retention at which audited rows were answered anew.
+
+    Attributes:
+        retention: Requested.
+        rows: Whose answer is of this retention now.
+        agreed: Those of them that now say what was said uncompressed.
+    """
+
+    retention: float
+    rows: int
+    agreed: int
+
+
+@dataclass(frozen=True)
 class AuditSummary:
     """What a second look at some answers found.
 
@@ -87,6 +102,7 @@ class AuditSummary:
         audit_seconds: Busy time of the uncompressed answers, by stage.
         audited_seconds: The same of the answers that they were compared with.
         least: Rows that differed most, as (similarity, row key).
+        rungs: Answers that were given anew, by the retention of what they are now, rising.
     """
 
     audits: int
@@ -95,6 +111,7 @@ class AuditSummary:
     audit_seconds: Mapping[str, float]
     audited_seconds: Mapping[str, float]
     least: tuple[tuple[float, str], ...]
+    rungs: tuple[Rung, ...]
 
     @property
     def slowdown(self) -> float | None:
@@ -335,6 +352,10 @@ def _audit(stats: RunStats) -> AuditSummary | None:
         audit_seconds={stage: ns / 1e9 for stage, ns in stats.audit_ns.items()},
         audited_seconds={stage: ns / 1e9 for stage, ns in stats.audited_ns.items()},
         least=tuple((1 - off / MILLION, key) for off, key in stats.least_agreed),
+        rungs=tuple(
+            Rung(float(retention), rows, stats.escalated_agreed.get(retention, 0))
+            for retention, rows in sorted(stats.escalated.items(), key=lambda item: float(item[0]))
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 """`Way`: how an image is compressed and laid out. An engine knows several, by name.
 
-One is the recipe's, and one compresses nothing; others may be added to compare them on the same
-engine. A request says which one it wants.
+One is the recipe's, and one compresses nothing; those of its audit keep more, and others may be
+added to compare them on the same engine. A request says which one it wants.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class Way:
 
 
 def ways_of(recipe: Recipe, others: Mapping[str, CompressionConfig]) -> dict[str, Way]:
-    """The recipe's, the one that keeps everything, and others by their names."""
+    """The recipe's own and its audit's, the one that keeps everything, and others by name."""
     named = {
         **others,
+        **recipe.rungs(),
         RECIPES_WAY: recipe.compression,
         UNCOMPRESSED: CompressionConfig(method="none"),
     }

@@ -244,8 +244,10 @@ class Worker:
         from gc2ray.engine import load_engine
 
         engine = load_engine(job.recipe, job.cluster, self._tick)
-        share = job.recipe.audit.share
-        return Audited(engine, share) if share else engine
+        audit = job.recipe.audit
+        if not audit.share:
+            return engine
+        return Audited(engine, audit.share, tuple(job.recipe.rungs()), audit.min_agreement)
 
     def _loaded_engine(self) -> Answering:
         if self._engine is None:

@@ -24,10 +24,12 @@ from gc2ray.worker import Worker
 
 def echo(request: Request, **changes: object) -> Answer:
     """The prompt as the answer."""
-    ok = {"status": Status.OK, "answer": request.prompts[0] if request.prompts else None}
-    return Answer(
-        request=request, method="none", retention_requested=1.0, device="fake", **{**ok, **changes}
-    )
+    ok = {
+        "status": Status.OK,
+        "answer": request.prompts[0] if request.prompts else None,
+        "retention_requested": 1.0,
+    }
+    return Answer(request=request, method="none", device="fake", **{**ok, **changes})
 
 
 class EchoEngine:
@@ -55,6 +57,7 @@ class EchoEngine:
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         held: list[Request] = []
         with Feed(requests, lambda request: request, threads=1, ahead=9) as feed:
+            self._feed = feed
             while held or not feed.ended:
                 request = feed.take()
                 if request is None and self._buffered:
@@ -76,6 +79,9 @@ class EchoEngine:
         if row.fault is not None:
             return echo(row, status=row.fault.status, answer=None, error=row.fault.message)
         return echo(row)
+
+    def again(self, request: Request) -> None:
+        self._feed.add(request)
 
     def forget(self) -> None:
         self.forgot += 1

@@ -368,6 +368,8 @@ CHANGES: dict[str, object] = {
     "generation.stop_token_ids": [7],
     "generation.max_repeats": 4,
     "audit.share": 0.01,
+    "audit.escalate": [0.5],
+    "audit.min_agreement": 0.9,
     "input.uri": "elsewhere",
     "input.image": "picture",
     "input.prompt": {"column": "prompt"},
@@ -392,8 +394,11 @@ def test_the_changes_cover_every_setting() -> None:
 
 @pytest.mark.parametrize("path", CHANGES)
 def test_every_setting_changes_the_fingerprint_and_the_difference(path: str) -> None:
-    stored = parse_job(job_data("model", "in", "out")).recipe
-    yours = parse_job(data_with(f"recipe.{path}", CHANGES[path])).recipe
+    found = data_with(f"recipe.{path}", CHANGES[path])
+    if path == "audit.escalate":  # only what is audited can be answered anew
+        found["recipe"]["audit"]["share"] = 0.5
+    before = data_with("recipe.audit.share", 0.5 if path == "audit.escalate" else 0.0)
+    stored, yours = parse_job(before).recipe, parse_job(found).recipe
     assert stored.fingerprint() != yours.fingerprint()
     lines = recipe_difference(stored, yours)
     assert lines

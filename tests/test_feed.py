@@ -109,3 +109,40 @@ def test_leaving_early_stops_the_reader() -> None:
     stopped = len(read)
     time.sleep(0.05)
     assert len(read) == stopped <= 5
+
+
+def test_what_the_owner_adds_comes_before_what_is_still_to_be_read() -> None:
+    go = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        go.wait(5)
+        yield 2
+
+    with Feed(items(), lambda item: item * 10, threads=1, ahead=5) as feed:
+        feed.wait()
+        assert feed.take() == 10
+        feed.add(7)  # while the reader blocks
+        feed.wait()
+        assert (feed.take(), feed.take()) == (70, None)
+        go.set()
+        assert drained(feed) == [20]
+
+
+def test_what_the_owner_adds_after_the_last_item_is_not_lost() -> None:
+    with Feed(range(2), lambda item: item * 10, threads=2, ahead=5) as feed:
+        assert drained(feed) == [0, 10]
+        assert feed.ended
+        for item in (3, 4):
+            feed.add(item)
+        assert not feed.ended
+        assert drained(feed) == [30, 40]
+
+
+def test_trouble_of_what_the_owner_adds_is_raised_where_it_is_taken() -> None:
+    with Feed(range(1, 2), lambda item: 1 // item, threads=1, ahead=5) as feed:
+        feed.add(0)
+        feed.wait()
+        with pytest.raises(ZeroDivisionError):
+            feed.take()
+        assert drained(feed) == [1]

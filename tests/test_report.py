@@ -14,12 +14,12 @@ from gc2ray.bill import Bill, Use
 from gc2ray.cost import LLAVA_7B, AnswerTokens, Demand
 from gc2ray.errors import Status
 from gc2ray.ledger import read_ledger
-from gc2ray.records import Answer, Audit
+from gc2ray.records import Answer, Audit, Escalation
 from gc2ray.report import Report, markdown_text, report
 from gc2ray.shards import SourceFile, Span
 from gc2ray.stats import RunStats
 from gc2ray.store import Store
-from gc2ray.summary import Change, Prices, Summary, summarise
+from gc2ray.summary import Change, Prices, Rung, Summary, summarise
 from tests.outputs import FILES, first_plan, retry_of, write_generation
 from tests.test_ledger import driver_record, worker_record
 from tests.test_offer import BIG
@@ -265,8 +265,10 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
     def looked_at(answer: Answer) -> Answer:
         answer = measured(answer)
         same = answer.request.row % 5 != 0
-        audit = Audit("x", 1.0, 1.0 if same else 0.25, {"encode": 10**8, "prefill": 9 * 10**8})
-        return replace(answer, audit=audit)
+        spent = {"encode": 10**8, "prefill": 9 * 10**8}
+        anew = None if same else Escalation("y", 1.0 if answer.request.row else 0.5)
+        audit = Audit("x", 1.0 if same else 0.25, spent, answer.stage_ns, anew)
+        return replace(answer, audit=audit, retention_requested=0.25 if same else 0.5)
 
     write_generation(tmp_path, 0, first_plan(), changed=looked_at)
     Store(str(tmp_path)).create("workers/w.json", worker_record(device="NVIDIA Big", gpus=1.0))
@@ -280,7 +282,12 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
     assert audit.similarity == pytest.approx((13 + 4 * 0.25) / 17)
     assert audit.slowdown == pytest.approx(1.0 / 0.4)
     assert [similarity for similarity, _ in audit.least] == [0.25] * 4
-    for text in ("Of 17 rows", "76.5%", "2.50 times as long", "Audited rows that differ most"):
+    assert audit.rungs == (Rung(0.5, 4, 2),)
+    for text in (
+        "Of 17 rows", "76.5%", "2.50 times as long", "Audited rows that differ most",
+        "4 that differed were answered anew with more visual tokens; 2 of them agree now",
+        "Audited rows that were answered anew",
+    ):  # fmt: skip
         assert text in found.markdown, text
         assert text in found.html, text
     assert "of audited answers unchanged" in found.html
