@@ -191,6 +191,8 @@ class _Look:
 
 
 def _agreement(answer: Answer, uncompressed: Answer) -> float | None:
-    if answer.status == uncompressed.status == Status.OK:
-        return similarity(answer.answer or "", uncompressed.answer or "")
-    return 0.0 if Status.OK in (answer.status, uncompressed.status) else None
+    if uncompressed.status != Status.OK:
+        return None  # there is nothing to agree with
+    if answer.status != Status.OK:
+        return 0.0
+    return similarity(answer.answer or "", uncompressed.answer or "")

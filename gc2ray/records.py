@@ -159,7 +159,7 @@ class Audit:
     Attributes:
         answer: What the model says uncompressed; None where it failed.
         agreement: `gc2ray.quality.similarity` of that and what the recipe's compression gave: 1
-            where they are the same, 0 where one of them failed, None where both did.
+            where they are the same, 0 where the latter failed, None where the former did.
         stage_ns: Time that the uncompressed answer took, by stage; not written.
         own_ns: The same of the one that it was compared with.
         escalation: Where the row was answered anew.

@@ -100,7 +100,7 @@ def test_every_request_has_one_answer(seed: int) -> None:
     ("compressed", "whole", "agreement"),
     [
         ("a cat", "A cat.", 1.0), ("a cat", "a car", 0.8), ("yes", "no", 0.0),
-        (None, "a cat", 0.0), ("a cat", None, 0.0), (None, None, None), ("", "", 1.0),
+        (None, "a cat", 0.0), ("a cat", None, None), (None, None, None), ("", "", 1.0),
     ],
 )  # fmt: skip
 def test_agreement_is_how_alike_both_answers_are(
