@@ -9,13 +9,13 @@ Not covered: retries, and a cluster that shares its machines with others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gc2ray import compression
-from gc2ray.config import Job, Recipe
+from gc2ray.config import CompressionConfig, Job, Recipe
 from gc2ray.families.family import Outline
 from gc2ray.figures import Range
 from gc2ray.forecast import Forecast, forecast
@@ -66,7 +66,7 @@ class Estimate:
         """For JSON."""
         data = asdict(self)
         for item, found in zip(data["forecasts"], self.forecasts, strict=True):
-            del item["ends"]
+            del item["ends"], item["audits"]
             item["flops"] = {stage: asdict(flops) for stage, flops in found.flops.items()}
         return data
 
@@ -105,10 +105,8 @@ def estimate(
         assumptions: What the input cannot tell.
     """
     output, basis = _output(job.recipe, assumptions)
-    forecasts = tuple(
-        forecast(survey, outline, recipe, output)
-        for recipe in _recipes(job.recipe, assumptions.retentions)
-    )
+    foresee = _Foresight(survey, outline, output)
+    forecasts = tuple(foresee(recipe) for recipe in _recipes(job.recipe, assumptions.retentions))
     pace = assumptions.pace
     bid = Bid(outline.shape, job.cluster, assumptions.hours, pace)
     offers = [bid.offer(found, device) for device in hardware for found in forecasts]
@@ -138,6 +136,35 @@ def estimate(
         forecasts=forecasts,
         offers=tuple(offers),
     )
+
+
+@dataclass
+class _Foresight:
+    """Forecasts of recipes about the same rows, of which audits need some more than once."""
+
+    survey: Survey
+    outline: Outline
+    output: Range
+    _plain: dict[CompressionConfig, Forecast] = field(default_factory=dict)
+
+    def __call__(self, recipe: Recipe) -> Forecast:
+        found = self._without_audit(recipe, recipe.compression)
+        if not recipe.audit.share or recipe.compression.build().keeps_everything:
+            return found
+        whole, *rungs = (
+            self._without_audit(recipe, config)
+            for config in (CompressionConfig(method="none"), *recipe.rungs().values())
+        )
+        higher = [rung for rung in rungs if rung.retention > found.retention]
+        return found.audited(recipe.audit.share, whole, higher)
+
+    def _without_audit(self, recipe: Recipe, config: CompressionConfig) -> Forecast:
+        known = self._plain.get(config)
+        if known is None:
+            asked = recipe.model_copy(update={"compression": config})
+            known = forecast(self.survey, self.outline, asked, self.output)
+            self._plain[config] = known
+        return known
 
 
 def _recipes(recipe: Recipe, retentions: Sequence[float]) -> list[Recipe]:

@@ -22,7 +22,7 @@ def print_estimate(console: Console, found: Estimate, job: Job) -> None:
     if any(offer.misfit is None for offer in found.offers):
         console.print(_recipe_table(found))
         console.print(_retention_table(found))
-    for note in (_sure(found), *_notes(found), *_misfits(found)):
+    for note in (_sure(found), *_notes(found, job), *_misfits(found)):
         console.print(f"* {note}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -121,13 +121,14 @@ def _sure(found: Estimate) -> str:
     )
 
 
-def _notes(found: Estimate) -> Iterator[str]:
+def _notes(found: Estimate, job: Job) -> Iterator[str]:
     yield (
         "Tokens after compression lie between their bounds, whatever the scores; a prompt also has "
         "its text and the newlines."
     )
     yield f"Output tokens: {found.output_basis}."
     fits = [item for item in found.offers if item.misfit is None]
+    yield from _audit_note(found, job)
     for device in dict.fromkeys(item.hardware for item in fits if item.basis == "run"):
         yield f"{device}: at the pace of an earlier run."
     if any(item.basis == "roofline" for item in fits):
@@ -137,6 +138,24 @@ def _notes(found: Estimate) -> Iterator[str]:
             "assumption; --like OUTPUT of an earlier run on a device replaces it. Prices are "
             "those of the hardware table; --hardware FILE brings your own."
         )
+
+
+def _audit_note(found: Estimate, job: Job) -> Iterator[str]:
+    """What second looks add, on the device where they add most."""
+    own = found.forecasts[0].retention
+    shares = [
+        item.audit_seconds.mid / item.device_seconds.mid
+        for item in found.offers
+        if item.retention == own and item.audit_seconds and item.device_seconds
+    ]
+    if not job.recipe.audit.share or not shares:
+        return
+    anew = len(job.recipe.audit.escalate)
+    text = f"{job.recipe.audit.share:.3g} of the rows are answered uncompressed, too"
+    if anew:
+        times = "once" if anew == 1 else f"up to {anew} times"
+        text += f", and those that differ (here half of them, each time) anew, {times}"
+    yield f"{text}: up to {max(shares):.1%} of the device time, which is in all figures of it."
 
 
 def _misfits(found: Estimate) -> Iterator[str]:

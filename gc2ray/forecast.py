@@ -9,8 +9,8 @@ Not covered: prefixes and images shared by rows that lie far apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,8 +22,12 @@ from gc2ray.figures import Range
 from gc2ray.stats import RunStats
 from gc2ray.survey import Shown, Survey
 
+Ends = tuple[RunStats, RunStats, RunStats]
+"""At the low end, the best guess and the high end."""
 ENDS = 3
-"""The low end, the best guess and the high end."""
+NOTHING: Ends = (RunStats(), RunStats(), RunStats())
+DISAGREEING = (0.0, 0.5, 1.0)
+"""Of the audited rows at each rung, those that are answered anew, likewise: nobody knows before."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Forecast:
         longest: Tokens of the longest prompt that was seen and of its answer, at most.
         too_long: Prompts that the model cannot read.
         ends: Statistics of the run at the low end, the best guess and the high end.
+        audits: What second looks at some answers ask for beside, likewise.
     """
 
     method: str
@@ -81,13 +86,31 @@ class Forecast:
     prompt_tokens: Range
     longest: int
     too_long: Range
-    ends: tuple[RunStats, RunStats, RunStats]
+    ends: Ends
+    audits: Ends = NOTHING
 
     @property
     def flops(self) -> Mapping[str, Range]:
         """By stage."""
         low, mid, high = self.ends
         return {s: Range(low.flops[s], mid.flops[s], high.flops[s]) for s in mid.flops}
+
+    def audited(self, share: float, whole: Forecast, rungs: Sequence[Forecast]) -> Forecast:
+        """The same, with a second look at some answers.
+
+        Args:
+            share: Of the prompts.
+            whole: All of them uncompressed.
+            rungs: All of them at the retentions at which those that disagree are answered anew.
+        """
+        low, mid, high = (
+            sum(
+                (_part(rung.ends[end], share * anew**times) for times, rung in enumerate(rungs, 1)),
+                _part(whole.ends[end], share),
+            )
+            for end, anew in enumerate(DISAGREEING)
+        )
+        return replace(self, audits=(low, mid, high))
 
 
 def forecast(survey: Survey, outline: Outline, recipe: Recipe, output_tokens: Range) -> Forecast:
@@ -193,6 +216,16 @@ class _Rows:
             return prompt
         canvas = shown.canvas
         return shown.text_tokens + sum(canvas.tokens_per_view()) + canvas.newlines
+
+
+def _part(stats: RunStats, share: float) -> RunStats:
+    """What a share of the prompts asks for."""
+    return RunStats(
+        rows=round(stats.rows * share),
+        output_tokens=round(stats.output_tokens * share),
+        flops={stage: round(flops * share) for stage, flops in stats.flops.items()},
+        cache_read_bytes=round(stats.cache_read_bytes * share),
+    )
 
 
 def _ends(value: Range) -> tuple[float, float, float]:

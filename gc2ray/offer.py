@@ -8,14 +8,15 @@ Not covered: several kinds of device in one run; storage and network as a bottle
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from gc2ray.config import Cluster
 from gc2ray.cost import ModelShape
 from gc2ray.errors import ConfigError
 from gc2ray.figures import Range
-from gc2ray.forecast import Forecast
+from gc2ray.forecast import Ends, Forecast
 from gc2ray.hardware import Hardware
 from gc2ray.pace import ROOFLINE_SHARE, Pace, roofline_seconds
 from gc2ray.sizing import Memory, sizes
@@ -58,15 +59,15 @@ class Bid:
         each = forecast.prompt_tokens.mid + mid.output_tokens / max(1, mid.rows)
         live = max(1, int(room / max(1.0, each)))
         if self.pace is not None and self.pace.device in hardware.devices:
-            seconds, basis = _at_pace(forecast, self.pace), "run"
+            clock, basis = partial(_at_pace, pace=self.pace), "run"
         else:
-            seconds, basis = self._by_roofline(forecast, hardware, live), "roofline"
+            clock, basis = partial(self._by_roofline, hardware=hardware, live=live), "roofline"
         offer = replace(nothing, live_rows=live, basis=basis)
-        return self._priced(offer, mid.rows, seconds, hardware)
+        return self._priced(offer, forecast, clock, hardware)
 
-    def _by_roofline(self, forecast: Forecast, hardware: Hardware, live: int) -> Range:
+    def _by_roofline(self, ends: Ends, hardware: Hardware, live: int) -> Range:
         ideal = []
-        for end in forecast.ends:
+        for end in ends:
             steps = math.ceil(end.output_tokens / min(live, max(1, end.rows)))
             asked = replace(end, decode_steps=steps)
             ideal.append(sum(roofline_seconds(asked, self.shape, hardware).values()))
@@ -77,12 +78,18 @@ class Bid:
     def known(self, forecast: Forecast, pace: Pace) -> Offer:
         """Of the device of an earlier run, which no table knows."""
         offer = Offer(pace.device, forecast.method, forecast.retention, basis="run")
-        return self._priced(offer, forecast.ends[1].rows, _at_pace(forecast, pace), None)
+        return self._priced(offer, forecast, partial(_at_pace, pace=pace), None)
 
     def _priced(
-        self, offer: Offer, prompts: int, seconds: Range, hardware: Hardware | None
+        self,
+        offer: Offer,
+        forecast: Forecast,
+        clock: Callable[[Ends], Range],
+        hardware: Hardware | None,
     ) -> Offer:
-        pace = self.pace
+        pace, prompts = self.pace, forecast.ends[1].rows
+        audits = clock(forecast.audits)
+        seconds = clock(forecast.ends).plus(audits)
         start = own = START_SECONDS
         if pace is not None and pace.start_seconds is not None and pace.worker_seconds is not None:
             start = Range.exactly(pace.start_seconds).times(pace.factor)
@@ -96,6 +103,7 @@ class Bid:
         return replace(
             offer,
             device_seconds=seconds,
+            audit_seconds=audits,
             worker_seconds=own,
             start_seconds=start,
             workers=workers,
@@ -117,7 +125,8 @@ class Offer:
         basis: Where time is from: a `run`, or a share of the `roofline`.
         misfit: Why the run does not fit the device, or None; nothing else is known then.
         live_rows: Rows of average length that fit its KV cache together.
-        device_seconds: Of answering.
+        device_seconds: Of answering, second looks included.
+        audit_seconds: Of those second looks.
         worker_seconds: Device-seconds of one worker beside answering.
         start_seconds: Until answers come.
         workers: As configured, or as many as end within the hours that were asked for.
@@ -134,6 +143,7 @@ class Offer:
     misfit: str | None = None
     live_rows: int | None = None
     device_seconds: Range | None = None
+    audit_seconds: Range | None = None
     worker_seconds: Range | None = None
     start_seconds: Range | None = None
     workers: int | None = None
@@ -143,8 +153,8 @@ class Offer:
     usd_per_1000: Mapping[str, Range] | None = None
 
 
-def _at_pace(forecast: Forecast, pace: Pace) -> Range:
-    low, mid, high = (pace.seconds(end) for end in forecast.ends)
+def _at_pace(ends: Ends, pace: Pace) -> Range:
+    low, mid, high = (pace.seconds(end) for end in ends)
     return Range(low, mid, high).times(pace.factor)
 
 

@@ -52,6 +52,20 @@ def roofline_seconds(stats: RunStats, shape: ModelShape, hardware: Hardware) -> 
     return seconds | {"generate": max(seconds.get("generate", 0.0), reading)}
 
 
+def busy_seconds(stage_ns: Mapping[str, int]) -> dict[str, float]:
+    """Of a device, by stage: decoding of images is the processor's."""
+    return {stage: ns / 1e9 for stage, ns in stage_ns.items() if stage != "image"}
+
+
+def audit_share(stats: RunStats) -> float:
+    """Of the time in which a device answered, what second looks at some answers took."""
+    seconds = [
+        sum(busy_seconds(stage_ns).values())
+        for stage_ns in (stats.stage_ns, stats.audit_ns, stats.escalation_ns)
+    ]
+    return sum(seconds[1:]) / sum(seconds) if sum(seconds) else 0.0
+
+
 @dataclass(frozen=True)
 class Pace:
     """How fast a run's workers were.
@@ -96,10 +110,11 @@ class Pace:
                 f"{ledger.output}: ran on {told}; a pace is that of one kind of device"
             )
         (device,), workers = devices, len(entry.workers)
-        busy = {stage: ns / 1e9 for stage, ns in total.stage_ns.items() if stage != "image"}
-        useful = bill.of(Use.USEFUL) or sum(busy.values())
+        busy, once = busy_seconds(total.stage_ns), 1 - audit_share(total)
+        useful = bill.of(Use.USEFUL) or sum(busy.values()) / once
+        answering = useful * once
         # On a GPU stages overlap, and their sum may be more than the time that passed.
-        scale = min(1.0, useful / sum(busy.values()))
+        scale = min(1.0, answering / sum(busy.values()))
         per_flop = {
             stage: scale * busy[stage] / total.flops[stage]
             for stage in SCALED_BY_FLOPS
@@ -111,7 +126,7 @@ class Pace:
             device=device,
             per_flop=per_flop,
             per_output_token=scale * busy.get("generate", 0.0) / max(1, total.output_tokens),
-            per_answer=max(0.0, useful - scale * sum(busy.values())) / answered,
+            per_answer=max(0.0, answering - scale * sum(busy.values())) / answered,
             spread=_spread(parts, per_flop),
             worker_seconds=(bill.total_seconds - useful) / workers if is_known else None,
             start_seconds=max(0.0, wall - useful / workers) if is_known else None,

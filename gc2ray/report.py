@@ -21,7 +21,6 @@ import jinja2
 import yaml
 
 from gc2ray import __version__, charts
-from gc2ray.bill import Use
 from gc2ray.figures import Range, duration, money, precise, short, shown
 from gc2ray.summary import HOUR, Change, Summary
 
@@ -194,13 +193,13 @@ def _verdicts(summary: Summary) -> Iterator[Line]:
     missing = first.planned_rows - first.rows
     if missing:
         yield Line(f"{missing:,} planned rows are not committed; run again to go on.", "bad")
-    saved, useful = summary.saved_seconds, summary.bill.get(str(Use.USEFUL), 0.0)
+    saved, answering = summary.saved_seconds, summary.answering_seconds
     if saved is None or summary.visual.share is None:
         return
     if summary.visual.share == 1:
         yield Line("Nothing was compressed in this run.")
-    elif useful:
-        of_full = Range(*(s / (s + useful) for s in (saved.low, saved.mid, saved.high)))
+    elif answering:
+        of_full = Range(*(s / (s + answering) for s in (saved.low, saved.mid, saved.high)))
         text = (
             f"Compression saved about {duration(saved.mid / HOUR)} of device time "
             f"({duration(saved.low / HOUR)} to {duration(saved.high / HOUR)}), "
@@ -235,6 +234,7 @@ def _audit_line(summary: Summary) -> Line:
             f" {anew:,} that differed were answered anew with more visual tokens; {agreed_now:,} "
             "of them agree now."
         )
+    text += f" All of it took {audit.share_of_time:.1%} of the time in which devices answered."
     return Line(text)
 
 
@@ -388,7 +388,7 @@ def _money_tables(summary: Summary) -> Iterator[Table]:
             for found in summary.what_if
         ],
         "By each device's roofline, of which it is taken to reach the share that this run's device "
-        "did, or else 25 % to 60 %. Answering only, no loading.",
+        "did, or else 25 % to 60 %. Answering only: no loading, no second looks.",
     )
 
 
@@ -444,9 +444,9 @@ def _comparable(summary: Summary) -> Mapping[str, str]:
         "device time": duration(summary.device_seconds / HOUR),
         "of it useful": _percent(summary.useful_share),
     }
-    useful = summary.bill.get(str(Use.USEFUL), 0.0)
-    if useful:
-        found["answers a useful device-second"] = precise(summary.answers / useful)
+    if summary.answering_seconds:
+        each_second = summary.answers / summary.answering_seconds
+        found["answers a device-second of answering"] = precise(each_second)
     if summary.usd_per_1000 is not None:
         found["per 1,000 images"] = money(summary.usd_per_1000)
     if summary.audit is not None:

@@ -19,7 +19,7 @@ from gc2ray.bill import Use
 from gc2ray.figures import Range
 from gc2ray.hardware import Hardware, find_hardware
 from gc2ray.ledger import Entry, Ledger, WorkerRecord
-from gc2ray.pace import ROOFLINE_SHARE, roofline_seconds
+from gc2ray.pace import ROOFLINE_SHARE, audit_share, busy_seconds, roofline_seconds
 from gc2ray.quality import interval
 from gc2ray.records import MILLION
 from gc2ray.stats import RETENTION_BUCKETS, STAGES, RunStats
@@ -99,7 +99,8 @@ class AuditSummary:
         audits: Answers that were compared with uncompressed ones.
         agreed: Share that said the same, with 95 % confidence.
         similarity: Mean similarity, 1 where they said the same.
-        audit_seconds: Busy time of the uncompressed answers, by stage.
+        share_of_time: Of the time in which devices answered, what second looks took.
+        audit_seconds: Busy time of devices for the uncompressed answers, by stage.
         audited_seconds: The same of the answers that they were compared with.
         least: Rows that differed most, as (similarity, row key).
         rungs: Answers that were given anew, by the retention of what they are now, rising.
@@ -108,6 +109,7 @@ class AuditSummary:
     audits: int
     agreed: Range
     similarity: float
+    share_of_time: float
     audit_seconds: Mapping[str, float]
     audited_seconds: Mapping[str, float]
     least: tuple[tuple[float, str], ...]
@@ -116,10 +118,7 @@ class AuditSummary:
     @property
     def slowdown(self) -> float | None:
         """How much longer uncompressed answers took on the device, decoding of images aside."""
-        ours, theirs = (
-            sum(seconds for stage, seconds in spent.items() if stage != "image")
-            for spent in (self.audited_seconds, self.audit_seconds)
-        )
+        ours, theirs = (sum(spent.values()) for spent in (self.audited_seconds, self.audit_seconds))
         return theirs / ours if ours else None
 
 
@@ -172,6 +171,7 @@ class Summary:
         price: Where prices are from, for people.
         usd: Of all device time; None without a price.
         usd_per_1000: Of a thousand encoded images; likewise.
+        answering_seconds: Useful device-seconds, less those of second looks at some answers.
         saved_seconds: Device-seconds that compression saved: an estimate from operations.
         what_if: The work of answering on other devices.
         audit: What a second look found; None where there was none.
@@ -214,6 +214,7 @@ class Summary:
     price: str
     usd: float | None
     usd_per_1000: float | None
+    answering_seconds: float
     saved_seconds: Range | None
     what_if: tuple[WhatIf, ...]
     audit: AuditSummary | None
@@ -283,6 +284,7 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
     devices = _devices(ledger.workers, prices)
     bill = _bill(ledger, devices)
     usd = _usd(bill, devices)
+    answering = bill.get(str(Use.USEFUL), 0.0) * (1 - audit_share(stats))
     return Summary(
         output=ledger.output,
         fingerprint=first.run.recipe.fingerprint(),
@@ -323,8 +325,9 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
         price=str(prices),
         usd=usd,
         usd_per_1000=1000 * usd / stats.images if usd is not None and stats.images else None,
-        saved_seconds=_saved(stats, bill),
-        what_if=_what_if(ledger, stats, bill, prices.table),
+        answering_seconds=answering,
+        saved_seconds=_saved(stats, answering),
+        what_if=_what_if(ledger, stats, answering, prices.table),
         audit=_audit(stats),
         slowest=tuple((ns / 1e9, key) for ns, key in stats.slowest),
         largest=stats.largest,
@@ -349,8 +352,9 @@ def _audit(stats: RunStats) -> AuditSummary | None:
         audits=stats.audits,
         agreed=Range(agreed.low, agreed.mean, agreed.high),
         similarity=stats.agreement_millionths / stats.audits / MILLION,
-        audit_seconds={stage: ns / 1e9 for stage, ns in stats.audit_ns.items()},
-        audited_seconds={stage: ns / 1e9 for stage, ns in stats.audited_ns.items()},
+        share_of_time=audit_share(stats),
+        audit_seconds=busy_seconds(stats.audit_ns),
+        audited_seconds=busy_seconds(stats.audited_ns),
         least=tuple((1 - off / MILLION, key) for off, key in stats.least_agreed),
         rungs=tuple(
             Rung(float(retention), rows, stats.escalated_agreed.get(retention, 0))
@@ -405,17 +409,16 @@ def _usd(bill: Mapping[str, float], devices: Sequence[DeviceTime]) -> float | No
     return sum(bill.values()) * an_hour / HOUR
 
 
-def _saved(stats: RunStats, bill: Mapping[str, float]) -> Range | None:
+def _saved(stats: RunStats, answering: float) -> Range | None:
     """Device-seconds that the same answers would have taken uncompressed, less those they took.
 
     Each stage scales with its operations. Decoding is bound by reading weights, which does not
     change, and the KV cache, which does: it lies between both.
     """
-    busy = {stage: ns / 1e9 for stage, ns in stats.stage_ns.items() if stage != "image"}
-    useful = bill.get(str(Use.USEFUL), 0.0) or sum(busy.values())
+    busy = busy_seconds(stats.stage_ns)
     if not stats.flops or not sum(busy.values()):
         return None
-    scale = min(1.0, useful / sum(busy.values()))
+    scale = min(1.0, answering / sum(busy.values())) if answering else 1.0
     more = sum(
         busy.get(stage, 0.0) * (stats.flops_full[stage] / stats.flops[stage] - 1)
         for stage in ("encode", "compress", "prefill")
@@ -427,24 +430,23 @@ def _saved(stats: RunStats, bill: Mapping[str, float]) -> Range | None:
 
 
 def _what_if(
-    ledger: Ledger, stats: RunStats, bill: Mapping[str, float], table: Sequence[Hardware]
+    ledger: Ledger, stats: RunStats, answering: float, table: Sequence[Hardware]
 ) -> tuple[WhatIf, ...]:
     shape = ledger.shape
     if shape is None or not stats.flops:
         return ()
     names = {worker.device for worker in ledger.workers}
     own = find_hardware(table, next(iter(names))) if len(names) == 1 else None
-    useful = bill.get(str(Use.USEFUL), 0.0)
     share = ROOFLINE_SHARE
-    if own is not None and useful:
-        reached = sum(roofline_seconds(stats, shape, own).values()) / useful
+    if own is not None and answering:
+        reached = sum(roofline_seconds(stats, shape, own).values()) / answering
         share = Range(reached * (1 - SCALING_SPREAD), reached, reached * (1 + SCALING_SPREAD))
     found = []
     for hardware in table:
         ideal = sum(roofline_seconds(stats, shape, hardware).values()) / HOUR
         hours = Range(ideal / share.high, ideal / share.mid, ideal / share.low)
         if hardware is own:
-            hours = Range.exactly(useful / HOUR)
+            hours = Range.exactly(answering / HOUR)
         prices = {kind: hardware.usd_per_hour(kind) for kind in ("on_demand", "spot")}
         usd = {kind: hours.scaled(price) for kind, price in prices.items() if price is not None}
         found.append(WhatIf(hardware.name, hours, usd))

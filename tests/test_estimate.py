@@ -13,6 +13,7 @@ from gc2ray.config import load_job
 from gc2ray.estimate import Assumptions, estimate
 from gc2ray.families import outline
 from gc2ray.figures import Range, duration, money, short, shown
+from gc2ray.forecast import NOTHING
 from gc2ray.hardware import load_hardware
 from gc2ray.ledger import read_ledger
 from gc2ray.pocket.model import MODEL
@@ -125,6 +126,35 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
     assert found.output_tokens == Range(1, 4, 8)
     assert "1 to max_new_tokens, 8" in found.output_basis
     assert [offer.hardware for offer in found.offers] == ["mine"] * 5
+
+
+def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    path = tiny_paths["vicuna"]
+    changes = ["recipe.audit={share: 0.5, escalate: [0.5, 0.75]}"]
+    job = load_job(job_file(tmp_path, path), changes)
+    model = outline(str(path), dtype="float32")
+    looked = survey(job.recipe, model)
+    found = estimate(looked, model, job, (), Assumptions(output_tokens=4))
+    by_retention = {item.retention: item for item in found.forecasts}
+    own, whole = by_retention[0.25], by_retention[1.0]
+    assert whole.audits == NOTHING  # nothing is compressed there
+    rungs = [by_retention[kept].ends for kept in (0.5, 0.75)]
+    for end, anew in enumerate((0.0, 0.5, 1.0)):
+        for stage, flops in own.audits[end].flops.items():
+            once, twice = (rung[end].flops[stage] for rung in rungs)
+            expected = 0.5 * (whole.ends[end].flops[stage] + anew * once + anew**2 * twice)
+            assert flops == pytest.approx(expected, abs=3), (end, stage)
+        answers = own.ends[end].rows * 0.5 * (1 + anew + anew**2)
+        assert own.audits[end].rows == pytest.approx(answers, abs=2)
+    # At 0.5 only one rung is higher, at 0.75 none is.
+    assert [by_retention[kept].audits[2].rows for kept in (0.5, 0.75)] == [
+        own.ends[2].rows, own.ends[2].rows // 2
+    ]  # fmt: skip
+    result = gc2ray("estimate", job_file(tmp_path, path), "--output-tokens", "4", *changes)
+    assert result.returncode == 0, result.stderr
+    assert "0.5 of the rows are answered uncompressed, too, and those that differ" in result.stdout
+    assert "anew, up to 2 times: up to " in result.stdout
+    assert "answered uncompressed" not in gc2ray("estimate", job_file(tmp_path, path)).stdout
 
 
 def test_numbers_are_told_as_people_do() -> None:

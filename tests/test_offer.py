@@ -120,6 +120,32 @@ def test_a_run_on_the_same_device_tells_better() -> None:
     assert known.usd == {}
 
 
+def test_second_looks_are_paid_for() -> None:
+    """Every tenth row is as good as answered twice: a tenth more of everything."""
+    tenth = replace(
+        END,
+        rows=ROWS // 10,
+        output_tokens=END.output_tokens // 10,
+        flops={stage: flops // 10 for stage, flops in END.flops.items()},
+        cache_read_bytes=END.cache_read_bytes // 10,
+    )
+    audited = replace(FORECAST, audits=(RunStats(), tenth, END))
+    pace = Pace.of(ledger([PART] * 4, Bill({Use.USEFUL: 36.0}), devices=("NVIDIA Big",)))
+    for bidding in (bid(), bid(pace=pace)):
+        offer, plain = bidding.offer(audited, BIG), bidding.offer(FORECAST, BIG)
+        assert offer.device_seconds is not None
+        assert plain.device_seconds is not None
+        assert offer.audit_seconds is not None
+        assert plain.audit_seconds == Range.exactly(0)
+        assert offer.device_seconds.low == pytest.approx(plain.device_seconds.low)
+        assert offer.device_seconds.mid == pytest.approx(1.1 * plain.device_seconds.mid, rel=1e-3)
+        assert offer.device_seconds.high == pytest.approx(2 * plain.device_seconds.high)
+        assert offer.audit_seconds.mid == pytest.approx(plain.device_seconds.mid / 10, rel=1e-3)
+        assert offer.usd_per_1000 is not None
+        assert plain.usd_per_1000 is not None
+        assert offer.usd_per_1000["spot"].mid > plain.usd_per_1000["spot"].mid
+
+
 def test_unsure_ends_stay_ends() -> None:
     low = replace(END, flops=END.flops | {"prefill": 0})
     unsure = replace(FORECAST, ends=(low, END, END))

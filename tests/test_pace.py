@@ -13,7 +13,7 @@ from gc2ray.errors import ConfigError
 from gc2ray.hardware import Hardware
 from gc2ray.ledger import Entry, Ledger, Timeline, WorkerRecord
 from gc2ray.manifest import Run
-from gc2ray.pace import DRIFT, Pace, roofline_seconds
+from gc2ray.pace import DRIFT, Pace, audit_share, roofline_seconds
 from gc2ray.stats import RunStats
 from tests.outputs import RECIPE
 from tests.test_ledger import START, driver_record
@@ -124,6 +124,27 @@ def test_stages_that_overlapped_are_not_counted_twice() -> None:
     found = Pace.of(ledger([PART] * 2, Bill({Use.USEFUL: 12.0})))
     assert found.per_answer == 0
     assert found.seconds(replace(PART, rows=10)) == pytest.approx(6.0)
+
+
+def test_second_looks_slow_no_pace() -> None:
+    """Half as long again as the answers themselves, one device after the other."""
+    looked = replace(
+        PART,
+        audit_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
+        escalation_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
+    )
+    assert audit_share(looked) == pytest.approx(1 / 3)
+    assert audit_share(PART) == audit_share(RunStats()) == 0
+    bill = Bill({Use.USEFUL: 60.0, Use.LOADING: 8.0, Use.IDLE: 2.0})
+    found = Pace.of(ledger([looked] * 4, bill, wall=36.0))
+    plain = Pace.of(ledger([PART] * 4, Bill({**bill.seconds, Use.USEFUL: 40.0}), wall=26.0))
+    assert found.per_flop == pytest.approx(plain.per_flop)
+    assert found.per_answer == pytest.approx(plain.per_answer)
+    assert found.per_output_token == pytest.approx(plain.per_output_token)
+    assert found.worker_seconds == plain.worker_seconds == 5.0
+    assert found.start_seconds == pytest.approx(plain.start_seconds)
+    unbilled = Pace.of(ledger([looked] * 4, Bill()))
+    assert unbilled.per_flop == Pace.of(ledger([PART] * 4, Bill())).per_flop
 
 
 def test_parts_that_differ_make_it_unsure() -> None:

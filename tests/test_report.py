@@ -272,7 +272,7 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
 
     write_generation(tmp_path, 0, first_plan(), changed=looked_at)
     Store(str(tmp_path)).create("workers/w.json", worker_record(device="NVIDIA Big", gpus=1.0))
-    record = driver_record(60.0, Bill({Use.USEFUL: 50.0}))
+    record = driver_record(60.0, Bill({Use.USEFUL: 14.0}))
     Store(str(tmp_path)).create(record.name, record.to_bytes())
     summary, found = told(tmp_path)
     audit = summary.audit
@@ -283,10 +283,17 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
     assert audit.slowdown == pytest.approx(1.0 / 0.4)
     assert [similarity for similarity, _ in audit.least] == [0.25] * 4
     assert audit.rungs == (Rung(0.5, 4, 2),)
+    # 17 answers of 0.4 s each, and as many uncompressed ones of 1 s, all of them in 14 s.
+    assert audit.share_of_time == pytest.approx(1.0 / 1.4)
+    assert summary.answering_seconds == pytest.approx(4.0)
+    assert summary.what_if[0].device_hours.mid == pytest.approx(4.0 / 3600)
+    more = sum(0.1 * 17 * (1 / summary.flops[s].share - 1) for s in ("prefill", "compress"))
+    assert summary.saved_seconds is not None
+    assert summary.saved_seconds.low == pytest.approx(more * 4.0 / 6.8)
     for text in (
         "Of 17 rows", "76.5%", "2.50 times as long", "Audited rows that differ most",
         "4 that differed were answered anew with more visual tokens; 2 of them agree now",
-        "Audited rows that were answered anew",
+        "Audited rows that were answered anew", "All of it took 71.4% of the time",
     ):  # fmt: skip
         assert text in found.markdown, text
         assert text in found.html, text
