@@ -10,11 +10,11 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from rich.table import Table
 from gc2ray import __version__
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, GivenUp, Interrupted
 from gc2ray.logs import LogForm, set_up
+
+if TYPE_CHECKING:
+    from gc2ray.report import Picture
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
 # and `--help`, a typo in the configuration or `status` should not wait for them.
@@ -286,7 +289,7 @@ def retry(
 
 
 @app.command()
-def report(
+def report(  # noqa: PLR0913 - typer makes an option of each
     outputs: Annotated[
         list[str], typer.Argument(help="Output of a run, or of several to see side by side.")
     ],
@@ -300,6 +303,17 @@ def report(
         float | None, typer.Option(min=0, help="Of one device, in place of the table's.")
     ] = None,
     hardware: HardwareFile = None,
+    show: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Draw what was kept of so many rows, those whose audit differs most first; loads "
+            "the model and reads their images.",
+        ),
+    ] = 0,
+    row: Annotated[
+        list[str] | None, typer.Option(help="A row to draw, by its row_key; may be repeated.")
+    ] = None,
     card: Annotated[  # noqa: FBT002 - typer makes an option of it
         bool, typer.Option(help="Also write the dataset card of each output, README.md.")
     ] = True,
@@ -318,7 +332,11 @@ def report(
         with Counted("parts read") as counted:
             ledgers = [read_ledger(output, counted.add) for output in outputs]
         summaries = [summarise(ledger, prices) for ledger in ledgers]
-        found = told(summaries)
+        pictures = {
+            summary.output: _pictures(summary.output, [*(row or ()), *summary.telling_rows(show)])
+            for summary in summaries
+        }
+        found = told(summaries, pictures)
         store = Store(to or f"{outputs[0].rstrip('/')}/report")
         for name, text in (("html", found.html), ("md", found.markdown), ("json", found.json)):
             store.replace(f"report.{name}", text.encode())
@@ -331,6 +349,16 @@ def report(
             console.print(name if written else f"{name} is your own, and stays as it is")
 
 
+def _pictures(output: str, keys: Sequence[str]) -> list[Picture]:
+    """Of some rows of an output; the model is loaded only where there are any."""
+    if not keys:
+        return []
+    from gc2ray.report import Picture
+    from gc2ray.show import look
+
+    return [Picture.of(looked) for looked in look(output, list(dict.fromkeys(keys)))]
+
+
 @app.command()
 def show(
     output: Output,
@@ -341,11 +369,11 @@ def show(
 ) -> None:
     """Draw what was kept of a row's image, and which scores commanded it; loads the model."""
     with _exit_codes():
-        from gc2ray.show import picture_name
-        from gc2ray.show import show as drawn
+        from gc2ray.heat_map import heat_map
+        from gc2ray.show import look, picture_name
 
         path = to or Path(picture_name(output, row_key))
-        _write(path, drawn(output, row_key))
+        _write(path, heat_map(next(look(output, [row_key]))))
         Console().print(str(path), markup=False, soft_wrap=True)
 
 

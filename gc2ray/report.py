@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import yaml
 
 from gc2ray import __version__, charts
 from gc2ray.figures import Range, duration, money, precise, short, shown
+from gc2ray.heat_map import Looked, panels
 from gc2ray.summary import HOUR, Change, Summary
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -64,6 +66,28 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A row that was looked at again.
+
+    Attributes:
+        captions: What it is about, the row first.
+        panels: What each of its pictures shows, and the picture as a `data:` URI.
+    """
+
+    captions: Sequence[str]
+    panels: Sequence[tuple[str, str]]
+
+    @staticmethod
+    def of(looked: Looked) -> Picture:
+        """With its pictures drawn."""
+        drawn = [
+            (panel.title, f"data:image/webp;base64,{b64encode(panel.webp).decode()}")
+            for panel in panels(looked)
+        ]
+        return Picture(looked.captions, drawn)
+
+
+@dataclass(frozen=True)
 class RunView:
     """A run as it is told.
 
@@ -75,6 +99,7 @@ class RunView:
         verdicts: What follows from them.
         tables: All of them.
         charts: Drawings; the text has none.
+        pictures: Rows that were looked at again; likewise.
         recipe: As YAML.
     """
 
@@ -85,6 +110,7 @@ class RunView:
     verdicts: Sequence[Line]
     tables: Sequence[Table]
     charts: Sequence[Chart]
+    pictures: Sequence[Picture]
     recipe: str
 
 
@@ -97,10 +123,18 @@ class Report:
     json: str
 
 
-def report(summaries: Sequence[Summary]) -> Report:
-    """Tell runs, the first one first."""
+def report(
+    summaries: Sequence[Summary], looked: Mapping[str, Sequence[Picture]] | None = None
+) -> Report:
+    """Tell runs, the first one first.
+
+    Args:
+        summaries: Their numbers.
+        looked: By output, rows that were looked at again.
+    """
     names = _names([summary.output for summary in summaries])
-    runs = [_view(*pair) for pair in zip(summaries, names, strict=True)]
+    pictures = [(looked or {}).get(summary.output, ()) for summary in summaries]
+    runs = [_view(*one) for one in zip(summaries, names, pictures, strict=True)]
     title = names[0] if len(names) == 1 else f"{len(names)} runs side by side"
     told = {"title": title, "version": __version__, "runs": runs, "compared": _compared(runs)}
     found = templates()
@@ -145,7 +179,7 @@ def _names(outputs: Sequence[str]) -> list[str]:
 # -------------------------------------------------------------------------------------- one run
 
 
-def _view(summary: Summary, name: str) -> RunView:
+def _view(summary: Summary, name: str, pictures: Sequence[Picture]) -> RunView:
     recipe = yaml.safe_dump(dict(summary.recipe), sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     return RunView(
@@ -156,6 +190,7 @@ def _view(summary: Summary, name: str) -> RunView:
         verdicts=list(_verdicts(summary)),
         tables=[table for table in _tables(summary) if table.rows],
         charts=list(_charts(summary)),
+        pictures=pictures,
         recipe=f"{recipe}# {versions}",
     )
 
@@ -285,6 +320,7 @@ def _tables(summary: Summary) -> Iterator[Table]:
             "Audited rows that differ most",
             ["row", "similarity"],
             [[key, f"{similarity:.3f}"] for similarity, key in summary.audit.least],
+            "`gc2ray report OUTPUT --show 4` draws what was kept of them, the first four.",
         )
     yield Table(
         "Slowest rows",

@@ -1,4 +1,4 @@
-"""One row of an output, looked at again: what its method kept of its image, as a picture.
+"""Rows of an output, looked at again: what the recipe's method kept of their images.
 
 The image is read from the input, and goes through the model's vision side and the recipe's method
 once more, which gives what it gave when the row was answered: the choice depends on the image and
@@ -9,7 +9,7 @@ Not covered: methods that read the prompt; outputs whose input has changed since
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from gc2ray.engine import load_model
 from gc2ray.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.families.family import Loaded
 from gc2ray.generations import RETRIES, Generation, open_generation, retry_numbers
-from gc2ray.heat_map import Looked, heat_map
+from gc2ray.heat_map import Looked
 from gc2ray.images import decode, read_bytes, tile
 from gc2ray.manifest import RUN_NAME
 from gc2ray.pictures import Picture, picture_key
@@ -31,7 +31,7 @@ from gc2ray.shards import Span
 from gc2ray.sources.source import Source
 
 HOST_BYTES = 64 << 20
-COLUMNS = ("row_key", "status", "answer", "error", "audit")
+COLUMNS = ("row_key", "status", "answer", "error", "retention_requested", "audit")
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,29 @@ class Place:
     row: int
 
 
-def show(output: str, key: str) -> bytes:
-    """A picture of what was kept for a row, as PNG.
+def look(output: str, keys: Sequence[str]) -> Iterator[Looked]:
+    """What was kept for some rows, one by one, by a model that is loaded once.
 
     Args:
         output: Directory or URL.
-        key: The row's `row_key`.
+        keys: The rows' `row_key`.
 
     Raises:
-        ConfigError: There is no such run or row, or its image cannot be read.
+        ConfigError: There is no such run or row, or an image cannot be read.
     """
     first = open_generation(output, 0)
     if first is None:
         raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
-    recipe, place = first.run.recipe, _place(first, key)
-    request = _request(recipe, place, key)
-    captions = [f"{key}: {request.prompts[0]}", *_told(_answer(output, first, place, key))]
-    return heat_map(_looked(load_model(recipe, Cluster()), recipe, request, captions))
+    recipe = first.run.recipe
+    places = [_place(first, key) for key in keys]
+    requests = [_request(recipe, place, key) for place, key in zip(places, keys, strict=True)]
+    if not requests:
+        return
+    loaded = load_model(recipe, Cluster())
+    for place, request in zip(places, requests, strict=True):
+        answer = _answer(output, first, place, request.row_key)
+        captions = [f"{request.row_key}: {request.prompts[0]}", *_told(answer)]
+        yield _looked(loaded, recipe, request, captions)
 
 
 def _place(generation: Generation, key: str) -> Place:
@@ -140,18 +146,31 @@ def _answers(generation: Generation | None, place: Place, key: str) -> Iterator[
             yield from table.filter(pc.equal(table["row_key"], key)).to_pylist()
 
 
-def _told(answer: dict[str, Any] | None) -> Iterator[str]:
+def _told(answer: Mapping[str, Any] | None) -> Iterator[str]:
     if answer is None:
         yield "not answered yet"
         return
+    said = answer["answer"]
     if answer["status"] != Status.OK:
-        yield f"{answer['status']}: {answer['error']}"
+        said = f"none ({answer['status']}: {answer['error']})"
+    audit = answer["audit"] or {}
+    anew = audit.get("final_agreement")
+    if anew is not None:
+        yield f"answer: {_said(audit['first_answer'])}{_alike(audit['agreement'])}"
+        yield f"anew at retention {answer['retention_requested']:g}: {said}{_alike(anew)}"
     else:
-        yield f"answer: {answer['answer']}"
-    if answer["audit"]:
-        audit = answer["audit"]
-        known = "" if audit["agreement"] is None else f" (agreement {audit['agreement']:.3f})"
-        yield f"uncompressed: {audit['answer']}{known}"
+        yield f"answer: {said}{_alike(audit.get('agreement'))}"
+    if audit:
+        yield f"uncompressed: {_said(audit['answer'])}"
+
+
+def _said(answer: str | None) -> str:
+    return "none" if answer is None else answer
+
+
+def _alike(agreement: float | None) -> str:
+    """How far an answer agrees with the uncompressed one."""
+    return "" if agreement is None else f" (agreement {agreement:.3f})"
 
 
 def picture_name(output: str, key: str) -> str:

@@ -238,6 +238,12 @@ class Summary:
         """Of all uses."""
         return sum(self.bill.values())
 
+    def telling_rows(self, count: int) -> list[str]:
+        """Keys of so many answered rows, those that differ most from uncompressed first."""
+        least = [key for _, key in self.audit.least] if self.audit is not None else []
+        large = [key for size, key in self.largest if size]
+        return list(dict.fromkeys([*least, *large]))[:count]
+
     @property
     def useful_share(self) -> float | None:
         """Share of device time that led to answers."""

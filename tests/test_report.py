@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from gc2ray.bill import Bill, Use
+from gc2ray.canvas import Canvas
 from gc2ray.cost import LLAVA_7B, AnswerTokens, Demand
 from gc2ray.errors import Status
+from gc2ray.figures import Range
+from gc2ray.heat_map import Looked
 from gc2ray.ledger import read_ledger
 from gc2ray.records import Answer, Audit, Escalation
-from gc2ray.report import Report, markdown_text, report
+from gc2ray.report import Picture, Report, markdown_text, report
 from gc2ray.shards import SourceFile, Span
 from gc2ray.stats import RunStats
 from gc2ray.store import Store
-from gc2ray.summary import Change, Prices, Rung, Summary, summarise
+from gc2ray.summary import AuditSummary, Change, Prices, Rung, Summary, summarise
 from tests.outputs import FILES, first_plan, retry_of, write_generation
 from tests.test_ledger import driver_record, worker_record
 from tests.test_offer import BIG
@@ -298,6 +305,45 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
         assert text in found.markdown, text
         assert text in found.html, text
     assert "of audited answers unchanged" in found.html
+
+
+def looked_at(caption: str) -> Looked:
+    """A small image of which a few tokens were kept."""
+    canvas = Canvas.of((40, 60), (1, 2), (6, 6))
+    kept = np.zeros((3, 36), bool)
+    kept[1:, 3] = True
+    image = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
+    return Looked(image, canvas, np.arange(36.0), kept, [caption, "answer: x"])
+
+
+def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:
+    """With what they say escaped, and pictures within the page."""
+    summary, without = told(a_run(tmp_path / "one"))
+    other, _ = told(a_run(tmp_path / "two"))
+    pictures = {summary.output: [Picture.of(looked_at(EVIL)), Picture.of(looked_at("a#2: who?"))]}
+    found = report([summary, other], pictures)
+    page = Elements(found.html)
+    assert page.tags.count("img") == 8
+    assert {link.split(",")[0] for link in page.links} == {"data:image/webp;base64"}
+    drawn = [Image.open(io.BytesIO(b64decode(link.split(",")[1]))) for link in page.links]
+    assert {picture.format for picture in drawn} == {"WEBP"}
+    assert (page.handlers, "script" in page.tags) == ([], False)
+    assert "a#2: who?" in found.html
+    assert found.html.count("What was kept of some rows") == 1
+    assert "What was kept of some rows" not in without.html
+    assert found.json == report([summary, other]).json
+
+
+def test_rows_that_tell_most_are_those_that_differ_then_the_largest(tmp_path: Path) -> None:
+    summary, _ = told(a_run(tmp_path))
+    largest = [key for _, key in summary.largest]
+    assert summary.telling_rows(2) == largest[:2]
+    last = summary.largest[-1]
+    assert last[0]
+    audit = AuditSummary(3, Range(0, 0, 1), 0.1, 0.1, {}, {}, ((0.1, last[1]), (0.2, "x")), ())
+    audited = replace(summary, audit=audit, largest=(*summary.largest, (0, "failed")))
+    found = audited.telling_rows(99)
+    assert found == [last[1], "x", *largest[:-1]]
 
 
 def test_without_an_audit_quality_is_not_known(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_report import a_run, evil_run, told
+from gc2ray.report import Picture, report
+from tests.test_report import a_run, evil_run, looked_at, told
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENSHOTS = os.environ.get("GC2RAY_SCREENSHOTS")
@@ -60,7 +61,9 @@ class Opened:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    _, found = told(a_run(folder / "run"))
+    summary, _ = told(a_run(folder / "run"))
+    pictures = [Picture.of(looked_at(f"d/b.parquet#{row}: what?")) for row in range(2)]
+    found = report([summary], {summary.output: pictures})
     file = folder / "report.html"
     file.write_text(found.html)
     return file
@@ -84,7 +87,7 @@ def test_every_drawing_is_there_and_fits(
     browser: Any, page_file: Path, scheme: str, width: int
 ) -> None:
     page = Opened(browser, page_file, scheme=scheme, width=width).page
-    captions = page.locator("figure figcaption").all_inner_texts()
+    captions = page.locator(".charts figcaption").all_inner_texts()
     assert captions == [
         "Visual tokens by view", "Actual retention", "Operations by stage",
         "Busy seconds by stage", "Throughput", "Device time by use",
@@ -99,6 +102,21 @@ def test_every_drawing_is_there_and_fits(
         assert box["x"] + box["width"] <= width
         assert drawings.nth(index).locator("path").count() > 5
         assert drawings.nth(index).locator("text").count() > 3
+
+
+@pytest.mark.parametrize(("scheme", "width"), LOOKS)
+def test_rows_that_were_looked_at_are_shown(
+    browser: Any, page_file: Path, scheme: str, width: int
+) -> None:
+    page = Opened(browser, page_file, scheme=scheme, width=width).page
+    pictures = page.locator(".row img")
+    assert pictures.count() == 8
+    for index in range(8):
+        assert pictures.nth(index).evaluate("it => it.complete && it.naturalWidth") == 600
+        assert pictures.nth(index).get_attribute("alt")
+        box = pictures.nth(index).bounding_box()
+        assert box["width"] > 200
+        assert box["x"] + box["width"] <= width
 
 
 COLOURS = """() => {

@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gc2ray import show as show_module
 from gc2ray.canvas import Canvas
 from gc2ray.compression.globalcom2 import GlobalCom2
 from gc2ray.config import Job
 from gc2ray.errors import ConfigError
 from gc2ray.handout import Handout
-from gc2ray.heat_map import Looked, heat_map
+from gc2ray.heat_map import Looked, heat_map, panels
 from gc2ray.manifest import Plan
 from gc2ray.planner import store_plan
-from gc2ray.show import picture_name, show
+from gc2ray.show import look, picture_name
 from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.worker import Worker
@@ -71,6 +70,13 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
     assert drawn.format == "PNG"
     assert drawn.width > 1000
     assert heat_map(looked) == heat_map(looked)
+    alone = list(panels(looked))
+    assert list(panels(looked)) == alone
+    titles = ["image", "the thumbnail's scores", "kept of each crop", "what the crops keep"]
+    for panel, title in zip(alone, titles, strict=True):
+        assert panel.title.startswith(title)
+        drawn = Image.open(io.BytesIO(panel.webp))
+        assert (drawn.format, drawn.width) == ("WEBP", 600)
 
 
 @pytest.fixture
@@ -92,15 +98,13 @@ def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
     return job
 
 
-def test_a_row_is_looked_at_again(answered: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_looked_at_again(answered: Job) -> None:
     """The same tokens as when it was answered: the mask in the output is the one drawn."""
-    drawn: list[Looked] = []
-    monkeypatch.setattr(show_module, "heat_map", lambda looked: drawn.append(looked) or b"png")
     store = Store(answered.output)
     rows = store.table(store.names("data")[0]).to_pylist()
-    for row in (rows[0], rows[2]):
-        assert show(answered.output, row["row_key"]) == b"png"
-        looked = drawn[-1]
+    unanswered = "odd#1.parquet#3"
+    *found, other = look(answered.output, [rows[0]["row_key"], rows[2]["row_key"], unanswered])
+    for row, looked in zip((rows[0], rows[2]), found, strict=True):
         assert [mask(view)[:36].tolist() for view in row["kept_mask"]] == (
             looked.kept.astype(int).tolist()
         )
@@ -109,9 +113,9 @@ def test_a_row_is_looked_at_again(answered: Job, monkeypatch: pytest.MonkeyPatch
         assert f"answer: {row['answer']}" in told
         assert f"uncompressed: {row['audit']['answer']}" in told
         assert f"{row['visual_tokens_kept']} of {row['visual_tokens_full']}" in told
-    show(answered.output, "odd#1.parquet#3")
-    assert "not answered yet" in drawn[-1].captions
-    assert drawn[-1].image.shape == (100, 200, 3)
+    assert other.captions[0].startswith(f"{unanswered}: ")
+    assert "not answered yet" in other.captions
+    assert other.image.shape == (100, 200, 3)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_a_row_is_looked_at_again(answered: Job, monkeypatch: pytest.MonkeyPatch
 )
 def test_what_cannot_be_shown_says_why(answered: Job, key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        show(answered.output, key)
+        next(look(answered.output, [key]))
 
 
 def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
@@ -138,6 +142,22 @@ def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
     refused = gc2ray("show", tmp_path / "nowhere", "a#0")
     assert refused.returncode == 2
     assert "there is no run here" in refused.stderr
+
+
+def test_the_report_shows_rows(answered: Job, tmp_path: Path) -> None:
+    """Two of its own choice, and one that was asked for."""
+    words = ["--show", "2", "--row", "odd#1.parquet#3", "--to", tmp_path / "told"]
+    result = gc2ray("report", answered.output, *words)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "told" / "report.html").read_text()
+    assert page.count("<img ") == 3 * 4
+    assert "not answered yet" in page
+    plain = gc2ray("report", answered.output)
+    assert "<img " not in (Path(answered.output) / "report" / "report.html").read_text()
+    assert "Loading weights" not in plain.stderr
+    refused = gc2ray("report", answered.output, "--row", "other#0")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "no row 'other#0' in the plan" in refused.stderr
 
 
 def test_a_picture_is_named_for_its_row() -> None:
