@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,17 @@ def offences(path: Path) -> list[str]:
 
 def test_every_module_has_a_floor() -> None:
     assert {room(path) for path in modules()} == {*FLOORS, "__init__"}
+
+
+def test_the_readme_tells_every_floor() -> None:
+    """Each module once, in a row of its floor, and rows from the ground up."""
+    readme = (PACKAGE.parent / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ((?:`\w+/?` ?)+) \|", readme, re.MULTILINE)
+    told = [(name.strip("`/"), int(floor)) for floor, names in rows for name in names.split()]
+    assert len(told) == len(dict(told))
+    assert dict(told) == FLOORS
+    floors = [floor for _, floor in told]
+    assert floors == sorted(floors)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
