@@ -49,6 +49,7 @@ from jobs.benchmarks import (
     preprocess,
     questions,
     scores,
+    tuning,
 )
 from jobs.machine import cpu_name
 
@@ -64,6 +65,7 @@ BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "language": language.run,
     "end_to_end": end_to_end.run,
     "questions": questions.run,
+    "tuning": tuning.run,
 }
 TORCH_THREADS = 1
 PACKAGES = ("gc2ray", "torch", "transformers", "ray", "pillow", "pyarrow")

@@ -14,8 +14,10 @@ from PIL import Image
 from gc2ray import families
 from gc2ray.cost import LLAVA_7B, ModelShape
 from gc2ray.families.tiny import TinySpec, build_tiny, untrained
+from gc2ray.quality import Interval
+from gc2ray.tune import RETENTIONS, WHOLE, Measured, Setting, Tuning
 from jobs import bench
-from jobs.benchmarks import Line, end_to_end, full_size, language
+from jobs.benchmarks import Line, end_to_end, full_size, language, tuning
 from jobs.benchmarks.inputs import IN_PROPORTION
 from jobs.benchmarks.peers import Batches, one_by_one
 from jobs.benchmarks.ragged import ANSWER, PROMPT, REQUESTS, ragged_requests
@@ -167,3 +169,36 @@ def test_threads_are_everybodys(
         bench.main(["--threads", "0"])
     assert ended.value.code == 2
     assert "--threads must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_tuning_benchmark_runs() -> None:
+    lines = tuning.run(samples=1, rows=16, fresh=20)
+    assert len(lines) == 1 + len(RETENTIONS) + 1 + 1
+    assert [line.figures["of"] for line in lines if "of" in line.figures] == [1]
+    assert all("accuracy" in line.figures for line in lines[:6])
+    assert lines[0].figures["speed_up"] == 1
+
+
+def test_recommendations_are_held_against_fresh_rows() -> None:
+    """The quarter is the cheapest that is right; the tenth is not right."""
+    kept = {1.0: (4.0, 0.95), 0.5: (2.6, 0.93), 0.25: (2.0, 0.91), 0.1: (1.0, 0.8)}
+    truth = {}
+    for retention, (seconds, accuracy) in kept.items():
+        setting = WHOLE if retention == 1 else Setting("globalcom2", retention)
+        quality = Interval(accuracy, accuracy - 0.01, accuracy + 0.01, 2000)
+        speed = Interval(4 / seconds, 1, 4, 8)
+        truth[setting] = Measured(setting, seconds, speed, 9, quality, quality, None, meets=True)
+
+    def told(*recommended: float | None) -> Line:
+        settings = {setting.retention: setting for setting in truth}
+        chosen = [None if r is None else settings[r] for r in recommended]
+        return tuning.verdicts([Tuning((), one, "") for one in chosen], truth)[-1]
+
+    good = told(*[0.25] * 9, 0.1)
+    assert good.figures == {"right": 9, "of": 10, "dearest": 1}
+    assert good.goal.endswith(": met")
+    assert told(*[0.25] * 8, 0.1, 0.1).goal.endswith(": missed")
+    dear = told(*[0.25] * 9, 0.5)
+    assert dear.figures == {"right": 10, "of": 10, "dearest": 1.3}
+    assert dear.goal.endswith(": missed")
+    assert told(None).figures == {"right": 0, "of": 1, "dearest": 2}

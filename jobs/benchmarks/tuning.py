@@ -1,0 +1,105 @@
+"""Whether `gc2ray tune` recommends what is right: samples of the pocket model's rows against many.
+
+Each sample is tuned as a user would have it, for a target accuracy. What is true is measured on
+fresh rows that are in no sample, with every setting. A recommendation is right where its accuracy
+on the fresh rows meets the target; what it costs is compared with the cheapest setting that does.
+
+Not covered: other targets than accuracy; models whose answers are long.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gc2ray.config import Job, parse_job
+from gc2ray.pocket.model import MODEL
+from gc2ray.pocket.rows import Split, pocket_rows, write_rows
+from gc2ray.summary import Prices
+from gc2ray.tune import WHOLE, Measured, Setting, Target, Tuning
+from gc2ray.tuning import Wish, tuned
+from jobs.benchmarks import Line, goal
+from jobs.photos import opened_photos
+
+SAMPLES, SAMPLE_ROWS, FRESH_ROWS = 10, 400, 2000
+TARGET = 0.9
+RIGHT, DEAREST = 0.9, 1.25
+"""Goals: recommendations that must be right, and what one may cost of the cheapest."""
+
+
+def run(samples: int = SAMPLES, rows: int = SAMPLE_ROWS, fresh: int = FRESH_ROWS) -> list[Line]:
+    """One line of what is true of each setting, one of each sample's recommendation, and all.
+
+    Args:
+        samples: Disjoint ones.
+        rows: Of each.
+        fresh: Rows that tell what is true.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        truth = {
+            item.setting: item for item in _tuned(Path(folder), samples * rows, fresh).measured
+        }
+        found = [_tuned(Path(folder), sample * rows, rows) for sample in range(samples)]
+    return [*_truth(truth), *verdicts(found, truth)]
+
+
+def _tuned(folder: Path, first: int, rows: int) -> Tuning:
+    """Of rows of the test split from a first one on."""
+    path = folder / f"{first}.parquet"
+    write_rows(path, pocket_rows(Split.TEST, rows, opened_photos(), first))
+    wish = Wish(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
+    return tuned(_job(path), wish)
+
+
+def _job(rows: Path) -> Job:
+    return parse_job(
+        {
+            "output": str(rows.with_suffix("")),
+            "recipe": {
+                "model": {"path": str(MODEL), "dtype": "float32"},
+                "generation": {"max_new_tokens": 32},
+                "input": {
+                    "uri": str(rows),
+                    "prompt": {"column": "question"},
+                    "keep": ["reference"],
+                },
+            },
+            "cluster": {"image_threads": 1},
+        }
+    )
+
+
+def _meets(item: Measured) -> bool:
+    return item.quality.mean >= TARGET
+
+
+def _truth(truth: Mapping[Setting, Measured]) -> list[Line]:
+    return [
+        Line(
+            f"{setting.name}, fresh rows",
+            {
+                "accuracy": item.quality.mean,
+                "ms_a_row": 1e3 * item.seconds_per_row,
+                "speed_up": item.speed_up.mean,
+            },
+        )
+        for setting, item in truth.items()
+    ]
+
+
+def verdicts(found: Sequence[Tuning], truth: Mapping[Setting, Measured]) -> list[Line]:
+    """A line for each sample, and one for all; no recommendation is wrong, and costs like none."""
+    cheapest = min((item.seconds_per_row for item in truth.values() if _meets(item)), default=0.0)
+    lines, right, dearest = [], 0, 0.0
+    for sample, tuning in enumerate(found):
+        item = truth[tuning.recommended or WHOLE]
+        cost = item.seconds_per_row / cheapest if cheapest else 0.0
+        right += tuning.recommended is not None and _meets(item)
+        dearest = max(dearest, cost)
+        name = tuning.recommended.name if tuning.recommended else "nothing"
+        lines.append(Line(f"sample {sample} recommends {name}", {"cost_of_cheapest": cost}))
+    met = right >= RIGHT * len(found) and dearest <= DEAREST
+    text = f"{RIGHT:.0%} right, at most {DEAREST}x the cheapest"
+    figures = {"right": float(right), "of": float(len(found)), "dearest": dearest}
+    return [*lines, Line("all samples", figures, goal(text, met=met))]
