@@ -100,6 +100,9 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.audit is not None:
         agreed = f"{summary.audit.agreed.mid:.1%} of {summary.audit.audits:,}"
         yield "same answer uncompressed", f"{agreed} audited answers"
+        anew = sum(rung.rows for rung in summary.audit.rungs)
+        if anew:
+            yield "answered anew at a higher retention", f"{anew:,} of those that differed"
     yield "rows answered", f"{first.rows:,} of {first.planned_rows:,}"
     if summary.started is not None:
         yield "begun", f"{summary.started:%Y-%m-%d %H:%M} UTC"

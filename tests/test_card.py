@@ -10,9 +10,10 @@ from huggingface_hub import DatasetCard
 
 from gc2ray.card import CARD_NAME, MARKER, card, write_card
 from gc2ray.errors import Status
+from gc2ray.figures import Range
 from gc2ray.ledger import read_ledger
 from gc2ray.store import Store
-from gc2ray.summary import Summary, summarise
+from gc2ray.summary import AuditSummary, Rung, Summary, summarise
 from tests.outputs import first_plan, write_generation
 from tests.test_cli import gc2ray
 from tests.test_ledger import worker_record
@@ -62,6 +63,16 @@ def test_it_tells_what_happened(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert told in text, told
     assert "license: yours to say" in text
+
+
+def test_an_audit_is_told(tmp_path: Path) -> None:
+    summary, agreed = summary_of(a_run(tmp_path)), Range(0.7, 0.8, 0.9)
+    audit = AuditSummary(1200, agreed, 0.9, 0.1, {}, {}, (), (Rung(0.5, 20, 15), Rung(0.75, 9, 2)))
+    text = card(replace(summary, audit=audit))
+    assert "| same answer uncompressed | 80.0% of 1,200 audited answers |" in text
+    assert "| answered anew at a higher retention | 29 of those that differed |" in text
+    assert "anew at a higher" not in card(replace(summary, audit=replace(audit, rungs=())))
+    assert "uncompressed |" not in card(summary)
 
 
 def test_an_uncompressed_run_without_records_has_a_short_one(tmp_path: Path) -> None:
