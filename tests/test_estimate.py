@@ -144,8 +144,11 @@ def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) 
             once, twice = (rung[end].flops[stage] for rung in rungs)
             expected = 0.5 * (whole.ends[end].flops[stage] + anew * once + anew**2 * twice)
             assert flops == pytest.approx(expected, abs=3), (end, stage)
-        answers = own.ends[end].rows * 0.5 * (1 + anew + anew**2)
-        assert own.audits[end].rows == pytest.approx(answers, abs=2)
+        answers = 0.5 * (1 + anew + anew**2)
+        for name in ("rows", "output_tokens"):
+            expected = getattr(own.ends[end], name) * answers
+            assert getattr(own.audits[end], name) == pytest.approx(expected, abs=2), name
+        assert own.audits[end].cache_read_bytes > answers * own.ends[end].cache_read_bytes
     # At 0.5 only one rung is higher, at 0.75 none is.
     assert [by_retention[kept].audits[2].rows for kept in (0.5, 0.75)] == [
         own.ends[2].rows, own.ends[2].rows // 2
