@@ -64,7 +64,7 @@ def look(output: str, keys: Sequence[str]) -> Iterator[Looked]:
     loaded = load_model(recipe, Cluster())
     for place, request in zip(places, requests, strict=True):
         answer = _answer(output, first, place, request.row_key)
-        captions = [f"{request.row_key}: {request.prompts[0]}", *_told(answer)]
+        captions = [f"{request.row_key}: {request.prompts[0]}", *told_of(answer)]
         yield _looked(loaded, recipe, request, captions)
 
 
@@ -146,7 +146,8 @@ def _answers(generation: Generation | None, place: Place, key: str) -> Iterator[
             yield from table.filter(pc.equal(table["row_key"], key)).to_pylist()
 
 
-def _told(answer: Mapping[str, Any] | None) -> Iterator[str]:
+def told_of(answer: Mapping[str, Any] | None) -> Iterator[str]:
+    """Lines about an answer row, or none yet: what was said, anew, and uncompressed."""
     if answer is None:
         yield "not answered yet"
         return

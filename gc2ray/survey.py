@@ -148,7 +148,7 @@ def survey(
     files, _ = source.scan()
     looker = _Looker(recipe, outline)
     total = sum(file.rows for file in files)
-    spans = _all(files) if rows is None or rows >= total else spread(files, rows)
+    spans = spread(files, total if rows is None else rows)
     stretches = []
     for span in spans:
         try:
@@ -200,14 +200,12 @@ class _Looker:
         return self._counted
 
 
-def _all(files: Sequence[SourceFile]) -> list[Span]:
-    return [Span(file.source, file.fingerprint, 0, file.rows) for file in files if file.rows]
-
-
 def spread(files: Sequence[SourceFile], rows: int) -> list[Span]:
-    """About so many rows in stretches of equal length, one at a random place of each equal part."""
+    """All rows, or about so many: stretches of one length, each at random in its equal part."""
     starts = np.cumsum([0, *(file.rows for file in files)])
     total = int(starts[-1])
+    if rows >= total:
+        return [Span(file.source, file.fingerprint, 0, file.rows) for file in files if file.rows]
     count = min(STRETCHES, rows)
     length = max(1, rows // count)
     draw = np.random.default_rng(0)

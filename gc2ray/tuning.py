@@ -105,10 +105,9 @@ def tuned(job: Job, wish: Wish) -> Tuning:
         raise ConfigError(f"--reference: recipe.input.keep does not name {wish.reference!r}")
     source = Source(job.recipe.input)
     files, _ = source.scan()
-    total = sum(file.rows for file in files)
     requests: list[Request] = []
     try:
-        for span in spread(files, min(wish.rows, total)):
+        for span in spread(files, wish.rows):
             requests += source.read(span, HOST_BYTES)
     except ShardError as error:
         raise ConfigError(f"recipe.input: {error}") from error
@@ -120,6 +119,7 @@ def tuned(job: Job, wish: Wish) -> Tuning:
         raise ConfigError(f"--budget-usd: no price of {engine.device} is known; --usd-per-hour")
     trials = measure(engine, requests, settings)
     references = references_of(requests, wish.reference) if wish.reference else {}
+    total = sum(file.rows for file in files)
     return judge(trials, Question(target, references, usd_per_hour=price, total_rows=total))
 
 

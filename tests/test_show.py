@@ -21,7 +21,7 @@ from gc2ray.handout import Handout
 from gc2ray.heat_map import Looked, heat_map, panels
 from gc2ray.manifest import Plan
 from gc2ray.planner import store_plan
-from gc2ray.show import look, picture_name
+from gc2ray.show import look, picture_name, told_of
 from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.worker import Worker
@@ -116,6 +116,44 @@ def test_rows_are_looked_at_again(answered: Job) -> None:
     assert other.captions[0].startswith(f"{unanswered}: ")
     assert "not answered yet" in other.captions
     assert other.image.shape == (100, 200, 3)
+
+
+ESCALATED = {"first_answer": "a dog", "agreement": 0.25, "final_agreement": 1.0, "answer": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("status", "audit", "lines"),
+    [
+        ("ok", None, ["answer: a cat"]),
+        ("failed", None, ["answer: none (failed: broken)"]),
+        (
+            "ok",
+            ESCALATED,
+            [
+                "answer: a dog (agreement 0.250)",
+                "anew at retention 0.5: a cat (agreement 1.000)",
+                "uncompressed: a cat",
+            ],
+        ),
+        (
+            "ok",
+            {**ESCALATED, "final_agreement": None, "agreement": None, "answer": None},
+            ["answer: a cat", "uncompressed: none"],
+        ),
+        (
+            "ok",
+            {"agreement": 1.0, "answer": ""},
+            ["answer: a cat (agreement 1.000)", "uncompressed: "],
+        ),
+    ],
+)
+def test_an_answer_is_told_with_its_audit(
+    status: str, audit: dict[str, object] | None, lines: list[str]
+) -> None:
+    """The last one is from before rows were answered anew."""
+    row = {"status": status, "answer": "a cat", "error": "broken", "retention_requested": 0.5}
+    assert list(told_of({**row, "audit": audit})) == lines
+    assert list(told_of(None)) == ["not answered yet"]
 
 
 @pytest.mark.parametrize(

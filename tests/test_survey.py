@@ -134,6 +134,8 @@ def test_stretches_lie_in_order_and_do_not_meet() -> None:
     assert 600 <= sum(span.rows for span in spans) <= 640
     assert all(span.stop <= files[int(span.source)].rows for span in spans)
     assert spread(files, 640) == spans
+    for rows in (3706, 10_000):
+        assert [span.rows for span in spread(files, rows)] == [5, 700, 1, 3000]
 
 
 def test_an_input_that_cannot_be_read_is_refused(
