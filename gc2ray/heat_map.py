@@ -65,6 +65,11 @@ class Looked:
         return whole[top:bottom, left:right]
 
 
+def _drawable(text: str) -> str:
+    """A model may write anything; no font has control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 @dataclass(frozen=True)
 class Panel:
     """One of the four, alone: what it shows, in words, and WebP."""
@@ -75,7 +80,7 @@ class Panel:
 
 def heat_map(looked: Looked) -> bytes:
     """The picture, as PNG."""
-    lines = [line for text in looked.captions for line in textwrap.wrap(text, LINE)]
+    lines = [line for text in looked.captions for line in textwrap.wrap(_drawable(text), LINE)]
     panel = _height(looked, WIDTH_INCHES / 2)
     size = (WIDTH_INCHES, 2 * (panel + 0.4) + 0.2 * len(lines) + 0.2)
     figure = Figure(figsize=size, layout="constrained")

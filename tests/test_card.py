@@ -15,7 +15,7 @@ from gc2ray.ledger import read_ledger
 from gc2ray.store import Store
 from gc2ray.summary import AuditSummary, Rung, Summary, summarise
 from tests.outputs import first_plan, write_generation
-from tests.test_cli import gc2ray
+from tests.test_cli import here
 from tests.test_ledger import worker_record
 from tests.test_report import PRICES, a_run, evil_run
 
@@ -116,16 +116,16 @@ def test_what_records_say_stays_text(tmp_path: Path) -> None:
 
 def test_the_command_writes_report_and_card(tmp_path: Path) -> None:
     output = a_run(tmp_path / "run")
-    result = gc2ray("report", output, "--usd-per-hour", "2")
-    assert result.returncode == 0, result.stderr
+    result = here("report", output, "--usd-per-hour", "2")
+    assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"{output}/report/report.html, .md, .json", f"{output}/README.md"
     ]  # fmt: skip
     assert {path.name for path in (output / "report").iterdir()} == {
         "report.html", "report.md", "report.json"
     }  # fmt: skip
-    assert gc2ray("verify", output).stdout.count("README") == 0
-    again = gc2ray("report", output, output, "--to", tmp_path / "both", "--no-card")
+    assert here("verify", output).stdout.count("README") == 0
+    again = here("report", output, output, "--to", tmp_path / "both", "--no-card")
     assert again.stdout.splitlines() == [f"{tmp_path}/both/report.html, .md, .json"]
 
 
@@ -133,6 +133,6 @@ def test_the_command_writes_report_and_card(tmp_path: Path) -> None:
 def test_what_cannot_be_reported_is_refused(tmp_path: Path, words: list[str]) -> None:
     write_generation(tmp_path / "run", 0, first_plan())
     Store(str(tmp_path / "run")).create("workers/w.json", worker_record())
-    result = gc2ray("report", *(str(tmp_path / "run") if w == "OUT" else w for w in words))
-    assert result.returncode == 2
+    result = here("report", *(str(tmp_path / "run") if w == "OUT" else w for w in words))
+    assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1

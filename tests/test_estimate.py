@@ -20,7 +20,7 @@ from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.rows import Split, pocket_rows, write_rows
 from gc2ray.survey import survey
 from jobs.photos import opened_photos
-from tests.test_cli import gc2ray, job_file
+from tests.test_cli import gc2ray, here, job_file
 from tests.test_hardware import GOOD
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +42,8 @@ def demo(tmp_path: Path) -> Path:
 
 
 def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> None:
-    result = gc2ray("estimate", demo, "--json")
-    assert result.returncode == 0, result.stderr
+    result = here("estimate", demo, "--json")
+    assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     ran = gc2ray("run", demo)
     assert ran.returncode == 0, ran.stderr
@@ -65,8 +65,8 @@ def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> N
         assert own["flops"][stage]["low"] <= flops <= own["flops"][stage]["high"], stage
     assert full["flops"]["prefill"]["low"] <= stats.flops_full["prefill"]
     assert stats.flops_full["prefill"] <= full["flops"]["prefill"]["high"]
-    like = gc2ray("estimate", demo, "--like", tmp_path / "out")
-    assert like.returncode == 0, like.stderr
+    like = here("estimate", demo, "--like", tmp_path / "out")
+    assert like.exit_code == 0, like.stderr
     assert "cpu: at the pace of an earlier run." in like.stdout
     assert "Output tokens: as in the run on cpu." in like.stdout
 
@@ -75,8 +75,8 @@ def test_it_needs_neither_weights_nor_output(tiny_paths: dict[str, Path], tmp_pa
     bare = tmp_path / "model"
     shutil.copytree(tiny_paths["vicuna"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = job_file(tmp_path, bare)
-    result = gc2ray("estimate", config, "--output-tokens", "3", "--hours", "0.5")
-    assert result.returncode == 0, result.stderr
+    result = here("estimate", config, "--output-tokens", "3", "--hours", "0.5")
+    assert result.exit_code == 0, result.stderr
     for text in ("rows", "12", "visual tokens before compression", "as given", "1 (recipe)"):
         assert text.replace("1 (recipe)", "0.25 (recipe)") in result.stdout
     assert "Every image header and prompt was read" in result.stdout
@@ -85,9 +85,9 @@ def test_it_needs_neither_weights_nor_output(tiny_paths: dict[str, Path], tmp_pa
 
 def test_a_sample_says_how_large_it_was(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=60)
-    result = gc2ray("estimate", config, "--rows", "20")
+    result = here("estimate", config, "--rows", "20")
     assert "20 of 60 rows were looked at" in result.stdout
-    assert "60 of 60" not in gc2ray("estimate", config, "--rows", "20", "--all").stdout
+    assert "60 of 60" not in here("estimate", config, "--rows", "20", "--all").stdout
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_a_sample_says_how_large_it_was(tiny_paths: dict[str, Path], tmp_path: P
 def test_what_cannot_be_used_is_refused(
     tiny_paths: dict[str, Path], tmp_path: Path, words: list[str], message: str
 ) -> None:
-    result = gc2ray("estimate", job_file(tmp_path, tiny_paths["vicuna"]), *words)
-    assert result.returncode == 2
+    result = here("estimate", job_file(tmp_path, tiny_paths["vicuna"]), *words)
+    assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
@@ -153,11 +153,11 @@ def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) 
     assert [by_retention[kept].audits[2].rows for kept in (0.5, 0.75)] == [
         own.ends[2].rows, own.ends[2].rows // 2
     ]  # fmt: skip
-    result = gc2ray("estimate", job_file(tmp_path, path), "--output-tokens", "4", *changes)
-    assert result.returncode == 0, result.stderr
+    result = here("estimate", job_file(tmp_path, path), "--output-tokens", "4", *changes)
+    assert result.exit_code == 0, result.stderr
     assert "0.5 of the rows are answered uncompressed, too, and those that differ" in result.stdout
     assert "anew, up to 2 times: up to " in result.stdout
-    assert "answered uncompressed" not in gc2ray("estimate", job_file(tmp_path, path)).stdout
+    assert "answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
 
 
 def test_numbers_are_told_as_people_do() -> None:

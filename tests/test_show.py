@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.worker import Worker
 from tests.rows import SIZES, encoded, make_job, picture
-from tests.test_cli import gc2ray
+from tests.test_cli import here
 from tests.views import random_views
 
 
@@ -65,8 +66,10 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
     canvas = Canvas.of(size, (1, 2), (6, 6))
     kept = np.zeros((3, 36), bool)
     image = np.full((*size, 3), 200, np.uint8)
-    looked = Looked(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an answer " * 40])
-    drawn = Image.open(io.BytesIO(heat_map(looked)))
+    looked = Looked(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of letters that no font has
+        drawn = Image.open(io.BytesIO(heat_map(looked)))
     assert drawn.format == "PNG"
     assert drawn.width > 1000
     assert heat_map(looked) == heat_map(looked)
@@ -173,28 +176,28 @@ def test_what_cannot_be_shown_says_why(answered: Job, key: str, message: str) ->
 
 def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
     file = tmp_path / "row.png"
-    result = gc2ray("show", answered.output, "odd#1.parquet#0", "--to", file)
-    assert result.returncode == 0, result.stderr
+    result = here("show", answered.output, "odd#1.parquet#0", "--to", file)
+    assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(file)
     assert Image.open(file).format == "PNG"
-    refused = gc2ray("show", tmp_path / "nowhere", "a#0")
-    assert refused.returncode == 2
+    refused = here("show", tmp_path / "nowhere", "a#0")
+    assert refused.exit_code == 2
     assert "there is no run here" in refused.stderr
 
 
 def test_the_report_shows_rows(answered: Job, tmp_path: Path) -> None:
     """Two of its own choice, and one that was asked for."""
     words = ["--show", "2", "--row", "odd#1.parquet#3", "--to", tmp_path / "told"]
-    result = gc2ray("report", answered.output, *words)
-    assert result.returncode == 0, result.stderr
+    result = here("report", answered.output, *words)
+    assert result.exit_code == 0, result.stderr
     page = (tmp_path / "told" / "report.html").read_text()
     assert page.count("<img ") == 3 * 4
     assert "not answered yet" in page
-    plain = gc2ray("report", answered.output)
+    plain = here("report", answered.output)
     assert "<img " not in (Path(answered.output) / "report" / "report.html").read_text()
     assert "Loading weights" not in plain.stderr
-    refused = gc2ray("report", answered.output, "--row", "other#0")
-    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    refused = here("report", answered.output, "--row", "other#0")
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
     assert "no row 'other#0' in the plan" in refused.stderr
 
 

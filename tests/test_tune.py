@@ -34,7 +34,7 @@ from gc2ray.tune import (
 from gc2ray.tuning import Wish, settings_of
 from tests.fakes import echo
 from tests.rows import request
-from tests.test_cli import gc2ray, job_file
+from tests.test_cli import here, job_file
 
 HALF, TENTH = Setting("globalcom2", 0.5), Setting("globalcom2", 0.1)
 BY_WAY = {UNCOMPRESSED: WHOLE, HALF.name: HALF, TENTH.name: TENTH}
@@ -71,7 +71,8 @@ class Known:
 
 
 def rows(count: int = 80) -> list[Request]:
-    return [replace(request((25, 30)), row=n, row_key=f"a#{n}") for n in range(count)]
+    alike = request((25, 30))
+    return [replace(alike, row=n, row_key=f"a#{n}") for n in range(count)]
 
 
 def tuning(engine: Known, question: Question, count: int = 80) -> Tuning:
@@ -239,15 +240,15 @@ def test_the_command_measures_and_says_what_to_take(
 ) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=24)
     words = ("tune", config, "--rows", "24", "--retention", "0.5", "--retention", "0.1")
-    result = gc2ray(*words, "--min-agreement", "0")
-    assert result.returncode == 0, result.stderr
+    result = here(*words, "--min-agreement", "0")
+    assert result.exit_code == 0, result.stderr
     drawing = tmp_path / "front.svg"
-    refused = gc2ray(*words, "--svg", tmp_path / "nowhere" / "front.svg")
-    assert (refused.returncode, "cannot be written" in refused.stderr) == (2, True)
+    refused = here(*words, "--svg", tmp_path / "nowhere" / "front.svg")
+    assert (refused.exit_code, "cannot be written" in refused.stderr) == (2, True)
     assert "none at 1" in result.stdout
     assert "globalcom2 at 0.1" in result.stdout
     assert re.search(r"(Take globalcom2 at 0\.\d|Compression does not pay here)", result.stdout)
-    priced = gc2ray(*words, "--json", "--usd-per-hour", "1", "--svg", drawing)
+    priced = here(*words, "--json", "--usd-per-hour", "1", "--svg", drawing)
     found = json.loads(priced.stdout)
     root = ElementTree.fromstring(drawing.read_text())
     texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -274,6 +275,6 @@ def test_the_command_measures_and_says_what_to_take(
 def test_what_makes_no_sense_is_refused(
     tiny_paths: dict[str, Path], tmp_path: Path, words: list[str], message: str
 ) -> None:
-    result = gc2ray("tune", job_file(tmp_path, tiny_paths["vicuna"]), *words)
-    assert result.returncode == 2
+    result = here("tune", job_file(tmp_path, tiny_paths["vicuna"]), *words)
+    assert result.exit_code == 2
     assert message in result.stderr
