@@ -87,3 +87,13 @@ def money(usd: float) -> str:
 def whole(value: float) -> str:
     """To the last digit."""
     return f"{value:,.0f}"
+
+
+def percent(share: float | None) -> str:
+    """A share, to a tenth of a hundredth; nothing where it is not known."""
+    return "" if share is None else f"{share:.1%}"
+
+
+def size(size_bytes: float) -> str:
+    """Of something in memory."""
+    return f"{size_bytes / 1e9:.3g} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.3g} MB"

@@ -16,37 +16,18 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
 
 from gc2ray import __version__, charts
-from gc2ray.figures import Range, duration, money, precise, short, shown
+from gc2ray.figures import Range, duration, money, percent, precise, short, size
 from gc2ray.heat_map import Looked, panels
-from gc2ray.summary import HOUR, Change, Summary
+from gc2ray.summary import HOUR, Summary
+from gc2ray.tables import STAGES, Table, tables
 
 TEMPLATES = Path(__file__).with_name("templates")
-STAGES = {
-    "image": "decode images (on threads)",
-    "encode": "vision tower",
-    "compress": "compress, project",
-    "prefill": "prefill",
-    "generate": "decode",
-}
-"""How people are told stages."""
 KWH_JOULES = 3.6e6
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts, and whether all columns but the first are numbers."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    numbers: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,7 +169,7 @@ def _view(summary: Summary, name: str, pictures: Sequence[Picture]) -> RunView:
         when=_when(summary),
         tiles=list(_tiles(summary)),
         verdicts=list(_verdicts(summary)),
-        tables=[table for table in _tables(summary) if table.rows],
+        tables=[table for table in tables(summary) if table.rows],
         charts=list(_charts(summary)),
         pictures=pictures,
         recipe=f"{recipe}# {versions}",
@@ -207,18 +188,18 @@ def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "rows committed", f"{first.rows:,} of {first.planned_rows:,}"
     share = summary.errors / summary.answers if summary.answers else 0.0
     yield f"errors among {summary.answers:,} answers", f"{summary.errors:,} ({share:.2%})"
-    yield "of the visual tokens kept", _percent(summary.visual.share)
-    yield "of the KV cache used", _percent(summary.kv_bytes.share)
-    yield "of the operations done", _percent(_operations(summary).share)
+    yield "of the visual tokens kept", percent(summary.visual.share)
+    yield "of the KV cache used", percent(summary.kv_bytes.share)
+    yield "of the operations done", percent(summary.operations.share)
     if summary.device_seconds:
         yield "device time", duration(summary.device_seconds / HOUR)
-        yield "of it useful", _percent(summary.useful_share)
+        yield "of it useful", percent(summary.useful_share)
     if summary.usd is not None:
         yield f"in all, {summary.price}", money(summary.usd)
     if summary.usd_per_1000 is not None:
         yield "per 1,000 images", money(summary.usd_per_1000)
     if summary.audit is not None:
-        yield "of audited answers unchanged", _percent(summary.audit.agreed.mid)
+        yield "of audited answers unchanged", percent(summary.audit.agreed.mid)
     if summary.energy_joules:
         yield "energy of the devices", f"{precise(summary.energy_joules / KWH_JOULES)} kWh"
 
@@ -273,161 +254,6 @@ def _audit_line(summary: Summary) -> Line:
     return Line(text)
 
 
-def _operations(summary: Summary) -> Change:
-    full = sum(change.full for change in summary.flops.values())
-    return Change(full, sum(change.kept for change in summary.flops.values()))
-
-
-def _tables(summary: Summary) -> Iterator[Table]:
-    statuses = sorted(summary.by_status.items(), key=lambda item: (item[0] != "ok", -item[1]))
-    yield Table("Answers by status", ["status", "answers"], [[s, f"{n:,}"] for s, n in statuses])
-    if len(summary.generations) > 1:
-        yield Table(
-            "Generations",
-            ["generation", "rows", "parts", "ok", "errors"],
-            [
-                [
-                    "run" if found.number == 0 else f"retry {found.number}",
-                    f"{found.rows:,} of {found.planned_rows:,}",
-                    f"{found.parts:,}",
-                    f"{found.by_status.get('ok', 0):,}",
-                    f"{sum(found.by_status.values()) - found.by_status.get('ok', 0):,}",
-                ]
-                for found in summary.generations
-            ],
-        )
-    yield _token_table(summary)
-    yield _memory_table(summary)
-    yield Table(
-        "Operations",
-        ["stage", "before", "after", "share"],
-        [_change_row(STAGES[s], c) for s, c in summary.flops.items() if c.full],
-        "Matrix products only, as gc2ray runs them; the tower reads every image whatever is kept.",
-    )
-    yield _time_table(summary)
-    yield from _money_tables(summary)
-    if summary.audit is not None:
-        yield Table(
-            "Audited rows that were answered anew",
-            ["retention of their answer now", "rows", "of them same as uncompressed"],
-            [
-                [f"{rung.retention:g}", f"{rung.rows:,}", f"{rung.agreed:,}"]
-                for rung in summary.audit.rungs
-            ],
-            "Those whose answers disagreed, at rising retentions, until one agreed.",
-        )
-        yield Table(
-            "Audited rows that differ most",
-            ["row", "similarity"],
-            [[key, f"{similarity:.3f}"] for similarity, key in summary.audit.least],
-            "`gc2ray report OUTPUT --show 4` draws what was kept of them, the first four.",
-        )
-    yield Table(
-        "Slowest rows",
-        ["row", "busy seconds"],
-        [[key, precise(seconds)] for seconds, key in summary.slowest],
-    )
-    yield Table(
-        "Largest rows",
-        ["row", "KV cache"],
-        [[key, _bytes(size)] for size, key in summary.largest if size],
-    )
-    more = summary.letter_count - len(summary.letters)
-    yield Table(
-        "Dead letters",
-        ["shard", "why it was given up"],
-        [list(letter) for letter in summary.letters],
-        f"and {more:,} more" if more else "",
-        numbers=False,
-    )
-
-
-def _token_table(summary: Summary) -> Table:
-    thumbnail, *crops = summary.views or (Change(0, 0),)
-    all_crops = Change(sum(c.full for c in crops), sum(c.kept for c in crops))
-    text = summary.prompt_tokens - summary.visual.kept - summary.newlines.kept
-    rows = [
-        _change_row("visual tokens", summary.visual),
-        *([_change_row("of the thumbnails", thumbnail)] if thumbnail.full else []),
-        *([_change_row("of the crops", all_crops)] if all_crops.full else []),
-        *(_change_row(f"of crop {place}", crop) for place, crop in enumerate(crops, 1)),
-        _change_row("newline tokens", summary.newlines),
-        ["text tokens", short(text), short(text), ""],
-        ["output tokens", short(summary.output_tokens), short(summary.output_tokens), ""],
-    ]
-    note = ""
-    if summary.images_shared:
-        note = (
-            f"{summary.images_shared:,} answers shared an image that another had brought, and "
-            f"{short(summary.prompt_tokens_shared)} prompt tokens."
-        )
-    return Table("Tokens", ["", "before", "after", "share"], rows, note)
-
-
-def _memory_table(summary: Summary) -> Table:
-    rows = [["KV cache of all answers", *_change_cells(summary.kv_bytes, _bytes)]]
-    if summary.peak_device_bytes:
-        rows.append(["largest device allocation", "", _bytes(summary.peak_device_bytes), ""])
-    if summary.peak_host_bytes:
-        rows.append(["largest worker process", "", _bytes(summary.peak_host_bytes), ""])
-    return Table("Memory", ["", "before", "after", "share"], rows)
-
-
-def _time_table(summary: Summary) -> Table:
-    seconds = summary.stage_seconds
-    rows = [[STAGES[stage], duration(spent / HOUR)] for stage, spent in seconds.items()]
-    rows.append(["starved: nothing to do, rows to come", duration(summary.starved_seconds / HOUR)])
-    note = "Busy time of all workers; stages overlap on a GPU."
-    if summary.rows_a_step:
-        note += f" {precise(summary.rows_a_step)} rows were decoded together on average."
-    return Table("Time by stage", ["stage", "busy"], rows, note)
-
-
-def _money_tables(summary: Summary) -> Iterator[Table]:
-    total = summary.device_seconds
-    price = summary.usd / total if summary.usd is not None and total else None
-    yield Table(
-        "Where device time went",
-        ["use", "time", "share", *(["cost"] if price is not None else [])],
-        [
-            [
-                use,
-                duration(seconds / HOUR),
-                f"{seconds / total:.1%}",
-                *([money(seconds * price)] if price is not None else []),
-            ]
-            for use, seconds in sorted(summary.bill.items(), key=lambda item: -item[1])
-        ],
-        "Useful time led to a committed part; the rest is waste, by cause.",
-    )
-    yield Table(
-        "Devices",
-        ["device", "workers", "time", "price an hour"],
-        [
-            [d.device, str(d.workers), duration(d.seconds / HOUR), _price(d.usd_per_hour)]
-            for d in summary.devices
-        ],
-        f"Prices: {summary.price}. Time from each worker's start until it was last seen.",
-    )
-    yield Table(
-        "What if: the same answers on other devices",
-        ["device", "device time", "on demand", "spot"],
-        [
-            [
-                found.hardware,
-                shown(found.device_hours, duration),
-                *(
-                    shown(found.usd[kind], money) if kind in found.usd else ""
-                    for kind in ("on_demand", "spot")
-                ),
-            ]
-            for found in summary.what_if
-        ],
-        "By each device's roofline, of which it is taken to reach the share that this run's device "
-        "did, or else 25 % to 60 %. Answering only: no loading, no second looks.",
-    )
-
-
 def _charts(summary: Summary) -> Iterator[Chart]:
     views = {
         "thumbnail" if place == 0 else f"crop {place}": change
@@ -475,10 +301,10 @@ def _comparable(summary: Summary) -> Mapping[str, str]:
         "visual tokens an answer": precise(summary.visual.kept / each),
         "prompt tokens an answer": precise(summary.prompt_tokens / each),
         "output tokens an answer": precise(summary.output_tokens / each),
-        "KV cache an answer": _bytes(summary.kv_bytes.kept // each),
-        "operations an answer": short(_operations(summary).kept / each),
+        "KV cache an answer": size(summary.kv_bytes.kept // each),
+        "operations an answer": short(summary.operations.kept / each),
         "device time": duration(summary.device_seconds / HOUR),
-        "of it useful": _percent(summary.useful_share),
+        "of it useful": percent(summary.useful_share),
     }
     if summary.answering_seconds:
         each_second = summary.answers / summary.answering_seconds
@@ -486,30 +312,7 @@ def _comparable(summary: Summary) -> Mapping[str, str]:
     if summary.usd_per_1000 is not None:
         found["per 1,000 images"] = money(summary.usd_per_1000)
     if summary.audit is not None:
-        found["audited answers unchanged"] = _percent(summary.audit.agreed.mid)
+        found["audited answers unchanged"] = percent(summary.audit.agreed.mid)
     if summary.energy_joules:
         found["joules an answer"] = precise(summary.energy_joules / each)
     return found
-
-
-# ----------------------------------------------------------------------------------------- texts
-
-
-def _change_row(name: str, change: Change) -> list[str]:
-    return [name, *_change_cells(change, short)]
-
-
-def _change_cells(change: Change, text: Any) -> list[str]:
-    return [text(change.full), text(change.kept), _percent(change.share)]
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
-
-
-def _price(usd: float | None) -> str:
-    return "unknown" if usd is None else money(usd)
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -234,6 +234,12 @@ class Summary:
         return self.answers - self.by_status.get("ok", 0)
 
     @property
+    def operations(self) -> Change:
+        """Of all stages."""
+        full = sum(change.full for change in self.flops.values())
+        return Change(full, sum(change.kept for change in self.flops.values()))
+
+    @property
     def device_seconds(self) -> float:
         """Of all uses."""
         return sum(self.bill.values())
