@@ -30,7 +30,7 @@ demo: setup ## Run the whole job with the pocket model on this machine, with rig
 	$(PY) -m jobs.demo
 
 test: setup ## Run the tests
-	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup ## Run the tests that are too slow for `make test`
 	$(PY) -m pytest -m slow

@@ -30,6 +30,12 @@ SPECS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Ray first: they take longest, and nothing should be left to wait for one."""
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in with_ray)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

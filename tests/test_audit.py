@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -213,17 +214,18 @@ def test_it_is_otherwise_the_engine_within() -> None:
     assert audited.totals() == engine.totals()
 
 
+def an_engine(loaded: Loaded, **changes: object) -> Engine:
+    recipe = make_recipe("unused", generation__max_new_tokens=6, **changes)
+    return Engine(loaded, recipe, Cluster())
+
+
+def by_row(found: Iterable[Answer]) -> dict[int, Answer]:
+    return {answer.request.row: answer for answer in found}
+
+
 def test_a_second_look_changes_no_answer(loaded_models: dict[str, Loaded]) -> None:
     """And says what an engine says that compresses nothing."""
-    loaded = loaded_models["vicuna"]
-
-    def engine(**changes: object) -> Engine:
-        recipe = make_recipe("unused", generation__max_new_tokens=6, **changes)
-        return Engine(loaded, recipe, Cluster())
-
-    def by_row(found: Iterable[Answer]) -> dict[int, Answer]:
-        return {answer.request.row: answer for answer in found}
-
+    engine = partial(an_engine, loaded_models["vicuna"])
     plain = by_row(engine(compression__retention=0.1).stream(requests()))
     whole = by_row(engine(compression__method="none").stream(requests()))
     audited = by_row(Audited(engine(compression__retention=0.1), 1.0).stream(requests()))
@@ -243,22 +245,14 @@ def test_what_is_answered_anew_is_what_a_higher_retention_says(
     loaded_models: dict[str, Loaded],
 ) -> None:
     """Token by token; the rows that agree keep what the recipe's retention said."""
-    loaded = loaded_models["vicuna"]
-
-    def engine(**changes: object) -> Engine:
-        recipe = make_recipe("unused", generation__max_new_tokens=6, **changes)
-        return Engine(loaded, recipe, Cluster())
-
-    def by_row(found: Iterable[Answer]) -> dict[int, Answer]:
-        return {answer.request.row: answer for answer in found}
-
+    engine = partial(an_engine, loaded_models["vicuna"])
     at = {r: by_row(engine(compression__retention=r).stream(requests())) for r in (0.1, 0.3, 0.6)}
     audit = {"share": 1.0, "escalate": [0.3, 0.6]}
     recipe = parse_recipe(
         make_recipe("unused", generation__max_new_tokens=6, compression__retention=0.1).model_dump()
         | {"audit": audit}
     )
-    looked = Audited(Engine(loaded, recipe, Cluster()), 1.0, tuple(recipe.rungs()))
+    looked = Audited(Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0, tuple(recipe.rungs()))
     found = by_row(looked.stream(requests()))
     assert found.keys() == at[0.1].keys()
     for row, answer in found.items():

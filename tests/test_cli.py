@@ -84,8 +84,8 @@ def test_no_arguments_show_the_commands() -> None:
 
 def test_an_unknown_key_is_refused_with_its_path_and_the_nearest(tmp_path: Path) -> None:
     path = job_file(tmp_path, tmp_path)
-    result = gc2ray("run", path, "recipe.compression.retentoin=0.1")
-    assert result.returncode == 2
+    result = here("run", path, "recipe.compression.retentoin=0.1")
+    assert result.exit_code == 2
     assert result.stderr == (
         "configuration: recipe.compression.retentoin: unknown 'retentoin'; "
         "did you mean 'retention'?\n"
@@ -102,30 +102,33 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest(tmp_path: Path)
         ("recipe.input.keep=[row_key]", "'row_key' is a column of the answers"),
     ],
 )
-def test_a_bad_job_is_refused_before_ray(tmp_path: Path, override: str, message: str) -> None:
+def test_a_bad_job_is_refused_before_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
     (tmp_path / "config.json").touch()  # the model is not looked at any closer before Ray
-    result = gc2ray("run", job_file(tmp_path, tmp_path), override)
-    assert result.returncode == 2
+    result = here("run", job_file(tmp_path, tmp_path), override)
+    assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_status_without_a_run(tmp_path: Path) -> None:
-    result = gc2ray("status", tmp_path / "empty")
-    assert result.returncode == 2
+    result = here("status", tmp_path / "empty")
+    assert result.exit_code == 2
     assert "there is no run here" in result.stderr
 
 
 def test_verify(tmp_path: Path) -> None:
     write_generation(tmp_path, 0, first_plan())
     for words in (["verify", tmp_path], ["verify", tmp_path, "--deep"]):
-        result = gc2ray(*words)
-        assert (result.returncode, result.stderr) == (0, "")
+        result = here(*words)
+        assert (result.exit_code, result.stderr) == (0, "")
         assert result.stdout.endswith("whole: 17 of 17 planned rows are answered\n")
     for number in range(30):
         (tmp_path / f"data/notes-{number:02d}.txt").touch()
-    result = gc2ray("verify", tmp_path)
-    assert result.returncode == 1
+    result = here("verify", tmp_path)
+    assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert "data/notes-19.txt: is no planned shard's part; move it away" in lines
     assert lines[-2:] == ["and 10 more", "wrong: 17 of 17 planned rows are answered"]
@@ -134,8 +137,8 @@ def test_verify(tmp_path: Path) -> None:
 def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> None:
     write_generation(tmp_path, 0, first_plan())
     parts(tmp_path)[1].unlink()
-    result = gc2ray("verify", tmp_path)
-    assert result.returncode == 1
+    result = here("verify", tmp_path)
+    assert result.exit_code == 1
     assert result.stdout.splitlines()[-2:] == [
         "shard 1 (3 rows): not answered yet; run again",
         "incomplete: 14 of 17 planned rows are answered",
@@ -144,14 +147,14 @@ def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> N
 
 def test_compact(tmp_path: Path) -> None:
     write_generation(tmp_path / "out", 0, first_plan())
-    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest", "--file-mb", "1")
-    assert (result.returncode, result.stderr) == (0, "")
+    result = here("compact", tmp_path / "out", tmp_path / "dest", "--file-mb", "1")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == (
         f"17 answers to 17 rows, 0 of them failed, in 1 files: {tmp_path}/dest\n"
     )
     assert pq.read_table(tmp_path / "dest/part-00000.parquet").num_rows == 17
-    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest")
-    assert (result.returncode, result.stdout) == (2, "")
+    result = here("compact", tmp_path / "out", tmp_path / "dest")
+    assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
         f"configuration: {tmp_path}/dest: holds a finished dataset; choose another place\n"
     )
@@ -160,17 +163,17 @@ def test_compact(tmp_path: Path) -> None:
 def test_compact_of_an_incomplete_run(tmp_path: Path) -> None:
     write_generation(tmp_path / "out", 0, first_plan())
     parts(tmp_path / "out")[1].unlink()
-    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest")
-    assert result.returncode == 2
+    result = here("compact", tmp_path / "out", tmp_path / "dest")
+    assert result.exit_code == 2
     assert "shard 1 (3 rows): not answered yet; run again; --incomplete takes" in result.stderr
-    result = gc2ray("compact", tmp_path / "out", tmp_path / "dest", "--incomplete")
-    assert result.returncode == 0
+    result = here("compact", tmp_path / "out", tmp_path / "dest", "--incomplete")
+    assert result.exit_code == 0
     assert result.stdout.startswith("14 answers to 14 rows, 0 of them failed")
 
 
 def test_verify_without_a_run(tmp_path: Path) -> None:
-    result = gc2ray("verify", tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
+    result = here("verify", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"configuration: {tmp_path}: there is no run here (no run.json)\n"
 
 
@@ -185,13 +188,13 @@ def test_run_then_status(tiny_paths: dict[str, Path], tmp_path: Path, column: st
     assert "12 of 12" in result.stdout
     answers = 12 if column == "prompt" else sum(map(prompts_of, range(12)))
     assert re.search(rf"answers +│ +{answers} ", result.stdout)
-    status = gc2ray("status", tmp_path / "out")
-    assert status.returncode == 0
+    status = here("status", tmp_path / "out")
+    assert status.exit_code == 0
     assert "2 of 2 shards committed" in status.stdout
     assert "worker processes so far" in status.stdout
     sorted((tmp_path / "out" / "data").iterdir())[0].unlink()
-    status = gc2ray("status", tmp_path / "out")
-    assert status.returncode == 1
+    status = here("status", tmp_path / "out")
+    assert status.exit_code == 1
     assert "6 rows are not committed" in status.stdout
 
 
@@ -292,8 +295,8 @@ def test_check_compares_every_prompt_of_the_rows(
     tiny_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     path = job_file(tmp_path, tiny_paths["vicuna"])
-    result = gc2ray("check", path, "recipe.input.prompt={column: prompts}", "--rows", "5")
-    assert result.returncode == 0, result.stderr
+    result = here("check", path, "recipe.input.prompt={column: prompts}", "--rows", "5")
+    assert result.exit_code == 0, result.stderr
     questions = [text for row in range(5) for text in question_list(row) or [None]]
     good = sum(text is not None for text in questions)
     assert good > 5
@@ -308,8 +311,8 @@ def test_check_passes_on_a_good_model(
 ) -> None:
     """Whatever the recipe's packing is: stock is compared with stock's."""
     packing = f"recipe.compression.newlines={newlines}"
-    result = gc2ray("check", job_file(tmp_path, tiny_paths["vicuna"]), packing, "--rows", "5")
-    assert result.returncode == 0, result.stderr
+    result = here("check", job_file(tmp_path, tiny_paths["vicuna"]), packing, "--rows", "5")
+    assert result.exit_code == 0, result.stderr
     assert "same first token 5 of 5" in result.stdout
     assert "5 of 5 answers the same" in result.stdout
     assert "passed" in result.stdout
