@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 ONLY   ?=
 # Of each kind, a multiple of three: one window after the other.
 KILLS  ?= 21
+# Tests in two processes, file by file, in the order in which they were collected.
+IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Processes that train the pocket model together: cores on a CPU, 1 on a GPU.
 PROCESSES ?= $(shell nproc)
 
@@ -30,10 +32,10 @@ demo: setup ## Run the whole job with the pocket model on this machine, with rig
 	$(PY) -m jobs.demo
 
 test: setup ## Run the tests
-	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -m "not slow" $(IN_TWO)
 
 test-all: setup ## Run the tests that are too slow for `make test`
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow $(IN_TWO)
 
 chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=21 of each; prints the table
 	$(PY) -m pytest tests/test_chaos.py --kills $(KILLS)
