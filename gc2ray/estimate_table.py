@@ -151,7 +151,7 @@ def _audit_note(found: Estimate, job: Job) -> Iterator[str]:
     if not job.recipe.audit.share or not shares:
         return
     anew = len(job.recipe.audit.escalate)
-    text = f"{job.recipe.audit.share:.3g} of the rows are answered uncompressed, too"
+    text = f"{job.recipe.audit.share:.1%} of the rows are answered uncompressed, too"
     if anew:
         times = "once" if anew == 1 else f"up to {anew} times"
         text += f", and those that differ (here half of them, each time) anew, {times}"

@@ -155,7 +155,7 @@ def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) 
     ]  # fmt: skip
     result = here("estimate", job_file(tmp_path, path), "--output-tokens", "4", *changes)
     assert result.exit_code == 0, result.stderr
-    assert "0.5 of the rows are answered uncompressed, too, and those that differ" in result.stdout
+    assert "50.0% of the rows are answered uncompressed, too, and those" in result.stdout
     assert "anew, up to 2 times: up to " in result.stdout
     assert "answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
 
