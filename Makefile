@@ -35,7 +35,8 @@ test: setup ## Run the tests
 	$(PY) -m pytest -m "not slow" $(IN_TWO)
 
 test-all: setup ## Run the tests that are too slow for `make test`
-	$(PY) -m pytest -m slow $(IN_TWO)
+	$(PY) -m pytest -m "slow and not alone" $(IN_TWO)
+	$(PY) -m pytest -m "slow and alone"
 
 chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=21 of each; prints the table
 	$(PY) -m pytest tests/test_chaos.py --kills $(KILLS)

@@ -267,6 +267,7 @@ def test_an_engine_that_breaks_once(job_file: Path, marks: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     """Five kills; useful and wasted device-seconds within 5% of the test's own count."""
     counted = Counted(marks, frozenset({9, 52, 99, 144, 190}), row_seconds=0.25, load_seconds=3.0)
