@@ -147,6 +147,7 @@ def _audit_note(found: Estimate, job: Job) -> Iterator[str]:
         item.audit_seconds.mid / item.device_seconds.mid
         for item in found.offers
         if item.retention == own and item.audit_seconds and item.device_seconds
+        if item.device_seconds.mid
     ]
     if not job.recipe.audit.share or not shares:
         return

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -158,6 +160,19 @@ def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) 
     assert "50.0% of the rows are answered uncompressed, too, and those" in result.stdout
     assert "anew, up to 2 times: up to " in result.stdout
     assert "answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
+
+
+def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    """No row can be answered: all of them are text where there should be images."""
+    config = job_file(tmp_path, tiny_paths["vicuna"])
+    source = next((tmp_path / "in").glob("*.parquet"))
+    table = pq.read_table(source)
+    place = table.column_names.index("image")
+    broken = pa.array([{"bytes": b"no image", "path": None}] * len(table), table["image"].type)
+    pq.write_table(table.set_column(place, "image", broken), source)
+    result = here("estimate", config, "recipe.audit={share: 0.5}", "--output-tokens", "4")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert "prompts that cannot: bad_image" in result.stdout
 
 
 def test_numbers_are_told_as_people_do() -> None:
