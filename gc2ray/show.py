@@ -24,14 +24,15 @@ from gc2ray.families.family import Loaded
 from gc2ray.generations import RETRIES, Generation, open_generation, retry_numbers
 from gc2ray.heat_map import Looked
 from gc2ray.images import decode, read_bytes, tile
+from gc2ray.latest import MERGED_BY, Latest
 from gc2ray.manifest import RUN_NAME
 from gc2ray.pictures import Picture, picture_key
 from gc2ray.records import Request
-from gc2ray.shards import Span
+from gc2ray.shards import Booleans, Shards, Span
 from gc2ray.sources.source import Source
 
 HOST_BYTES = 64 << 20
-COLUMNS = ("row_key", "status", "answer", "error", "retention_requested", "audit")
+COLUMNS = (*MERGED_BY, "row_key", "answer", "error", "retention_requested", "audit")
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,9 @@ def look(output: str, keys: Sequence[str]) -> Iterator[Looked]:
     recipe = first.run.recipe
     places = [_place(first, key) for key in keys]
     requests = [_request(recipe, place, key) for place, key in zip(places, keys, strict=True)]
-    if not requests:
-        return
-    loaded = load_model(recipe, Cluster())
+    latest, loaded = _latest(output, first), load_model(recipe, Cluster())
     for place, request in zip(places, requests, strict=True):
-        answer = _answer(output, first, place, request.row_key)
+        answer = _answer(latest, first.plan.shards, place, request.row_key)
         captions = [f"{request.row_key}: {request.prompts[0]}", *told_of(answer)]
         yield _looked(loaded, recipe, request, captions)
 
@@ -119,31 +118,29 @@ def _looked(loaded: Loaded, recipe: Recipe, request: Request, captions: list[str
     )
 
 
-def _answer(output: str, first: Generation, place: Place, key: str) -> dict[str, Any] | None:
-    """The latest answer to a row, an `ok` one before others; None where it has none yet."""
+def _latest(output: str, first: Generation) -> Latest:
+    """The latest answers of an output, by what is committed now."""
     numbers = retry_numbers(first.store.names(RETRIES))
-    found = [
-        row
-        for number in (*reversed(numbers), 0)
-        for row in _answers(open_generation(output, number), place, key)
-    ]
-    good = [row for row in found if row["status"] == Status.OK]
-    return next(iter([*good, *found]), None)
+    retries = (open_generation(output, number) for number in numbers)
+    found = [first, *(retry for retry in retries if retry is not None)]
+    return Latest([(generation, _committed(generation)) for generation in found])
 
 
-def _answers(generation: Generation | None, place: Place, key: str) -> Iterator[dict[str, Any]]:
-    if generation is None:
-        return
-    shards = generation.plan.shards
-    files = [at for at, (source, _) in enumerate(shards.files) if source == place.source]
-    spans = shards.spans
-    holding = np.isin(spans.file, files) & (spans.first <= place.row) & (place.row < spans.stop)
-    committed = set(generation.store.names("data"))
-    for index in np.unique(spans.shard[holding]):
-        name = shards[int(index)].part_name
-        if name in committed:
-            table = generation.store.table(name, COLUMNS)
-            yield from table.filter(pc.equal(table["row_key"], key)).to_pylist()
+def _committed(generation: Generation) -> Booleans:
+    """Which shards of a generation are, (shards,)."""
+    sids = np.array([int(sid, 16) for sid in generation.store.committed()], np.uint64)
+    return np.isin(generation.plan.shards.sids, sids)
+
+
+def _answer(latest: Latest, shards: Shards, place: Place, key: str) -> dict[str, Any] | None:
+    """The latest answer to a row; None where it has none yet."""
+    file, spans = shards.files.index((place.source, place.fingerprint)), shards.spans
+    holding = (spans.file == file) & (spans.first <= place.row) & (place.row < spans.stop)
+    for index in spans.shard[holding]:
+        answers = latest.answers(int(index), COLUMNS)
+        if answers is not None:
+            return next(iter(answers.filter(pc.equal(answers["row_key"], key)).to_pylist()), None)
+    return None
 
 
 def told_of(answer: Mapping[str, Any] | None) -> Iterator[str]:

@@ -17,15 +17,18 @@ from PIL import Image
 from gc2ray.canvas import Canvas
 from gc2ray.compression.globalcom2 import GlobalCom2
 from gc2ray.config import Job
-from gc2ray.errors import ConfigError
+from gc2ray.errors import ConfigError, Status
+from gc2ray.generations import open_generation
 from gc2ray.handout import Handout
 from gc2ray.heat_map import Looked, heat_map, panels
 from gc2ray.manifest import Plan
 from gc2ray.planner import store_plan
+from gc2ray.shards import Span
 from gc2ray.show import look, picture_name, told_of
 from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.worker import Worker
+from tests.outputs import retry_of, write_generation
 from tests.rows import SIZES, encoded, make_job, picture
 from tests.test_cli import here
 from tests.views import random_views
@@ -119,6 +122,23 @@ def test_rows_are_looked_at_again(answered: Job) -> None:
     assert other.captions[0].startswith(f"{unanswered}: ")
     assert "not answered yet" in other.captions
     assert other.image.shape == (100, 200, 3)
+
+
+def test_the_latest_answer_is_told(answered: Job) -> None:
+    """A retry answers a row that had no answer, and fails at one that had a good one."""
+    first = open_generation(answered.output, 0)
+    assert first is not None
+    ((source, fingerprint),) = first.plan.shards.files
+    outcomes = {2: Status.FAILED, 3: Status.OK}
+    write_generation(
+        answered.output,
+        1,
+        retry_of([Span(source, fingerprint, row, row + 1) for row in outcomes], 1),
+        lambda _, row: [outcomes[row]],
+    )
+    good, late = look(answered.output, ["odd#1.parquet#2", "odd#1.parquet#3"])
+    assert "answer: odd#1.parquet 3 0 of 1" in late.captions
+    assert not any("bad in 1" in line for line in good.captions)
 
 
 ESCALATED = {"first_answer": "a dog", "agreement": 0.25, "final_agreement": 1.0, "answer": "a cat"}
