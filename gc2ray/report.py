@@ -105,17 +105,17 @@ class Report:
 
 
 def report(
-    summaries: Sequence[Summary], looked: Mapping[str, Sequence[Picture]] | None = None
+    summaries: Sequence[Summary], pictures: Mapping[str, Sequence[Picture]] | None = None
 ) -> Report:
     """Tell runs, the first one first.
 
     Args:
         summaries: Their numbers.
-        looked: By output, rows that were looked at again.
+        pictures: By output, rows that were looked at again.
     """
     names = _names([summary.output for summary in summaries])
-    pictures = [(looked or {}).get(summary.output, ()) for summary in summaries]
-    runs = [_view(*one) for one in zip(summaries, names, pictures, strict=True)]
+    shown = [(pictures or {}).get(summary.output, ()) for summary in summaries]
+    runs = [_view(*one) for one in zip(summaries, names, shown, strict=True)]
     title = names[0] if len(names) == 1 else f"{len(names)} runs side by side"
     told = {"title": title, "version": __version__, "runs": runs, "compared": _compared(runs)}
     found = templates()

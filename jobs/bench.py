@@ -5,11 +5,11 @@
 
 Prints a table, then as the last line of stdout one JSON document with every figure. Goals are
 printed beside the figures and nothing fails on them; what is compared is checked to give the same
-result. All of it takes about an hour, of which `language` and `end_to_end` take most; stderr says
-how long each took. One torch thread, or what `--threads` says, for all that are compared; they run
-in turn, and figures are medians of times and of the ratios within a turn. The photographs come with
-scikit-image and scikit-learn; models are random: their answers mean nothing, their times depend on
-shapes only.
+result. All of it takes well over an hour, most of it `language`, `end_to_end` and `tuning`; stderr
+says how long each took. One torch thread, or what `--threads` says, for all that are compared; they
+run in turn, and figures are medians of times and of the ratios within a turn. The photographs come
+with scikit-image and scikit-learn; models are random, but for that of `tuning`: their answers mean
+nothing, their times depend on shapes only.
 
 Not covered: GPUs but by `--model`, and a real model's language side.
 """

@@ -16,14 +16,13 @@ import kubernetes_validate
 import psutil
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from gc2ray.cli import app
 from gc2ray.config import Job, load_job
 from gc2ray.store import Store
 from gc2ray.verify import verify
 from tests.ray_head import until
 from tests.rows import job_data, write_rows
+from tests.test_cli import here
 
 FOLDER = Path(__file__).parents[1] / "configs" / "cluster"
 PROGRAMS = Path(sys.executable).parent
@@ -127,7 +126,7 @@ def test_its_entrypoint_is_a_command_of_ours(
         mount["name"],
         config_map["metadata"]["name"],
     )
-    result = CliRunner().invoke(app, [*words[:-1], "--help"])
+    result = here(*words[:-1], "--help")
     assert result.exit_code == 0
 
 

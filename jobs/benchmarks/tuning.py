@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+
+from PIL.Image import Image
 
 from gc2ray.config import Job, parse_job
 from gc2ray.pocket.model import MODEL
@@ -37,17 +40,16 @@ def run(samples: int = SAMPLES, rows: int = SAMPLE_ROWS, fresh: int = FRESH_ROWS
         fresh: Rows that tell what is true.
     """
     with tempfile.TemporaryDirectory() as folder:
-        truth = {
-            item.setting: item for item in _tuned(Path(folder), samples * rows, fresh).measured
-        }
-        found = [_tuned(Path(folder), sample * rows, rows) for sample in range(samples)]
+        tune = partial(_tuned, Path(folder), opened_photos())
+        truth = {item.setting: item for item in tune(samples * rows, fresh).measured}
+        found = [tune(sample * rows, rows) for sample in range(samples)]
     return [*_truth(truth), *verdicts(found, truth)]
 
 
-def _tuned(folder: Path, first: int, rows: int) -> Tuning:
+def _tuned(folder: Path, photographs: Sequence[Image], first: int, rows: int) -> Tuning:
     """Of rows of the test split from a first one on."""
     path = folder / f"{first}.parquet"
-    write_rows(path, pocket_rows(Split.TEST, rows, opened_photos(), first))
+    write_rows(path, pocket_rows(Split.TEST, rows, photographs, first))
     wish = Wish(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
     return tuned(_job(path), wish)
 
