@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -80,6 +80,17 @@ class RayHead:
         leader = psutil.Process(self.process.pid)
         return [leader, *leader.children(recursive=True)]
 
+    def kill(self) -> None:
+        """All of it at once, as a host that loses power."""
+        kill_all(self.processes())
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """Some end by themselves meanwhile: the death of another has reached them first."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
 
 @contextmanager
 def ray_head(**environment: str) -> Iterator[RayHead]:
@@ -136,8 +147,7 @@ def _end(head: RayHead) -> None:
     processes = head.processes() if head.process.poll() is None else []
     head.process.send_signal(signal.SIGTERM)
     _, left = psutil.wait_procs(processes, END_SECONDS)
-    for process in left:
-        process.kill()
+    kill_all(left)
     _, left = psutil.wait_procs(left, END_SECONDS)
     head.process.wait()
     assert not left, left

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,8 +206,7 @@ def test_a_head_that_is_killed(tmp_path: Path, tiny_paths: dict[str, Path]) -> N
         words = ["submit", job_file, "--address", head.address, "--follow"]
         following = start(head, *words, program=("-c", HASTY))
         until(lambda: len(store.committed()) >= 3)
-        for process in reversed(head.processes()):
-            process.send_signal(signal.SIGKILL)
+        head.kill()
         stdout, stderr = following.communicate(timeout=120)
     assert following.returncode == 1, stdout
     assert "does not answer any more; `gc2ray status` tells" in stderr
