@@ -17,11 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gc2ray import compression
-from gc2ray.compression.compressor import Compressor
 from gc2ray.errors import ConfigError
 from gc2ray.images import ImagePolicy
-from gc2ray.packing import Newlines, Packing, Positions
+from gc2ray.methods import METHODS, Method, Newlines, Positions
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ANSWER_COLUMNS
 
@@ -88,25 +86,24 @@ class CompressionConfig(Frozen):
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if method not in compression.COMPRESSORS:
-            raise ValueError(_unknown(method, sorted(compression.COMPRESSORS)))
+        if method not in METHODS:
+            raise ValueError(_unknown(method, sorted(METHODS)))
         return method
 
-    def build(self) -> Compressor:
-        """The compressor."""
-        return compression.build(
-            self.method, retention=self.retention, temperature=self.temperature
-        )
-
-    def packing(self) -> Packing:
-        """How what is kept is laid out."""
-        return Packing(self.positions, self.newlines)
+    @property
+    def kind(self) -> Method:
+        """What is known of the method."""
+        return METHODS[self.method]
 
     @property
     def retention_requested(self) -> float:
         """What the method was asked to keep: 1.0 where it has no retention to set."""
-        takes = "retention" in compression.parameters(self.method)
-        return self.retention if takes else 1.0
+        return self.retention if self.kind.takes_retention else 1.0
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether images are left as they are."""
+        return self.retention >= self.kind.whole_from
 
 
 class GenerationConfig(Frozen):
@@ -242,7 +239,7 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _something_to_audit(self) -> Recipe:
-        if self.audit.share and self.compression.build().keeps_everything:
+        if self.audit.share and self.compression.keeps_everything:
             raise ValueError("audit.share is above 0, but nothing is compressed; set it to 0")
         lowest = min(self.audit.escalate, default=None)
         if lowest is not None and lowest <= self.compression.retention:
@@ -250,9 +247,7 @@ class Recipe(Frozen):
                 f"audit.escalate: {lowest:g} is not above the retention of the compression, "
                 f"{self.compression.retention:g}"
             )
-        if self.audit.escalate and "retention" not in compression.parameters(
-            self.compression.method
-        ):
+        if self.audit.escalate and not self.compression.kind.takes_retention:
             raise ValueError(f"audit.escalate: {self.compression.method} has no retention to raise")
         return self
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray import compression
 from gc2ray.config import CompressionConfig, Job, Recipe
 from gc2ray.families.family import Outline
 from gc2ray.figures import Range
@@ -149,7 +148,7 @@ class _Foresight:
 
     def __call__(self, recipe: Recipe) -> Forecast:
         found = self._without_audit(recipe, recipe.compression)
-        if not recipe.audit.share or recipe.compression.build().keeps_everything:
+        if not recipe.audit.share or recipe.compression.keeps_everything:
             return found
         whole, *rungs = (
             self._without_audit(recipe, config)
@@ -170,8 +169,7 @@ class _Foresight:
 def _recipes(recipe: Recipe, retentions: Sequence[float]) -> list[Recipe]:
     """The recipe, and the same with other retentions."""
     own = recipe.compression
-    settable = "retention" in compression.parameters(own.method)
-    method = own.method if settable else DEFAULT_METHOD
+    method = own.method if own.kind.takes_retention else DEFAULT_METHOD
     others = [kept for kept in retentions if kept != own.retention_requested]
     return [
         recipe,

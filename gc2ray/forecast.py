@@ -21,6 +21,7 @@ from gc2ray.families.family import Outline
 from gc2ray.figures import Range
 from gc2ray.stats import RunStats
 from gc2ray.survey import Shown, Survey
+from gc2ray.way import Way
 
 Ends = tuple[RunStats, RunStats, RunStats]
 """At the low end, the best guess and the high end."""
@@ -45,8 +46,7 @@ class Kept:
     @staticmethod
     def of(canvas: Canvas, compression: CompressionConfig) -> Kept:
         """By an image's geometry alone."""
-        compressor = compression.build()
-        low, high = compressor.bounds(canvas)
+        low, high = Way.of(compression).compressor.bounds(canvas)
         visual = Range(low, (low + high) / 2, high)
         if compression.newlines == "none":
             return Kept(visual, Range.exactly(0))

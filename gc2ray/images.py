@@ -34,11 +34,10 @@ import fsspec
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from gc2ray.canvas import AnyRes
+from gc2ray.canvas import AnyRes, Tiles
 from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError, Status
 from gc2ray.patience import PATIENCE, Patience
 from gc2ray.records import ImageRef
-from gc2ray.views import Tiles
 
 ROOTS_KEY = "recipe.input.image_roots"
 BYTES_KEY = "recipe.input.max_image_bytes"

@@ -17,16 +17,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gc2ray.canvas import NEWLINE, Canvas, canvas_plan
+from gc2ray.canvas import NEWLINE, Canvas
+from gc2ray.canvas_plan import canvas_plan
+from gc2ray.methods import Newlines, Positions
 from gc2ray.views import Places, Selection, Views
 
-Positions = Literal["compact", "original"]
-Newlines = Literal["kept_rows", "all", "none"]
 THUMBNAIL_ROW = -1
 """The row that the thumbnail's tokens stand on: before the canvas."""
 

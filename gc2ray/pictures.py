@@ -19,9 +19,10 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from gc2ray.canvas import Tiles
 from gc2ray.errors import BadRow
 from gc2ray.records import RECIPES_WAY
-from gc2ray.views import Places, Selection, Tiles, Views
+from gc2ray.views import Places, Selection, Views
 
 
 @dataclass(eq=False)

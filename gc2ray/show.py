@@ -30,6 +30,7 @@ from gc2ray.pictures import Picture, picture_key
 from gc2ray.records import Request
 from gc2ray.shards import Booleans, Shards, Span
 from gc2ray.sources.source import Source
+from gc2ray.way import Way
 
 HOST_BYTES = 64 << 20
 COLUMNS = (*MERGED_BY, "row_key", "answer", "error", "retention_requested", "audit")
@@ -93,7 +94,7 @@ def _request(recipe: Recipe, place: Place, key: str) -> Request:
 @torch.inference_mode()
 def _looked(loaded: Loaded, recipe: Recipe, request: Request, captions: list[str]) -> Looked:
     family, policy = loaded.family, recipe.input.image_policy()
-    compressor = recipe.compression.build()
+    compressor = Way.of(recipe.compression).compressor
     try:
         data = read_bytes(request.images[0], policy)
         image = decode(data, policy)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from gc2ray import compression
 from gc2ray.charts import Point, front
 from gc2ray.config import Job
 from gc2ray.engine import Engine, load_model
 from gc2ray.errors import ConfigError, ShardError
 from gc2ray.figures import money, precise
+from gc2ray.methods import METHODS
 from gc2ray.quality import Interval
 from gc2ray.records import Request
 from gc2ray.sources.source import Source
@@ -80,13 +80,13 @@ def settings_of(job: Job, wish: Wish) -> list[Setting]:
     own = job.recipe.compression.method
     methods = wish.methods or (own if own != "none" else "globalcom2",)
     for method in methods:
-        if method not in compression.COMPRESSORS:
-            known = ", ".join(sorted(compression.COMPRESSORS))
+        if method not in METHODS:
+            known = ", ".join(sorted(METHODS))
             raise ConfigError(f"--method: no method {method!r}; there are {known}")
     settings = []
     for method in methods:
-        takes = "retention" in compression.parameters(method)
-        for retention in (wish.retentions or RETENTIONS) if takes else (1.0,):
+        settable = METHODS[method].takes_retention
+        for retention in (wish.retentions or RETENTIONS) if settable else (1.0,):
             if not 0 < retention <= 1:
                 raise ConfigError(f"--retention: the fraction KEPT, in (0, 1]; got {retention:g}")
             settings.append(Setting(method, retention))

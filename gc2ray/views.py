@@ -1,8 +1,7 @@
 """An image as the models of this family see it: a global thumbnail and a grid of local crops.
 
-`Tiles` is an image cut into views, `Views` the encoded image, `Selection` what a compressor keeps
-of it, `Places` where that stood, `Prompt` what the language model reads. The geometry behind them
-is in `gc2ray.canvas`.
+`Views` is the encoded image, `Selection` what a compressor keeps of it, `Places` where that stood,
+`Prompt` what the language model reads. The geometry behind them is in `gc2ray.canvas`.
 """
 
 from __future__ import annotations
@@ -14,16 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gc2ray.canvas import NEWLINE, Canvas, canvas_plan
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """An image cut into views, still as bytes: `pixels` is uint8 (V, T, T, 3), thumbnail first."""
-
-    pixels: np.ndarray
-    size: tuple[int, int]
-    grid: tuple[int, int]
+from gc2ray.canvas import NEWLINE, Canvas
+from gc2ray.canvas_plan import canvas_plan
 
 
 @dataclass(frozen=True)

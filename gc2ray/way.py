@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gc2ray.compression import build
 from gc2ray.compression.compressor import Compressor
 from gc2ray.config import CompressionConfig, Recipe
 from gc2ray.packing import Packing
@@ -32,7 +33,11 @@ class Way:
     @staticmethod
     def of(config: CompressionConfig) -> Way:
         """As a configuration says."""
-        return Way(config.build(), config.packing(), config.retention_requested)
+        compressor = build(
+            config.method, retention=config.retention, temperature=config.temperature
+        )
+        packing = Packing(config.positions, config.newlines)
+        return Way(compressor, packing, config.retention_requested)
 
 
 def ways_of(recipe: Recipe, others: Mapping[str, CompressionConfig]) -> dict[str, Way]:

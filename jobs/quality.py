@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.packing import Newlines, Positions
+from gc2ray.methods import Newlines, Positions
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.questions import TOPICS
 from gc2ray.pocket.rows import PocketRow, Split, pocket_rows

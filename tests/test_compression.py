@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gc2ray.canvas import NEWLINE, AnyRes, Canvas, canvas_plan
-from gc2ray.compression import COMPRESSORS, build, parameters
+from gc2ray.canvas import NEWLINE, AnyRes, Canvas
+from gc2ray.canvas_plan import canvas_plan
+from gc2ray.compression import COMPRESSORS, build
 from gc2ray.compression.compressor import ViewBatch
 from gc2ray.compression.globalcom2 import GlobalCom2, crop_scales
 from gc2ray.compression.globalcom2_reference import GlobalCom2Reference
+from gc2ray.config import CompressionConfig
+from gc2ray.methods import METHODS
 from gc2ray.views import Views, everything
 from tests import oracle
 from tests.views import kept_sets, random_views
@@ -188,7 +191,23 @@ def test_many_equals_one_by_one(method: str) -> None:
     assert compressor.many([]) == []
 
 
-@pytest.mark.parametrize("size", [(700, 700), (400, 1000), (10, 2000), (2000, 10), (50, 40)])
+def test_what_configurations_know_of_methods_is_so() -> None:
+    settings = {name: tuple(f.name for f in fields(cls)) for name, cls in COMPRESSORS.items()}
+    assert {name: method.settings for name, method in METHODS.items()} == settings
+
+
+SIZES = [(700, 700), (400, 1000), (10, 2000), (2000, 10), (50, 40)]
+
+
+@pytest.mark.parametrize("retention", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_images_pass_untouched_from_where_it_is_said(method: str, retention: float) -> None:
+    compressor, images = build(method, retention=retention), list(map(make_views, SIZES))
+    untouched = all(compressor(image).source.equal(everything(image).source) for image in images)
+    assert CompressionConfig(method=method, retention=retention).keeps_everything == untouched
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["globalcom2", "local", "random", "uniform", "pool", "none"])
 def test_retention_one_is_the_identity(method: str, size: tuple[int, int]) -> None:
     views = make_views(size)
@@ -366,10 +385,10 @@ def test_newlines_are_counted_apart_from_tokens() -> None:
 
 @pytest.mark.parametrize("retention", [0.0, -0.1, 1.01, math.nan])
 def test_retention_is_a_fraction_kept(retention: float) -> None:
-    for method in COMPRESSORS:
-        if "retention" in parameters(method):
+    for name, method in METHODS.items():
+        if method.takes_retention:
             with pytest.raises(ValueError, match="fraction kept"):
-                build(method, retention=retention)
+                build(name, retention=retention)
 
 
 def test_temperature_is_positive() -> None:

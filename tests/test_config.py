@@ -11,7 +11,6 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gc2ray import compression
 from gc2ray.config import (
     Cluster,
     Job,
@@ -23,8 +22,10 @@ from gc2ray.config import (
     recipe_difference,
 )
 from gc2ray.errors import ConfigError
+from gc2ray.methods import METHODS
 from gc2ray.packing import Packing
 from gc2ray.records import ANSWER_COLUMNS
+from gc2ray.way import Way
 from tests.rows import job_data, make_job
 
 
@@ -100,20 +101,19 @@ def test_an_unknown_method_is_named_with_its_nearest() -> None:
     assert message.startswith("recipe.compression.method: unknown 'globalcom'; did you mean '")
 
 
-@pytest.mark.parametrize("method", compression.COMPRESSORS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_configured(method: str) -> None:
     config = parse_job(data_with("recipe.compression.method", method)).recipe.compression
-    assert config.build().name == method
-    takes = "retention" in compression.parameters(method)
-    assert config.retention_requested == (0.25 if takes else 1.0)
+    assert Way.of(config).compressor.name == method
+    assert config.retention_requested == (0.25 if METHODS[method].takes_retention else 1.0)
 
 
 def test_the_papers_packing_is_the_default() -> None:
     config = parse_job(job_data("model", "in", "out")).recipe.compression
-    assert config.packing() == Packing() == Packing("compact", "kept_rows")
+    assert Way.of(config).packing == Packing() == Packing("compact", "kept_rows")
     data = data_with("recipe.compression.positions", "original")
     data["recipe"]["compression"]["newlines"] = "all"
-    assert parse_job(data).recipe.compression.packing() == Packing("original", "all")
+    assert Way.of(parse_job(data).recipe.compression).packing == Packing("original", "all")
 
 
 @pytest.mark.parametrize(

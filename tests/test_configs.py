@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gc2ray.config import load_job
+from gc2ray.way import Way
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -24,7 +25,7 @@ def test_there_are_the_four_promised() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_loads(path: Path) -> None:
     job = load_job(path)
-    assert job.recipe.compression.build().name == "globalcom2"
+    assert Way.of(job.recipe.compression).compressor.name == "globalcom2"
     assert job.recipe.generation.max_new_tokens > 0
     if path.stem != "demo":
         assert job.output.startswith("s3://")

@@ -16,6 +16,7 @@ from gc2ray.config import Recipe
 from gc2ray.packing import Packing
 from gc2ray.pocket.rows import Split
 from gc2ray.views import Views
+from gc2ray.way import Way
 from jobs import quality
 from jobs.curves import page, points
 from jobs.curves.controls import Blind, ForeignScores
@@ -153,7 +154,7 @@ def test_a_point_is_answered_with_its_packing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(points, "answers_in_order", lambda *given: [])
     for point in (Point("globalcom2"), Point("globalcom2", 0.1, 10.0, "original", "none")):
         points.answer(SimpleNamespace(), "model", [], point)
-    assert [recipe.compression.packing() for recipe in recipes] == [
+    assert [Way.of(recipe.compression).packing for recipe in recipes] == [
         Packing(), Packing("original", "none")
     ]  # fmt: skip
 

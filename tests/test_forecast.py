@@ -17,10 +17,10 @@ from gc2ray.families import outline
 from gc2ray.families.family import Loaded
 from gc2ray.figures import Range
 from gc2ray.forecast import Forecast, Kept, forecast
-from gc2ray.packing import Packing
 from gc2ray.records import stats_of
 from gc2ray.stats import RunStats
 from gc2ray.survey import survey
+from gc2ray.way import Way
 from tests.rows import SIZES, make_job
 from tests.test_survey import answers, mixed
 from tests.views import random_views
@@ -101,7 +101,8 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
 ) -> None:
     views = random_views(size, (2, 2), 6, seed)
     config = CompressionConfig(method=method, retention=retention, newlines=newlines)
-    selection = Packing(newlines=newlines).apply([views], config.build().many([views]))[0]
+    way = Way.of(config)
+    (selection,) = way.packing.apply([views], way.compressor.many([views]))
     tokens = sum(selection.kept_per_view(5, 36))
     kept = Kept.of(views.canvas, config)
     assert kept.visual.low <= tokens <= kept.visual.high
@@ -114,7 +115,7 @@ def test_the_guess_of_newlines_is_near() -> None:
     counts = []
     for seed in range(40):
         views = random_views((672, 672), (2, 2), 24, seed)
-        counts.append(int((config.build().many([views])[0].source < 0).sum()))
+        counts.append(int((Way.of(config).compressor.many([views])[0].source < 0).sum()))
     guess = Kept.of(Canvas.of((672, 672), (2, 2), (24, 24)), config).newlines.mid
     assert guess == pytest.approx(np.mean(counts), rel=0.05)
 

@@ -27,8 +27,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from gc2ray import images
-from gc2ray.canvas import AnyRes, pixel_table
+from gc2ray.canvas import AnyRes, Tiles
 from gc2ray.errors import BadRow, ConfigError, ShardError, Status
+from gc2ray.families.llava_next import pixel_table
 from gc2ray.images import (
     MAX_PIXELS,
     MAX_SIDE,
@@ -41,7 +42,6 @@ from gc2ray.images import (
 )
 from gc2ray.patience import Patience
 from gc2ray.records import ImageRef
-from gc2ray.views import Tiles
 from tests.fault_proxy import Faults
 from tests.object_servers import a_bucket
 

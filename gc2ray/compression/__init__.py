@@ -1,12 +1,11 @@
 """Compression methods, one file each, and their registry.
 
-To add one: a frozen dataclass in a file of its own (see `local.py`), a line in `COMPRESSORS`, a row
-in the README's table. The contract tests run over the registry.
+To add one: a frozen dataclass in a file of its own (see `local.py`), a line in `COMPRESSORS` and
+one in `gc2ray.methods`, a row in the README's table. The contract tests run over the registry.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from gc2ray.compression.compressor import Compressor
@@ -18,6 +17,7 @@ from gc2ray.compression.pool import Pool
 from gc2ray.compression.random import Random
 from gc2ray.compression.thumbnail import ThumbnailOnly
 from gc2ray.compression.uniform import Uniform
+from gc2ray.methods import METHODS
 
 COMPRESSORS: dict[str, type[Compressor]] = {
     method.name: method
@@ -25,12 +25,6 @@ COMPRESSORS: dict[str, type[Compressor]] = {
         GlobalCom2, GlobalCom2Reference, NoCompression, Random, Uniform, Local, ThumbnailOnly, Pool,
     )
 }  # fmt: skip
-
-
-def parameters(method: str) -> tuple[str, ...]:
-    """The settings that a method takes."""
-    cls: Any = COMPRESSORS[method]
-    return tuple(item.name for item in fields(cls))
 
 
 def build(method: str, **settings: float) -> Compressor:
@@ -41,6 +35,6 @@ def build(method: str, **settings: float) -> Compressor:
         ValueError: A setting is out of range.
     """
     cls: Any = COMPRESSORS[method]
-    taken = {name: settings[name] for name in parameters(method) if name in settings}
+    taken = {name: settings[name] for name in METHODS[method].settings if name in settings}
     compressor: Compressor = cls(**taken)
     return compressor

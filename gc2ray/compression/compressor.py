@@ -94,11 +94,6 @@ class Compressor(ABC):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         """What is kept of each of several images, the same as one by one."""
 
-    @property
-    def keeps_everything(self) -> bool:
-        """Whether it leaves images as they are."""
-        return False
-
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
         """Visual tokens that are kept at least and at most, by an image's geometry alone.
 
@@ -128,11 +123,6 @@ class MaskCompressor(Compressor):
         if self.retention == 1:
             return [everything(image) for image in images]
         return reading_order(images, self.keep(ViewBatch.of(images)))
-
-    @property
-    def keeps_everything(self) -> bool:
-        """Whether nothing is dropped."""
-        return self.retention == 1
 
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
         kept = sum(self.share(tokens) for tokens in canvas.tokens_per_view())

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.canvas import Canvas, canvas_plan
+from gc2ray.canvas import Canvas
+from gc2ray.canvas_plan import canvas_plan
 from gc2ray.compression.compressor import MaskCompressor, ViewBatch
 from gc2ray.views import share_of, top_k_mask
 

@@ -18,7 +18,8 @@ from typing import ClassVar
 
 import torch
 
-from gc2ray.canvas import NEWLINE, Canvas, canvas_plan
+from gc2ray.canvas import NEWLINE, Canvas
+from gc2ray.canvas_plan import canvas_plan
 from gc2ray.compression.compressor import Compressor, ViewBatch
 from gc2ray.compression.globalcom2 import GlobalCom2, combined_scores, crop_scales
 from gc2ray.views import Selection, Views, top_k_mask

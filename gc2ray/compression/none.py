@@ -20,11 +20,6 @@ class NoCompression(Compressor):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         return [everything(image) for image in images]
 
-    @property
-    def keeps_everything(self) -> bool:
-        """It does."""
-        return True
-
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
         whole = sum(canvas.tokens_per_view())
         return whole, whole

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, device
 
-from gc2ray.canvas import AnyRes, Canvas
+from gc2ray.canvas import AnyRes, Canvas, Tiles
 from gc2ray.cost import ModelShape, Needs
-from gc2ray.views import Places, Prompt, Selection, Tiles, Views
+from gc2ray.views import Places, Prompt, Selection, Views
 
 
 class Family(Protocol):

@@ -31,13 +31,13 @@ from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
-from gc2ray.canvas import NEWLINE, AnyRes, Canvas, pixel_table
+from gc2ray.canvas import NEWLINE, AnyRes, Canvas, Tiles
 from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found_for
 from gc2ray.cost import CLASS_TOKEN_TOWERS, ModelShape, Needs
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Outline
 from gc2ray.linear import Linear, packed_module
-from gc2ray.views import Places, Prompt, Selection, Tiles, Views
+from gc2ray.views import Places, Prompt, Selection, Views
 
 GPU_VIEWS, CPU_VIEWS = 32, 8
 """Views that go through the tower at once; bounds its activations.
@@ -300,3 +300,15 @@ def _anyres(image_processor: Any, config: Any) -> AnyRes:
         std=(float(std[0]), float(std[1]), float(std[2])),
         rescale=float(image_processor.rescale_factor),
     )
+
+
+def pixel_table(anyres: AnyRes) -> Tensor:
+    """Normalised value of each byte, float32 (3, 256), bit-equal to the HF numpy processor.
+
+    The processor rescales in float64, rounds to float32, then normalises in float32.
+    """
+    bytes_ = torch.arange(256, dtype=torch.float64)
+    rescaled = (bytes_ * anyres.rescale).to(torch.float32)
+    mean = torch.tensor(anyres.mean, dtype=torch.float32)[:, None]
+    std = torch.tensor(anyres.std, dtype=torch.float32)[:, None]
+    return (rescaled - mean) / std

@@ -16,7 +16,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from gc2ray.canvas import AnyRes, pixel_table
+from gc2ray.canvas import AnyRes
+from gc2ray.families.llava_next import pixel_table
 from gc2ray.images import ImagePolicy, decode, load_tiles, tile
 from gc2ray.records import ImageRef
 from jobs.benchmarks import Line, goal

@@ -13,16 +13,17 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from gc2ray import families
+from gc2ray.canvas import Tiles
 from gc2ray.compression.compressor import Compressor, ViewBatch
 from gc2ray.compression.globalcom2 import crop_scales
 from gc2ray.config import Cluster, parse_recipe
 from gc2ray.engine import Engine
 from gc2ray.families.family import Family, Loaded
 from gc2ray.images import ImagePolicy, load_tiles
-from gc2ray.packing import Newlines, Positions
+from gc2ray.methods import Newlines, Positions
 from gc2ray.pocket.rows import PocketRow, Split, pocket_rows
 from gc2ray.records import Answer, ImageRef, Request
-from gc2ray.views import Tiles, Views
+from gc2ray.views import Views
 from jobs.answering import answers_in_order
 from jobs.curves.controls import Blind, ForeignScores
 from jobs.photos import opened_photos
