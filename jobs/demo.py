@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from gc2ray.config import Job, load_job
 from gc2ray.display import RunDisplay, print_outcome
@@ -27,6 +26,7 @@ from gc2ray.planner import Outcome
 from gc2ray.pocket.model import MODEL
 from gc2ray.pocket.rows import PocketRow, Split, pocket_rows, write_rows
 from gc2ray.quality import Interval, agreement, interval, score
+from gc2ray.ray_pool import connected
 from gc2ray.run import run_job
 from jobs.photos import opened_photos
 
@@ -40,7 +40,6 @@ UNCOMPRESSED = ("recipe.compression={method: none}", "output=demo-output/uncompr
 def main() -> int:
     """Run the demo; the exit code is the first run's that did not end well."""
     console = Console()
-    transformers_logging.disable_progress_bar()
     started = time.monotonic()
     compressed, uncompressed = load_job(CONFIG), load_job(CONFIG, UNCOMPRESSED)
     root = Path(compressed.output).parent
@@ -51,11 +50,12 @@ def main() -> int:
     console.print(f"wrote {rows} questions about as many pictures to {path}")
     console.print(f"wrote the pocket model to {compressed.recipe.model.path}")
     answers = {}
-    for job in (compressed, uncompressed):
-        outcome = _run(console, job)
-        if outcome.exit_code:
-            return outcome.exit_code
-        answers[job.output] = pq.read_table(Path(job.output) / "data").to_pylist()
+    with connected(None):  # one Ray for both
+        for job in (compressed, uncompressed):
+            outcome = _run(console, job)
+            if outcome.exit_code:
+                return outcome.exit_code
+            answers[job.output] = pq.read_table(Path(job.output) / "data").to_pylist()
     _show_answers(console, answers[compressed.output])
     _show_accuracy(console, answers[compressed.output], answers[uncompressed.output])
     console.print(f"demo took {time.monotonic() - started:.0f} s; look around in {root}/")
