@@ -48,6 +48,7 @@ from jobs.benchmarks import (
     planning,
     preprocess,
     questions,
+    reporting,
     scores,
     tuning,
 )
@@ -66,6 +67,7 @@ BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "end_to_end": end_to_end.run,
     "questions": questions.run,
     "tuning": tuning.run,
+    "reporting": reporting.run,
 }
 TORCH_THREADS = 1
 PACKAGES = ("gc2ray", "torch", "transformers", "ray", "pillow", "pyarrow")

@@ -15,9 +15,10 @@ from gc2ray import families
 from gc2ray.cost import LLAVA_7B, ModelShape
 from gc2ray.families.tiny import TinySpec, build_tiny, untrained
 from gc2ray.quality import Interval
+from gc2ray.records import stats_of
 from gc2ray.tune import RETENTIONS, WHOLE, Measured, Setting, Tuning
 from jobs import bench
-from jobs.benchmarks import Line, end_to_end, full_size, language, tuning
+from jobs.benchmarks import Line, end_to_end, full_size, language, reporting, tuning
 from jobs.benchmarks.inputs import IN_PROPORTION
 from jobs.benchmarks.peers import Batches, one_by_one
 from jobs.benchmarks.ragged import ANSWER, PROMPT, REQUESTS, ragged_requests
@@ -202,3 +203,23 @@ def test_recommendations_are_held_against_fresh_rows() -> None:
     assert dear.figures == {"right": 10, "of": 10, "dearest": 1.3}
     assert dear.goal.endswith(": missed")
     assert told(None).figures == {"right": 0, "of": 1, "dearest": 2}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_reporting_benchmark_runs() -> None:
+    (line,) = reporting.run(parts=2, runs=1)
+    assert line.what == "a report of 200 rows in 2 parts"
+    assert line.figures["seconds"] > 0
+    assert 50 < line.figures["peak_mb"] < 2000
+
+
+def test_answers_of_the_reporting_benchmark_are_whole() -> None:
+    """What they say of their tokens agrees, so that the report has something in every place."""
+    kinds = [reporting.made_up(kind) for kind in range(reporting.KINDS)]
+    stats = stats_of(kinds)
+    assert stats.view_tokens_kept.keys() == stats.view_tokens_full.keys() == {*"01234"}
+    assert sum(stats.view_tokens_kept.values()) == stats.visual_tokens_kept
+    assert sum(stats.view_tokens_full.values()) == stats.visual_tokens_full
+    assert 0.2 < stats.visual_tokens_kept / stats.visual_tokens_full < 0.3
+    assert all(stats.flops[stage] < stats.flops_full[stage] for stage in ("compress", "prefill"))
