@@ -11,8 +11,10 @@ for 32 rows that decode. Answering end to end at retention 0.1 takes 0.88 of the
 `found` is None where it was not, and the callers have torch's attention instead. Threads are
 OpenMP's, which torch has loaded already, so both use the same ones.
 
-Not covered: other dtypes, devices and processors (for AVX-512 torch's attention has wider kernels,
-which this was not measured against), masks other than causal and a window, dropout.
+Not covered: other dtypes, devices and processors, masks other than causal and a window, dropout.
+With AVX-512 torch's own kernels are wider: on an Intel Xeon (Sapphire Rapids, one thread,
+2026-11-27) this is 0.7x as fast as torch's for views and for prompts of 2,900 tokens, 1.0x for 700,
+1.2x for 300 and 1.35x for 32 rows that decode; it is not used there.
 """
 
 from __future__ import annotations
