@@ -16,9 +16,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.dates import ConciseDateFormatter, date2num
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
-from matplotlib.ticker import LinearLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from gc2ray.stats import RETENTION_BUCKETS
 from gc2ray.summary import Change
@@ -32,7 +32,7 @@ VARIABLES = {
 """Placeholder to CSS variable, and what it is where no page sets it."""
 WIDTH, ROW = 4.6, 0.34
 """Inches, of which 72 are a pixel column each."""
-TIME_TICKS = 4
+TIME_TICKS = 6
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -123,7 +123,7 @@ def over_time(title: str, moments: Sequence[tuple[datetime, float, float]]) -> s
         axes.fill_between(when, rates, step="post", color=AFTER, alpha=0.25)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("answers/s")
-        locator = LinearLocator(TIME_TICKS)
+        locator = AutoDateLocator(minticks=2, maxticks=TIME_TICKS)  # type: ignore[no-untyped-call]
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
         other = axes.twinx()

@@ -137,7 +137,13 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["md"] = markdown_text
+    environment.filters["figures"] = figures_text
     return environment
+
+
+def figures_text(value: str) -> str:
+    """Numbers that break between those of a range only, where there is no room for it."""
+    return re.sub(r" (?!\(|to )", "\N{NO-BREAK SPACE}", value)
 
 
 def markdown_text(value: object) -> str:

@@ -19,6 +19,8 @@ STAGES = {
     "generate": "decode",
 }
 """How people are told stages."""
+HALF_PAGE = 40
+"""Characters, beside those of a first column."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     numbers: bool = True
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether half a page is too narrow for its numbers, which are not broken."""
+        _, *columns = zip(self.head, *self.rows, strict=True)
+        return self.numbers and sum(max(map(len, column)) for column in columns) > HALF_PAGE
 
 
 def tables(summary: Summary) -> Iterator[Table]:

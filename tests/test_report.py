@@ -7,6 +7,7 @@ import json
 import re
 from base64 import b64decode
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from gc2ray.bill import Bill, Use
 from gc2ray.canvas import Canvas
+from gc2ray.charts import over_time
 from gc2ray.cost import LLAVA_7B, AnswerTokens, Demand
 from gc2ray.errors import Status
 from gc2ray.figures import Range
@@ -250,6 +252,19 @@ def test_a_run_of_any_size_can_be_drawn(tmp_path: Path) -> None:
     assert json.loads(found.json)["runs"][0]["flops"]["encode"]["full"] == 3 * 10**25
     assert "33.3%" in found.html
     assert "3e+04Z" in found.html
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("buckets", [2, 101])
+def test_time_is_told_in_round_numbers(buckets: int) -> None:
+    """From seconds to decades."""
+    start = datetime(2026, 11, 27, 14, 23, 5, 900_000, tzinfo=UTC)
+    for width in (1, 2, 16, 512, 2**14, 2**18, 2**24):
+        drawn = over_time("", [(start + timedelta(0, width * n), 1, 0) for n in range(buckets)])
+        below = drawn.split("matplotlib.axis_2")[0]
+        labels = re.findall(r"<text [^>]*>([^<]+)</text>", below)
+        assert labels, f"{buckets} of {width} s"
+        assert not any("." in label for label in labels), labels
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_every_drawing_is_there_and_fits(
         assert drawings.nth(index).locator("text").count() > 3
 
 
+CUT = """() => [...document.querySelectorAll(".scroll")]
+  .filter(it => it.scrollWidth > it.clientWidth).map(it => it.innerText)"""
+
+
+@pytest.mark.parametrize("width", [1200, 600, 390])
+def test_no_table_is_cut(browser: Any, page_file: Path, width: int) -> None:
+    assert Opened(browser, page_file, scheme="light", width=width).page.evaluate(CUT) == []
+
+
 @pytest.mark.parametrize(("scheme", "width"), LOOKS)
 def test_rows_that_were_looked_at_are_shown(
     browser: Any, page_file: Path, scheme: str, width: int
