@@ -105,6 +105,7 @@ def server() -> str:
 @pytest.fixture
 def proxy(proxies: dict[str, FaultProxy], server: str) -> FaultProxy:
     proxies[server].faults = Faults()
+    proxies[server].met.clear()
     return proxies[server]
 
 

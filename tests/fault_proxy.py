@@ -2,7 +2,7 @@
 
 It forwards what it gets as it is, `Host` included, because that is signed. What it does to a
 request is drawn at random, or by the clock, and counted, so that a test can show that its fault was
-met.
+met; what is drawn happens to the first request that it can happen to, so that it is met for sure.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class FaultProxy(LoopbackServer):
             return "status"
         for name in ("busy", "dropped", "lost"):
             share = getattr(faults, name) if name != "lost" or command == "PUT" else 0.0
-            if drawn < share:
+            if drawn < share or (share and not self.met[name]):
                 return name
             drawn -= share
         return "forwarded"
