@@ -92,6 +92,14 @@ def kill_all(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
+def has_ended(pid: int) -> bool:
+    """A zombie has: its parent, or whoever has inherited it, has only not looked yet."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 @contextmanager
 def ray_head(**environment: str) -> Iterator[RayHead]:
     """Start a head, and end every process of it by pid."""
@@ -150,6 +158,7 @@ def _end(head: RayHead) -> None:
     kill_all(left)
     _, left = psutil.wait_procs(left, END_SECONDS)
     head.process.wait()
+    left = [process for process in left if not has_ended(process.pid)]
     assert not left, left
 
 

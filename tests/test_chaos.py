@@ -37,7 +37,7 @@ from gc2ray.store import Store
 from gc2ray.verify import verify
 from tests.chaos import VICTIMS, WINDOWS, Kill, Schedule, Survived, Toll, slow_worker, worker_on
 from tests.object_servers import RcloneServer, aws_environment
-from tests.ray_head import until
+from tests.ray_head import has_ended, until
 from tests.rows import job_data, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -109,19 +109,6 @@ def scheduled(kind: str, job: Job, kills: int, folder: Path) -> Schedule:
     return Schedule(kind, steps, marks)
 
 
-def is_gone(pid: int) -> bool:
-    deadline = time.monotonic() + GONE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            return True  # only its parent has not looked yet
-        time.sleep(0.05)
-    return False
-
-
 def bill_of(job: Job) -> Bill:
     return sum((record.bill for record in driver_records(Store(job.output))), Bill())
 
@@ -135,7 +122,7 @@ def assert_survived(
     assert min(windows[step] for step in WINDOWS) >= kills // 3
     assert {kill.sid: kill.step for kill in happened}.items() <= schedule.steps.items()
     assert len({kill.pid for kill in happened}) == len(happened)
-    assert all(is_gone(kill.pid) for kill in happened)
+    until(lambda: all(has_ended(kill.pid) for kill in happened), GONE_SECONDS)
     store = Store(job.output)
     rows = [row for part in store.names("data") for row in store.table(part).to_pylist()]
     planned = {f"a.parquet#{row}" for row in range((kills + SPARE_SHARDS) * SHARD_ROWS)}

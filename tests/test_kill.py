@@ -34,6 +34,7 @@ from gc2ray.run import run_job, run_retry
 from gc2ray.store import Store
 from gc2ray.verify import verify
 from tests.fakes import Counted, Fault, counted_worker, faulty_worker
+from tests.ray_head import has_ended
 from tests.rows import job_data, make_job, question_list, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
@@ -98,14 +99,6 @@ def fired(marks: Path, kind: str) -> list[str]:
     return sorted(path.name for path in marks.iterdir() if path.name.startswith(f"{kind}-"))
 
 
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
 # --- faults of a worker ------------------------------------------------------------------------
 
 
@@ -128,7 +121,7 @@ def test_a_killed_worker(job_file: Path, marks: Path, where: str, value: object)
     (mark,) = fired(marks, "kill")
     assert str(value) in mark
     pid = int(mark.split("-")[-2])
-    assert gone(pid)
+    assert has_ended(pid)
     assert (result.exit_code, result.dead) == (0, ())
     assert_exactly_once(job_file)
     records = list((Path(load(job_file).output) / "workers").glob("*.json"))
@@ -245,7 +238,7 @@ def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_
 def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("hang", marks, row=70))
     (mark,) = fired(marks, "hang")
-    assert gone(int(mark.split("-")[-2])), "the hanging process was ended"
+    assert has_ended(int(mark.split("-")[-2])), "the hanging process was ended"
     assert result.exit_code == 0
     assert_exactly_once(job_file)
 
@@ -276,7 +269,7 @@ def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     assert_exactly_once(job_file)
     pids = [int(path.read_text()) for path in marks.glob("killed-*")]
     assert len({*pids}) == 5
-    assert all(map(gone, pids))
+    assert all(map(has_ended, pids))
     wasted = (counted.answers() - ROWS) * counted.row_seconds
     assert wasted > 2.0, "the kills cost nothing"
     bill = result.bill
