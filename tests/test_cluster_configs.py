@@ -20,7 +20,7 @@ import yaml
 from gc2ray.config import Job, load_job
 from gc2ray.store import Store
 from gc2ray.verify import verify
-from tests.ray_head import END_SECONDS, has_ended, until
+from tests.ray_head import has_ended, until
 from tests.rows import job_data, write_rows
 from tests.test_cli import here
 
@@ -190,7 +190,7 @@ def test_the_script_runs_a_job_and_ends_what_it_started(
         script.send_signal(signal.SIGTERM)
     output, _ = script.communicate(timeout=120)
     assert script.returncode == (130 if stopped else 0), output
-    until(lambda: all(has_ended(process.pid) for process in started), END_SECONDS)
+    assert not [process for process in started if not has_ended(process.pid)]
     verdict = verify(str(tmp_path / "out"), deep=True)
     assert all("not answered yet" in problem for problem in verdict.problems)
     assert bool(verdict.problems) == stopped

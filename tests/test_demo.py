@@ -56,6 +56,7 @@ def test_the_demo_gives_right_answers_where_an_earlier_one_was(tmp_path: Path) -
     assert grids == {3, 4, 5}, "crop grids of two, three and four"
     assert [row["id"] for row in rows if row["status"] != "ok"] == ["broken"]
     assert not left.exists(), "a demo starts afresh"
+    assert (tmp_path / "demo-output" / MARKER).exists(), "and a second one would"
 
 
 def test_the_demo_deletes_nothing_that_is_not_its_own(
