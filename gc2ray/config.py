@@ -21,7 +21,7 @@ from gc2ray.errors import ConfigError
 from gc2ray.images import ImagePolicy
 from gc2ray.methods import METHODS, Method, Newlines, Positions
 from gc2ray.prompts import PromptSource
-from gc2ray.records import ANSWER_COLUMNS
+from gc2ray.records import ANSWER_COLUMNS, Sampling
 
 MIB = 1024 * 1024
 M = TypeVar("M", bound=BaseModel)
@@ -117,6 +117,10 @@ class GenerationConfig(Frozen):
         stop_token_ids: Tokens that end an answer, beside the model's own.
         max_repeats: An answer whose last tokens (a run of up to 64, at least 16 in all) repeat
             more often than this is cut there; its `finish_reason` is `repetition`. None: never.
+        repetition_penalty: What logits of tokens that prompt or answer already have are divided by
+            (multiplied with where they are negative), as in transformers. None: 1, which is none.
+        ignore_model_rules: Rules of the model's generation_config.json, by name, that answers are
+            not to follow. Any other that gc2ray does not follow is refused.
     """
 
     max_new_tokens: int = Field(default=64, gt=0)
@@ -125,6 +129,13 @@ class GenerationConfig(Frozen):
     seed: int = Field(default=0, ge=0, lt=2**63)
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     max_repeats: int | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ignore_model_rules: tuple[str, ...] = ()
+
+    def sampling(self) -> Sampling:
+        """How an answer is drawn; its seed is still the recipe's."""
+        settings = self.model_dump(exclude={"ignore_model_rules"}, exclude_none=True)
+        return Sampling(**settings)
 
     def mixed(self, seed: int) -> int:
         """A row's or an image's seed, mixed with the recipe's."""

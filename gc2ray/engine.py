@@ -29,7 +29,7 @@ from gc2ray import families
 from gc2ray.compression.compressor import Compressor
 from gc2ray.config import Cluster, CompressionConfig, Recipe
 from gc2ray.cost import AnswerTokens, Demand
-from gc2ray.decoding.decoder import Completion, Decoder, end_tokens
+from gc2ray.decoding.decoder import Completion, Decoder
 from gc2ray.decoding.generate import GenerateDecoder
 from gc2ray.decoding.language_model import LanguageModel, unsupported
 from gc2ray.decoding.native import NativeDecoder, Room
@@ -38,7 +38,7 @@ from gc2ray.errors import BadRow, EngineDead, Status
 from gc2ray.families.family import Family, Loaded
 from gc2ray.feed import Feed, Inline
 from gc2ray.prompts import ChatPrompt
-from gc2ray.records import RECIPES_WAY, Answer, Request, Sampling
+from gc2ray.records import RECIPES_WAY, Answer, Request
 from gc2ray.row import Row, lost, trouble_of, views_of
 from gc2ray.sizing import Memory, Sizes, cores, free_host_bytes, sizes
 from gc2ray.staging import Tick, stage
@@ -79,8 +79,9 @@ class Engine:
         if compressor is not None:
             own = self._ways[RECIPES_WAY]
             self._ways[RECIPES_WAY] = replace(own, compressor=compressor)
-        self._sampling = Sampling(**recipe.generation.model_dump())
+        self._sampling = recipe.generation.sampling()
         self._model = loaded.model
+        self._end_tokens = loaded.end_tokens
         self._vision = Vision(
             self._family, self._chat, recipe, self._ways, self._sizes.remembered_bytes
         )
@@ -96,7 +97,7 @@ class Engine:
     @cached_property
     def _decoder(self) -> Decoder:
         """Made when it is first wanted: its KV cache takes most of a GPU."""
-        return _decoder(self._model, self._sizes)
+        return _decoder(self._model, self._sizes, self._end_tokens)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Answer requests, in completion order.
@@ -312,14 +313,14 @@ class Engine:
         )
 
 
-def _decoder(model: Any, found: Sizes) -> Decoder:
+def _decoder(model: Any, found: Sizes, end_tokens: tuple[int, ...]) -> Decoder:
     """Continuous batching, or stock `generate` for language models that it does not know."""
     reason = unsupported(model)
     if reason is not None:
         log.warning("decoding with stock generate, which is slower: %s", reason)
-        return GenerateDecoder(model, max_tokens=found.kv_tokens)
+        return GenerateDecoder(model, max_tokens=found.kv_tokens, eos=end_tokens)
     room = Room(found.kv_tokens, found.prefill_tokens, found.live_rows, found.burst)
-    return NativeDecoder(LanguageModel(model), room, eos=end_tokens(model))
+    return NativeDecoder(LanguageModel(model), room, eos=end_tokens)
 
 
 def load_engine(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Engine:

@@ -83,6 +83,7 @@ class Sampling:
         seed: Belongs to the row.
         stop_token_ids: Tokens that end it, beside the model's own.
         max_repeats: It is cut once its last tokens repeat more often, one after the other.
+        repetition_penalty: Of tokens that prompt or answer already have; 1 is none.
     """
 
     max_new_tokens: int
@@ -91,6 +92,7 @@ class Sampling:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     max_repeats: int | None = None
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_an_unknown_key_like_no_other_gets_the_list() -> None:
     message = refusal("recipe.generation.zzz", 1)
     assert message == (
         "recipe.generation.zzz: unknown 'zzz'; known: max_new_tokens, temperature, top_p, seed, "
-        "stop_token_ids, max_repeats"
+        "stop_token_ids, max_repeats, repetition_penalty, ignore_model_rules"
     )
 
 
@@ -367,6 +367,8 @@ CHANGES: dict[str, object] = {
     "generation.seed": 1,
     "generation.stop_token_ids": [7],
     "generation.max_repeats": 4,
+    "generation.repetition_penalty": 1.2,
+    "generation.ignore_model_rules": ["no_repeat_ngram_size"],
     "audit.share": 0.01,
     "audit.escalate": [0.5],
     "audit.min_agreement": 0.9,

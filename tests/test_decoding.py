@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.decoding.decoder import Completion, end_reason, loops
+from gc2ray.decoding.decoder import Completion, end_reason, end_tokens, loops
 from gc2ray.decoding.drawing import Drawing, drawn, row_numbers
 from gc2ray.decoding.generate import GenerateDecoder
 from gc2ray.families.family import Loaded
@@ -30,6 +30,11 @@ ROOM = 10_000
 @pytest.fixture
 def model(loaded_models: dict[str, Loaded]) -> Any:
     return loaded_models["mistral"].model
+
+
+def by_generate(model: Any, *, max_tokens: int) -> GenerateDecoder:
+    """A decoder that ends where its model does."""
+    return GenerateDecoder(model, max_tokens=max_tokens, eos=end_tokens(model))
 
 
 def prompts_for(model: Any, lengths: Sequence[int] = LENGTHS) -> list[Prompt]:
@@ -59,7 +64,7 @@ def decode(
 
 def tokens_alone(model: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple]:
     return [
-        decode(GenerateDecoder(model, max_tokens=1), [prompt], [sampling])[0].token_ids
+        decode(by_generate(model, max_tokens=1), [prompt], [sampling])[0].token_ids
         for prompt in prompts
     ]
 
@@ -71,7 +76,7 @@ def ending_at(model: Any, *eos: int) -> Iterator[GenerateDecoder]:
     model.generation_config = copy.deepcopy(before)
     model.generation_config.eos_token_id = eos[0] if len(eos) == 1 else list(eos)
     try:
-        yield GenerateDecoder(model, max_tokens=ROOM)
+        yield by_generate(model, max_tokens=ROOM)
     finally:
         model.generation_config = before
 
@@ -112,7 +117,7 @@ class Counting:
 def test_a_greedy_batch_equals_one_by_one(model: Any) -> None:
     prompts, sampling = prompts_for(model), Sampling(NEW)
     watched = Watched(model)
-    done = decode(GenerateDecoder(watched, max_tokens=ROOM), prompts, [sampling] * 5)
+    done = decode(by_generate(watched, max_tokens=ROOM), prompts, [sampling] * 5)
     assert [rows for rows, _ in watched.shapes] == [5]
     alone = tokens_alone(model, prompts, sampling)
     assert [item.token_ids for item in done] == alone
@@ -123,7 +128,7 @@ def test_every_row_has_its_own_limit(model: Any) -> None:
     prompts = prompts_for(model)
     limits = [3, 1, NEW, 7, 12]
     watched = Watched(model)
-    decoder = GenerateDecoder(watched, max_tokens=ROOM)
+    decoder = by_generate(watched, max_tokens=ROOM)
     done = decode(decoder, prompts, [Sampling(limit) for limit in limits])
     assert len(watched.shapes) == 1
     full = tokens_alone(model, prompts, Sampling(NEW))
@@ -170,22 +175,22 @@ def test_a_batch_ends_with_its_last_row(model: Any) -> None:
     tokens = tokens_alone(model, [prompt], Sampling(NEW))[0]
     with ending_at(model, tokens[2]):
         watched = Watched(model)
-        decode(GenerateDecoder(watched, max_tokens=ROOM), [prompt], [Sampling(NEW)])
+        decode(by_generate(watched, max_tokens=ROOM), [prompt], [Sampling(NEW)])
     assert watched.widths == [tokens.index(tokens[2]) + 1]
 
 
 def test_sampling_does_not_depend_on_neighbours(model: Any) -> None:
     prompts = prompts_for(model)
     samplings = [Sampling(NEW, temperature=1.5, seed=seed) for seed in range(5)]
-    together = decode(GenerateDecoder(model, max_tokens=ROOM), prompts, samplings)
-    reversed_ = decode(GenerateDecoder(model, max_tokens=60), prompts[::-1], samplings[::-1])
+    together = decode(by_generate(model, max_tokens=ROOM), prompts, samplings)
+    reversed_ = decode(by_generate(model, max_tokens=60), prompts[::-1], samplings[::-1])
     assert [item.token_ids for item in together] == [item.token_ids for item in reversed_[::-1]]
 
 
 def test_seeds_make_the_difference(model: Any) -> None:
     prompt = prompts_for(model, [9])[0]
     samplings = [Sampling(NEW, temperature=1.5, seed=seed) for seed in (1, 2, 1)]
-    done = decode(GenerateDecoder(model, max_tokens=ROOM), [prompt] * 3, samplings)
+    done = decode(by_generate(model, max_tokens=ROOM), [prompt] * 3, samplings)
     assert done[0].token_ids == done[2].token_ids
     assert done[0].token_ids != done[1].token_ids
     assert done[0].token_ids != tokens_alone(model, [prompt], Sampling(NEW))[0]
@@ -194,29 +199,29 @@ def test_seeds_make_the_difference(model: Any) -> None:
 def test_a_tiny_nucleus_is_greedy(model: Any) -> None:
     prompts = prompts_for(model)
     sampling = Sampling(NEW, temperature=1.5, top_p=1e-9, seed=4)
-    done = decode(GenerateDecoder(model, max_tokens=ROOM), prompts, [sampling] * 5)
+    done = decode(by_generate(model, max_tokens=ROOM), prompts, [sampling] * 5)
     assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
 
 
 def test_greedy_and_sampled_rows_share_a_batch(model: Any) -> None:
     prompts = prompts_for(model, [9, 9])
     sampled = Sampling(NEW, temperature=1.5, seed=4)
-    done = decode(GenerateDecoder(model, max_tokens=ROOM), prompts, [Sampling(NEW), sampled])
+    done = decode(by_generate(model, max_tokens=ROOM), prompts, [Sampling(NEW), sampled])
     assert done[0].token_ids == tokens_alone(model, prompts[:1], Sampling(NEW))[0]
     assert done[1].token_ids == tokens_alone(model, prompts[1:], sampled)[0]
 
 
 def test_back_pressure_counts_tokens(model: Any) -> None:
     """Two batches' worth may wait, in whatever number of rows; one prompt always may."""
-    decoder = GenerateDecoder(model, max_tokens=100)
+    decoder = by_generate(model, max_tokens=100)
     long, short = prompts_for(model, [40, 1])
     taken = [decoder.submit(tag, long, Sampling(10)) for tag in range(6)]
     assert taken == [True, True, True, True, False, False]
     assert len(decoder) == 4
-    decoder = GenerateDecoder(model, max_tokens=100)
+    decoder = by_generate(model, max_tokens=100)
     taken = [decoder.submit(tag, short, Sampling(1)) for tag in range(110)]
     assert taken == [True] * 100 + [False] * 10
-    decoder = GenerateDecoder(model, max_tokens=10)
+    decoder = by_generate(model, max_tokens=10)
     assert decoder.submit(0, long, Sampling(10))
     assert not decoder.submit(1, short, Sampling(1))
     assert [item.tag for item in decoder.step()] == [0]
@@ -224,7 +229,7 @@ def test_back_pressure_counts_tokens(model: Any) -> None:
 
 
 def test_an_idle_decoder_has_nothing_to_finish(model: Any) -> None:
-    decoder = GenerateDecoder(model, max_tokens=100)
+    decoder = by_generate(model, max_tokens=100)
     assert (len(decoder), decoder.step()) == (0, [])
 
 
@@ -233,16 +238,14 @@ def test_an_idle_decoder_has_nothing_to_finish(model: Any) -> None:
 def test_a_batch_holds_at_most_its_tokens(lengths: list[int], room: int) -> None:
     watched = Watched(Counting())
     prompts = [Prompt(torch.zeros(length, 2)) for length in lengths]
-    done = decode(
-        GenerateDecoder(watched, max_tokens=room), prompts, [Sampling(4) for _ in prompts]
-    )
+    done = decode(by_generate(watched, max_tokens=room), prompts, [Sampling(4) for _ in prompts])
     assert all(item.token_ids == (7, 7, 7, 7) for item in done)
     assert sum(rows for rows, _ in watched.shapes) == len(lengths)
     assert all(rows * width <= room for rows, width in watched.shapes if rows > 1)
 
 
 def test_explicit_positions_are_refused(model: Any) -> None:
-    decoder = GenerateDecoder(model, max_tokens=100)
+    decoder = by_generate(model, max_tokens=100)
     prompt = Prompt(prompts_for(model, [5])[0].embeds, positions=torch.arange(5))
     with pytest.raises(ValueError, match="positions of their own"):
         decoder.submit(0, prompt, Sampling(4))
@@ -252,7 +255,7 @@ def test_explicit_positions_are_refused(model: Any) -> None:
 def test_time_is_shared_out_whole(model: Any) -> None:
     """The shares add up to at least the time in `generate`, and to no more than passed."""
     watched = Watched(model)
-    decoder = GenerateDecoder(watched, max_tokens=ROOM)
+    decoder = by_generate(watched, max_tokens=ROOM)
     started = time.perf_counter_ns()
     done = decode(decoder, prompts_for(model), [Sampling(NEW)] * 5)
     passed = time.perf_counter_ns() - started
@@ -274,7 +277,7 @@ def out_of_memory_above(rows: int) -> Callable[[int], None]:
 def test_a_batch_that_does_not_fit_is_halved(model: Any, fits: int) -> None:
     prompts = prompts_for(model)
     watched = Watched(model, out_of_memory_above(fits))
-    done = decode(GenerateDecoder(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
+    done = decode(by_generate(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
     assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
     assert watched.shapes[0][0] == 5
     assert {rows for rows, _ in watched.shapes} > {1, 5}
@@ -289,7 +292,7 @@ def test_only_what_does_not_fit_alone_is_out_of_memory(model: Any) -> None:
 
     watched.before = check
     prompts = prompts_for(model)
-    done = decode(GenerateDecoder(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
+    done = decode(by_generate(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
     assert [item.finish_reason for item in done] == [
         "error" if length == 30 else "length" for length in LENGTHS
     ]
@@ -308,9 +311,7 @@ def test_what_breaks_a_batch_breaks_one_prompt_only(model: Any) -> None:
             raise RuntimeError("this prompt breaks the model")
 
     watched.before = check
-    done = decode(
-        GenerateDecoder(watched, max_tokens=ROOM), prompts_for(model), [Sampling(NEW)] * 5
-    )
+    done = decode(by_generate(watched, max_tokens=ROOM), prompts_for(model), [Sampling(NEW)] * 5)
     assert [str(item.error) for item in done if item.error] == ["this prompt breaks the model"]
     assert done[3].finish_reason == "error"
 
@@ -319,7 +320,7 @@ def test_a_lost_device_is_no_prompts_error(model: Any) -> None:
     def lost(_rows: int) -> None:
         raise torch.AcceleratorError("CUDA error")
 
-    decoder = GenerateDecoder(Watched(model, lost), max_tokens=ROOM)
+    decoder = by_generate(Watched(model, lost), max_tokens=ROOM)
     with pytest.raises(torch.AcceleratorError):
         decode(decoder, prompts_for(model), [Sampling(NEW)] * 5)
 
@@ -329,7 +330,7 @@ def test_mixed_limits_keep_to_the_budget(model: Any) -> None:
     watched = Watched(model)
     prompts = prompts_for(model, [30, 3])
     samplings = [Sampling(1), Sampling(20)]
-    done = decode(GenerateDecoder(watched, max_tokens=60), prompts, samplings)
+    done = decode(by_generate(watched, max_tokens=60), prompts, samplings)
     assert [rows for rows, _ in watched.shapes] == [1, 1]
     assert [len(item.token_ids) for item in done] == [1, 20]
 
@@ -337,7 +338,7 @@ def test_mixed_limits_keep_to_the_budget(model: Any) -> None:
 def test_a_decoder_lives_on_after_out_of_memory(model: Any) -> None:
     prompts = prompts_for(model, [9, 9])
     watched = Watched(model, out_of_memory_above(0))
-    decoder = GenerateDecoder(watched, max_tokens=ROOM)
+    decoder = by_generate(watched, max_tokens=ROOM)
     done = decode(decoder, prompts, [Sampling(NEW)] * 2)
     assert {type(item.error) for item in done} == {torch.OutOfMemoryError}
     watched.before = out_of_memory_above(9)

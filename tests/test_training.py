@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from gc2ray.decoding.decoder import end_tokens
 from gc2ray.families.family import Loaded
 from gc2ray.families.llava_next import LlavaNext
 from gc2ray.families.stock import stock_inputs
@@ -110,7 +111,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
     lesson = Lessons(Split.VALIDATION, 1, 2, 4)[3]  # whose positions are not squeezed
     _, figures = learner.loss(lesson)
     chat = ChatPrompt(processor)
-    loaded = Loaded(model, processor, LlavaNext(model, processor))
+    loaded = Loaded(model, processor, LlavaNext(model, processor), end_tokens(model))
     costs = []
     for place, asked in enumerate(lesson.questions):
         rng = np.random.default_rng([Split.VALIDATION.value, 1, 3, place])
@@ -133,7 +134,7 @@ def test_notes_in_words_stand_where_the_image_stands() -> None:
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
     lesson = Lessons(Split.VALIDATION, 1, 2, 3)[3]
     read, _ = learner._reading_loss(lesson)
-    loaded = Loaded(model, processor, LlavaNext(model, processor))
+    loaded = Loaded(model, processor, LlavaNext(model, processor), end_tokens(model))
     chat = ChatPrompt(processor)
     costs = []
     for question in lesson.questions[0]:

@@ -12,7 +12,7 @@ refilling a batch while it runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gc2ray.decoding.decoder import Completion, end_reason, end_tokens
+from gc2ray.decoding.decoder import Completion, end_reason
 from gc2ray.decoding.drawing import Drawing, row_numbers
 from gc2ray.records import Sampling
 from gc2ray.stats import apportion
@@ -35,14 +35,15 @@ class GenerateDecoder:
     Args:
         model: The model; only its `generate` is used.
         max_tokens: Tokens of prompt and answer that one batch may hold, padding included.
+        eos: Token ids that end an answer.
     """
 
-    def __init__(self, model: Any, *, max_tokens: int) -> None:
+    def __init__(self, model: Any, *, max_tokens: int, eos: Iterable[int]) -> None:
         self._model = model
         self._max_tokens = max_tokens
         self._waiting: list[_Item] = []
         self.halvings = self.steps = 0
-        self._eos = list(end_tokens(model))
+        self._eos = list(eos)
         pad = model.generation_config.pad_token_id
         self._pad = pad if pad is not None else (self._eos or [0])[0]
 

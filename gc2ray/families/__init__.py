@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from gc2ray.decoding.decoder import end_tokens
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded, Outline
 from gc2ray.families.llava_next import LlavaNext
@@ -45,7 +46,7 @@ def load(path: str, *, revision: str | None, dtype: str, device: str) -> Loaded:
     model.to(device).eval()
     family = FAMILIES[config.model_type](model, processor)
     family.freeze()
-    return Loaded(model, processor, family)
+    return Loaded(model, processor, family, end_tokens(model))
 
 
 def outline(path: str, *, dtype: str) -> Outline:

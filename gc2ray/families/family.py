@@ -92,10 +92,12 @@ class Loaded:
         model: The transformers model, untouched.
         processor: Its processor: tokenizer, chat template, image settings.
         family: Our view of it.
+        end_tokens: Ids that end an answer.
         digest: Which model it is (`gc2ray.staging.digest`); empty where nobody has looked.
     """
 
     model: Any
     processor: Any
     family: Family
+    end_tokens: tuple[int, ...]
     digest: str = ""

@@ -27,6 +27,7 @@ from PIL import Image
 
 from gc2ray.config import Cluster, Recipe, parse_recipe
 from gc2ray.cost import TextModel, paper_flops
+from gc2ray.decoding.decoder import end_tokens
 from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.decoding.native import NativeDecoder, Room
 from gc2ray.engine import Engine, memory
@@ -88,7 +89,7 @@ def run(name: str, rows: int | None = None) -> list[Line]:
     model.eval().generation_config.eos_token_id = None
     family = LlavaNext(model, processor)
     family.freeze()
-    loaded = Loaded(model, processor, family)
+    loaded = Loaded(model, processor, family, end_tokens(model))
     rates = _rates(device, dtype)
     count = rows or (GPU_ROWS if device.type == "cuda" else CPU_ROWS)
     requests = _requests(count)
