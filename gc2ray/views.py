@@ -112,12 +112,14 @@ class Prompt:
         visual: Spans (first, stop) of the images in it.
         positions: Position of every token, (T,), or None for 0..T-1.
         prefix_key: Equal for prompts that start with the same `visual[-1][1]` tokens.
+        token_ids: Of its text, with an image's placeholder once; only who counts repetitions asks.
     """
 
     embeds: Tensor
     visual: tuple[tuple[int, int], ...] = ()
     positions: Tensor | None = None
     prefix_key: str | None = None
+    token_ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return int(self.embeds.shape[0])

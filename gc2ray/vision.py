@@ -125,7 +125,10 @@ class Vision:
         started = self._now()
         seeds = [self._generation.mixed(picture.seed) for picture in pictures]
         views = self._family.encode(tiles, seeds)
+        finite = torch.stack([view.scores.isfinite().all() for view in views]).all()
         encoded = self._now()
+        if not finite:  # of a batch; `attempt` finds out whose
+            raise _scores_not_finite()
         selections, places = self._selected(pictures, views)
         packed = self._family.pack(views, selections)
         compressed = self._now()
@@ -167,7 +170,11 @@ class Vision:
             prompt = self._family.embed(row.token_ids, [picture.packed], [picture.places])
             row.trouble = self._too_long(prompt)
             if row.trouble is None:
-                row.prompt = replace(prompt, prefix_key=_prefix_key(row, picture, prompt))
+                row.prompt = replace(
+                    prompt,
+                    prefix_key=_prefix_key(row, picture, prompt),
+                    token_ids=tuple(row.token_ids),
+                )
 
     def _too_long(self, prompt: Prompt) -> BadRow | None:
         new, limit = self._generation.max_new_tokens, self._family.max_positions
@@ -193,6 +200,16 @@ class Vision:
         if self._family.device.type == "cuda":
             torch.cuda.current_stream(self._family.device).synchronize()
         return time.perf_counter_ns()
+
+
+def _scores_not_finite() -> BadRow:
+    """What no method of compression can choose by: it would keep just any tokens."""
+    return BadRow(
+        Status.FAILED,
+        "the vision tower's scores of the image are not finite (NaN or infinite): float16 "
+        "overflowed (set recipe.model.dtype to bfloat16 or float32), or the model's weights are "
+        "damaged (gc2ray check tells)",
+    )
 
 
 def _prefix_key(row: Row, picture: Picture, prompt: Prompt) -> str | None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.decoding.decoder import Completion, end_reason, end_tokens, loops
-from gc2ray.decoding.drawing import Drawing, drawn, row_numbers
+from gc2ray.decoding.drawing import NOT_FINITE, Drawing, drawn, most_likely, row_numbers
 from gc2ray.decoding.generate import GenerateDecoder
 from gc2ray.families.family import Loaded
 from gc2ray.records import Sampling
@@ -432,3 +432,81 @@ def test_ends_have_reasons() -> None:
     assert end_reason([7] * 16, sampling, {2}) == "repetition"
     assert end_reason([7] * 16, replace(sampling, max_repeats=None), {2}) is None
     assert end_reason(list(range(20)), sampling, {99}) == "length"
+
+
+# Numbers that are no numbers, and repetitions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_most_likely_token_is_that_of_argmax(dtype: torch.dtype) -> None:
+    """Of equal ones the first, also where half of the logits are the best ones."""
+    for levels in (2, 5, 1000):
+        logits = torch.randint(-levels, levels, (40, 5000)).to(dtype)
+        tokens, finite = most_likely(logits)
+        assert tokens.equal(logits.argmax(dim=-1))
+        assert finite.all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_row_is_finite_or_draws_nothing(value: float, place: int) -> None:
+    logits = torch.randn(3, 7)
+    logits[1, place] = value
+    samplings = [Sampling(4), Sampling(4, 1.2, 0.7), Sampling(4, 1.2, 0.7)]
+    drawing = Drawing.of(samplings, [0.1, 0.9999, 0.5], logits.device)
+    found = drawing.tokens(logits).tolist()
+    assert [token == NOT_FINITE for token in found] == [False, True, False]
+    whole = torch.full((1, 7), value)
+    heat = torch.ones(1, 1, dtype=torch.float64)
+    assert 0 <= int(drawn(whole, heat, heat, 0.99 * heat)) < 7
+
+
+def test_the_largest_numbers_are_finite() -> None:
+    """The sum of the largest and the least logit would not be."""
+    most = torch.finfo(torch.float16).max
+    assert most_likely(torch.full((1, 4), most, dtype=torch.float16))[1].all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_generate_fails_the_row_whose_logits_are_not_finite(model: Any, temperature: float) -> None:
+    prompts = prompts_for(model)
+    prompts[1].embeds[-1, 0] = torch.nan
+    samplings = [Sampling(NEW, temperature=temperature, seed=seed) for seed in range(5)]
+    watched = Watched(model)
+    done = decode(by_generate(watched, max_tokens=ROOM), prompts, samplings)
+    assert len(watched.shapes) == 1, "one batch has to do"
+    assert "not finite (NaN or infinite) after 0 tokens" in str(done[1].error)
+    assert (done[1].token_ids, done[1].finish_reason) == ((), "error")
+    for at in (0, 2, 3, 4):
+        assert done[at].token_ids == tokens_alone(model, [prompts[at]], samplings[at])[0]
+
+
+def test_generate_fails_a_row_once_its_logits_are_not_finite(model: Any) -> None:
+    """After two tokens: the third is drawn from the second, whose embedding is no number."""
+    prompt = prompts_for(model, [9])[0]
+    written = tokens_alone(model, [prompt], Sampling(NEW))[0]
+    broken = copy.deepcopy(model)
+    broken.get_input_embeddings().weight.data[written[1]] = torch.inf
+    done = decode(by_generate(broken, max_tokens=ROOM), [prompt], [Sampling(NEW)])
+    assert written[0] != written[1]
+    assert "not finite (NaN or infinite) after 2 tokens" in str(done[0].error)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_generate_penalises_prompt_and_answer(model: Any, temperature: float) -> None:
+    prompts = [
+        replace(prompt, token_ids=tuple(range(20 * at, 20 * at + 40)))
+        for at, prompt in enumerate(prompts_for(model))
+    ]
+    penalties = [1.3, 1.0, 1.3, 0.8, 1.3]
+    samplings = [
+        Sampling(NEW, temperature=temperature, seed=4, repetition_penalty=penalty)
+        for penalty in penalties
+    ]
+    together = decode(by_generate(model, max_tokens=ROOM), prompts, samplings)
+    plain = replace(samplings[0], repetition_penalty=1.0)
+    changed = 0
+    for item, prompt, sampling in zip(together, prompts, samplings, strict=True):
+        assert (item.token_ids,) == tuple(tokens_alone(model, [prompt], sampling))
+        changed += item.token_ids != tokens_alone(model, [prompt], plain)[0]
+    assert changed > 1

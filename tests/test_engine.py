@@ -438,6 +438,61 @@ def test_an_error_message_is_one_bounded_line(loaded: Loaded) -> None:
     assert len(answer.error) == 300
 
 
+@pytest.mark.parametrize("way", ["globalcom2", "none"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_image_whose_scores_are_not_finite_fails_alone(
+    loaded: Loaded, value: float, way: str
+) -> None:
+    """Whatever the method: such a tower's features are no better. Rows that share it fail, too."""
+
+    class Overflowing(OtherFamily):
+        def encode(self, tiles: Any, seeds: Any) -> Any:
+            views = super().encode(tiles, seeds)
+            for image, view in zip(tiles, views, strict=True):
+                if image.size == SIZES[2]:
+                    view.scores[-1, 3] = value
+            return views
+
+    rows = requests(SIZES[:5])
+    rows.append(replace(rows[2], row=5, row_key="rows.parquet#5"))
+    wanted = tokens_of(make_engine(loaded, compression__method=way), rows)
+    broken = replace(loaded, family=Overflowing(loaded.family))
+    answers = answers_of(make_engine(broken, compression__method=way), rows)
+    assert [a.status is Status.OK for a in answers] == [True, True, False, True, True, False]
+    for at in (2, 5):
+        assert answers[at].status is Status.FAILED
+        assert "scores of the image are not finite" in answers[at].error
+    good = (0, 1, 3, 4)
+    assert [answers[at].token_ids for at in good] == [wanted[at] for at in good]
+
+
+@pytest.mark.parametrize("decoder", ["native", "generate"])
+def test_a_row_whose_logits_are_not_finite_says_so(
+    loaded: Loaded, decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A projector that overflows on one image: only its row fails, and its answer is no answer."""
+
+    class Overflowing(OtherFamily):
+        def pack(self, views: Any, selections: Any) -> Any:
+            packed = [part.clone() for part in self._family.pack(views, selections)]
+            for view, part in zip(views, packed, strict=True):
+                if view.size == SIZES[1]:
+                    part[-1] = torch.inf
+            return packed
+
+    if decoder == "generate":
+        monkeypatch.setattr("gc2ray.engine.unsupported", lambda model: "it is new")
+    rows = requests(SIZES[:4])
+    wanted = tokens_of(make_engine(loaded), rows)
+    broken = replace(loaded, family=Overflowing(loaded.family))
+    answers = answers_of(make_engine(broken), rows)
+    assert [a.status for a in answers] == [Status.OK, Status.FAILED, Status.OK, Status.OK]
+    assert (answers[1].answer, answers[1].token_ids) == (None, ())
+    assert "logits are not finite (NaN or infinite) after 0 tokens" in answers[1].error
+    assert "recipe.model.dtype" in answers[1].error
+    assert [answers[at].token_ids for at in (0, 2, 3)] == [wanted[at] for at in (0, 2, 3)]
+
+
 def test_a_row_that_does_not_fit_the_decoder_is_out_of_memory(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

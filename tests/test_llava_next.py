@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,12 +51,15 @@ def rendered(loaded: Loaded, row: Request) -> str:
     return ChatPrompt(loaded.processor).render(row.prompts[0])
 
 
-def make_engine(loaded: Loaded, retention: float, method: str = "globalcom2") -> Engine:
+def make_engine(
+    loaded: Loaded, retention: float, method: str = "globalcom2", **changes: Any
+) -> Engine:
     recipe = make_recipe(
         "unused",
         compression__retention=retention,
         compression__method=method,
         generation__max_new_tokens=NEW_TOKENS,
+        **changes,
     )
     return Engine(loaded, recipe, Cluster(views_per_batch=100))
 
@@ -137,6 +141,27 @@ def test_tokens_equal_stock_at_retention_one(
     ours = tokens_of(make_engine(loaded, 1.0), rows)
     assert ours == stock_tokens(loaded, rows)
     assert len(set(ours.values())) > 1, "all answers alike: this test could not fail"
+
+
+@pytest.mark.parametrize("decoder", ["native", "generate"])
+def test_a_repetition_penalty_is_that_of_stock(
+    loaded_models: dict[str, Loaded], decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the prompt's tokens, the image's placeholder included, and the answer so far."""
+    loaded, penalty = loaded_models["llama3"], 1.4
+    plain = make_engine(loaded, 1.0)
+    if decoder == "generate":
+        monkeypatch.setattr("gc2ray.engine.unsupported", lambda model: "it is new")
+    engine = make_engine(loaded, 1.0, generation__repetition_penalty=penalty)
+    rows = requests(SIZES)
+    ours = tokens_of(engine, rows)
+    for row in rows:
+        inputs = stock_inputs(loaded, [opened(row)], [rendered(loaded, row)])
+        length = inputs["input_ids"].shape[1]
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+        output = loaded.model.generate(**inputs, **options, repetition_penalty=penalty)
+        assert ours[row.row_key] == tuple(output[0, length:].tolist())
+    assert ours != tokens_of(plain, rows), "the penalty changes nothing: this could not fail"
 
 
 @pytest.mark.parametrize("size", [(10, 2000), (2000, 10)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,6 +39,7 @@ from gc2ray.decoding.attention import (
 )
 from gc2ray.decoding.burst import Burst, BurstRow, BurstShape
 from gc2ray.decoding.decoder import Completion
+from gc2ray.decoding.drawing import Repetition
 from gc2ray.decoding.kv_pool import Extent, KvPool, KvShape
 from gc2ray.decoding.language_model import LanguageModel, unsupported
 from gc2ray.decoding.native import NativeDecoder, Room
@@ -106,6 +108,18 @@ def ragged(model: Any, requests: int = REQUESTS, **changes: Any) -> list[Submitt
         sampling = Sampling(rng.randint(1, 16), seed=1000 + tag)
         with torch.no_grad():
             made.append((tag, Prompt(table(ids)), replace(sampling, **changes)))
+    return made
+
+
+def worded(model: Any, requests: int = REQUESTS, **changes: Any) -> list[Submitted]:
+    """The same prompts, of which is known what their text was."""
+    rng = random.Random(4)
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for tag, prompt, sampling in ragged(model, requests, **changes):
+        ids = torch.randint(VOCABULARY, (rng.randint(1, 70),), generator=generator)
+        rng.randint(1, 16)
+        made.append((tag, replace(prompt, token_ids=tuple(ids.tolist())), sampling))
     return made
 
 
@@ -674,7 +688,8 @@ def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
     pool.arena.normal_()
     counts = []
     for steps in (1, 8):
-        burst = Burst(model, pool.arena, attend_padded, BurstShape(3, 512, draws=True), 8)
+        shape = BurstShape(3, 512, draws=True, penalises=True)
+        burst = Burst(model, pool.arena, attend_padded, shape, 8)
         with torch.profiler.profile() as profile:
             burst.run(rows, steps)
         counts.append(sum(e.count for e in profile.key_averages() if "_local_scalar" in e.key))
@@ -697,6 +712,117 @@ def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) 
 def test_few_shapes_are_recorded(asked: int, made: int) -> None:
     assert BurstShape.of(asked, 1, draws=False) == BurstShape(made, 512, draws=False)
     assert BurstShape.of(1, 513, draws=True) == BurstShape(1, 768, draws=True)
+
+
+# Numbers that are no numbers
+
+WAYS: dict[str, tuple[Room, Any]] = {
+    "steps": (PLENTY, None),
+    "few slots": (Room(20_000, live_rows=5), None),
+    "attention of torch": (PLENTY, attend_by_row),
+    "bursts": (BURSTS, attend_padded),
+    "long bursts": (Room(20_000, burst=16), attend_padded),
+}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_whose_logits_are_not_finite_fails_alone(
+    models: dict[str, Any], expected: Expected, way: str, value: float
+) -> None:
+    """One from its prompt on, others from a token on that they wrote; nobody else notices."""
+    model, full = models["llama"], expected["llama"]
+    room, attend = WAYS[way]
+    requests = ragged(model)
+    requests[5][1].embeds[-1, 7] = value
+    often = Counter(token for row in full.values() for token in {*row[:-1]})
+    fatal = next(token for token, rows in often.items() if rows == 2)
+    language = LanguageModel(model)
+    language.embed = poisoned(language.embed, fatal, value)  # type: ignore[method-assign]
+    done = run(NativeDecoder(language, room, eos=(), attend=attend), requests)
+    lost = {tag: row.index(fatal) + 1 for tag, row in full.items() if fatal in row[:-1]} | {5: 0}
+    assert len(lost) == 3
+    for tag, item in done.items():
+        if tag in lost:
+            assert (item.finish_reason, item.token_ids) == ("error", ())
+            assert f"not finite (NaN or infinite) after {lost[tag]} tokens" in str(item.error)
+        else:
+            assert (item.error, item.token_ids) == (None, full[tag])
+
+
+def poisoned(embed: Callable[[Tensor], Tensor], fatal: int, value: float) -> Any:
+    """An embedding table with one row that is no vector of numbers."""
+    return lambda ids: embed(ids).masked_fill((ids == fatal)[:, None], value)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nor_does_drawing_stop_at_them(models: dict[str, Any], way: str) -> None:
+    """A sampled row whose logits are not finite draws nothing, within bounds."""
+    model = models["llama"]
+    room, attend = WAYS[way]
+    requests = ragged(model, 6, temperature=1.3, top_p=0.9)
+    wanted = tokens(decode(model, requests))
+    requests[2] = (2, replace(requests[2][1], embeds=requests[2][1].embeds * torch.nan), REPEATED)
+    done = run(NativeDecoder(LanguageModel(model), room, eos=(), attend=attend), requests)
+    assert [tag for tag, item in done.items() if item.error] == [2]
+    assert {tag: done[tag].token_ids for tag in wanted if tag != 2} == {
+        tag: row for tag, row in wanted.items() if tag != 2
+    }
+
+
+# What rows repeat
+
+REPEATED = Sampling(16, temperature=1.3, repetition_penalty=1.4)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+@pytest.mark.parametrize("way", WAYS)
+def test_penalised_tokens_are_those_of_generate(
+    models: dict[str, Any], expected: Expected, way: str, penalty: float
+) -> None:
+    """The prompt's tokens and the answer's; rows without a penalty share steps with the others."""
+    model = models["llama"]
+    room, attend = WAYS[way]
+    requests = [
+        (tag, prompt, replace(sampling, repetition_penalty=penalty if tag % 4 else 1.0))
+        for tag, prompt, sampling in worded(model, 20)
+    ]
+    found = tokens(run(NativeDecoder(LanguageModel(model), room, eos=(), attend=attend), requests))
+    changed = 0
+    for tag, prompt, sampling in requests:
+        ids = torch.tensor([prompt.token_ids])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=sampling.repetition_penalty,
+        )
+        assert found[tag] == tuple(output[0, len(prompt) :].tolist())
+        changed += found[tag] != expected["llama"][tag]
+    assert changed > 5, "the penalty changes nothing: this test could not fail"
+
+
+@pytest.mark.parametrize("way", ["few slots", "bursts"])
+def test_penalised_rows_draw_what_they_draw_alone(models: dict[str, Any], way: str) -> None:
+    model = models["llama"]
+    room, attend = WAYS[way]
+    requests = worded(model, 24, temperature=1.3, top_p=0.9, repetition_penalty=1.3)
+    alone = tokens(decode(model, requests, ROOMS["one slot"]))
+    assert alone != tokens(decode(model, worded(model, 24, temperature=1.3, top_p=0.9)))
+    decoder = NativeDecoder(LanguageModel(model), room, eos=(), attend=attend)
+    assert tokens(run(decoder, requests)) == alone
+
+
+def test_without_a_penalty_nobody_counts(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Repetition, "load", None)
+    monkeypatch.setattr(Repetition, "applied", None)
+    requests = worded(models["llama"], 5)
+    assert len(tokens(decode(models["llama"], requests))) == 5
+    decoder = NativeDecoder(LanguageModel(models["llama"]), BURSTS, eos=(), attend=attend_padded)
+    assert len(tokens(run(decoder, requests))) == 5
 
 
 # Attention, layers, models

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gc2ray.decoding.attention import Attend
-from gc2ray.decoding.drawing import drawn
+from gc2ray.decoding.drawing import NOT_FINITE, Repetition, drawn, most_likely
 from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.records import Sampling
 
@@ -43,6 +43,7 @@ class BurstRow:
         length: Its tokens in the arena.
         sampling: How it draws.
         numbers: What it draws its next tokens with, one a step; empty where it is greedy.
+        had: Tokens that it is to repeat less.
     """
 
     token: int
@@ -51,20 +52,29 @@ class BurstRow:
     length: int
     sampling: Sampling
     numbers: tuple[float, ...] = ()
+    had: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class BurstShape:
-    """What a recorded step is made for: at most so many rows and tokens of a row, and drawing."""
+    """What a recorded step is made for: at most so many rows and tokens of a row.
+
+    Attributes:
+        rows: Rows at most.
+        longest: Tokens of a row at most.
+        draws: Some rows are sampled.
+        penalises: Some rows are to repeat themselves less.
+    """
 
     rows: int
     longest: int
     draws: bool
+    penalises: bool = False
 
     @staticmethod
-    def of(rows: int, longest: int, *, draws: bool) -> BurstShape:
+    def of(rows: int, longest: int, *, draws: bool, penalises: bool = False) -> BurstShape:
         """The next larger one of a few, so that few are recorded."""
-        return BurstShape(_rounded(rows, 1), _rounded(longest, 512), draws)
+        return BurstShape(_rounded(rows, 1), _rounded(longest, 512), draws, penalises)
 
 
 def _rounded(number: int, least: int) -> int:
@@ -128,13 +138,15 @@ class Burst:
         self._heat = torch.ones(2, rows, 1, dtype=torch.float64, device=device)
         self._numbers = torch.zeros(steps, rows, 1, dtype=torch.float64, device=device)
         self._written = torch.zeros(steps, rows, dtype=torch.int64, device=device)
+        counted = model.vocabulary if shape.penalises else 0
+        self._repetition = Repetition.none(rows, counted, device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._tried = False
 
     @torch.inference_mode()
     def run(self, rows: Sequence[BurstRow], steps: int) -> list[list[int]]:
-        """The next `steps` tokens of every row."""
+        """The next `steps` tokens of every row; what follows a `NOT_FINITE` means nothing."""
         self._load(rows, steps)
         for _ in range(steps):
             self._advance()
@@ -158,6 +170,8 @@ class Burst:
         self._step.zero_()
         if self._shape.draws:
             self._load_drawing(rows, steps)
+        if self._shape.penalises:
+            self._repetition.load([row.sampling for row in rows], [row.had for row in rows])
 
     def _load_drawing(self, rows: Sequence[BurstRow], steps: int) -> None:
         for index, row in enumerate(rows):
@@ -180,13 +194,17 @@ class Burst:
         slots = self._slots
         hidden = self._model.embed(self._tokens)
         logits = self._model.logits(hidden, self._positions, slots, self._attend)
-        tokens = logits.argmax(dim=-1)
+        if self._shape.penalises:
+            logits = self._repetition.applied(logits)
+        tokens, finite = most_likely(logits)
         if self._shape.draws:
             numbers = self._numbers.index_select(0, self._step)[0]
             heat, top_p = self._heat[0], self._heat[1]
             tokens = torch.where(self._sampled, drawn(logits, heat, top_p, numbers), tokens)
         self._tokens.copy_(tokens)
-        self._written.index_copy_(0, self._step, tokens[None])
+        if self._shape.penalises:
+            self._repetition.add(tokens)
+        self._written.index_copy_(0, self._step, tokens.where(finite, NOT_FINITE)[None])
         # Rows that are missing stay where they are, at the place that belongs to nobody.
         there = slots.starts[:-1] > 0
         self._positions.add_(there)

@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gc2ray.decoding.drawing import NOT_FINITE
+from gc2ray.errors import BadRow, Status
 from gc2ray.records import Sampling
 from gc2ray.views import Prompt
 
@@ -81,6 +83,8 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 
 def end_reason(tokens: Sequence[int], sampling: Sampling, eos: Collection[int]) -> str | None:
     """Why an answer ends with the last of its tokens, or None where it goes on."""
+    if tokens[-1] == NOT_FINITE:
+        return "error"
     if tokens[-1] in eos or tokens[-1] in sampling.stop_token_ids:
         return "stop"
     if len(tokens) >= sampling.max_new_tokens:
@@ -88,6 +92,16 @@ def end_reason(tokens: Sequence[int], sampling: Sampling, eos: Collection[int]) 
     if sampling.max_repeats is not None and loops(tokens, sampling.max_repeats):
         return "repetition"
     return None
+
+
+def not_finite(tokens: int) -> BadRow:
+    """What ends a row whose logits were not finite after so many tokens of its answer."""
+    return BadRow(
+        Status.FAILED,
+        f"the model's logits are not finite (NaN or infinite) after {tokens} tokens of the answer: "
+        "float16 overflowed (set recipe.model.dtype to bfloat16 or float32), or the model's "
+        "weights are damaged (gc2ray check tells)",
+    )
 
 
 def loops(tokens: Sequence[int], max_repeats: int) -> bool:

@@ -2,7 +2,8 @@
 
 Prompts of similar length are batched, so that padding and waiting stay small. A row draws from its
 own generator, so its tokens do not depend on its batch. A batch that does not fit the device, or
-fails otherwise, is halved; a prompt that fails alone finishes with its error. A lost device is not
+fails otherwise, is halved; a prompt that fails alone finishes with its error, and one whose logits
+are not finite with an error beside the others' answers. A lost device is not
 a prompt's error and is raised.
 
 Not covered: explicit positions (`generate` goes on wrongly behind a gap; they are refused), and
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gc2ray.decoding.decoder import Completion, end_reason
-from gc2ray.decoding.drawing import Drawing, row_numbers
+from gc2ray.decoding.decoder import Completion, end_reason, not_finite
+from gc2ray.decoding.drawing import NOT_FINITE, Drawing, Repetition, row_numbers
 from gc2ray.records import Sampling
 from gc2ray.stats import apportion
 from gc2ray.views import Prompt
@@ -106,7 +107,9 @@ class GenerateDecoder:
     @torch.inference_mode()
     def _run(self, batch: list[_Item]) -> list[Completion]:
         embeds, mask = _left_padded([prompt.embeds for _, prompt, _ in batch])
-        drawing = _Drawing([sampling for _, _, sampling in batch])
+        drawing = _Drawing(
+            [sampling for _, _, sampling in batch], [prompt.token_ids for _, prompt, _ in batch]
+        )
         config = GenerationConfig(
             max_new_tokens=max(sampling.max_new_tokens for _, _, sampling in batch),
             do_sample=False,
@@ -119,7 +122,8 @@ class GenerateDecoder:
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([drawing]),
-        ).tolist()
+        )
+        output = drawing.marked(output).tolist()
         ended = time.perf_counter_ns()
         self.steps += max(map(len, output))
         ends = [
@@ -131,7 +135,7 @@ class GenerateDecoder:
         )
         generate = apportion(ended - drawing.first_token_ns, [len(row) for row in tokens])
         return [
-            Completion(tag, tuple(row), reason, before, after)
+            _completion(tag, row, reason, before, after)
             for (tag, _, _), row, (_, reason), before, after in zip(
                 batch, tokens, ends, prefill, generate, strict=True
             )
@@ -150,16 +154,25 @@ class _Drawing(LogitsProcessor):
     """Draws the rows' tokens, each with its own numbers, and notes when the first logits came.
 
     `generate` runs greedily; a sampled row's logits are replaced by ones that leave only the drawn
-    token.
+    token. Rows that drew nothing, because their logits were not finite, are noted on the device.
     """
 
-    def __init__(self, samplings: Sequence[Sampling]) -> None:
+    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[tuple[int, ...]]) -> None:
         self.first_token_ns = 0
         self._samplings = samplings
+        self._prompts = prompts
+        self._penalises = any(sampling.repetition_penalty != 1 for sampling in samplings)
+        self._repetition: Repetition | None = None
+        self._finite: list[Tensor] = []
         self._numbers = [row_numbers(s).tolist() for s in samplings]
         self._step = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - its interface
+    def marked(self, output: Tensor) -> Tensor:
+        """New tokens (B, T), with `NOT_FINITE` where nothing could be drawn."""
+        finite = torch.stack(self._finite, dim=1)
+        return output.where(finite, NOT_FINITE)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.first_token_ns:
             if scores.is_cuda:
                 torch.cuda.synchronize(scores.device)
@@ -168,11 +181,33 @@ class _Drawing(LogitsProcessor):
         numbers = [row[min(self._step, len(row) - 1)] for row in self._numbers]
         self._step += 1
         drawing = Drawing.of(self._samplings, numbers, scores.device)
+        scores = self._penalised(input_ids, scores)
+        tokens = drawing.tokens(scores)
+        self._finite.append(tokens >= 0)
         if len(drawing.rows) == 0:
             return scores
-        tokens = drawing.tokens(scores)[drawing.rows]
-        left = torch.full_like(scores[drawing.rows], -torch.inf).scatter_(1, tokens[:, None], 0)
+        drawn = tokens[drawing.rows, None].clamp_min(0)
+        left = torch.full_like(scores[drawing.rows], -torch.inf).scatter_(1, drawn, 0)
         return scores.index_copy(0, drawing.rows, left)
+
+    def _penalised(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores, once what rows repeat is less likely; `input_ids` are new tokens only."""
+        if not self._penalises:
+            return scores
+        if self._repetition is None:
+            rows, vocabulary = scores.shape
+            self._repetition = Repetition.none(rows, vocabulary, scores.device)
+            self._repetition.load(self._samplings, self._prompts)
+        if input_ids.shape[1]:
+            self._repetition.add(input_ids[:, -1])
+        return self._repetition.applied(scores)
+
+
+def _completion(tag: int, row: Sequence[int], reason: str, before: int, after: int) -> Completion:
+    """A batch row's end: its answer, or why it has none."""
+    if reason == "error":
+        return Completion(tag, (), reason, before, after, not_finite(len(row) - 1))
+    return Completion(tag, tuple(row), reason, before, after)
 
 
 def _tokens(item: _Item) -> int:

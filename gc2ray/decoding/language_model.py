@@ -170,6 +170,7 @@ class LanguageModel:
             head_size=self._layers[0].head_size,
         )
         self.heads = int(config.num_attention_heads)
+        self.vocabulary = len(model.lm_head.weight)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings (T, D) of token ids (T,)."""

@@ -13,6 +13,7 @@ for the slowest row, and nothing is computed for padding.
 * Out of memory puts the youngest half of what was tried back into the queue, lowers the number of
   live rows for good, and goes on; a row that fails alone finishes with its error. A lost device is
   not a row's error and is raised.
+* A row whose logits are not finite finishes with an error; its neighbours do not notice.
 * A prompt's positions may have gaps (`Prompt.positions`); its answer goes on after the last one.
 
 Not covered: taking room back from a live row (all of it is reserved when it is let in), splitting a
@@ -30,8 +31,8 @@ from torch import Tensor
 
 from gc2ray.decoding.attention import Attend, Chunk, Step, chosen
 from gc2ray.decoding.burst import Burst, BurstRow, BurstShape
-from gc2ray.decoding.decoder import Completion, end_reason
-from gc2ray.decoding.drawing import Drawing, row_numbers
+from gc2ray.decoding.decoder import Completion, end_reason, not_finite
+from gc2ray.decoding.drawing import Drawing, Repetition, row_numbers
 from gc2ray.decoding.kv_pool import Extent, KvPool
 from gc2ray.decoding.language_model import LanguageModel
 from gc2ray.decoding.prefixes import Prefixes
@@ -100,6 +101,16 @@ class _Row:
         return len(self.prompt) + self.sampling.max_new_tokens
 
     @property
+    def had(self) -> tuple[int, ...]:
+        """Tokens that it is to repeat less: of its prompt, and of its answer so far."""
+        return (*self.prompt.token_ids, *self.tokens) if self.penalised else ()
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it is to repeat itself less."""
+        return self.sampling.repetition_penalty != 1
+
+    @property
     def number(self) -> float:
         """What it draws its next token with; nothing where it is greedy."""
         return self.numbers[len(self.tokens)] if self.numbers else 0.0
@@ -131,6 +142,7 @@ class _Row:
             length=self.cached,
             sampling=self.sampling,
             numbers=tuple(self.numbers[done:]),
+            had=self.had,
         )
 
 
@@ -232,7 +244,8 @@ class NativeDecoder:
         hidden, positions = self._inputs(rows)
         logits = self._model.logits(hidden, positions, step, self._attend)
         samplings, numbers = [row.sampling for row in rows], [row.number for row in rows]
-        tokens = Drawing.of(samplings, numbers, self._model.device).tokens(logits).tolist()
+        drawing = Drawing.of(samplings, numbers, self._model.device)
+        tokens = drawing.tokens(_penalised(rows, logits)).tolist()
         passed = time.perf_counter_ns() - started
         self.steps += 1
         shares = apportion(passed, [chunk.new for chunk in step.chunks])
@@ -255,6 +268,7 @@ class NativeDecoder:
             len(rows),
             self._reserve(max(row.tokens_at_most for row in rows)),
             draws=any(row.numbers for row in rows),
+            penalises=any(row.penalised for row in rows),
         )
         if shape not in self._bursts:
             self._bursts[shape] = Burst(
@@ -357,12 +371,14 @@ class NativeDecoder:
 
     def _finished(self, row: _Row, reason: str) -> Completion:
         self._vacate(row)
+        failed = reason == "error"
         return Completion(
             row.tag,
-            tuple(row.tokens),
+            () if failed else tuple(row.tokens),
             reason,
             row.prefill_ns,
             row.generate_ns,
+            error=not_finite(len(row.tokens) - 1) if failed else None,
             shared=row.shared,
             halvings=row.halvings,
         )
@@ -410,6 +426,15 @@ class NativeDecoder:
         self._limits = (self._room.live_rows, self._room.prefill_tokens)
         times = (row.prefill_ns, row.generate_ns)
         return Completion(row.tag, (), "error", *times, error, halvings=row.halvings)
+
+
+def _penalised(rows: Sequence[_Row], logits: Tensor) -> Tensor:
+    """What rows draw from: their logits, once what they repeat is less likely."""
+    if not any(row.penalised for row in rows):
+        return logits
+    repetition = Repetition.none(len(rows), logits.shape[1], logits.device)
+    repetition.load([row.sampling for row in rows], [row.had for row in rows])
+    return repetition.applied(logits)
 
 
 def _next_position(prompt: Prompt) -> int:
