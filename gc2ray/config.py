@@ -31,9 +31,11 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class Frozen(BaseModel):
-    """A model of a configuration: cannot be changed, and refuses keys that it does not know."""
+    """A model of a configuration: cannot be changed; refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Frozen):
