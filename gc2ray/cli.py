@@ -431,20 +431,8 @@ def check(
 
         parity = check_parity(load_job(config, overrides or []), rows)
         console = Console()
-        prompts = parity.prompts
-        for bad in parity.left_out:
-            console.print(f"left out: {bad}", markup=False, soft_wrap=True)
-        console.print(
-            f"{prompts} prompts at retention 1.0 against stock transformers: largest logit "
-            f"difference {parity.logit_difference:.2e} of the largest logit (allowed "
-            f"{parity.tolerance:.0e}), same first token {parity.same_first_token} of {prompts}",
-            soft_wrap=True,
-        )
-        console.print(
-            f"batch against one by one, as configured: {parity.same_alone} of {prompts} answers "
-            f"the same{'' if parity.exact else ' (not demanded in half precision)'}",
-            soft_wrap=True,
-        )
+        for line in parity.lines():
+            console.print(line, markup=False, soft_wrap=True)
         console.print("[bold green]passed[/]" if parity.passed else "[bold red]failed[/]")
         raise typer.Exit(0 if parity.passed else 1)
 

@@ -345,7 +345,7 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
         ConfigError: The model cannot be loaded.
         OSError: It could not be fetched now.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     if device == "cpu":
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     else:  # a cap, so that workers on one GPU cannot take from each other
@@ -355,6 +355,11 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
         str(staged.directory), revision=None, dtype=recipe.model.dtype, device=device
     )
     return replace(loaded, digest=staged.digest)
+
+
+def own_device() -> str:
+    """Where this process runs models: the GPU that it was given, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def memory(device: torch.device) -> Memory:

@@ -124,6 +124,11 @@ class Prompt:
     def __len__(self) -> int:
         return int(self.embeds.shape[0])
 
+    def until(self, stop: int) -> Prompt:
+        """Its first tokens, which nobody shares."""
+        positions = None if self.positions is None else self.positions[:stop]
+        return Prompt(self.embeds[:stop], self.visual, positions)
+
     @property
     def prefix(self) -> int:
         """Tokens that prompts with the same `prefix_key` begin with; 0 without a key."""

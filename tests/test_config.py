@@ -116,6 +116,27 @@ def test_the_papers_packing_is_the_default() -> None:
     assert Way.of(parse_job(data).recipe.compression).packing == Packing("original", "all")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_setting_takes_what_is_no_number(value: float) -> None:
+    """NaN passes no comparison, and nothing means what it says at an infinite temperature."""
+    job = parse_job(job_data("model", "in", "out"))
+    numbers = [
+        f"{where}.{name}"
+        for where, section in {
+            "recipe.compression": job.recipe.compression,
+            "recipe.generation": job.recipe.generation,
+            "recipe.audit": job.recipe.audit,
+            "cluster": job.cluster,
+        }.items()
+        for name, field in type(section).model_fields.items()
+        if "float" in str(field.annotation)
+    ]
+    assert len(numbers) >= 12
+    for path in numbers:
+        shown = [value] if path.endswith("escalate") else value
+        assert refusal(path, shown).startswith(path)
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

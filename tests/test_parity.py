@@ -1,0 +1,350 @@
+"""`gc2ray check`: it passes on whatever is right, and fails on whatever is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from gc2ray import parity
+from gc2ray.cli import app
+from gc2ray.decoding import native
+from gc2ray.decoding.dictation import Dictation, largest_difference
+from gc2ray.engine import load_model
+from gc2ray.errors import ConfigError
+from gc2ray.families import llava_next
+from gc2ray.families.llava_next import LlavaNext
+from gc2ray.families.stock import StockAnswer, StockModel
+from gc2ray.parity import Parity, StockCheck, check
+from gc2ray.prompts import ChatPrompt
+from tests.conftest import SPECS
+from tests.rows import SIZES, encoded, make_job, picture
+
+PROMPTS = ("What is in the picture?", "How many\n\n objects  are there?", "Which colour?")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rows of other shapes and prompts."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", PROMPTS)
+
+
+def write_rows(path: Path, prompts: tuple[str | None, ...]) -> Path:
+    images = [
+        {"bytes": encoded(picture(size, seed)), "path": None}
+        for seed, size in zip(range(len(prompts)), SIZES, strict=False)
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(images, kind), "prompt": list(prompts)}), path)
+    return path
+
+
+def checked(model: Path, source: Path, **changes: Any) -> Parity:
+    settings = {"compression__retention": 0.5, "generation__max_new_tokens": 8, **changes}
+    job = make_job(model, source, **settings)
+    data = job.model_dump(mode="json")
+    data["recipe"]["input"]["prompt"] = {"column": "prompt"}
+    return check(type(job).model_validate(data), rows=10)
+
+
+def copy_of(model: Path, to: Path) -> Path:
+    return Path(shutil.copytree(model, to))
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    """Other values in a JSON file; None takes a key out."""
+    data = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_good_model_passes(
+    tiny_paths: dict[str, Path], source: Path, name: str, dtype: str
+) -> None:
+    found = checked(tiny_paths[name], source, model__dtype=dtype)
+    assert found.passed, found.lines()
+    assert (found.prompts, found.stock.prompts, found.stock.same_prompts) == (3, 3, 3)
+    assert found.stock.tokens > 3
+    assert found.stock.difference > 0, "compared with itself"
+    if dtype == "float32":
+        assert found.stock.same_answers == found.same_alone == 3
+    assert found.host_bytes > 100_000_000
+
+
+def test_so_does_one_that_stock_generate_decodes(
+    tiny_paths: dict[str, Path], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("engine", "decoding.dictation"):
+        monkeypatch.setattr(f"gc2ray.{module}.unsupported", lambda model: "it is new")
+    found = checked(tiny_paths["mistral"], source)
+    assert found.passed, found.lines()
+    assert found.stock.same_answers == 3
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"temperature": 0.2, "do_sample": True, "top_p": 0.9},
+        {"max_length": 20},
+    ],
+    ids=str,
+)
+def test_rules_that_the_recipe_takes_over_are_not_stocks(
+    tiny_paths: dict[str, Path], source: Path, tmp_path: Path, rules: dict[str, Any]
+) -> None:
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    rewrite(model / "generation_config.json", **rules)
+    ignored = [name for name in rules if name == "no_repeat_ngram_size"]
+    found = checked(model, source, generation__ignore_model_rules=ignored)
+    assert found.passed, found.lines()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_repetition_penalty_is_stocks_too(
+    tiny_paths: dict[str, Path], source: Path, dtype: str
+) -> None:
+    penalty = {"generation__repetition_penalty": 1.5}
+    found = checked(tiny_paths["llama3"], source, model__dtype=dtype, **penalty)
+    assert found.passed, found.lines()
+
+
+# What is wrong is found, whatever part of ours it is in
+
+
+def no_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(parity, "load_model", lambda *a: replace(load_model(*a), end_tokens=()))
+
+
+def another_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(parity, "load_model", lambda *a: replace(load_model(*a), end_tokens=(1, 9)))
+
+
+def a_blank(patch: pytest.MonkeyPatch) -> None:
+    render = ChatPrompt.render
+    patch.setattr(ChatPrompt, "render", lambda *a: render(*a).replace("\n", "\n ", 1))
+
+
+def a_row_of_the_projector(patch: pytest.MonkeyPatch) -> None:
+    freeze = LlavaNext.freeze
+
+    def frozen(family: Any) -> None:
+        family._projector.linear_2.weight.data[3] *= 1.2
+        freeze(family)
+
+    patch.setattr(LlavaNext, "freeze", frozen)
+
+
+def prompt_positions(patch: pytest.MonkeyPatch) -> None:
+    embed = LlavaNext.embed
+
+    def embedded(*inputs: Any) -> Any:
+        prompt = embed(*inputs)
+        positions = torch.arange(len(prompt))
+        positions[prompt.visual[-1][1] :] += 1
+        return replace(prompt, positions=positions)
+
+    patch.setattr(LlavaNext, "embed", embedded)
+
+
+def answer_positions(patch: pytest.MonkeyPatch) -> None:
+    next_position = native._next_position
+    patch.setattr(native, "_next_position", lambda prompt: next_position(prompt) + 1)
+
+
+def pixels(patch: pytest.MonkeyPatch) -> None:
+    table = llava_next.pixel_table
+    patch.setattr(llava_next, "pixel_table", lambda anyres: table(anyres) + 0.02)
+
+
+def no_newlines(patch: pytest.MonkeyPatch) -> None:
+    pack = LlavaNext.pack
+
+    def packed(*inputs: Any) -> Any:
+        parts = pack(*inputs)
+        parts[0][-1] = 0
+        return parts
+
+    patch.setattr(LlavaNext, "pack", packed)
+
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+MUTATIONS: dict[Mutation, str] = {
+    no_end: "ends of answers: none; stock's: 1",
+    another_end: "ends of answers: 1, 9; stock's: 1",
+    a_blank: "prompt tokens: 0 of 3 prompts the same",
+    a_row_of_the_projector: "tokens behind the image",
+    prompt_positions: "tokens behind the image",
+    answer_positions: "tokens behind the image",
+    pixels: "tokens behind the image",
+    no_newlines: "tokens behind the image",
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_a_mutation_of_ours_fails(
+    tiny_paths: dict[str, Path], source: Path, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation(monkeypatch)
+    found = checked(tiny_paths["vicuna"], source)
+    assert not found.passed
+    assert MUTATIONS[mutation] in "\n".join(found.lines())
+    if "behind" in MUTATIONS[mutation]:
+        assert found.stock.difference > 10 * parity.TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("mutation", [no_end, a_blank, answer_positions, prompt_positions])
+def test_in_half_precision_too(
+    tiny_paths: dict[str, Path], source: Path, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation(monkeypatch)
+    assert not checked(tiny_paths["vicuna"], source, model__dtype="bfloat16").passed
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["vision_tower", "multi_modal_projector.linear_1", "image_newline", "up_proj", "lm_head"],
+)
+def test_one_weight_that_is_no_number_fails(
+    tiny_paths: dict[str, Path], source: Path, tmp_path: Path, part: str
+) -> None:
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if part in name and "embeddings" not in name)
+    weights[name].flatten()[-1] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    found = checked(model, source)
+    assert not found.passed, found.lines()
+    told = "\n".join(found.lines())
+    assert "not finite" in told
+
+
+# What the files of other years lack, and where they keep what
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "chat_template.json", "jinja"])
+def test_processors_of_2024_pass(
+    tiny_paths: dict[str, Path], source: Path, tmp_path: Path, file: str
+) -> None:
+    """Without the three numbers that transformers needs today, the template in any of its files."""
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    jinja = model / "chat_template.jinja"
+    lacks = dict.fromkeys(
+        ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+    )
+    rewrite(model / "processor_config.json", **lacks)
+    if file == "processor_config.json":
+        rewrite(model / file, chat_template=jinja.read_text())
+    elif file == "chat_template.json":
+        (model / file).write_text(json.dumps({"chat_template": jinja.read_text()}))
+    if file != "jinja":
+        jinja.unlink()
+    found = checked(model, source)
+    assert found.passed, found.lines()
+
+
+# What cannot be compared is told
+
+
+def test_rows_that_cannot_be_answered_are_left_out(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    prompts = ("What is it?", None, "Is </s> an end, or <image> an image?", "What else?")
+    found = checked(tiny_paths["vicuna"], write_rows(tmp_path / "rows.parquet", prompts))
+    assert found.passed, found.lines()
+    assert (found.prompts, found.stock.prompts) == (3, 2)
+    assert [line.split(": ", 1)[1] for line in sorted(found.left_out)] == [
+        "prompt column 'prompt' is null",
+        "its text spells out </s>",
+    ]
+
+
+def test_nothing_to_compare_is_no_success(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    found = checked(tiny_paths["vicuna"], write_rows(tmp_path / "rows.parquet", (None, " ")))
+    assert (found.prompts, found.passed) == (0, False)
+
+
+def test_stock_that_cannot_run_is_told_in_a_line(
+    tiny_paths: dict[str, Path], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: Any) -> None:
+        raise RuntimeError("stock is out of order\nsecond line")
+
+    monkeypatch.setattr(StockModel, "_inputs", cannot)
+    job = make_job(tiny_paths["vicuna"], source, compression__retention=0.5)
+    file = tmp_path / "job.yaml"
+    file.write_text(job.to_yaml())
+    result = CliRunner().invoke(app, ["check", str(file)])
+    assert result.exit_code == 1, result.output
+    assert "stock transformers cannot run the model: RuntimeError: stock is out of" in result.stdout
+    assert "3 of 3 answers the same" in result.stdout
+    assert result.stdout.endswith("failed\n")
+
+
+def test_a_model_that_cannot_be_used_is_a_bad_configuration(
+    tiny_paths: dict[str, Path], source: Path, tmp_path: Path
+) -> None:
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ConfigError):
+        checked(model, source)
+
+
+# How near is near
+
+
+def test_what_is_not_finite_is_infinitely_far() -> None:
+    logits = torch.randn(4, 9)
+    assert largest_difference(logits, logits)[0] == 0
+    for value in (torch.nan, torch.inf):
+        wrong = logits.clone()
+        wrong[2, 5] = value
+        for pair in ((wrong, logits), (logits, wrong), (wrong, wrong)):
+            assert largest_difference(*pair) == (torch.inf, 2)
+    found = StockCheck(prompts=1, same_prompts=1, same_answers=1)
+    assert found.passed("float32")
+    assert not replace(found, difference=float("nan")).passed("float32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "ties"),
+    [("bfloat16", 0.25, 1), ("bfloat16", 0.26, 0), ("float16", 0.03, 1),
+     ("float16", 0.04, 0), ("float32", 0.0, 0)],
+)  # fmt: skip
+def test_a_near_tie_is_two_steps(dtype: str, gap: float, ties: int) -> None:
+    """Between 16 and 32 a step of bfloat16 is 1/8, of float16 1/64."""
+    logits = torch.full((3, 5), 1.0)
+    logits[2, 3], logits[2, 4] = 20, 20 - gap
+    stock = StockAnswer((1, 2), (0, 3), "length", logits)
+    job = make_job("model", model__dtype=dtype)
+    ours: Any = parity._Ours(job, None, parity._Stock())  # type: ignore[arg-type]
+    assert ours._nearly_tie(stock, (0, 4), 1) == ties
+    assert not ours._nearly_tie(stock, (0,), 1), "an answer that is too short is no tie"
+
+
+def test_dictated_tokens_change_nothing_but_what_is_drawn(
+    tiny_paths: dict[str, Path], source: Path
+) -> None:
+    """Along its own answer a model's logits are those that it drew from."""
+    job = make_job(tiny_paths["mistral"], source)
+    loaded = load_model(job.recipe, job.cluster)
+    table = loaded.model.get_input_embeddings()
+    with torch.inference_mode():
+        prompt = native.Prompt(table(torch.arange(10, 30)))
+    logits = Dictation(loaded.model).logits(prompt, [50, 51, 52])
+    ids = torch.tensor([[*range(10, 30), 50, 51, 52]])
+    with torch.inference_mode():
+        wanted = loaded.model(input_ids=ids).logits[0, 19:]
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
