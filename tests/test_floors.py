@@ -17,9 +17,10 @@ FLOORS = {
     "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "canvas_plan": 0, "views": 0,
     "compiled_attention": 0, "feed": 0, "linear": 0, "quality": 0, "shards": 0,
     "bill": 0, "cost": 0, "energy": 0, "figures": 0, "knock": 0, "logs": 0, "methods": 0,
+    "weights": 0,
     "audit": 1, "handout": 1, "journal": 1, "metrics": 1, "patience": 1, "progress": 1,
-    "prompts": 1, "packing": 1, "compression": 1, "families": 1, "decoding": 1,
-    "images": 2, "patient_file": 2,
+    "prompts": 1, "packing": 1, "compression": 1, "checkpoint": 1, "decoding": 1,
+    "families": 2, "images": 2, "patient_file": 2,
     "config": 3, "pictures": 3, "pocket": 3,
     "sizing": 4, "way": 4, "manifest": 4, "row": 4, "shard_queue": 4,
     "staging": 4,
@@ -42,7 +43,7 @@ FLOORS = {
 
 SAME_FLOOR = {
     ("records", "errors"), ("records", "stats"), ("records", "cost"),
-    ("canvas_plan", "canvas"), ("views", "canvas"), ("views", "canvas_plan"),
+    ("weights", "errors"), ("canvas_plan", "canvas"), ("views", "canvas"), ("views", "canvas_plan"),
 }  # fmt: skip
 """Borders within the ground floor: types that are made of each other, in one direction."""
 

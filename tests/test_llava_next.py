@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlavaNextConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
 from gc2ray import families
@@ -335,35 +335,9 @@ def test_features_of_other_layers_equal_stock(tmp_path) -> None:
 # --- loading -----------------------------------------------------------------------------------
 
 
-def load(path: object) -> Loaded:
-    return families.load(str(path), revision=None, dtype="float32", device="cpu")
-
-
 def test_a_missing_model_is_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"there is no model in .*nowhere"):
         load_engine(make_recipe(tmp_path / "nowhere"), Cluster())
-
-
-def test_other_architectures_are_refused(tmp_path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["x"]}')
-    with pytest.raises(ConfigError, match="is a llama model; supported: llava_next"):
-        load(tmp_path)
-
-
-def test_pickled_weights_are_refused(tmp_path) -> None:
-    path = build_tiny(tmp_path / "model")
-    weights = path / "model.safetensors"
-    torch.save({}, path / "pytorch_model.bin")
-    weights.unlink()
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        load(path)
-
-
-def test_a_tower_without_class_token_is_refused(loaded_models: dict[str, Loaded]) -> None:
-    loaded = loaded_models["vicuna"]
-    config = LlavaNextConfig(vision_config=SiglipVisionConfig())
-    with pytest.raises(ConfigError, match="is siglip_vision_model, which has no class token"):
-        families.FAMILIES["llava_next"].outline(config, loaded.processor, 4)
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
@@ -383,7 +357,7 @@ def test_an_outline_needs_no_weights(
     assert chat.encode("what is it?") == ChatPrompt(loaded_models[name].processor).encode(
         "what is it?"
     )
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="has no weights"):
         families.load(str(bare), revision=None, dtype="float32", device="cpu")
 
 
@@ -402,12 +376,3 @@ def test_images_are_cut_by_pillow_wherever(
     processor = families.outline(str(tiny_paths["vicuna"]), dtype="float32").processor
     assert asked == ["pil"]
     assert type(processor.image_processor).__name__ == "LlavaNextImageProcessorPil"
-
-
-@pytest.mark.parametrize("what", ["nowhere", "another"])
-def test_an_outline_of_no_model_is_refused(tmp_path: Path, what: str) -> None:
-    if what == "another":
-        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    expected = {"nowhere": "cannot be loaded", "another": "is a llama model; supported: llava_next"}
-    with pytest.raises(ConfigError, match=expected[what]):
-        families.outline(str(tmp_path), dtype="float32")

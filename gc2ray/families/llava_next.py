@@ -33,8 +33,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, Tiles
 from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found_for
-from gc2ray.cost import CLASS_TOKEN_TOWERS, ModelShape, Needs
-from gc2ray.errors import ConfigError
+from gc2ray.cost import ModelShape, Needs
 from gc2ray.families.family import Outline
 from gc2ray.linear import Linear, packed_module
 from gc2ray.views import Places, Prompt, Selection, Views
@@ -78,22 +77,8 @@ class LlavaNext:
             config: Of the model.
             processor: Its processor.
             itemsize: Bytes of a weight.
-
-        Raises:
-            ConfigError: The model is of a kind that is not supported.
         """
         vision = config.vision_config
-        kind = vision.model_type
-        if kind not in CLASS_TOKEN_TOWERS:
-            raise ConfigError(
-                f"recipe.model.path: the vision tower is {kind}, which has no class token to take "
-                "scores from; only CLIP towers are supported"
-            )
-        if config.vision_feature_select_strategy != "default":
-            raise ConfigError(
-                "recipe.model.path: vision_feature_select_strategy is "
-                f"{config.vision_feature_select_strategy!r}; only 'default' is supported"
-            )
         side = vision.image_size // vision.patch_size
         anyres = _anyres(processor.image_processor, config)
         shape, token = ModelShape.of(config, itemsize), int(config.image_token_id)
@@ -283,17 +268,10 @@ def _feature_states(config: Any, layers: int) -> tuple[int, ...]:
 
 
 def _anyres(image_processor: Any, config: Any) -> AnyRes:
-    """The processor's image settings, checked against the model's."""
-    size = dict(image_processor.size)
-    edge = size.get("shortest_edge") or size.get("height")
-    if edge != config.vision_config.image_size:
-        raise ConfigError(
-            f"recipe.model.path: the image processor cuts views of {edge} pixels, the vision tower "
-            f"takes {config.vision_config.image_size}"
-        )
+    """The processor's image settings; `gc2ray.checkpoint` has held them against the model's."""
     mean, std = image_processor.image_mean, image_processor.image_std
     return AnyRes(
-        tile=int(edge),
+        tile=int(config.vision_config.image_size),
         pinpoints=tuple((int(h), int(w)) for h, w in image_processor.image_grid_pinpoints),
         resample=int(image_processor.resample),
         mean=(float(mean[0]), float(mean[1]), float(mean[2])),
