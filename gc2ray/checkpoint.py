@@ -115,7 +115,7 @@ class Checkpoint:
     """What a checkpoint says of itself.
 
     Attributes:
-        directory: Where it lies.
+        name: What messages call it.
         config: `config.json`.
         images: Settings of its image processor.
         processor: Other settings of its processor.
@@ -127,7 +127,7 @@ class Checkpoint:
         table_rows: Rows of the text table in the weights; None: not known.
     """
 
-    directory: Path
+    name: str
     config: Mapping[str, Any]
     images: Mapping[str, Any]
     processor: Mapping[str, Any]
@@ -166,13 +166,18 @@ class Checkpoint:
 
 
 def check_directory(
-    directory: Path, taken_over: TakenOver = NOTHING, *, weights: bool = True
+    directory: Path,
+    taken_over: TakenOver = NOTHING,
+    *,
+    name: str | None = None,
+    weights: bool = True,
 ) -> Checkpoint:
     """Look at a checkpoint in a directory as far as that needs none of the model's libraries.
 
     Args:
         directory: Where it lies.
         taken_over: What the recipe decides.
+        name: What messages call it; None: the directory.
         weights: Whether its weights are there, too.
 
     Returns:
@@ -181,7 +186,7 @@ def check_directory(
     Raises:
         ConfigError: It cannot be used; the message says why.
     """
-    found = read(directory)
+    found = read(directory, name or str(directory))
     check(found, taken_over)
     if weights:
         headers = tensor_headers(directory)
@@ -201,11 +206,15 @@ def check(found: Checkpoint, taken_over: TakenOver = NOTHING) -> None:
         ConfigError: With the first thing that is wrong.
     """
     for problem in _problems(found, taken_over):
-        raise ConfigError(f"recipe.model.path: {found.directory}: {problem}")
+        raise ConfigError(f"recipe.model.path: {found.name}: {problem}")
 
 
-def read(directory: Path) -> Checkpoint:
+def read(directory: Path, name: str) -> Checkpoint:
     """What a checkpoint's files say, weights apart, as they are written.
+
+    Args:
+        directory: Where it lies.
+        name: What messages call it.
 
     Raises:
         ConfigError: A file cannot be read, or is not what its name says.
@@ -223,7 +232,7 @@ def read(directory: Path) -> Checkpoint:
     text, tokens = _mapping(config.get("text_config")), _added_tokens(directory, tokenizer)
     image_token = _image_token(tokenizer) or processor.get("image_token")
     return Checkpoint(
-        directory=directory,
+        name=name,
         config=config,
         images=_mapping(images),
         processor={**processor, "image_token": image_token},

@@ -164,9 +164,14 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
         job = load_job(config, overrides or [])
         table = load_hardware(hardware)
         pace = Pace.of(read_ledger(like)) if like else None
-        model = outline(str(stage_outline(job.recipe.model)), dtype=job.recipe.model.dtype)
+        recipe = job.recipe
+        model = outline(
+            str(stage_outline(recipe.model)),
+            dtype=recipe.model.dtype,
+            taken_over=recipe.generation.taken_over(),
+        )
         with Counted("rows looked at") as counted:
-            looked = survey(job.recipe, model, None if all_rows else rows, counted.add)
+            looked = survey(recipe, model, None if all_rows else rows, counted.add)
         assumed = Assumptions(output_tokens=output_tokens, pace=pace, hours=hours)
         found = found_for(looked, model, job, table, assumed)
         if as_json:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gc2ray.checkpoint import RULES, TakenOver
 from gc2ray.errors import ConfigError
 from gc2ray.images import ImagePolicy
 from gc2ray.methods import METHODS, Method, Newlines, Positions
@@ -133,6 +134,19 @@ class GenerationConfig(Frozen):
     max_repeats: int | None = Field(default=None, gt=0)
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     ignore_model_rules: tuple[str, ...] = ()
+
+    @field_validator("ignore_model_rules")
+    @classmethod
+    def _known_rules(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in RULES:
+                raise ValueError(_unknown(name, sorted(RULES)))
+        return names
+
+    def taken_over(self) -> TakenOver:
+        """What the model's files have no say in."""
+        own = {"repetition_penalty"} if self.repetition_penalty is not None else set()
+        return TakenOver(frozenset(self.ignore_model_rules) | own, self.stop_token_ids)
 
     def sampling(self) -> Sampling:
         """How an answer is drawn; its seed is still the recipe's."""

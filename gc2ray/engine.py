@@ -352,7 +352,11 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
         torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
     staged = stage(recipe.model, tick=tick)
     loaded = families.load(
-        str(staged.directory), revision=None, dtype=recipe.model.dtype, device=device
+        str(staged.directory),
+        revision=None,
+        dtype=recipe.model.dtype,
+        device=device,
+        taken_over=recipe.generation.taken_over(),
     )
     return replace(loaded, digest=staged.digest)
 

@@ -74,7 +74,7 @@ def run_job(
     committed = committed_parts(store, plan) if plan else None
     if plan is not None and committed is not None and committed.whole:
         return outcome(store, plan, committed)
-    check_model(job.recipe.model)
+    check_model(job.recipe.model, job.recipe.generation.taken_over())
     store.check_usable(writing=True)
     warn_of_others(store)
     files, carried = ([], plan.carried) if plan else source.scan()

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__i
     filter_repo_objects,
 )
 
+from gc2ray.checkpoint import NOTHING, TakenOver, check_directory
 from gc2ray.config import ModelConfig
 from gc2ray.errors import ConfigError, first_line
 from gc2ray.patience import PATIENCE
@@ -55,6 +57,9 @@ from gc2ray.patience import PATIENCE
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 OUTLINE = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
 """What describes a model: all but its weights."""
+WHOLE_SIGNS = ("config.json", "tokenizer_config.json", "chat_template.*", "*.safetensors")
+"""What lies in a hub's cache where it is whole; other programs fetch parts of a model."""
+COMMIT = re.compile("[0-9a-f]{40}")
 LEFT_OUT = ("*/*.safetensors",)
 """Checkpoints in folders below the model, which nothing loads."""
 CACHE_VARIABLE = "GC2RAY_CACHE"
@@ -124,16 +129,49 @@ def _staged(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
     return _from_hub(model, patterns, tick)
 
 
-def check_model(model: ModelConfig) -> None:
-    """Look for the model as far as that needs no hub.
+def check_model(model: ModelConfig, taken_over: TakenOver = NOTHING) -> None:
+    """Look at the model as far as that needs no hub, and none of its libraries.
+
+    Of a directory all files are looked at, of weights their headers. Of a URL what describes the
+    model is fetched. A hub id is looked at where the hub's cache has it, and the hub could not
+    have another one by now.
+
+    Args:
+        model: Where it is.
+        taken_over: What the recipe decides in place of the model's files.
 
     Raises:
-        ConfigError: There is no such model, or it may not be read.
-        OSError: The storage does not answer.
+        ConfigError: There is no such model, it may not be read, or not be used.
+        OSError: The storage does not answer, or the disk has no room.
     """
     model.check()
-    if model.is_url:
-        _found(model.path)
+    if model.is_local:
+        check_directory(Path(model.path).expanduser(), taken_over, name=model.path)
+    elif model.is_url:
+        _, files = _found(model.path)
+        if not any(file.name.endswith(".safetensors") for file in files):
+            raise ConfigError(
+                f"recipe.model.path: {model.path} has no weights in safetensors; others, such as "
+                "pickles, are never loaded"
+            )
+        check_directory(stage_outline(model), taken_over, name=model.path, weights=False)
+    elif (snapshot := _snapshot_here(model)) is not None:
+        offline = constants.is_offline_mode()  # else what is missing may still be fetched
+        check_directory(snapshot, taken_over, name=model.path, weights=offline)
+
+
+def _snapshot_here(model: ModelConfig) -> Path | None:
+    """A hub's model in the hub's cache, if it is whole and cannot be another one by now."""
+    if not (constants.is_offline_mode() or COMMIT.fullmatch(model.revision or "")):
+        return None
+    cache = constants.HF_HUB_CACHE
+    try:
+        found = snapshot_download(
+            model.path, revision=model.revision, cache_dir=cache, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return Path(found) if all(any(Path(found).glob(sign)) for sign in WHOLE_SIGNS) else None
 
 
 def digest(directory: Path) -> str:

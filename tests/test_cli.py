@@ -100,14 +100,18 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest(tmp_path: Path)
         ("recipe.input.image=imag", "no column 'imag' in the input; did you mean 'image'?"),
         ("output=nosuch://bucket/run", "output: Protocol not known: nosuch"),
         ("recipe.input.keep=[row_key]", "'row_key' is a column of the answers"),
+        ("recipe.generation.stop_token_ids=[123456]", "stop_token_ids is token 123456, and the"),
     ],
 )
 def test_a_bad_job_is_refused_before_ray(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
-    (tmp_path / "config.json").touch()  # the model is not looked at any closer before Ray
-    result = here("run", job_file(tmp_path, tmp_path), override)
+    result = here("run", job_file(tmp_path, tiny_paths["vicuna"]), override)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -11,8 +11,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from gc2ray.checkpoint import NOTHING, TakenOver
 from gc2ray.config import (
     Cluster,
+    GenerationConfig,
     Job,
     WorkerRange,
     load_cluster,
@@ -171,6 +173,24 @@ def test_a_value_out_of_range_is_refused_by_its_path(path: str, value: object) -
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
 def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
     assert refusal("recipe.generation.seed", seed).startswith("recipe.generation.seed: ")
+
+
+def test_a_rule_that_no_model_has_is_refused_with_the_nearest() -> None:
+    where = "recipe.generation.ignore_model_rules"
+    assert refusal(where, ["min_length", "no_repeat_ngrams"]).startswith(
+        f"{where}: unknown 'no_repeat_ngrams'; did you mean 'no_repeat_ngram_size'?"
+    )
+    assert "unknown 'temperature'; known: bad_words_ids, " in refusal(where, ["temperature"])
+
+
+def test_a_recipe_takes_over_what_it_sets_and_what_it_names() -> None:
+    assert GenerationConfig().taken_over() == NOTHING
+    generation = GenerationConfig(
+        ignore_model_rules=("min_length",), repetition_penalty=1.0, stop_token_ids=(7,)
+    )
+    assert generation.taken_over() == TakenOver(
+        frozenset({"min_length", "repetition_penalty"}), (7,)
+    )
 
 
 def test_a_local_model_must_be_there(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from gc2ray import staging
-from gc2ray.config import Cluster, ModelConfig
+from gc2ray.config import Cluster, GenerationConfig, ModelConfig
 from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
 from gc2ray.staging import StagedModel, check_model, digest, stage, stage_outline
@@ -200,10 +200,51 @@ def test_a_url_without_a_model_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_is_looked_for_without_fetching_it(source: Path, cache: Path) -> None:
-    check_model(ModelConfig(path=source.as_uri()))
+def test_a_model_is_looked_at_without_fetching_its_weights(
+    tiny_paths: dict[str, Path], cache: Path
+) -> None:
     check_model(ModelConfig(path="some/model"))
+    check_model(ModelConfig(path=str(tiny_paths["vicuna"])))
     assert not cache.exists()
+    check_model(ModelConfig(path=tiny_paths["vicuna"].as_uri()))
+    assert "config.json" in {Path(name).name for name in files_in(cache)}
+    assert not [name for name in files_in(cache) if name.endswith(".safetensors")]
+
+
+def contradicting(model: Path) -> Path:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"image_token_index": 7}))
+    return model
+
+
+@pytest.mark.parametrize("way", ["directory", "URL"])
+def test_a_model_that_contradicts_itself_is_refused_where_it_is_looked_for(
+    tiny_paths: dict[str, Path], tmp_path: Path, way: str
+) -> None:
+    model = contradicting(tiny_copy(tiny_paths["vicuna"], tmp_path / "copy"))
+    path = {"directory": str(model), "URL": model.as_uri()}[way]
+    with pytest.raises(ConfigError, match=rf"path: {path}: the image token is 7 in .*, and 3 in"):
+        check_model(ModelConfig(path=path))
+
+
+def test_a_url_without_safetensors_is_refused_where_it_is_looked_for(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=rf"{model.as_uri()} has no weights in safetensors"):
+        check_model(ModelConfig(path=model.as_uri()))
+
+
+def test_the_recipe_may_take_over_where_a_model_is_looked_for(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
+    (model / "generation_config.json").write_text('{"min_length": 3}')
+    with pytest.raises(ConfigError, match="min_length 3; name it"):
+        check_model(ModelConfig(path=str(model)))
+    taken_over = GenerationConfig(ignore_model_rules=("min_length",)).taken_over()
+    check_model(ModelConfig(path=str(model)), taken_over)
 
 
 def test_a_model_on_s3_ticks_while_it_is_fetched(
@@ -385,6 +426,30 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_paths: dict[str, P
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("c" * 40)
     return model
+
+
+@pytest.mark.parametrize(
+    ("revision", "offline", "is_looked_at"),
+    [(None, "1", True), ("c" * 40, "1", True), ("c" * 40, "", True), (None, "", False)],
+)
+def test_a_hub_id_is_looked_at_in_the_hubs_cache_unless_the_hub_may_have_another(
+    hub: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    revision: str | None,
+    offline: str,
+    is_looked_at: object,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: bool(offline))
+    model = ModelConfig(path="some/model", revision=revision)
+    check_model(model)
+    snapshot = contradicting(hub / "snapshots" / ("c" * 40))
+    if is_looked_at:
+        with pytest.raises(ConfigError, match="path: some/model: the image token is 7 in config"):
+            check_model(model)
+    else:
+        check_model(model)
+    (snapshot / "chat_template.jinja").unlink()  # a part of it, that another program fetched
+    check_model(model)
 
 
 def test_a_hub_id_is_found_in_the_hubs_cache_offline(

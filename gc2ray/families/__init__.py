@@ -150,14 +150,14 @@ def _check_prompts(found: Checkpoint, processor: Any) -> None:
     marks = ids.count(found.placeholder or 0)
     if marks != 1:
         raise ConfigError(
-            f"recipe.model.path: {found.directory}: its chat template makes {marks} image tokens "
+            f"recipe.model.path: {found.name}: its chat template makes {marks} image tokens "
             f"({found.image_token}, {found.placeholder}) of one image; use the template that it "
             "was published with"
         )
     rows = found.text["vocab_size"]
     if max(ids) >= rows:
         raise ConfigError(
-            f"recipe.model.path: {found.directory}: its prompts have token {max(ids)}, and the "
+            f"recipe.model.path: {found.name}: its prompts have token {max(ids)}, and the "
             f"text table has {rows} rows, from 0; use the tokenizer that it was published with"
         )
 
@@ -195,7 +195,7 @@ def _check_whole(found: Checkpoint, info: Mapping[str, Any], total: int) -> None
         f"{name} has {tuple(there)}, not {tuple(wanted)}"
         for name, there, wanted in info["mismatched_keys"]
     )
-    where = f"recipe.model.path: {found.directory}"
+    where = f"recipe.model.path: {found.name}"
     if missing:
         hint = _tied_head(found, missing) or _other_names(unexpected)
         raise ConfigError(
@@ -210,7 +210,7 @@ def _check_whole(found: Checkpoint, info: Mapping[str, Any], total: int) -> None
     if info["error_msgs"]:
         raise ConfigError(f"{where} cannot be loaded: {_few(info['error_msgs'])}")
     if unexpected:
-        told = (found.directory, len(unexpected), _few(unexpected))
+        told = (found.name, len(unexpected), _few(unexpected))
         log.warning("%s has %d tensors that the model has no use for: %s", *told)
 
 
