@@ -57,6 +57,13 @@ from gc2ray.patience import PATIENCE
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 OUTLINE = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
 """What describes a model: all but its weights."""
+DIGESTED = (
+    "config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json",
+    "tokenizer.model", "vocab*.json", "vocab*.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", "model.safetensors.index.json",
+)  # fmt: skip
+"""Small files that change answers; all of them are fetched."""
 WHOLE_SIGNS = ("config.json", "tokenizer_config.json", "chat_template.*", "*.safetensors")
 """What lies in a hub's cache where it is whole; other programs fetch parts of a model."""
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -175,15 +182,20 @@ def _snapshot_here(model: ModelConfig) -> Path | None:
 
 
 def digest(directory: Path) -> str:
-    """SHA-256 over `config.json` and of each weight file name, size, header and last 64 KiB.
+    """SHA-256 over a model's small files, and of each weight file name, size, header, last 64 KiB.
 
     Copies have the same wherever they lie. A tensor's name, shape or type changes it, and so does
-    training, which leaves no end of a file as it was. Not covered: weights that were changed in the
-    middle of a file only, the tokenizer, the processor.
+    training, which leaves no end of a file as it was; and so does a byte of the configurations, the
+    tokenizer, the processor or the chat template, because each may change answers. Notes, logs and
+    other files do not. Not covered: weights that were changed in the middle of a file only.
     """
-    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    small = {path for pattern in DIGESTED for path in directory.glob(pattern) if path.is_file()}
+    described = [
+        (str(path.relative_to(directory)), hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(small)
+    ]
     weights = [_weights_digest(path) for path in sorted(directory.glob("*.safetensors"))]
-    return hashlib.sha256(json.dumps([config, weights]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([described, weights]).encode()).hexdigest()
 
 
 def _weights_digest(path: Path) -> tuple[str, int, str, str]:

@@ -398,12 +398,71 @@ def test_a_digest_sees_names_shapes_and_weights(
     assert digest(copy) != before
 
 
-def test_a_digest_sees_the_configuration(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
-    copy = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
-    before = digest(copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    assert digest(copy) != before
+SEEN = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/default.jinja",
+    "model.safetensors.index.json",
+]
+
+
+def touched(model: Path, name: str) -> Path:
+    (model / name).parent.mkdir(exist_ok=True)
+    with (model / name).open("ab") as file:
+        file.write(b" ")
+    return model
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_digest_sees_every_small_file_that_changes_answers(
+    tiny_paths: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """A byte of it, or that it is there; and it is among what a node is given."""
+    model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
+    before = digest(model)
+    assert digest(touched(model, name)) != before
+    assert staged(model.as_uri()).digest == digest(model)
+    (model / name).unlink()
+    assert digest(model) != digest(touched(model, name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "trainer_state.json", "training_args.bin", "runs/1/config.json", "LICENSE.txt",
+     "tokenizer.json.bak", "optimizer.pt", ".cache/tokenizer.json"],
+)  # fmt: skip
+def test_a_digest_sees_no_notes_and_no_logs(
+    tiny_paths: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
+    (model / name).parent.mkdir(exist_ok=True, parents=True)
+    before = digest(model)
+    (model / name).write_text("{}")
+    assert digest(model) == before == staged(model.as_uri()).digest
+
+
+def test_no_digest_reads_weights_whole(
+    tiny_paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change in the middle is not seen: 14 GB would have to be read for it."""
+    model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
+    before = digest(model)
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek((model / "model.safetensors").stat().st_size // 2)
+        file.write(b"\x01\x02")
+    assert digest(model) == before
 
 
 def test_an_unknown_hub_id_offline_is_refused_in_one_line(
