@@ -8,8 +8,8 @@ was lost runs alone, so that it takes no other with it; what a loss means for th
 queue's business (`gc2ray.shard_queue`). A worker that gives no answer for `stall_seconds` is
 killed. Placement and loading have clocks of their own. Workers are added while shards wait; when
 none do, those without any are dropped, but one, which takes what gets lost. One whose node is about
-to go gets no more. Told to stop, it hands out nothing more and waits `drain_seconds` for what is in
-flight.
+to go gets no more. Told to stop, or refused by the output's storage, which would refuse the next
+shard as well, it hands out nothing more and waits `drain_seconds` for what is in flight.
 
 What a turn costs depends on what happened in it, not on the size of the plan; what looks at every
 worker is done once a second.
@@ -30,7 +30,15 @@ import numpy as np
 
 from gc2ray.bill import Bill, Meter, Use
 from gc2ray.config import Cluster, WorkerRange
-from gc2ray.errors import ConfigError, GivenUp, Interrupted
+from gc2ray.errors import (
+    STORAGE_ERRORS,
+    ConfigError,
+    GivenUp,
+    Interrupted,
+    StorageRefused,
+    UnwritableShard,
+    first_line,
+)
 from gc2ray.handout import Handout
 from gc2ray.manifest import Plan
 from gc2ray.planner import Committed
@@ -163,6 +171,7 @@ class Driver:
         self._phase = "starting"
         self._looked = float("-inf")
         self._dead_shards = 0
+        self._refusal: str | None = None  # what the storage said, once it takes nothing more
         self.lost_races = 0
 
     @property
@@ -181,7 +190,7 @@ class Driver:
         """Seconds per row on the first worker that has loaded; the others load meanwhile.
 
         Raises:
-            GivenUp: No worker can be had.
+            GivenUp: No worker can be had, or the storage refuses.
             ConfigError: The model cannot be loaded.
             Interrupted: It was told to stop.
         """
@@ -190,6 +199,8 @@ class Driver:
         while self._seconds_per_row is None:
             if self._stop.is_set():
                 raise Interrupted("nothing was answered yet")
+            if self._refusal is not None:
+                raise GivenUp(f"{self._refusal}; nothing was answered yet")
             self._staff(rows)
             at_hand = [key for key, state in self._workers.items() if state.is_at_hand]
             if at_hand and not any(state.is_calibrating for state in self._workers.values()):
@@ -203,20 +214,23 @@ class Driver:
         """Work until every shard is committed or dead.
 
         Raises:
-            GivenUp: Too many bad rows, or no worker can be had.
+            GivenUp: Too many bad rows, no worker can be had, or the storage refuses.
             ConfigError: The model cannot be loaded.
-            Interrupted: It was told to stop; what was in flight had `drain_seconds`.
+            Interrupted: It was told to stop; what was in flight had `drain_seconds`, and so it has
+                where the storage refuses.
         """
         self._queue = ShardQueue(plan.shards, committed.shards, self._limits)
         self._total_rows, self._done_before = plan.rows, committed.rows
         self._phase = "answering"
         try:
             while self._queue or self._flying:
-                if self._stop.is_set():
+                if self._stop.is_set() or self._refusal is not None:
                     self._drain()
                 self._hand_out()
                 self._staff(self._wanted())
                 self._turn()
+            if self._refusal is not None:  # of the last shard, or of its dead letter
+                self._drain()
             self._display(self._snapshot())
         finally:
             self._settle()
@@ -225,14 +239,21 @@ class Driver:
         """Commit what ends in time, abandon the rest.
 
         Raises:
-            Interrupted: Always.
+            GivenUp: The storage refuses.
+            Interrupted: Otherwise.
         """
         self._phase = "stopping"
         deadline = self._pool.now() + self._cluster.drain_seconds
         while self._flying and self._pool.now() < deadline:
             self._turn()
         left = f"; {self._flying} in flight were abandoned" if self._flying else ""
-        raise Interrupted(f"{len(self._queue) + self._flying} shards are left to answer{left}")
+        left = f"{len(self._queue) + self._flying} shards are left to answer{left}"
+        if self._refusal is None:
+            raise Interrupted(left)
+        raise GivenUp(
+            f"{self._refusal}; {left}. Nothing that is committed is lost: see to the storage "
+            "(permission, credentials, room), and run the same command again to go on"
+        )
 
     def _settle(self) -> None:
         """What the workers did last."""
@@ -262,7 +283,8 @@ class Driver:
         uses = {worker: self._use(s, Use.ABANDONED) for worker, s in self._workers.items()}
         self._bill = self._meter.bill(self._pool.now(), uses)
         self._display(self._snapshot())
-        self._judge_rows()
+        if self._refusal is None:
+            self._judge_rows()
 
     def _staff(self, wanted: int) -> None:
         """Start workers up to as many as are wanted, and may be; those that leave are extra."""
@@ -390,14 +412,26 @@ class Driver:
 
     def _failed(self, worker: int, state: _WorkerState, event: Failed) -> None:
         reason = f"{type(event.error).__name__}: {event.error}"
+        refused = isinstance(event.error, StorageRefused)
+        if refused:
+            self._refuse(str(event.error))
         if event.shard is not None:
             self._end_try(worker, state, event.shard, Use.FAILED)
-            self._lost(event.shard, Loss(reason))
+            if refused:
+                self._queue.put_back(event.shard)
+            else:
+                is_final = isinstance(event.error, UnwritableShard)
+                self._lost(event.shard, Loss(reason, is_final=is_final))
         elif isinstance(event.error, ConfigError):
             raise event.error
         else:
             self._pool.drop(worker)
             self._bury(worker, Died(worker, reason))
+
+    def _refuse(self, reason: str) -> None:
+        """The storage takes nothing more: the first reason is the run's."""
+        log.warning("%s", reason)
+        self._refusal = self._refusal or reason
 
     def _leave(self, worker: int, state: _WorkerState) -> None:
         """It ends what it has, and another starts."""
@@ -438,6 +472,22 @@ class Driver:
         if reason is None:
             return
         log.warning("shard %d is given up: %s", shard.index, reason, extra=told)
+        try:
+            self._write_letter(shard, reason)
+        except STORAGE_ERRORS as error:  # a shard without a letter is answered again, next time
+            said = f"{type(error).__name__}: {first_line(error)}"
+            self._refuse(
+                f"shard {shard.index} is given up ({reason}), and {self._store.uri} refused its "
+                f"dead letter: {said}"
+            )
+        self._dead_shards += 1
+
+    def _write_letter(self, shard: Shard, reason: str) -> None:
+        """Leave behind why a shard is given up.
+
+        Raises:
+            OSError, or another of `STORAGE_ERRORS`: It could not be written.
+        """
         letter = {
             "sid": shard.sid,
             "shard": shard.index,
@@ -451,7 +501,6 @@ class Driver:
         number = self._queue.tries(shard)
         while not self._store.create(f"dead/{shard.sid}.{number}.json", data):
             number += 1  # of an earlier run of the same plan
-        self._dead_shards += 1
 
     def _check_clocks(self) -> None:
         now, clocks = self._pool.now(), self._cluster

@@ -1,9 +1,9 @@
 """The kinds of trouble, each with an owner.
 
 A bad row belongs to its answer (`BadRow`), a bad shard to the driver (`ShardError`), a dead device
-to the worker process (`EngineDead`), a bad configuration to the user (`ConfigError`); `GivenUp` is
-the driver's decision to stop, `Interrupted` somebody else's. What is none of these is a bug and is
-not caught.
+to the worker process (`EngineDead`), a bad configuration to the user (`ConfigError`), and so does a
+storage that takes nothing more (`StorageRefused`); `GivenUp` is the driver's decision to stop,
+`Interrupted` somebody else's. What is none of these is a bug, and is told as one.
 """
 
 from __future__ import annotations
@@ -55,6 +55,14 @@ class BadRow(Exception):  # noqa: N818 - the name of the kind, as in the design
 
 class ShardError(Exception):
     """A shard cannot be read or written as planned; it is retried, then given up."""
+
+
+class UnwritableShard(ShardError):  # noqa: N818 - as in the design
+    """A shard is answered, but its part cannot be written; answering it again would not help."""
+
+
+class StorageRefused(Exception):  # noqa: N818 - as in the design
+    """A storage takes nothing more, and waiting does not help: no shard would fare better."""
 
 
 class EngineDead(Exception):  # noqa: N818 - as in the design

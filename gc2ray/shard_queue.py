@@ -11,7 +11,7 @@ A loss teaches something, or it costs a try:
   time (`gc2ray.handout`), so the next death leaves fewer, and a row that dies alone is named: what
   is written for it is that it kills, or that no answer comes.
 * Suspects that all pass did no harm; another death of the shard costs a try, and is looked into.
-* A failure, or a death that names no rows, costs a try.
+* A failure, or a death that names no rows, costs a try; one that every try would meet gives up.
 
 After `tries` of those, or more than `poison_rows` named rows, a shard is given up. Every way ends.
 
@@ -39,11 +39,13 @@ class Loss:
         in_hand: Rows of the shard that the worker had in hand, by place; empty where the worker
             lives, or nobody can tell.
         is_stall: It was ended because no answer came.
+        is_final: Another try would end the same way.
     """
 
     reason: str
     in_hand: tuple[int, ...] = ()
     is_stall: bool = False
+    is_final: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,15 @@ class ShardQueue:
         """A shard is to be tried again; or the reason why it is not, then it is given up."""
         trouble = self._trouble.setdefault(shard.index, _Trouble())
         trouble.learn(loss)
-        reason = trouble.verdict(self._limits, loss.reason)
+        reason = loss.reason if loss.is_final else trouble.verdict(self._limits, loss.reason)
         if reason is None:
-            self._again.append(shard.index)
-            self._waiting += 1
+            self.put_back(shard)
         return reason
+
+    def put_back(self, shard: Shard) -> None:
+        """A shard waits again, and nothing was learned of it."""
+        self._again.append(shard.index)
+        self._waiting += 1
 
     def done(self, shard: Shard) -> None:
         """A shard is committed: what it did before does not matter any more."""

@@ -7,8 +7,10 @@ time, as a rule) wait for their shard, write its part and commit it while the en
 Which rows the engine has in hand stands in a journal that outlives the process. Rows that an
 earlier try died with come first, few at a time; those that are known to kill are not tried.
 
-A shard that cannot be read fails alone. When the engine itself fails every waiting shard gets
-`EngineDead`, and the process is to be ended by its owner.
+A shard that cannot be read fails alone, and so does one whose part is at fault (`UnwritableShard`).
+A storage that refuses whatever is written refuses the next shard, too (`StorageRefused`). When the
+engine itself fails every waiting shard gets `EngineDead`, and the process is to be ended by its
+owner.
 
 Not covered: rows that kill the process while they are read from their file: they take their shard.
 """
@@ -16,6 +18,7 @@ Not covered: rows that kill the process while they are read from their file: the
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -35,21 +38,30 @@ import pyarrow as pa
 
 from gc2ray.audit import Answering, Audited
 from gc2ray.config import Job
-from gc2ray.errors import STORAGE_ERRORS, ConfigError, EngineDead, ShardError
+from gc2ray.errors import (
+    STORAGE_ERRORS,
+    ConfigError,
+    EngineDead,
+    ShardError,
+    StorageRefused,
+    UnwritableShard,
+    first_line,
+)
 from gc2ray.generations import MODEL_NAME, stored_digest
 from gc2ray.handout import Handout
 from gc2ray.journal import Journal, Page
 from gc2ray.part import in_order, part_bytes
+from gc2ray.patience import passes
 from gc2ray.progress import Progress, Tally
 from gc2ray.records import Answer, Provenance, Request, stats_of
-from gc2ray.shards import Span
+from gc2ray.shards import Shard, Span
 from gc2ray.sources.source import Source
 from gc2ray.stats import RunStats
 from gc2ray.store import Commit, PartFooter, Store
 
 RECORD_SECONDS = 30.0
-COMMIT_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, ConfigError)
-"""Storage that does not answer, and something else under the part's name."""
+_TOO_LARGE = {errno.EFBIG, errno.EMSGSIZE}
+"""What a storage says of a single object; smaller ones it takes."""
 
 log = logging.getLogger(__name__)
 
@@ -155,9 +167,11 @@ class Worker:
         Raises:
             ConfigError: The model cannot be loaded, or is another one than the run began with.
             OSError: It could not be fetched now, or the storage does not answer.
+            StorageRefused: The output takes nothing.
         """
         self._engine = self._load(self._job)
-        self._check_model(self._engine.model_digest)
+        with self._writing(MODEL_NAME):
+            self._check_model(self._engine.model_digest)
         self._loaded = datetime.now(UTC)
         threading.Thread(target=self._keep_record, daemon=True, name="gc2ray-record").start()
         return self._engine.device
@@ -192,7 +206,9 @@ class Worker:
         """Answer a shard and commit its part; may be called by several threads.
 
         Raises:
-            ShardError: The shard cannot be read as planned, or its part cannot be written.
+            ShardError: The shard cannot be read as planned, or its part could not be written now.
+            UnwritableShard: Its part can never be written.
+            StorageRefused: No part can be.
             EngineDead: The engine is lost; end this process.
         """
         if self._running.acquire(blocking=False):  # once: it is never released
@@ -403,16 +419,49 @@ class Worker:
             written=datetime.now(UTC),
         )
         provenance = Provenance(work.handout.attempt, self._generation, self.uuid)
-        part = part_bytes(answers, self._carried, provenance, footer)
+        part = self._part(answers, provenance, footer)
         self._metrics("written", shard.sid)
-        try:
-            commit = self._store.commit(shard, part, footer.token)
-        except COMMIT_ERRORS as error:
-            raise ShardError(f"the part cannot be written: {error}") from error
+        commit = self._committed(shard, part, footer.token)
         self._metrics("committed", shard.sid)
         told = {"shard": shard.sid, "attempt": work.handout.attempt, "commit": str(commit)}
         log.info("%s: %d rows", shard.part_name, shard.rows, extra=told)
         return ShardDone(shard.sid, footer.stats, commit)
+
+    def _part(self, answers: Sequence[Answer], provenance: Provenance, footer: PartFooter) -> bytes:
+        try:
+            return part_bytes(answers, self._carried, provenance, footer)
+        except (pa.ArrowException, OverflowError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise UnwritableShard(f"its answers do not fit into Parquet: {told}") from error
+
+    def _committed(self, shard: Shard, part: bytes, token: str) -> Commit:
+        try:
+            with self._writing(shard.part_name):
+                return self._store.commit(shard, part, token)
+        except ConfigError as error:  # something else has the part's name
+            raise UnwritableShard(str(error)) from error
+        except STORAGE_ERRORS as error:
+            told = f"the part cannot be written: {error}"
+            if getattr(error, "errno", None) in _TOO_LARGE:
+                raise UnwritableShard(f"{told} ({len(part):,} bytes)") from error
+            raise ShardError(told) from error
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """What the output's storage refuses for good, whatever is written.
+
+        Raises:
+            StorageRefused: In place of that.
+        """
+        try:
+            yield
+        except STORAGE_ERRORS as error:
+            if passes(error) or getattr(error, "errno", None) in _TOO_LARGE:
+                raise
+            raise StorageRefused(
+                f"{self._store.uri} refused {name} to the worker on {socket.gethostname()}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
 
     def _part_stats(self, answers: Sequence[Answer]) -> RunStats:
         """The rows', and what came up since the part before that belongs to no row."""

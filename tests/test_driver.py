@@ -15,10 +15,18 @@ import pytest
 from gc2ray.bill import Use
 from gc2ray.config import Cluster
 from gc2ray.driver import Driver, Snapshot
-from gc2ray.errors import ConfigError, GivenUp, Interrupted, Status
+from gc2ray.errors import (
+    ConfigError,
+    GivenUp,
+    Interrupted,
+    Status,
+    StorageRefused,
+    UnwritableShard,
+)
+from gc2ray.handout import Handout
 from gc2ray.manifest import Plan
 from gc2ray.planner import CALIBRATION_ROWS, Committed, shard_rows
-from gc2ray.pool import Died, Done, Ended, Event, Leaving, Placed, Progressed
+from gc2ray.pool import Died, Done, Ended, Event, Failed, Leaving, Placed, Progressed
 from gc2ray.progress import Progress
 from gc2ray.shards import SourceFile, first_spans
 from gc2ray.stats import RunStats
@@ -202,8 +210,6 @@ def test_workers_that_die_while_loading_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path: Path) -> None:
-    from gc2ray.pool import Failed
-
     pool = SimulatedPool(load_goes=lambda w: "hang")
     load = pool.load
     pool.load = lambda worker: (
@@ -273,8 +279,6 @@ def test_calibration_keeps_its_workers(tmp_path: Path) -> None:
 
 
 def test_calibration_that_fails_gives_up(tmp_path: Path) -> None:
-    from gc2ray.pool import Failed
-
     pool = SimulatedPool()
     pool.calibrate = lambda worker, spans: pool.at(1.0, Failed(worker, None, OSError("changed")))
     sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
@@ -578,3 +582,80 @@ def test_the_bill_names_every_waste(tmp_path: Path) -> None:
     assert 0 < bill.of(Use.FAILED) < 12.0
     assert bill.of(Use.LOADING) == 3.0
     assert harness.driver.lost_races == 1
+
+
+# --- a storage that refuses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("drain_seconds", "finished"), [(60.0, 7), (0.0, 6)])
+def test_a_storage_that_refuses_ends_the_run_at_once(
+    tmp_path: Path, drain_seconds: float, finished: int
+) -> None:
+    """Nothing more is handed out; what others have in flight is committed if it ends in time."""
+    pool = SimulatedPool(lambda w, shard, attempt: "refuse" if shard.index == 2 else "done")
+    harness = Harness(tmp_path, pool, drain_seconds=drain_seconds)
+    with pytest.raises(GivenUp) as ended:
+        harness.run(make_plan(rows=2000))
+    left = f"; {200 - finished} shards are left to answer"
+    assert str(ended.value).startswith(f"s3://out refused data/part{left}")
+    assert "run the same command again" in str(ended.value)
+    answered = [handout.shard.index for handout in pool.handouts]
+    assert len(answered) == len({*answered}) == 8, "what two workers had at most"
+    assert len(harness.finished) == finished
+    assert harness.letters() == []
+
+
+def test_a_last_shard_that_is_refused_is_told_too(tmp_path: Path) -> None:
+    pool = SimulatedPool(lambda w, shard, attempt: "refuse")
+    with pytest.raises(GivenUp, match=r"refused data/part; 1 shards are left to answer\. "):
+        Harness(tmp_path, pool, workers=1).run(make_plan(rows=10))
+    assert len(pool.handouts) == 1
+
+
+def test_a_model_that_cannot_be_noted_is_loaded_once(tmp_path: Path) -> None:
+    pool = SimulatedPool(load_goes=lambda w: "hang")
+    load = pool.load
+    refused = Failed(1, None, StorageRefused("s3://out refused model.json"))
+    pool.load = lambda worker: (load(worker), pool.at(1.0, replace(refused, worker=worker)))
+    harness = Harness(tmp_path, pool, workers=1)
+    with pytest.raises(GivenUp, match=r"refused model\.json; nothing was answered yet"):
+        harness.driver.calibrate(first_spans([SourceFile("a.parquet", "f", (1000,))], 24))
+    assert pool.started == 1
+    with pytest.raises(GivenUp, match=r"refused model\.json; 10 shards are left"):
+        Harness(tmp_path, pool, workers=1).run(make_plan())
+    assert pool.started == 2
+
+
+def test_a_dead_letter_that_is_refused_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bool:
+        raise PermissionError(13, "ExpiredToken")
+
+    pool = SimulatedPool(lambda w, shard, attempt: "fail" if shard.index == 0 else "done")
+    harness = Harness(tmp_path, pool, workers=1, tries=1)
+    monkeypatch.setattr(harness.store, "create", refuse)
+    with pytest.raises(GivenUp) as ended:
+        harness.run(make_plan(rows=2000))
+    assert "shard 0 is given up (OSError: no such file), and " in str(ended.value)
+    assert "refused its dead letter: PermissionError: [Errno 13] ExpiredToken; " in str(ended.value)
+    assert len(pool.handouts) <= 3
+
+
+def test_a_part_that_can_never_be_written_is_answered_once(tmp_path: Path) -> None:
+    pool = SimulatedPool(lambda w, shard, attempt: "hang" if shard.index == 1 else "done")
+    unwritable = UnwritableShard("its answers do not fit into Parquet: column 'emb'")
+    submit = pool.submit
+
+    def fails(worker: int, handout: Handout) -> None:
+        submit(worker, handout)
+        if handout.shard.index == 1:
+            pool.at(30.0, Failed(worker, handout.shard, unwritable))
+
+    pool.submit = fails
+    harness = Harness(tmp_path, pool, tries=3)
+    harness.run(make_plan(rows=50))
+    assert [handout.attempt for handout in pool.handouts] == [1] * 5
+    (letter,) = harness.letters()
+    assert letter["reason"] == f"UnwritableShard: {unwritable}"
+    assert len(harness.finished) == 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from gc2ray.config import Job, parse_recipe
 from gc2ray.cost import LLAVA_7B, ModelShape
-from gc2ray.errors import ConfigError, EngineDead, ShardError, Status
+from gc2ray.errors import (
+    ConfigError,
+    EngineDead,
+    ShardError,
+    Status,
+    StorageRefused,
+    UnwritableShard,
+)
 from gc2ray.handout import Handout, Poison
 from gc2ray.journal import taken_over
 from gc2ray.manifest import Plan
@@ -534,3 +544,77 @@ def test_an_engine_that_dies_with_suspects_tells_every_caller(job: Job) -> None:
     with pytest.raises(EngineDead):
         worker.process(hand(shard, suspects=(2, 4, 6)))
     assert taken_over(worker.journal) == {shard.sid: (4,)}
+
+
+# --- parts that cannot be written --------------------------------------------------------------
+
+
+def refusing(worker: Worker, error: Exception) -> None:
+    def create(name: str, data: bytes) -> bool:
+        raise error
+
+    worker._store.create = create
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "ExpiredToken"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EROFS, "Read-only file system"),
+        NoCredentialsError(),
+    ],
+    ids=lambda error: str(error),
+)
+def test_a_storage_that_refuses_would_refuse_any_shard(job: Job, error: Exception) -> None:
+    worker, (shard, *_) = make_worker(job), shards_of(job)
+    refusing(worker, error)
+    with pytest.raises(StorageRefused) as refused:
+        worker.process(Handout(shard))
+    assert str(error) in str(refused.value)
+    assert f"{job.output} refused {shard.part_name}" in str(refused.value)
+    assert pickle.loads(pickle.dumps(refused.value)).args == refused.value.args, "it travels"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TimeoutError(errno.ETIMEDOUT, "tried for 120 s"), ShardError),
+        (OSError(errno.EMSGSIZE, "EntityTooLarge"), UnwritableShard),
+        (OSError(errno.EFBIG, "File too large"), UnwritableShard),
+    ],
+)
+def test_what_may_fare_better_is_the_shards_own_trouble(
+    job: Job, error: Exception, kind: type[Exception]
+) -> None:
+    worker = make_worker(job)
+    refusing(worker, error)
+    with pytest.raises(ShardError) as failed:
+        worker.process(Handout(shards_of(job)[0]))
+    assert type(failed.value) is kind
+
+
+def test_something_else_under_a_parts_name_is_not_answered_again(job: Job) -> None:
+    shard = shards_of(job)[0]
+    Store(job.output).create(shard.part_name, b"not a part")
+    with pytest.raises(UnwritableShard, match="is not a part that gc2ray wrote; move it away"):
+        make_worker(job).process(Handout(shard))
+
+
+def test_answers_that_do_not_fit_into_parquet_are_not_asked_for_again(job: Job) -> None:
+    worker = make_worker(job)
+    worker._carried = pa.schema([pa.field("id", pa.binary())])
+    with pytest.raises(UnwritableShard, match="its answers do not fit into Parquet: Arrow"):
+        worker.process(Handout(shards_of(job)[0]))
+
+
+def test_a_model_that_cannot_be_noted_is_the_storages_refusal(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Store, name: str, data: bytes) -> bool:
+        raise PermissionError(errno.EACCES, "ExpiredToken")
+
+    monkeypatch.setattr(Store, "create", refuse)
+    with pytest.raises(StorageRefused, match=r"refused model\.json .*ExpiredToken"):
+        make_worker(job)

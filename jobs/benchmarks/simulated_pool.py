@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from gc2ray.errors import StorageRefused
 from gc2ray.handout import Handout
 from gc2ray.pool import (
     Calibrated,
@@ -51,7 +52,7 @@ class SimulatedPool:
 
     Attributes:
         behave: Given worker, shard and attempt, says how it goes: `done`, `die`, `hang`, `fail`,
-            or `leave`, which is done too.
+            `refuse`, or `leave`, which is done too.
         in_hand: Rows of a shard that a worker has in hand when it ends.
         service_seconds: Of a handout; None is `seconds_per_row` for each of its rows.
         death_seconds: Into a shard, when it dies.
@@ -140,6 +141,8 @@ class SimulatedPool:
             self.at(start + self.death_seconds(handout), Died(worker, "the process ended"))
         elif goes == "fail":
             self.at(start + FAULT_SECONDS, Failed(worker, shard, OSError("no such file")))
+        elif goes == "refuse":  # when all is answered
+            self.at(end, Failed(worker, shard, StorageRefused("s3://out refused data/part")))
 
     def kill(self, worker: int, reason: str) -> None:
         self._check_alive(worker)
