@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,12 +26,20 @@ from gc2ray.images import ImagePolicy
 from gc2ray.methods import METHODS, Method, Newlines, Positions
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ANSWER_COLUMNS, Sampling
+from gc2ray.strict_yaml import joined, load, load_value
 
 MIB = 1024 * 1024
 M = TypeVar("M", bound=BaseModel)
 HUB = "hf:"
 """Datasets of the Hugging Face hub begin so, see `gc2ray.sources.listing`."""
 Seconds = Annotated[float, Field(gt=0)]
+MAX_PROBLEMS = 20
+"""Of a configuration, that are told at once."""
+_SHOWN = 300
+"""Characters of a value that are told: aliases make gigabytes of a few lines of YAML."""
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(/*)")
+_STORAGES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "file"}
+_VARIABLE = re.compile(r"(?:^|/)\$(?:\w|\{)")
 
 
 class Frozen(BaseModel):
@@ -398,10 +409,9 @@ class Job(Frozen):
         Raises:
             ConfigError: A local path is not absolute.
         """
-        recipe = self.recipe
-        places = {"output": [self.output], "recipe.input.uri": list(recipe.input.uris())}
-        places["recipe.input.image_roots"] = list(recipe.input.image_roots)
-        places["recipe.model.path"] = [recipe.model.path] if recipe.model.is_local else []
+        places = _places(self)
+        if not self.recipe.model.is_local:
+            del places["recipe.model.path"]
         for key, values in places.items():
             for value in values:
                 if not _is_url(value) and not Path(value).is_absolute():
@@ -421,7 +431,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys output, recipe, cluster at the top")
     for override in overrides:
-        _apply(data, override)
+        _apply(Job, data, override)
     return parse_job(data)
 
 
@@ -429,14 +439,14 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        ConfigError: It cannot be read, or is no YAML.
+        ConfigError: It cannot be read, is no YAML, or has a key twice.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
 
 
 def load_cluster(overrides: Sequence[str]) -> Cluster:
@@ -449,7 +459,7 @@ def load_cluster(overrides: Sequence[str]) -> Cluster:
     for override in overrides:
         if not override.startswith("cluster."):
             raise ConfigError(f"{override!r}: the run has its recipe; only cluster.* may be set")
-        _apply(data, override)
+        _apply(_ClusterOnly, data, override)
     return parsed(_ClusterOnly, data).cluster
 
 
@@ -459,7 +469,11 @@ def parse_job(data: Mapping[str, Any]) -> Job:
     Raises:
         ConfigError: As `load_job`.
     """
-    return parsed(Job, data)
+    job = parsed(Job, data)
+    for key, places in _places(job).items():
+        for place in places:
+            check_place(key, place)
+    return job
 
 
 def parse_recipe(data: Mapping[str, Any]) -> Recipe:
@@ -481,6 +495,48 @@ def recipe_difference(stored: Recipe, yours: Recipe) -> list[str]:
     ]
 
 
+def check_place(key: str, place: str) -> None:
+    """Refuse a path or URL that would be taken for something else.
+
+    Args:
+        key: The setting that names it.
+        place: What it says.
+
+    Raises:
+        ConfigError: It is empty, a URL without its slashes, or has in it what a shell would have
+            replaced.
+    """
+    if not place.strip() or "\0" in place:
+        raise ConfigError(f"{key}: {place!r} is no path and no URL")
+    for part in place.split("::"):
+        found = _SCHEME.match(part)
+        slashes = len(found.group(2)) if found else 2
+        if found and (slashes == 1 or (not slashes and found.group(1).lower() in _STORAGES)):
+            root = "/" if found.group(1) == "file" else ""
+            meant = f"{found.group(1)}://{root}{part[found.end() :]}"
+            raise ConfigError(f"{key}: {place!r} is no URL; did you mean {meant!r}?")
+    if _VARIABLE.search(place):
+        raise ConfigError(
+            f"{key}: {place!r} names a variable, which nothing expands in a configuration; write "
+            "the path out"
+        )
+    try:
+        Path(place).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {place!r}: there is no such user here; {error}") from error
+
+
+def _places(job: Job) -> dict[str, list[str]]:
+    """Every path or URL of a job, by its setting."""
+    recipe = job.recipe
+    return {
+        "output": [job.output],
+        "recipe.model.path": [recipe.model.path],
+        "recipe.input.uri": list(recipe.input.uris()),
+        "recipe.input.image_roots": list(recipe.input.image_roots),
+    }
+
+
 def _absolute(place: str) -> str:
     """A local path made absolute; URLs stay as they are."""
     return place if _is_url(place) else str(Path(place).expanduser().absolute())
@@ -498,20 +554,60 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(model: type[BaseModel], data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"{override!r}: overrides are written a.b=c")
     for key in keys[:-1]:
-        below = data.setdefault(key, {})
+        below = data.get(key)
+        if below is None:  # not there, or a section without anything in it
+            below = data[key] = {}
         if not isinstance(below, dict):
             raise ConfigError(f"{override!r}: {key} has no keys below it")
         data = below
     try:
-        data[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: {text!r} is not valid YAML") from error
+        data[keys[-1]] = _value(_kinds(model, keys), text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{override!r}: {text!r} is not valid YAML: {error}; text with any of : # [ {{ in it "
+            "goes into quotes there"
+        ) from error
+
+
+def _kinds(model: type[BaseModel], keys: Sequence[str]) -> set[Any]:
+    """What a setting may be; nothing where there is none of that name."""
+    kinds: set[Any] = {model}
+    for key in keys:
+        models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        fields = models[0].model_fields if models else {}
+        if key not in fields:
+            return set()
+        kind = fields[key].annotation
+        kinds = {*get_args(kind)} if get_origin(kind) in (Union, UnionType) else {kind}
+    return kinds
+
+
+def _value(kinds: set[Any], text: str) -> Any:
+    """What somebody typed, as a value of one of some kinds.
+
+    Text is taken as it stands, to the last blank; everything else is YAML.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if text in ("", "null"):
+        return None
+    texts = {kind for kind in kinds if kind is str or get_origin(kind) is Literal}
+    if texts and texts == kinds - {NoneType}:
+        return text
+    if str not in texts:
+        return load_value(text)
+    try:
+        found = load_value(text) if text.startswith("[") else text
+    except ValueError:
+        return text
+    return found if isinstance(found, list) else text
 
 
 def parsed(model: type[M], data: Mapping[str, Any]) -> M:
@@ -521,10 +617,29 @@ def parsed(model: type[M], data: Mapping[str, Any]) -> M:
         ConfigError: It is not; a line for each problem, with its path and the nearest valid key.
     """
     try:
-        return model.model_validate(data)
+        found = model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors()]
+        problems = error.errors()
+        lines = [_explain(model, problem) for problem in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            lines.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
         raise ConfigError("\n".join(lines)) from error
+    _check_characters(found)
+    return found
+
+
+def _check_characters(found: BaseModel) -> None:
+    """Refuse text that cannot be written anywhere: bytes of a shell that are no characters.
+
+    Raises:
+        ConfigError: There is some; the message names its setting.
+    """
+    for key, value in _leaves(found.model_dump()):
+        for text in value if isinstance(value, tuple) else (value,):
+            try:
+                joined(text if isinstance(text, str) else "").encode()
+            except ValueError as error:
+                raise ConfigError(f"{key}: {text!a} is not text: {error}") from error
 
 
 def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
@@ -537,7 +652,19 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"{where}: required, and not set"
     if problem["type"] == "none_required":
         return f"{where}: not supported yet; leave it null"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}; got {problem['input']!r}"
+    given = problem["input"]
+    unquoted = problem["type"] == "string_type" and not isinstance(given, list | dict | None)
+    hint = " (in quotes it is text)" if unquoted else ""
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{hint}; got {_shown(given)}"
+
+
+def _shown(value: object) -> str:
+    """A value for people: at most a few hundred characters of it."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 3, 10, 10, 10
+    short.maxstring = short.maxother = _SHOWN
+    text = short.repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

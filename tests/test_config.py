@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,92 @@ def test_a_number_of_workers_is_as_many_as_fit() -> None:
     assert Cluster().workers is None
 
 
+AS_TYPED = [
+    "Describe the object #1 only",
+    "What is this: a cat?",
+    "{question} Be brief.",
+    "[INST] What? [/INST]",
+    "@everyone",
+    "*bold*",
+    "%d and &x",
+    "'quoted'",
+    '"quoted" # twice',
+    "  blanks before and behind  ",
+    "- a list",
+    "yes",
+    "off",
+    "0100",
+    "1:30",
+    "1e-3",
+    "2024-01-01",
+    "12",
+    "!tag",
+    "| >",
+    "a=b",
+    "tab\tand\nline",
+    "emoji \U0001f600",
+    "~",
+]
+
+
+@pytest.mark.parametrize("text", AS_TYPED)
+def test_text_is_what_was_typed(tmp_path: Path, text: str) -> None:
+    """Wherever a setting is text alone: no quoting, nothing dropped."""
+    job = load_job(
+        good_yaml(tmp_path),
+        [f"recipe.input.prompt.constant={text}", f"recipe.model.revision={text}"],
+    )
+    assert job.recipe.input.prompt.constant == text
+    assert job.recipe.model.revision == text
+    assert load_job(written(tmp_path, job.to_yaml())).recipe == job.recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("recipe.input.uri=data/run [v2]/*.parquet", ("data/run [v2]/*.parquet",)),
+        ("recipe.input.uri=[aq]*.parquet", ("[aq]*.parquet",)),
+        ("recipe.input.uri=[a, 'b c', s3://x/y]", ("a", "b c", "s3://x/y")),
+        ("recipe.input.uri=a, b # c", ("a, b # c",)),
+    ],
+)
+def test_text_or_a_list_is_a_list_where_it_is_written_so(
+    tmp_path: Path, override: str, found: tuple[str, ...]
+) -> None:
+    assert load_job(good_yaml(tmp_path), [override]).recipe.input.uris() == found
+
+
+def test_nothing_is_null_where_a_setting_may_be(tmp_path: Path) -> None:
+    for text in ("", "null"):
+        job = load_job(good_yaml(tmp_path), [f"recipe.model.revision={text}"])
+        assert job.recipe.model.revision is None
+        with pytest.raises(ConfigError, match="output: "):
+            load_job(good_yaml(tmp_path), [f"output={text}"])
+
+
+@pytest.mark.parametrize("number", ["1e-3", "0.001", ".001", "1.0e-3"])
+def test_numbers_are_numbers(tmp_path: Path, number: str) -> None:
+    job = load_job(good_yaml(tmp_path), [f"recipe.compression.retention={number}"])
+    assert job.recipe.compression.retention == 0.001
+
+
+@pytest.mark.parametrize("number", ["0100", "1:30", "-010", "00", "1:30.5", "9" * 5000])
+def test_numbers_that_may_mean_another_are_refused(tmp_path: Path, number: str) -> None:
+    """YAML reads the first as 64, and the second as 90."""
+    with pytest.raises(ConfigError) as caught:
+        load_job(good_yaml(tmp_path), [f"cluster.stall_seconds={number}"])
+    assert "is not valid YAML: " in str(caught.value)
+    text = good_yaml(tmp_path).read_text() + f"x: {number}\n"
+    with pytest.raises(ConfigError, match=r"job\.yaml: not valid YAML: .*\(line \d+, column 4\)"):
+        load_job(written(tmp_path, text))
+
+
+def test_an_override_opens_a_section_that_is_empty(tmp_path: Path) -> None:
+    data = {**job_data("model", "in", "out"), "cluster": None}
+    job = load_job(written(tmp_path, yaml.safe_dump(data)), ["cluster.tries=7"])
+    assert job.cluster.tries == 7
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -339,7 +426,9 @@ def test_a_number_of_workers_is_as_many_as_fit() -> None:
         ("=3", "'=3': overrides are written a.b=c"),
         ("a..b=3", "'a..b=3': overrides are written a.b=c"),
         ("output.x=1", "'output.x=1': output has no keys below it"),
-        ("output=[", "'output=[': '[' is not valid YAML"),
+        ("cluster.workers=[", "'cluster.workers=[': '[' is not valid YAML: "),
+        ("cluster.tries=5 # or 6", "'cluster.tries=5 # or 6': '5 # or 6' is not valid YAML: '# or"),
+        ("recipe.input.prompt={constant: a: b}", "'recipe.input.prompt={constant: a: b}': "),
         ("cluster.worker=3", "cluster.worker: unknown 'worker'; did you mean 'workers'?"),
         ("cluster.workers=two", "cluster.workers: expected a number above 0, or {min: …, max: …}"),
         ("cluster.workers={min: 3, max: 2}", "cluster.workers: min is 3, more than max, 2"),
@@ -353,13 +442,144 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) 
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: b: c", "\tx: 1"])
+@pytest.mark.parametrize(
+    ("more", "key", "line"),
+    [
+        ("output: other", "output", 9),
+        ("cluster: {tries: 1, tries: 2}", "tries", 9),
+        ('cluster: {"tries": 1, tries: 2}', "tries", 9),
+        ("cluster:\n  workers: {max: 1, min: 1, max: 2}", "max", 10),
+        ("cluster:\n  tries: 1\n  stall_seconds: 3\n  tries: 2", "tries", 12),
+        ("x: [a, {b: 1, b: 1}]", "b", 9),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "<<", 10),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named_with_its_line(
+    tmp_path: Path, more: str, key: str, line: int
+) -> None:
+    good = "output: o\nrecipe:\n  model:\n    path: m\n  input:\n    uri: a\n    prompt:\n"
+    path = written(tmp_path, f"{good}      column: q\n{more}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_job(path)
+    told = f"{path}: not valid YAML: the key {key!r} is there twice (line {line}, column "
+    assert str(caught.value).startswith(told)
+
+
+def test_a_key_that_is_there_twice_in_json(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the key 'retention' is there twice"):
+        load_job(written(tmp_path, '{"recipe": {"compression": {"retention": 1, "retention": 2}}}'))
+
+
+def test_merge_keys_may_be_overridden(tmp_path: Path) -> None:
+    """Also in a mapping that is merged on, and is one itself."""
+    data = job_data("model", "in", "out")
+    data.pop("cluster")
+    text = yaml.safe_dump(data)
+    cluster = "cluster:\n  <<: &b\n    <<: &a {tries: 1, stall_seconds: 7}\n    tries: 2\n"
+    job = load_job(written(tmp_path, f"{text}{cluster}  shard_rows: 3\n"))
+    assert (job.cluster.tries, job.cluster.stall_seconds, job.cluster.shard_rows) == (2, 7, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: b: c", "\tx: 1", "a: 1\n--- \nb: 2", "a: \0", "[" * 5000]
+)
 def test_broken_yaml_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_job(path)
     assert str(caught.value).startswith(f"{path}: not valid YAML: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_nothing(tmp_path: Path) -> None:
+    path = good_yaml(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_job(path) == parse_job(job_data("model", "in", "out"))
+
+
+def test_a_configuration_as_json_writes_it(tmp_path: Path) -> None:
+    """Which escapes an emoji as two halves."""
+    data = job_data("model", "in", "out")
+    data["recipe"]["input"]["prompt"] = {"constant": "Is it \U0001f600, \xe9 or \u20ac?"}
+    text = json.dumps(data)
+    assert "\\ud83d\\ude00" in text
+    job = load_job(written(tmp_path, text))
+    assert job.recipe.input.prompt.constant == "Is it \U0001f600, \xe9 or \u20ac?"
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ude00\\ud83d", "a\\ud83db"])
+def test_half_a_character_is_refused_with_its_line(tmp_path: Path, half: str) -> None:
+    path = written(tmp_path, f'output: o\nrecipe:\n  x: "{half}"\n')
+    with pytest.raises(ConfigError, match=r"half of a character.* \(line 3, column 6\)"):
+        load_job(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["output", "recipe.input.prompt.constant", "recipe.input.keep", "recipe.input.uri"]
+)
+def test_what_is_no_text_is_refused_with_its_key(path: str) -> None:
+    """As bytes of a shell are that are not UTF-8."""
+    bad = "caf\udce9"
+    message = refusal(path, [bad] if path.endswith("keep") else {"constant": bad}.get(path, bad))
+    assert message.startswith(f"{path}: 'caf\\udce9' is not text: half of a character")
+
+
+@pytest.mark.parametrize("lines", [7, 40])
+def test_a_few_lines_do_not_make_gigabytes(tmp_path: Path, lines: int) -> None:
+    """Aliases of lists of aliases, written out, would."""
+    text = "x0: &x0 [lol,lol,lol,lol,lol,lol,lol,lol,lol]\n"
+    for number in range(1, lines):
+        nine = ",".join([f"*x{number - 1}"] * 9)
+        text += f"x{number}: &x{number} [{nine}]\n"
+    text += f"output: *x{lines - 1}\nrecipe: {{input: {{keep: *x{lines - 1}}}}}\n"
+    with pytest.raises(ConfigError) as caught:
+        load_job(written(tmp_path, text))
+    assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.parametrize("key", ["output", "recipe.input.uri", "recipe.model.path"])
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("s3:/bucket/x", "did you mean 's3://bucket/x'?"),
+        ("s3:bucket/x", "did you mean 's3://bucket/x'?"),
+        ("S3:/bucket/x", "did you mean 'S3://bucket/x'?"),
+        ("gs:/bucket/x", "did you mean 'gs://bucket/x'?"),
+        ("http:/host/x", "did you mean 'http://host/x'?"),
+        ("file:/out/x", "did you mean 'file:///out/x'?"),
+        ("file:out", "did you mean 'file:///out'?"),
+        ("zip://a::s3:/b/a.zip", "did you mean 's3://b/a.zip'?"),
+        ("$SCRATCH/x", "names a variable"),
+        ("${SCRATCH}/x", "names a variable"),
+        ("/data/$USER/x", "names a variable"),
+        ("s3://$BUCKET/x", "names a variable"),
+        ("~nobody-of-that-name/x", "there is no such user here"),
+        ("a\0b", "is no path and no URL"),
+        (" ", "is no path and no URL"),
+        ("", "is no path and no URL"),
+    ],
+)
+def test_a_place_that_would_become_another_is_refused(key: str, place: str, told: str) -> None:
+    message = refusal(key, place)
+    assert message.startswith(f"{key}: {place!r}")
+    assert told in message
+
+
+def test_an_image_root_that_would_become_another_is_refused() -> None:
+    assert "did you mean 's3://b/x'?" in refusal("recipe.input.image_roots", ["/ok", "s3:/b/x"])
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["s3://b/a$x", "C:/x", "a:b/c", "x/a$b", "~/x", "zip://a::s3://b/c.zip", "hf:a/b?split=c", "$"],
+)
+def test_a_place_that_only_looks_odd_is_taken(place: str) -> None:
+    assert parse_job(data_with("recipe.input.uri", place)).recipe.input.uri == place
+
+
+def test_a_number_where_text_belongs_is_told_to_be_quoted() -> None:
+    message = refusal("recipe.model.revision", 1234567)
+    assert message.endswith("(in quotes it is text); got 1234567")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "3"])
@@ -375,7 +595,7 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_job(path)
     with pytest.raises(ConfigError, match="not valid YAML"):
-        load_job(good_yaml(tmp_path), [f"output=!!python/object/apply:os.mkdir ['{mark}']"])
+        load_job(good_yaml(tmp_path), [f"cluster.tries=!!python/object/apply:os.mkdir ['{mark}']"])
     assert not mark.exists()
 
 
