@@ -345,6 +345,8 @@ AS_TYPED = [
     '"quoted" # twice',
     "  blanks before and behind  ",
     "- a list",
+    "[a, list]",
+    "{a: map}",
     "yes",
     "off",
     "0100",
