@@ -279,17 +279,21 @@ def retry(
     with _exit_codes():
         from gc2ray.config import load_cluster
         from gc2ray.display import RunDisplay, print_outcome
-        from gc2ray.retry import FAILURES, next_retry
+        from gc2ray.planner import Judged
+        from gc2ray.retry import FAILURES, latest_failures, next_retry
         from gc2ray.run import run_retry
 
         cluster, console = load_cluster(overrides or []), Console()
         chosen = next_retry(output, status or FAILURES)
         if chosen is None:
             console.print(f"{output}: no row is to be answered anew", soft_wrap=True)
-            return
+            left = Judged(*latest_failures(output), cluster.max_bad_rows)  # of another status
+            if left.is_too_many:
+                console.print(str(left), soft_wrap=True)
+            raise typer.Exit(1 if left.is_too_many else 0)
         with RunDisplay(console) as display:
             outcome = run_retry(chosen, cluster, address=address, display=display)
-        print_outcome(console, outcome, chosen.store.uri)
+        print_outcome(console, outcome, output, chosen.number)
         raise typer.Exit(outcome.exit_code)
 
 

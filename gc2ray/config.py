@@ -338,7 +338,8 @@ class Cluster(Frozen):
         shard_seconds: The calibrated size.
         tries: Losses of a shard that taught nothing before it is given up.
         max_poison_rows: Rows of a shard that may kill a worker, or hang, before it is given up.
-        max_bad_rows: Share of failed answers, of at least 200, that stops the run.
+        max_bad_rows: Share of answers that may fail. More of them stop a run, from 200 answers on,
+            and however few it has, it ends with exit code 1. 1 accepts any.
         stall_seconds: A worker that gives no answer for so long is killed.
         place_seconds: Time to find room for a worker in the cluster.
         load_seconds: Time to load the model, counted anew whenever it reads on.

@@ -5,6 +5,7 @@ On a terminal the bar moves; in a log a line comes every half minute.
 
 from __future__ import annotations
 
+import shlex
 import time
 from types import TracebackType
 from typing import Self
@@ -22,12 +23,14 @@ from rich.table import Table
 
 from gc2ray.bill import Bill, Use
 from gc2ray.driver import Snapshot
+from gc2ray.generations import object_name
 from gc2ray.planner import Outcome
 from gc2ray.stats import STAGES, RunStats
 from gc2ray.verify import Verdict
 
 LOG_SECONDS = 30.0
 MAX_LETTERS = 10
+MAX_ERROR = 400
 MAX_PROBLEMS = 20
 
 
@@ -126,18 +129,47 @@ class Counted(_Shown):
         self._bar.advance(self._task, count)
 
 
-def print_outcome(console: Console, outcome: Outcome, output: str) -> None:
-    """The table at the end of a run, and what was given up."""
-    table = Table("", "", title=f"gc2ray: {output}", show_header=False)
+def print_outcome(console: Console, outcome: Outcome, output: str, generation: int = 0) -> None:
+    """The table at the end of a run, what was given up, what failed, and what to do about it.
+
+    Args:
+        console: Where to.
+        outcome: How it ended.
+        output: Directory or URL.
+        generation: 0, or the number of the retry in it whose end it is.
+    """
+    title = "/".join(filter(None, (output.rstrip("/"), object_name(generation))))
+    table = Table("", "", title=f"gc2ray: {title}", show_header=False)
     lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_bill_lines(outcome.bill))
     for name, value in lines:
         table.add_row(name, value)
     console.print(table)
-    if outcome.exit_code:
+    if not outcome.is_complete:
         missing = outcome.planned_rows - outcome.rows
         console.print(f"[bold red]{missing} rows are not committed[/]; rerun to try them again")
     for letter in outcome.dead[:MAX_LETTERS]:
-        console.print(f"  {letter}", markup=False, soft_wrap=True)
+        console.print(f"  {_plain(letter)}", markup=False, soft_wrap=True)
+    _print_failures(console, outcome, output)
+
+
+def _print_failures(console: Console, outcome: Outcome, output: str) -> None:
+    judged = outcome.judged
+    if not outcome.errors or (judged is not None and not judged.failed):
+        return
+    console.print("the first answers that failed:")
+    for error in outcome.errors:
+        console.print(f"  {_plain(error)}", markup=False, soft_wrap=True)
+    if judged is not None and judged.is_too_many:
+        console.print(f"{judged}; cluster.max_bad_rows=1 accepts any", style="red", soft_wrap=True)
+    if outcome.is_complete:
+        command = shlex.join(["gc2ray", "retry", output])
+        console.print(f"to answer them anew: {command}", markup=False, soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    """Text of an input on one line, without codes that a terminal would follow."""
+    shown = "".join(c if c.isprintable() else " " for c in text[:MAX_ERROR])
+    return shown if len(text) <= MAX_ERROR else f"{shown} (and so on)"
 
 
 def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
@@ -174,6 +206,7 @@ def _row_lines(outcome: Outcome) -> list[tuple[str, str]]:
         ("rows committed", f"{outcome.rows:,} of {outcome.planned_rows:,}"),
         ("answers", f"{stats.rows:,}"),
         ("of them errors", f"{stats.bad_rows:,}" + (f" ({', '.join(bad)})" if bad else "")),
+        *([("of them blank", f"{stats.empty_answers:,}")] if stats.empty_answers else []),
     ]
 
 

@@ -70,7 +70,7 @@ SETUP_DEATHS = 3
 Those do not count that may have gone with their node: that says nothing about the others.
 """
 BAD_ROWS_FROM = 200
-"""Answers before the share of bad ones is judged."""
+"""Answers before the share of bad ones is judged; at the end of a run it always is."""
 
 log = logging.getLogger(__name__)
 
@@ -540,8 +540,8 @@ class Driver:
             return
         raise GivenUp(
             f"{bad} of {answers} answers failed, more than cluster.max_bad_rows = "
-            f"{self._cluster.max_bad_rows:g} allows; the first:\n  "
-            + "\n  ".join(self._seen.errors)
+            f"{self._cluster.max_bad_rows:g} allows; see to the input, or raise that, and run the "
+            "same command again to go on; the first:\n  " + "\n  ".join(self._seen.errors)
         )
 
     def _snapshot(self) -> Snapshot:

@@ -1,24 +1,28 @@
 """The plan of a run, frozen once; and how far it is carried out (`Outcome`).
 
 What counts is what the store holds: `run.json` names the recipe and the digest of the plan, the
-listing of `data/` says what is committed, the parts' footers how many input rows that is.
+listing of `data/` says what is committed, the parts' footers how many input rows that is, and how
+many answers failed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gc2ray.bill import Bill
 from gc2ray.config import Cluster, Job
-from gc2ray.errors import ConfigError
+from gc2ray.errors import ConfigError, Status
 from gc2ray.generations import frozen_plan, stored_run
 from gc2ray.lease import driver_records
 from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run, plan_name
+from gc2ray.progress import FIRST_ERRORS
 from gc2ray.shards import Booleans, SourceFile, digest
 from gc2ray.stats import RunStats
 from gc2ray.store import Store, part_index
@@ -30,21 +34,67 @@ MAX_SHARD_ROWS = 20_000
 
 
 @dataclass(frozen=True)
+class Judged:
+    """How many answers failed, against how many may.
+
+    Attributes:
+        answers: The latest ones of the whole output.
+        failed: Of them.
+        allowed: Share that may fail, `cluster.max_bad_rows`.
+    """
+
+    answers: int
+    failed: int
+    allowed: float
+
+    @property
+    def is_too_many(self) -> bool:
+        """Whether more failed than may."""
+        return self.failed > self.allowed * self.answers
+
+    def __str__(self) -> str:
+        return (
+            f"{self.failed:,} of {self.answers:,} answers failed, more than cluster.max_bad_rows = "
+            f"{self.allowed:g} allows"
+        )
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """How a run ended, by what is committed."""
+    """How a run ended, by what is committed.
+
+    Attributes:
+        shards: Committed.
+        planned_shards: All of the plan.
+        rows: Input rows that are committed.
+        planned_rows: All of the plan.
+        stats: Of the answers, of which a row may have several.
+        dead: Why shards were given up, a line each.
+        bill: What became of the devices' time.
+        errors: Of the first answers that failed, a line each.
+        judged: Whether too many answers failed; None where nobody asked.
+    """
 
     shards: int
     planned_shards: int
     rows: int
     planned_rows: int
-    stats: RunStats  # of the answers, of which a row may have several
+    stats: RunStats
     dead: tuple[str, ...] = ()
     bill: Bill = field(default_factory=Bill)
+    errors: tuple[str, ...] = ()
+    judged: Judged | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every planned row is committed."""
+        return self.rows == self.planned_rows and self.shards == self.planned_shards
 
     @property
     def exit_code(self) -> int:
-        """0 only when every planned row is committed."""
-        return 0 if self.rows == self.planned_rows and self.shards == self.planned_shards else 1
+        """0 only when it is complete, and no more answers failed than may, if that is judged."""
+        too_many = self.judged is not None and self.judged.is_too_many
+        return 0 if self.is_complete and not too_many else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +105,13 @@ class Committed:
         shards: Whether each shard is, (shards,).
         rows: Input rows of those that are.
         stats: Of their answers.
+        failed: Names of some parts with answers that failed, `FIRST_ERRORS` at most.
     """
 
     shards: Booleans
     rows: int
     stats: RunStats
+    failed: tuple[str, ...] = ()
 
     @staticmethod
     def nothing(plan: Plan) -> Committed:
@@ -168,7 +220,7 @@ def committed_parts(store: Store, plan: Plan, known: Committed | None = None) ->
         if not shards[index]:
             shards[index] = True
             new.append(name)
-    rows, stats = known.rows, known.stats
+    rows, stats, failed = known.rows, known.stats, list(known.failed)
     planned = plan.shards.rows_each
     for name, footer in zip(new, store.footers(new), strict=True):
         index = part_index(name)
@@ -176,7 +228,9 @@ def committed_parts(store: Store, plan: Plan, known: Committed | None = None) ->
         if not fits or footer.run != plan.recipe_fingerprint:
             raise _foreign(store, name)
         rows, stats = rows + footer.rows, stats + footer.stats
-    return Committed(shards, rows, stats)
+        if footer.stats.bad_rows and len(failed) < FIRST_ERRORS:
+            failed.append(name)
+    return Committed(shards, rows, stats, tuple(failed))
 
 
 def _foreign(store: Store, name: str) -> ConfigError:
@@ -194,7 +248,20 @@ def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
         stats=committed.stats,
         dead=_dead_letters(store, plan, missing),
         bill=sum((record.bill for record in driver_records(store)), Bill()),
+        errors=tuple(islice(_errors(store, committed.failed), FIRST_ERRORS)),
     )
+
+
+def _errors(store: Store, names: Iterable[str]) -> Iterator[str]:
+    """Answers of some parts that failed, as `row_key: status: error`."""
+    for name in names:
+        try:
+            table = store.table(name, ["row_key", "status", "error"])
+        except OSError as error:  # the rest of the outcome is known without it
+            yield str(error)
+            continue
+        for row in table.filter(pc.not_equal(table["status"], str(Status.OK))).to_pylist():
+            yield f"{row['row_key']}: {row['status']}: {row['error']}"
 
 
 def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str, ...]:
@@ -205,6 +272,14 @@ def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str
         name = last.get(plan.shards.sid(index))
         data = store.read(name) if name else None
         if data is not None:
-            shard, reason = plan.shards[index], json.loads(data)["reason"]
-            letters.append(f"shard {shard.index} ({shard.rows} rows): {reason}")
+            shard = plan.shards[index]
+            letters.append(f"shard {shard.index} ({shard.rows} rows): {_reason(name, data)}")
     return tuple(letters)
+
+
+def _reason(name: str | None, letter: bytes) -> str:
+    """Why a shard was given up, by its dead letter."""
+    try:
+        return str(json.loads(letter)["reason"])
+    except (ValueError, KeyError, TypeError):
+        return f"{name} is not a letter that gc2ray wrote, or was not written to its end"

@@ -261,6 +261,7 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
     return RunStats(
         rows=len(answers),
         by_status=dict(Counter(str(answer.status) for answer in answers)),
+        empty_answers=sum(_is_empty(answer.status, answer.answer) for answer in answers),
         view_tokens_full=_by_view(answer.full_per_view for answer in answers),
         view_tokens_kept=_by_view(answer.kept_per_view for answer in answers),
         images=sum(answer.demand is not None and not answer.image_shared for answer in answers),
@@ -281,6 +282,11 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         slowest=top((answer.busy_ns, answer.request.row_key) for answer in answers),
         largest=top((answer.kv_bytes or 0, answer.request.row_key) for answer in answers),
     )
+
+
+def _is_empty(status: str, answer: str | None) -> bool:
+    """Whether an answer is good, and says nothing."""
+    return status == Status.OK and not (answer or "").strip()
 
 
 def _audit_stats(audits: Sequence[tuple[str, float, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -341,6 +347,7 @@ def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Prov
 
 UNWRITTEN_STATS = frozenset(
     {
+        "empty_answers",
         "view_tokens_full",
         "images",
         "images_shared",
@@ -360,7 +367,8 @@ UNWRITTEN_STATS = frozenset(
         "peak_host_bytes",
     }
 )
-"""What a part's footer counts and its rows do not tell."""
+"""What a part's footer counts and its rows do not tell, or not those of parts that are older than
+the count."""
 
 
 def table_stats(table: pa.Table) -> RunStats:
@@ -381,6 +389,7 @@ def table_stats(table: pa.Table) -> RunStats:
     return RunStats(
         rows=len(table),
         by_status=dict(Counter(table["status"].to_pylist())),
+        empty_answers=sum(map(_is_empty, table["status"].to_pylist(), table["answer"].to_pylist())),
         **sums,
         stage_ns={stage: int(values.sum()) for stage, values in stages.items()},
         view_tokens_kept=_by_view(table["kept_per_view"].to_pylist()),

@@ -304,6 +304,7 @@ def _comparable(summary: Summary) -> Mapping[str, str]:
         "method, retention": f"{summary.method}, {summary.retention_requested:g}",
         "answers": f"{summary.answers:,}",
         "errors": f"{summary.errors:,}",
+        "blank answers": f"{summary.empty_answers:,}",
         "visual tokens an answer": precise(summary.visual.kept / each),
         "prompt tokens an answer": precise(summary.prompt_tokens / each),
         "output tokens an answer": precise(summary.output_tokens / each),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from gc2ray.config import Cluster, Job, Recipe
 from gc2ray.errors import ConfigError, Status
@@ -22,9 +23,9 @@ from gc2ray.generations import generation_store
 from gc2ray.latest import MERGED_BY, Latest, places, spans_where
 from gc2ray.manifest import Plan
 from gc2ray.planner import store_plan
-from gc2ray.shards import Booleans, Shard, Shards, Span, cut_spans
+from gc2ray.shards import Booleans, Integers, Shard, Shards, Span, cut_spans
 from gc2ray.store import Store
-from gc2ray.verify import Verdict, verify
+from gc2ray.verify import Checked, Verdict, verify
 
 DEAD = "dead"
 """Beside the statuses of answers: rows without one, because their shard was given up."""
@@ -38,6 +39,7 @@ class Retry:
     """A retry to run: the next one, or the newest where that is not finished.
 
     Attributes:
+        output: Directory or URL of the run.
         number: Of its generation.
         store: Its directory.
         recipe: The output's.
@@ -45,6 +47,7 @@ class Retry:
         begun: Whether an earlier start has frozen the plan.
     """
 
+    output: str
     number: int
     store: Store
     recipe: Recipe
@@ -81,11 +84,13 @@ def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | Non
         raise ConfigError(f"{output}: {waiting} shards are not answered yet; run again, then retry")
     recipe, number = first.generation.run.recipe, newest.generation.number
     if number and newest.waiting.any():
-        return Retry(number, newest.generation.store, recipe, newest.generation.plan, begun=True)
-    plan = retry_plan(verdict, failures)
-    if plan is None:
+        store, plan = newest.generation.store, newest.generation.plan
+        return Retry(output, number, store, recipe, plan, begun=True)
+    wanted = retry_plan(verdict, failures)
+    if wanted is None:
         return None
-    return Retry(number + 1, generation_store(output, number + 1), recipe, plan, begun=False)
+    store = generation_store(output, number + 1)
+    return Retry(output, number + 1, store, recipe, wanted, begun=False)
 
 
 def freeze(retry: Retry) -> Plan:
@@ -104,7 +109,7 @@ def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan |
     plan = first.generation.plan
     numbers = {file: number for number, file in enumerate(plan.shards.files)}
     found = array("q")  # file, first, stop of each span: a million of them may be failed rows
-    for index in np.flatnonzero((first.failed > 0) | latest.retried() | ~first.committed):
+    for index in _doubtful(first, latest):
         shard = plan.shards[int(index)]
         for span in spans_where(shard, _failed_rows(latest, shard, failures)):
             found.extend((numbers[span.source, span.fingerprint], span.first, span.stop))
@@ -115,6 +120,31 @@ def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan |
     size = max(1, min(int(np.median(plan.shards.rows_each)), -(-rows // MIN_SHARDS)))
     cut = cut_spans(_spans(plan.shards.files, spans), size, plan.recipe_fingerprint)
     return Plan(plan.recipe_fingerprint, Shards.of(cut), plan.carried)
+
+
+def latest_failures(output: str) -> tuple[int, int]:
+    """How many latest answers an output has, and how many of them failed.
+
+    Raises:
+        ConfigError: There is no run, or it is damaged.
+        OSError: The storage does not answer.
+    """
+    verdict = verify(output)
+    if verdict.damage:
+        raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
+    first, latest = verdict.generations[0], verdict.latest()
+    answers, failed = first.stats.rows, 0
+    for index in _doubtful(first, latest):
+        found = latest.answers(int(index), MERGED_BY)
+        if found is not None:
+            failed += int(pc.sum(pc.not_equal(found["status"], str(Status.OK))).as_py() or 0)
+            answers += 0 if first.committed[index] else len(found)
+    return answers, failed
+
+
+def _doubtful(first: Checked, latest: Latest) -> Integers:
+    """Shards of generation 0 whose answers are not all its own, and good."""
+    return np.flatnonzero((first.failed > 0) | latest.retried() | ~first.committed)
 
 
 def _spans(files: Sequence[tuple[str, str]], columns: npt.NDArray[np.int64]) -> Iterator[Span]:

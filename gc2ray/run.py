@@ -1,7 +1,8 @@
 """`run_job`: one run of a job, from wherever an earlier one left it to its end.
 
 Everything that can be refused is refused before Ray is joined. Signals are minded while shards are
-out: the first lets them end, the second does not wait.
+out: the first lets them end, the second does not wait. However little a run did, its end is judged
+by all that is in its output: a rerun says the same.
 
 Not covered: what a person sees of it (`gc2ray.display`).
 """
@@ -13,15 +14,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from gc2ray import ray_pool
 from gc2ray.config import Cluster, Job
 from gc2ray.driver import Display, Driver
+from gc2ray.generations import RETRIES, retry_numbers
 from gc2ray.lease import Lease, warn_of_others
 from gc2ray.manifest import Plan
 from gc2ray.planner import (
     CALIBRATION_ROWS,
+    Judged,
     Outcome,
     committed_parts,
     extend_plan,
@@ -30,7 +34,7 @@ from gc2ray.planner import (
     store_plan,
     stored_plan,
 )
-from gc2ray.retry import Retry, freeze
+from gc2ray.retry import Retry, freeze, latest_failures
 from gc2ray.shards import SourceFile, first_spans
 from gc2ray.sources.source import Source
 from gc2ray.staging import check_model
@@ -73,7 +77,7 @@ def run_job(
         plan = extend_plan(store, job, plan, *source.scan())
     committed = committed_parts(store, plan) if plan else None
     if plan is not None and committed is not None and committed.whole:
-        return outcome(store, plan, committed)
+        return _judged(outcome(store, plan, committed), job)
     check_model(job.recipe.model, job.recipe.generation.taken_over())
     store.check_usable(writing=True)
     warn_of_others(store)
@@ -100,7 +104,7 @@ def run_job(
     store.sweep()
     now = stored_plan(store, job) or plan  # somebody may have extended it meanwhile
     known = committed if len(now.shards) == len(plan.shards) else None
-    return outcome(store, now, committed_parts(store, now, known))
+    return _judged(outcome(store, now, committed_parts(store, now, known)), job)
 
 
 def run_retry(
@@ -120,16 +124,29 @@ def run_retry(
         display: As there.
         make_worker: Is told the `generation`, too.
 
+    Returns:
+        How it ended. Whether too many answers failed is judged by the latest answers of the whole
+        output, and only at the end: what is retried has failed before.
+
     Raises:
         ConfigError, GivenUp, Interrupted: As `run_job`.
     """
     freeze(retry)
-    return run_job(
-        retry.job(cluster),
+    own = run_job(
+        retry.job(cluster.model_copy(update={"max_bad_rows": 1.0})),
         address=address,
         display=display,
         make_worker=partial(make_worker, generation=retry.number),
     )
+    judged = Judged(*latest_failures(retry.output), cluster.max_bad_rows)
+    return replace(own, judged=judged)
+
+
+def _judged(found: Outcome, job: Job) -> Outcome:
+    """The same, and whether too many answers failed; those that retries have mended did not."""
+    retried = retry_numbers(Store(job.output).names(RETRIES))
+    counts = latest_failures(job.output) if retried else (found.stats.rows, found.stats.bad_rows)
+    return replace(found, judged=Judged(*counts, job.cluster.max_bad_rows))
 
 
 @contextmanager

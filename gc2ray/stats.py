@@ -68,6 +68,7 @@ class RunStats:
     Attributes:
         rows: Answer rows.
         by_status: Rows by status.
+        empty_answers: Those with status `ok` whose answer is blank.
         visual_tokens_full: Visual tokens before compression, newlines not counted.
         visual_tokens_kept: Visual tokens the language model read.
         newline_tokens_full: Newline tokens of the uncompressed sequence.
@@ -108,6 +109,7 @@ class RunStats:
 
     rows: int = 0
     by_status: dict[str, int] = field(default_factory=dict)
+    empty_answers: int = 0
     visual_tokens_full: int = 0
     visual_tokens_kept: int = 0
     newline_tokens_full: int = 0

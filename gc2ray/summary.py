@@ -148,6 +148,7 @@ class Summary:
         ended: When its last one was seen.
         generations: The run and its retries.
         by_status: Answers of all of them.
+        empty_answers: Those that are `ok`, and blank.
         images: That were encoded.
         images_shared: Answers whose image another one had brought.
         visual: Visual tokens.
@@ -191,6 +192,7 @@ class Summary:
     ended: datetime | None
     generations: tuple[Generation, ...]
     by_status: Mapping[str, int]
+    empty_answers: int
     images: int
     images_shared: int
     visual: Change
@@ -308,6 +310,7 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
         ended=max((driver.last_seen for driver in drivers), default=None),
         generations=tuple(_generation(entry) for entry in ledger.entries),
         by_status=stats.by_status,
+        empty_answers=stats.empty_answers,
         images=stats.images,
         images_shared=stats.images_shared,
         visual=Change(stats.visual_tokens_full, stats.visual_tokens_kept),

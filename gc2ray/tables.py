@@ -43,7 +43,10 @@ class Table:
 def tables(summary: Summary) -> Iterator[Table]:
     """All of a run's; some have no rows."""
     statuses = sorted(summary.by_status.items(), key=lambda item: (item[0] != "ok", -item[1]))
-    yield Table("Answers by status", ["status", "answers"], [[s, f"{n:,}"] for s, n in statuses])
+    counts = [[status, f"{count:,}"] for status, count in statuses]
+    if summary.empty_answers:
+        counts.append(["ok, but blank", f"{summary.empty_answers:,}"])
+    yield Table("Answers by status", ["status", "answers"], counts)
     yield _generation_table(summary)
     yield _token_table(summary)
     yield _memory_table(summary)

@@ -16,7 +16,7 @@ from gc2ray.errors import ConfigError, Status
 from gc2ray.handout import Handout
 from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan
 from gc2ray.planner import store_plan
-from gc2ray.retry import DEAD, FAILURES, Retry, freeze, next_retry
+from gc2ray.retry import DEAD, FAILURES, Retry, freeze, latest_failures, next_retry
 from gc2ray.shards import SourceFile
 from gc2ray.sources.source import Source
 from gc2ray.store import Store
@@ -78,6 +78,9 @@ def test_a_retry_plans_the_rows_whose_latest_answer_failed(
             outcome = drawn(seed, retry.number, listed=listed)
             write_generation(output, retry.number, freeze(retry), outcome, listed=listed)
             assert verify(str(output), deep=True).damage == ()
+            latest = latest_answers(output).values()
+            bad = sum(answer["status"] != "ok" for answer in latest)
+            assert latest_failures(str(output)) == (len(latest), bad)
 
 
 def some_fail(source: str, row: int) -> list[Status] | None:
