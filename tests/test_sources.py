@@ -170,9 +170,18 @@ def test_image_columns(
     tmp_path: Path, cells: list[object], kind: pa.DataType, expected: list[ImageRef]
 ) -> None:
     write(tmp_path / "a.parquet", image=pa.array(cells, kind))
-    assert [request.images for request in rows_of(source_of(tmp_path))] == [
-        (image,) for image in expected
-    ]
+    rows = rows_of(source_of(tmp_path, image_roots=["/photos"]))
+    assert [request.images for request in rows] == [(image,) for image in expected]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.struct([("path", pa.string())])], ids=str
+)
+def test_images_by_path_need_a_root(tmp_path: Path, kind: pa.DataType) -> None:
+    """Without one every row would fail, one by one."""
+    write(tmp_path / "a.parquet", image=pa.array([], kind))
+    message = refusal(source_of(tmp_path))
+    assert message.startswith(f"recipe.input.image_roots: column 'image' is {kind}: images by path")
 
 
 def test_a_missing_column_is_named_with_its_nearest(tmp_path: Path) -> None:
@@ -324,7 +333,7 @@ def test_the_prompts_of_a_row_share_its_image(tmp_path: Path) -> None:
 
 def test_an_image_that_cannot_be_read_is_every_prompts_fault(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=NOT_UTF8, prompt=[["a"], ["b", "c", None]])
-    rows = rows_of(source_of(tmp_path, prompt=COLUMN))
+    rows = rows_of(source_of(tmp_path, prompt=COLUMN, image_roots=["/photos"]))
     assert [row.fault and row.fault.status for row in rows] == [None, *[Status.BAD_IMAGE] * 3]
     assert len({id(row.fault) for row in rows}) == 4, "an exception belongs to one request"
     assert [row.row_key for row in rows[1:]] == [f"a.parquet#1#{index}" for index in range(3)]
@@ -393,7 +402,8 @@ def test_text_that_is_not_utf8_is_the_rows_own_fault(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=[b"x", b"y"], prompt=NOT_UTF8)
     rows = rows_of(source_of(tmp_path, prompt=COLUMN))
     assert [row.fault and row.fault.status for row in rows] == [None, Status.BAD_PROMPT]
-    rows = rows_of(source_of(tmp_path, image="prompt", prompt={"constant": "q"}))
+    by_path = {"image": "prompt", "image_roots": ["/photos"]}
+    rows = rows_of(source_of(tmp_path, **by_path, prompt={"constant": "q"}))
     assert [row.fault and row.fault.status for row in rows] == [None, Status.BAD_IMAGE]
 
 

@@ -173,6 +173,13 @@ def _check_types(schema: pa.Schema, config: InputConfig) -> None:
             f"recipe.input.image: column {config.image!r} is {kind}; expected a struct of bytes "
             "and path, binary, or a path"
         )
+    has_bytes = binary or (struct and kind.get_field_index("bytes") >= 0)
+    if not (has_bytes or config.image_roots):
+        raise ConfigError(
+            f"recipe.input.image_roots: column {config.image!r} is {kind}: images by path, which "
+            "are read from below image_roots only, and none is set; name the directories or URLs "
+            "that they are in"
+        )
     column = config.prompt.column
     if column is not None and not _is_prompt(schema.field(column).type):
         kind = schema.field(column).type
