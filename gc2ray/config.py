@@ -336,7 +336,8 @@ class Cluster(Frozen):
             (see `gc2ray.sources.parquet`).
         shard_rows: Rows of a shard; None sizes shards by calibration.
         shard_seconds: The calibrated size.
-        tries: Losses of a shard that taught nothing before it is given up.
+        tries: Losses of a shard that taught nothing before it is given up; four deaths of its
+            workers in which no row is found guilty count as one.
         max_poison_rows: Rows of a shard that may kill a worker, or hang, before it is given up.
         max_bad_rows: Share of answers that may fail. More of them stop a run, from 200 answers on,
             and however few it has, it ends with exit code 1. 1 accepts any.

@@ -461,9 +461,8 @@ class Driver:
                     f"{SETUP_DEATHS} workers in a row died while starting: {event.reason}"
                 )
         self._flying -= len(state.handouts)
-        for sid, handout in state.handouts.items():
-            in_hand = event.in_hand.get(sid, ())
-            self._lost(handout.shard, Loss(event.reason, in_hand, state.is_stalled))
+        for handout in state.handouts.values():
+            self._lost(handout.shard, _death(event, handout.shard, is_stall=state.is_stalled))
 
     def _lost(self, shard: Shard, loss: Loss) -> None:
         told = {"shard": shard.sid}
@@ -556,3 +555,15 @@ class Driver:
             dead_shards=self._dead_shards,
             phase=self._phase,
         )
+
+
+def _death(event: Died, shard: Shard, *, is_stall: bool) -> Loss:
+    """What the end of a worker means for one of its shards."""
+    own = event.in_hand.get(shard.sid)
+    return Loss(
+        event.reason,
+        own or (),
+        is_shared=any(rows for sid, rows in event.in_hand.items() if sid != shard.sid),
+        is_begun=own != (),
+        is_stall=is_stall,
+    )

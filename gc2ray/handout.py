@@ -14,8 +14,8 @@ GROUPED_FROM = 32
 """More suspects than this are answered in groups first: alone, each takes as long as a batch."""
 
 _KILLED = {
-    Status.KILLED_WORKER: "the worker process ended whenever it answered this row, alone too",
-    Status.TIMEOUT: "no answer came whenever this row was tried, alone too",
+    Status.KILLED_WORKER: "two worker processes ended with this row, and nothing else, in hand",
+    Status.TIMEOUT: "no answer came from two workers with this row, and nothing else, in hand",
 }
 
 

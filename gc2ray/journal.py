@@ -1,8 +1,9 @@
 """`Journal`: which rows a worker has in hand; it outlives the worker, however that ends.
 
 A file for each of its shards among the temporary files of its node, mapped into memory: a counter
-per row, of its prompts that the engine has. Nothing is flushed, because the pages belong to the
-kernel: they are lost with the node, not with the process.
+per row, of its prompts that the engine has, and one that says if the shard was begun. Nothing is
+flushed, because the pages belong to the kernel: they are lost with the node, not with the process.
+They are written once before they are mapped, so that a full disk is an error and not a signal.
 
 Not covered: nodes that are lost; what the engine was doing with a row.
 """
@@ -27,7 +28,8 @@ STALE_SECONDS = 24 * 3600.0
 _COUNTER = np.dtype(np.uint32)
 
 InHand = Mapping[str, tuple[int, ...]]
-"""Rows by shard: sid to places in the shard, from 0."""
+"""Rows by shard: sid to places in the shard, from 0. A shard that was not begun has none; one that
+was, and has none in hand, is left out."""
 
 
 class Page:
@@ -35,6 +37,10 @@ class Page:
 
     def __init__(self, counters: mmap.mmap) -> None:
         self._counters = memoryview(counters).cast("I")
+
+    def open(self) -> None:
+        """The shard is begun."""
+        self._counters[-1] = 1
 
     def begin(self, row: int) -> None:
         """A prompt of a row goes to the engine."""
@@ -69,10 +75,18 @@ class Journal:
         """The page of a shard, while it is answered.
 
         If the engine dies it stays: whoever buries the worker reads it.
+
+        Raises:
+            OSError: There is no room for it.
         """
         path = self.prefix.with_suffix(f".{sid}")
         with path.open("w+b") as file:
-            file.truncate(max(1, rows) * _COUNTER.itemsize)
+            try:
+                file.write(bytes((rows + 1) * _COUNTER.itemsize))
+                file.flush()
+            except OSError:
+                path.unlink()
+                raise
             with mmap.mmap(file.fileno(), 0) as counters:
                 page = Page(counters)
                 is_over = True
@@ -84,7 +98,7 @@ class Journal:
                 finally:
                     page.close()
                     if is_over:
-                        path.unlink()
+                        path.unlink(missing_ok=True)  # somebody may clean up there
 
 
 def taken_over(prefix: Path) -> InHand:
@@ -92,7 +106,9 @@ def taken_over(prefix: Path) -> InHand:
     found = {}
     for path in prefix.parent.glob(f"{prefix.name}.*"):
         counters = np.fromfile(path, _COUNTER)
-        found[path.suffix[1:]] = tuple(np.flatnonzero(counters).tolist())
+        rows = tuple(np.flatnonzero(counters[:-1]).tolist())
+        if rows or not counters[-1:].any():
+            found[path.suffix[1:]] = rows
         path.unlink()
     return found
 

@@ -8,9 +8,14 @@ trouble.
 A loss teaches something, or it costs a try:
 
 * Rows that were in hand when a worker died are suspects. The next try answers them first, few at a
-  time (`gc2ray.handout`), so the next death leaves fewer, and a row that dies alone is named: what
-  is written for it is that it kills, or that no answer comes.
-* Suspects that all pass did no harm; another death of the shard costs a try, and is looked into.
+  time (`gc2ray.handout`), so the next death leaves fewer, until one is alone in hand when its
+  worker dies. Once is chance: workers are killed from outside, too. A row with which two workers
+  died, each with nothing else in hand, is named: what is written for it is that it kills, or that
+  no answer comes.
+* Suspects that all pass did no harm: the death before was somebody else's doing, or that of rows in
+  company. So `SEARCHES_A_TRY` deaths of that kind cost a try, each of them is looked into; a stall,
+  which costs minutes, costs one by itself.
+* A shard that waited beside another in a worker that died was not tried.
 * A failure, or a death that names no rows, costs a try; one that every try would meet gives up.
 
 After `tries` of those, or more than `poison_rows` named rows, a shard is given up. Every way ends.
@@ -20,7 +25,7 @@ Not covered: which worker asks, and how many shards it may have (`gc2ray.driver`
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,12 +44,16 @@ class Loss:
         in_hand: Rows of the shard that the worker had in hand, by place; empty where the worker
             lives, or nobody can tell.
         is_stall: It was ended because no answer came.
+        is_shared: The worker had rows of another shard in hand, too.
+        is_begun: Something of the shard was tried, as far as anybody can tell.
         is_final: Another try would end the same way.
     """
 
     reason: str
     in_hand: tuple[int, ...] = ()
     is_stall: bool = False
+    is_shared: bool = False
+    is_begun: bool = True
     is_final: bool = False
 
 
@@ -56,14 +65,22 @@ class Limits:
     poison_rows: int
 
 
+DEATHS_ALONE = 2
+"""Of workers with one and the same row in hand and nothing else, before it is named."""
+SEARCHES_A_TRY = 4
+"""Deaths that cost a try together, where those before them have found no row that kills."""
+
+
 @dataclass(eq=False)
 class _Trouble:
     """What the losses of one shard have taught."""
 
     losses: int = 0
     tries: int = 0
+    searches: int = 0  # that found nothing
     suspects: frozenset[int] = frozenset()
     is_searching: bool = False
+    alone: Counter[int] = field(default_factory=Counter)  # deaths by row that was alone in hand
     poison: dict[int, Poison] = field(default_factory=dict)
 
     def learn(self, loss: Loss) -> None:
@@ -71,17 +88,27 @@ class _Trouble:
         self.losses += 1
         in_hand = frozenset(loss.in_hand) - self.poison.keys()
         if not in_hand:
-            self.tries += 1
-        elif in_hand <= self.suspects and len(in_hand) == 1:
-            (row,) = in_hand
+            waited = self.losses == 1 and not loss.is_begun
+            self.tries += not waited
+            return
+        if len(in_hand) == 1 and not loss.is_shared:
+            self.alone.update(in_hand)
+        guilty = next((row for row in in_hand if self.alone[row] >= DEATHS_ALONE), None)
+        if guilty is not None:
             status = Status.TIMEOUT if loss.is_stall else Status.KILLED_WORKER
-            self.poison[row] = Poison(status, loss.reason)
+            self.poison[guilty] = Poison(status, loss.reason)
             self.suspects, self.is_searching = frozenset(), False
         elif in_hand < self.suspects:
             self.suspects = in_hand
         else:
-            self.tries += self.is_searching  # the search before this one has found nothing
-            self.suspects, self.is_searching = in_hand, True
+            self._search(in_hand, is_stall=loss.is_stall)
+
+    def _search(self, in_hand: frozenset[int], *, is_stall: bool) -> None:
+        """Suspect other rows; if others were suspected before, they have passed."""
+        if self.is_searching:
+            self.searches += 1
+            self.tries += is_stall or self.searches % SEARCHES_A_TRY == 0
+        self.suspects, self.is_searching = in_hand, True
 
     def verdict(self, limits: Limits, reason: str) -> str | None:
         """Why the shard is given up, if it is."""

@@ -214,11 +214,30 @@ class Worker:
         if self._running.acquire(blocking=False):  # once: it is never released
             threading.Thread(target=self._stream, daemon=True, name="gc2ray-engine").start()
         shard = handout.shard
-        with self._journal.page(shard.sid, shard.rows) as page:
+        with self._page(shard) as page:
             work = _Work(handout, page)
             self._queue.put(work)
             work.done.result()
         return self._commit(work)
+
+    @contextlib.contextmanager
+    def _page(self, shard: Shard) -> Iterator[Page]:
+        """The shard's page of the journal.
+
+        Raises:
+            StorageRefused: There is no room for it, and would be none for the next shard's.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                page = stack.enter_context(self._journal.page(shard.sid, shard.rows))
+            except OSError as error:
+                told = f"{type(error).__name__}: {first_line(error)}"
+                raise StorageRefused(
+                    f"the worker on {socket.gethostname()} cannot note rows in "
+                    f"{self.journal.parent}: {told}; make room there, or set TMPDIR where Ray's "
+                    "nodes are started"
+                ) from error
+            yield page
 
     def progress(self) -> Progress:
         """What was done so far; cheap, and callable at any time."""
@@ -299,6 +318,7 @@ class Worker:
                 if self._dead is not None:
                     work.fail(self._dead)
                     return
+                work.page.open()
                 self._reading.append(work)
             yield from self._shard_requests(work)
 

@@ -344,9 +344,9 @@ def test_a_row_that_kills_is_named_and_the_shard_committed(
     assert Counter(harness.finished) == Counter(shard.sid for shard in plan.shards)
     assert harness.letters() == []
     tries = [handout for handout in pool.handouts if handout.shard.index == 3]
-    assert [handout.suspects for handout in tries] == [(), (4, 5, 6), ()]
-    assert [dict(handout.poison) for handout in tries[:2]] == [{}, {}]
-    ((row, poison),) = tries[2].poison.items()
+    assert [handout.suspects for handout in tries] == [(), (4, 5, 6), (5,), ()]
+    assert [dict(handout.poison) for handout in tries[:3]] == [{}, {}, {}]
+    ((row, poison),) = tries[3].poison.items()
     assert (row, poison.status) == (5, status)
     assert poison.reason
 
@@ -360,6 +360,43 @@ def test_other_shards_are_not_suspected_for_long(tmp_path: Path) -> None:
     assert max(mates.values()) == 2
     (again,) = [h for h in pool.handouts if h.shard.index != 3 and h.attempt == 2]
     assert again.suspects == (0, 1)
+
+
+def test_what_another_shard_had_in_hand_clears_a_row(tmp_path: Path) -> None:
+    """Two workers die with row 3 alone of its shard, the first with rows of another shard, too."""
+    pool = SimulatedPool(
+        lambda w, shard, attempt: "die" if shard.index == 0 and attempt < 3 else "done",
+        in_hand=lambda handout: (3,) if handout.shard.index == 0 else (1, 2),
+    )
+    Harness(tmp_path, pool, workers=1).run(make_plan())
+    tries = [handout for handout in pool.handouts if handout.shard.index == 0]
+    assert [(handout.attempt, dict(handout.poison)) for handout in tries] == [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+    ]
+
+
+def test_a_shard_that_was_not_begun_is_no_worse_for_it(tmp_path: Path) -> None:
+    """It waited beside the one that killed; a try of three is not gone."""
+    waiting: list[str] = []
+    pool = SimulatedPool(lambda w, s, attempt: "hang" if s.index == 1 and attempt < 4 else "done")
+    start = pool.start
+
+    def dying() -> int:
+        worker = start()
+        if worker < 4:
+            mate = make_plan().shards[1].sid
+            waiting.append(mate)
+            pool.at(5.0, Died(worker, "killed", in_hand={mate: ()} if worker == 1 else {}))
+        return worker
+
+    pool.start = dying
+    pool._died = lambda event: event
+    harness = Harness(tmp_path, pool, workers=1, tries=3)
+    harness.run(make_plan(rows=20))
+    assert len(waiting) == 3
+    assert harness.letters() == []
 
 
 # --- as many workers as there is work ----------------------------------------------------------

@@ -46,6 +46,50 @@ def test_it_outlives_a_killed_process(tmp_path: Path) -> None:
     assert taken_over(prefix) == {}
 
 
+def test_a_shard_that_was_not_begun_has_nothing_in_hand(tmp_path: Path) -> None:
+    """One that was, and has nothing in hand, may have ended its worker all the same."""
+    journal = Journal(tmp_path)
+
+    def die() -> None:
+        with journal.page("aaaa", 3), journal.page("bbbb", 3) as begun:
+            begun.open()
+            raise EngineDead("the device is lost")
+
+    with pytest.raises(EngineDead):
+        die()
+    journal.prefix.with_suffix(".cccc").touch()  # killed before it was written
+    assert taken_over(journal.prefix) == {"aaaa": (), "cccc": ()}
+
+
+def test_no_room_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+    """In a process that may write files of 100 bytes, as on a disk that is full."""
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from gc2ray.journal import Journal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try:\n"
+        "    with Journal(Path(sys.argv[1])).page('aaaa', 1000) as page: page.begin(999)\n"
+        "except OSError as error: print('told:', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout[:12]) == (0, "told: [Errno"), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_somebody_removed_is_no_trouble(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    with journal.page("aaaa", 3):
+        journal.prefix.with_suffix(".aaaa").unlink()
+
+
 def test_a_page_ends_with_its_shard(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with journal.page("aaaa", 3) as page:

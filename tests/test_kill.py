@@ -190,9 +190,9 @@ def poisoned(job_file: Path) -> list[tuple[int, str]]:
 def test_a_row_that_ends_every_process_costs_itself_only(
     job_file: Path, marks: Path, kind: str
 ) -> None:
-    """Its first death leaves suspects, which go alone; the second names it."""
+    """Its first death leaves suspects, which go alone; two more name it."""
     result = run(job_file, Fault(kind, marks, row=70, once=False))
-    assert len(fired(marks, kind)) == 2
+    assert len(fired(marks, kind)) == 3
     assert (result.exit_code, result.dead) == (0, ())
     assert poisoned(job_file) == [(70, "killed_worker")]
     assert_exactly_once(job_file)
@@ -204,7 +204,7 @@ def test_more_killing_rows_than_allowed_cost_their_shard(job_file: Path, marks: 
     data["cluster"]["max_poison_rows"] = 0
     job_file.write_text(json.dumps(data))
     result = run(job_file, Fault("kill", marks, row=70, once=False))
-    assert len(fired(marks, "kill")) == 2
+    assert len(fired(marks, "kill")) == 3
     assert result.exit_code == 1
     assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
     (letter,) = result.dead
@@ -246,7 +246,7 @@ def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:
 @pytest.mark.slow
 def test_a_row_that_always_hangs(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("hang", marks, row=70, once=False))
-    assert len(fired(marks, "hang")) == 2
+    assert len(fired(marks, "hang")) == 3
     assert (result.exit_code, result.dead) == (0, ())
     assert poisoned(job_file) == [(70, "timeout")]
     assert_exactly_once(job_file)

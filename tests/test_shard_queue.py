@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gc2ray.errors import Status
 from gc2ray.handout import GROUPED_FROM, Handout, Poison
-from gc2ray.shard_queue import Limits, Loss, ShardQueue
+from gc2ray.shard_queue import SEARCHES_A_TRY, Limits, Loss, ShardQueue
 from gc2ray.shards import Shards, SourceFile, cut_shards
 
 LIMITS = Limits(tries=3, poison_rows=2)
@@ -148,15 +148,18 @@ def peek(queue: ShardQueue) -> Handout:
 
 
 @pytest.mark.parametrize("status", [Status.KILLED_WORKER, Status.TIMEOUT])
-def test_the_second_death_names_the_row(status: Status) -> None:
+def test_the_second_death_alone_names_the_row(status: Status) -> None:
     queue = make_queue([10])
     first = die(queue, (3, 4, 5))
     assert (first.suspects, dict(first.poison)) == ((3, 4, 5), {})
-    second = die(queue, (4,), is_stall=status == Status.TIMEOUT)
-    assert (second.suspects, dict(second.poison)) == ((), {4: (status, "died")})
-    assert second.attempt == 3
-    assert second.fault(4).message.endswith("alone too: died")
-    assert second.fault(3) is None
+    is_stall = status == Status.TIMEOUT
+    second = die(queue, (4,), is_stall=is_stall)
+    assert (second.suspects, dict(second.poison)) == ((4,), {})
+    third = die(queue, (4,), is_stall=is_stall)
+    assert (third.suspects, dict(third.poison)) == ((), {4: (status, "died")})
+    assert third.attempt == 4
+    assert third.fault(4).message.endswith("with this row, and nothing else, in hand: died")
+    assert third.fault(3) is None
 
 
 def test_many_suspects_are_narrowed_by_groups_first() -> None:
@@ -167,8 +170,9 @@ def test_many_suspects_are_narrowed_by_groups_first() -> None:
     second = die(queue, groups[3])
     assert second.suspects == groups[3]
     assert list(second.suspect_groups()) == [(row,) for row in groups[3]]
-    third = die(queue, (groups[3][7],))
-    assert dict(third.poison) == {groups[3][7]: (Status.KILLED_WORKER, "died")}
+    guilty = groups[3][7]
+    assert die(queue, (guilty,)).suspects == (guilty,)
+    assert dict(die(queue, (guilty,)).poison) == {guilty: (Status.KILLED_WORKER, "died")}
 
 
 def test_few_suspects_are_answered_alone() -> None:
@@ -177,22 +181,42 @@ def test_few_suspects_are_answered_alone() -> None:
     assert [*handout.suspect_groups()] == [(row,) for row in range(GROUPED_FROM) if row != 5]
 
 
-def test_a_search_that_finds_nothing_costs_a_try() -> None:
-    """All suspects pass alone, and it dies again with others in hand."""
+def test_searches_that_find_nothing_cost_a_try_together() -> None:
+    """All suspects pass alone, and it dies again with others in hand: from outside, it seems."""
+    queue = make_queue([300], 300)
+    for death in range(3 * SEARCHES_A_TRY):
+        rows = (2 * death, 2 * death + 1)
+        assert die(queue, rows).suspects == rows
+    assert die(queue, (200, 201)) == "died"
+
+
+def test_stalls_that_find_nothing_cost_a_try_each() -> None:
+    """Each takes minutes."""
     queue = make_queue([30], 30)
-    assert die(queue, (0, 1)).suspects == (0, 1)
-    assert die(queue, (5, 6)).suspects == (5, 6)
-    assert die(queue, (8, 9)).suspects == (8, 9)
-    assert die(queue, (11, 12)) == "died"
+    for rows in ((0, 1), (5, 6), (8, 9)):
+        assert die(queue, rows, is_stall=True).suspects == rows
+    assert die(queue, (11, 12), is_stall=True) == "died"
 
 
 def test_more_poison_than_allowed_is_a_dead_letter() -> None:
     queue = make_queue([30], 30)
     for row in (1, 11):
         die(queue, (row, row + 1))
+        die(queue, (row,))
         assert row in die(queue, (row,)).poison
     die(queue, (21, 22))
+    die(queue, (21,))
     assert die(queue, (21,)) == "more than 2 of its rows end the worker process: died"
+
+
+def test_a_row_beside_those_of_another_shard_was_not_alone() -> None:
+    queue = make_queue([10])
+    for _ in range(2):
+        shard = take(queue, 1).shard
+        assert queue.lost(shard, Loss("died", (3,), is_shared=True)) is None
+    assert dict(peek(queue).poison) == {}
+    die(queue, (3,))
+    assert dict(die(queue, (3,)).poison) == {3: (Status.KILLED_WORKER, "died")}
 
 
 def test_one_row_alone_at_the_first_death_is_a_suspect_only() -> None:
@@ -201,22 +225,78 @@ def test_one_row_alone_at_the_first_death_is_a_suspect_only() -> None:
     assert dict(die(queue, (3,)).poison) == {3: (Status.KILLED_WORKER, "died")}
 
 
+def test_a_shard_that_was_not_begun_has_lost_no_try_but_only_once() -> None:
+    """Alone in its worker it is begun, or something is wrong with it."""
+    queue = make_queue([10])
+    for expected in (None, None, None, "died"):
+        shard = take(queue, 1).shard
+        assert queue.lost(shard, Loss("died", is_begun=False)) == expected
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.integers(1, 4), st.integers(0, 3))
 def test_every_way_ends(data: st.DataObject, tries: int, poison_rows: int) -> None:
-    """Whatever rows are in hand at each death: a bounded number of handouts."""
+    """Whatever rows are in hand at each death: a bounded number of searches, and deaths."""
     rows = 60
     queue = make_queue([rows], rows, limits=Limits(tries, poison_rows))
-    reason, handouts = None, 0
+    reason, searches, suspects = None, 0, frozenset(range(rows))
     while reason is None:
         handout = take(queue, 1)
-        handouts += 1
-        assert handouts <= tries + 3 * (poison_rows + 1) + 1
         groups = list(handout.suspect_groups())
         anywhere = st.sets(st.integers(0, rows - 1), max_size=rows)
         in_hand = data.draw(st.one_of(anywhere, st.sampled_from(groups or [()])))
-        reason = queue.lost(handout.shard, Loss("died", tuple(sorted(in_hand))))
+        searches += not {*in_hand} < suspects
+        suspects = frozenset(handout.suspects)
+        assert searches <= 1 + tries * SEARCHES_A_TRY + 3 * (poison_rows + 1)
+        stall, shared = data.draw(st.booleans()), data.draw(st.booleans())
+        loss = Loss("died", tuple(sorted(in_hand)), is_stall=stall, is_shared=shared)
+        reason = queue.lost(handout.shard, loss)
     assert len(queue) == 0
+
+
+def steps_of(handout: Handout, rows: int, window: int) -> list[tuple[int, ...]]:
+    """What a worker has in hand while it answers: the suspects, group by group, then the others."""
+    groups = list(handout.suspect_groups())
+    alone = {row for group in groups for row in group} | {*handout.poison}
+    others = [row for row in range(rows) if row not in alone]
+    return [*groups, *(tuple(others[at : at + window]) for at in range(len(others)))]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 40), st.integers(1, 9), st.data())
+def test_an_innocent_row_is_named_only_if_two_workers_are_killed_with_it_alone(
+    rows: int, window: int, data: st.DataObject
+) -> None:
+    """Kills from outside, at any moment: no row does any harm."""
+    queue = make_queue([rows], rows, limits=Limits(9, 9))
+    alone: dict[int, int] = {}
+    for _ in range(data.draw(st.integers(1, 12))):
+        handout = take(queue, 1)
+        in_hand = data.draw(st.sampled_from(steps_of(handout, rows, window) or [()]))
+        if len(in_hand) == 1:
+            alone[in_hand[0]] = alone.get(in_hand[0], 0) + 1
+        if queue.lost(handout.shard, Loss("killed", tuple(sorted(in_hand)))) is not None:
+            return
+        assert {*peek(queue).poison} == {row for row, deaths in alone.items() if deaths > 1}
+
+
+def test_an_unlucky_shard_outlives_many_kills() -> None:
+    """Of 400 shards, each of whose tries is killed from outside in 4 of 10 cases, in any moment."""
+    draw = random.Random(0)
+    rows, shards = 250, 400
+    queue = make_queue([rows] * shards, rows, limits=Limits(3, 8))
+    kills, most = 0, 0
+    while len(queue):
+        handout = take(queue, 1)
+        if draw.random() < 0.4:
+            in_hand = draw.choice(steps_of(handout, rows, window=64))
+            kills, most = kills + 1, max(most, handout.attempt)
+            assert queue.lost(handout.shard, Loss("killed", in_hand)) is None
+            assert dict(queue._trouble[handout.shard.index].poison) == {}
+        else:
+            queue.done(handout.shard)
+    assert kills > 200
+    assert most >= 6, "some shard was unlucky"
 
 
 def test_a_killing_row_is_found_wherever_it_is() -> None:
@@ -233,5 +313,5 @@ def test_a_killing_row_is_found_wherever_it_is() -> None:
             group = next((group for group in groups if killer in group), None)
             window = tuple(range(max(0, killer - 50), min(300, killer + 50)))
             assert queue.lost(handout.shard, Loss("died", group or window)) is None
-        assert deaths == 3
+        assert deaths == 4
         assert list(handout.poison) == [killer]

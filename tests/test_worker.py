@@ -488,7 +488,8 @@ def test_poison_is_written_and_never_tried(job: Job) -> None:
     assert sorted(tried) == [row for row in range(12) if row not in poison]
     rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
     assert [row["status"] for row in rows if row["row"] in poison] == ["killed_worker", "timeout"]
-    assert "ended whenever it answered this row, alone too: why" in rows[5]["error"]
+    told = "two worker processes ended with this row, and nothing else, in hand: why"
+    assert rows[5]["error"] == told
     assert rows[5]["answer"] is None
     assert [row["id"] for row in rows] == list(range(12)), "kept columns are still written"
 
@@ -607,6 +608,49 @@ def test_answers_that_do_not_fit_into_parquet_are_not_asked_for_again(job: Job) 
     worker._carried = pa.schema([pa.field("id", pa.binary())])
     with pytest.raises(UnwritableShard, match="its answers do not fit into Parquet: Arrow"):
         worker.process(Handout(shards_of(job)[0]))
+
+
+def test_rows_that_cannot_be_noted_are_told_with_the_folder(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk for temporary files: the next shard would not fare better."""
+    worker = make_worker(job)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(worker._journal, "page", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(StorageRefused, match=r"cannot note rows in /\S+: OSError: .*No space left"):
+        worker.process(Handout(shards_of(job)[0]))
+
+
+def test_a_shard_that_waits_is_not_begun(job: Job) -> None:
+    """Behind one whose last row is not read yet."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Slow(EchoEngine):
+        def stream(self, requests):
+            def held():
+                for number, request in enumerate(requests):
+                    if number == 3:
+                        reading.set()
+                        go_on.wait(10)
+                    yield request
+
+            yield from super().stream(held())
+
+    worker, (first, second, *_) = make_worker(job, Slow(buffered=100)), shards_of(job)
+    with ThreadPoolExecutor(2) as callers:
+        calls = [callers.submit(worker.process, Handout(first))]
+        assert reading.wait(10)
+        calls.append(callers.submit(worker.process, Handout(second)))
+        while worker._queue.qsize() < 1:
+            time.sleep(0.01)
+        pages = worker.journal.parent.glob(f"{worker.journal.name}.*")
+        counters = {page.suffix[1:]: np.fromfile(page, np.uint32) for page in pages}
+        go_on.set()
+        for call in calls:
+            call.result(timeout=20)
+    assert counters[first.sid][-1] == 1
+    assert counters[first.sid].sum() > 1
+    assert not counters[second.sid].any()
 
 
 def test_a_model_that_cannot_be_noted_is_the_storages_refusal(

@@ -53,7 +53,7 @@ class SimulatedPool:
     Attributes:
         behave: Given worker, shard and attempt, says how it goes: `done`, `die`, `hang`, `fail`,
             `refuse`, or `leave`, which is done too.
-        in_hand: Rows of a shard that a worker has in hand when it ends.
+        in_hand: Rows of a shard that a worker has in hand when it ends; none where nobody can tell.
         service_seconds: Of a handout; None is `seconds_per_row` for each of its rows.
         death_seconds: Into a shard, when it dies.
         seconds_per_row: Of answering.
@@ -209,7 +209,8 @@ class SimulatedPool:
 
     def _died(self, event: Died) -> Died:
         flying = self._flying.get(event.worker, {})
-        return replace(event, in_hand={sid: self.in_hand(h) for sid, h in flying.items()})
+        rows = {sid: self.in_hand(handout) for sid, handout in flying.items()}
+        return replace(event, in_hand={sid: found for sid, found in rows.items() if found})
 
     def _forget(self, worker: int) -> None:
         self._gone.add(worker)
