@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,14 @@ HardwareFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one document of JSON instead.")]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 REFUSED = "if it refused, are the credentials good? Run the same command again to go on"
+
+
+def _finite(value: float | list[float] | None) -> float | list[float] | None:
+    """Refuse NaN, which no limit of an option stops, and infinity."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a number to reckon with.")
+    return value
 
 
 class PriceKind(StrEnum):
@@ -139,10 +148,13 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
         typer.Option(help="Output of an earlier run of this model, whose pace and answers count."),
     ] = None,
     output_tokens: Annotated[
-        float | None, typer.Option(min=1, help="Tokens of an answer, on average.")
+        float | None, typer.Option(callback=_finite, min=1, help="Tokens of an answer, on average.")
     ] = None,
     hours: Annotated[
-        float, typer.Option(min=0.01, help="Suggest as many workers as end within these.")
+        float,
+        typer.Option(
+            callback=_finite, min=0.01, help="Suggest as many workers as end within these."
+        ),
     ] = 1.0,
     hardware: HardwareFile = None,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
@@ -187,23 +199,29 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
     rows: Annotated[int, typer.Option(min=4, help="Rows to answer in every setting.")] = 200,
     method: Annotated[list[str] | None, typer.Option(help="Methods; else the recipe's.")] = None,
     retention: Annotated[
-        list[float] | None, typer.Option(help="Fractions KEPT; else 0.75 to 0.05.")
+        list[float] | None,
+        typer.Option(callback=_finite, help="Fractions KEPT; else 0.75 to 0.05."),
     ] = None,
     min_agreement: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Same answers as uncompressed; else 0.95."),
+        typer.Option(
+            callback=_finite, min=0, max=1, help="Same answers as uncompressed; else 0.95."
+        ),
     ] = None,
     min_accuracy: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Score against --reference.")
+        float | None,
+        typer.Option(callback=_finite, min=0, max=1, help="Score against --reference."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="Column with right answers; recipe.input.keep must name it.")
     ] = None,
     budget_usd: Annotated[
-        float | None, typer.Option(min=0, help="All rows for this; then the best quality.")
+        float | None,
+        typer.Option(callback=_finite, min=0, help="All rows for this; then the best quality."),
     ] = None,
     usd_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of this device, in place of the table's.")
+        float | None,
+        typer.Option(callback=_finite, min=0, help="Of this device, in place of the table's."),
     ] = None,
     hardware: HardwareFile = None,
     svg: Annotated[
@@ -309,7 +327,8 @@ def report(  # noqa: PLR0913 - typer makes an option of each
         PriceKind.ON_DEMAND
     ),
     usd_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of one device, in place of the table's.")
+        float | None,
+        typer.Option(callback=_finite, min=0, help="Of one device, in place of the table's."),
     ] = None,
     hardware: HardwareFile = None,
     show: Annotated[

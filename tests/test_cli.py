@@ -117,6 +117,26 @@ def test_a_bad_job_is_refused_before_ray(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("estimate", "--output-tokens"),
+        ("estimate", "--hours"),
+        ("tune", "--retention"),
+        ("tune", "--min-agreement"),
+        ("tune", "--min-accuracy"),
+        ("tune", "--budget-usd"),
+        ("tune", "--usd-per-hour"),
+        ("report", "--usd-per-hour"),
+    ],
+)
+def test_no_option_takes_what_is_no_number(command: str, option: str, number: str) -> None:
+    result = here(command, "job.yaml", option, number)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.stderr
+
+
 def test_status_without_a_run(tmp_path: Path) -> None:
     result = here("status", tmp_path / "empty")
     assert result.exit_code == 2
