@@ -63,7 +63,6 @@ OTHER_SETTINGS = frozenset({
     # What is given back, and of which software. Logits that are not finite fail their row.
     "output_attentions", "output_hidden_states", "output_scores", "output_logits",
     "return_dict_in_generate", "remove_invalid_values", "transformers_version",
-    "_from_model_config",
 })  # fmt: skip
 """Everything else that a generation config may say; it changes no answer of ours."""
 
@@ -74,10 +73,11 @@ IDLE_STEPS = frozenset({"do_center_crop"})
 """Steps that change nothing: a view has the size that it would be cropped to."""
 PLACEHOLDER = ("image_token_index", "image_token_id")
 ADDED_TOKENS = '"added_tokens":'
+ADAPTER = "adapter_config.json"
 FILES = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
-    "tokenizer.model", "chat_template.json", "chat_template.jinja",
+    "tokenizer.model", "chat_template.json", "chat_template.jinja", ADAPTER,
 )  # fmt: skip
 """What is looked into here."""
 BARE_TOKENIZERS = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
@@ -120,6 +120,7 @@ class Checkpoint:
         images: Settings of its image processor.
         processor: Other settings of its processor.
         has_template: Whether it says how a chat with an image is written.
+        has_adapter: Whether an adapter lies with it.
         tokens: Ids of tokens that prompts and answers turn on, as the tokenizer has them.
         written_ends: Ids that its configurations name as the end of an answer.
         tokenizer_ends: Id of the tokenizer's end token, if it has one; None: not known.
@@ -132,6 +133,7 @@ class Checkpoint:
     images: Mapping[str, Any]
     processor: Mapping[str, Any]
     has_template: bool
+    has_adapter: bool
     tokens: Mapping[str, int]
     written_ends: tuple[int, ...]
     tokenizer_ends: tuple[int, ...] | None
@@ -237,6 +239,7 @@ def read(directory: Path, name: str) -> Checkpoint:
         images=_mapping(images),
         processor={**processor, "image_token": image_token},
         has_template=bool(processor.get("chat_template") or _templates(directory)),
+        has_adapter=(directory / ADAPTER).is_file(),
         tokens=tokens,
         written_ends=next(filter(None, map(_written_ends, (generation, text, config))), ()),
         tokenizer_ends=_tokenizer_ends(directory, tokenizer, tokens),
@@ -324,7 +327,7 @@ def _decoder(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
 def _tokenizer_json(path: Path) -> Iterator[tuple[str | None, object]]:
     """The added tokens of a `tokenizer.json`; the rest, megabytes of vocabulary, is not parsed."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode()  # not read_text: it looks at every newline
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
@@ -381,8 +384,8 @@ def _rules(places: Sequence[Mapping[str, Any]]) -> dict[str, object]:
 def _problems(found: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
     """All of them; what explains others comes first."""
     for of_the_model in (
-        _architecture, _quantisation, _tower, _placeholder, _geometry, _pinpoints, _colours,
-        _steps, _template,
+        _architecture, _adapter, _quantisation, _tower, _placeholder, _geometry, _pinpoints,
+        _colours, _steps, _template,
     ):  # fmt: skip
         yield from of_the_model(found)
     for of_its_answers in (_table, _ends, _unfollowed):
@@ -400,6 +403,14 @@ def _architecture(found: Checkpoint) -> Iterator[str]:
         )
     elif kind not in MODEL_TYPES:
         yield f"it is a {kind} model; supported: {', '.join(MODEL_TYPES)}"
+
+
+def _adapter(found: Checkpoint) -> Iterator[str]:
+    if found.has_adapter:
+        yield (
+            f"it has an adapter ({ADAPTER}), which is loaded where peft is installed and left out "
+            "where it is not; merge it into the weights, and remove that file"
+        )
 
 
 def _quantisation(found: Checkpoint) -> Iterator[str]:
