@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gc2ray.checkpoint import RULES, TakenOver
 from gc2ray.errors import ConfigError
+from gc2ray.generation_rules import RULES, TakenOver
 from gc2ray.images import ImagePolicy
 from gc2ray.methods import METHODS, Method, Newlines, Positions
 from gc2ray.prompts import PromptSource

@@ -49,9 +49,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__i
     filter_repo_objects,
 )
 
-from gc2ray.checkpoint import NOTHING, TakenOver, check_directory
+from gc2ray.checkpoint import check_directory
 from gc2ray.config import ModelConfig
 from gc2ray.errors import ConfigError, first_line
+from gc2ray.generation_rules import NOTHING, TakenOver
 from gc2ray.patience import PATIENCE
 
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")

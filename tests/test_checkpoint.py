@@ -15,16 +15,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig
 
 from gc2ray import families
-from gc2ray.checkpoint import (
-    DONE_STEPS,
-    MODEL_TYPES,
-    NOTHING,
-    OTHER_SETTINGS,
-    RULES,
-    TakenOver,
-    check_directory,
-)
+from gc2ray.checkpoint import DONE_STEPS, MODEL_TYPES, check_directory
 from gc2ray.errors import ConfigError
+from gc2ray.generation_rules import NOTHING, OTHER_SETTINGS, RULES, TakenOver
 
 CONFIG, GENERATION, TOKENIZER, PROCESSOR = (
     "config.json",

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gc2ray.checkpoint import NOTHING, TakenOver
 from gc2ray.config import (
     Cluster,
     GenerationConfig,
@@ -25,6 +24,7 @@ from gc2ray.config import (
     recipe_difference,
 )
 from gc2ray.errors import ConfigError
+from gc2ray.generation_rules import NOTHING, TakenOver
 from gc2ray.methods import METHODS
 from gc2ray.packing import Packing
 from gc2ray.records import ANSWER_COLUMNS

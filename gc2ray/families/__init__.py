@@ -25,10 +25,11 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_files
 
-from gc2ray.checkpoint import FILES, NOTHING, Checkpoint, TakenOver, check, check_directory
+from gc2ray.checkpoint import FILES, Checkpoint, check, check_directory
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded, Outline
 from gc2ray.families.llava_next import LlavaNext
+from gc2ray.generation_rules import NOTHING, TakenOver
 from gc2ray.prompts import ChatPrompt
 
 FAMILIES: dict[str, type[LlavaNext]] = {"llava_next": LlavaNext}
