@@ -1,6 +1,21 @@
-"""`python -m gc2ray`: the command line where its script is not on the path, as on a cluster."""
+"""Where a process of gc2ray begins: the script, and `python -m gc2ray` where it is not on the path.
 
-from gc2ray.cli import main
+Nothing is imported before signals are heard: what is behind it takes a second.
+"""
+
+from gc2ray.ending import run_process
+
+
+def main() -> None:
+    """The `gc2ray` command."""
+    run_process(_command)
+
+
+def _command() -> None:
+    from gc2ray.cli import app
+
+    app()
+
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The command line: arguments, logging, one call, exit code.
 
-Exit codes: 0 every planned row is committed; 1 something was given up; 2 the configuration cannot
-be used; 130 interrupted.
+Exit codes: 0 every planned row is committed, and not too many answers failed; 1 they did, or
+something was given up; 2 the configuration cannot be used; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ import json
 import logging
 import math
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gc2ray import __version__
+from gc2ray.ending import INTERRUPTED, Stopped, run_process, unexpected
 from gc2ray.errors import STORAGE_ERRORS, ConfigError, GivenUp, Interrupted
-from gc2ray.logs import LogForm, set_up
+from gc2ray.logs import LogForm, set_up, writes_json
 
 if TYPE_CHECKING:
     from gc2ray.report import Picture
+    from gc2ray.store import Store
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
 # and `--help`, a typo in the configuration or `status` should not wait for them.
@@ -54,6 +57,9 @@ HardwareFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one document of JSON instead.")]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 REFUSED = "if it refused, are the credentials good? Run the same command again to go on"
+EXIT_CODES = (0, 1, 2, 130)
+
+log = logging.getLogger(__name__)
 
 
 def _finite(value: float | list[float] | None) -> float | list[float] | None:
@@ -72,8 +78,8 @@ class PriceKind(StrEnum):
 
 
 def main() -> None:
-    """The `gc2ray` command."""
-    app()
+    """The `gc2ray` command, as scripts of earlier installations begin it."""
+    run_process(app)
 
 
 @app.command()
@@ -130,7 +136,10 @@ def submit(  # noqa: PLR0913 - typer makes an option of each
         submission_id = server.submit(job, command, submission_id)
         typer.echo(f"submitted {submission_id}; how far it is: gc2ray status {job.output}")
         if follow:
-            raise typer.Exit(server.follow(submission_id, lambda text: typer.echo(text, nl=False)))
+            code = server.follow(submission_id, lambda text: typer.echo(text, nl=False))
+            if code not in EXIT_CODES:
+                raise GivenUp(f"{submission_id} ended with exit code {code}; submit it to go on")
+            raise typer.Exit(code)
 
 
 @app.command()
@@ -274,8 +283,7 @@ def status(output: Output) -> None:
         console = Console()
         console.print(f"{state.shards} of {state.planned_shards} shards committed")
         print_outcome(console, state, output)
-        workers = [json.loads(store.read(name) or b"{}") for name in store.names("workers")]
-        console.print(_worker_table(workers))
+        console.print(_worker_table(_worker_records(store)))
         raise typer.Exit(state.exit_code)
 
 
@@ -304,7 +312,8 @@ def retry(
         cluster, console = load_cluster(overrides or []), Console()
         chosen = next_retry(output, status or FAILURES)
         if chosen is None:
-            console.print(f"{output}: no row is to be answered anew", soft_wrap=True)
+            told = f"{output}: no row is to be answered anew"
+            console.print(told, markup=False, soft_wrap=True)
             left = Judged(*latest_failures(output), cluster.max_bad_rows)  # of another status
             if left.is_too_many:
                 console.print(str(left), soft_wrap=True)
@@ -349,6 +358,7 @@ def report(  # noqa: PLR0913 - typer makes an option of each
     """Tell what runs did and cost: a page, a text and JSON, from footers and records alone."""
     with _exit_codes():
         from gc2ray.card import CARD_NAME, write_card
+        from gc2ray.config import check_place
         from gc2ray.display import Counted
         from gc2ray.hardware import load_hardware
         from gc2ray.ledger import read_ledger
@@ -356,6 +366,8 @@ def report(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.store import Store
         from gc2ray.summary import Prices, summarise
 
+        place = to or f"{outputs[0].rstrip('/')}/report"
+        check_place("--to" if to else "OUTPUT", place)
         prices = Prices(load_hardware(hardware), str(price), usd_per_hour)
         with Counted("parts read") as counted:
             ledgers = [read_ledger(output, counted.add) for output in outputs]
@@ -365,7 +377,7 @@ def report(  # noqa: PLR0913 - typer makes an option of each
             for summary in summaries
         }
         found = told(summaries, pictures)
-        store = Store(to or f"{outputs[0].rstrip('/')}/report")
+        store = Store(place)
         for name, text in (("html", found.html), ("md", found.markdown), ("json", found.json)):
             store.replace(f"report.{name}", text.encode())
         store.tidy()
@@ -436,7 +448,9 @@ def compact(
     """Write the latest answers as a plain dataset of large files, in input order."""
     with _exit_codes():
         from gc2ray.compact import compact as write
+        from gc2ray.config import check_place
 
+        check_place("DESTINATION", destination)
         dataset = write(output, destination, file_bytes=file_mb << 20, incomplete=incomplete)
         Console().print(
             f"{dataset.answers:,} answers to {dataset.rows:,} rows, {dataset.failed:,} of them "
@@ -497,36 +511,78 @@ def _root(
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Turn the project's errors into a line on stderr and an exit code."""
-    errors = Console(stderr=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Turn the project's errors, and all others, into a line on stderr and an exit code."""
     try:
         yield
-    except ConfigError as error:
-        errors.print(f"configuration: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except GivenUp as error:
-        errors.print(f"given up: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except STORAGE_ERRORS as error:
-        told = ": ".join([*getattr(error, "__notes__", ()), type(error).__name__, str(error)])
-        errors.print(f"storage: {told}; {REFUSED}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except Interrupted as error:
-        errors.print(f"interrupted: {error}; run the same command again to go on", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to go on")
-        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except (Stopped, KeyboardInterrupt):
+        raise _ended(INTERRUPTED, 130) from None
+    except Exception as error:
+        if writes_json() and _is_bug(error):
+            log.exception("unexpected: %s; this is a bug", type(error).__name__)
+            raise typer.Exit(1) from None
+        raise _ended(*_told(error)) from None
 
 
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+def _is_bug(error: Exception) -> bool:
+    return not isinstance(error, (ConfigError, GivenUp, Interrupted, *STORAGE_ERRORS))
 
 
-def _worker_table(records: list[dict[str, object]]) -> Table:
-    names = ("node", "pid", "device", "started", "loaded", "last_seen")
-    table = Table(*names, title="worker processes so far")
+def _told(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    match error:
+        case ConfigError():
+            return f"configuration: {error}", 2
+        case GivenUp():
+            return f"given up: {error}", 1
+        case Interrupted():
+            return f"interrupted: {error}; run the same command again to go on", 130
+    if _is_bug(error):
+        return unexpected(error), 1
+    said = " ".join(str(error).split())
+    told = ": ".join([*getattr(error, "__notes__", ()), type(error).__name__, said])
+    return f"storage: {told}; {REFUSED}", 1
+
+
+def _ended(line: str, code: int) -> typer.Exit:
+    """Say how a command ends."""
+    console = Console(stderr=True, emoji=False, highlight=False)
+    console.print(line, markup=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+def _worker_records(store: Store) -> Iterator[dict[str, object]]:
+    """What workers say of themselves, as far as it can be read."""
+    for name in store.names("workers"):
+        try:
+            record = json.loads(store.read(name) or b"")
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        else:
+            log.warning("%s: %s is not a record that gc2ray wrote", store.uri, name)
+
+
+def _worker_table(records: Iterable[Mapping[str, object]]) -> Table:
+    """Nothing in it is cut: what is too long for its column goes on in the next line."""
+    table = Table(title="worker processes so far (UTC)")
+    names = ("node", "pid", "device")
+    times = ("started", "loaded", "last_seen")
+    for name in names:
+        table.add_column(name, overflow="fold", min_width=4)
+    for name in times:
+        table.add_column(name, overflow="fold", min_width=10)  # of a date
     for record in records:
-        table.add_row(*(str(record.get(name)) for name in names))
+        cells = [str(record.get(name)) for name in names]
+        table.add_row(*map(escape, cells + [_seconds(record.get(name)) for name in times]))
     return table
+
+
+def _seconds(time: object) -> str:
+    """A time of a record as people read it."""
+    try:
+        return f"{datetime.fromisoformat(str(time)):%Y-%m-%d %H:%M:%S}"
+    except ValueError:
+        return str(time)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -139,7 +140,7 @@ def print_outcome(console: Console, outcome: Outcome, output: str, generation: i
         generation: 0, or the number of the retry in it whose end it is.
     """
     title = "/".join(filter(None, (output.rstrip("/"), object_name(generation))))
-    table = Table("", "", title=f"gc2ray: {title}", show_header=False)
+    table = Table("", "", title=escape(f"gc2ray: {title}"), show_header=False)
     lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_bill_lines(outcome.bill))
     for name, value in lines:
         table.add_row(name, value)
@@ -174,7 +175,8 @@ def _plain(text: str) -> str:
 
 def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
     """What an output holds, and what is wrong with it."""
-    table = Table("generation", "shards", "rows", "answers", "of them errors", title=output)
+    table = Table("generation", "shards", "rows", "answers", "of them errors")
+    table.title = escape(output)
     for checked in verdict.generations:
         plan, stats = checked.generation.plan, checked.stats
         table.add_row(

@@ -44,3 +44,9 @@ def set_up(form: LogForm, **ids: str) -> None:
         level = logging.INFO
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("gc2ray").setLevel(level)
+
+
+def writes_json() -> bool:
+    """Whether log lines are for programs here, as they were set up."""
+    handlers = logging.getLogger().handlers
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gc2ray.config import Cluster
-from gc2ray.errors import ConfigError, EngineDead
+from gc2ray.errors import ConfigError, EngineDead, GivenUp
 from gc2ray.handout import Handout
 from gc2ray.journal import InHand, taken_over
 from gc2ray.knock import knock
@@ -61,6 +62,9 @@ CONCURRENT_CALLS = 4
 """Two shards, one progress call, and one load or calibration."""
 
 
+MAX_SAID = 500
+"""Characters of what Ray says."""
+_FRAME = '\n  File "'
 _DETAIL = re.compile(r"\w+: ")  # which actor it was: a line each
 
 log = logging.getLogger(__name__)
@@ -76,15 +80,19 @@ def connected(address: str | None) -> Iterator[None]:
 
     Raises:
         ConfigError: There is no cluster at the address, or none can be started here.
+        GivenUp: The cluster fails later on.
     """
-    if ray.is_initialized():
-        yield
-        return
-    _join(address or os.environ.get("RAY_ADDRESS") or None)
+    is_ours = not ray.is_initialized()
     try:
+        if is_ours:
+            _join(address or os.environ.get("RAY_ADDRESS") or None)
         yield
+    except RayError as error:
+        told = f"Ray failed: {type(error).__name__}: {_first_line(error)}"
+        raise GivenUp(f"{told}; run the same command again to go on") from error
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def _join(address: str | None) -> None:
@@ -100,22 +108,38 @@ def _join(address: str | None) -> None:
         if address is not None:
             _knock(address)
         ray.init(**options, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
+    except SystemExit as ended:  # by Ray's own handler of SIGTERM, which it puts in place of ours
+        raise KeyboardInterrupt from ended
+    except Exception as error:  # Ray raises bare ones, too
         raise ConfigError(_no_ray(address, error)) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _no_ray(address: str | None, error: Exception) -> str:
-    if address is None:
-        return (
-            f"cannot start Ray on this machine: {error}; it keeps a token in the home directory: "
-            "if that cannot be written, set RAY_AUTH_MODE=disabled, or HOME"
+    """Why Ray cannot be had, and what to do about it."""
+    said = " ".join(str(error).split())[:MAX_SAID] or type(error).__name__
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if "AF_UNIX" in said:
+        advice = (
+            f"its sockets are below TMPDIR, {folder} ({len(folder)} characters): set TMPDIR, or "
+            "RAY_TMPDIR, to a shorter path, of 40 characters at most"
         )
-    return (
-        f"cannot join a Ray cluster at {address}: {error}; if it asks for a token, set "
-        "RAY_AUTH_MODE=token; to run on this machine, leave out --address and RAY_ADDRESS"
-    )
+    elif "ersion mismatch" in said:
+        advice = "install here what the cluster has, or run `gc2ray submit` with its own"
+    elif address is None:
+        advice = (
+            "it keeps a token in the home directory: if that cannot be written, set "
+            f"RAY_AUTH_MODE=disabled, or HOME; its logs are below {folder}/ray"
+        )
+    else:
+        advice = (
+            "if it asks for a token, set RAY_AUTH_MODE=token; to run on this machine, leave out "
+            "--address and RAY_ADDRESS"
+        )
+    where = f"join a Ray cluster at {address}" if address else "start Ray on this machine"
+    return f"cannot {where}: {said}; {advice}"
 
 
 def _knock(address: str) -> None:
@@ -292,7 +316,10 @@ class RayPool:
         try:
             value = ray.get(reference)
         except RayTaskError as error:
-            return self._failure(worker, shard, error.cause or error)
+            cause = error.cause
+            if not isinstance(cause, Exception):  # one that could not travel
+                cause = RuntimeError(_point(str(error)))
+            return self._failure(worker, shard, cause)
         except RayActorError as error:
             self.kill(worker, f"the worker process ended: {_cause(error)}")
         except RayError as error:
@@ -409,9 +436,19 @@ def _lost_nodes() -> int:
 
 def _cause(error: RayActorError) -> str:
     """Why an actor ended: what Ray says of it without the lines that say which it was."""
+    if _FRAME in str(error):
+        return _point(str(error))
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not _DETAIL.match(line)]
     return " ".join(said[1:] or said)[:300]
+
+
+def _point(trace: str) -> str:
+    """What a traceback comes to: the exception below its last frame."""
+    _, _, end = trace.rpartition(_FRAME)
+    lines = end.splitlines()
+    said = next((at for at, line in enumerate(lines[1:], 1) if line[:1].strip()), 0)
+    return " ".join(" ".join(lines[said:]).split())[-MAX_SAID:]
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from functools import partial
 from gc2ray import ray_pool
 from gc2ray.config import Cluster, Job
 from gc2ray.driver import Display, Driver
+from gc2ray.ending import STOP_SIGNALS, heard
 from gc2ray.generations import RETRIES, retry_numbers
 from gc2ray.lease import Lease, warn_of_others
 from gc2ray.manifest import Plan
@@ -40,8 +41,6 @@ from gc2ray.sources.source import Source
 from gc2ray.staging import check_model
 from gc2ray.store import Store
 from gc2ray.worker import Worker
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ def stopping() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, hear) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, hear) for number in filter(heard, STOP_SIGNALS)}
     try:
         yield stop
     finally:

@@ -31,9 +31,8 @@ OURS = logging.getLogger("gc2ray")
 
 
 def start(*words: object) -> subprocess.Popen[str]:
-    code = "from gc2ray.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)],
+        [sys.executable, "-m", "gc2ray", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,14 +49,13 @@ def gc2ray(*words: object) -> subprocess.CompletedProcess[str]:
 def here(*words: object) -> Result:
     """A command without a process of its own, which is seconds faster; not for those that run Ray.
 
-    What a process sets up for itself, handlers of logs and signals, is put back.
+    What a process sets up for itself, handlers of logs, is put back.
     """
-    root, before = logging.getLogger(), signal.getsignal(signal.SIGTERM)
+    root = logging.getLogger()
     handlers, levels = root.handlers[:], [(name, name.level) for name in (root, OURS)]
     try:
         return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
     finally:
-        signal.signal(signal.SIGTERM, before)
         root.handlers[:] = handlers
         for logger, level in levels:
             logger.setLevel(level)
