@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
-
 from gc2ray.config import Cluster, Job, Recipe
 from gc2ray.errors import ConfigError, Status
 from gc2ray.generations import generation_store
@@ -137,7 +135,8 @@ def latest_failures(output: str) -> tuple[int, int]:
     for index in _doubtful(first, latest):
         found = latest.answers(int(index), MERGED_BY)
         if found is not None:
-            failed += int(pc.sum(pc.not_equal(found["status"], str(Status.OK))).as_py() or 0)
+            statuses = found["status"].to_numpy().astype(str)
+            failed += int(np.count_nonzero(statuses != str(Status.OK)))
             answers += 0 if first.committed[index] else len(found)
     return answers, failed
 
