@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from gc2ray.config import Cluster, Job, Recipe
 from gc2ray.errors import ConfigError, Status
 from gc2ray.generations import generation_store
