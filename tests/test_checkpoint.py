@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "odd pinpoints": (edited(*IMAGES, image_grid_pinpoints="x"), 'of the image processor is "x"'),
     "flat pinpoints": (edited(*IMAGES, image_grid_pinpoints=[[0, 84]]), r"is \[\[0, 84\]\], and"),
     # What would not be done.
-    **{name: (edited(*IMAGES, **{name: False}), f"{name} false") for name in DONE_STEPS},
+    **{name: (edited(*IMAGES, **{name: False}), f"{name} false") for name in sorted(DONE_STEPS)},
     "unknown step": (edited(*IMAGES, do_flip=True), "do_flip true, which is not done here"),
     "no mean": (edited(*IMAGES, image_mean=[]), r"image_mean .* is \[\], and should be 3 numbers"),
     "no deviation": (edited(*IMAGES, image_std=[1, 0, 1]), r"image_std .* is \[1, 0, 1\]"),
