@@ -32,6 +32,7 @@ from urllib.parse import unquote
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from gc2ray.canvas import AnyRes, Tiles
@@ -161,7 +162,8 @@ def read_bytes(ref: ImageRef, policy: ImagePolicy) -> bytes:
     """The encoded image: the bytes of the row, else what lies at its path.
 
     A relative path is looked for under each root in turn. Local paths are compared with symbolic
-    links and `..` resolved. URLs are compared by protocol and whole components, and what is read
+    links and `..` resolved, and what is opened is that file; `::` and the like are characters of a
+    name. URLs are compared by protocol and whole components, and what is read
     is the URL that was compared. HTTP redirects are not followed: they could leave the root.
 
     Trouble that may pass is waited out. Of a storage that stays in trouble nothing is known about
@@ -292,6 +294,9 @@ def _is_web(location: str) -> bool:
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
+    """Where a resolved location is; a local one is a path to the end, whatever it looks like."""
+    if location.startswith("/"):
+        return LocalFileSystem(), location
     options = {"allow_redirects": False} if _is_web(location) else {}
     try:
         fs, inner = fsspec.core.url_to_fs(location, **options)

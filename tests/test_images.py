@@ -346,6 +346,8 @@ def tree(tmp_path):
         "filecache::{root}/sub/image.png",
         "{root}/sub/image.png\0",
         "http://127.0.0.1/{root}/sub/image.png",
+        "door::zip/../../secret.png",
+        "link.png/../../secret.png",
     ],
 )
 def test_path_outside_the_roots_is_refused(path, tree):
@@ -369,6 +371,48 @@ def test_path_under_a_root_is_read(path, tree):
     (tree.parent / "other").mkdir()
     policy = ImagePolicy(roots=(str(tree.parent / "other"), f"{tree}/"))
     assert read_bytes(ImageRef(path=path.format(root=tree)), policy) == PNG
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "link.png::zip",
+        "{root}/link.png::zip",
+        "link.png::",
+        "::link.png",
+        "::{root}/link.png",
+        "sub/image.png::zip",
+        "{root}/sub/image.png::file://{root}/link.png",
+        "sub/image.png::simplecache",
+        "simplecache::link.png",
+        "simplecache::{root}/link.png",
+        "zip::link.png",
+        "memory::link.png",
+        "file:link.png",
+        "file:/{root}/link.png",
+        "file::{root}/link.png",
+        "environ::zip",
+        "~/link.png",
+        "link.png?",
+        "link.png#x",
+        "*.png",
+        "li?k.png",
+        "lin[k].png",
+    ],
+)
+def test_a_local_path_is_nothing_but_a_path(path, tree):
+    """Whatever a library would read into it: no such name is there, so there is no such file."""
+    policy = ImagePolicy(roots=(str(tree),))
+    message = refused(read_bytes, ImageRef(path=path.format(root=tree)), policy)
+    assert "no such image file" in message or "outside" in message
+
+
+@pytest.mark.parametrize("name", ["a::b.png", "::.png", "x::zip", "file:x.png", "~", "*?.png", "#"])
+def test_a_name_may_have_any_characters(name, tree):
+    (tree / name).write_bytes(PNG)
+    policy = ImagePolicy(roots=(str(tree),))
+    for path in (name, f"{tree}/{name}"):
+        assert read_bytes(ImageRef(path=path), policy) == PNG
 
 
 def test_root_may_itself_be_a_link(tree):
@@ -419,6 +463,10 @@ def test_url_under_a_root_is_read(path):
         ("memory://photos/dir", "memory://photos/dir/../dir2/secret.png"),
         ("memory://photos/dir", "../dir2/secret.png"),
         ("memory://photos/dir", "dir::memory://photos/dir/image.png"),
+        ("memory://photos/dir", "memory://photos/dir/image.png::zip"),
+        ("memory://photos/dir", "image.png::zip"),
+        ("memory://photos/dir", "simplecache::memory://photos/dir/image.png"),
+        ("memory://photos/dir", "image.png::memory://photos/dir2/secret.png"),
         ("s3://bucket/dir", "s3://bucket/dir2/image.png"),
         ("s3://bucket/dir", "s3://bucket/dir/../image.png"),
         ("s3://bucket", "s3://bucket2/image.png"),
