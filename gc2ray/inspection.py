@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gc2ray.errors import Status
+from gc2ray.errors import ConfigError, Status
 from gc2ray.generations import Generation
 from gc2ray.records import ANSWER_FIELDS, UNWRITTEN_STATS, answer_schema, table_stats
 from gc2ray.shards import Integers, Shard, row_key
@@ -44,12 +44,15 @@ def inspect(generation: Generation, index: int, *, deep: bool) -> Inspection:
         deep: Read its rows too, not only its footer.
 
     Raises:
+        ConfigError: The part is one of another version.
         OSError: The storage does not answer.
     """
     shard = generation.plan.shards[index]
     try:
         metadata = generation.store.metadata(shard.part_name)
         footer = PartFooter.of(metadata)
+    except ConfigError as error:
+        raise ConfigError(f"{generation.name(shard.part_name)}: {error}") from error
     except ValueError:
         return _bad(generation, shard, "not a part that gc2ray wrote, or cut short")
     problem = next(_footer_problems(generation, shard, footer, metadata), None)

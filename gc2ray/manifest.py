@@ -26,7 +26,10 @@ from gc2ray.config import Recipe, parse_recipe, recipe_difference
 from gc2ray.errors import ConfigError
 from gc2ray.shards import Shards, SourceFile, SpanColumns, cut_shards, digest
 
-FORMAT = 1
+FORMAT = 2
+"""Of a run and its plan; raised whenever this version would go on otherwise with an older one's.
+
+2: kept columns are carried as they come back from Parquet."""
 VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
 PLAN_NAME = "plan/0000.parquet"
 """The first file; `plan_name` tells those of extensions."""
@@ -177,7 +180,7 @@ class Run:
         try:
             content = json.loads(data)
             if content["format"] != FORMAT:
-                raise ConfigError(f"{RUN_NAME}: format {content['format']}, this reads {FORMAT}")
+                raise _other_format(content)
             return Run(
                 recipe=parse_recipe(content["recipe"]),
                 plan_digest=content["plan"]["sha256"],
@@ -200,6 +203,15 @@ class Run:
                 "the output directory belongs to another recipe; choose a new output, or go back "
                 "to the stored settings:\n  " + "\n  ".join(lines)
             )
+
+
+def _other_format(content: dict[str, Any]) -> ConfigError:
+    found, by = content["format"], content["versions"]["gc2ray"]
+    age = "an older" if found < FORMAT else "a newer"
+    return ConfigError(
+        f"{RUN_NAME}: begun by {age} gc2ray, {by} (format {found}); this is {__version__} (format "
+        f"{FORMAT}): choose a new output, or go on with that version"
+    )
 
 
 def plan_name(number: int) -> str:

@@ -24,7 +24,8 @@ from gc2ray.cost import Demand
 from gc2ray.errors import BadRow, Status
 from gc2ray.stats import STAGES, RunStats, merged, retention_bucket, top
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION, SCHEMA_KEY = 3, "gc2ray.schema_version"
+"""Of the answer columns, and where a part's metadata says it."""
 MILLION = 1_000_000
 RECIPES_WAY, UNCOMPRESSED = "recipe", "uncompressed"
 """Ways of compression that every engine knows."""
@@ -330,7 +331,7 @@ class Provenance:
 
 def answer_schema(carried: pa.Schema, metadata: Mapping[str, str] | None = None) -> pa.Schema:
     """The schema of every part: the carried input columns, then the answer columns."""
-    head = {"gc2ray.schema_version": str(SCHEMA_VERSION), **(metadata or {})}
+    head = {SCHEMA_KEY: str(SCHEMA_VERSION), **(metadata or {})}
     return pa.schema([*carried, *ANSWER_FIELDS], metadata=head)
 
 

@@ -40,6 +40,7 @@ from gc2ray.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.footer import parse_footer, read_footer
 from gc2ray.patience import PATIENCE, Patience
 from gc2ray.patient_file import PatientFile
+from gc2ray.records import SCHEMA_KEY, SCHEMA_VERSION
 from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
 
@@ -104,6 +105,7 @@ class PartFooter:
 
         Raises:
             ValueError: It is not a part's.
+            ConfigError: It is one of another version, with other columns.
         """
         found = metadata.metadata or {}
         try:
@@ -111,6 +113,12 @@ class PartFooter:
             stats = RunStats.from_json(values.pop("stats"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a part's footer: {error}") from error
+        version = found.get(SCHEMA_KEY.encode(), b"").decode()
+        if version != str(SCHEMA_VERSION):
+            raise ConfigError(
+                f"written by another version of gc2ray (schema {version or 'unknown'}, this one "
+                f"has {SCHEMA_VERSION}); choose a new output, or go on with that version"
+            )
         if stats.rows != metadata.num_rows:
             raise ValueError(f"{metadata.num_rows} answers, statistics of {stats.rows}")
         # Parts from before there were several prompts per row have an answer per row.
@@ -310,11 +318,13 @@ class Store:
         """The footer of a part.
 
         Raises:
-            ConfigError: It is not a part.
+            ConfigError: It is not a part, or one of another version.
             OSError: The storage does not answer.
         """
         try:
             return PartFooter.of(self.metadata(name))
+        except ConfigError as error:
+            raise ConfigError(f"{self.uri}: {name}: {error}") from error
         except ValueError as error:
             raise ConfigError(
                 f"{self.uri}: {name} is not a part that gc2ray wrote; move it away, and rerun"

@@ -100,9 +100,12 @@ def test_a_damaged_run_is_a_configuration_error(data: bytes) -> None:
         Run.from_bytes(data)
 
 
-def test_another_format_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"run\.json: format 99, this reads 1"):
-        Run.from_bytes(damaged(format=99))
+@pytest.mark.parametrize(("found", "age"), [(1, "an older"), (99, "a newer")])
+def test_another_format_is_named(found: int, age: str) -> None:
+    versions = {"gc2ray": "0.0.9"}
+    told = rf"run\.json: begun by {age} gc2ray, 0\.0\.9 \(format {found}\); this is .* choose a new"
+    with pytest.raises(ConfigError, match=told):
+        Run.from_bytes(damaged(format=found, versions=versions))
 
 
 def other_parquet() -> bytes:
