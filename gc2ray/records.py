@@ -11,6 +11,7 @@ Only audited answers have an `audit` and a `kept_mask` (see `gc2ray.audit`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -337,13 +338,44 @@ def answer_schema(carried: pa.Schema, metadata: Mapping[str, str] | None = None)
 
 def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Provenance) -> pa.Table:
     """Answer rows as a table with `answer_schema(carried)`, in the order given."""
-    columns: dict[str, list[Any]] = {name: [] for name in carried.names}
-    columns |= {item.name: [] for item in ANSWER_FIELDS}
+    columns: dict[str, list[Any]] = {item.name: [] for item in ANSWER_FIELDS}
     for answer in answers:
-        row = {**answer.request.carried, **_answer_row(answer, provenance)}
+        row = _answer_row(answer, provenance)
         for name, column in columns.items():
             column.append(row.get(name))
-    return pa.table(columns, schema=answer_schema(carried))
+    kept = {
+        item.name: _column([answer.request.carried.get(item.name) for answer in answers], item.type)
+        for item in carried
+    }
+    return pa.table({**kept, **columns}, schema=answer_schema(carried))
+
+
+def _column(cells: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Cells, perhaps of files that have them in other types, as one column.
+
+    Array by array: Arrow cannot build every type from single values, lists with nulls among them.
+    """
+    pieces = [pa.nulls(0, kind)]
+    for own, run in itertools.groupby(cells, _type_of):
+        pieces.append(_piece(list(run), own, kind))
+    return pa.concat_arrays(pieces)
+
+
+def _type_of(cell: Any) -> pa.DataType | None:
+    """Of an Arrow scalar; None of a null, and of a Python value."""
+    return cell.type if isinstance(cell, pa.Scalar) else None
+
+
+def _piece(cells: Sequence[Any], own: pa.DataType | None, kind: pa.DataType) -> pa.Array:
+    """Scalars of one type, or none, as another."""
+    if own is None:
+        nothing = all(cell is None for cell in cells)
+        return pa.nulls(len(cells), kind) if nothing else pa.array(cells, kind)
+    if pa.types.is_dictionary(own):  # of each file another one, and all together may not fit
+        values = pa.concat_arrays([pa.repeat(cell, 1).dictionary_decode() for cell in cells])
+        return (values.dictionary_encode() if pa.types.is_dictionary(kind) else values).cast(kind)
+    single = (pa.repeat(cell, 1) for cell in cells)
+    return pa.concat_arrays([cell if own.equals(kind) else cell.cast(kind) for cell in single])
 
 
 UNWRITTEN_STATS = frozenset(

@@ -146,6 +146,33 @@ def test_a_carried_value_may_be_null() -> None:
     assert (record["id"], record["tags"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([[[1], None], None, [None]], pa.list_(pa.list_(pa.int8()))),
+        pa.array([[("k", None)], None, []], pa.map_(pa.string(), pa.list_(pa.int8()))),
+        pa.array([{"a": None}, None, {"a": [None]}], pa.struct([("a", pa.list_(pa.int8()))])),
+    ],
+    ids=lambda cells: str(cells.type),
+)
+def test_nulls_within_carried_values_are_written(cells: pa.Array) -> None:
+    kept = [{"x": cell} if cell.is_valid else {} for cell in cells]
+    answers = [replace(failed(1), request=replace(row(1), carried=found)) for found in kept]
+    column = answer_table(answers, pa.schema([("x", cells.type)]), PROVENANCE)["x"]
+    assert column.combine_chunks().equals(cells)
+
+
+def test_carried_values_of_another_type_are_cast_or_refused() -> None:
+    """Exactly: what does not fit is no answer that looks right."""
+    cells = [pa.scalar(1, pa.int8()), None, 2, pa.scalar("3"), pa.scalar(4, pa.int64())]
+    answers = [replace(failed(1), request=replace(row(1), carried={"x": c})) for c in cells]
+    schema = pa.schema([("x", pa.int32())])
+    assert answer_table(answers, schema, PROVENANCE)["x"].to_pylist() == [1, None, 2, 3, 4]
+    large = replace(failed(1), request=replace(row(1), carried={"x": pa.scalar(2**40)}))
+    with pytest.raises(pa.ArrowInvalid):
+        answer_table([large], schema, PROVENANCE)
+
+
 @pytest.mark.parametrize("rows", [[failed(1), failed(2)], [answered(1), failed(2)]])
 def test_datasets_reads_the_parts(
     tmp_path: Path, rows: list[Answer], monkeypatch: pytest.MonkeyPatch
