@@ -156,12 +156,15 @@ def _key_problems(
     rows: Integers,
     prompts: Integers,
 ) -> Iterator[str]:
-    """The first key that is not made of its row; all keys name a prompt, or none does."""
-    listed = bool(prompts.any()) or keys[0] != row_key(sources[0], int(rows[0]))
-    for key, source, row, prompt in zip(
-        keys, sources, rows.tolist(), prompts.tolist(), strict=True
+    """The first key that is not made of its row; all keys of a source name a prompt, or none."""
+    names, first, number = np.unique(sources.astype(str), return_index=True, return_inverse=True)
+    plain = [row_key(str(name), int(rows[at])) for name, at in zip(names, first, strict=True)]
+    listed = keys[first] != np.array(plain, object)
+    np.logical_or.at(listed, number, prompts > 0)
+    for key, source, row, prompt, names_it in zip(
+        keys, sources, rows.tolist(), prompts.tolist(), listed[number], strict=True
     ):
-        expected = row_key(source, row, prompt if listed else None)
+        expected = row_key(source, row, prompt if names_it else None)
         if key != expected:
             yield f"{expected} has the row_key {key}"
             return

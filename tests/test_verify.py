@@ -9,17 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from gc2ray.config import Job
 from gc2ray.errors import ConfigError, Status
+from gc2ray.generations import generation_store
 from gc2ray.manifest import PLAN_NAME, RUN_NAME
+from gc2ray.planner import store_plan
 from gc2ray.shards import SourceFile, Span
 from gc2ray.stats import RunStats
 from gc2ray.verify import verify
 from tests.outputs import (
     CARRIED,
     FILES,
+    RECIPE,
     all_ok,
+    an_answer,
     answers_of,
     first_plan,
     flip_a_bit,
@@ -319,6 +325,30 @@ def test_a_prompt_that_is_not_as_planned_is_seen_deep_down(tmp_path: Path, kind:
     assert found(tmp_path, deep=True)[0] == (
         f"{name}: {what}, which is not planned so; move it away, and run again"
     )
+
+
+@pytest.mark.parametrize("shard_rows", [4, 20])
+def test_files_with_lists_and_without_are_good_in_one_part(tmp_path: Path, shard_rows: int) -> None:
+    """Each source by itself: its keys all name a prompt, or none does."""
+    listed = {"d/b.parquet"}
+    store = generation_store(str(tmp_path), 0)
+    plan = store_plan(
+        store, Job(output=store.uri, recipe=RECIPE), first_plan(shard_rows=shard_rows)
+    )
+    for shard in plan.shards:
+        answers = [
+            an_answer(source, row, prompt, Status.OK)
+            for source, row in shard.places()
+            for prompt in (range(1 + row % 2) if source in listed else [None])
+        ]
+        store.commit(shard, part_of(shard, answers), "token")
+    assert found(tmp_path, deep=True) == ()
+    part = tmp_path / plan.shards[-1].part_name
+    keys = pq.read_table(part)["row_key"].to_pylist()
+    plain = [key.removesuffix("#0") if key.startswith("d/b.parquet#5") else key for key in keys]
+    rewrite(part, lambda table: with_column(table, "row_key", plain))
+    (problem,) = found(tmp_path, deep=True)
+    assert "d/b.parquet#5#0 has the row_key d/b.parquet#5" in problem
 
 
 VALUES = {
