@@ -27,7 +27,7 @@ from gc2ray.errors import ConfigError, ShardError, Status
 from gc2ray.patience import Patience
 from gc2ray.records import Answer, ImageRef, Provenance, Request, answer_table
 from gc2ray.shards import SourceFile, Span, cut_shards
-from gc2ray.sources import listing
+from gc2ray.sources import places
 from gc2ray.sources.parquet import ParquetRows
 from gc2ray.sources.source import Source
 from tests.rows import make_recipe, picture, write_rows
@@ -597,9 +597,11 @@ def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyP
     asked: list[str] = []
 
     class Hub:
-        def glob(self, path: str) -> list[str]:
+        protocol = "hf"
+
+        def glob(self, path: str, *, detail: bool) -> dict[str, object]:
             asked.append(path)
-            return []
+            return {}
 
         def invalidate_cache(self) -> None:
             pass
@@ -607,7 +609,7 @@ def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyP
     def url_to_fs(url: str) -> tuple[Hub, str]:
         return Hub(), url.removeprefix("hf://")
 
-    monkeypatch.setattr(listing.fsspec.core, "url_to_fs", url_to_fs)
+    monkeypatch.setattr(places.fsspec.core, "url_to_fs", url_to_fs)
     refusal(source_of("hf:owner/name?split=train"))
     refusal(source_of("hf:name?split=test&subset=large"))
     assert asked == [
@@ -627,9 +629,9 @@ def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyP
 def test_a_hub_that_does_not_answer_is_a_configuration_error(
     monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
-    hub = Mock()
+    hub = Mock(protocol="hf")
     hub.glob.side_effect = error
-    monkeypatch.setattr(listing.fsspec.core, "url_to_fs", lambda _: (hub, "datasets/a/*.parquet"))
+    monkeypatch.setattr(places.fsspec.core, "url_to_fs", lambda _: (hub, "datasets/a/*.parquet"))
     config = make_recipe("model", input__uri="hf:owner/name?split=train").input
     with pytest.raises(ConfigError, match=rf"recipe\.input\.uri: datasets/a.*: .*{told}"):
         Source(config, Patience(total_seconds=0.0)).scan()
@@ -750,13 +752,13 @@ def test_shards_of_one_group_are_read_in_one_go(tmp_path: Path, begun: list[int]
 def test_an_input_is_located_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of its entries are files has to be asked of the storage, one by one."""
     located: list[str] = []
-    of = listing.Place.of
+    of = places.Place.of
 
-    def noted(uri: str, *rest: Any) -> listing.Place:
+    def noted(uri: str, *rest: Any) -> places.Place:
         located.append(uri)
         return of(uri, *rest)
 
-    monkeypatch.setattr(listing.Place, "of", noted)
+    monkeypatch.setattr(places.Place, "of", noted)
     uris = [f"{tree}/a.parquet", f"{tree}/b.parquet"]
     source = source_of(uris)
     files, _ = source.scan()

@@ -1,12 +1,13 @@
-"""`Listing`: which files an input is made of.
+"""`Listing`: which files an input is made of, and what they are called.
 
-An input is a file, a directory, a glob, or a list of these, local or behind any fsspec URL, all on
-one storage. Of directories and globs only Parquet files are taken, without those whose name, or
-folder, begins with `_` or `.`. A directory that `datasets` has saved is taken by its own list of
-files. `hf:OWNER/NAME?split=SPLIT` is the Parquet that the hub makes of its datasets.
+An input is an entry or a list of these, all on one storage; `gc2ray.sources.places` says what an
+entry is. A file that several entries name, or one in several ways, is one source.
 
 Sources are named by their path below the root: the folder that is named, the one of the file, the
-one before the first `*`; of a list the deepest that all have in common.
+one before the first component of a pattern; of a list the deepest that all have in common. Paths
+of a storage are never rewritten: their doubled slashes and dots may be part of a name. What stands
+behind `?` in a URL of the web, often a signature, is no part of its source's name where that names
+one URL only.
 
 Not covered: datasets of the hub of which it has converted only a part: name their own files, as
 `hf://datasets/OWNER/NAME/data/train-*.parquet`.
@@ -14,107 +15,25 @@ Not covered: datasets of the hub of which it has converted only a part: name the
 
 from __future__ import annotations
 
-import json
-import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import fsspec
 
-from gc2ray.config import HUB
-from gc2ray.errors import STORAGE_ERRORS, ConfigError
+from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
+from gc2ray.sources.places import URI_KEY, Place, is_local, is_web, protocols
 
-PARQUET, ARROW = ".parquet", ".arrow"
-HUB_KEYS = {"split", "subset"}
-SAVED_FILES, SAVED_SPLITS = "state.json", "dataset_dict.json"
-_KEY = "recipe.input.uri"
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"}
+"""Their names are keys, not paths: `..` is part of one."""
 
-
-@dataclass(frozen=True)
-class Place:
-    """An entry of an input: a path or pattern on a storage, and the root of its sources."""
-
-    filesystem: Any
-    root: str
-    path: str
-
-    @staticmethod
-    def of(uri: str, patience: Patience) -> Place:
-        """Where an entry is.
-
-        Raises:
-            ConfigError: No such storage, it does not answer, or no such way to name a dataset.
-        """
-        try:
-            filesystem, path = fsspec.core.url_to_fs(_hub_url(uri) if _is_hub(uri) else uri)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"{_KEY}: {error}") from error
-        if "*" in path or "?" in path:
-            fixed = path[: min(path.find(mark) for mark in "*?" if mark in path)]
-            return Place(filesystem, posixpath.dirname(fixed), path)
-        is_file = path.endswith((PARQUET, ARROW)) and not _is_directory(filesystem, path, patience)
-        return Place(filesystem, posixpath.dirname(path) if is_file else path.rstrip("/"), path)
-
-    def files(self, patience: Patience) -> list[str]:
-        """Paths of its files, in order.
-
-        Args:
-            patience: With a storage in trouble.
-
-        Raises:
-            ConfigError: The storage does not answer, or what is there is no input.
-        """
-        try:
-            return patience.call(f"listing {self.path}", lambda: sorted(self._files()))
-        except FileNotFoundError:
-            return []
-        except STORAGE_ERRORS as error:
-            raise ConfigError(f"{_KEY}: {self.path}: {error}") from error
-
-    def _files(self) -> Iterator[str]:
-        if "*" in self.path or "?" in self.path:
-            yield from self._visible(self.filesystem.glob(self.path))
-        elif self.root != self.path.rstrip("/"):
-            # A file that is named is meant, whatever its name.
-            yield from [self.path] if self.filesystem.exists(self.path) else []
-        elif self.filesystem.exists(f"{self.root}/{SAVED_SPLITS}"):
-            splits = self._told(SAVED_SPLITS, lambda told: told["splits"])
-            raise ConfigError(
-                f"{_KEY}: {self.root} holds the splits {', '.join(splits)}; name one of them, as "
-                f"{self.root}/{splits[0]}"
-            )
-        elif self.filesystem.exists(f"{self.root}/{SAVED_FILES}"):
-            yield from self._saved()
-        else:
-            yield from self._visible(self.filesystem.find(self.path))
-
-    def _visible(self, found: Sequence[str]) -> Iterator[str]:
-        for path in found:
-            parts = posixpath.relpath(path, self.root).split("/")
-            hidden = any(part.startswith(("_", ".")) for part in parts)
-            if path.endswith(PARQUET) and not hidden:
-                yield path
-
-    def _saved(self) -> Iterator[str]:
-        """Files of a dataset that was saved: beside them may lie others, of its cache."""
-        names = self._told(SAVED_FILES, lambda t: [file["filename"] for file in t["_data_files"]])
-        yield from (f"{self.root}/{posixpath.basename(name)}" for name in names)
-
-    def _told(self, name: str, names: Callable[[Any], Iterable[str]]) -> list[str]:
-        """Names that a file of `datasets` tells.
-
-        Raises:
-            ConfigError: It does not.
-        """
-        try:
-            told = json.loads(self.filesystem.cat_file(f"{self.root}/{name}"))
-            return list(map(str, names(told)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{_KEY}: {self.root}/{name}: not written by datasets") from error
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,15 +42,17 @@ class Listing:
 
     Attributes:
         filesystem: The storage.
-        root: What sources are named below.
+        root: What sources are named below; ends with a slash, where it is not empty.
         places: The entries.
         patience: With the storage in trouble.
+        queries: Of URLs that are named without their query, by that name: the query, with its `?`.
     """
 
     filesystem: Any
     root: str
     places: tuple[Place, ...]
     patience: Patience
+    queries: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(uris: Sequence[str], patience: Patience) -> Listing:
@@ -143,9 +64,12 @@ class Listing:
         places = tuple(Place.of(uri, patience) for uri in uris)
         first = places[0].filesystem
         if any(place.filesystem != first for place in places):
-            raise ConfigError(f"{_KEY}: its entries are on different storages; copy, or run twice")
-        root = posixpath.commonpath([place.root for place in places])
-        return Listing(first, root if len(places) > 1 else places[0].root, places, patience)
+            raise ConfigError(
+                f"{URI_KEY}: its entries are on different storages; copy, or run twice"
+            )
+        root = _common([place.root for place in places])
+        queries = _queries(places) if is_web(first) else {}
+        return Listing(first, root, places, patience, queries)
 
     @contextmanager
     def listed(self) -> Iterator[list[str]]:
@@ -159,44 +83,87 @@ class Listing:
         """
         self.filesystem.invalidate_cache()
         try:
-            found = (path for place in self.places for path in place.files(self.patience))
-            yield list(dict.fromkeys(found))
+            files = [place.files(self.patience) for place in self.places]
+            empty = [place for place, found in zip(self.places, files, strict=True) if not found]
+            if len(empty) < len(files):
+                for place in empty:
+                    log.warning("%s: no Parquet files at %s", URI_KEY, place.shown)
+            once: dict[str, str] = {}
+            for path in (path for found in files for path in found):
+                once.setdefault(self._identity(path), path)
+            yield list(once.values())
         finally:
             self.filesystem.invalidate_cache()
 
+    def missing(self) -> str:
+        """What is not there, of an input without files: a word more than that, if any is known."""
+        for place in self.places:
+            bucket = place.root.split("/")[0]
+            if {"s3", "gs"} & set(protocols(self.filesystem)) and not self._is_there(bucket):
+                return f": there is no bucket {bucket!r}, or no permission to list it"
+        return ""
+
+    def _is_there(self, path: str) -> bool:
+        return bool(self.filesystem.exists(path))
+
+    def would_take(self, folder: str, names: Sequence[str]) -> bool:
+        """Whether one of some files would be input, if it were there.
+
+        Args:
+            folder: That they are below: local path, or any fsspec URL.
+            names: Theirs, below that.
+        """
+        filesystem, path = fsspec.core.url_to_fs(folder)
+        same = bool(filesystem == self.filesystem)
+        return same and any(place.would_take(path, names) for place in self.places)
+
     def source(self, path: str) -> str:
         """What a file is called in answers."""
-        return posixpath.relpath(path, self.root)
+        plain, mark, query = path.partition("?")
+        named = plain if self.queries.get(plain) == f"{mark}{query}" else path
+        return named.removeprefix(self.root)
 
     def path(self, source: str) -> str:
         """The inverse of `source`."""
-        return posixpath.normpath(posixpath.join(self.root, source))
+        named = f"{self.root}{source}"
+        return f"{named}{self.queries.get(named, '')}"
+
+    def _identity(self, path: str) -> str:
+        """The same for all spellings of a file."""
+        if is_local(self.filesystem):
+            return os.path.realpath(path)
+        if OBJECT_STORES & set(protocols(self.filesystem)):
+            return path
+        if not is_web(self.filesystem):
+            return _without_dots(path)
+        url = urlsplit(path)
+        return url._replace(netloc=url.netloc.lower(), path=_without_dots(url.path)).geturl()
 
 
-def _is_directory(filesystem: Any, path: str, patience: Patience) -> bool:
-    try:
-        return bool(patience.call(f"asking for {path}", lambda: filesystem.isdir(path)))
-    except STORAGE_ERRORS as error:
-        raise ConfigError(f"{_KEY}: {path}: {error}") from error
+def _common(roots: Sequence[str]) -> str:
+    """The deepest folder that some have in common, or all there are, with a slash at the end."""
+    if len(set(roots)) == 1:
+        return f"{roots[0]}/"
+    shared = []
+    for parts in zip(*(root.split("/") for root in roots), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}/" for part in shared)
 
 
-def _is_hub(uri: str) -> bool:
-    return uri.startswith(HUB) and not uri.startswith(f"{HUB}//")
+def _queries(places: Sequence[Place]) -> dict[str, str]:
+    """Queries of files that no other entry tells apart, by URL."""
+    split = {place.path: place.path.partition("?") for place in places if place.path}
+    count = Counter(plain for plain, _, _ in split.values())
+    return {plain: f"{mark}{query}" for plain, mark, query in split.values() if count[plain] == 1}
 
 
-def _hub_url(uri: str) -> str:
-    """The converted files of a dataset of the hub.
-
-    Raises:
-        ConfigError: Not `hf:OWNER/NAME?split=SPLIT`, perhaps with a subset.
-    """
-    parts = urlsplit(uri)
-    asked = parse_qs(parts.query)
-    if parts.path.count("/") > 1 or "split" not in asked or not {*asked} <= HUB_KEYS:
-        raise ConfigError(
-            f"{_KEY}: {uri} is not of the form hf:OWNER/NAME?split=SPLIT&subset=SUBSET, where "
-            "subset may be left out"
-        )
-    subset = asked.get("subset", ["default"])[0]
-    converted = f"{parts.path}@refs/convert/parquet/{subset}/{asked['split'][0]}"
-    return f"hf://datasets/{converted}/*{PARQUET}"
+def _without_dots(path: str) -> str:
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part != ".":
+            parts.append(part)
+    return "/".join(parts)

@@ -9,33 +9,50 @@ Not covered: reading from several threads at a time.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from gc2ray.config import InputConfig
-from gc2ray.errors import STORAGE_ERRORS, ConfigError, ShardError
+from gc2ray.errors import STORAGE_ERRORS, ConfigError, ShardError, first_line
 from gc2ray.footer import Readable, read_footer
 from gc2ray.patience import PATIENCE, Patience
 from gc2ray.patient_file import PatientFile
 from gc2ray.records import Request
 from gc2ray.shards import SourceFile, Span, digest
 from gc2ray.sources.arrow import ArrowRows
-from gc2ray.sources.listing import ARROW, Listing
+from gc2ray.sources.listing import Listing
 from gc2ray.sources.parquet import ParquetRows
+from gc2ray.sources.places import ARROW, URI_KEY, is_web
 from gc2ray.sources.row_reader import RowReader
 
 FOOTER_THREADS = 16
 LARGE_GROUP_BYTES = 256 << 20
 END_BYTES = 64 << 10
+PEEK_BYTES = 64
+BEGINNINGS = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file; `git lfs pull` fetches it"),
+    (b"<", "an HTML or XML page"),
+    (b"PARE", "an encrypted Parquet file"),
+    (b"PAR1", "a Parquet file that is cut short or damaged"),
+    (b"ARROW1", "an Arrow file, perhaps damaged"),
+)
+MAGICS = (b"PAR1", b"ARROW1")
+CHANGED = ("mtime", "LastModified", "Last-Modified", "created", "Content-MD5", "Digest")
+"""What storages call the time of a change, or tell in its place."""
+WEAK = "W/"
+OF_AN_OUTPUT = re.compile(r"(^|/)(plan/\d{4}|data/part-\d{7}-[0-9a-f]{16})\.parquet$")
 READ_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, pa.ArrowException)
 
 log = logging.getLogger(__name__)
@@ -69,42 +86,80 @@ class Source:
         with self._listing.listed() as found:
             if not found:
                 raise ConfigError(
-                    f"recipe.input.uri: no Parquet files at {', '.join(self.config.uris())}"
+                    f"{URI_KEY}: no Parquet files at {', '.join(self.config.uris())}"
+                    f"{self._listing.missing()}"
                 )
-            try:
-                with self._opened(found[0]) as rows:
-                    schema = self._rows.check(rows.schema)
-            except READ_ERRORS as error:
-                raise ConfigError(
-                    f"recipe.input.uri: {found[0]} cannot be read: {error}"
-                ) from error
-            looked = self._looked(found, schema)
+            looked = self._looked(found)
         _warn_of_large_groups(looked)
-        return [file.file for file in looked], self._rows.carried(schema)
+        return [file.file for file in looked], self._rows.carried(looked[0].columns)
 
-    def _looked(self, paths: Sequence[str], schema: pa.Schema) -> list[_Looked]:
-        """A look at every file.
+    def would_take(self, folder: str, names: Sequence[str]) -> bool:
+        """Whether one of some files would be input, if it were there.
 
         Args:
-            paths: Of them.
-            schema: Of the first one's columns.
+            folder: That they are below: local path, or any fsspec URL.
+            names: Theirs, below that.
 
         Raises:
-            ConfigError: One cannot be read, or has other columns.
+            ConfigError: The input's storage does not answer.
         """
+        return self._listing.would_take(folder, names)
 
-        def look(path: str) -> _Looked:
-            source = self._listing.source(path)
-            with self._opened(path) as rows:
-                self._rows.check_same(schema, rows.schema, source)
-                largest = max(rows.group_bytes(self._rows.columns), default=0)
-                return _Looked(SourceFile(source, self._fingerprint(path), rows.groups()), largest)
+    def _looked(self, paths: Sequence[str]) -> list[_Looked]:
+        """A look at every file, and at the first one first: what is wrong is so in all, as a rule.
 
+        Raises:
+            ConfigError: One cannot be read, or has not the columns.
+        """
+        first = self._look(paths[0])
+        with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
+            return [first, *pool.map(lambda path: self._look(path, first.columns), paths[1:])]
+
+    def _look(self, path: str, expected: pa.Schema | None = None) -> _Looked:
+        source = self._listing.source(path)
         try:
-            with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
-                return list(pool.map(look, paths))
-        except READ_ERRORS as error:
-            raise ConfigError(f"recipe.input.uri: an input file cannot be read: {error}") from error
+            fingerprint = self._fingerprint(path)
+            with self._opened(path) as rows:
+                columns = self._checked(rows.schema, source, expected)
+                largest = max(rows.group_bytes(self._rows.columns), default=0)
+                file = SourceFile(source, fingerprint, rows.groups())
+                return _Looked(file, columns, largest)
+        except (*READ_ERRORS, *self._web_errors) as error:
+            told = self._diagnosis(path, error)
+            raise ConfigError(f"{URI_KEY}: {source} cannot be read: {told}") from error
+
+    @cached_property
+    def _web_errors(self) -> tuple[type[Exception], ...]:
+        """What the web's filesystem raises, too, of servers that serve no ranges."""
+        return (ValueError,) if is_web(self._listing.filesystem) else ()
+
+    def _checked(self, schema: pa.Schema, source: str, expected: pa.Schema | None) -> pa.Schema:
+        """As `RowReader.check`; of what looks like an output's own file that is said."""
+        try:
+            if expected is None:
+                return self._rows.check(schema)
+            self._rows.check_same(expected, schema, source)
+            return expected
+        except ConfigError as error:
+            if not OF_AN_OUTPUT.search(source):
+                raise
+            raise ConfigError(
+                f"{URI_KEY}: {source} seems to be of an output of gc2ray that lies in the input; "
+                "move that output, or name the input's own files by a pattern"
+            ) from error
+
+    def _diagnosis(self, path: str, error: Exception) -> str:
+        """What a file is that cannot be read, as far as its size and beginning tell."""
+        if not isinstance(error, pa.ArrowException) and not _is_of_parquet(error):
+            return str(error)  # the storage's trouble
+        try:
+            size = int(self._info(path)["size"])
+            with self._file(path) as file:
+                begin = file.read(PEEK_BYTES)
+        except READ_ERRORS:
+            return str(error)
+        told = f"{_what_begins(begin)} ({size:,} bytes)"
+        return f"{told}: {first_line(error)}" if begin.startswith(MAGICS) else told
 
     def read(self, span: Span, host_memory_bytes: int) -> Iterator[Request]:
         """The requests of a span in order: at least one per row, one for each of its prompts.
@@ -123,14 +178,15 @@ class Source:
             reading = self._resumed(span)
             if reading is None:
                 opened = self._opened(path)
-                reading = _Reading(opened, span, self._rows.columns, host_memory_bytes)
+                columns = self._rows.columns
+                reading = _Reading(opened, span, columns, host_memory_bytes)
             for row, record in reading.records(span.stop):
                 yield from self._rows.requests(span.source, row, record)
             if reading.row < span.stop:
                 raise ShardError(f"{span.source} ends at row {reading.row}, planned to {span.stop}")
             self._check_unchanged(path, span)  # or two files may have been read
             self._kept, reading = reading, None
-        except READ_ERRORS as error:
+        except (*READ_ERRORS, *self._web_errors) as error:
             raise ShardError(f"{span.source}: {error}") from error
         finally:
             if reading is not None:
@@ -176,22 +232,46 @@ class Source:
             raise ShardError(f"{span.source} changed since the run was planned")
 
     def _fingerprint(self, path: str) -> str:
-        """The store's ETag; without one, size, time of change and a digest of the footer."""
-        filesystem = self._listing.filesystem
-        info = self._patience.call(f"asking for {path}", lambda: filesystem.info(path))
-        if info.get("ETag"):
-            return f"etag:{info['ETag']}".replace('"', "")
+        """The store's ETag; without one, size, time of change and a digest of the footer.
+
+        A weak ETag alone will not do: bytes may change under it.
+        """
+        info = self._info(path)
+        tag = str(info.get("ETag") or "")
+        if tag and not tag.startswith(WEAK):
+            return f"etag:{tag}".replace('"', "")
         with self._file(path) as file:
             footer = digest(_end(file) if path.endswith(ARROW) else read_footer(file))[:16]
-        changed = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
-        return f"size:{int(info['size'])} changed:{changed} footer:{footer}"
+        changed = next((str(info[key]) for key in CHANGED if info.get(key)), "")
+        told = f"{changed} {tag}".strip().replace('"', "")
+        return f"size:{int(info['size'])} changed:{told} footer:{footer}"
+
+    def _info(self, path: str) -> Mapping[str, Any]:
+        """What the storage says of a file.
+
+        Raises:
+            OSError: There is none, or it cannot be read but from its beginning to its end.
+        """
+        filesystem = self._listing.filesystem
+        info: Mapping[str, Any] = self._patience.call(
+            f"asking for {path}", lambda: filesystem.info(path)
+        )
+        if info.get("size") is None or info.get("partial") is False:
+            raise OSError(
+                errno.ESPIPE,
+                "the server gives no size or serves no ranges, which Parquet needs; copy the file "
+                "to a disk or a bucket",
+                path,
+            )
+        return info
 
 
 @dataclass(frozen=True)
 class _Looked:
-    """A file, and the bytes of its largest row group."""
+    """A file, the columns of it that are read, and the bytes of its largest row group."""
 
     file: SourceFile
+    columns: pa.Schema
     largest_bytes: int
 
 
@@ -248,6 +328,18 @@ class _Reading:
                 return None
             self._rest = batch.slice(min(len(batch), max(0, self.row - start)))
         return self._rest
+
+
+def _is_of_parquet(error: Exception) -> bool:
+    """Whether an error is of pyarrow's reader, which raises plain ones, too."""
+    return type(error) is OSError and error.errno is None
+
+
+def _what_begins(begin: bytes) -> str:
+    """What a file is that begins so."""
+    if not begin:
+        return "it is empty"
+    return next((told for mark, told in BEGINNINGS if begin.startswith(mark)), "no Parquet file")
 
 
 def _warn_of_large_groups(looked: Sequence[_Looked]) -> None:
