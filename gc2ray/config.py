@@ -197,7 +197,8 @@ class InputConfig(Frozen):
             has saved; `hf:OWNER/NAME?split=SPLIT`; or a list of these.
         image: Column of images: struct of bytes and path, binary, or path.
         prompt: Where the prompt comes from.
-        keep: Input columns written back with the answers.
+        keep: Input columns written back with the answers; `{answer: reference}` is one that is
+            written under another name, here the input's `answer` as `reference`.
         image_roots: Directories or URL prefixes under which image paths may be read.
         max_image_bytes: Larger files are refused, row by row.
         max_image_pixels: Larger images are refused by their header.
@@ -206,7 +207,7 @@ class InputConfig(Frozen):
     uri: str | Annotated[tuple[str, ...], Field(min_length=1)]
     image: str = "image"
     prompt: PromptConfig
-    keep: tuple[str, ...] = ()
+    keep: tuple[str | dict[str, str], ...] = ()
     image_roots: tuple[str, ...] = ()
     max_image_bytes: int = Field(default=64 * MIB, gt=0)
     max_image_pixels: int = Field(default=80_000_000, gt=0)
@@ -218,11 +219,17 @@ class InputConfig(Frozen):
 
     @field_validator("keep")
     @classmethod
-    def _free(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
-        taken = [name for name in keep if name in ANSWER_COLUMNS]
+    def _free(cls, keep: tuple[str | dict[str, str], ...]) -> tuple[str | dict[str, str], ...]:
+        if any(isinstance(item, dict) and len(item) != 1 for item in keep):
+            raise ValueError("a renamed column is written {column: name}, each by itself")
+        names = [name for name, _ in map(_renamed, keep)]
+        taken = [name for name in names if name in ANSWER_COLUMNS]
         if taken:
-            raise ValueError(f"{taken[0]!r} is a column of the answers; rename it in the input")
-        if len(set(keep)) < len(keep):
+            raise ValueError(
+                f"{taken[0]!r} is a column of the answers; write it under another name, as "
+                f"{{{taken[0]}: input_{taken[0]}}}"
+            )
+        if len(set(names)) < len(names):
             raise ValueError("a column is named twice")
         return keep
 
@@ -240,7 +247,12 @@ class InputConfig(Frozen):
 
     def columns(self) -> tuple[str, ...]:
         """The input columns that are read."""
-        return tuple(dict.fromkeys([self.image, *self.prompt.source().columns(), *self.keep]))
+        kept = self.kept().values()
+        return tuple(dict.fromkeys([self.image, *self.prompt.source().columns(), *kept]))
+
+    def kept(self) -> dict[str, str]:
+        """Columns that are written back: by the name they are written under, the input's own."""
+        return dict(map(_renamed, self.keep))
 
 
 class AuditConfig(Frozen):
@@ -537,6 +549,14 @@ def _places(job: Job) -> dict[str, list[str]]:
         "recipe.input.uri": list(recipe.input.uris()),
         "recipe.input.image_roots": list(recipe.input.image_roots),
     }
+
+
+def _renamed(kept: str | dict[str, str]) -> tuple[str, str]:
+    """The name that a kept column is written under, and its own."""
+    if isinstance(kept, str):
+        return kept, kept
+    ((column, name),) = kept.items()
+    return name, column
 
 
 def _absolute(place: str) -> str:

@@ -36,6 +36,8 @@ class PromptSource:
             raise ValueError("set exactly one of column, template, constant")
         if self.constant is not None and not self.constant.strip():
             raise ValueError("the constant is empty")
+        if self.template is not None and not self.template.strip():
+            raise ValueError("the template is empty")
         self.columns()
 
     def columns(self) -> tuple[str, ...]:
@@ -52,12 +54,14 @@ class PromptSource:
         """The text of a row.
 
         Raises:
-            BadRow: A needed value is null or not text (`bad_prompt`).
+            BadRow: A needed value is null, NaN or not text (`bad_prompt`).
         """
         values = {name: row[name] for name in self.columns()}
         for name, value in values.items():
             if value is None:
                 raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is null")
+            if value != value:  # what pandas makes of a missing number
+                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is not a number")
         if self.column is not None:
             text = values[self.column]
         else:

@@ -100,7 +100,7 @@ def tuned(job: Job, wish: Wish) -> Tuning:
         ConfigError: Something that was asked for makes no sense, or model or input cannot be used.
     """
     target, settings = wish.checked_target(), settings_of(job, wish)
-    keep = job.recipe.input.keep
+    keep = job.recipe.input.kept()
     if wish.reference is not None and wish.reference not in keep:
         raise ConfigError(f"--reference: recipe.input.keep does not name {wish.reference!r}")
     source = Source(job.recipe.input)

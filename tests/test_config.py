@@ -258,11 +258,46 @@ def test_a_broken_template_is_refused(template: str) -> None:
 @pytest.mark.parametrize("column", sorted(ANSWER_COLUMNS))
 def test_a_kept_column_may_not_hide_an_answer_column(column: str) -> None:
     message = refusal("recipe.input.keep", ["id", column])
-    assert message.startswith(f"recipe.input.keep: '{column}' is a column of the answers; rename")
+    assert message.startswith(f"recipe.input.keep: '{column}' is a column of the answers; write ")
 
 
-def test_a_column_is_kept_once() -> None:
-    assert "recipe.input.keep" in refusal("recipe.input.keep", ["id", "id"])
+@pytest.mark.parametrize(
+    "keep", [["id", "id"], ["id", {"x": "id"}], [{"x": "a"}, {"y": "a"}]], ids=str
+)
+def test_a_name_is_written_once(keep: list[object]) -> None:
+    assert "recipe.input.keep: a column is named twice" in refusal("recipe.input.keep", keep)
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [
+        ({"x": "answer"}, "'answer' is a column of the answers; write it under another name"),
+        ({"a": "b", "c": "d"}, "a renamed column is written {column: name}, each by itself"),
+        ({}, "a renamed column is written {column: name}, each by itself"),
+        ({"a": 1}, "recipe.input.keep"),
+        (1, "recipe.input.keep"),
+    ],
+    ids=str,
+)
+def test_a_renaming_that_makes_no_sense_is_refused(kept: object, told: str) -> None:
+    assert told in refusal("recipe.input.keep", ["id", kept])
+
+
+def test_a_kept_column_may_be_renamed() -> None:
+    """Which is written into the recipe; that of one that renames nothing stays what it was."""
+    keep = ["id", {"answer": "reference"}, {"answer": "again"}]
+    recipe = parse_job(data_with("recipe.input.keep", keep)).recipe
+    assert recipe.input.kept() == {"id": "id", "reference": "answer", "again": "answer"}
+    assert recipe.input.columns() == ("image", "id", "answer")
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+    assert parse_recipe(recipe.model_dump(mode="json")).fingerprint() == recipe.fingerprint()
+    plain = parse_job(data_with("recipe.input.keep", ["id", "answer_"])).recipe
+    assert '"keep":["id","answer_"]' in plain.model_dump_json(exclude_defaults=True)
+
+
+def test_an_empty_template_is_refused() -> None:
+    for template in ("", " \n"):
+        assert "the template is empty" in refusal("recipe.input.prompt", {"template": template})
 
 
 def test_what_comes_later_is_refused_by_name() -> None:

@@ -164,6 +164,17 @@ def test_a_required_column_is_written_back_as_nullable(tmp_path: Path) -> None:
         ),
         ([{"bytes": b"x"}], pa.struct([("bytes", pa.binary())]), [ImageRef(b"x")]),
         ([{"path": "a"}], pa.struct([("path", pa.string())]), [ImageRef(path="a")]),
+        ([b"x", None], pa.binary_view(), [ImageRef(b"x"), ImageRef()]),
+        ([b"xy"], pa.binary(2), [ImageRef(b"xy")]),
+        ([b"x", b"x"], pa.dictionary(pa.int8(), pa.binary()), [ImageRef(b"x")] * 2),
+        (["a", None], pa.string_view(), [ImageRef(path="a"), ImageRef()]),
+        (["a", "a"], pa.dictionary(pa.int8(), pa.string()), [ImageRef(path="a")] * 2),
+        ([None], pa.null(), [ImageRef()]),
+        (
+            [{"bytes": b"x", "path": None}],
+            pa.struct([("bytes", pa.binary_view()), ("path", pa.null())]),
+            [ImageRef(b"x")],
+        ),
     ],
 )
 def test_image_columns(
@@ -181,16 +192,17 @@ def test_images_by_path_need_a_root(tmp_path: Path, kind: pa.DataType) -> None:
     """Without one every row would fail, one by one."""
     write(tmp_path / "a.parquet", image=pa.array([], kind))
     message = refusal(source_of(tmp_path))
-    assert message.startswith(f"recipe.input.image_roots: column 'image' is {kind}: images by path")
+    start = f"recipe.input.image_roots: column 'image' is {kind} in a.parquet: images by path"
+    assert message.startswith(start)
 
 
 def test_a_missing_column_is_named_with_its_nearest(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=[b"x"], question=["q"])
     assert refusal(source_of(tmp_path, prompt={"column": "qestion"})) == (
-        "recipe.input: no column 'qestion' in the input; did you mean 'question'?"
+        "recipe.input: no column 'qestion' in a.parquet; did you mean 'question'?"
     )
     assert refusal(source_of(tmp_path, keep=["zzz"])) == (
-        "recipe.input: no column 'zzz' in the input; it has image, question"
+        "recipe.input: no column 'zzz' in a.parquet; it has image, question"
     )
     assert "no column 'imag'" in refusal(source_of(tmp_path, image="imag"))
     assert "no column 'r'" in refusal(source_of(tmp_path, prompt={"template": "{question} {r}"}))
@@ -202,25 +214,82 @@ def test_a_missing_column_is_named_with_its_nearest(tmp_path: Path) -> None:
         ([1], ["q"], "recipe.input.image: column 'image' is int64"),
         ([[b"x"]], ["q"], "recipe.input.image: column 'image' is list<"),
         ([{"data": b"x"}], ["q"], "recipe.input.image: column 'image' is struct<data"),
-        ([b"x"], [1], "recipe.input.prompt.column: column 'prompt' is int64; expected string, or "),
+        ([{"bytes": "eA=="}], ["q"], "recipe.input.image: column 'image' is struct<bytes: string>"),
+        ([{"bytes": [1]}], ["q"], "recipe.input.image: column 'image' is struct<bytes: list<"),
+        ([{"bytes": b"x", "path": 1}], ["q"], "recipe.input.image: column 'image' is struct<bytes"),
+        (
+            [b"x"],
+            [1],
+            "recipe.input.prompt.column: column 'prompt' is int64 in a.parquet; expected string",
+        ),
         ([b"x"], [[1]], "recipe.input.prompt.column: column 'prompt' is list<"),
         ([b"x"], [[["q"]]], "recipe.input.prompt.column: column 'prompt' is list<"),
         ([b"x"], [{"q": "r"}], "recipe.input.prompt.column: column 'prompt' is struct<"),
     ],
 )
-def test_wrong_types_are_refused(tmp_path: Path, image: Any, prompt: Any, key: str) -> None:
-    write(tmp_path / "a.parquet", image=image, prompt=prompt)
-    assert refusal(source_of(tmp_path, prompt=COLUMN)).startswith(key)
+@pytest.mark.parametrize("name", ["a.parquet", "c.parquet"])
+def test_wrong_types_are_refused_whichever_file_has_them(
+    tmp_path: Path, image: Any, prompt: Any, key: str, name: str
+) -> None:
+    write(tmp_path / "b.parquet", image=[b"x"], prompt=["q"])
+    write(tmp_path / name, image=image, prompt=prompt)
+    message = refusal(source_of(tmp_path, prompt=COLUMN))
+    assert message.startswith(key.replace("a.parquet", name))
+    assert f"in {name}; expected" in message
+
+
+TIMES = [pa.timestamp("us"), pa.date32(), pa.time64("us")]
+
+
+@pytest.mark.parametrize(
+    ("cells", "fits"),
+    [
+        (pa.array(["q"]), True),
+        (pa.array(["q"]).dictionary_encode(), True),
+        (pa.array([1]), True),
+        (pa.array([1]).dictionary_encode(), True),
+        (pa.array([True]), True),
+        (pa.array([1], pa.decimal128(3)), True),
+        *(
+            (pa.array([1]).cast(kind if kind != pa.date32() else pa.int32()), True)
+            for kind in TIMES
+        ),
+        (pa.nulls(1), True),
+        (pa.array([b"q"]), False),
+        (pa.array([b"q"], pa.binary(1)), False),
+        (pa.array([["q"]]), False),
+        (pa.array([{"q": 1}]), False),
+        (pa.array([[("q", 1)]], pa.map_(pa.string(), pa.int8())), False),
+    ],
+    ids=lambda value: str(getattr(value, "type", value)),
+)
+def test_templates_take_what_reads_as_text(tmp_path: Path, cells: pa.Array, *, fits: bool) -> None:
+    write(tmp_path / "a.parquet", image=[b"x"], x=cells)
+    source = source_of(tmp_path, prompt={"template": "{x}?"})
+    if fits:
+        assert len(rows_of(source)) == 1
+    else:
+        assert refusal(source).startswith("recipe.input.prompt.template: column 'x' is ")
+
+
+@pytest.mark.parametrize("twice", ["image", "prompt", "id"])
+def test_a_column_that_a_later_file_has_twice_is_told(tmp_path: Path, twice: str) -> None:
+    write(tmp_path / "a.parquet", image=[b"x"], prompt=["q"], id=[1])
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.append_column(twice, table[twice]), tmp_path / "b.parquet")
+    message = refusal(source_of(tmp_path, prompt=COLUMN, keep=["id"]))
+    assert message == f"recipe.input: b.parquet has several columns {twice!r}"
 
 
 def test_files_must_agree_on_what_is_read(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=[b"x"], id=[1], other=[1])
     write(tmp_path / "sub" / "b.parquet", image=[b"x"], id=["one"], more=[2])
     assert refusal(source_of(tmp_path, keep=["id"])) == (
-        "recipe.input.keep: column 'id' is string in sub/b.parquet and int64 in the first file"
+        "recipe.input.keep: column 'id' is string in sub/b.parquet and int64 in a.parquet; cast it "
+        "in the input, or do not keep it"
     )
     message = refusal(source_of(tmp_path, keep=["other"]))
-    assert message == "recipe.input: sub/b.parquet has no column 'other'"
+    assert message.startswith("recipe.input: no column 'other' in sub/b.parquet; ")
     assert len(source_of(tmp_path).scan()[0]) == 2  # columns that are not read may differ
 
 
@@ -287,6 +356,8 @@ def told(rows: list[Request]) -> list[tuple[int, int, str | None, str | None]]:
     "kind",
     [
         pa.list_(pa.string()),
+        pa.list_(pa.string_view()),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
         pa.large_list(pa.string()),
         pa.list_(pa.large_string()),
         pa.large_list(pa.large_string()),

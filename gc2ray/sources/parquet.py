@@ -72,15 +72,18 @@ class ParquetRows:
             pre_buffer=False,
             buffer_size=READ_BUFFER_BYTES,
         )
-        found = file.iter_batches(
-            batch_size=self._batch_rows(groups, columns, host_memory_bytes),
-            row_groups=groups,
-            columns=list(columns),
-            use_threads=False,
-        )
-        for batch in found:
-            yield row, batch
-            row += len(batch)
+        # Arrow cannot make one batch of two groups that have dictionaries in lists.
+        alone = any(_holds_dictionaries(self.schema.field(name).type) for name in columns)
+        for some in [[group] for group in groups] if alone else [groups]:
+            found = file.iter_batches(
+                batch_size=self._batch_rows(groups, columns, host_memory_bytes),
+                row_groups=some,
+                columns=list(columns),
+                use_threads=False,
+            )
+            for batch in found:
+                yield row, batch
+                row += len(batch)
 
     def _holding(self, first: int, stop: int) -> tuple[list[int], int]:
         """Row groups that hold some rows, and the first row of the first of them."""
@@ -121,3 +124,9 @@ class ParquetRows:
                 stored += chunk.total_compressed_size
                 uncompressed += chunk.total_uncompressed_size
         return stored, uncompressed
+
+
+def _holds_dictionaries(kind: pa.DataType) -> bool:
+    """Whether lists, structs and the like have dictionaries in them."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    return any(pa.types.is_dictionary(item) or _holds_dictionaries(item) for item in inner)

@@ -1,7 +1,7 @@
 """`RowReader`: which columns an input must have, and the requests of one of its rows.
 
 A row has a request for each of its prompts. What is wrong with a row is a fault of its requests;
-what is wrong with a schema is refused before anything is read.
+what is wrong with a schema, whichever file's it is, is refused before anything is read.
 
 Not covered: several images in a row.
 """
@@ -9,7 +9,7 @@ Not covered: several images in a row.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -18,6 +18,15 @@ from gc2ray.errors import BadRow, ConfigError, Status
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ImageRef, Request
 from gc2ray.shards import row_key
+from gc2ray.sources.column_types import (
+    carries_bytes,
+    in_common,
+    is_image,
+    is_list,
+    is_prompt,
+    reads_as_text,
+    roomy,
+)
 
 Record = Mapping[str, pa.Scalar]
 
@@ -33,37 +42,58 @@ class RowReader:
         self.columns = config.columns()
         self._config = config
         self._prompt = config.prompt.source()
+        self._kept = tuple(config.kept().items())
 
-    def check(self, schema: pa.Schema) -> pa.Schema:
-        """The columns of the first file, if they will do.
+    def check(
+        self, schema: pa.Schema, source: str, folders: Mapping[str, pa.DataType]
+    ) -> pa.Schema:
+        """The columns of a file, with those that folders spell out, if they will do.
 
-        Raises:
-            ConfigError: One is missing, there twice, or of another type.
-        """
-        _check_columns(schema, self._config)
-        _check_types(schema, self._config)
-        return pa.schema([schema.field(name) for name in self.columns])
-
-    def check_same(self, expected: pa.Schema, found: pa.Schema, source: str) -> None:
-        """Hold another file against the first one's columns.
+        Args:
+            schema: The file's.
+            source: What it is called.
+            folders: Types of the columns that folders of the input spell out.
 
         Raises:
-            ConfigError: It has not the same; the message names it.
+            ConfigError: One is missing, there twice, or of another type; the message names the
+                file.
         """
-        for item in expected:
-            index = found.get_field_index(item.name)
-            if index < 0:
-                raise ConfigError(f"recipe.input: {source} has no column {item.name!r}")
-            if item.name in self._config.keep and found.field(index).type != item.type:
-                raise ConfigError(
-                    f"recipe.input.keep: column {item.name!r} is {found.field(index).type} in "
-                    f"{source} and {item.type} in the first file"
-                )
+        found = [_field(schema, name, source, folders) for name in self.columns]
+        columns = pa.schema(found)
+        self._check_types(columns, source)
+        return columns
 
-    def carried(self, schema: pa.Schema) -> pa.Schema:
-        """The columns that are written back."""
-        kept = [schema.field(name) for name in self._config.keep]
-        return pa.schema([item.with_nullable(nullable=True) for item in kept])
+    def carried(self, files: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+        """The columns that are written back, with the types that have the values of all files.
+
+        Args:
+            files: Names, and columns as `check` gives them.
+
+        Raises:
+            ConfigError: A column's types have none in common; the message names two files.
+        """
+        return pa.schema([pa.field(name, _shared(column, files)) for name, column in self._kept])
+
+    def _check_types(self, columns: pa.Schema, source: str) -> None:
+        def check(key: str, name: str, fits: Callable[[pa.DataType], bool], expected: str) -> None:
+            kind = columns.field(name).type
+            if not fits(kind):
+                told = f"recipe.input.{key}: column {name!r} is {kind} in {source}"
+                raise ConfigError(f"{told}; expected {expected}")
+
+        prompt, image = self._prompt, self._config.image
+        check("image", image, is_image, "a struct of bytes and path, binary, or a path")
+        if not (carries_bytes(columns.field(image).type) or self._config.image_roots):
+            raise ConfigError(
+                f"recipe.input.image_roots: column {image!r} is {columns.field(image).type} in "
+                f"{source}: images by path, which are read from below image_roots only, and none "
+                "is set; name the directories or URLs that they are in"
+            )
+        if prompt.column is not None:
+            several = "string, or list<string> for several prompts per image"
+            check("prompt.column", prompt.column, is_prompt, several)
+        for name in prompt.columns() if prompt.template is not None else ():
+            check("prompt.template", name, reads_as_text, "text, numbers, booleans or times")
 
     def requests(self, source: str, row: int, record: Record) -> Iterator[Request]:
         """One row; kept columns stay Arrow scalars, so that they come out as they went in."""
@@ -74,8 +104,9 @@ class RowReader:
         except BadRow as error:
             trouble = error
         prompt = self._prompt
-        carried = {name: record[name] for name in self._config.keep if record[name].is_valid}
-        listed = prompt.column is not None and _is_list(record[prompt.column].type)
+        kept = ((name, record[column]) for name, column in self._kept)
+        carried = {name: cell for name, cell in kept if cell.is_valid}
+        listed = prompt.column is not None and is_list(record[prompt.column].type)
         texts = list(_texts(prompt, record)) if listed else [_text(prompt, record)]
         for index, text in enumerate(texts):
             fault = text if isinstance(text, BadRow) else None
@@ -141,49 +172,51 @@ def _image(cell: object) -> ImageRef:
     return ImageRef()
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _field(
+    schema: pa.Schema, name: str, source: str, folders: Mapping[str, pa.DataType]
+) -> pa.Field:
+    """A column of a file, or of its folders.
 
-
-def _is_list(kind: pa.DataType) -> bool:
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return bool(lists or pa.types.is_fixed_size_list(kind))
-
-
-def _is_prompt(kind: pa.DataType) -> bool:
-    return _is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))
-
-
-def _check_columns(schema: pa.Schema, config: InputConfig) -> None:
-    for name in config.columns():
-        if name not in schema.names:
-            near = difflib.get_close_matches(name, schema.names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(schema.names)}"
-            raise ConfigError(f"recipe.input: no column {name!r} in the input; {hint}")
-        if schema.names.count(name) > 1:
-            raise ConfigError(f"recipe.input: the input has several columns {name!r}")
-
-
-def _check_types(schema: pa.Schema, config: InputConfig) -> None:
-    kind = schema.field(config.image).type
-    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    struct = pa.types.is_struct(kind) and any(f.name in ("bytes", "path") for f in kind)
-    if not (binary or struct or _is_text(kind)):
+    Raises:
+        ConfigError: There is none, or several.
+    """
+    count = schema.names.count(name)
+    if count > 1:
+        raise ConfigError(f"recipe.input: {source} has several columns {name!r}")
+    if count and name in folders:
         raise ConfigError(
-            f"recipe.input.image: column {config.image!r} is {kind}; expected a struct of bytes "
-            "and path, binary, or a path"
+            f"recipe.input: {name!r} is a column of {source}, and folders of the input are called "
+            f"'{name}=…', which makes a column, too; rename one of them"
         )
-    has_bytes = binary or (struct and kind.get_field_index("bytes") >= 0)
-    if not (has_bytes or config.image_roots):
-        raise ConfigError(
-            f"recipe.input.image_roots: column {config.image!r} is {kind}: images by path, which "
-            "are read from below image_roots only, and none is set; name the directories or URLs "
-            "that they are in"
-        )
-    column = config.prompt.column
-    if column is not None and not _is_prompt(schema.field(column).type):
-        kind = schema.field(column).type
-        raise ConfigError(
-            f"recipe.input.prompt.column: column {column!r} is {kind}; expected string, or "
-            "list<string> for several prompts per image"
-        )
+    if count:
+        return schema.field(name)
+    if name in folders:
+        return pa.field(name, folders[name])
+    there = [*schema.names, *folders]
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(there)}"
+    raise ConfigError(f"recipe.input: no column {name!r} in {source}; {hint}")
+
+
+def _shared(column: str, files: Sequence[tuple[str, pa.Schema]]) -> pa.DataType:
+    """The type that a column's values can have in all files."""
+    shared: pa.DataType = pa.null()
+    first = ""
+    for source, columns in files:
+        own = columns.field(column).type
+        found = in_common(shared, own)
+        if found is None or not _casts(own, found):
+            raise ConfigError(
+                f"recipe.input.keep: column {column!r} is {own} in {source} and {shared} in "
+                f"{first}; cast it in the input, or do not keep it"
+            )
+        first = first if shared.equals(found) else source
+        shared = found
+    return roomy(shared)
+
+
+def _casts(own: pa.DataType, shared: pa.DataType) -> bool:
+    try:
+        return bool(own.equals(shared) or pa.nulls(0, own).cast(shared).type.equals(shared))
+    except (pa.ArrowException, NotImplementedError):
+        return False

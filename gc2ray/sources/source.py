@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from gc2ray.shards import SourceFile, Span, digest
 from gc2ray.sources.arrow import ArrowRows
 from gc2ray.sources.listing import Listing
 from gc2ray.sources.parquet import ParquetRows
+from gc2ray.sources.partitions import kinds_of, values_of
 from gc2ray.sources.places import ARROW, URI_KEY, is_web
 from gc2ray.sources.row_reader import RowReader
 
@@ -91,7 +92,20 @@ class Source:
                 )
             looked = self._looked(found)
         _warn_of_large_groups(looked)
-        return [file.file for file in looked], self._rows.carried(looked[0].columns)
+        columns = [(file.file.source, file.columns) for file in looked]
+        return [file.file for file in looked], self._rows.carried(columns)
+
+    def unplanned(self, planned: Collection[str]) -> list[str]:
+        """Sources that have rows, or cannot be read, and are not among some.
+
+        Raises:
+            ConfigError: The storage does not answer.
+        """
+        with self._listing.listed() as found:
+            new = [path for path in found if self._listing.source(path) not in planned]
+            with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
+                found = list(itertools.compress(new, pool.map(self._may_have_rows, new)))
+        return [self._listing.source(path) for path in found]
 
     def would_take(self, folder: str, names: Sequence[str]) -> bool:
         """Whether one of some files would be input, if it were there.
@@ -105,23 +119,32 @@ class Source:
         """
         return self._listing.would_take(folder, names)
 
+    def _may_have_rows(self, path: str) -> bool:
+        try:
+            with self._opened(path) as rows:
+                return sum(rows.groups()) > 0
+        except READ_ERRORS:
+            return True
+
     def _looked(self, paths: Sequence[str]) -> list[_Looked]:
         """A look at every file, and at the first one first: what is wrong is so in all, as a rule.
 
         Raises:
             ConfigError: One cannot be read, or has not the columns.
         """
-        first = self._look(paths[0])
+        folders = kinds_of(values_of(self._listing.source(path)) for path in paths)
+        first = self._look(paths[0], folders)
         with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
-            return [first, *pool.map(lambda path: self._look(path, first.columns), paths[1:])]
+            return [first, *pool.map(lambda path: self._look(path, folders), paths[1:])]
 
-    def _look(self, path: str, expected: pa.Schema | None = None) -> _Looked:
+    def _look(self, path: str, folders: Mapping[str, pa.DataType]) -> _Looked:
         source = self._listing.source(path)
         try:
             fingerprint = self._fingerprint(path)
             with self._opened(path) as rows:
-                columns = self._checked(rows.schema, source, expected)
-                largest = max(rows.group_bytes(self._rows.columns), default=0)
+                columns = self._checked(rows.schema, source, folders)
+                inside = _inside(rows, self._rows.columns)
+                largest = max(rows.group_bytes(inside), default=0)
                 file = SourceFile(source, fingerprint, rows.groups())
                 return _Looked(file, columns, largest)
         except (*READ_ERRORS, *self._web_errors) as error:
@@ -133,13 +156,12 @@ class Source:
         """What the web's filesystem raises, too, of servers that serve no ranges."""
         return (ValueError,) if is_web(self._listing.filesystem) else ()
 
-    def _checked(self, schema: pa.Schema, source: str, expected: pa.Schema | None) -> pa.Schema:
+    def _checked(
+        self, schema: pa.Schema, source: str, folders: Mapping[str, pa.DataType]
+    ) -> pa.Schema:
         """As `RowReader.check`; of what looks like an output's own file that is said."""
         try:
-            if expected is None:
-                return self._rows.check(schema)
-            self._rows.check_same(expected, schema, source)
-            return expected
+            return self._rows.check(schema, source, folders)
         except ConfigError as error:
             if not OF_AN_OUTPUT.search(source):
                 raise
@@ -297,11 +319,18 @@ class _Reading:
         host_memory_bytes: int,
     ) -> None:
         self.row = span.first
-        self._span, self._columns = span, columns
+        self._span = span
         self._rest: pa.RecordBatch | None = None
         with ExitStack() as stack:
             rows = stack.enter_context(opened)
-            self._batches = rows.batches(span.first, span.stop, columns, host_memory_bytes)
+            self._columns = _inside(rows, columns)
+            said = values_of(span.source)
+            self._said = {
+                name: pa.scalar(said.get(name), pa.string())
+                for name in columns
+                if name not in self._columns
+            }
+            self._batches = rows.batches(span.first, span.stop, self._columns, host_memory_bytes)
             ends = itertools.accumulate(rows.groups())
             self._end = next((end for end in ends if end >= span.stop), span.stop)
             self.close = stack.pop_all().close
@@ -318,7 +347,8 @@ class _Reading:
             self._rest = batch.slice(taken)
             for index in range(taken):
                 self.row += 1
-                yield self.row - 1, {name: batch.column(name)[index] for name in self._columns}
+                record = {name: batch.column(name)[index] for name in self._columns}
+                yield self.row - 1, {**record, **self._said}
 
     def _ahead(self) -> pa.RecordBatch | None:
         """Rows from the next one on; None if none is at hand."""
@@ -328,6 +358,11 @@ class _Reading:
                 return None
             self._rest = batch.slice(min(len(batch), max(0, self.row - start)))
         return self._rest
+
+
+def _inside(rows: ParquetRows | ArrowRows, columns: Sequence[str]) -> tuple[str, ...]:
+    """Those of some columns that are in a file; folders spell out the others."""
+    return tuple(name for name in columns if name in rows.schema.names)
 
 
 def _is_of_parquet(error: Exception) -> bool:
