@@ -24,6 +24,7 @@ from gc2ray.lease import driver_records
 from gc2ray.manifest import PLAN_NAME, RUN_NAME, Plan, Run, plan_name
 from gc2ray.progress import FIRST_ERRORS
 from gc2ray.shards import Booleans, SourceFile, digest
+from gc2ray.sources.column_types import holds
 from gc2ray.stats import RunStats
 from gc2ray.store import Store, part_index
 
@@ -160,6 +161,8 @@ def extend_plan(
             f"{f', and {len(changed) - 1} more' if changed[1:] else ''}; only new files can extend "
             "a run: give changed ones another name, or choose a new output"
         )
+    if holds(plan.carried, carried):
+        carried = plan.carried
     new = [file for file in files if file.source not in known and file.rows]
     if not new:
         return plan

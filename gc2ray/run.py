@@ -22,6 +22,7 @@ from gc2ray.config import Cluster, Job
 from gc2ray.driver import Display, Driver
 from gc2ray.ending import STOP_SIGNALS, heard
 from gc2ray.generations import RETRIES, retry_numbers
+from gc2ray.kept_columns import as_written
 from gc2ray.lease import Lease, warn_of_others
 from gc2ray.manifest import Plan
 from gc2ray.planner import (
@@ -73,14 +74,16 @@ def run_job(
     source = Source(job.recipe.input)
     plan = stored_plan(store, job)
     if plan is not None and extend:
-        plan = extend_plan(store, job, plan, *source.scan())
+        files, found = source.scan()
+        plan = extend_plan(store, job, plan, files, as_written(found))
     committed = committed_parts(store, plan) if plan else None
     if plan is not None and committed is not None and committed.whole:
         return _judged(outcome(store, plan, committed), job)
     check_model(job.recipe.model, job.recipe.generation.taken_over())
     store.check_usable(writing=True)
     warn_of_others(store)
-    files, carried = ([], plan.carried) if plan else source.scan()
+    files, found = ([], plan.carried) if plan else source.scan()
+    carried = plan.carried if plan else as_written(found)
     with ray_pool.connected(address):
         # Workers write down what they cost, so they are told the share that they really get.
         share = {"gpus_per_worker": ray_pool.gpus_per_worker(job.cluster)}

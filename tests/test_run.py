@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from gc2ray.cli import app
 from gc2ray.config import Job
+from gc2ray.errors import ConfigError
 from gc2ray.manifest import RUN_NAME, Plan
 from gc2ray.planner import store_plan
+from gc2ray.run import run_job
 from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.worker import Worker
@@ -47,7 +50,26 @@ def answered(job: Job, shard_rows: int = 3) -> Plan:
     return plan
 
 
+def kept(job: Job, *names: object) -> Job:
+    return make_job(
+        job.recipe.model.path, str(job.recipe.input.uri), job.output, input__keep=list(names)
+    )
+
+
 # --- refused ------------------------------------------------------------------------------------
+
+
+def test_a_column_that_cannot_be_written_is_refused(job: Job, tmp_path: Path) -> None:
+    table = pa.table({"image": [b"x"], "gap": pa.array([(1, 2, 3)], pa.month_day_nano_interval())})
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as stream,
+    ):
+        stream.write_table(table)
+    path = job.recipe.model.path
+    other = make_job(path, tmp_path / "a.arrow", tmp_path / "out", input__keep=["gap"])
+    with pytest.raises(ConfigError, match=r"keep: column 'gap' is month_day_nano_interval"):
+        run_job(other)
 
 
 def older_run(output: Path) -> str:
@@ -102,3 +124,39 @@ def test_an_output_of_another_version_is_refused_by_every_command(
         assert told in " ".join(result.output.split()), command
         assert result.output.count("\n") <= 2, command
     assert sorted(tmp_path.rglob("*")) == sorted([*before, file])
+
+
+# --- kept ---------------------------------------------------------------------------------------
+
+
+def test_a_narrower_type_in_new_files_extends_a_run(job: Job, tmp_path: Path) -> None:
+    """What is planned has room for it; what it has no room for is refused."""
+    wide = kept(job, "id")
+    answered(wide)
+    table = pq.read_table(tmp_path / "in/a.parquet")
+    (tmp_path / "in/a.parquet").unlink()
+    narrow = table.set_column(0, "id", table["id"].cast(pa.int16()))
+    pq.write_table(narrow, tmp_path / "in/b.parquet")
+    with pytest.raises(AssertionError, match="Ray is joined"):
+        run_job(wide, extend=True)
+    assert len(list((tmp_path / "out/plan").iterdir())) == 2
+    pq.write_table(
+        table.set_column(0, "id", table["id"].cast(pa.string())), tmp_path / "in/c.parquet"
+    )
+    (tmp_path / "in/b.parquet").unlink()
+    with pytest.raises(ConfigError, match="id string, and were id int64"):
+        run_job(wide, extend=True)
+
+
+def test_a_renamed_column_is_written_under_its_name(job: Job, tmp_path: Path) -> None:
+    table = pq.read_table(tmp_path / "in/a.parquet")
+    table = table.append_column("answer", pa.array([["a"], None, ["b", "c"], [], ["d"], ["e"]]))
+    pq.write_table(table, tmp_path / "in/a.parquet")
+    renamed = kept(job, {"answer": "reference"}, "id")
+    answered(renamed)
+    parts = sorted((tmp_path / "out/data").iterdir())
+    written = pa.concat_tables([pq.read_table(part) for part in parts])
+    assert written.column_names[:2] == ["reference", "id"]
+    assert written["reference"].to_pylist() == table["answer"].to_pylist()
+    scored = CliRunner().invoke(app, ["verify", renamed.output, "--deep"])
+    assert scored.exit_code == 0
