@@ -21,10 +21,11 @@ from gc2ray import ray_pool
 from gc2ray.config import Cluster, Job
 from gc2ray.driver import Display, Driver
 from gc2ray.ending import STOP_SIGNALS, heard
-from gc2ray.generations import RETRIES, retry_numbers
+from gc2ray.errors import ConfigError
+from gc2ray.generations import RETRIES, object_name, retry_numbers
 from gc2ray.kept_columns import as_written
 from gc2ray.lease import Lease, warn_of_others
-from gc2ray.manifest import Plan
+from gc2ray.manifest import PLAN_NAME, Plan
 from gc2ray.planner import (
     CALIBRATION_ROWS,
     Judged,
@@ -37,7 +38,7 @@ from gc2ray.planner import (
     stored_plan,
 )
 from gc2ray.retry import Retry, freeze, latest_failures
-from gc2ray.shards import SourceFile, first_spans
+from gc2ray.shards import Shard, SourceFile, first_spans
 from gc2ray.sources.source import Source
 from gc2ray.staging import check_model
 from gc2ray.store import Store
@@ -53,6 +54,7 @@ def run_job(
     display: Display | None = None,
     make_worker: Callable[..., Worker] = Worker,
     extend: bool = False,
+    tell_new: bool = True,
 ) -> Outcome:
     """Run a job to its end, from wherever an earlier run left it.
 
@@ -62,6 +64,7 @@ def run_job(
         display: Shown the state about once a second.
         make_worker: Makes the workers, in their processes, from the job and the carried schema.
         extend: Plan input files that are new since the run began, too.
+        tell_new: Say whether there are any, if they are not planned.
 
     Raises:
         ConfigError: The configuration cannot be used, or the output belongs to another one.
@@ -73,9 +76,13 @@ def run_job(
     store.check_usable(writing=False)
     source = Source(job.recipe.input)
     plan = stored_plan(store, job)
+    if plan is None or extend:
+        _check_apart(source, job.output)
     if plan is not None and extend:
         files, found = source.scan()
         plan = extend_plan(store, job, plan, files, as_written(found))
+    elif plan is not None and tell_new:
+        _tell_new(source, plan)
     committed = committed_parts(store, plan) if plan else None
     if plan is not None and committed is not None and committed.whole:
         return _judged(outcome(store, plan, committed), job)
@@ -139,6 +146,7 @@ def run_retry(
         address=address,
         display=display,
         make_worker=partial(make_worker, generation=retry.number),
+        tell_new=False,
     )
     judged = Judged(*latest_failures(retry.output), cluster.max_bad_rows)
     return replace(own, judged=judged)
@@ -174,6 +182,35 @@ def stopping() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_apart(source: Source, output: str) -> None:
+    """Refuse an output whose files would be input.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    own = (PLAN_NAME, Shard(0, "0" * 16, ()).part_name)
+    if source.would_take(output, [object_name(number, name) for number in (0, 1) for name in own]):
+        raise ConfigError(
+            f"output: {output} lies where recipe.input.uri would take its files for input; choose "
+            "a place outside, or one whose name begins with _"
+        )
+
+
+def _tell_new(source: Source, plan: Plan) -> None:
+    """Of files that nobody asked to plan; the run goes on without a look at them, too."""
+    try:
+        new = source.unplanned({source for source, _ in plan.shards.files})
+    except ConfigError as error:
+        log.warning("whether there are new input files is not known: %s", error)
+        return
+    if new:
+        log.warning(
+            "%d input files are new since the run began (%s); --extend plans them",
+            len(new),
+            new[0],
+        )
 
 
 def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:

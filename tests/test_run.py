@@ -17,7 +17,8 @@ from gc2ray.config import Job
 from gc2ray.errors import ConfigError
 from gc2ray.manifest import RUN_NAME, Plan
 from gc2ray.planner import store_plan
-from gc2ray.run import run_job
+from gc2ray.retry import next_retry
+from gc2ray.run import run_job, run_retry
 from gc2ray.sources.source import Source
 from gc2ray.store import Store
 from gc2ray.worker import Worker
@@ -25,6 +26,7 @@ from tests.fakes import EchoEngine
 from tests.outputs import with_footer
 from tests.rows import make_job, write_rows
 from tests.test_retry import answer
+from tests.test_sources import write
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,22 @@ def kept(job: Job, *names: object) -> Job:
 
 
 # --- refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["in/out", "in", "in/../in/out", "link/out"])
+def test_an_output_in_its_input_is_refused(job: Job, tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    inside = job.model_copy(update={"output": f"{tmp_path}/{place}"})
+    with pytest.raises(ConfigError, match=r"lies where recipe\.input\.uri would take its files"):
+        run_job(inside)
+    for folder in ("plan", "data"):
+        assert not (tmp_path / "in" / folder).exists()
+
+
+@pytest.mark.parametrize("place", ["in/_out", "out"])
+def test_an_output_beside_its_input_is_not(job: Job, tmp_path: Path, place: str) -> None:
+    with pytest.raises(AssertionError, match="Ray is joined"):
+        run_job(job.model_copy(update={"output": f"{tmp_path}/{place}"}))
 
 
 def test_a_column_that_cannot_be_written_is_refused(job: Job, tmp_path: Path) -> None:
@@ -126,7 +144,52 @@ def test_an_output_of_another_version_is_refused_by_every_command(
     assert sorted(tmp_path.rglob("*")) == sorted([*before, file])
 
 
-# --- kept ---------------------------------------------------------------------------------------
+# --- told ---------------------------------------------------------------------------------------
+
+
+def test_new_files_are_told_where_they_are_not_planned(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered(job)
+    write(tmp_path / "in/empty.parquet", image=pa.array([], pa.binary()), prompt=pa.nulls(0))
+    assert run_job(job).exit_code == 0
+    assert caplog.messages == []
+    write_rows(tmp_path / "in/b.parquet", 2)
+    (tmp_path / "in/c.parquet").write_bytes(b"half a file")
+    result = run_job(job)
+    assert (result.exit_code, result.planned_rows) == (0, 6)
+    (message,) = caplog.messages
+    assert message == ("2 input files are new since the run began (b.parquet); --extend plans them")
+
+
+def test_an_input_that_is_gone_does_not_hinder_a_finished_run(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered(job)
+    (tmp_path / "in/a.parquet").unlink()
+    assert run_job(job).exit_code == 0
+    assert caplog.messages == []
+
+    def fails(*_: object) -> None:
+        raise ConfigError("recipe.input.uri: no answer")
+
+    monkeypatch.setattr(Source, "unplanned", fails)
+    assert run_job(job).exit_code == 0
+    (message,) = caplog.messages
+    assert message.endswith("is not known: recipe.input.uri: no answer")
+
+
+def test_a_retry_tells_of_no_files(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its plan has few of them, and that is as it should be."""
+    write(tmp_path / "in/b.parquet", image=[b"x"], prompt=[" "])
+    answered(job)
+    retry = next_retry(job.output)
+    assert retry is not None
+    with pytest.raises(AssertionError, match="Ray is joined"):
+        run_retry(retry, job.cluster)
+    assert not [message for message in caplog.messages if "new since" in message]
 
 
 def test_a_narrower_type_in_new_files_extends_a_run(job: Job, tmp_path: Path) -> None:
