@@ -1,1 +1,1 @@
-"""Where rows come from: one file per input format."""
+"""Where rows come from: which files and columns those are, and one file per input format."""
