@@ -14,7 +14,7 @@ IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PROCESSES ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all chaos check format bench quality pocket clean
+.PHONY: help setup demo test test-all chaos soak check format bench quality pocket clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-all: setup ## Run the tests that are too slow for `make test`
 
 chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=21 of each; prints the table
 	$(PY) -m pytest tests/test_chaos.py --kills $(KILLS)
+
+soak: setup ## Answer 100,000 rows while KILLS=66 workers are killed at random; at least ten minutes
+	$(PY) -m pytest tests/test_soak.py --rows 100000 --seconds 660 --kills $(if $(filter file,$(origin KILLS)),66,$(KILLS))
 
 check: setup ## Lint, format check, strict types
 	$(PY) -m ruff check .

@@ -110,16 +110,25 @@ def proxy(proxies: dict[str, FaultProxy], server: str) -> FaultProxy:
 
 
 SURVIVED = pytest.StashKey[Survived]()
+SOAKED = pytest.StashKey[dict[str, object]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="kills of each kind, a multiple of 3")
+    parser.addoption("--rows", type=int, default=3000, help="rows of the soak")
+    parser.addoption("--seconds", type=float, default=20.0, help="that the soak takes at least")
 
 
 @pytest.fixture
 def survived(request: pytest.FixtureRequest) -> Survived:
     """What the tests under fire lived through, told at the end."""
     return request.config.stash.setdefault(SURVIVED, Survived())
+
+
+@pytest.fixture
+def soaked(request: pytest.FixtureRequest) -> dict[str, object]:
+    """What became of a soak, told at the end."""
+    return request.config.stash.setdefault(SOAKED, {})
 
 
 def pytest_terminal_summary(
@@ -130,3 +139,8 @@ def pytest_terminal_summary(
         terminalreporter.section("faults survived")
         for line in survived.table():
             terminalreporter.write_line(line)
+    soaked = config.stash.get(SOAKED, {})
+    if soaked:
+        terminalreporter.section("soak")
+        for name, value in soaked.items():
+            terminalreporter.write_line(f"{name}: {value}")
