@@ -84,6 +84,14 @@ def test_no_room_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_page_has_its_room_before_anything_is_noted(tmp_path: Path) -> None:
+    """Or a row that is noted on a full disk would be a signal, SIGBUS."""
+    journal = Journal(tmp_path)
+    with journal.page("aaaa", 100_000):
+        page = journal.prefix.with_suffix(".aaaa").stat()
+        assert page.st_blocks * 512 >= page.st_size == 400_004
+
+
 def test_a_page_that_somebody_removed_is_no_trouble(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with journal.page("aaaa", 3):
