@@ -154,8 +154,12 @@ def run_retry(
 
 def _judged(found: Outcome, job: Job) -> Outcome:
     """The same, and whether too many answers failed; those that retries have mended did not."""
-    retried = retry_numbers(Store(job.output).names(RETRIES))
-    counts = latest_failures(job.output) if retried else (found.stats.rows, found.stats.bad_rows)
+    counts = found.stats.rows, found.stats.bad_rows
+    if retry_numbers(Store(job.output).names(RETRIES)):
+        try:
+            counts = latest_failures(job.output)
+        except ConfigError as error:  # no reason to keep quiet about the run
+            log.warning("judged without its retries: %s", error)
     return replace(found, judged=Judged(*counts, job.cluster.max_bad_rows))
 
 

@@ -128,6 +128,18 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     assert nothing.exit_code == found.exit_code
 
 
+def test_a_run_whose_output_is_damaged_is_told_all_the_same(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    write_generation(output, 0, first_plan(), bad(range(10)))
+    retry = next_retry(output)
+    assert retry is not None
+    write_generation(output, 1, freeze(retry))
+    (tmp_path / "out/data/notes.txt").touch()
+    result = run(tmp_path)
+    assert result.exit_code == 1
+    assert "10 of 17 answers failed" in result.stdout
+
+
 # --- answers that say nothing ------------------------------------------------------------------
 
 
