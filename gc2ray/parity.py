@@ -141,13 +141,17 @@ class Parity:
         if self.stock_trouble is not None:
             return [f"stock transformers cannot run the model: {self.stock_trouble}"]
         found, prompts = self.stock, self.stock.prompts
+        if not prompts:
+            return ["no prompt could be compared with stock transformers"]
+        others = "; the others are not compared any further"
+        rest = others if found.same_prompts < prompts else ""
         ends = f"ends of answers: {_shown(found.our_ends)}; stock's: {_shown(found.stock_ends)}"
         ties = ""
         if self.dtype != "float32":
             ties = f", {found.near_ties} more but for a near tie (allowed)"
         return [
             f"{prompts} prompts at retention 1.0 against stock transformers:",
-            f"  prompt tokens: {found.same_prompts} of {prompts} prompts the same",
+            f"  prompt tokens: {found.same_prompts} of {prompts} prompts the same{rest}",
             f"  {ends}",
             f"  largest logit difference: {found.difference:.2e} of the largest logit (allowed "
             f"{TOLERANCE[self.dtype]:.0e}){found.where}",

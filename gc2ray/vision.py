@@ -206,9 +206,9 @@ def _scores_not_finite() -> BadRow:
     """What no method of compression can choose by: it would keep just any tokens."""
     return BadRow(
         Status.FAILED,
-        "the vision tower's scores of the image are not finite (NaN or infinite): float16 "
-        "overflowed (set recipe.model.dtype to bfloat16 or float32), or the model's weights are "
-        "damaged (gc2ray check tells)",
+        "the vision tower's scores of the image are not finite (NaN or infinite): in float16 that "
+        "is an overflow (set recipe.model.dtype to bfloat16 or float32), else the weights are "
+        "damaged",
     )
 
 

@@ -67,8 +67,16 @@ def rewrite(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", SPECS)
+HALVES = [("llama3", "bfloat16"), ("mistral", "bfloat16"), ("vicuna", "float16")]
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's own tests have all 32."""
+    monkeypatch.setattr(parity, "NEW_TOKENS", 10)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in SPECS), *HALVES])
 def test_a_good_model_passes(
     tiny_paths: dict[str, Path], source: Path, name: str, dtype: str
 ) -> None:
@@ -96,8 +104,7 @@ def test_so_does_one_that_stock_generate_decodes(
     "rules",
     [
         {"no_repeat_ngram_size": 2},
-        {"temperature": 0.2, "do_sample": True, "top_p": 0.9},
-        {"max_length": 20},
+        {"temperature": 0.2, "do_sample": True, "top_p": 0.9, "max_length": 20},
     ],
     ids=str,
 )
@@ -111,12 +118,10 @@ def test_rules_that_the_recipe_takes_over_are_not_stocks(
     assert found.passed, found.lines()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_repetition_penalty_is_stocks_too(
-    tiny_paths: dict[str, Path], source: Path, dtype: str
-) -> None:
-    penalty = {"generation__repetition_penalty": 1.5}
-    found = checked(tiny_paths["llama3"], source, model__dtype=dtype, **penalty)
+def test_a_repetition_penalty_is_stocks_too(tiny_paths: dict[str, Path], source: Path) -> None:
+    """Near ties are those of penalised logits."""
+    changes = {"model__dtype": "bfloat16", "generation__repetition_penalty": 1.5}
+    found = checked(tiny_paths["llama3"], source, **changes)
     assert found.passed, found.lines()
 
 
@@ -204,7 +209,7 @@ def test_a_mutation_of_ours_fails(
         assert found.stock.difference > 10 * parity.TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("mutation", [no_end, a_blank, answer_positions, prompt_positions])
+@pytest.mark.parametrize("mutation", [no_end, answer_positions])
 def test_in_half_precision_too(
     tiny_paths: dict[str, Path], source: Path, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +219,7 @@ def test_in_half_precision_too(
 
 @pytest.mark.parametrize(
     "part",
-    ["vision_tower", "multi_modal_projector.linear_1", "image_newline", "up_proj", "lm_head"],
+    ["vision_tower", "image_newline", "up_proj", "lm_head"],
 )
 def test_one_weight_that_is_no_number_fails(
     tiny_paths: dict[str, Path], source: Path, tmp_path: Path, part: str

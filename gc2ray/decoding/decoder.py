@@ -99,8 +99,8 @@ def not_finite(tokens: int) -> BadRow:
     return BadRow(
         Status.FAILED,
         f"the model's logits are not finite (NaN or infinite) after {tokens} tokens of the answer: "
-        "float16 overflowed (set recipe.model.dtype to bfloat16 or float32), or the model's "
-        "weights are damaged (gc2ray check tells)",
+        "in float16 that is an overflow (set recipe.model.dtype to bfloat16 or float32), else the "
+        "weights are damaged",
     )
 
 
