@@ -14,6 +14,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -350,11 +351,19 @@ def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Prov
     return pa.table({**kept, **columns}, schema=answer_schema(carried))
 
 
+_PLAIN = {pa.bool_(), pa.int32(), pa.int64(), pa.float64(), pa.string(), pa.binary()}
+"""Types of which single values make a column, and fast."""
+
+
 def _column(cells: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Cells, perhaps of files that have them in other types, as one column.
 
-    Array by array: Arrow cannot build every type from single values, lists with nulls among them.
+    Array by array, where they are not plain: Arrow cannot build every type from single values,
+    lists with nulls among them.
     """
+    if kind in _PLAIN:
+        with suppress(pa.ArrowInvalid):  # a cell is of another type
+            return pa.array(cells, kind)
     pieces = [pa.nulls(0, kind)]
     for own, run in itertools.groupby(cells, _type_of):
         pieces.append(_piece(list(run), own, kind))

@@ -41,7 +41,7 @@ from gc2ray.retry import Retry, freeze, latest_failures
 from gc2ray.shards import Shard, SourceFile, first_spans
 from gc2ray.sources.source import Source
 from gc2ray.staging import check_model
-from gc2ray.store import Store
+from gc2ray.store import AT_START, Store
 from gc2ray.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def run_job(
         files, found = source.scan()
         plan = extend_plan(store, job, plan, files, as_written(found))
     elif plan is not None and tell_new:
-        _tell_new(source, plan)
+        _tell_new(job, plan)
     committed = committed_parts(store, plan) if plan else None
     if plan is not None and committed is not None and committed.whole:
         return _judged(outcome(store, plan, committed), job)
@@ -202,10 +202,12 @@ def _check_apart(source: Source, output: str) -> None:
         )
 
 
-def _tell_new(source: Source, plan: Plan) -> None:
+def _tell_new(job: Job, plan: Plan) -> None:
     """Of files that nobody asked to plan; the run goes on without a look at them, too."""
     try:
-        new = source.unplanned({source for source, _ in plan.shards.files})
+        new = Source(job.recipe.input, AT_START).unplanned(
+            {source for source, _ in plan.shards.files}
+        )
     except ConfigError as error:
         log.warning("whether there are new input files is not known: %s", error)
         return

@@ -92,15 +92,27 @@ def holds(planned: pa.Schema, found: pa.Schema) -> bool:
     return all(in_common(own, other) == own for own, other in pairs)
 
 
-def roomy(kind: pa.DataType) -> pa.DataType:
-    """The type with room for the dictionaries of any number of files, also within structs."""
+def sturdy(kind: pa.DataType) -> pa.DataType:
+    """The type that has the same values in any number of files, and in whatever is done with them.
+
+    A dictionary has room for all files' values. Arrow cannot take rows of views, nor read
+    dictionaries within lists and structs over row groups; these are their values.
+    """
     if types.is_dictionary(kind):
         index = max(kind.index_type, pa.int32(), key=lambda kind: kind.bit_width)
-        return pa.dictionary(index, kind.value_type, kind.ordered)
+        return pa.dictionary(index, _plain(kind.value_type), kind.ordered)
+    return _plain(kind)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        return pa.string() if types.is_string_view(kind) else pa.binary()
     if types.is_struct(kind):
-        return pa.struct([item.with_type(roomy(item.type)) for item in kind])
-    if is_list(kind) and types.is_dictionary(kind.value_type):
-        value = kind.value_field.with_type(roomy(kind.value_type))
+        return pa.struct([item.with_type(_plain(item.type)) for item in kind])
+    if is_list(kind) and _plain(kind.value_type) != kind.value_type:
+        value = kind.value_field.with_type(_plain(kind.value_type))
         return pa.large_list(value) if types.is_large_list(kind) else pa.list_(value)
     return kind
 

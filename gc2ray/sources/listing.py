@@ -15,6 +15,7 @@ Not covered: datasets of the hub of which it has converted only a part: name the
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
@@ -89,9 +90,9 @@ class Listing:
                 for place in empty:
                     log.warning("%s: no Parquet files at %s", URI_KEY, place.shown)
             once: dict[str, str] = {}
-            for path in (path for found in files for path in found):
+            for path in itertools.chain(*files) if len(files) > 1 else ():
                 once.setdefault(self._identity(path), path)
-            yield list(once.values())
+            yield list(once.values()) or files[0]
         finally:
             self.filesystem.invalidate_cache()
 

@@ -225,7 +225,8 @@ class Place:
             yield from files
             return
         yield from parquet
-        others = [path for path in files if _ALIKE.search(path) and path not in {*parquet}]
+        taken = {*parquet}
+        others = [path for path in files if path not in taken and _ALIKE.search(path)]
         if others:
             log.warning(
                 "%s: %d files are left out whose names do not end in %s (%s); name them, or a "
@@ -241,7 +242,8 @@ class Place:
         if is_local(self.filesystem):
             yield from _walk(self.root, self.pattern)
         elif self.pattern == EVERYTHING:
-            yield from ((path, False) for path in self.filesystem.find(self.root))
+            folder = f"{self.root}/" if is_web(self.filesystem) else self.root
+            yield from ((path, False) for path in self.filesystem.find(folder))
         else:
             found = self.filesystem.glob(self._glob, detail=True)
             yield from ((path, info["type"] == "directory") for path, info in found.items())

@@ -25,7 +25,7 @@ from gc2ray.sources.column_types import (
     is_list,
     is_prompt,
     reads_as_text,
-    roomy,
+    sturdy,
 )
 
 Record = Mapping[str, pa.Scalar]
@@ -205,14 +205,14 @@ def _shared(column: str, files: Sequence[tuple[str, pa.Schema]]) -> pa.DataType:
     for source, columns in files:
         own = columns.field(column).type
         found = in_common(shared, own)
-        if found is None or not _casts(own, found):
+        if found is None or not _casts(own, sturdy(found)):
             raise ConfigError(
                 f"recipe.input.keep: column {column!r} is {own} in {source} and {shared} in "
                 f"{first}; cast it in the input, or do not keep it"
             )
         first = first if shared.equals(found) else source
         shared = found
-    return roomy(shared)
+    return sturdy(shared)
 
 
 def _casts(own: pa.DataType, shared: pa.DataType) -> bool:
