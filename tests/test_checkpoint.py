@@ -59,6 +59,15 @@ def holding(file: str, data: bytes) -> Change:
     return lambda model: (model / file).write_bytes(data)
 
 
+def replaced(file: str, old: str, new: str) -> Change:
+    def change(model: Path) -> None:
+        text = (model / file).read_text()
+        assert old in text
+        (model / file).write_text(text.replace(old, new))
+
+    return change
+
+
 def all_of(*changes: Change) -> Change:
     return lambda model: [change(model) for change in changes]
 
@@ -264,12 +273,15 @@ def test_so_is_it_where_a_model_is_loaded_or_outlined(model: Path, case: str) ->
         edited(GENERATION, eos_token_id=[1, 2]),
         edited(*IMAGES, do_center_crop=False, size={"height": 84, "width": 84}, crop_size=84),
         edited(*IMAGES, image_mean=None, do_pad=None, do_flip=False),
+        holding("preprocessor_config.json", b'{"do_normalize": false}'),  # the newer file counts
+        replaced(PROCESSOR, '"do_normalize": true', '"do_normalize": null'),  # the default
         edited(
             CONFIG, image_grid_pinpoints=[[84, 252], [168, 84], [84, 168], [252, 84], [168] * 2]
         ),
         edited(CONFIG, image_grid_pinpoints=None),  # the default is transformers' to say
         edited(CONFIG, image_token_index=None, quantization_config={}),
         edited(*TEXT, vocab_size=None, bos_token_id=None),
+        edited(TOKENIZER, added_tokens_decoder={"2": {"content": "<image>"}}),  # or 3, says another
         edited(PROCESSOR, patch_size=None, num_additional_image_tokens=None),
         all_of(holding("training_args.bin", b"?"), holding("trainer_state.json", b"")),
         all_of(
@@ -339,6 +351,12 @@ def test_a_prompt_with_tokens_behind_the_table_is_refused(model: Path) -> None:
     [
         (edited(GENERATION, eos_token_id=[5, 6]), (5, 6)),
         (all_of(edited(GENERATION, eos_token_id=None), edited(*TEXT, eos_token_id=7)), (7,)),
+        (
+            all_of(
+                without(GENERATION), edited(*TEXT, eos_token_id=7), edited(CONFIG, eos_token_id=9)
+            ),
+            (7,),
+        ),
         (all_of(without(GENERATION), edited(*TEXT, eos_token_id=[7, 8])), (7, 8)),
         (all_of(without(GENERATION), edited(*TEXT, eos_token_id=None)), (1,)),
         (
@@ -359,6 +377,26 @@ def test_answers_end_where_the_first_file_that_says_so_says(
     assert check_directory(model).ends == ends
     loaded = families.load(str(model), revision=None, dtype="float32", device="cpu")
     assert loaded.end_tokens == ends
+
+
+@pytest.mark.parametrize(
+    ("written", "is_there"),
+    [({"eos_token": "A"}, True), ({"eos_token": None, "tokenizer_class": "Llama"}, False)],
+)
+def test_an_end_that_only_the_tokenizer_knows_of_is_looked_for_at_loading(
+    model: Path, written: dict[str, object], is_there: object
+) -> None:
+    """One of the vocabulary's, and one that a class may have: files alone do not tell."""
+    without(GENERATION)(model)
+    edited(*TEXT, eos_token_id=None)(model)
+    edited(TOKENIZER, **written)(model)
+    assert check_directory(model).ends == ()
+    if is_there:
+        loaded = families.load(str(model), revision=None, dtype="float32", device="cpu")
+        assert loaded.end_tokens == (loaded.processor.tokenizer.convert_tokens_to_ids("A"),)
+    else:
+        with pytest.raises(ConfigError, match="no token is named that ends an answer"):
+            families.load(str(model), revision=None, dtype="float32", device="cpu")
 
 
 def test_a_recipe_may_say_where_answers_end(model: Path) -> None:

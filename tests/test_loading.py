@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gc2ray import families
+from gc2ray.engine import load_model
 from gc2ray.errors import ConfigError
 from gc2ray.families.family import Loaded
 from gc2ray.families.llava_next import LlavaNext
+from tests.rows import job_data, make_job, write_rows
+from tests.test_cli import here
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -139,6 +142,7 @@ def test_tensors_that_nobody_asked_for_are_told_old_buffers_are_not(
     buffers = {
         "vision_tower.embeddings.position_ids": torch.arange(37)[None],
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(6),
+        "language_model.model.layers.0.self_attn.masked_bias": torch.rand(1),
     }
     rewritten(model, lambda found: found | buffers)
     with caplog.at_level(logging.WARNING, "gc2ray"):
@@ -235,6 +239,26 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -
         "freeze": (LlavaNext, "freeze"),
     }[where]
     monkeypatch.setattr(owner, name, fail)
+
+
+def test_the_recipe_takes_rules_over_wherever_its_model_is_loaded(
+    model: Path, tmp_path: Path
+) -> None:
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"min_length": 3}))
+    kept, taken_over = (
+        make_job(model, generation__ignore_model_rules=rules) for rules in ([], ["min_length"])
+    )
+    with pytest.raises(ConfigError, match="min_length 3"):
+        load_model(kept.recipe, kept.cluster)
+    assert load_model(taken_over.recipe, taken_over.cluster).end_tokens == (1,)
+    source = write_rows(tmp_path / "rows.parquet", 4)
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps(job_data(model, source, tmp_path / "out")))
+    told = here("estimate", job)
+    assert (told.exit_code, "min_length 3" in told.stderr) == (2, True)
+    ignored = "recipe.generation.ignore_model_rules=[min_length]"
+    assert here("estimate", job, ignored).exit_code == 0
 
 
 def test_a_hub_id_in_the_hubs_cache_is_held_to_the_same(
