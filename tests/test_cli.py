@@ -95,7 +95,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest(tmp_path: Path)
     [
         ("recipe.input.uri=/nowhere", "no Parquet files at /nowhere"),
         ("recipe.model.path=/nowhere", "recipe.model.path: there is no model in /nowhere"),
-        ("recipe.input.image=imag", "no column 'imag' in the input; did you mean 'image'?"),
+        ("recipe.input.image=imag", "no column 'imag' in a.parquet; did you mean 'image'?"),
         ("output=nosuch://bucket/run", "output: Protocol not known: nosuch"),
         ("recipe.input.keep=[row_key]", "'row_key' is a column of the answers"),
         ("recipe.generation.stop_token_ids=[123456]", "stop_token_ids is token 123456, and the"),
