@@ -389,7 +389,6 @@ def _piece(cells: Sequence[Any], own: pa.DataType | None, kind: pa.DataType) -> 
 
 UNWRITTEN_STATS = frozenset(
     {
-        "empty_answers",
         "view_tokens_full",
         "images",
         "images_shared",
@@ -409,8 +408,7 @@ UNWRITTEN_STATS = frozenset(
         "peak_host_bytes",
     }
 )
-"""What a part's footer counts and its rows do not tell, or not those of parts that are older than
-the count."""
+"""What a part's footer counts and its rows do not tell."""
 
 
 def table_stats(table: pa.Table) -> RunStats:
