@@ -166,16 +166,17 @@ def check(job: Job, rows: int) -> Parity:
     Raises:
         ConfigError: Model or input cannot be used.
     """
-    requests = list(_requests(job, rows))
-    directory = stage(job.recipe.model).directory
-    families.outline(str(directory), dtype=job.recipe.model.dtype)  # refuses what stock might not
-    stock = _Stock.asked(job.recipe, directory, requests)
+    recipe, requests = job.recipe, list(_requests(job, rows))
+    directory, taken_over = stage(recipe.model).directory, recipe.generation.taken_over()
+    # First, because stock takes what answers would not follow.
+    families.outline(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
+    stock = _Stock.asked(recipe, directory, requests)
     loaded = load_model(job.recipe, job.cluster)
     ours = _Ours(job, loaded, stock)
     ours.compare_with_stock(requests)
     prompts, same_alone = ours.compare_batches(requests)
     return Parity(
-        dtype=job.recipe.model.dtype,
+        dtype=recipe.model.dtype,
         stock=ours.found,
         stock_trouble=stock.trouble,
         prompts=prompts,

@@ -16,12 +16,18 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RaySystemError
 
-from gc2ray.ending import INTERRUPTED
+from gc2ray.ending import INTERRUPTED, STOP_SIGNALS
 from gc2ray.errors import ConfigError, GivenUp
 from gc2ray.ray_pool import _cause, connected
 from tests.outputs import first_plan, write_generation
 from tests.rows import job_data
 from tests.test_cli import ROOT, here
+
+
+def hear_all() -> None:
+    """As a process of a terminal does: one in the background of a script does not hear SIGINT."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start(*words: object, path: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
@@ -31,6 +37,7 @@ def start(*words: object, path: Path = ROOT, **environment: str) -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{path}:{ROOT}", **environment},
+        preexec_fn=hear_all,
     )
 
 
