@@ -27,7 +27,7 @@ from typing import Any
 from gc2ray.cost import CLASS_TOKEN_TOWERS
 from gc2ray.errors import ConfigError, first_line
 from gc2ray.generation_rules import NOTHING, TakenOver, asked_for
-from gc2ray.weights import check_unquantised, table_rows, tensor_headers
+from gc2ray.weights import check_named_once, check_unquantised, table_rows, tensor_headers
 
 MODEL_TYPES = ("llava_next",)
 """Those of `gc2ray.families.FAMILIES`."""
@@ -50,6 +50,9 @@ FILES = (
 BARE_TOKENIZERS = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 """Tokenizers without an end token unless their files name one."""
 QUANTISATION = ("quantization_config", "compression_config")
+LAYERED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+IMAGE_PROCESSOR = "LlavaNextImageProcessor"
+"""What the types of image processors begin with whose views are ours: there are several of it."""
 SLOW_TOKENIZER = (
     "%s is a sentencepiece model without a tokenizer.json: transformers 5 splits some texts in "
     "another way than version 4 did, and answers may be worse; make a tokenizer.json with version "
@@ -144,6 +147,7 @@ def check_directory(
     if weights:
         headers = tensor_headers(directory)
         check_unquantised(directory, headers)
+        check_named_once(directory, headers)
         found = replace(found, table_rows=table_rows(headers))
         check(found, taken_over)
     slow, fast = directory / "tokenizer.model", directory / "tokenizer.json"
@@ -326,8 +330,8 @@ def _tokenizer_ends(
 def _problems(found: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
     """All of them; what explains others comes first."""
     for of_the_model in (
-        _architecture, _adapter, _quantisation, _tower, _placeholder, _geometry, _pinpoints,
-        _colours, _steps, _template,
+        _architecture, _adapter, _quantisation, _tower, _layers, _placeholder, _processor_type,
+        _geometry, _pinpoints, _colours, _steps, _template,
     ):  # fmt: skip
         yield from of_the_model(found)
     for of_its_answers in (_table, _ends, _unfollowed):
@@ -401,6 +405,23 @@ def _placeholder(found: Checkpoint) -> Iterator[str]:
         yield (
             f"the image token is {own} in config.json ({next(iter(named), PLACEHOLDER[0])}), and "
             f"{theirs} in the tokenizer ({found.image_token}): correct the wrong one"
+        )
+
+
+def _layers(found: Checkpoint) -> Iterator[str]:
+    for place, part in (("text_config", found.text), ("vision_config", found.vision)):
+        for name in LAYERED:
+            value = part.get(name)
+            if value is not None and (_number(value) or 0) <= 0:
+                yield f"{place}.{name} in config.json is {shown(value)}, and should be above 0"
+
+
+def _processor_type(found: Checkpoint) -> Iterator[str]:
+    kind = found.images.get("image_processor_type")
+    if kind is not None and not str(kind).startswith(IMAGE_PROCESSOR):
+        yield (
+            f"the image processor is {shown(kind)} (image_processor_type), and images are cut as "
+            f"{IMAGE_PROCESSOR} does; use the processor that it was published with"
         )
 
 

@@ -2,7 +2,7 @@
 
 Only headers are read, so that looking costs milliseconds whatever the weights weigh. What cannot be
 loaded as it is meant is refused here, with the reason: pickles, shards that are missing or cut
-short, weights that were quantised.
+short, weights that were quantised, a tensor under two names.
 
 Not covered: which tensors a model needs (`gc2ray.families` asks transformers), and their values.
 """
@@ -22,6 +22,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_HEADER_BYTES = 100_000_000
 """More is no header; safetensors itself refuses it."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+RENAMED = frozenset({"model", "language_model", "vision_model"})
+"""Parts of names by which the layouts of transformers 4 and 5 differ."""
 QUANTISED = frozenset({
     "SCB", "absmax", "g_idx", "input_scale", "nested_absmax", "nested_quant_map", "quant_map",
     "quant_state", "qweight", "qzeros", "scales", "weight_format", "weight_packed", "weight_scale",
@@ -53,6 +55,23 @@ def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
     for path in _files(directory):
         headers |= _header(path)
     return headers
+
+
+def check_named_once(directory: Path, headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse weights in which a tensor is there under an old name and a new one.
+
+    Raises:
+        ConfigError: One is: which of the two would be taken is nobody's choice.
+    """
+    names: dict[tuple[str, ...], str] = {}
+    for name in sorted(headers):
+        plain = tuple(part for part in name.split(".") if part not in RENAMED)
+        other = names.setdefault(plain, name)
+        if other != name:
+            raise ConfigError(
+                f"recipe.model.path: {directory} has a tensor twice, as {other} and as {name}; "
+                "copy the model anew, into an empty directory"
+            )
 
 
 def check_unquantised(directory: Path, headers: Mapping[str, TensorHeader]) -> None:

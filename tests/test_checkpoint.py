@@ -208,6 +208,18 @@ REFUSED: dict[str, tuple[Change, str]] = {
     # What would not be done.
     **{name: (edited(*IMAGES, **{name: False}), f"{name} false") for name in sorted(DONE_STEPS)},
     "unknown step": (edited(*IMAGES, do_flip=True), "do_flip true, which is not done here"),
+    "no text layers": (
+        edited(CONFIG, "text_config", num_hidden_layers=0),
+        r"text_config\.num_hidden_layers in config\.json is 0, and should be above 0",
+    ),
+    "half a tower": (
+        edited(CONFIG, "vision_config", num_attention_heads=-1),
+        r"vision_config\.num_attention_heads .* is -1",
+    ),
+    "another's images": (
+        edited(*IMAGES, image_processor_type="LlavaOnevisionImageProcessor"),
+        r"the image processor is .LlavaOnevisionImageProcessor. .*as LlavaNextImageProcessor does",
+    ),
     "no mean": (edited(*IMAGES, image_mean=[]), r"image_mean .* is \[\], and should be 3 numbers"),
     "no deviation": (edited(*IMAGES, image_std=[1, 0, 1]), r"image_std .* is \[1, 0, 1\]"),
     "odd deviation": (edited(*IMAGES, image_std=[1, float("nan"), 1]), "image_std .*NaN"),

@@ -510,3 +510,37 @@ def test_generate_penalises_prompt_and_answer(model: Any, temperature: float) ->
         assert (item.token_ids,) == tuple(tokens_alone(model, [prompt], sampling))
         changed += item.token_ids != tokens_alone(model, [prompt], plain)[0]
     assert changed > 1
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(4, 200))},
+        {"sequence_bias": [[[10], 50.0]]},
+        {"exponential_decay_length_penalty": [2, 3.0]},
+        {"num_beams": 3},
+        {"num_return_sequences": 2},
+        {"max_time": 1e-9},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=str,
+)
+def test_nothing_of_the_models_own_suggestions_is_followed(
+    model: Any, rules: dict[str, Any]
+) -> None:
+    """What a recipe has taken over must not come back through `generate`."""
+    prompts, sampling = prompts_for(model), Sampling(NEW)
+    wanted = decode(by_generate(model, max_tokens=ROOM), prompts, [sampling] * 5)
+    before = model.generation_config
+    model.generation_config = copy.deepcopy(before)
+    for name, value in rules.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    try:
+        found = decode(by_generate(model, max_tokens=ROOM), prompts, [sampling] * 5)
+        assert model.generation_config is own, "it is put back"
+    finally:
+        model.generation_config = before
+    assert [item.token_ids for item in found] == [item.token_ids for item in wanted]

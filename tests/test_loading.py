@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gc2ray import families
 from gc2ray.engine import load_model
-from gc2ray.errors import ConfigError
+from gc2ray.errors import BadRow, ConfigError
 from gc2ray.families.family import Loaded
 from gc2ray.families.llava_next import LlavaNext
 from tests.rows import job_data, make_job, write_rows
@@ -100,6 +100,52 @@ def test_a_model_whose_tensors_have_other_names_is_refused(
     )
     with pytest.raises(ConfigError, match=rf"random .*; it has others instead .*: {first}"):
         load(model)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("vision_config", "num_hidden_layers", 2), ("text_config", "num_hidden_layers", 1)],
+)
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(
+    model: Path, part: str, key: str, value: int
+) -> None:
+    """Or the features would be another layer's, and the text another model's."""
+    config = json.loads((model / "config.json").read_text())
+    edit(model, **{part: config[part] | {key: value}})
+    with pytest.raises(ConfigError, match=r"tensors of parts that its config\.json leaves out"):
+        load(model)
+
+
+def test_a_bias_that_the_config_leaves_out_is_refused(model: Path) -> None:
+    bias = LAYER.replace("mlp.up_proj.weight", "self_attn.q_proj.bias")
+    rewritten(model, lambda found: {**found, bias: torch.ones(48)})
+    with pytest.raises(ConfigError, match=r"has 1 tensors of parts .*q_proj\.bias"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("language_model.model.", "model.language_model."),
+        ("image_newline", "model.image_newline"),
+        ("vision_tower.", "vision_tower.vision_model."),
+    ],
+)
+def test_a_tensor_under_two_names_is_refused(model: Path, old: str, new: str) -> None:
+    def twice(found: Tensors) -> Tensors:
+        name = next(name for name in found if name.startswith(old))
+        return {**found, name.replace(old, new, 1): torch.zeros_like(found[name])}
+
+    rewritten(model, twice)
+    with pytest.raises(ConfigError, match="has a tensor twice, as "):
+        load(model)
+
+
+def test_a_token_beyond_the_table_fails_its_row_alone(model: Path) -> None:
+    loaded = load(model)
+    rows = loaded.model.get_input_embeddings().num_embeddings
+    with pytest.raises(BadRow, match=f"the prompt has token {rows}, .* text table {rows} rows"):
+        loaded.family.embed([1, rows], [])
 
 
 def test_a_model_with_tensors_of_other_sizes_is_refused(model: Path) -> None:

@@ -13,7 +13,8 @@ refilling a batch while it runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -117,12 +118,13 @@ class GenerateDecoder:
             pad_token_id=self._pad,
         )
         started = time.perf_counter_ns()
-        output = self._model.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([drawing]),
-        )
+        with _settings_of_its_own(self._model):
+            output = self._model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([drawing]),
+            )
         output = drawing.marked(output).tolist()
         ended = time.perf_counter_ns()
         self.steps += max(map(len, output))
@@ -208,6 +210,20 @@ def _completion(tag: int, row: Sequence[int], reason: str, before: int, after: i
     if reason == "error":
         return Completion(tag, (), reason, before, after, not_finite(len(row) - 1))
     return Completion(tag, tuple(row), reason, before, after)
+
+
+@contextmanager
+def _settings_of_its_own(model: Any) -> Iterator[None]:
+    """A model that suggests nothing: `generate` fills in from it whatever it is not told.
+
+    What a model asks for was followed, refused or taken over by the recipe when it was loaded.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _tokens(item: _Item) -> int:

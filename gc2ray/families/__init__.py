@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_files
 
@@ -180,16 +181,17 @@ def _whole_model(found: Checkpoint, path: str, revision: str | None, dtype: torc
             ignore_mismatched_sizes=True,  # they are told below, with their names
         )
     model, info = loaded
-    _check_whole(found, info, len(model.state_dict()))
+    _check_whole(found, info, model)
     return model
 
 
-def _check_whole(found: Checkpoint, info: Mapping[str, Any], total: int) -> None:
+def _check_whole(found: Checkpoint, info: Mapping[str, Any], model: Any) -> None:
     """Refuse a model of which transformers has made something up, or left something out.
 
     Raises:
         ConfigError: It has; the message names the first tensors.
     """
+    total = len(model.state_dict())
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     unexpected = [name for name in unexpected if name.rpartition(".")[2] not in BUFFERS]
     mismatched = sorted(
@@ -210,9 +212,30 @@ def _check_whole(found: Checkpoint, info: Mapping[str, Any], total: int) -> None
         )
     if info["error_msgs"]:
         raise ConfigError(f"{where} cannot be loaded: {_few(info['error_msgs'])}")
+    left_out = _left_out(model, unexpected)
+    if left_out:
+        raise ConfigError(
+            f"{where} has {len(left_out)} tensors of parts that its config.json leaves out, layers "
+            f"or biases: {_few(left_out)}; use the config.json that it was published with"
+        )
     if unexpected:
         told = (found.name, len(unexpected), _few(unexpected))
         log.warning("%s has %d tensors that the model has no use for: %s", *told)
+
+
+def _left_out(model: Any, unexpected: Collection[str]) -> list[str]:
+    """Of tensors that nothing takes, those of a module that is there, or of one more layer."""
+    modules = {name for name, _ in model.named_modules()}
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return [
+        name
+        for name in unexpected
+        if (name.rpartition(".")[0] in modules and name.rpartition(".")[2] in ("weight", "bias"))
+        or any(
+            part.isdecimal() and ".".join(name.split(".")[:at]) in lists
+            for at, part in enumerate(name.split("."))
+        )
+    ]
 
 
 def _few(names: Collection[str]) -> str:

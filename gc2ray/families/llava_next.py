@@ -34,6 +34,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 from gc2ray.canvas import NEWLINE, AnyRes, Canvas, Tiles
 from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found_for
 from gc2ray.cost import ModelShape, Needs
+from gc2ray.errors import BadRow, Status
 from gc2ray.families.family import Outline
 from gc2ray.linear import Linear, packed_module
 from gc2ray.views import Places, Prompt, Selection, Views
@@ -154,7 +155,12 @@ class LlavaNext:
 
         Raises:
             ValueError: There are not as many placeholders as images.
+            BadRow: There is a token that the model does not know.
         """
+        known = self._text_table.num_embeddings
+        if max(token_ids) >= known:  # on a GPU the device would be lost
+            told = f"the prompt has token {max(token_ids)}, and the model's text table {known} rows"
+            raise BadRow(Status.FAILED, f"{told}: its tokenizer is another model's")
         marks = [i for i, token in enumerate(token_ids) if token == self._image_token_id]
         if len(marks) != len(images):
             raise ValueError(f"{len(marks)} image placeholders for {len(images)} images")
