@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils.logging import is_progress_bar_enabled
 from typer.testing import CliRunner
 
 from gc2ray import parity
+from gc2ray.checkpoint import check_directory
 from gc2ray.cli import app
 from gc2ray.decoding import native
 from gc2ray.decoding.dictation import Dictation, largest_difference
@@ -24,7 +27,7 @@ from gc2ray.engine import load_model
 from gc2ray.errors import ConfigError
 from gc2ray.families import llava_next
 from gc2ray.families.llava_next import LlavaNext
-from gc2ray.families.stock import StockAnswer, StockModel
+from gc2ray.families.stock import StockAnswer, StockModel, StockSettings, _chat_template
 from gc2ray.parity import Parity, StockCheck, check
 from gc2ray.prompts import ChatPrompt
 from tests.conftest import SPECS
@@ -39,10 +42,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", PROMPTS)
 
 
-def write_rows(path: Path, prompts: tuple[str | None, ...]) -> Path:
+def write_rows(
+    path: Path, prompts: tuple[str | None, ...], sizes: Sequence[tuple[int, int]] = SIZES
+) -> Path:
     images = [
         {"bytes": encoded(picture(size, seed)), "path": None}
-        for seed, size in zip(range(len(prompts)), SIZES, strict=False)
+        for seed, size in zip(range(len(prompts)), sizes, strict=False)
     ]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(images, kind), "prompt": list(prompts)}), path)
@@ -116,6 +121,49 @@ def test_rules_that_the_recipe_takes_over_are_not_stocks(
     ignored = [name for name in rules if name == "no_repeat_ngram_size"]
     found = checked(model, source, generation__ignore_model_rules=ignored)
     assert found.passed, found.lines()
+
+
+UNHEARD: list[dict[str, Any]] = [
+    {"num_return_sequences": 2, "do_sample": True},
+    {"max_time": 1e-9},
+    {"prompt_lookup_num_tokens": 3},
+    {"is_assistant": True, "num_assistant_tokens": 3, "assistant_confidence_threshold": 0.5},
+    {"cache_implementation": "offloaded"},
+    {"return_dict_in_generate": False, "output_scores": True, "use_cache": False, "max_length": 3,
+     "renormalize_logits": True, "early_stopping": True, "length_penalty": 2.0, "top_k": 3,
+     "decoder_start_token_id": 5, "epsilon_cutoff": 0.1, "pad_token_id": 7, "max_new_tokens": 1},
+]  # fmt: skip
+"""Settings of a generation config that change no answer of ours."""
+
+
+@pytest.mark.parametrize("unheard", UNHEARD, ids=lambda unheard: next(iter(unheard)))
+def test_what_changes_no_answer_of_ours_does_not_disturb_stock(
+    tiny_paths: dict[str, Path], tmp_path: Path, unheard: dict[str, Any]
+) -> None:
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    image, settings = picture(SIZES[0]), StockSettings("float32", "cpu", max_new_tokens=4)
+    with StockModel(model, settings) as stock:
+        wanted = stock.answer(image, "What is it?")
+    rewrite(model / "generation_config.json", **unheard)
+    with StockModel(model, settings) as stock:
+        found = stock.answer(image, "What is it?")
+    assert (found.token_ids, found.finish_reason) == (wanted.token_ids, wanted.finish_reason)
+    torch.testing.assert_close(found.logits, wanted.logits)
+
+
+def test_stock_follows_the_models_own_rules(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    """All but those that answers do not follow."""
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    settings = StockSettings("float32", "cpu", max_new_tokens=4)
+
+    def first_token(settings: StockSettings) -> int:
+        with StockModel(model, settings) as stock:
+            return stock.answer(picture(SIZES[0]), "What is it?").token_ids[0]
+
+    wanted = first_token(settings)
+    rewrite(model / "generation_config.json", suppress_tokens=[wanted])
+    assert first_token(settings) != wanted
+    assert first_token(replace(settings, ignored=("suppress_tokens",))) == wanted
 
 
 def test_a_repetition_penalty_is_stocks_too(tiny_paths: dict[str, Path], source: Path) -> None:
@@ -260,6 +308,45 @@ def test_processors_of_2024_pass(
     assert found.passed, found.lines()
 
 
+@pytest.mark.parametrize("kind", ["list", "dict"])
+@pytest.mark.parametrize("file", ["processor_config.json", "chat_template.json"])
+def test_of_named_templates_stock_takes_the_default(
+    tiny_paths: dict[str, Path], tmp_path: Path, file: str, kind: str
+) -> None:
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    named = {"tool_use": "no", "default": (model / "chat_template.jinja").read_text()}
+    listed = [{"name": name, "template": template} for name, template in named.items()]
+    (model / "chat_template.jinja").unlink()
+    (model / file).touch()
+    held = json.loads((model / file).read_text() or "{}")
+    held["chat_template"] = named if kind == "dict" else listed
+    (model / file).write_text(json.dumps(held))
+    assert _chat_template(model) == named["default"]
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("text",), ("text", "top"), ("top",), ("file", "text")], ids=str
+)
+def test_answers_end_where_the_files_as_written_say(
+    tiny_paths: dict[str, Path], source: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """Not where a class of transformers would, as Llama's has 2."""
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    generation, config = model / "generation_config.json", model / "config.json"
+    ends: dict[str, Any] = {"file": [3, 4], "text": 5, "top": 6}
+    wanted = {"file": {3, 4}, "text": {5}, "top": {6}}[names[0]] if names else {1}
+    rewrite(generation, eos_token_id=ends["file"] if "file" in names else [])
+    text = json.loads(config.read_text())["text_config"] | {"eos_token_id": ends["text"]}
+    if "text" not in names:
+        del text["eos_token_id"]
+    rewrite(config, text_config=text, eos_token_id=ends["top"] if "top" in names else None)
+    with StockModel(model, StockSettings("float32", "cpu", max_new_tokens=4)) as stock:
+        assert {*stock.end_tokens} == {*check_directory(model).ends} == wanted
+    if not names:
+        found = checked(model, source)
+        assert found.passed, found.lines()
+
+
 # What cannot be compared is told
 
 
@@ -307,6 +394,29 @@ def test_a_model_that_cannot_be_used_is_a_bad_configuration(
         checked(model, source)
 
 
+def test_stock_is_loaded_without_a_word(
+    tiny_paths: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model that is not whole ours says it in a line."""
+    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["image_newline"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    logged: list[str] = []
+    heard = logging.Handler()
+    monkeypatch.setattr(heard, "emit", lambda record: logged.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "handlers", [heard])
+    assert is_progress_bar_enabled()
+    with StockModel(model, StockSettings("float32", "cpu", max_new_tokens=4)):
+        assert is_progress_bar_enabled(), "as it was"
+    told = capfd.readouterr()
+    assert "LOAD REPORT" not in told.err + told.out + "".join(logged)
+    assert "Loading weights" not in told.err + told.out
+
+
 # How near is near
 
 
@@ -332,7 +442,7 @@ def test_a_near_tie_is_two_steps(dtype: str, gap: float, ties: int) -> None:
     """Between 16 and 32 a step of bfloat16 is 1/8, of float16 1/64."""
     logits = torch.full((3, 5), 1.0)
     logits[2, 3], logits[2, 4] = 20, 20 - gap
-    stock = StockAnswer((1, 2), (0, 3), "length", logits)
+    stock = StockAnswer((1, 2), (0, 3), "length", "", logits)
     job = make_job("model", model__dtype=dtype)
     ours: Any = parity._Ours(job, None, parity._Stock())  # type: ignore[arg-type]
     assert ours._nearly_tie(stock, (0, 4), 1) == ties

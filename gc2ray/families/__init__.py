@@ -170,7 +170,7 @@ def _whole_model(found: Checkpoint, path: str, revision: str | None, dtype: torc
     Raises:
         ConfigError: Its files lack some.
     """
-    with _without_load_report():
+    with without_load_report():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=dtype,
@@ -260,7 +260,7 @@ def _tied_head(found: Checkpoint, missing: Collection[str]) -> str:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """Without transformers' table of missing tensors, which is told in a line of ours."""
 
     def keep(record: logging.LogRecord) -> bool:

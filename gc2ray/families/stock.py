@@ -21,15 +21,20 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     LlavaNextProcessor,
+)
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
 )
 
 from gc2ray.errors import first_line
+from gc2ray.families import without_load_report
 from gc2ray.families.family import Loaded
+from gc2ray.generation_rules import RULES
 from gc2ray.views import Prompt
-
-DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-"""Settings of generation configs that only matter where tokens are drawn."""
 
 
 def stock_inputs(loaded: Loaded, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
@@ -109,6 +114,7 @@ class StockAnswer:
         prompt_ids: The prompt's token ids, with the image's placeholder once.
         token_ids: The greedy answer, its end included.
         finish_reason: `stop` or `length`.
+        text: The answer as its tokenizer writes it, without special tokens.
         logits: At every position behind the image, then along the answer: what the image's last
             token says, every token of the prompt behind it, every token of the answer but the
             last. (P, vocabulary).
@@ -117,6 +123,7 @@ class StockAnswer:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     finish_reason: str
+    text: str
     logits: Tensor
 
 
@@ -146,9 +153,10 @@ class StockModel:
         with _told():
             tokenizer: Any = AutoTokenizer.from_pretrained(path, **where)
             images = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=getattr(torch, settings.dtype), use_safetensors=True, **where
-            )
+            with _silent():
+                model: Any = AutoModelForImageTextToText.from_pretrained(
+                    path, dtype=getattr(torch, settings.dtype), use_safetensors=True, **where
+                )
             self._model = model.to(settings.device).eval()
             config = model.config
             self._tokenizer = tokenizer
@@ -161,7 +169,7 @@ class StockModel:
                 num_additional_image_tokens=1,
             )
             self._image_token_id = config.image_token_id
-            self.end_tokens = _end_tokens(model, tokenizer)
+            self.end_tokens = _end_tokens(directory, tokenizer)
             self._follow(settings)
 
     def __enter__(self) -> StockModel:
@@ -175,17 +183,27 @@ class StockModel:
             torch.cuda.empty_cache()
 
     def _follow(self, settings: StockSettings) -> None:
-        """Greedy, and the model's own rules, but for what is set."""
-        rules = self._model.generation_config
-        for name in (*DRAWING, *settings.ignored):
-            setattr(rules, name, None)
-        rules.do_sample, rules.num_beams = False, 1
-        rules.max_new_tokens, rules.max_length = settings.max_new_tokens, None
+        """Greedy, and the model's own rules, but for what is set.
+
+        Of the files only rules are taken: other settings, as several answers to a prompt, or a
+        limit of time, are no reason to answer otherwise.
+        """
+        own = self._model.generation_config
+        wanted = {name: getattr(own, name, None) for name in {*RULES} - {*settings.ignored}}
         self._stops = {*self.end_tokens, *settings.stop_token_ids}
-        rules.eos_token_id = sorted(self._stops) or None
-        rules.pad_token_id = min(self._stops, default=0)
         if settings.repetition_penalty is not None:
-            rules.repetition_penalty = settings.repetition_penalty
+            wanted["repetition_penalty"] = settings.repetition_penalty
+        self._rules: Any = GenerationConfig(
+            **{name: value for name, value in wanted.items() if value is not None},
+            do_sample=False,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=sorted(self._stops) or None,
+            pad_token_id=min(self._stops, default=0),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        # Of which `generate` takes whatever it was not given.
+        self._model.generation_config = self._rules
 
     def special_token_in(self, text: str) -> str | None:
         """A special token that a text spells out, which stock takes for the token itself."""
@@ -203,12 +221,11 @@ class StockModel:
             inputs = self._inputs(image, text)
             ids: list[int] = inputs["input_ids"][0].tolist()
             behind = ids[::-1].index(self._image_token_id)
-            output = self._model.generate(
-                **inputs, output_logits=True, return_dict_in_generate=True
-            )
+            output = self._model.generate(**inputs, generation_config=self._rules)
             read = self._model(**inputs, logits_to_keep=behind + 1).logits[0]
         written = [logits.to(read.dtype) for logits in output.logits[1:]]
         token_ids = tuple(output.sequences[0, len(ids) :].tolist())
+        answer: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return StockAnswer(
             prompt_ids=tuple(
                 token
@@ -217,6 +234,7 @@ class StockModel:
             ),
             token_ids=token_ids,
             finish_reason="stop" if token_ids[-1] in self._stops else "length",
+            text=answer.strip(),
             logits=torch.cat([read, *written]).cpu(),
         )
 
@@ -247,25 +265,48 @@ def _told() -> Iterator[None]:
         raise StockFailed(f"{type(error).__name__}: {first_line(error)}") from error
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without progress bars, and without what our own loading of the same files says better."""
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with without_load_report():
+            yield
+    finally:
+        if bars:
+            enable_progress_bar()
+
+
 def _chat_template(directory: Path) -> str | None:
-    """The files' chat template, where transformers' processors look for it; None: the tokenizer's.
+    """The files' chat template, as transformers' processors find it; None: the tokenizer's.
 
-    A tokenizer's own is of the language model alone, as a rule.
+    A tokenizer's own is of the language model alone, as a rule. Of several it is the default one.
     """
-    for name in ("processor_config.json", "chat_template.json"):
-        if (directory / name).is_file():
-            found = json.loads((directory / name).read_text(encoding="utf-8")).get("chat_template")
-            if found:
-                return str(found)
-    jinja = directory / "chat_template.jinja"
-    return jinja.read_text(encoding="utf-8") if jinja.is_file() else None
+    held, _ = LlavaNextProcessor.get_processor_dict(str(directory))
+    found = held.get("chat_template") or None
+    if isinstance(found, list):
+        found = {named["name"]: named["template"] for named in found}
+    template: str | None = found["default"] if isinstance(found, dict) else found
+    return template
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """What ends an answer: by the generation config, else the text config, else the tokenizer."""
-    text = model.config.get_text_config()
-    for owner in (model.generation_config, text, tokenizer):
-        found = getattr(owner, "eos_token_id", None)
-        if found is not None:
+def _end_tokens(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer: the first of the files that names any, else the tokenizer's end token.
+
+    As they are written: in the config objects of transformers stand the classes' own, too.
+    """
+    config = _written(directory / "config.json")
+    places = (
+        _written(directory / "generation_config.json"), config.get("text_config") or {}, config
+    )  # fmt: skip
+    for found in (*(place.get("eos_token_id") for place in places), tokenizer.eos_token_id):
+        if found not in (None, []):
             return (found,) if isinstance(found, int) else tuple(found)
     return ()
+
+
+def _written(file: Path) -> dict[str, Any]:
+    """What a JSON file has; nothing where there is no such file."""
+    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return held
