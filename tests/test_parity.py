@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -23,15 +24,17 @@ from gc2ray.checkpoint import check_directory
 from gc2ray.cli import app
 from gc2ray.decoding import native
 from gc2ray.decoding.dictation import Dictation, largest_difference
-from gc2ray.engine import load_model
+from gc2ray.engine import Engine, load_model
 from gc2ray.errors import ConfigError
 from gc2ray.families import llava_next
 from gc2ray.families.llava_next import LlavaNext
 from gc2ray.families.stock import StockAnswer, StockModel, StockSettings, _chat_template
 from gc2ray.parity import Parity, StockCheck, check
 from gc2ray.prompts import ChatPrompt
+from gc2ray.records import Answer, Request
+from gc2ray.views import Prompt
 from tests.conftest import SPECS
-from tests.rows import SIZES, encoded, make_job, picture
+from tests.rows import SIZES, encoded, make_job, picture, request
 
 PROMPTS = ("What is in the picture?", "How many\n\n objects  are there?", "Which colour?")
 
@@ -232,6 +235,10 @@ def no_newlines(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LlavaNext, "pack", packed)
 
 
+def answer_text(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ChatPrompt, "decode", lambda *_: "a cat")
+
+
 Mutation = Callable[[pytest.MonkeyPatch], None]
 MUTATIONS: dict[Mutation, str] = {
     no_end: "ends of answers: none; stock's: 1",
@@ -242,6 +249,7 @@ MUTATIONS: dict[Mutation, str] = {
     answer_positions: "tokens behind the image",
     pixels: "tokens behind the image",
     no_newlines: "tokens behind the image",
+    answer_text: "0 of 3 answers and their ends and texts",
 }
 
 
@@ -257,12 +265,44 @@ def test_a_mutation_of_ours_fails(
         assert found.stock.difference > 10 * parity.TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("mutation", [no_end, answer_positions])
+@pytest.mark.parametrize("mutation", [no_end, answer_positions, answer_text])
 def test_in_half_precision_too(
     tiny_paths: dict[str, Path], source: Path, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutation(monkeypatch)
     assert not checked(tiny_paths["vicuna"], source, model__dtype="bfloat16").passed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "temperature"), [("float32", 0.0), ("bfloat16", 0.0), ("bfloat16", 1.0)]
+)
+def test_images_given_to_the_wrong_rows_of_a_batch_fail(
+    tiny_paths: dict[str, Path],
+    tmp_path: Path,
+    dtype: str,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one size, so that nothing but the answers tells; sampled ones of half precision do not."""
+    rows = write_rows(tmp_path / "rows.parquet", ("What is it?",) * 3, [(168, 168)] * 3)
+    stream = Engine.stream
+
+    def swapped(engine: Engine, requests: Sequence[Request]) -> Iterator[Answer]:
+        if engine._recipe.compression.method != "none":  # what stock is compared with stays right
+            images = [request.images for request in requests]
+            pairs = zip(requests, [*images[1:], images[0]], strict=True)
+            requests = [replace(request, images=others) for request, others in pairs]
+        return stream(engine, requests)
+
+    monkeypatch.setattr(Engine, "stream", swapped)
+    changes = {"model__dtype": dtype, "generation__temperature": temperature}
+    found = checked(tiny_paths["llama3"], rows, **changes)
+    assert found.stock.passed(dtype), found.lines()
+    assert found.same_alone < 3
+    assert found.passed == (temperature > 0), found.lines()
+    told = "\n".join(found.lines())
+    assert ("otherwise in a batch than alone" in told) != found.passed
+    assert ("only counted" in told) == found.passed
 
 
 @pytest.mark.parametrize(
@@ -447,6 +487,34 @@ def test_a_near_tie_is_two_steps(dtype: str, gap: float, ties: int) -> None:
     ours: Any = parity._Ours(job, None, parity._Stock())  # type: ignore[arg-type]
     assert ours._nearly_tie(stock, (0, 4), 1) == ties
     assert not ours._nearly_tie(stock, (0,), 1), "an answer that is too short is no tie"
+
+
+@pytest.mark.parametrize(("gap", "ties"), [(0.25, 1), (0.26, 0)])
+def test_a_near_tie_of_a_batch_is_of_our_logits_alone(
+    monkeypatch: pytest.MonkeyPatch, gap: float, ties: int
+) -> None:
+    read: list[Any] = []
+
+    class Said:
+        def __init__(self, model: Any) -> None: ...
+
+        def logits(self, prompt: Any, tokens: Any) -> torch.Tensor:
+            read.append(tokens)
+            return torch.tensor([[0.0, 0, 0, 0, 0], [1, 1, 1, 20, 20 - gap]])
+
+    class Reader:
+        def __init__(self, *_: Any) -> None: ...
+
+        def prompts(self, requests: list[Request]) -> list[Any]:
+            return [Prompt(torch.zeros(2, 1), token_ids=(1, 2))]
+
+    monkeypatch.setattr(parity, "Dictation", Said)
+    monkeypatch.setattr(parity, "Engine", Reader)
+    loaded: Any = SimpleNamespace(model=None)
+    ours = parity._Ours(make_job("model", model__dtype="bfloat16"), loaded, parity._Stock())
+    pairs = [parity._Pair(request(), (0, 3, 1), alone) for alone in ((0, 4, 2), (0, 3, 1))]
+    assert ours.compare_batches(pairs) == ties
+    assert (read, len(ours.failed)) == ([(0,)], 1 - ties)
 
 
 def test_dictated_tokens_change_nothing_but_what_is_drawn(
