@@ -26,6 +26,7 @@ from gc2ray.images import ImagePolicy
 from gc2ray.methods import METHODS, Method, Newlines, Positions
 from gc2ray.prompts import PromptSource
 from gc2ray.records import ANSWER_COLUMNS, Sampling
+from gc2ray.storage import is_local_path
 from gc2ray.strict_yaml import joined, load, load_value
 
 MIB = 1024 * 1024
@@ -522,7 +523,7 @@ def check_place(key: str, place: str) -> None:
     """
     if not place.strip() or "\0" in place:
         raise ConfigError(f"{key}: {place!r} is no path and no URL")
-    for part in place.split("::"):
+    for part in [] if is_local_path(place) else place.split("::"):
         found = _SCHEME.match(part)
         slashes = len(found.group(2)) if found else 2
         if found and (slashes == 1 or (not slashes and found.group(1).lower() in _STORAGES)):
@@ -565,6 +566,9 @@ def _absolute(place: str) -> str:
 
 
 def _is_url(place: str) -> bool:
+    """Whether fsspec is asked; what begins as a local path is one, see `gc2ray.storage`."""
+    if is_local_path(place):
+        return False
     return "://" in place or "::" in place or place.startswith(HUB)
 
 

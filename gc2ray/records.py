@@ -383,8 +383,18 @@ def _piece(cells: Sequence[Any], own: pa.DataType | None, kind: pa.DataType) -> 
     if pa.types.is_dictionary(own):  # of each file another one, and all together may not fit
         values = pa.concat_arrays([pa.repeat(cell, 1).dictionary_decode() for cell in cells])
         return (values.dictionary_encode() if pa.types.is_dictionary(kind) else values).cast(kind)
-    single = (pa.repeat(cell, 1) for cell in cells)
-    return pa.concat_arrays([cell if own.equals(kind) else cell.cast(kind) for cell in single])
+    single = [pa.repeat(cell, 1) for cell in cells]
+    if own.equals(kind):
+        return pa.concat_arrays(single)
+    if _has_list_view(own):  # as lists pyarrow 26 makes them empty
+        return pa.array([cell.as_py() for cell in cells], kind)
+    return pa.concat_arrays([cell.cast(kind) for cell in single])
+
+
+def _has_list_view(kind: pa.DataType) -> bool:
+    """Whether a type is one of list views, or has one within."""
+    is_one = pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    return is_one or any(_has_list_view(kind.field(at).type) for at in range(kind.num_fields))
 
 
 UNWRITTEN_STATS = frozenset(

@@ -80,6 +80,7 @@ def run_job(
         _check_apart(source, job.output)
     if plan is not None and extend:
         files, found = source.scan()
+        files = source.apart(files, {planned for planned, _ in plan.shards.files})
         plan = extend_plan(store, job, plan, files, as_written(found))
     elif plan is not None and tell_new:
         _tell_new(job, plan)

@@ -32,7 +32,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -43,6 +42,7 @@ from gc2ray.patient_file import PatientFile
 from gc2ray.records import SCHEMA_KEY, SCHEMA_VERSION
 from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
+from gc2ray.storage import storage_of
 
 READ_THREADS = 16
 AT_START = Patience(total_seconds=15.0)
@@ -148,7 +148,7 @@ class Store:
         self.uri = uri
         self._patience = patience
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+            self._fs, self._root = storage_of(uri, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"output: {error}") from error
         self._local = "file" in _protocols(self._fs)

@@ -17,7 +17,7 @@ FLOORS = {
     "errors": 0, "footer": 0, "stats": 0, "records": 0, "canvas": 0, "canvas_plan": 0, "views": 0,
     "compiled_attention": 0, "feed": 0, "linear": 0, "quality": 0, "shards": 0,
     "bill": 0, "cost": 0, "energy": 0, "figures": 0, "knock": 0, "logs": 0, "methods": 0,
-    "strict_yaml": 0, "weights": 0, "generation_rules": 0, "ending": 0,
+    "strict_yaml": 0, "weights": 0, "generation_rules": 0, "ending": 0, "storage": 0,
     "audit": 1, "handout": 1, "journal": 1, "metrics": 1, "patience": 1, "progress": 1,
     "prompts": 1, "packing": 1, "compression": 1, "checkpoint": 1, "decoding": 1,
     "families": 2, "images": 2, "patient_file": 2,
@@ -96,7 +96,7 @@ BORDERS = {
     "rich": {"cli", "display", "estimate_table", "tuning"},
     "yaml": {"card", "config", "report", "strict_yaml"},
     "pydantic": {"config", "hardware"},
-    "fsspec": {"images", "sources", "staging", "store"},
+    "fsspec": {"images", "sources", "staging", "storage"},
     "huggingface_hub": {"errors", "patience", "staging"},
     "filelock": {"staging"},
 }

@@ -222,6 +222,21 @@ FILES: dict[str, tuple[list[pa.Array], pa.DataType]] = {
         ],
         pa.list_(pa.string()),
     ),
+    "list views and lists": (
+        [
+            pa.array([["cat", "pet"], None, []], pa.list_view(pa.string())),
+            pa.array([["dog"], ["x", None]], pa.list_(pa.string())),
+            pa.array([["hen"]], pa.large_list_view(pa.string())),
+        ],
+        pa.list_(pa.string()),
+    ),
+    "list views within structs": (
+        [
+            pa.array([{"a": [1, 2]}, None], pa.struct([("a", pa.list_view(pa.int8()))])),
+            pa.array([{"a": [3]}], pa.struct([("a", pa.list_(pa.int8()))])),
+        ],
+        pa.struct([("a", pa.list_(pa.int8()))]),
+    ),
 }
 
 

@@ -16,6 +16,7 @@ import s3fs
 
 from gc2ray.errors import ShardError
 from gc2ray.sources.source import Source
+from gc2ray.store import Store
 from tests.loopback import LoopbackServer
 from tests.test_sources import MEMORY, refusal, rows_of, source_of, sources_in, whole, write
 
@@ -98,6 +99,31 @@ def test_a_root_that_is_linked_keeps_plain_names(tmp_path: Path) -> None:
     link(tmp_path / "real/0.parquet", "a.parquet")
     link(tmp_path / "alias", tmp_path / "real")
     assert read(source_of(tmp_path / "alias")) == ["a.parquet"]
+
+
+def test_a_second_name_of_a_planned_file_is_no_new_file(tmp_path: Path) -> None:
+    """Though it comes first among its names now, or its rows would be planned again."""
+    put(tmp_path / "store" / "s.parquet")
+    link(tmp_path / "in" / "monday.parquet", tmp_path / "store" / "s.parquet")
+    source = source_of(tmp_path / "in")
+    planned = {file.source for file in source.scan()[0]}
+    assert planned == {"monday.parquet"}
+    link(tmp_path / "in" / "latest.parquet", tmp_path / "store" / "s.parquet")
+    put(tmp_path / "in" / "tuesday.parquet")
+    assert source.unplanned(planned) == ["tuesday.parquet"]
+    files = source.apart(source.scan()[0], planned)
+    assert [file.source for file in files] == ["tuesday.parquet"]
+
+
+@pytest.mark.parametrize("name", ["set::v2", "zip::set", "::", "s3:", "set::file:"])
+def test_what_begins_as_a_local_path_is_one(tmp_path: Path, name: str) -> None:
+    """To fsspec `::` is a chain, and what stands before it another folder."""
+    put(tmp_path / "set" / "no.parquet", tmp_path / name / "yes.parquet")
+    assert read(source_of(tmp_path / name)) == ["yes.parquet"]
+    store = Store(str(tmp_path / name))
+    assert store.create("a.json", b"{}")
+    assert (tmp_path / name / "a.json").is_file()
+    assert not store.holds(Store(str(tmp_path / "set")))
 
 
 def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, caplog: Any) -> None:
@@ -198,6 +224,15 @@ def test_what_a_folder_leaves_out_is_told(tmp_path: Path, caplog: Any) -> None:
     (tmp_path / "README.md").write_text("no rows")
     assert read(source_of(tmp_path)) == ["a.parquet"]
     assert "2 files are left out" in caplog.text
+
+
+def test_folders_that_a_pattern_matches_beside_files_are_told(tmp_path: Path, caplog: Any) -> None:
+    put(tmp_path / "2023" / "a.parquet", tmp_path / "2024.parquet")
+    assert read(source_of(tmp_path / "20*")) == ["2024.parquet"]
+    assert "1 folders match, too, and nothing of them is read (2023)" in caplog.text
+    caplog.clear()
+    assert read(source_of(tmp_path / "**" / "*.parquet")) == ["2023/a.parquet", "2024.parquet"]
+    assert not caplog.messages
 
 
 FOLDERS = ["run [v2]", "what?", "a*b", "[", "[!x]", "[[]", "**"]

@@ -19,17 +19,16 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
-
 from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
 from gc2ray.sources.places import URI_KEY, Place, is_local, is_web, protocols
+from gc2ray.storage import storage_of
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"}
 """Their names are keys, not paths: `..` is part of one."""
@@ -114,7 +113,7 @@ class Listing:
             folder: That they are below: local path, or any fsspec URL.
             names: Theirs, below that.
         """
-        filesystem, path = fsspec.core.url_to_fs(folder)
+        filesystem, path = storage_of(folder)
         same = bool(filesystem == self.filesystem)
         return same and any(place.would_take(path, names) for place in self.places)
 
@@ -128,6 +127,11 @@ class Listing:
         """The inverse of `source`."""
         named = f"{self.root}{source}"
         return f"{named}{self.queries.get(named, '')}"
+
+    def others(self, paths: Sequence[str], sources: Collection[str]) -> list[str]:
+        """Files that are none of some sources, under whatever name."""
+        known = {self._identity(self.path(source)) for source in sources}
+        return [path for path in paths if self._identity(path) not in known]
 
     def _identity(self, path: str) -> str:
         """The same for all spellings of a file."""

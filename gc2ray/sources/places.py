@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from gc2ray.config import HUB
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.patience import Patience
+from gc2ray.storage import storage_of
 
 PARQUET, ARROW = ".parquet", ".arrow"
 URI_KEY = "recipe.input.uri"
@@ -136,7 +136,7 @@ class Place:
             ConfigError: No such storage, it does not answer, or no such way to name a dataset.
         """
         try:
-            filesystem, path = fsspec.core.url_to_fs(_hub_url(uri) if _is_hub(uri) else uri)
+            filesystem, path = storage_of(_hub_url(uri) if _is_hub(uri) else uri)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"{URI_KEY}: {error}") from error
         try:
@@ -220,6 +220,17 @@ class Place:
                 if is_folder:  # Spark calls folders like files
                     yield from Place(self.filesystem, path)._of_pattern()
             return
+        folders = [path for path, is_folder in found if is_folder]
+        if folders and "**" not in self.pattern.text:
+            log.warning(
+                "%s: %d folders match, too, and nothing of them is read (%s); if they are input, "
+                "name what is in them, as %s/*%s",
+                self.shown,
+                len(folders),
+                posixpath.basename(folders[0]),
+                self.shown,
+                PARQUET,
+            )
         parquet = [path for path in files if path.lower().endswith(PARQUET)]
         if self.pattern != EVERYTHING and not parquet:
             yield from files

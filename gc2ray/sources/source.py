@@ -95,6 +95,12 @@ class Source:
         columns = [(file.file.source, file.columns) for file in looked]
         return [file.file for file in looked], self._rows.carried(columns)
 
+    def apart(self, files: Sequence[SourceFile], planned: Collection[str]) -> list[SourceFile]:
+        """Files without those that are planned under another name."""
+        paths = {self._listing.path(file.source): file for file in files}
+        new = {*self._listing.others(list(paths), planned)}
+        return [file for path, file in paths.items() if path in new or file.source in planned]
+
     def unplanned(self, planned: Collection[str]) -> list[str]:
         """Sources that have rows, or cannot be read, and are not among some.
 
@@ -102,7 +108,7 @@ class Source:
             ConfigError: The storage does not answer.
         """
         with self._listing.listed() as found:
-            new = [path for path in found if self._listing.source(path) not in planned]
+            new = self._listing.others(found, planned)
             with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
                 found = list(itertools.compress(new, pool.map(self._may_have_rows, new)))
         return [self._listing.source(path) for path in found]
