@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 from typer.testing import CliRunner
 
 from gc2ray import parity
@@ -449,7 +449,7 @@ def test_stock_is_loaded_without_a_word(
     heard = logging.Handler()
     monkeypatch.setattr(heard, "emit", lambda record: logged.append(record.getMessage()))
     monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "handlers", [heard])
-    assert is_progress_bar_enabled()
+    enable_progress_bar()  # another test may have put it out
     with StockModel(model, StockSettings("float32", "cpu", max_new_tokens=4)):
         assert is_progress_bar_enabled(), "as it was"
     told = capfd.readouterr()

@@ -680,7 +680,7 @@ def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyP
     def url_to_fs(url: str) -> tuple[Hub, str]:
         return Hub(), url.removeprefix("hf://")
 
-    monkeypatch.setattr(places.fsspec.core, "url_to_fs", url_to_fs)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
     refusal(source_of("hf:owner/name?split=train"))
     refusal(source_of("hf:name?split=test&subset=large"))
     assert asked == [
@@ -702,7 +702,7 @@ def test_a_hub_that_does_not_answer_is_a_configuration_error(
 ) -> None:
     hub = Mock(protocol="hf")
     hub.glob.side_effect = error
-    monkeypatch.setattr(places.fsspec.core, "url_to_fs", lambda _: (hub, "datasets/a/*.parquet"))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda _: (hub, "datasets/a/*.parquet"))
     config = make_recipe("model", input__uri="hf:owner/name?split=train").input
     with pytest.raises(ConfigError, match=rf"recipe\.input\.uri: datasets/a.*: .*{told}"):
         Source(config, Patience(total_seconds=0.0)).scan()
