@@ -50,6 +50,14 @@ class Frozen(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: object) -> object:
+        """No setting is true or false, which YAML also reads from `on` and `no`."""
+        if isinstance(value, bool):
+            raise ValueError("true and false (yes, no, on, off) are no value of it")
+        return value
+
 
 class ModelConfig(Frozen):
     """The model: directory, hub id or any fsspec URL.

@@ -50,6 +50,12 @@ def run_process(command: Callable[[], object]) -> None:
         _deafen()
         _tell(INTERRUPTED)
         sys.exit(130)
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        _deafen()  # Ray's own handler, which stands in place of ours while Ray starts
+        _tell(INTERRUPTED)
+        sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the end of the process: it is told
         _deafen()
         _tell(unexpected(error))

@@ -66,6 +66,8 @@ def _loaded(text: str, *, is_value: bool) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except OverflowError as error:
+        raise ValueError(f"a character that there is none of: {error}") from error
 
 
 def _place(mark: yaml.Mark | None) -> str:

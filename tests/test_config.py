@@ -806,3 +806,24 @@ def test_a_job_written_as_yaml_is_read_back_the_same(tmp_path: Path) -> None:
     job = make_job("hub/model", "/data/in", "s3://bucket/out", compression__retention=0.1)
     (tmp_path / "job.yaml").write_text(job.to_yaml())
     assert load_job(tmp_path / "job.yaml") == job
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("recipe.compression.retention", "on"),
+        ("recipe.generation.max_new_tokens", "yes"),
+        ("cluster.max_bad_rows", "no"),
+        ("cluster.tries", "true"),
+        ("recipe.input.max_image_bytes", "Off"),
+    ],
+)
+def test_true_and_false_are_no_numbers(tmp_path: Path, path: str, value: str) -> None:
+    """Retention `on` would be 1, and nothing compressed."""
+    with pytest.raises(ConfigError, match=rf"{path}: true and false .* are no value of it; got"):
+        load_job(good_yaml(tmp_path), [f"{path}={value}"])
+
+
+def test_a_character_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a character that there is none of"):
+        load_job(written(tmp_path, 'output: "\\UFFFFFFFF"'))

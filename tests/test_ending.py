@@ -60,6 +60,15 @@ def test_a_signal_while_libraries_are_imported(tmp_path: Path, number: signal.Si
     assert process.returncode == 130
 
 
+def test_rays_own_handler_of_sigterm_is_an_interruption() -> None:
+    """It ends the process with 15, if a second signal comes before ours is back in place."""
+    script = "import sys; from gc2ray import ending; ending.run_process(lambda: sys.exit(15))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, f"{INTERRUPTED}\n")
+
+
 @pytest.mark.parametrize("moment", ["before", "within", "behind"])
 def test_a_signal_in_every_moment_of_a_command(tmp_path: Path, moment: str) -> None:
     """Before anything of ours, while it reads, and when its exit code is settled."""

@@ -115,6 +115,13 @@ def test_a_second_name_of_a_planned_file_is_no_new_file(tmp_path: Path) -> None:
     assert [file.source for file in files] == ["tuesday.parquet"]
 
 
+def test_a_file_that_is_called_as_a_row_of_another_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "x.parquet", tmp_path / "x.parquet#1")
+    names = [str(tmp_path / "x.parquet"), str(tmp_path / "x.parquet#1")]
+    assert "x.parquet#1 is called as a row of x.parquet" in refusal(source_of(names))
+    assert read(source_of(names[1:])) == ["x.parquet#1"]
+
+
 @pytest.mark.parametrize("name", ["set::v2", "zip::set", "::", "s3:", "set::file:"])
 def test_what_begins_as_a_local_path_is_one(tmp_path: Path, name: str) -> None:
     """To fsspec `::` is a chain, and what stands before it another folder."""

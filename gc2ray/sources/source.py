@@ -91,6 +91,7 @@ class Source:
                     f"{self._listing.missing()}"
                 )
             looked = self._looked(found)
+        _check_keys([file.file.source for file in looked])
         _warn_of_large_groups(looked)
         columns = [(file.file.source, file.columns) for file in looked]
         return [file.file for file in looked], self._rows.carried(columns)
@@ -381,6 +382,22 @@ def _what_begins(begin: bytes) -> str:
     if not begin:
         return "it is empty"
     return next((told for mark, told in BEGINNINGS if begin.startswith(mark)), "no Parquet file")
+
+
+def _check_keys(sources: Sequence[str]) -> None:
+    """Refuse sources of which two rows could have one key.
+
+    Raises:
+        ConfigError: One is called as another's row or prompt is.
+    """
+    known = {*sources}
+    for source in sources:
+        before, mark, number = source.rpartition("#")
+        if mark and number.isdecimal() and before in known:
+            raise ConfigError(
+                f"{URI_KEY}: {source} is called as a row of {before} is, so that their answers "
+                "would have the same row_key; rename one of them"
+            )
 
 
 def _warn_of_large_groups(looked: Sequence[_Looked]) -> None:
