@@ -67,7 +67,8 @@ LOOK_SECONDS = 1.0
 SETUP_DEATHS = 3
 """Workers that die while setting up, with no shard done in between: then the run gives up.
 
-Those do not count that may have gone with their node: that says nothing about the others.
+Those do not count that may have gone with their node, or while another answers, whose row may have
+taken the memory: that says nothing about the others.
 """
 BAD_ROWS_FROM = 200
 """Answers before the share of bad ones is judged; at the end of a run it always is."""
@@ -454,7 +455,9 @@ class Driver:
         died = Use.STALLED if state.is_stalled else Use.DIED
         ended = self._pool.now() if event.ended is None else event.ended
         self._meter.stop(worker, self._use(state, died), ended)
-        if (state.loaded is None or state.is_calibrating) and not event.node_lost:
+        answering = any(other.handouts for other in self._workers.values())
+        is_starting = state.loaded is None or state.is_calibrating
+        if is_starting and not (answering or event.node_lost):
             self._setup_deaths += 1
             if self._setup_deaths >= SETUP_DEATHS:
                 raise GivenUp(
