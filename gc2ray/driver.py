@@ -70,6 +70,12 @@ SETUP_DEATHS = 3
 Those do not count that may have gone with their node, or while another answers, whose row may have
 taken the memory: that says nothing about the others.
 """
+SETUP_PAUSE_SECONDS = 5.0
+"""Until another worker starts after one died while starting, times the number of those that count.
+
+What a process held comes back to the host some seconds after its end; whoever starts meanwhile is
+killed for it.
+"""
 BAD_ROWS_FROM = 200
 """Answers before the share of bad ones is judged; at the end of a run it always is."""
 
@@ -168,6 +174,7 @@ class Driver:
         self._total_rows = 0
         self._bill = Bill()
         self._setup_deaths = 0
+        self._start_from = float("-inf")
         self._seconds_per_row: float | None = None
         self._phase = "starting"
         self._looked = float("-inf")
@@ -289,6 +296,8 @@ class Driver:
 
     def _staff(self, wanted: int) -> None:
         """Start workers up to as many as are wanted, and may be; those that leave are extra."""
+        if self._pool.now() < self._start_from:
+            return
         staying = len(self._workers) - len(self._leaving)
         for _ in range(min(self._range.max, wanted) - staying):
             worker = self._pool.start()
@@ -455,17 +464,22 @@ class Driver:
         died = Use.STALLED if state.is_stalled else Use.DIED
         ended = self._pool.now() if event.ended is None else event.ended
         self._meter.stop(worker, self._use(state, died), ended)
-        answering = any(other.handouts for other in self._workers.values())
-        is_starting = state.loaded is None or state.is_calibrating
-        if is_starting and not (answering or event.node_lost):
-            self._setup_deaths += 1
-            if self._setup_deaths >= SETUP_DEATHS:
-                raise GivenUp(
-                    f"{SETUP_DEATHS} workers in a row died while starting: {event.reason}"
-                )
+        if (state.loaded is None or state.is_calibrating) and not event.node_lost:
+            self._setup_death(event.reason)
         self._flying -= len(state.handouts)
         for handout in state.handouts.values():
             self._lost(handout.shard, _death(event, handout.shard, is_stall=state.is_stalled))
+
+    def _setup_death(self, reason: str) -> None:
+        """A worker died while starting, on a node that is there.
+
+        Raises:
+            GivenUp: As the ones before it did, and no other worker answers.
+        """
+        self._setup_deaths += not any(other.handouts for other in self._workers.values())
+        if self._setup_deaths >= SETUP_DEATHS:
+            raise GivenUp(f"{SETUP_DEATHS} workers in a row died while starting: {reason}")
+        self._start_from = self._pool.now() + SETUP_PAUSE_SECONDS * max(1, self._setup_deaths)
 
     def _lost(self, shard: Shard, loss: Loss) -> None:
         told = {"shard": shard.sid}

@@ -166,9 +166,9 @@ run_job(load_job(Path(sys.argv[1])), address=sys.argv[2], make_worker=worker)
 def test_a_row_that_takes_all_of_the_hosts_memory_costs_only_itself(tmp_path: Path) -> None:
     """Ray ends the worker that takes most; the row that does so twice is named."""
     total = get_system_memory()
-    threshold = (get_used_memory() + 3 * GIB) / total
+    threshold = (get_used_memory() + 4 * GIB) / total
     job_file = write_job(tmp_path, "unused-hub-id", 24)
-    script = DRIVER.replace("BYTES", str(4 * GIB))
+    script = DRIVER.replace("BYTES", str(6 * GIB))
     with ray_head(
         RAY_memory_usage_threshold=f"{threshold:.4f}", RAY_memory_monitor_refresh_ms="100"
     ) as head:

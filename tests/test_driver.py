@@ -207,6 +207,18 @@ def test_workers_that_die_while_loading_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(GivenUp, match="3 workers in a row died while starting"):
         harness.run(make_plan())
     assert harness.pool.started == 3
+    assert harness.pool.time >= 5.0 + 10.0, "memory comes back late: the next ones waited"
+
+
+def test_workers_that_die_while_starting_do_not_end_a_run_in_which_one_answers(
+    tmp_path: Path,
+) -> None:
+    """Its row may have taken the memory; and no more of them than one in five seconds."""
+    pool = SimulatedPool(load_goes=lambda w: "done" if w in (1, 40) else "die")
+    harness = Harness(tmp_path, pool, workers=2, stall_seconds=1000.0)
+    harness.run(make_plan(rows=400, per_shard=100))
+    assert len(harness.finished) == 4
+    assert 10 < pool.started <= 400 / 5.0
 
 
 def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path: Path) -> None:
