@@ -113,7 +113,7 @@ def _content_problems(generation: Generation, shard: Shard, footer: PartFooter) 
 
 def _readable(data: bytes, carried: pa.Schema) -> pa.Table:
     """The answer columns. The carried ones, which may be large, are read one by one to be seen."""
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
     for name in carried.names:
         file.read(columns=[name], use_threads=False)
     return file.read(columns=[item.name for item in ANSWER_FIELDS], use_threads=False)

@@ -67,7 +67,7 @@ def _through_parquet(item: pa.Field, cells: list[pa.Scalar | None]) -> pa.Field:
         data = pa.BufferReader(part_bytes(answers, carried, Provenance(0, 0, ""), footer))
         told = pq.read_schema(data).field(item.name)
         data.seek(0)
-        table = pq.read_table(data, columns=[item.name])
+        table = pq.ParquetFile(data, pre_buffer=False).read([item.name], use_threads=False)
         rows = pa.array(range(len(some)), pa.int64())
         column = pa.concat_tables([table, table]).take(rows).column(0)  # as is done after retries
         if not told.type.equals(column.type) or column.null_count != some.count(None):

@@ -128,7 +128,7 @@ class Plan:
             ConfigError: Not a plan.
         """
         try:
-            table = pq.read_table(io.BytesIO(data))
+            table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
             metadata = table.schema.metadata
             buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.carried"]))
             carried = pa.ipc.read_schema(buffer)

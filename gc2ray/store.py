@@ -10,6 +10,9 @@ Trouble of a remote storage that may pass is waited out (`gc2ray.patience`).
 
 Not covered: two writers in the same moment on a store that ignores the condition, which is told at
 the start: there the last one wins, whole.
+
+Parts are read by the thread that asks (`pre_buffer=False`, no threads): a thread of pyarrow that
+lets a Python buffer go while the interpreter ends aborts the process.
 """
 
 from __future__ import annotations
@@ -348,7 +351,7 @@ class Store:
         wanted = None if columns is None else list(columns)
         try:
             with self._open(name) as handle:
-                part = pq.ParquetFile(handle, page_checksum_verification=True)
+                part = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=False)
                 return part.read(columns=wanted, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             said = " ".join(str(error).split())
@@ -370,14 +373,14 @@ class Store:
         tables = []
         for name in names:
             with self._open(name) as handle:
-                part = pq.ParquetFile(handle)
+                part = pq.ParquetFile(handle, pre_buffer=False)
                 missing = sorted(set(columns) - set(part.schema_arrow.names))
                 if missing:
                     raise ConfigError(
                         f"{self.uri}: has no column {missing[0]!r}; input columns are written back "
                         "if recipe.input.keep names them"
                     )
-                tables.append(part.read(columns=list(columns)))
+                tables.append(part.read(columns=list(columns), use_threads=False))
         return pa.concat_tables(tables)
 
     def tidy(self) -> None:

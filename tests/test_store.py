@@ -24,6 +24,7 @@ from gc2ray.errors import ConfigError, Status
 from gc2ray.manifest import Plan
 from gc2ray.part import part_bytes
 from gc2ray.patience import Patience
+from gc2ray.patient_file import PatientFile
 from gc2ray.planner import committed_parts, outcome
 from gc2ray.records import Answer, Provenance, answer_schema, answer_table, stats_of
 from gc2ray.shards import Shard, Shards, SourceFile, Span, cut_shards
@@ -414,6 +415,25 @@ def test_a_part_is_a_table_with_the_answer_schema(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "p.parquet")
     assert table.schema.names == answer_schema(pa.schema([])).names
     assert table["row"].to_pylist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("read", [lambda s, n: s.table(n), lambda s, _: s.answers(["answer"])])
+def test_a_part_is_read_by_the_thread_that_asks(
+    local: Store, monkeypatch: pytest.MonkeyPatch, read: Callable[[Store, str], pa.Table]
+) -> None:
+    """A thread of pyarrow that lets a buffer of Python go while the interpreter ends aborts it."""
+    shard = a_shard()
+    local.create(shard.part_name, a_part(shard, "mine"))
+    readers: set[int] = set()
+    original = PatientFile.read
+
+    def noting(file: PatientFile, size: int = -1) -> bytes:
+        readers.add(threading.get_ident())
+        return original(file, size)
+
+    monkeypatch.setattr(PatientFile, "read", noting)
+    assert read(local, shard.part_name).num_rows == 3
+    assert readers == {threading.get_ident()}
 
 
 def plain_parquet() -> bytes:
