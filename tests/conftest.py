@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,10 @@ SPECS = {
     "llama3": TinySpec(text=(64, 2, 8, 2), seed=2),
     "one-crop": TinySpec(grids=((1, 1), (1, 2)), seed=3),
 }
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is to hear it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

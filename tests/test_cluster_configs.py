@@ -190,7 +190,7 @@ def test_the_script_runs_a_job_and_ends_what_it_started(
         script.send_signal(signal.SIGTERM)
     output, _ = script.communicate(timeout=120)
     assert script.returncode == (130 if stopped else 0), output
-    assert not [process for process in started if not has_ended(process.pid)]
+    until(lambda: all(has_ended(process.pid) for process in started), 30.0)
     verdict = verify(str(tmp_path / "out"), deep=True)
     assert all("not answered yet" in problem for problem in verdict.problems)
     assert bool(verdict.problems) == stopped

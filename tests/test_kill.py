@@ -34,7 +34,7 @@ from gc2ray.run import run_job, run_retry
 from gc2ray.store import Store
 from gc2ray.verify import verify
 from tests.fakes import Counted, Fault, counted_worker, faulty_worker
-from tests.ray_head import has_ended
+from tests.ray_head import has_ended, until
 from tests.rows import job_data, make_job, question_list, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
@@ -121,7 +121,7 @@ def test_a_killed_worker(job_file: Path, marks: Path, where: str, value: object)
     (mark,) = fired(marks, "kill")
     assert str(value) in mark
     pid = int(mark.split("-")[-2])
-    assert has_ended(pid)
+    until(lambda: has_ended(pid))
     assert (result.exit_code, result.dead) == (0, ())
     assert_exactly_once(job_file)
     records = list((Path(load(job_file).output) / "workers").glob("*.json"))
@@ -238,7 +238,7 @@ def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_
 def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:
     result = run(job_file, Fault("hang", marks, row=70))
     (mark,) = fired(marks, "hang")
-    assert has_ended(int(mark.split("-")[-2])), "the hanging process was ended"
+    until(lambda: has_ended(int(mark.split("-")[-2])))  # the hanging process
     assert result.exit_code == 0
     assert_exactly_once(job_file)
 
@@ -269,7 +269,7 @@ def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     assert_exactly_once(job_file)
     pids = [int(path.read_text()) for path in marks.glob("killed-*")]
     assert len({*pids}) == 5
-    assert all(map(has_ended, pids))
+    until(lambda: all(map(has_ended, pids)))
     wasted = (counted.answers() - ROWS) * counted.row_seconds
     assert wasted > 2.0, "the kills cost nothing"
     bill = result.bill
