@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
+import logging
 import random
 import signal
 from collections.abc import Iterator
@@ -47,6 +48,21 @@ def _seeded() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
+
+
+@pytest.fixture(autouse=True)
+def _levels_as_before() -> Iterator[None]:
+    """What a command makes louder or quieter for its process is not for the tests behind it."""
+    loggers = [
+        known
+        for known in logging.root.manager.loggerDict.values()
+        if isinstance(known, logging.Logger)
+    ]
+    levels = [(logger, logger.level) for logger in (logging.root, *loggers)]
+    yield
+    for logger, level in levels:
+        if logger.level != level:
+            logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
