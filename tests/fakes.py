@@ -162,10 +162,11 @@ def faulty_worker(
 
 @dataclass(frozen=True)
 class Counted:
-    """An engine that counts what it does, in files, and is killed by some rows, once each.
+    """An engine that notes in files what it does when, and is killed by some rows, once each.
 
     Attributes:
-        marks: Folder of a file `answered-<pid>` with a byte for each row, and `loaded-<pid>`.
+        marks: Folder of `rows-<pid>`: a line for each row that it begins, which is the row's number
+            and the time; the first line is `loaded`, the last of one that was killed is `killed`.
         kills: Row numbers that kill.
         row_seconds: Of answering.
         load_seconds: Of loading.
@@ -178,23 +179,43 @@ class Counted:
 
     def load(self, _job: Job) -> EchoEngine:
         time.sleep(self.load_seconds)
-        (self.marks / f"loaded-{os.getpid()}").touch()
+        self._note("loaded")
         return EchoEngine(self.row_seconds, self.on_row)
 
     def on_row(self, request: Request) -> None:
         if request.row in self.kills:
-            killed = self.marks / f"killed-{request.row}"
-            if not killed.exists():
-                killed.write_text(str(os.getpid()))
+            try:
+                (self.marks / f"killed-{request.row}").touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                self._note("killed")
                 os.kill(os.getpid(), signal.SIGKILL)
-        with (self.marks / f"answered-{os.getpid()}").open("ab") as answered:
-            answered.write(b".")
+        self._note(str(request.row))
+
+    def _note(self, what: str) -> None:
+        with (self.marks / f"rows-{os.getpid()}").open("a") as file:
+            file.write(f"{what} {time.monotonic()}\n")
 
     def loads(self) -> int:
-        return len(list(self.marks.glob("loaded-*")))
+        return len(list(self.marks.glob("rows-*")))
 
-    def answers(self) -> int:
-        return sum(path.stat().st_size for path in self.marks.glob("answered-*"))
+    def seconds(self) -> tuple[float, float]:
+        """Of rows that were answered for good, and of those that were answered again."""
+        tries = sorted(found for path in self.marks.glob("rows-*") for found in self._tries(path))
+        last = {row: seconds for _, row, seconds in tries}
+        useful = sum(last.values())
+        return useful, sum(seconds for *_, seconds in tries) - useful
+
+    def _tries(self, path: Path) -> Iterator[tuple[float, str, float]]:
+        """When a process began each row, and how long it took until it began the next thing."""
+        lines = [line.split() for line in path.read_text().splitlines()]
+        begun = [(what, float(when)) for what, when in lines]
+        begun[1:2] = [(what, begun[0][1]) for what, _ in begun[1:2]]  # reading is part of answering
+        ends = [*(when for _, when in begun[1:]), begun[-1][1] + self.row_seconds]
+        for (what, began), end in zip(begun, ends, strict=True):
+            if what.isdigit():
+                yield began, what, end - began
 
 
 def counted_worker(job: Job, carried: pa.Schema, counted: Counted) -> Worker:
