@@ -476,7 +476,7 @@ class Driver:
         Raises:
             GivenUp: As the ones before it did, and no other worker answers.
         """
-        self._setup_deaths += not any(other.handouts for other in self._workers.values())
+        self._setup_deaths += not self._flying
         if self._setup_deaths >= SETUP_DEATHS:
             raise GivenUp(f"{SETUP_DEATHS} workers in a row died while starting: {reason}")
         self._start_from = self._pool.now() + SETUP_PAUSE_SECONDS * max(1, self._setup_deaths)

@@ -46,14 +46,11 @@ def run_process(command: Callable[[], object]) -> None:
     try:
         _outlive_readers()
         command()
-    except (Stopped, KeyboardInterrupt):
-        _deafen()
-        _tell(INTERRUPTED)
-        sys.exit(130)
-    except SystemExit as ended:
-        if ended.code != signal.SIGTERM:
+    except (Stopped, KeyboardInterrupt, SystemExit) as ended:
+        # Ray's own handler of SIGTERM exits with its number, in place of ours while Ray starts.
+        if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
-        _deafen()  # Ray's own handler, which stands in place of ours while Ray starts
+        _deafen()
         _tell(INTERRUPTED)
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the end of the process: it is told

@@ -1,9 +1,9 @@
-"""The end of a Parquet file: enough for its metadata, and to tell one version from another."""
+"""Parquet files of ours opened; and the end of any, enough for its metadata and its version."""
 
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +22,19 @@ class Readable(Protocol):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to a place; where that is."""
+
+
+def open_parquet(file: Any, *, check_pages: bool = False) -> pq.ParquetFile:
+    """An open file or a buffer, for whoever reads it on the thread that asks.
+
+    That takes `use_threads=False` in each read, too: a thread of pyarrow that lets a Python buffer
+    go while the interpreter ends aborts the process.
+
+    Args:
+        file: A file in binary mode, or what pyarrow takes for one.
+        check_pages: Whether checksums of pages are looked at.
+    """
+    return pq.ParquetFile(file, page_checksum_verification=check_pages, pre_buffer=False)
 
 
 def read_footer(handle: Readable) -> bytes:

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import unquote
 
-import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -39,6 +38,7 @@ from gc2ray.canvas import AnyRes, Tiles
 from gc2ray.errors import STORAGE_ERRORS, BadRow, ConfigError, ShardError, Status
 from gc2ray.patience import PATIENCE, Patience
 from gc2ray.records import ImageRef
+from gc2ray.storage import storage_of
 
 ROOTS_KEY = "recipe.input.image_roots"
 BYTES_KEY = "recipe.input.max_image_bytes"
@@ -299,12 +299,11 @@ def _filesystem(location: str) -> tuple[Any, str]:
         return LocalFileSystem(), location
     options = {"allow_redirects": False} if _is_web(location) else {}
     try:
-        fs, inner = fsspec.core.url_to_fs(location, **options)
+        return storage_of(location, **options)
     except (ImportError, ValueError) as error:
         raise ConfigError(
             _one_line(f"{ROOTS_KEY}: fsspec cannot read {location}: {error}")
         ) from error
-    return fs, inner
 
 
 def _read_at_most(file: IO[bytes], limit: int) -> bytes:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gc2ray.errors import ConfigError, Status
+from gc2ray.footer import open_parquet
 from gc2ray.generations import Generation
 from gc2ray.records import ANSWER_FIELDS, UNWRITTEN_STATS, answer_schema, table_stats
 from gc2ray.shards import Integers, Shard, row_key
@@ -113,7 +114,7 @@ def _content_problems(generation: Generation, shard: Shard, footer: PartFooter) 
 
 def _readable(data: bytes, carried: pa.Schema) -> pa.Table:
     """The answer columns. The carried ones, which may be large, are read one by one to be seen."""
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False)
+    file = open_parquet(pa.BufferReader(data), check_pages=True)
     for name in carried.names:
         file.read(columns=[name], use_threads=False)
     return file.read(columns=[item.name for item in ANSWER_FIELDS], use_threads=False)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from gc2ray.errors import ConfigError, Status, first_line
+from gc2ray.footer import open_parquet
 from gc2ray.part import part_bytes
 from gc2ray.records import Answer, Provenance, Request, stats_of
 from gc2ray.store import PartFooter
@@ -67,7 +68,7 @@ def _through_parquet(item: pa.Field, cells: list[pa.Scalar | None]) -> pa.Field:
         data = pa.BufferReader(part_bytes(answers, carried, Provenance(0, 0, ""), footer))
         told = pq.read_schema(data).field(item.name)
         data.seek(0)
-        table = pq.ParquetFile(data, pre_buffer=False).read([item.name], use_threads=False)
+        table = open_parquet(data).read([item.name], use_threads=False)
         rows = pa.array(range(len(some)), pa.int64())
         column = pa.concat_tables([table, table]).take(rows).column(0)  # as is done after retries
         if not told.type.equals(column.type) or column.null_count != some.count(None):

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from gc2ray import __version__
 from gc2ray.config import Recipe, parse_recipe, recipe_difference
 from gc2ray.errors import ConfigError
+from gc2ray.footer import open_parquet
 from gc2ray.shards import Shards, SourceFile, SpanColumns, cut_shards, digest
 
 FORMAT = 2
@@ -128,7 +129,7 @@ class Plan:
             ConfigError: Not a plan.
         """
         try:
-            table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
+            table = open_parquet(io.BytesIO(data)).read(use_threads=False)
             metadata = table.schema.metadata
             buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.carried"]))
             carried = pa.ipc.read_schema(buffer)

@@ -353,8 +353,7 @@ class _Ours:
 
     def batched_and_alone(self, requests: Sequence[Request]) -> list[_Pair]:
         """As the recipe says: what is answered, in a batch and one by one."""
-        gc.collect()  # the engine before had a KV cache of its own
-        engine = Engine(self._loaded, self._job.recipe, self._job.cluster)
+        engine = self._engine_as_configured()
         together = {answer.request.row_key: answer for answer in engine.stream(requests)}
         for answer in together.values():
             self._note(answer.request, answer.status, answer.error)
@@ -377,18 +376,20 @@ class _Ours:
         exact = self._job.recipe.model.dtype not in PRECISION
         if not exact and self._job.recipe.generation.temperature > 0:
             return None
-        gc.collect()  # as above; this engine only reads
-        engine = Engine(self._loaded, self._job.recipe, self._job.cluster)
+        differing = [pair for pair in pairs if not pair.same]
+        reader = None if exact or not differing else self._engine_as_configured()
         ties = 0
-        for pair in pairs:
-            if pair.same:
-                continue
-            if not exact and self._ties_alone(engine, pair):
+        for pair in differing:
+            if reader is not None and self._ties_alone(reader, pair):
                 ties += 1
             else:
                 told = f"answered otherwise in a batch than alone, from token {pair.first} on"
                 self._note(pair.request, Status.FAILED, told)
         return ties
+
+    def _engine_as_configured(self) -> Engine:
+        gc.collect()  # the engine before had a KV cache of its own
+        return Engine(self._loaded, self._job.recipe, self._job.cluster)
 
     def _ties_alone(self, engine: Engine, pair: _Pair) -> bool:
         """Whether the two tokens at the first difference are all but equally likely alone."""

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from botocore.exceptions import NoCredentialsError
 from filelock import FileLock, Timeout
 from fsspec.callbacks import Callback
@@ -54,6 +53,7 @@ from gc2ray.config import ModelConfig
 from gc2ray.errors import ConfigError, first_line
 from gc2ray.generation_rules import NOTHING, TakenOver
 from gc2ray.patience import PATIENCE
+from gc2ray.storage import storage_of
 
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 OUTLINE = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
@@ -292,7 +292,7 @@ def _found(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list[_File
         OSError: The storage does not answer.
     """
     try:
-        filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        filesystem, root = storage_of(url, use_listings_cache=False)
         found = PATIENCE.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
         return filesystem, _listed(url, root.rstrip("/"), found, patterns)
     except (ImportError, ValueError, *UNREADABLE) as error:

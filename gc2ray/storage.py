@@ -1,4 +1,4 @@
-"""`storage_of`: which filesystem a place is on, and what the place is called there.
+"""Which filesystem a place is on (`storage_of`), and what the place is called there.
 
 A place that begins as a local path is one, whatever else is in its name: fsspec takes `::` for a
 chain of filesystems, and would read `/data/set` where `/data/set::v2` is named.
@@ -35,3 +35,9 @@ def storage_of(place: str, **options: Any) -> tuple[Any, str]:
         return LocalFileSystem(), LocalFileSystem._strip_protocol(place)
     filesystem, path = fsspec.core.url_to_fs(place, **options)
     return filesystem, path
+
+
+def protocols(filesystem: Any) -> tuple[str, ...]:
+    """What a filesystem's URLs begin with."""
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)

@@ -10,9 +10,6 @@ Trouble of a remote storage that may pass is waited out (`gc2ray.patience`).
 
 Not covered: two writers in the same moment on a store that ignores the condition, which is told at
 the start: there the last one wins, whole.
-
-Parts are read by the thread that asks (`pre_buffer=False`, no threads): a thread of pyarrow that
-lets a Python buffer go while the interpreter ends aborts the process.
 """
 
 from __future__ import annotations
@@ -33,19 +30,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
-from gc2ray.footer import parse_footer, read_footer
+from gc2ray.footer import open_parquet, parse_footer, read_footer
 from gc2ray.patience import PATIENCE, Patience
 from gc2ray.patient_file import PatientFile
 from gc2ray.records import SCHEMA_KEY, SCHEMA_VERSION
 from gc2ray.shards import Shard
 from gc2ray.stats import RunStats
-from gc2ray.storage import storage_of
+from gc2ray.storage import protocols, storage_of
 
 READ_THREADS = 16
 AT_START = Patience(total_seconds=15.0)
@@ -154,7 +151,7 @@ class Store:
             self._fs, self._root = storage_of(uri, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"output: {error}") from error
-        self._local = "file" in _protocols(self._fs)
+        self._local = "file" in protocols(self._fs)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, Patience]]:
         # Never a filesystem: its pickle may hold credentials.
@@ -351,7 +348,7 @@ class Store:
         wanted = None if columns is None else list(columns)
         try:
             with self._open(name) as handle:
-                part = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=False)
+                part = open_parquet(handle, check_pages=True)
                 return part.read(columns=wanted, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             said = " ".join(str(error).split())
@@ -373,7 +370,7 @@ class Store:
         tables = []
         for name in names:
             with self._open(name) as handle:
-                part = pq.ParquetFile(handle, pre_buffer=False)
+                part = open_parquet(handle)
                 missing = sorted(set(columns) - set(part.schema_arrow.names))
                 if missing:
                     raise ConfigError(
@@ -476,11 +473,6 @@ def part_index(name: str) -> int:
 
 
 _FOOTER_KEYS = ("sid", "run", "token", "worker", "stats")
-
-
-def _protocols(filesystem: Any) -> tuple[str, ...]:
-    protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
 def _write_new(path: Path, content: IO[bytes]) -> None:

@@ -184,11 +184,9 @@ class Counted:
 
     def on_row(self, request: Request) -> None:
         if request.row in self.kills:
-            try:
-                (self.marks / f"killed-{request.row}").touch(exist_ok=False)
-            except FileExistsError:
-                pass
-            else:
+            killed = self.marks / f"killed-{request.row}"
+            if not killed.exists():
+                killed.write_text(str(os.getpid()))
                 self._note("killed")
                 os.kill(os.getpid(), signal.SIGKILL)
         self._note(str(request.row))
@@ -210,12 +208,12 @@ class Counted:
     def _tries(self, path: Path) -> Iterator[tuple[float, str, float]]:
         """When a process began each row, and how long it took until it began the next thing."""
         lines = [line.split() for line in path.read_text().splitlines()]
-        begun = [(what, float(when)) for what, when in lines]
-        begun[1:2] = [(what, begun[0][1]) for what, _ in begun[1:2]]  # reading is part of answering
-        ends = [*(when for _, when in begun[1:]), begun[-1][1] + self.row_seconds]
-        for (what, began), end in zip(begun, ends, strict=True):
+        whats, times = [what for what, _ in lines], [float(when) for _, when in lines]
+        begun = [times[0], *times[2:]]  # reading is part of the first row
+        ended = [*times[2:], times[-1] + self.row_seconds]
+        for what, begin, end in zip(whats[1:], begun, ended, strict=True):
             if what.isdigit():
-                yield began, what, end - began
+                yield begin, what, end - begin
 
 
 def counted_worker(job: Job, carried: pa.Schema, counted: Counted) -> Worker:

@@ -267,7 +267,9 @@ def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     result = run_job(load(job_file), make_worker=partial(counted_worker, counted=counted))
     assert (result.exit_code, result.rows) == (0, ROWS)
     assert_exactly_once(job_file)
-    assert len(list(marks.glob("killed-*"))) == 5
+    pids = [int(path.read_text()) for path in marks.glob("killed-*")]
+    assert len({*pids}) == 5
+    until(lambda: all(map(has_ended, pids)))
     useful, wasted = counted.seconds()
     assert useful > ROWS * counted.row_seconds
     assert wasted > 2.0, "the kills cost nothing"

@@ -15,13 +15,11 @@ log = logging.getLogger("gc2ray.somewhere")
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    root, own = logging.getLogger(), logging.getLogger("gc2ray")
-    before = (root.handlers[:], root.level, own.level)
+def handlers_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers = root.handlers[:]
     yield
-    root.handlers[:] = before[0]
-    root.setLevel(before[1])
-    own.setLevel(before[2])
+    root.handlers[:] = handlers
 
 
 def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 
 from gc2ray.errors import ConfigError
 from gc2ray.patience import Patience
-from gc2ray.sources.places import URI_KEY, Place, is_local, is_web, protocols
-from gc2ray.storage import storage_of
+from gc2ray.sources.places import URI_KEY, Place, is_local, is_web
+from gc2ray.storage import protocols, storage_of
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"}
 """Their names are keys, not paths: `..` is part of one."""

@@ -34,7 +34,7 @@ from fsspec.utils import glob_translate
 from gc2ray.config import HUB
 from gc2ray.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.patience import Patience
-from gc2ray.storage import storage_of
+from gc2ray.storage import protocols, storage_of
 
 PARQUET, ARROW = ".parquet", ".arrow"
 URI_KEY = "recipe.input.uri"
@@ -318,12 +318,6 @@ def is_local(filesystem: Any) -> bool:
 def is_web(filesystem: Any) -> bool:
     """Whether a storage is the web, whose names are URLs."""
     return bool(WEB & set(protocols(filesystem)))
-
-
-def protocols(filesystem: Any) -> tuple[str, ...]:
-    """What a storage's URLs begin with."""
-    protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
 def _of(filesystem: Any, path: str) -> Place:
