@@ -21,7 +21,7 @@ help: ## Show this list
 
 setup: $(VENV)/.installed ## Create .venv and install everything (the other targets do it when needed)
 
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/compiled_attention.c
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/models/layers/cpu_attention.c
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "pip>=25.1"
 	$(PY) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
@@ -39,10 +39,10 @@ test-all: setup ## Run the tests that are too slow for `make test`
 	$(PY) -m pytest -m "slow and alone"
 
 chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=21 of each; prints the table
-	$(PY) -m pytest tests/test_chaos.py --kills $(KILLS)
+	$(PY) -m pytest tests/faults/test_chaos.py --kills $(KILLS)
 
 soak: setup ## Answer 100,000 rows while KILLS=66 workers are killed at random; at least ten minutes
-	$(PY) -m pytest tests/test_soak.py --rows 100000 --seconds 660 --kills $(if $(filter file,$(origin KILLS)),66,$(KILLS))
+	$(PY) -m pytest tests/faults/test_soak.py --rows 100000 --seconds 660 --kills $(if $(filter file,$(origin KILLS)),66,$(KILLS))
 
 check: setup ## Lint, format check, strict types
 	$(PY) -m ruff check .
@@ -63,5 +63,5 @@ pocket: setup ## Train the pocket model anew into pocket-training/ (hours on a C
 	$(PY) -m jobs.train_pocket pocket-training --processes $(PROCESSES)
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) demo-output build *.egg-info gc2ray/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output build *.egg-info gc2ray/models/layers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

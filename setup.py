@@ -1,7 +1,8 @@
 """Builds the compiled attention where there is a compiler for it; the rest is in pyproject.toml.
 
 It is optional: without it gc2ray computes the same with torch's own attention. Only x86 is built
-for, and only AVX2 is asked for: `gc2ray.compiled_attention` looks at the processor before use.
+for, and only AVX2 is asked for: `gc2ray.models.layers.cpu_attention` looks at the processor before
+use.
 """
 
 import platform
@@ -9,8 +10,8 @@ import platform
 from setuptools import Extension, setup
 
 COMPILED_ATTENTION = Extension(
-    "gc2ray._compiled_attention",
-    ["gc2ray/compiled_attention.c"],
+    "gc2ray.models.layers._cpu_attention",
+    ["gc2ray/models/layers/cpu_attention.c"],
     extra_compile_args=[
         "-std=gnu11",
         "-O3",

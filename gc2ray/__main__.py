@@ -3,7 +3,7 @@
 Nothing is imported before signals are heard: what is behind it takes a second.
 """
 
-from gc2ray.ending import run_process
+from gc2ray.core.process import run_process
 
 
 def main() -> None:

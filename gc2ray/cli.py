@@ -23,13 +23,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from gc2ray import __version__
-from gc2ray.ending import INTERRUPTED, Stopped, run_process, unexpected
-from gc2ray.errors import STORAGE_ERRORS, ConfigError, GivenUp, Interrupted
-from gc2ray.logs import LogForm, set_up, writes_json
+from gc2ray.core.errors import STORAGE_ERRORS, ConfigError, GivenUp, Interrupted
+from gc2ray.core.logs import LogForm, set_up, writes_json
+from gc2ray.core.process import INTERRUPTED, Stopped, run_process, unexpected
 
 if TYPE_CHECKING:
-    from gc2ray.report import Picture
-    from gc2ray.store import Store
+    from gc2ray.data.store import Store
+    from gc2ray.report.page import Picture
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
 # and `--help`, a typo in the configuration or `status` should not wait for them.
@@ -91,9 +91,9 @@ def run(
 ) -> None:
     """Answer every row; run again to go on where it was left."""
     with _exit_codes():
-        from gc2ray.config import load_job
-        from gc2ray.display import RunDisplay, print_outcome
-        from gc2ray.run import run_job
+        from gc2ray.core.config.job import load_job
+        from gc2ray.report.terminal import RunDisplay, print_outcome
+        from gc2ray.runner.run import run_job
 
         job = load_job(config, overrides or [])
         console = Console()
@@ -124,8 +124,8 @@ def submit(  # noqa: PLR0913 - typer makes an option of each
 ) -> None:
     """Run a job on a Ray cluster; submit it again to go on where it was left."""
     with _exit_codes():
-        from gc2ray.config import load_job
-        from gc2ray.submission import JobServer
+        from gc2ray.core.config.job import load_job
+        from gc2ray.runner.submit import JobServer
 
         job = load_job(config, overrides or [])
         job.check_portable()
@@ -170,17 +170,17 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
 ) -> None:
     """Say what a run would cost in tokens, time, memory and money, by headers alone."""
     with _exit_codes():
-        from gc2ray.config import load_job
-        from gc2ray.display import Counted
-        from gc2ray.estimate import Assumptions
-        from gc2ray.estimate import estimate as found_for
-        from gc2ray.estimate_table import print_estimate
-        from gc2ray.families import outline
-        from gc2ray.hardware import load_hardware
-        from gc2ray.ledger import read_ledger
-        from gc2ray.pace import Pace
-        from gc2ray.staging import stage_outline
-        from gc2ray.survey import survey
+        from gc2ray.core.config.job import load_job
+        from gc2ray.estimate.estimate import Assumptions
+        from gc2ray.estimate.estimate import estimate as found_for
+        from gc2ray.estimate.hardware import load_hardware
+        from gc2ray.estimate.input_profile import survey
+        from gc2ray.estimate.measured_rates import Pace
+        from gc2ray.models.checkpoint.fetch import stage_outline
+        from gc2ray.models.registry import outline
+        from gc2ray.output.totals import read_ledger
+        from gc2ray.report.terminal import Counted
+        from gc2ray.report.terminal_tables import print_estimate
 
         job = load_job(config, overrides or [])
         table = load_hardware(hardware)
@@ -240,12 +240,12 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
 ) -> None:
     """Measure on this device which retention and method pay on your rows, and say if none does."""
     with _exit_codes():
-        from gc2ray.config import load_job
-        from gc2ray.hardware import load_hardware
-        from gc2ray.summary import Prices
-        from gc2ray.tune import Target
-        from gc2ray.tuning import Wish, drawing, tuned
-        from gc2ray.tuning import print_tuning as shown
+        from gc2ray.core.config.job import load_job
+        from gc2ray.estimate.hardware import load_hardware
+        from gc2ray.estimate.trials import Target
+        from gc2ray.estimate.tune import Wish, drawing, tuned
+        from gc2ray.estimate.tune import print_tuning as shown
+        from gc2ray.report.summary import Prices
 
         wish = Wish(
             rows=rows,
@@ -269,10 +269,10 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
 def status(output: Output) -> None:
     """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
     with _exit_codes():
-        from gc2ray.display import print_outcome
-        from gc2ray.generations import generation_store, open_generation
-        from gc2ray.manifest import RUN_NAME
-        from gc2ray.planner import committed_parts, outcome
+        from gc2ray.output.plan import RUN_NAME
+        from gc2ray.output.planner import committed_parts, outcome
+        from gc2ray.output.run_directory import generation_store, open_generation
+        from gc2ray.report.terminal import print_outcome
 
         store = generation_store(output, 0)
         store.check_usable(writing=False)
@@ -303,11 +303,11 @@ def retry(
 ) -> None:
     """Answer anew the rows that failed, into retries/gN; run again to go on where it was left."""
     with _exit_codes():
-        from gc2ray.config import load_cluster
-        from gc2ray.display import RunDisplay, print_outcome
-        from gc2ray.planner import Judged
-        from gc2ray.retry import FAILURES, latest_failures, next_retry
-        from gc2ray.run import run_retry
+        from gc2ray.core.config.job import load_cluster
+        from gc2ray.output.planner import Judged
+        from gc2ray.output.retry import FAILURES, latest_failures, next_retry
+        from gc2ray.report.terminal import RunDisplay, print_outcome
+        from gc2ray.runner.run import run_retry
 
         cluster, console = load_cluster(overrides or []), Console()
         chosen = next_retry(output, status or FAILURES)
@@ -357,14 +357,14 @@ def report(  # noqa: PLR0913 - typer makes an option of each
 ) -> None:
     """Tell what runs did and cost: a page, a text and JSON, from footers and records alone."""
     with _exit_codes():
-        from gc2ray.card import CARD_NAME, write_card
-        from gc2ray.config import check_place
-        from gc2ray.display import Counted
-        from gc2ray.hardware import load_hardware
-        from gc2ray.ledger import read_ledger
-        from gc2ray.report import report as told
-        from gc2ray.store import Store
-        from gc2ray.summary import Prices, summarise
+        from gc2ray.core.config.job import check_place
+        from gc2ray.data.store import Store
+        from gc2ray.estimate.hardware import load_hardware
+        from gc2ray.output.totals import read_ledger
+        from gc2ray.report.dataset_card import CARD_NAME, write_card
+        from gc2ray.report.page import report as told
+        from gc2ray.report.summary import Prices, summarise
+        from gc2ray.report.terminal import Counted
 
         place = to or f"{outputs[0].rstrip('/')}/report"
         check_place("--to" if to else "OUTPUT", place)
@@ -393,8 +393,8 @@ def _pictures(output: str, keys: Sequence[str]) -> list[Picture]:
     """Of some rows of an output; the model is loaded only where there are any."""
     if not keys:
         return []
-    from gc2ray.report import Picture
-    from gc2ray.show import look
+    from gc2ray.report.page import Picture
+    from gc2ray.report.show import look
 
     return [Picture.of(looked) for looked in look(output, list(dict.fromkeys(keys)))]
 
@@ -409,8 +409,8 @@ def show(
 ) -> None:
     """Draw what was kept of a row's image, and which scores commanded it; loads the model."""
     with _exit_codes():
-        from gc2ray.heat_map import heat_map
-        from gc2ray.show import look, picture_name
+        from gc2ray.report.heat_map import heat_map
+        from gc2ray.report.show import look, picture_name
 
         path = to or Path(picture_name(output, row_key))
         _write(path, heat_map(next(look(output, [row_key]))))
@@ -426,8 +426,8 @@ def verify(
 ) -> None:
     """Say whether an output holds what was planned, every row once; exit code 0 only if it does."""
     with _exit_codes():
-        from gc2ray.display import print_verdict
-        from gc2ray.verify import verify as look_at
+        from gc2ray.output.verify import verify as look_at
+        from gc2ray.report.terminal import print_verdict
 
         verdict = look_at(output, deep=deep)
         print_verdict(Console(), verdict, output)
@@ -447,8 +447,8 @@ def compact(
 ) -> None:
     """Write the latest answers as a plain dataset of large files, in input order."""
     with _exit_codes():
-        from gc2ray.compact import compact as write
-        from gc2ray.config import check_place
+        from gc2ray.core.config.job import check_place
+        from gc2ray.output.compact import compact as write
 
         check_place("DESTINATION", destination)
         dataset = write(output, destination, file_bytes=file_mb << 20, incomplete=incomplete)
@@ -468,8 +468,8 @@ def check(
 ) -> None:
     """Compare with stock transformers, and batches with single rows, on your model and rows."""
     with _exit_codes():
-        from gc2ray.config import load_job
-        from gc2ray.parity import check as check_parity
+        from gc2ray.core.config.job import load_job
+        from gc2ray.engine.parity import check as check_parity
 
         parity = check_parity(load_job(config, overrides or []), rows)
         console = Console()

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from gc2ray.errors import ConfigError
+from gc2ray.core.errors import ConfigError
 from jobs.benchmarks import (
     Line,
     attention,
@@ -52,7 +52,7 @@ from jobs.benchmarks import (
     scores,
     tuning,
 )
-from jobs.machine import cpu_name
+from jobs.support.machine import cpu_name
 
 BENCHMARKS: dict[str, Callable[[], list[Line]]] = {
     "compression": compression.run,

@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from gc2ray.config import Job, load_job
-from gc2ray.display import RunDisplay, print_outcome
-from gc2ray.errors import Status
-from gc2ray.planner import Outcome
-from gc2ray.pocket.model import MODEL
-from gc2ray.pocket.rows import PocketRow, Split, pocket_rows, write_rows
-from gc2ray.quality import Interval, agreement, interval, score
-from gc2ray.ray_pool import connected
-from gc2ray.run import run_job
-from jobs.photos import opened_photos
+from gc2ray.core.config.job import Job, load_job
+from gc2ray.core.errors import Status
+from gc2ray.core.scores import Interval, agreement, interval, score
+from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
+from gc2ray.demo.spec import MODEL
+from gc2ray.output.planner import Outcome
+from gc2ray.report.terminal import RunDisplay, print_outcome
+from gc2ray.runner.ray_pool import connected
+from gc2ray.runner.run import run_job
+from jobs.support.photos import opened_photos
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 MARKER = ".made-by-gc2ray-demo"

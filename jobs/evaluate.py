@@ -28,9 +28,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gc2ray.errors import ConfigError, Status
-from gc2ray.quality import ALL, METRICS, Interval, agreement, evaluate, interval, score
-from gc2ray.store import Store
+from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.scores import ALL, METRICS, Interval, agreement, evaluate, interval, score
+from gc2ray.data.store import Store
 
 
 class Lists(StrEnum):

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.methods import Newlines, Positions
-from gc2ray.pocket.model import MODEL
-from gc2ray.pocket.questions import TOPICS
-from gc2ray.pocket.rows import PocketRow, Split, pocket_rows
-from gc2ray.quality import Interval, difference, interval, score
-from jobs.curves import page
-from jobs.curves.controls import ForeignScores
-from jobs.curves.points import (
+from gc2ray.core.config.methods import Newlines, Positions
+from gc2ray.core.scores import Interval, difference, interval, score
+from gc2ray.demo.questions import TOPICS
+from gc2ray.demo.rows import PocketRow, Split, pocket_rows
+from gc2ray.demo.spec import MODEL
+from jobs.quality_curve import page
+from jobs.quality_curve.controls import ForeignScores
+from jobs.quality_curve.points import (
     CONTROLS,
     TEMPERATURE,
     Data,
@@ -36,8 +36,8 @@ from jobs.curves.points import (
     measure_all,
     shares_far_from_uniform,
 )
-from jobs.machine import cpu_name
-from jobs.photos import opened_photos
+from jobs.support.machine import cpu_name
+from jobs.support.photos import opened_photos
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("globalcom2", "globalcom2-reference", "local", "uniform", "random", "pool")

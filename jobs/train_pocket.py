@@ -27,9 +27,9 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from transformers.utils import logging as transformers_logging
 
-from gc2ray.families.tiny import untrained
-from gc2ray.pocket.model import pocket_spec
-from jobs.curves.points import load
+from gc2ray.demo.spec import pocket_spec
+from gc2ray.models.families.tiny import untrained
+from jobs.quality_curve.points import load
 from jobs.training.language import LanguageLearner
 from jobs.training.tower import TowerLearner
 from jobs.training.trainer import Learner, Stage, Trainer

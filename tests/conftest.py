@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from gc2ray import families
-from gc2ray.families.family import Loaded
-from gc2ray.families.tiny import TinySpec, build_tiny
-from tests.chaos import Survived
-from tests.fault_proxy import FaultProxy, Faults
-from tests.object_servers import RcloneServer, a_bucket, moto_server
+from gc2ray.models import registry as families
+from gc2ray.models.base import Loaded
+from gc2ray.models.families.tiny import TinySpec, build_tiny
+from tests.support.chaos import Survived
+from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.object_servers import RcloneServer, a_bucket, moto_server
 
 SPECS = {
     "vicuna": TinySpec(),

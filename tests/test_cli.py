@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from gc2ray import __version__
 from gc2ray.cli import app
-from tests.fault_proxy import FaultProxy, Faults
-from tests.object_servers import a_bucket
-from tests.outputs import first_plan, parts, write_generation
-from tests.rows import job_data, prompts_of, question_list, write_rows
+from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.object_servers import a_bucket
+from tests.support.outputs import first_plan, parts, write_generation
+from tests.support.rows import job_data, prompts_of, question_list, write_rows
 
 ROOT = Path(__file__).parents[1]
 OURS = logging.getLogger("gc2ray")

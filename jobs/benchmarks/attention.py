@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.compiled_attention import CompiledAttention, Pattern, SequenceTable, found
-from gc2ray.decoding.attention import Chunk, Compiled, Step, attend_by_row
+from gc2ray.models.layers.attention import Chunk, Compiled, Step, attend_by_row
+from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, found
 from jobs.benchmarks import Line
-from jobs.benchmarks.timing import Work, in_turn, time_ratios
+from jobs.benchmarks.support.timing import Work, in_turn, time_ratios
 
 TURNS, CALL_FLOPS = 15, 2e9
 VIEW_TOKENS, VIEWS = 577, 8

@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray.config import Job, parse_job
-from gc2ray.errors import Status
-from gc2ray.feed import Feed
-from gc2ray.handout import Handout
-from gc2ray.records import Answer, Request
-from gc2ray.shards import Shard, cut_shards
-from gc2ray.sources.source import Source
-from gc2ray.stats import RunStats
-from gc2ray.worker import Worker
+from gc2ray.core.config.job import Job, parse_job
+from gc2ray.core.errors import Status
+from gc2ray.core.records import Answer, Request
+from gc2ray.core.shards import Shard, cut_shards
+from gc2ray.core.stats import RunStats
+from gc2ray.data.dataset import Source
+from gc2ray.engine.prefetch import Feed
+from gc2ray.runner.handout import Handout
+from gc2ray.runner.worker import Worker
 from jobs.benchmarks import Line, goal
 
 SHARDS, SHARD_ROWS, ROW_SECONDS, IMAGE_BYTES = 50, 40, 0.01, 100_000

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.canvas import NEWLINE, Canvas
-from gc2ray.compression.globalcom2 import GlobalCom2
-from gc2ray.views import Selection, Views
+from gc2ray.compression.canvas import NEWLINE, Canvas
+from gc2ray.compression.methods.globalcom2 import GlobalCom2
+from gc2ray.compression.views import Selection, Views
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.inputs import SIDE, tiny_model
-from jobs.benchmarks.timing import Work, in_turn, median_ratio
+from jobs.benchmarks.support.inputs import SIDE, tiny_model
+from jobs.benchmarks.support.timing import Work, in_turn, median_ratio
 
 METHOD, SPEED_UP, WIDTH, TOKENS = GlobalCom2(0.25), 50, 4096, SIDE * SIDE
 SIZES = ((768, 1024), (1024, 768), (427, 640), (1411, 1411), (336, 1000), (1000, 336), (872, 1000))

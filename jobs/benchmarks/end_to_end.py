@@ -18,20 +18,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from gc2ray.config import Cluster, parse_recipe
-from gc2ray.cost import LLAVA_7B, ModelShape
-from gc2ray.engine import Engine
-from gc2ray.families.family import Loaded
-from gc2ray.families.stock import stock_generate
-from gc2ray.linear import packed_module
-from gc2ray.prompts import ChatPrompt
-from gc2ray.records import Answer, ImageRef, Request
-from gc2ray.stats import STAGES
-from jobs.answering import answers_in_order
+from gc2ray.core.config.job import Cluster, parse_recipe
+from gc2ray.core.records import Answer, ImageRef, Request
+from gc2ray.core.stats import STAGES
+from gc2ray.engine.engine import Engine
+from gc2ray.models.base import Loaded
+from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.hf_reference import stock_generate
+from gc2ray.models.layers.linear import packed_module
+from gc2ray.models.shape import LLAVA_7B, ModelShape
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.inputs import XGA, conditions, model_in_proportion, opened, photographs
-from jobs.benchmarks.roofline import FLOAT32, Machine, Stage, answering_stages, measured_machine
-from jobs.benchmarks.timing import Times, Work, in_turn, time_ratios
+from jobs.benchmarks.support.inputs import XGA, conditions, model_in_proportion, opened, photographs
+from jobs.benchmarks.support.roofline import (
+    FLOAT32,
+    Machine,
+    Stage,
+    answering_stages,
+    measured_machine,
+)
+from jobs.benchmarks.support.timing import Times, Work, in_turn, time_ratios
+from jobs.support.answering import answers_in_order
 
 RETENTIONS = (1.0, 0.5, 0.25, 0.1)
 GOALS = {1.0: 1.4, 0.1: 10.0}

@@ -25,24 +25,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gc2ray.config import Cluster, Recipe, parse_recipe
-from gc2ray.cost import TextModel, paper_flops
-from gc2ray.decoding.decoder import end_tokens
-from gc2ray.decoding.language_model import LanguageModel
-from gc2ray.decoding.native import NativeDecoder, Room
-from gc2ray.engine import Engine, memory
-from gc2ray.errors import ConfigError
-from gc2ray.families.family import Loaded
-from gc2ray.families.llava_next import LlavaNext
-from gc2ray.families.tiny import TinySpec, untrained
-from gc2ray.records import ImageRef, Request, Sampling
-from gc2ray.sizing import sizes
-from gc2ray.stats import STAGES
-from jobs.answering import answers_in_order
+from gc2ray.core.config.job import Cluster, Recipe, parse_recipe
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.records import ImageRef, Request, Sampling
+from gc2ray.core.stats import STAGES
+from gc2ray.engine.batch_sizes import sizes
+from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.engine.decoding.decoder import end_tokens
+from gc2ray.engine.engine import Engine, memory
+from gc2ray.models.base import Loaded
+from gc2ray.models.families.llava_next import LlavaNext
+from gc2ray.models.families.tiny import TinySpec, untrained
+from gc2ray.models.llama import LanguageModel
+from gc2ray.models.shape import TextModel, paper_flops
 from jobs.benchmarks import Line
-from jobs.benchmarks.inputs import IN_PROPORTION, REAL_GEOMETRY
-from jobs.benchmarks.roofline import answering_stages, ideal_seconds
-from jobs.photos import jpeg
+from jobs.benchmarks.support.inputs import IN_PROPORTION, REAL_GEOMETRY
+from jobs.benchmarks.support.roofline import answering_stages, ideal_seconds
+from jobs.support.answering import answers_in_order
+from jobs.support.photos import jpeg
 
 VICUNA_7B = TinySpec(
     image_size=336,

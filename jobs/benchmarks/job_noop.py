@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray.config import Job, parse_job
-from gc2ray.errors import Status
-from gc2ray.records import Answer, Request
-from gc2ray.run import run_job
-from gc2ray.stats import RunStats
-from gc2ray.worker import Worker
+from gc2ray.core.config.job import Job, parse_job
+from gc2ray.core.errors import Status
+from gc2ray.core.records import Answer, Request
+from gc2ray.core.stats import RunStats
+from gc2ray.runner.run import run_job
+from gc2ray.runner.worker import Worker
 from jobs.benchmarks import Line, goal
 
 ROWS, SHARD_ROWS, IMAGE_BYTES = 100_000, 2000, 1024
@@ -38,7 +38,7 @@ ROWS_GOAL, SCALING_GOAL = 20_000, 1.8
 
 @dataclass(frozen=True)
 class NoopEngine:
-    """Answers every request at once, or after a sleep; see `gc2ray.worker.Answering`."""
+    """Answers every request at once, or after a sleep; see `gc2ray.runner.worker.Answering`."""
 
     sleep_seconds: float = 0.0
     device: str = "no-op"

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gc2ray.cost import TextModel, cached_reads
-from gc2ray.decoding.decoder import Completion
-from gc2ray.decoding.language_model import LanguageModel
-from gc2ray.decoding.native import NativeDecoder, Room
-from gc2ray.linear import packed_module
-from gc2ray.records import Sampling
-from gc2ray.views import Prompt
+from gc2ray.compression.views import Prompt
+from gc2ray.core.records import Sampling
+from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.engine.decoding.decoder import Completion
+from gc2ray.models.layers.linear import packed_module
+from gc2ray.models.llama import LanguageModel
+from gc2ray.models.shape import TextModel, cached_reads
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.inputs import conditions
-from jobs.benchmarks.peers import (
+from jobs.benchmarks.support.inputs import conditions
+from jobs.benchmarks.support.peers import (
     BATCH_TOKENS,
     PAD,
     Answering,
@@ -40,9 +40,9 @@ from jobs.benchmarks.peers import (
     continuous,
     one_by_one,
 )
-from jobs.benchmarks.ragged import RaggedRequest, ragged_requests
-from jobs.benchmarks.roofline import FLOAT32, PACKED_GAIN, Machine, Stage, measured_machine
-from jobs.benchmarks.timing import Times, in_turn, tell, time_ratios
+from jobs.benchmarks.support.ragged import RaggedRequest, ragged_requests
+from jobs.benchmarks.support.roofline import FLOAT32, PACKED_GAIN, Machine, Stage, measured_machine
+from jobs.benchmarks.support.timing import Times, in_turn, tell, time_ratios
 
 WIDTH, LAYERS, HEADS, FFN, VOCABULARY = 512, 8, 8, 1376, 32_000
 SPREAD = 0.04

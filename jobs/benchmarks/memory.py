@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from gc2ray.config import Job, parse_job
-from gc2ray.handout import Handout
-from gc2ray.pocket.model import MODEL
-from gc2ray.pocket.rows import Split, pocket_rows, write_rows
-from gc2ray.shards import cut_shards
-from gc2ray.sources.source import Source
-from gc2ray.worker import Worker, peak_host_bytes
+from gc2ray.core.config.job import Job, parse_job
+from gc2ray.core.shards import cut_shards
+from gc2ray.data.dataset import Source
+from gc2ray.demo.rows import Split, pocket_rows, write_rows
+from gc2ray.demo.spec import MODEL
+from gc2ray.runner.handout import Handout
+from gc2ray.runner.worker import Worker, peak_host_bytes
 from jobs.benchmarks import Line, goal
-from jobs.photos import jpeg, opened_photos
+from jobs.support.photos import jpeg, opened_photos
 
 MIB = 2**20
 ROWS, SHARD_ROWS = 5000, 500

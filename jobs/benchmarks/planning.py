@@ -25,17 +25,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gc2ray.bill import Use
-from gc2ray.config import Cluster, WorkerRange
-from gc2ray.driver import Driver
-from gc2ray.handout import Handout
-from gc2ray.manifest import Plan
-from gc2ray.planner import Committed
-from gc2ray.shards import Shard, Shards, SourceFile, cut_shards
-from gc2ray.store import Store
+from gc2ray.core.config.job import Cluster, WorkerRange
+from gc2ray.core.shards import Shard, Shards, SourceFile, cut_shards
+from gc2ray.core.usage import Use
+from gc2ray.data.store import Store
+from gc2ray.output.plan import Plan
+from gc2ray.output.planner import Committed
+from gc2ray.runner.driver import Driver
+from gc2ray.runner.handout import Handout
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.simulated_pool import SimulatedPool
-from jobs.machine import resident_bytes
+from jobs.benchmarks.support.simulated_pool import SimulatedPool
+from jobs.support.machine import resident_bytes
 
 FILES, GROUPS, SHARD_ROWS = 10_000, 100, 1000
 SHARDS = FILES * GROUPS
@@ -52,7 +52,9 @@ DAY_SECONDS = 86_400
 
 def run() -> list[Line]:
     """The plan's size and time, then a line for each cluster."""
-    logging.getLogger("gc2ray.driver").setLevel(logging.ERROR)  # thousands of workers are gone
+    logging.getLogger("gc2ray.runner.driver").setLevel(
+        logging.ERROR
+    )  # thousands of workers are gone
     before = resident_bytes()
     started = time.perf_counter()
     shards = Shards.of(cut_shards(_footers(), SHARD_ROWS, "recipe"))

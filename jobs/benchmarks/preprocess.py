@@ -16,13 +16,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from gc2ray.canvas import AnyRes
-from gc2ray.families.llava_next import pixel_table
-from gc2ray.images import ImagePolicy, decode, load_tiles, tile
-from gc2ray.records import ImageRef
+from gc2ray.compression.canvas import AnyRes
+from gc2ray.core.records import ImageRef
+from gc2ray.data.image_bytes import ImagePolicy, decode, load_tiles, tile
+from gc2ray.models.families.llava_next import pixel_table
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.inputs import TILE, XGA, opened, photographs, tiny_model
-from jobs.benchmarks.timing import Work, in_turn, median_ratio
+from jobs.benchmarks.support.inputs import TILE, XGA, opened, photographs, tiny_model
+from jobs.benchmarks.support.timing import Work, in_turn, median_ratio
 
 TURNS = 5
 SPEED_UP = 2

@@ -7,15 +7,15 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
-from gc2ray.config import Cluster, parse_recipe
-from gc2ray.engine import Engine
-from gc2ray.records import Answer, ImageRef, Request
-from gc2ray.row import Row
-from gc2ray.views import Prompt
-from jobs.answering import answers_in_order
+from gc2ray.compression.views import Prompt
+from gc2ray.core.config.job import Cluster, parse_recipe
+from gc2ray.core.records import Answer, ImageRef, Request
+from gc2ray.engine.engine import Engine
+from gc2ray.engine.request_state import Row
 from jobs.benchmarks import Line
-from jobs.benchmarks.inputs import XGA, model_in_proportion, photographs
-from jobs.benchmarks.timing import Work, in_turn, median_ratio
+from jobs.benchmarks.support.inputs import XGA, model_in_proportion, photographs
+from jobs.benchmarks.support.timing import Work, in_turn, median_ratio
+from jobs.support.answering import answers_in_order
 
 IMAGES, QUESTIONS, NEW_TOKENS, TURNS = 2, 10, 16, 3
 RETENTIONS = (1.0, 0.1)

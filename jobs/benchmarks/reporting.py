@@ -22,14 +22,14 @@ from statistics import median
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray.audit import is_audited
-from gc2ray.config import Job, parse_job
-from gc2ray.cost import LLAVA_7B, AnswerTokens, Demand, ModelShape
-from gc2ray.errors import Status
-from gc2ray.records import Answer, Audit, Request
-from gc2ray.run import run_job
-from gc2ray.stats import STAGES, RunStats
-from gc2ray.worker import Worker
+from gc2ray.core.config.job import Job, parse_job
+from gc2ray.core.errors import Status
+from gc2ray.core.records import Answer, Audit, Request
+from gc2ray.core.stats import STAGES, RunStats
+from gc2ray.engine.audit import is_audited
+from gc2ray.models.shape import LLAVA_7B, AnswerTokens, Demand, ModelShape
+from gc2ray.runner.run import run_job
+from gc2ray.runner.worker import Worker
 from jobs.benchmarks import Line, goal
 
 PARTS, PART_ROWS, SHARE, RUNS = 10_000, 100, 0.01, 3
@@ -43,7 +43,7 @@ import atexit
 from gc2ray.cli import main
 
 def tell():
-    from gc2ray.worker import peak_host_bytes
+    from gc2ray.runner.worker import peak_host_bytes
     print(peak_host_bytes())
 
 atexit.register(tell)
@@ -54,7 +54,7 @@ main()
 
 @dataclass(frozen=True)
 class MadeUpEngine:
-    """Answers every request at once as if it had computed; see `gc2ray.worker.Answering`."""
+    """Answers every request at once as if it had computed; see `gc2ray.runner.worker.Answering`."""
 
     kinds: tuple[Answer, ...]
     device: str = "NVIDIA H200"

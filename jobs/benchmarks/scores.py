@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from gc2ray.families.llava_next import class_token_scores
+from gc2ray.models.families.llava_next import class_token_scores
 from jobs.benchmarks import Line, goal
-from jobs.benchmarks.inputs import SIDE, TILE
-from jobs.benchmarks.timing import Work, in_turn
+from jobs.benchmarks.support.inputs import SIDE, TILE
+from jobs.benchmarks.support.timing import Work, in_turn
 
 LAYERS, WIDTH, HEADS = 24, 1024, 16
 """Of CLIP ViT-L/14-336."""

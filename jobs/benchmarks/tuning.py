@@ -16,14 +16,14 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from gc2ray.config import Job, parse_job
-from gc2ray.pocket.model import MODEL
-from gc2ray.pocket.rows import Split, pocket_rows, write_rows
-from gc2ray.summary import Prices
-from gc2ray.tune import WHOLE, Measured, Setting, Target, Tuning
-from gc2ray.tuning import Wish, tuned
+from gc2ray.core.config.job import Job, parse_job
+from gc2ray.demo.rows import Split, pocket_rows, write_rows
+from gc2ray.demo.spec import MODEL
+from gc2ray.estimate.trials import WHOLE, Measured, Setting, Target, Tuning
+from gc2ray.estimate.tune import Wish, tuned
+from gc2ray.report.summary import Prices
 from jobs.benchmarks import Line, goal
-from jobs.photos import opened_photos
+from jobs.support.photos import opened_photos
 
 SAMPLES, SAMPLE_ROWS, FRESH_ROWS = 10, 400, 2000
 TARGET = 0.9

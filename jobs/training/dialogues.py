@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gc2ray.pocket.questions import Question
-from gc2ray.prompts import ChatPrompt
+from gc2ray.demo.questions import Question
+from gc2ray.models.chat_template import ChatPrompt
 
 VISUAL, PAD = -1, -2
 """Marks in place of token ids."""

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gc2ray.canvas import NEWLINE
-from gc2ray.families.llava_next import LlavaNext
-from gc2ray.pocket.model import pocket_spec
-from gc2ray.pocket.questions import TOPICS
-from gc2ray.pocket.scenes import COLOURS, KINDS
-from gc2ray.views import Views, everything
+from gc2ray.compression.canvas import NEWLINE
+from gc2ray.compression.views import Views, everything
+from gc2ray.demo.questions import TOPICS
+from gc2ray.demo.scenes import COLOURS, KINDS
+from gc2ray.demo.spec import pocket_spec
+from gc2ray.models.families.llava_next import LlavaNext
 from jobs.training.dialogues import PAD, VISUAL, Dialogue, DialogueMaker, attention_mask, padded
 from jobs.training.labels import NOTHING
 from jobs.training.lessons import Lesson

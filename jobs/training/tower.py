@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gc2ray.pocket.model import pocket_anyres, pocket_spec
-from gc2ray.pocket.scenes import KINDS
+from gc2ray.demo.scenes import KINDS
+from gc2ray.demo.spec import pocket_anyres, pocket_spec
 from jobs.training.labels import NOTHING, PATCH_COLOURS, VIEW_LABELS
 from jobs.training.lessons import Lesson
 

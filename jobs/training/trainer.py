@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from gc2ray.pocket.rows import Split
+from gc2ray.demo.rows import Split
 from jobs.training.lessons import Lesson, Lessons, lesson_loader
 
 CLIP = 1.0

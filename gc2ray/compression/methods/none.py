@@ -1,0 +1,25 @@
+"""No compression: the image as stock transformers packs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gc2ray.compression.base import Compressor
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.views import Selection, Views, everything
+
+
+@dataclass(frozen=True)
+class NoCompression(Compressor):
+    """Keep everything."""
+
+    name: ClassVar[str] = "none"
+
+    def many(self, images: Sequence[Views]) -> list[Selection]:
+        return [everything(image) for image in images]
+
+    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+        whole = sum(canvas.tokens_per_view())
+        return whole, whole

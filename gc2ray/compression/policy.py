@@ -1,0 +1,51 @@
+"""`Way`: how an image is compressed and laid out. An engine knows several, by name.
+
+One is the recipe's, and one compresses nothing; those of its audit keep more, and others may be
+added to compare them on the same engine. A request says which one it wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gc2ray.compression.base import Compressor
+from gc2ray.compression.packing import Packing
+from gc2ray.compression.registry import build
+from gc2ray.core.config.job import CompressionConfig, Recipe
+from gc2ray.core.records import RECIPES_WAY, UNCOMPRESSED
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method and a packing.
+
+    Attributes:
+        compressor: Chooses tokens.
+        packing: Lays them out.
+        retention_requested: What was asked for; 1 where there is nothing to ask.
+    """
+
+    compressor: Compressor
+    packing: Packing
+    retention_requested: float
+
+    @staticmethod
+    def of(config: CompressionConfig) -> Way:
+        """As a configuration says."""
+        compressor = build(
+            config.method, retention=config.retention, temperature=config.temperature
+        )
+        packing = Packing(config.positions, config.newlines)
+        return Way(compressor, packing, config.retention_requested)
+
+
+def ways_of(recipe: Recipe, others: Mapping[str, CompressionConfig]) -> dict[str, Way]:
+    """The recipe's own and its audit's, the one that keeps everything, and others by name."""
+    named = {
+        **others,
+        **recipe.rungs(),
+        RECIPES_WAY: recipe.compression,
+        UNCOMPRESSED: CompressionConfig(method="none"),
+    }
+    return {name: Way.of(config) for name, config in named.items()}

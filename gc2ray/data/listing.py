@@ -1,0 +1,174 @@
+"""`Listing`: which files an input is made of, and what they are called.
+
+An input is an entry or a list of these, all on one storage; `gc2ray.data.places` says what an
+entry is. A file that several entries name, or one in several ways, is one source.
+
+Sources are named by their path below the root: the folder that is named, the one of the file, the
+one before the first component of a pattern; of a list the deepest that all have in common. Paths
+of a storage are never rewritten: their doubled slashes and dots may be part of a name. What stands
+behind `?` in a URL of the web, often a signature, is no part of its source's name where that names
+one URL only.
+
+Not covered: datasets of the hub of which it has converted only a part: name their own files, as
+`hf://datasets/OWNER/NAME/data/train-*.parquet`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from gc2ray.core.errors import ConfigError
+from gc2ray.data.places import URI_KEY, Place, is_local, is_web
+from gc2ray.data.retries import Patience
+from gc2ray.data.storage import protocols, storage_of
+
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"}
+"""Their names are keys, not paths: `..` is part of one."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """An input on its storage.
+
+    Attributes:
+        filesystem: The storage.
+        root: What sources are named below; ends with a slash, where it is not empty.
+        places: The entries.
+        patience: With the storage in trouble.
+        queries: Of URLs that are named without their query, by that name: the query, with its `?`.
+    """
+
+    filesystem: Any
+    root: str
+    places: tuple[Place, ...]
+    patience: Patience
+    queries: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(uris: Sequence[str], patience: Patience) -> Listing:
+        """Where an input is; nothing is listed yet.
+
+        Raises:
+            ConfigError: There is no such storage, or several.
+        """
+        places = tuple(Place.of(uri, patience) for uri in uris)
+        first = places[0].filesystem
+        if any(place.filesystem != first for place in places):
+            raise ConfigError(
+                f"{URI_KEY}: its entries are on different storages; copy, or run twice"
+            )
+        root = _common([place.root for place in places])
+        queries = _queries(places) if is_web(first) else {}
+        return Listing(first, root, places, patience, queries)
+
+    @contextmanager
+    def listed(self) -> Iterator[list[str]]:
+        """Its files: entry after entry, each in order of name, none twice.
+
+        Within, what the storage has told of each is remembered, so that it is not asked of each
+        again; afterwards nothing is, or a file that changes later would not be noticed.
+
+        Raises:
+            ConfigError: As `Place.files`.
+        """
+        self.filesystem.invalidate_cache()
+        try:
+            files = [place.files(self.patience) for place in self.places]
+            empty = [place for place, found in zip(self.places, files, strict=True) if not found]
+            if len(empty) < len(files):
+                for place in empty:
+                    log.warning("%s: no Parquet files at %s", URI_KEY, place.shown)
+            once: dict[str, str] = {}
+            for path in itertools.chain(*files) if len(files) > 1 else ():
+                once.setdefault(self._identity(path), path)
+            yield list(once.values()) or files[0]
+        finally:
+            self.filesystem.invalidate_cache()
+
+    def missing(self) -> str:
+        """What is not there, of an input without files: a word more than that, if any is known."""
+        for place in self.places:
+            bucket = place.root.split("/")[0]
+            if {"s3", "gs"} & set(protocols(self.filesystem)) and not self._is_there(bucket):
+                return f": there is no bucket {bucket!r}, or no permission to list it"
+        return ""
+
+    def _is_there(self, path: str) -> bool:
+        return bool(self.filesystem.exists(path))
+
+    def would_take(self, folder: str, names: Sequence[str]) -> bool:
+        """Whether one of some files would be input, if it were there.
+
+        Args:
+            folder: That they are below: local path, or any fsspec URL.
+            names: Theirs, below that.
+        """
+        filesystem, path = storage_of(folder)
+        same = bool(filesystem == self.filesystem)
+        return same and any(place.would_take(path, names) for place in self.places)
+
+    def source(self, path: str) -> str:
+        """What a file is called in answers."""
+        plain, mark, query = path.partition("?")
+        named = plain if self.queries.get(plain) == f"{mark}{query}" else path
+        return named.removeprefix(self.root)
+
+    def path(self, source: str) -> str:
+        """The inverse of `source`."""
+        named = f"{self.root}{source}"
+        return f"{named}{self.queries.get(named, '')}"
+
+    def others(self, paths: Sequence[str], sources: Collection[str]) -> list[str]:
+        """Files that are none of some sources, under whatever name."""
+        known = {self._identity(self.path(source)) for source in sources}
+        return [path for path in paths if self._identity(path) not in known]
+
+    def _identity(self, path: str) -> str:
+        """The same for all spellings of a file."""
+        if is_local(self.filesystem):
+            return os.path.realpath(path)
+        if OBJECT_STORES & set(protocols(self.filesystem)):
+            return path
+        if not is_web(self.filesystem):
+            return _without_dots(path)
+        url = urlsplit(path)
+        return url._replace(netloc=url.netloc.lower(), path=_without_dots(url.path)).geturl()
+
+
+def _common(roots: Sequence[str]) -> str:
+    """The deepest folder that some have in common, or all there are, with a slash at the end."""
+    if len(set(roots)) == 1:
+        return f"{roots[0]}/"
+    shared = []
+    for parts in zip(*(root.split("/") for root in roots), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}/" for part in shared)
+
+
+def _queries(places: Sequence[Place]) -> dict[str, str]:
+    """Queries of files that no other entry tells apart, by URL."""
+    split = {place.path: place.path.partition("?") for place in places if place.path}
+    count = Counter(plain for plain, _, _ in split.values())
+    return {plain: f"{mark}{query}" for plain, mark, query in split.values() if count[plain] == 1}
+
+
+def _without_dots(path: str) -> str:
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part != ".":
+            parts.append(part)
+    return "/".join(parts)

@@ -1,0 +1,130 @@
+"""`Patience`: calls to a storage that may fail for a while.
+
+Trouble that passes is waited out: throttling, servers that are down or busy, lost connections,
+timeouts. Everything else is raised at once: what is forbidden, missing or full stays so. What is
+which is told by type, error number and HTTP status, never by the text.
+
+s3fs and botocore retry a little by themselves, for a second or two; this goes on where they end.
+
+Not covered: calls that wait for ever; filesystems have timeouts of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TypeVar
+
+from aiohttp import ClientConnectionError, ClientPayloadError, ClientResponseError
+from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as StoreConnectionError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # see errors
+
+from gc2ray.core.errors import STORAGE_ERRORS
+
+T = TypeVar("T")
+
+PASSING_STATUS = {HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
+LASTING_STATUS = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.INSUFFICIENT_STORAGE}
+_MOST_DOUBLINGS = 32  # more would overflow some day
+_PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN, errno.ETIMEDOUT}
+_PASSING = (
+    TimeoutError,
+    ConnectionError,
+    HTTPClientError,
+    StoreConnectionError,
+    ClientConnectionError,
+    ClientPayloadError,
+    HubError,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long trouble that passes is waited out.
+
+    Attributes:
+        total_seconds: From the first failure; then it is raised.
+        first_seconds: Of waiting, at most, after the first failure; doubled each time.
+        longest_seconds: Of waiting, at most, after any.
+    """
+
+    total_seconds: float = 120.0
+    first_seconds: float = 0.2
+    longest_seconds: float = 15.0
+
+    def call(self, what: str, work: Callable[[], T]) -> T:
+        """The result of `work`, tried again while what fails may pass.
+
+        Args:
+            what: For messages: what is done to which object.
+            work: Safe to be done twice.
+
+        Raises:
+            OSError: It lasted too long; the message says how long and what came last.
+            Exception: What does not pass, as `work` raised it, with `what` as a note.
+        """
+        started, failures = None, 0
+        while True:
+            try:
+                return work()
+            except STORAGE_ERRORS as error:
+                if not passes(error):
+                    error.add_note(what)
+                    raise
+                started = time.monotonic() if started is None else started
+                tried, wait = time.monotonic() - started, self._wait(failures)
+                if tried + wait > self.total_seconds:
+                    told = f"{what}: tried for {tried:.0f} s, last: {type(error).__name__}: {error}"
+                    raise OSError(errno.ETIMEDOUT, told) from error
+                log.warning("%s: %s; again in %.1f s", what, type(error).__name__, wait)
+            failures += 1
+            time.sleep(wait)
+
+    def _wait(self, failures: int) -> float:
+        """Seconds after so many earlier failures: drawn from nothing up, so that callers spread."""
+        doubled = self.first_seconds * 2.0 ** min(failures, _MOST_DOUBLINGS)
+        return random.uniform(0, min(doubled, self.longest_seconds))  # noqa: S311 - no secret
+
+
+PATIENCE = Patience()
+"""With a storage, where nothing else is said."""
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same call may succeed in a while.
+
+    A file is not there for good, save where that is concluded from what failed: the web's
+    filesystem says so of whatever goes wrong, and names the cause.
+    """
+    cause = error.__cause__
+    status = _http_status(error) or _http_status(cause)
+    if status is not None:
+        is_server = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in LASTING_STATUS
+        return is_server or status in PASSING_STATUS
+    if isinstance(error, FileNotFoundError) and cause is not None:
+        return passes(cause)
+    if isinstance(error, _PASSING) and not isinstance(error, OfflineModeIsEnabled):
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """What a server answered, if it did and an error tells."""
+    match error:
+        case ClientError():
+            return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        case ClientResponseError():
+            return error.status
+        case HfHubHTTPError():
+            return int(error.response.status_code)
+        case _:
+            return None

@@ -1,0 +1,222 @@
+"""`RowReader`: which columns an input must have, and the requests of one of its rows.
+
+A row has a request for each of its prompts. What is wrong with a row is a fault of its requests;
+what is wrong with a schema, whichever file's it is, is refused before anything is read.
+
+Not covered: several images in a row.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from gc2ray.core.config.job import InputConfig
+from gc2ray.core.errors import BadRow, ConfigError, Status
+from gc2ray.core.records import ImageRef, Request
+from gc2ray.core.shards import row_key
+from gc2ray.data.column_types import (
+    carries_bytes,
+    in_common,
+    is_image,
+    is_list,
+    is_prompt,
+    reads_as_text,
+    sturdy,
+)
+from gc2ray.models.chat_template import PromptSource
+
+Record = Mapping[str, pa.Scalar]
+
+
+class RowReader:
+    """Rows of a recipe's input, whatever their files are.
+
+    Attributes:
+        columns: Those that are read.
+    """
+
+    def __init__(self, config: InputConfig) -> None:
+        self.columns = config.columns()
+        self._config = config
+        self._prompt = config.prompt.source()
+        self._kept = tuple(config.kept().items())
+
+    def check(
+        self, schema: pa.Schema, source: str, folders: Mapping[str, pa.DataType]
+    ) -> pa.Schema:
+        """The columns of a file, with those that folders spell out, if they will do.
+
+        Args:
+            schema: The file's.
+            source: What it is called.
+            folders: Types of the columns that folders of the input spell out.
+
+        Raises:
+            ConfigError: One is missing, there twice, or of another type; the message names the
+                file.
+        """
+        found = [_field(schema, name, source, folders) for name in self.columns]
+        columns = pa.schema(found)
+        self._check_types(columns, source)
+        return columns
+
+    def carried(self, files: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+        """The columns that are written back, with the types that have the values of all files.
+
+        Args:
+            files: Names, and columns as `check` gives them.
+
+        Raises:
+            ConfigError: A column's types have none in common; the message names two files.
+        """
+        return pa.schema([pa.field(name, _shared(column, files)) for name, column in self._kept])
+
+    def _check_types(self, columns: pa.Schema, source: str) -> None:
+        def check(key: str, name: str, fits: Callable[[pa.DataType], bool], expected: str) -> None:
+            kind = columns.field(name).type
+            if not fits(kind):
+                told = f"recipe.input.{key}: column {name!r} is {kind} in {source}"
+                raise ConfigError(f"{told}; expected {expected}")
+
+        prompt, image = self._prompt, self._config.image
+        check("image", image, is_image, "a struct of bytes and path, binary, or a path")
+        if not (carries_bytes(columns.field(image).type) or self._config.image_roots):
+            raise ConfigError(
+                f"recipe.input.image_roots: column {image!r} is {columns.field(image).type} in "
+                f"{source}: images by path, which are read from below image_roots only, and none "
+                "is set; name the directories or URLs that they are in"
+            )
+        if prompt.column is not None:
+            several = "string, or list<string> for several prompts per image"
+            check("prompt.column", prompt.column, is_prompt, several)
+        for name in prompt.columns() if prompt.template is not None else ():
+            check("prompt.template", name, reads_as_text, "text, numbers, booleans or times")
+
+    def requests(self, source: str, row: int, record: Record) -> Iterator[Request]:
+        """One row; kept columns stay Arrow scalars, so that they come out as they went in."""
+        images: tuple[ImageRef, ...] = ()
+        trouble: BadRow | None = None
+        try:
+            images = (_image(_value(record, self._config.image, Status.BAD_IMAGE)),)
+        except BadRow as error:
+            trouble = error
+        prompt = self._prompt
+        kept = ((name, record[column]) for name, column in self._kept)
+        carried = {name: cell for name, cell in kept if cell.is_valid}
+        listed = prompt.column is not None and is_list(record[prompt.column].type)
+        texts = list(_texts(prompt, record)) if listed else [_text(prompt, record)]
+        for index, text in enumerate(texts):
+            fault = text if isinstance(text, BadRow) else None
+            if trouble is not None:  # a new one each, because raising an exception changes it
+                fault = BadRow(trouble.status, trouble.message)
+            yield Request(
+                row_key=row_key(source, row, index if listed else None),
+                source=source,
+                row=row,
+                images=images,
+                prompts=(text,) if isinstance(text, str) and fault is None else (),
+                carried=carried,
+                fault=fault,
+                prompt_index=index,
+                prompt_count=len(texts),
+            )
+
+
+def _value(record: Record, name: str, status: Status) -> object:
+    """A cell as Python has it.
+
+    Raises:
+        BadRow: Python cannot have it: text that is not UTF-8, a date out of range.
+    """
+    try:
+        return record[name].as_py()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise BadRow(status, f"column {name!r} cannot be read: {error}") from error
+
+
+def _texts(prompt: PromptSource, record: Record) -> Iterator[str | BadRow]:
+    """The prompts of a row with a list of them: at least one, so that no row is lost."""
+    name = str(prompt.column)
+    prompts = record[name].values
+    if not prompts:
+        problem = "is null" if prompts is None else "holds no prompt"
+        yield BadRow(Status.BAD_PROMPT, f"prompt column {name!r} {problem}")
+        return
+    for index, element in enumerate(prompts):
+        if element.is_valid:
+            yield _text(prompt, {name: element})
+        else:
+            yield BadRow(Status.BAD_PROMPT, f"prompt {index} in column {name!r} is null")
+
+
+def _text(prompt: PromptSource, record: Record) -> str | BadRow:
+    """The text of a prompt, or why there is none."""
+    try:
+        values = {name: _value(record, name, Status.BAD_PROMPT) for name in prompt.columns()}
+        return prompt.render(values)
+    except BadRow as error:
+        return error
+
+
+def _image(cell: object) -> ImageRef:
+    """An image cell: struct of bytes and path, bytes, or a path; anything else is no image."""
+    if isinstance(cell, Mapping):
+        return ImageRef(data=cell.get("bytes"), path=cell.get("path"))
+    if isinstance(cell, bytes):
+        return ImageRef(data=cell)
+    if isinstance(cell, str):
+        return ImageRef(path=cell)
+    return ImageRef()
+
+
+def _field(
+    schema: pa.Schema, name: str, source: str, folders: Mapping[str, pa.DataType]
+) -> pa.Field:
+    """A column of a file, or of its folders.
+
+    Raises:
+        ConfigError: There is none, or several.
+    """
+    count = schema.names.count(name)
+    if count > 1:
+        raise ConfigError(f"recipe.input: {source} has several columns {name!r}")
+    if count and name in folders:
+        raise ConfigError(
+            f"recipe.input: {name!r} is a column of {source}, and folders of the input are called "
+            f"'{name}=…', which makes a column, too; rename one of them"
+        )
+    if count:
+        return schema.field(name)
+    if name in folders:
+        return pa.field(name, folders[name])
+    there = [*schema.names, *folders]
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(there)}"
+    raise ConfigError(f"recipe.input: no column {name!r} in {source}; {hint}")
+
+
+def _shared(column: str, files: Sequence[tuple[str, pa.Schema]]) -> pa.DataType:
+    """The type that a column's values can have in all files."""
+    shared: pa.DataType = pa.null()
+    first = ""
+    for source, columns in files:
+        own = columns.field(column).type
+        found = in_common(shared, own)
+        if found is None or not _casts(own, sturdy(found)):
+            raise ConfigError(
+                f"recipe.input.keep: column {column!r} is {own} in {source} and {shared} in "
+                f"{first}; cast it in the input, or do not keep it"
+            )
+        first = first if shared.equals(found) else source
+        shared = found
+    return sturdy(shared)
+
+
+def _casts(own: pa.DataType, shared: pa.DataType) -> bool:
+    try:
+        return bool(own.equals(shared) or pa.nulls(0, own).cast(shared).type.equals(shared))
+    except (pa.ArrowException, NotImplementedError):
+        return False

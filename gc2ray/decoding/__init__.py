@@ -1,1 +1,0 @@
-"""Decoders: owners of the language model. Prompt embeddings in, tokens out."""

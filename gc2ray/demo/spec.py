@@ -1,0 +1,59 @@
+"""The pocket model's shape, its tokenizer's words, and where its trained weights lie.
+
+A stock `LlavaNextForConditionalGeneration`: views of 56 pixels in 8 x 8 patches, the five crop
+grids of LLaVA-NeXT, a CLIP tower whose layer -2 makes the features. `jobs/train_pocket.py` trains
+it; the card in `model/README.md` says how well it does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gc2ray.compression.canvas import AnyRes
+from gc2ray.demo.questions import CAPTION, COUNT, SIGN, family
+from gc2ray.demo.scenes import COLOURS, KINDS
+from gc2ray.models.families.tiny import TinySpec
+
+MODEL = Path(__file__).parent / "model"
+"""Directory of the trained model, loadable by transformers."""
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""Crop grids (rows, columns) that occur."""
+
+
+def pocket_spec() -> TinySpec:
+    """The model's sizes: 2.4 million parameters."""
+    return TinySpec(
+        image_size=56,
+        patch_size=7,
+        vision=(128, 5, 4),
+        text=(192, 4, 6, 6),
+        grids=GRIDS,
+        activation="gelu",
+        rope_theta=1e6,  # as in LLaVA-NeXT with Mistral: words match tokens far away
+        corpus=_corpus(),
+        vocabulary=512,
+        spread=0.02,
+    )
+
+
+def pocket_anyres() -> AnyRes:
+    """How the model's processor cuts images (CLIP's mean and deviation, bicubic)."""
+    spec = pocket_spec()
+    side = spec.image_size
+    return AnyRes(
+        tile=side,
+        pinpoints=tuple((rows * side, columns * side) for rows, columns in GRIDS),
+        resample=3,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        rescale=1 / 255,
+    )
+
+
+def _corpus() -> tuple[str, ...]:
+    """Every word of questions and answers. Single digits only: a sign's two stay two tokens."""
+    texts = [f"{text} ASSISTANT: yes no" for text in (CAPTION, COUNT, SIGN)]
+    texts += ["USER: top left top right bottom left bottom right, a sign with and"]
+    texts += [f"Which {family(kind)} is a {kind}? Where is the {kind}, {kind}" for kind in KINDS]
+    texts += [f"What colour is the {name}? Is there a {name}" for name in COLOURS]
+    return tuple(texts)

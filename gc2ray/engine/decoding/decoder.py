@@ -1,0 +1,114 @@
+"""What decodes: `Decoder`, the owner of the language model, its device and its KV cache.
+
+Here too is what decoders agree on: when an answer ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gc2ray.compression.views import Prompt
+from gc2ray.core.errors import BadRow, Status
+from gc2ray.core.records import Sampling
+from gc2ray.engine.decoding.sampler import NOT_FINITE
+
+LONGEST_LOOP, LOOP_TOKENS = 64, 16
+"""A loop repeats at most so many tokens, and altogether is at least so long: "7 7 7" is none."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished prompt.
+
+    Attributes:
+        tag: As given to `submit`.
+        token_ids: New tokens, the end-of-sequence token included.
+        finish_reason: `stop` (end of sequence), `length` (limit), `repetition` (it went round in
+            circles), or `error`.
+        prefill_ns: This prompt's share of prefill time, by prompt tokens.
+        generate_ns: Its share of the time after the first token, by output tokens.
+        error: What this prompt raises even alone; there are no tokens then.
+        shared: Prompt tokens whose keys and values another prompt had computed.
+        halvings: Times that the device's memory was short for it and others, which were halved.
+    """
+
+    tag: int
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prefill_ns: int
+    generate_ns: int
+    error: Exception | None = None
+    shared: int = 0
+    halvings: int = 0
+
+
+class Decoder(Protocol):
+    """Prompt embeddings in, tokens out, in completion order.
+
+    Back-pressure counts tokens, never rows: `submit` answers False when the queue is full, and the
+    caller then calls `step`.
+
+    Attributes:
+        halvings: Times that the device's memory was short, and fewer prompts went on together.
+        steps: Forwards so far, each over all prompts that were live.
+    """
+
+    halvings: int
+    steps: int
+
+    def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
+        """Take a prompt, or say that there is no room before the next `step`."""
+
+    def step(self) -> list[Completion]:
+        """Do some work, and say what it finished, which may be nothing."""
+
+    @property
+    def hungry(self) -> bool:
+        """Whether it has no prompt in store: a small batch now is better than a large one later."""
+
+    def forget(self) -> None:
+        """Forget what it keeps of finished prompts for others that begin alike."""
+
+    def __len__(self) -> int:
+        """Prompts that were taken and have not finished."""
+
+
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """Token ids that end an answer of a transformers model."""
+    eos = model.generation_config.eos_token_id
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def end_reason(tokens: Sequence[int], sampling: Sampling, eos: Collection[int]) -> str | None:
+    """Why an answer ends with the last of its tokens, or None where it goes on."""
+    if tokens[-1] == NOT_FINITE:
+        return "error"
+    if tokens[-1] in eos or tokens[-1] in sampling.stop_token_ids:
+        return "stop"
+    if len(tokens) >= sampling.max_new_tokens:
+        return "length"
+    if sampling.max_repeats is not None and loops(tokens, sampling.max_repeats):
+        return "repetition"
+    return None
+
+
+def not_finite(tokens: int) -> BadRow:
+    """What ends a row whose logits were not finite after so many tokens of its answer."""
+    return BadRow(
+        Status.FAILED,
+        f"the model's logits are not finite (NaN or infinite) after {tokens} tokens of the answer: "
+        "in float16 that is an overflow (set recipe.model.dtype to bfloat16 or float32), else the "
+        "weights are damaged",
+    )
+
+
+def loops(tokens: Sequence[int], max_repeats: int) -> bool:
+    """Whether the last tokens are the same few, more than `max_repeats` times in a row."""
+    times = max_repeats + 1
+    for period in range(1, min(LONGEST_LOOP, len(tokens) // times) + 1):
+        tail = list(tokens[-period * times :])
+        if len(tail) >= LOOP_TOKENS and tail == tail[:period] * times:
+            return True
+    return False

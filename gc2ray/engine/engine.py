@@ -1,0 +1,386 @@
+"""`Engine`: a loaded model that answers rows. Knows no Ray, no files, no shards.
+
+Four things go on at once: a thread reads requests, some more decode and tile images, the vision
+side (`gc2ray.engine.prompt_builder`) encodes and compresses a batch (on a GPU on a stream and a
+thread of its own, one batch ahead; on a CPU it would only take the decoder's cores, and takes its
+turn), and the decoder works on the prompts that it has. The engine waits only when none of them has
+anything to do; that time is counted (`totals`). Answers come as they finish; one comes back for
+every request, whatever happens to it.
+
+Trouble belongs to one row in the end, whose answer says so (`gc2ray.engine.request_state`); a
+device that is lost raises `EngineDead`.
+
+Not covered: several images or prompts in one request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from gc2ray.compression.base import Compressor
+from gc2ray.compression.policy import ways_of
+from gc2ray.compression.views import Prompt
+from gc2ray.core.config.job import Cluster, CompressionConfig, Recipe
+from gc2ray.core.errors import BadRow, EngineDead, Status
+from gc2ray.core.records import RECIPES_WAY, Answer, Request
+from gc2ray.core.stats import RunStats
+from gc2ray.engine.batch_sizes import Memory, Sizes, cores, free_host_bytes, sizes
+from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.engine.decoding.decoder import Completion, Decoder
+from gc2ray.engine.decoding.hf_generate import GenerateDecoder
+from gc2ray.engine.device import EnergyMeter
+from gc2ray.engine.prefetch import Feed, Inline
+from gc2ray.engine.prompt_builder import Vision
+from gc2ray.engine.request_state import Row, lost, trouble_of, views_of
+from gc2ray.models import registry as families
+from gc2ray.models.base import Family, Loaded
+from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.checkpoint.fetch import Tick, stage
+from gc2ray.models.llama import LanguageModel, unsupported
+from gc2ray.models.shape import AnswerTokens, Demand
+
+MESSAGE_CHARACTERS = 300
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers requests with one model and one compression method.
+
+    Args:
+        loaded: The model.
+        recipe: What to compute.
+        cluster: Batch sizes and threads.
+        compressor: In place of the recipe's, for experiments with methods that no recipe names.
+        ways: Others that requests may ask for, by name.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        recipe: Recipe,
+        cluster: Cluster,
+        compressor: Compressor | None = None,
+        ways: Mapping[str, CompressionConfig] | None = None,
+    ) -> None:
+        self._family: Family = loaded.family
+        self._chat = ChatPrompt(loaded.processor)
+        self._recipe = recipe
+        self._sizes = sizes(cluster, self._family.needs(), memory(self._family.device))
+        self._ways = ways_of(recipe, ways or {})
+        if compressor is not None:
+            own = self._ways[RECIPES_WAY]
+            self._ways[RECIPES_WAY] = replace(own, compressor=compressor)
+        self._sampling = recipe.generation.sampling()
+        self._model = loaded.model
+        self._end_tokens = loaded.end_tokens
+        self._vision = Vision(
+            self._family, self._chat, recipe, self._ways, self._sizes.remembered_bytes
+        )
+        self._open: dict[int, Row] = {}
+        self._feed: Feed[Request, Row] | None = None
+        self._tags = 0
+        self.device = device_name(self._family.device)
+        self.model_digest = loaded.digest
+        self.model_shape = self._family.shape
+        self._starved_ns = 0
+        self._energy = EnergyMeter(gpu_uuid(self._family.device))
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        """Made when it is first wanted: its KV cache takes most of a GPU."""
+        return _decoder(self._model, self._sizes, self._end_tokens)
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Answer requests, in completion order.
+
+        Args:
+            requests: Read on a thread of its own, a little ahead. Where it blocks, the engine goes
+                on with what it has.
+
+        Raises:
+            EngineDead: The device is lost, or a row got lost in the engine.
+        """
+        ahead = max(2, self._sizes.views_per_batch // 2)
+        threads = self._sizes.image_threads
+        batch: list[Row] = []
+        ready: deque[Row] = deque()
+        encoding: Future[list[Row]] | None = None
+        with (
+            Feed(requests, self._vision.open, threads=threads, ahead=ahead) as feed,
+            self._beside() as beside,
+        ):
+            self._feed = feed
+            while True:
+                self._fill(batch, feed)
+                if encoding is None and not ready and self._worth_encoding(batch):
+                    encoding, batch = beside.submit(self._vision.encode, batch), []
+                if encoding is not None and (encoding.done() or not len(self._decoder)):
+                    ready.extend(encoding.result())
+                    encoding = None
+                yield from self._hand_over(ready)
+                if len(self._decoder):
+                    yield from self._decode()
+                elif not batch and not ready and encoding is None:
+                    self._check_nothing_lost()
+                    if feed.ended:
+                        return
+                    self._starve(feed)
+
+    def again(self, request: Request) -> None:
+        """Answer this one, too: asked between two answers of a `stream`, which then has it as well.
+
+        Raises:
+            RuntimeError: There is no stream.
+        """
+        if self._feed is None:
+            raise RuntimeError("again is for whoever reads a stream of answers")
+        self._feed.add(request)
+
+    def _beside(self) -> Executor:
+        """Where batches are encoded: beside the decoder on a GPU, in turn with it on a CPU."""
+        if self._family.device.type == "cuda":
+            return ThreadPoolExecutor(1, "gc2ray-vision")
+        return Inline()
+
+    def _fill(self, batch: list[Row], feed: Feed[Request, Row]) -> None:
+        """Take rows whose images are decoded, up to a whole batch."""
+        while views_of(batch) < self._sizes.views_per_batch:
+            row = feed.take()
+            if row is None:
+                return
+            batch.append(row)
+
+    def _worth_encoding(self, batch: Sequence[Row]) -> bool:
+        """A whole batch is; a part of one where the decoder could start it at once."""
+        whole = views_of(batch) >= self._sizes.views_per_batch
+        return bool(batch) and (whole or self._decoder.hungry)
+
+    def _hand_over(self, ready: deque[Row]) -> Iterator[Answer]:
+        """Give prompts to the decoder while it takes them; rows that failed are answered."""
+        while ready:
+            row = ready[0]
+            if row.prompt is not None and not self._submitted(row, row.prompt):
+                return
+            ready.popleft()
+            if row.trouble is not None:
+                yield self._failed(row)
+
+    def _starve(self, feed: Feed[Request, Row]) -> None:
+        before = feed.waited_ns
+        feed.wait()
+        if self._tags and not feed.ended:
+            self._starved_ns += feed.waited_ns - before
+
+    def _check_nothing_lost(self) -> None:
+        """Open rows are in the decoder, or they will never come out."""
+        if self._open and not len(self._decoder):
+            raise EngineDead(f"{len(self._open)} rows went into the decoder and did not come out")
+
+    def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
+        """What the language model would read for requests; for parity checks.
+
+        Raises:
+            BadRow: One of them cannot be answered.
+        """
+        rows = self._vision.encode([self._vision.open(request) for request in requests])
+        for row in rows:
+            if row.trouble is not None:
+                raise row.trouble
+        return [row.prompt for row in rows if row.prompt is not None]
+
+    def forget(self) -> None:
+        """Forget all that rows shared, so that the same rows again cost what they cost first."""
+        self._vision.forget()
+        if "_decoder" in vars(self):
+            self._decoder.forget()
+
+    def totals(self) -> RunStats:
+        """What belongs to no row, since the engine was made: starvation, steps, energy, memory.
+
+        Energy and the largest allocation are 0 where the device does not tell. Of a GPU that
+        workers share each counts its share.
+        """
+        device = self._family.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return RunStats(
+            starved_ns=self._starved_ns,
+            halvings=self._decoder.halvings,
+            decode_steps=self._decoder.steps,
+            energy_millijoules=int(self._energy.millijoules() * self._sizes.gpu_share),
+            peak_device_bytes=int(peak),
+        )
+
+    def _submitted(self, row: Row, prompt: Prompt) -> bool:
+        """Whether the decoder took a prompt, or will never take it; then `trouble` says why."""
+        seed = self._recipe.generation.mixed(row.request.seed)
+        sampling = replace(self._sampling, seed=seed)
+        try:
+            if not self._decoder.submit(self._tags + 1, prompt, sampling):
+                return False
+        except BadRow as error:
+            row.trouble = error
+            return True
+        if prompt.embeds.is_cuda:  # made on another stream: its memory is not free before we are
+            prompt.embeds.record_stream(torch.cuda.current_stream(prompt.embeds.device))
+        self._tags += 1
+        self._open[self._tags] = row
+        row.prompt = None  # the decoder has it
+        return True
+
+    def _decode(self) -> Iterator[Answer]:
+        """One step of the decoder: the answers that it finishes."""
+        try:
+            completions = self._decoder.step()
+        except torch.AcceleratorError as error:
+            raise lost(error) from error
+        for completion in completions:
+            row = self._open.pop(completion.tag)
+            if completion.error is not None:
+                row.trouble = trouble_of(completion.error)
+                row.halvings += completion.halvings
+                yield self._failed(row)
+            else:
+                yield self._answered(row, completion)
+
+    def _answered(self, row: Row, completion: Completion) -> Answer:
+        picture = row.picture
+        if picture is None:
+            raise EngineDead(f"{row.request.row_key} was answered without its picture")
+        text_tokens = len(row.token_ids) - 1  # without the image's placeholder
+        kept = sum(picture.kept_per_view)
+        tokens = AnswerTokens(
+            views=0 if row.shares else len(picture.kept_per_view),
+            projected=0 if row.shares else kept + picture.newlines,
+            prompt=text_tokens + kept + picture.newlines,
+            output=len(completion.token_ids),
+            shared=completion.shared,
+        )
+        full = text_tokens + picture.full_tokens + picture.full_newlines
+        shape, per_token = self.model_shape, self._family.kv_bytes_per_token
+        stages = {"prefill": completion.prefill_ns, "generate": completion.generate_ns}
+        return Answer(
+            request=row.request,
+            status=Status.OK,
+            **self._asked(row.request),
+            answer=self._chat.decode(completion.token_ids),
+            finish_reason=completion.finish_reason,
+            prompt_tokens=tokens.prompt,
+            output_tokens=tokens.output,
+            visual_tokens_full=picture.full_tokens,
+            visual_tokens_kept=kept,
+            newline_tokens=picture.newlines,
+            newline_tokens_full=picture.full_newlines,
+            kept_per_view=(picture.kept_per_view,),
+            kv_bytes=(tokens.prompt + tokens.output) * per_token,
+            kv_bytes_full=(full + tokens.output) * per_token,
+            stage_ns={**row.stage_ns, **stages},
+            device=self.device,
+            token_ids=completion.token_ids,
+            image_shared=row.shares,
+            prompt_tokens_shared=completion.shared,
+            halvings=row.halvings + completion.halvings,
+            full_per_view=(picture.full_per_view,),
+            kept_mask=picture.mask if row.request.is_audited else None,
+            demand=Demand.of(shape, tokens),
+            demand_full=Demand.of(shape, tokens.with_more(full - tokens.prompt)),
+        )
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        """What was asked of the compression."""
+        way = self._ways[request.way]
+        return {"method": way.compressor.name, "retention_requested": way.retention_requested}
+
+    def _failed(self, row: Row) -> Answer:
+        trouble = row.trouble or BadRow(Status.FAILED, "failed without a reason")
+        return Answer(
+            request=row.request,
+            status=trouble.status,
+            **self._asked(row.request),
+            error=trouble.message[:MESSAGE_CHARACTERS],
+            stage_ns=row.stage_ns,
+            device=self.device,
+            retry=row.retry,
+            halvings=row.halvings,
+        )
+
+
+def _decoder(model: Any, found: Sizes, end_tokens: tuple[int, ...]) -> Decoder:
+    """Continuous batching, or stock `generate` for language models that it does not know."""
+    reason = unsupported(model)
+    if reason is not None:
+        log.warning("decoding with stock generate, which is slower: %s", reason)
+        return GenerateDecoder(model, max_tokens=found.kv_tokens, eos=end_tokens)
+    room = Room(found.kv_tokens, found.prefill_tokens, found.live_rows, found.burst)
+    return NativeDecoder(LanguageModel(model), room, eos=end_tokens)
+
+
+def load_engine(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Engine:
+    """Load the recipe's model on the GPU that this process was given, else on the CPU.
+
+    Raises:
+        ConfigError: The model cannot be loaded.
+        OSError: It could not be fetched now.
+    """
+    return Engine(load_model(recipe, cluster, tick), recipe, cluster)
+
+
+def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Loaded:
+    """The recipe's model; on a CPU, torch takes the threads that the cluster allows a worker.
+
+    Args:
+        recipe: Names the model.
+        cluster: Threads, and the share of a GPU.
+        tick: Called whenever the model gets on while it is fetched.
+
+    Raises:
+        ConfigError: The model cannot be loaded.
+        OSError: It could not be fetched now.
+    """
+    device = own_device()
+    if device == "cpu":
+        torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+    else:  # a cap, so that workers on one GPU cannot take from each other
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
+    staged = stage(recipe.model, tick=tick)
+    loaded = families.load(
+        str(staged.directory),
+        revision=None,
+        dtype=recipe.model.dtype,
+        device=device,
+        taken_over=recipe.generation.taken_over(),
+    )
+    return replace(loaded, digest=staged.digest)
+
+
+def own_device() -> str:
+    """Where this process runs models: the GPU that it was given, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory(device: torch.device) -> Memory:
+    """All memory of a GPU; what is free of a host's."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Memory(is_gpu=True, total_bytes=total, cores=cores())
+    return Memory(is_gpu=False, total_bytes=free_host_bytes(), cores=cores())
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """A GPU's name among all; None where there is none."""
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)

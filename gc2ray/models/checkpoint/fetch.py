@@ -1,0 +1,442 @@
+"""`stage`: a model on this node's disk, and the digest that says which model it is.
+
+A directory is used where it is. A hub id goes through the hub's own cache, a URL into
+`~/.cache/gc2ray/models` (`GC2RAY_CACHE` in the environment names another place than
+`~/.cache/gc2ray`), under the hash of the URL and of what is listed there: a model that changes is
+another model. Of all processes on a node one fetches and the others wait for it. What is fetched
+gets its name when it is whole. Only what loading reads is fetched: never pickles, never code.
+
+What is missing or forbidden is a `ConfigError`; a network that fails and a disk that is full are
+an `OSError` (or botocore's, see `STORAGE_ERRORS`), because another worker, or another node, may
+have more luck.
+
+Trouble of a storage that may pass is waited out (`gc2ray.data.retries`); the hub's client does that
+by itself.
+
+Not covered: models that nobody uses any more (delete them). A hub's branch that moves while workers
+start is another model for some of them, which the worker refuses by its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import NoCredentialsError
+from filelock import FileLock, Timeout
+from fsspec.callbacks import Callback
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__init__`, documented
+    filter_repo_objects,
+)
+
+from gc2ray.core.config.generation_rules import NOTHING, TakenOver
+from gc2ray.core.config.job import ModelConfig
+from gc2ray.core.errors import ConfigError, first_line
+from gc2ray.data.retries import PATIENCE
+from gc2ray.data.storage import storage_of
+from gc2ray.models.checkpoint.consistency import check_directory
+
+FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+OUTLINE = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
+"""What describes a model: all but its weights."""
+DIGESTED = (
+    "config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json",
+    "tokenizer.model", "vocab*.json", "vocab*.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", "model.safetensors.index.json",
+)  # fmt: skip
+"""Small files that change answers; all of them are fetched."""
+WHOLE_SIGNS = ("config.json", "tokenizer_config.json", "chat_template.*", "*.safetensors")
+"""What lies in a hub's cache where it is whole; other programs fetch parts of a model."""
+COMMIT = re.compile("[0-9a-f]{40}")
+LEFT_OUT = ("*/*.safetensors",)
+"""Checkpoints in folders below the model, which nothing loads."""
+CACHE_VARIABLE = "GC2RAY_CACHE"
+JITTER_SECONDS = 3.0
+"""Workers that start together ask the storage spread over this time."""
+LOOK_SECONDS = 1.0
+"""Between two looks of a process that waits at how far the one that fetches is."""
+FETCH_THREADS = 8
+REFUSALS = (401, 403, 404)
+"""What the hub says of a model that is not there, or not for us; anything else may pass."""
+TAIL_BYTES = 64 * 1024
+MAX_HEADER_BYTES = 100_000_000  # more is refused when it is loaded
+UNREADABLE = (FileNotFoundError, PermissionError, NoCredentialsError)
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """A model that can be loaded.
+
+    Attributes:
+        directory: Where it lies on this node.
+        digest: See `digest`.
+    """
+
+    directory: Path
+    digest: str
+
+
+def stage(
+    model: ModelConfig, *, tick: Tick = lambda: None, jitter_seconds: float = JITTER_SECONDS
+) -> StagedModel:
+    """Have a model on this node's disk.
+
+    Args:
+        model: Where it comes from.
+        tick: Called whenever the model gets on, whether this process fetches it or another.
+        jitter_seconds: The storage is asked after a random part of this.
+
+    Raises:
+        ConfigError: There is no such model, it may not be read, or the cache not written.
+        OSError: The network failed, or the disk has no room.
+    """
+    model.check()
+    if model.is_url or not (model.is_local or constants.is_offline_mode()):
+        _sleep(jitter_seconds)
+    directory = _staged(model, FETCHED, tick)
+    return StagedModel(directory, digest(directory))
+
+
+def stage_outline(model: ModelConfig) -> Path:
+    """Have what describes a model on this node's disk: config, tokenizer, processor, no weights.
+
+    Raises:
+        ConfigError, OSError: As `stage`.
+    """
+    model.check()
+    return _staged(model, OUTLINE, lambda: None)
+
+
+def _staged(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
+    if model.is_local:
+        return Path(model.path).expanduser()
+    if model.is_url:
+        return _from_url(model.path, patterns, tick)
+    return _from_hub(model, patterns, tick)
+
+
+def check_model(model: ModelConfig, taken_over: TakenOver = NOTHING) -> None:
+    """Look at the model as far as that needs no hub, and none of its libraries.
+
+    Of a directory all files are looked at, of weights their headers. Of a URL what describes the
+    model is fetched. A hub id is looked at where the hub's cache has it, and the hub could not
+    have another one by now.
+
+    Args:
+        model: Where it is.
+        taken_over: What the recipe decides in place of the model's files.
+
+    Raises:
+        ConfigError: There is no such model, it may not be read, or not be used.
+        OSError: The storage does not answer, or the disk has no room.
+    """
+    model.check()
+    if model.is_local:
+        check_directory(Path(model.path).expanduser(), taken_over, name=model.path)
+    elif model.is_url:
+        _, files = _found(model.path)
+        if not any(file.name.endswith(".safetensors") for file in files):
+            raise ConfigError(
+                f"recipe.model.path: {model.path} has no weights in safetensors; others, such as "
+                "pickles, are never loaded"
+            )
+        check_directory(stage_outline(model), taken_over, name=model.path, weights=False)
+    elif (snapshot := _snapshot_here(model)) is not None:
+        offline = constants.is_offline_mode()  # else what is missing may still be fetched
+        check_directory(snapshot, taken_over, name=model.path, weights=offline)
+
+
+def _snapshot_here(model: ModelConfig) -> Path | None:
+    """A hub's model in the hub's cache, if it is whole and cannot be another one by now."""
+    if not (constants.is_offline_mode() or COMMIT.fullmatch(model.revision or "")):
+        return None
+    cache = constants.HF_HUB_CACHE
+    try:
+        found = snapshot_download(
+            model.path, revision=model.revision, cache_dir=cache, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return Path(found) if all(any(Path(found).glob(sign)) for sign in WHOLE_SIGNS) else None
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 over a model's small files, and of each weight file name, size, header, last 64 KiB.
+
+    Copies have the same wherever they lie. A tensor's name, shape or type changes it, and so does
+    training, which leaves no end of a file as it was; and so does a byte of the configurations, the
+    tokenizer, the processor or the chat template, because each may change answers. Notes, logs and
+    other files do not. Not covered: weights that were changed in the middle of a file only.
+    """
+    small = {path for pattern in DIGESTED for path in directory.glob(pattern) if path.is_file()}
+    described = [
+        (str(path.relative_to(directory)), hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(small)
+    ]
+    weights = [_weights_digest(path) for path in sorted(directory.glob("*.safetensors"))]
+    return hashlib.sha256(json.dumps([described, weights]).encode()).hexdigest()
+
+
+def _weights_digest(path: Path) -> tuple[str, int, str, str]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
+        file.seek(max(0, size - TAIL_BYTES))
+        tail = file.read(TAIL_BYTES)
+    return path.name, size, hashlib.sha256(header).hexdigest(), hashlib.sha256(tail).hexdigest()
+
+
+def _from_hub(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
+    """Fetched into the hub's cache, or found there.
+
+    Raises:
+        ConfigError: The hub does not know it, or not for us; offline, the cache does not.
+        OSError: The hub does not answer, or the disk has no room.
+    """
+    try:
+        directory = _snapshot(model, patterns, tick)
+    except LocalEntryNotFoundError as error:
+        if not constants.is_offline_mode():
+            raise  # the hub does not answer
+        raise ConfigError(
+            f"recipe.model.path: {model.path} at {model.revision or 'main'} is not in "
+            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it, or name a directory"
+        ) from error
+    except HFValidationError as error:
+        raise _unreadable(model.path, error) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in REFUSALS:
+            raise
+        raise _unreadable(model.path, error) from error
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"recipe.model.path: there is no model at {model.path} (no config.json)")
+    return directory
+
+
+def _snapshot(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
+    cache = Path(constants.HF_HUB_CACHE)
+    what: dict[str, Any] = {
+        "repo_id": model.path,
+        "revision": model.revision,
+        "cache_dir": cache,
+        "allow_patterns": list(patterns),
+        "ignore_patterns": list(LEFT_OUT),
+    }
+    name = repo_folder_name(repo_id=model.path, repo_type="model")
+    with _locked(_models() / f"{name}.lock", cache / name, tick):
+        if not constants.is_offline_mode():
+            _check_room(model.path, _hub_bytes(what), cache, "HF_HOME")
+        return Path(snapshot_download(**what))
+
+
+def _hub_bytes(what: Mapping[str, Any]) -> int:
+    """What is still to be fetched; 0 where the hub does not answer, which may do no harm."""
+    try:
+        files = snapshot_download(dry_run=True, **what)
+    except DryRunError:
+        return 0
+    return sum(file.file_size for file in files if file.will_download)
+
+
+def _from_url(url: str, patterns: Sequence[str], tick: Tick) -> Path:
+    """Fetched once per node.
+
+    Raises:
+        ConfigError: There is no model, or it may not be read.
+        OSError: The storage does not answer, or the disk has no room.
+    """
+    filesystem, files = _found(url, patterns)
+    directory = _models() / _key(url, files)
+    partial = directory.with_suffix(".partial")
+    with _locked(directory.with_suffix(".lock"), partial, tick):
+        if not directory.is_dir():
+            if partial.exists():  # of a process that was killed, or failed
+                shutil.rmtree(partial)
+            needed = sum(file.size_bytes for file in files)
+            _check_room(url, needed, directory.parent, CACHE_VARIABLE)
+            try:
+                _fetch(filesystem, files, partial, tick)
+            except UNREADABLE as error:
+                raise _unreadable(url, error) from error
+            partial.rename(directory)
+    return directory
+
+
+def _found(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list[_File]]:
+    """The filesystem, and what is to be fetched from it.
+
+    Raises:
+        ConfigError: There is no model, or it may not be read.
+        OSError: The storage does not answer.
+    """
+    try:
+        filesystem, root = storage_of(url, use_listings_cache=False)
+        found = PATIENCE.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
+        return filesystem, _listed(url, root.rstrip("/"), found, patterns)
+    except (ImportError, ValueError, *UNREADABLE) as error:
+        raise _unreadable(url, error) from error
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a model behind a URL.
+
+    Attributes:
+        path: In its filesystem.
+        name: Below the model.
+        size_bytes: 0 where the storage does not tell.
+        version: What changes with its content, as far as the storage tells.
+    """
+
+    path: str
+    name: str
+    size_bytes: int
+    version: str
+
+
+def _listed(
+    url: str, root: str, found: Mapping[str, Mapping[str, Any]], patterns: Sequence[str]
+) -> list[_File]:
+    """What is to be fetched, in order of name.
+
+    Raises:
+        ConfigError: There is no model, or a name leads out of it.
+    """
+    files = []
+    for path, info in found.items():
+        if path == root:
+            continue  # a file, not a directory
+        name = path.removeprefix(f"{root}/")
+        if name == path or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ConfigError(f"recipe.model.path: {url} lists {path!r}, which is not below it")
+        version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
+        files.append(_File(path, name, info.get("size") or 0, str(version)))
+    wanted = filter_repo_objects(
+        files,
+        allow_patterns=list(patterns),
+        ignore_patterns=list(LEFT_OUT),
+        key=lambda file: file.name,
+    )
+    chosen = sorted(wanted, key=lambda file: file.name)
+    if "config.json" not in [file.name for file in chosen]:
+        raise ConfigError(f"recipe.model.path: there is no model at {url} (no config.json)")
+    return chosen
+
+
+def _key(url: str, files: Sequence[_File]) -> str:
+    listing = [(file.name, file.size_bytes, file.version) for file in files]
+    return hashlib.sha256(json.dumps([url.rstrip("/"), listing]).encode()).hexdigest()[:32]
+
+
+def _fetch(filesystem: Any, files: Sequence[_File], partial: Path, tick: Tick) -> None:
+    """Files into a new folder, and onto the disk."""
+
+    def fetch(file: _File) -> None:
+        target = partial / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        told = Callback(hooks={"tick": lambda *_args, **_told: tick()})
+        get = filesystem.get_file
+        PATIENCE.call(f"fetching {file.path}", lambda: get(file.path, str(target), callback=told))
+        with target.open("rb+") as written:
+            os.fsync(written.fileno())
+            size = written.seek(0, os.SEEK_END)
+        if size != file.size_bytes > 0:
+            raise OSError(f"{file.path}: {size} bytes came of {file.size_bytes}")
+
+    with ThreadPoolExecutor(FETCH_THREADS, "gc2ray-fetch") as pool:
+        list(pool.map(fetch, files))
+
+
+def _models() -> Path:
+    """Where models from URLs, and locks, are kept on this node."""
+    cache = os.environ.get(CACHE_VARIABLE) or "~/.cache/gc2ray"
+    return Path(cache).expanduser().absolute() / "models"
+
+
+@contextmanager
+def _locked(path: Path, watched: Path, tick: Tick) -> Iterator[None]:
+    """Alone on this node; while another process is, what it fetches into `watched` ticks.
+
+    The lock is the kernel's, so one that is killed leaves none behind.
+
+    Raises:
+        ConfigError: The lock cannot be made.
+    """
+    lock = FileLock(path)
+    seen = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=LOOK_SECONDS)
+            except Timeout:
+                before, seen = seen, _bytes_below(watched)
+                if seen != before:
+                    tick()
+    except OSError as error:
+        raise ConfigError(
+            f"models are kept in {path.parent}, which cannot be written: {error.strerror}; name "
+            f"another place in the environment variable {CACHE_VARIABLE}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes on disk; files may come and go meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += Path(parent, name).lstat().st_blocks * 512
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _check_room(model: str, needed_bytes: int, folder: Path, variable: str) -> None:
+    """Refuse to fill a disk.
+
+    Raises:
+        OSError: There is less room than that.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free_bytes = shutil.disk_usage(there).free
+    if free_bytes < needed_bytes:
+        raise OSError(
+            f"{model} needs {needed_bytes / 1e9:.3f} GB, and {folder} has {free_bytes / 1e9:.3f} "
+            f"GB free: make room there, or set {variable} to a larger disk"
+        )
+
+
+def _sleep(jitter_seconds: float) -> None:
+    """A random part of it, whatever seeds were set."""
+    time.sleep(random.SystemRandom().uniform(0, jitter_seconds))
+
+
+def _unreadable(path: str, error: Exception) -> ConfigError:
+    return ConfigError(f"recipe.model.path: {path} cannot be read: {first_line(error)}")

@@ -1,0 +1,312 @@
+"""The same model through stock transformers: what parity checks and benchmarks compare with.
+
+`StockModel` is a checkpoint that transformers loaded itself. The `stock_` functions run a model
+that we have loaded, and use none of our preprocessing, tower run, packing or decoding.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaNextProcessor,
+)
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
+
+from gc2ray.compression.views import Prompt
+from gc2ray.core.config.generation_rules import RULES
+from gc2ray.core.errors import first_line
+from gc2ray.models.base import Loaded
+from gc2ray.models.registry import without_load_report
+
+
+def stock_inputs(loaded: Loaded, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+    """The processor's model inputs; `texts` are rendered chat prompts with `<image>` in them."""
+    processor = loaded.processor
+    bos = processor.tokenizer.bos_token
+    has_bos = bool(bos) and all(text.startswith(bos) for text in texts)
+    inputs = processor(
+        images=list(images),
+        text=list(texts),
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not has_bos,
+        return_tensors="pt",
+    )
+    return inputs.to(loaded.family.device, dtype=loaded.model.dtype)
+
+
+@torch.inference_mode()
+def stock_logits(loaded: Loaded, image: Image.Image, text: str) -> Tensor:
+    """Logits of the token after the prompt, (vocabulary,)."""
+    inputs = stock_inputs(loaded, [image], [text])
+    logits: Tensor = loaded.model(**inputs, logits_to_keep=1).logits[0, -1]
+    return logits
+
+
+@torch.inference_mode()
+def stock_generate(
+    loaded: Loaded, images: Sequence[Image.Image], texts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy answers of one padded batch; per row the new tokens, padding behind the end kept."""
+    inputs = stock_inputs(loaded, images, texts)
+    output = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return new
+
+
+@torch.inference_mode()
+def prompt_logits(loaded: Loaded, prompt: Prompt) -> Tensor:
+    """Logits of the token after one of our prompts, (vocabulary,)."""
+    placed: dict[str, Tensor] = {}
+    if prompt.positions is not None:
+        # Without a mask transformers takes a gap for the start of another packed sequence.
+        mask = torch.ones_like(prompt.positions)
+        placed = {"position_ids": prompt.positions[None], "attention_mask": mask[None]}
+    output = loaded.model(inputs_embeds=prompt.embeds[None], logits_to_keep=1, **placed)
+    logits: Tensor = output.logits[0, -1]
+    return logits
+
+
+@dataclass(frozen=True)
+class StockSettings:
+    """How stock transformers is to answer: as the model's own files say, but for these.
+
+    Attributes:
+        dtype: Of the weights.
+        device: Where it runs.
+        max_new_tokens: Longest answer.
+        repetition_penalty: In place of the files' own, where it is not None.
+        stop_token_ids: Tokens that end an answer, beside the model's own.
+        ignored: Rules of generation_config.json that answers do not follow.
+    """
+
+    dtype: str
+    device: str
+    max_new_tokens: int
+    repetition_penalty: float | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class StockAnswer:
+    """What stock made of a prompt; on the host.
+
+    Attributes:
+        prompt_ids: The prompt's token ids, with the image's placeholder once.
+        token_ids: The greedy answer, its end included.
+        finish_reason: `stop` or `length`.
+        text: The answer as its tokenizer writes it, without special tokens.
+        logits: At every position behind the image, then along the answer: what the image's last
+            token says, every token of the prompt behind it, every token of the answer but the
+            last. (P, vocabulary).
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    text: str
+    logits: Tensor
+
+
+class StockFailed(Exception):  # noqa: N818 - what happened, as with the project's other ones
+    """Stock transformers cannot load or run the model; the message says why, in one line."""
+
+
+class StockModel:
+    """A checkpoint as transformers itself loads and runs it: nothing here is ours but the calls.
+
+    The prompt is made by the tokenizer, from the chat template in the files. The processor is put
+    together from tokenizer, image processor and config, as files of 2024 lack numbers that
+    transformers needs today. Use it in a `with`, which frees it.
+
+    Not covered: families other than LLaVA-NeXT, towers without a class token.
+
+    Args:
+        directory: Of the checkpoint.
+        settings: How it is to answer.
+
+    Raises:
+        StockFailed: Transformers cannot load it.
+    """
+
+    def __init__(self, directory: Path, settings: StockSettings) -> None:
+        path, where = str(directory), {"trust_remote_code": False}
+        with _told():
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, **where)
+            images = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
+            with _silent():
+                model: Any = AutoModelForImageTextToText.from_pretrained(
+                    path, dtype=getattr(torch, settings.dtype), use_safetensors=True, **where
+                )
+            self._model = model.to(settings.device).eval()
+            config = model.config
+            self._tokenizer = tokenizer
+            self._template = _chat_template(directory)
+            self._processor = LlavaNextProcessor(
+                image_processor=images,
+                tokenizer=tokenizer,
+                patch_size=config.vision_config.patch_size,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+                num_additional_image_tokens=1,
+            )
+            self._image_token_id = config.image_token_id
+            self.end_tokens = _end_tokens(directory, tokenizer)
+            self._follow(settings)
+
+    def __enter__(self) -> StockModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give its memory back, the device's, too."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _follow(self, settings: StockSettings) -> None:
+        """Greedy, and the model's own rules, but for what is set.
+
+        Of the files only rules are taken: other settings, as several answers to a prompt, or a
+        limit of time, are no reason to answer otherwise.
+        """
+        own = self._model.generation_config
+        wanted = {name: getattr(own, name, None) for name in {*RULES} - {*settings.ignored}}
+        self._stops = {*self.end_tokens, *settings.stop_token_ids}
+        if settings.repetition_penalty is not None:
+            wanted["repetition_penalty"] = settings.repetition_penalty
+        self._rules: Any = GenerationConfig(
+            **{name: value for name, value in wanted.items() if value is not None},
+            do_sample=False,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=sorted(self._stops) or None,
+            pad_token_id=min(self._stops, default=0),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        # Of which `generate` takes whatever it was not given.
+        self._model.generation_config = self._rules
+
+    def special_token_in(self, text: str) -> str | None:
+        """A special token that a text spells out, which stock takes for the token itself."""
+        known = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        return next((token for token in known if token.strip() and token.strip() in text), None)
+
+    @torch.inference_mode()
+    def answer(self, image: Image.Image, text: str) -> StockAnswer:
+        """Its greedy answer to one prompt, and its logits.
+
+        Raises:
+            StockFailed: Transformers cannot run it.
+        """
+        with _told():
+            inputs = self._inputs(image, text)
+            ids: list[int] = inputs["input_ids"][0].tolist()
+            behind = ids[::-1].index(self._image_token_id)
+            output = self._model.generate(**inputs, generation_config=self._rules)
+            read = self._model(**inputs, logits_to_keep=behind + 1).logits[0]
+        written = [logits.to(read.dtype) for logits in output.logits[1:]]
+        token_ids = tuple(output.sequences[0, len(ids) :].tolist())
+        answer: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return StockAnswer(
+            prompt_ids=tuple(
+                token
+                for token, before in zip(ids, [None, *ids], strict=False)
+                if token != self._image_token_id or before != token
+            ),
+            token_ids=token_ids,
+            finish_reason="stop" if token_ids[-1] in self._stops else "length",
+            text=answer.strip(),
+            logits=torch.cat([read, *written]).cpu(),
+        )
+
+    def _inputs(self, image: Image.Image, text: str) -> Any:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self._template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        bos = self._tokenizer.bos_token
+        inputs = self._processor(
+            images=[image],
+            text=[prompt],
+            add_special_tokens=not (bos and prompt.startswith(bos)),
+            return_tensors="pt",
+        )
+        return inputs.to(self._model.device, dtype=self._model.dtype)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn whatever transformers raises, which may be anything, into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise StockFailed(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without progress bars, and without what our own loading of the same files says better."""
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with without_load_report():
+            yield
+    finally:
+        if bars:
+            enable_progress_bar()
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The files' chat template, as transformers' processors find it; None: the tokenizer's.
+
+    A tokenizer's own is of the language model alone, as a rule. Of several it is the default one.
+    """
+    held, _ = LlavaNextProcessor.get_processor_dict(str(directory))
+    found = held.get("chat_template") or None
+    if isinstance(found, list):
+        found = {named["name"]: named["template"] for named in found}
+    template: str | None = found["default"] if isinstance(found, dict) else found
+    return template
+
+
+def _end_tokens(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer: the first of the files that names any, else the tokenizer's end token.
+
+    As they are written: in the config objects of transformers stand the classes' own, too.
+    """
+    config = _written(directory / "config.json")
+    places = (
+        _written(directory / "generation_config.json"), config.get("text_config") or {}, config
+    )  # fmt: skip
+    for found in (*(place.get("eos_token_id") for place in places), tokenizer.eos_token_id):
+        if found not in (None, []):
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
+
+
+def _written(file: Path) -> dict[str, Any]:
+    """What a JSON file has; nothing where there is no such file."""
+    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return held

@@ -1,0 +1,233 @@
+"""`LanguageModel`: a transformers language model, run over packed tokens of many sequences.
+
+Llama, Mistral and Qwen2 are the same machine with different numbers: normalise, attend, add,
+normalise, feed forward, add; rotary positions, grouped key-value heads, biases and sliding windows
+as the config says. The modules' own weights are used; what differs from running the modules is the
+order of work:
+
+* tokens of all sequences are packed, (T, D), so that no sequence is padded to another's length;
+* keys and values go to a `KvPool`, at places that the caller chose, and positions are explicit;
+* the last layer computes queries, attention output and feed-forward only for tokens whose logits
+  are wanted: the others' are read by nobody. With 8 layers that is a tenth of a prefill;
+* key and value projections are one product, as are gate and up, where layers are packed.
+
+The model itself is read, never changed.
+
+Not covered: rotary frequencies that depend on the sequence's length ("dynamic", "longrope"), other
+architectures: `unsupported` says why, and the engine then decodes with stock `generate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gc2ray.engine.decoding.kv_cache import KvShape
+from gc2ray.models.layers.attention import Attend, Sequences, write
+from gc2ray.models.layers.linear import Linear
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, eq=False)
+class _Norm:
+    """A root-mean-square norm's weight and epsilon."""
+
+    weight: Tensor
+    epsilon: float
+
+    @staticmethod
+    def of(module: Any) -> _Norm:
+        return _Norm(module.weight.detach(), float(module.variance_epsilon))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One decoder layer."""
+
+    index: int
+    before: _Norm
+    query: Linear
+    key_value: Linear
+    output: Linear
+    after: _Norm
+    gate_up: Linear
+    activation: Any
+    down: Linear
+    head_size: int
+    scale: float
+    window: int | None
+
+    @staticmethod
+    def of(index: int, module: Any, config: Any) -> _Layer:
+        attention, mlp = module.self_attn, module.mlp
+        return _Layer(
+            index=index,
+            before=_Norm.of(module.input_layernorm),
+            query=Linear.of(attention.q_proj),
+            key_value=Linear.of(attention.k_proj, attention.v_proj),
+            output=Linear.of(attention.o_proj),
+            after=_Norm.of(module.post_attention_layernorm),
+            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
+            activation=_activation(mlp.act_fn, config),
+            down=Linear.of(mlp.down_proj),
+            head_size=int(attention.head_dim),
+            scale=float(attention.scaling),
+            window=_window(attention, config),
+        )
+
+    def attended(self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend) -> Tensor:
+        """(T, D) to (T, D): attention and its residual."""
+        normed = self.before(hidden)
+        self._write(normed, rotary, step)
+        queries = self._queries(normed, rotary)
+        out = attend(step, self.index, queries, self.scale, self.window).flatten(1)
+        return self.output(_padded(out, len(hidden))).add_(hidden)
+
+    def attended_last(
+        self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend
+    ) -> Tensor:
+        """(T, D) to (S, D): as `attended`, for each sequence's last token only."""
+        normed = self.before(hidden)
+        self._write(normed, rotary, step)
+        queries = self._queries(normed[step.last], rotary.at(step.last))
+        out = attend(step.only_last, self.index, queries, self.scale, self.window)
+        return self.output(out.flatten(1)).add_(hidden[step.last])
+
+    def _write(self, normed: Tensor, rotary: _Rotary, step: Sequences) -> None:
+        """Put keys and values into the arena; rows behind the tokens are padding."""
+        size = (len(rotary.cos), -1, self.head_size)
+        key, value = (part[: size[0]].view(size) for part in self.key_value.each(normed))
+        write(step, self.index, rotary.turned(key), value)
+
+    def _queries(self, normed: Tensor, rotary: _Rotary) -> Tensor:
+        """(T, heads, head size)."""
+        size = (len(rotary.cos), -1, self.head_size)
+        return rotary.turned(self.query(normed)[: size[0]].view(size))
+
+    def fed_forward(self, hidden: Tensor) -> Tensor:
+        """(T, D) to (T, D): the feed-forward part and its residual."""
+        gate, up = self.gate_up.each(self.after(hidden))
+        # In place: what the products put out is nobody else's, and new memory has to be cleared.
+        return self.down(self.activation(gate).mul_(up)).add_(hidden)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rotary:
+    """Cosines and sines of positions, (T, 1, head size) each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def at(self, tokens: Tensor) -> _Rotary:
+        """Those of some of the tokens."""
+        return _Rotary(self.cos[tokens], self.sin[tokens])
+
+    def turned(self, states: Tensor) -> Tensor:
+        """Queries or keys (T, heads, head size) turned by their positions."""
+        half = states.shape[-1] // 2
+        low, high = states[..., :half], states[..., half:]
+        turned = states * self.cos
+        turned[..., :half].addcmul_(high, self.sin[..., :half], value=-1)
+        turned[..., half:].addcmul_(low, self.sin[..., half:])
+        return turned
+
+
+class LanguageModel:
+    """The language model of a transformers model.
+
+    Args:
+        model: A causal language model, or an image-text-to-text model with one inside.
+
+    Raises:
+        ValueError: It is not supported; see `unsupported`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        reason = unsupported(model)
+        if reason is not None:
+            raise ValueError(reason)
+        text = _text_model(model)
+        config = text.config
+        self.device: torch.device = text.norm.weight.device
+        self.dtype: torch.dtype = text.norm.weight.dtype
+        self._table = text.embed_tokens
+        self._rotary = text.rotary_emb
+        self._layers = [_Layer.of(i, layer, config) for i, layer in enumerate(text.layers)]
+        self._norm = _Norm.of(text.norm)
+        self._head = Linear.of(model.lm_head)
+        self.kv_shape = KvShape(
+            layers=len(self._layers),
+            heads=int(config.num_key_value_heads),
+            head_size=self._layers[0].head_size,
+        )
+        self.heads = int(config.num_attention_heads)
+        self.vocabulary = len(model.lm_head.weight)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings (T, D) of token ids (T,)."""
+        embedded: Tensor = self._table(token_ids)
+        return embedded
+
+    def logits(self, hidden: Tensor, positions: Tensor, step: Sequences, attend: Attend) -> Tensor:
+        """Logits of the token after each sequence, (S, vocabulary).
+
+        Args:
+            hidden: Embeddings of the new tokens, (T, D).
+            positions: Theirs, int64 (T,).
+            step: The sequences that they belong to; their keys and values are written.
+            attend: How attention is computed.
+        """
+        cos, sin = self._rotary(hidden, positions[None])
+        rotary = _Rotary(cos[0, :, None], sin[0, :, None])
+        # Once, rather than in every layer.
+        hidden = _padded(hidden, self._head.rows_to_run(len(hidden)))
+        for layer in self._layers[:-1]:
+            hidden = layer.fed_forward(layer.attended(hidden, rotary, step, attend))
+        last = self._layers[-1]
+        hidden = last.fed_forward(last.attended_last(hidden, rotary, step, attend))
+        return self._head(self._norm(hidden))
+
+
+def _activation(module: Any, config: Any) -> Any:
+    """A layer's activation; the usual one overwrites its input."""
+    return nn.SiLU(inplace=True) if config.hidden_act in ("silu", "swish") else module
+
+
+def _padded(states: Tensor, rows: int) -> Tensor:
+    """(T, D) to (rows, D), zeros behind."""
+    return states if len(states) == rows else F.pad(states, (0, 0, 0, rows - len(states)))
+
+
+def unsupported(model: Any) -> str | None:
+    """Why a model cannot be run by `LanguageModel`, or None if it can."""
+    config: Any = getattr(_text_model(model), "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in MODEL_TYPES:
+        return f"the language model is {kind}; supported: {', '.join(MODEL_TYPES)}"
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        return f"its rotary positions are {rope!r}; supported: {', '.join(STATIC_ROPE)}"
+    return None
+
+
+def _text_model(model: Any) -> Any:
+    inner = getattr(model, "model", None)
+    return getattr(inner, "language_model", inner)
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """Tokens that a query of this layer sees; Qwen2 says so by layer, Mistral once."""
+    if hasattr(attention, "sliding_window"):
+        window = attention.sliding_window
+    else:
+        window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    return None if window is None else int(window)

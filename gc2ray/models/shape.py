@@ -1,0 +1,438 @@
+"""What answers cost a machine: operations, KV cache, weights and activations, from numbers alone.
+
+Pure formulas over a model's `ModelShape` (read off its config, no weights needed) and the tokens of
+answers. Integers throughout, so that costs of rows add up exactly, in any order.
+
+Two counts of operations, never to be mixed:
+
+* `matmul_flops` is what the hardware does: matrix products only, a multiplication and an addition
+  as two. Norms, activations and softmax are not counted, nor the class token's scores (a thousandth
+  of a tower). As `GC2RAY` runs them: causal attention counts each query with the keys that it sees,
+  the last decoder layer works for the last token only, and the tower stops where its features and
+  scores are known. As `EAGER` transformers does: every layer whole, and attention over the square.
+  The latter is what torch's `FlopCounterMode` counts with eager attention (`tests/test_cost.py`).
+* `paper_flops` counts as the tool behind the paper's table 8 does. For that table only.
+
+Not covered: feed-forward layers without a gate or with experts, sliding windows (counted as if they
+saw everything), quantised weights, images that the decoder shares with no-one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model"})
+"""Vision configs whose tower has one more token than patches, and a norm before its layers."""
+
+
+class Run(Enum):
+    """Who runs a model; see the module."""
+
+    GC2RAY = "gc2ray"
+    EAGER = "eager"
+
+
+def causal_pairs(length: int) -> int:
+    """Queries and keys that they see, of a sequence read from its beginning."""
+    return length * (length + 1) // 2
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A language model with gated feed-forward layers.
+
+    Attributes:
+        layers: Decoder layers.
+        width: Of the hidden states.
+        queries: Width of all query heads together.
+        keys: Width of all key heads together; values likewise. Less than `queries` where heads
+            share them (grouped-query attention).
+        ffn: Width of the feed-forward layers.
+        vocabulary: Logits of a token.
+        heads: Query heads.
+        biases: Whether query, key and value layers have them.
+        tied: Whether the text table is the output layer, too.
+        max_positions: Longest prompt and answer, in tokens.
+    """
+
+    layers: int
+    width: int
+    queries: int
+    keys: int
+    ffn: int
+    vocabulary: int
+    heads: int = 1
+    biases: bool = False
+    tied: bool = False
+    max_positions: int = 0
+
+    @staticmethod
+    def of(config: Any) -> TextModel:
+        """From a transformers config of the Llama kind."""
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        return TextModel(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            queries=head * heads,
+            keys=head * key_heads,
+            ffn=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            heads=heads,
+            biases=config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            max_positions=int(getattr(config, "max_position_embeddings", 0)),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Of the linear layers of one decoder layer."""
+        attention = self.width * (2 * self.queries + 2 * self.keys)
+        return attention + 3 * self.width * self.ffn
+
+    @property
+    def head_weights(self) -> int:
+        """Of the layer that makes logits."""
+        return self.width * self.vocabulary
+
+    @property
+    def step_weights(self) -> int:
+        """What a step reads at least; of the text table it reads a few rows."""
+        return self.layers * self.layer_weights + self.head_weights
+
+    @property
+    def parameters(self) -> int:
+        """All of them: linear layers, two norms a layer and one behind, tables."""
+        biases = self.biases * (self.queries + 2 * self.keys)
+        layer = self.layer_weights + 2 * self.width + biases
+        tables = self.head_weights * (1 if self.tied else 2)
+        return self.layers * layer + self.width + tables
+
+    @property
+    def cached_numbers(self) -> int:
+        """Keys and values of one token over all layers."""
+        return 2 * self.layers * self.keys
+
+    def prefill(self, length: int, shared: int = 0) -> int:
+        """Reading a prompt up to its first new token, all layers for all tokens.
+
+        Args:
+            length: Tokens of the prompt.
+            shared: Those at its beginning whose keys and values are there already.
+        """
+        new = length - shared
+        linear = self.layers * self.layer_weights * new + self.head_weights
+        pairs = causal_pairs(length) - causal_pairs(shared)
+        return 2 * linear + self.layers * self._attention(pairs)
+
+    def needed_prefill(self, length: int, shared: int = 0) -> int:
+        """The same without what nobody reads of the last layer.
+
+        It makes keys and values of all tokens, and everything else for the last one only.
+        """
+        new = length - shared
+        keys_and_values = 2 * self.width * self.keys
+        not_needed = 2 * (self.layer_weights - keys_and_values) * (new - 1)
+        pairs = causal_pairs(length) - causal_pairs(shared)
+        not_needed += self._attention(pairs - length)
+        return self.prefill(length, shared) - not_needed
+
+    def eager_prefill(self, length: int) -> int:
+        """The same with attention over the whole square, as eager attention computes it."""
+        square = length**2 - causal_pairs(length)
+        return self.prefill(length) + self.layers * self._attention(square)
+
+    def decode(self, length: int, new: int) -> int:
+        """Writing the tokens after the first of `new`, after a prompt of `length`."""
+        steps = max(0, new - 1)
+        return 2 * steps * self.step_weights + self.layers * self._attention(
+            cached_reads(length, new)
+        )
+
+    def _attention(self, pairs: int) -> int:
+        return 4 * self.queries * pairs
+
+
+def cached_reads(length: int, new: int) -> int:
+    """Cached tokens that the steps of an answer read: each step all that came before, and its own.
+
+    Args:
+        length: Tokens of the prompt.
+        new: Tokens of the answer; the first one takes no step.
+    """
+    steps = max(0, new - 1)
+    return steps * length + causal_pairs(steps)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer and the projector behind it.
+
+    Attributes:
+        layers: Of the tower.
+        run_layers: Those that gc2ray runs: up to the features, and to the input of the last one,
+            which the scores need.
+        width: Of the hidden states.
+        ffn: Width of the feed-forward layers.
+        patches: Of a view.
+        pixels: Values of a patch.
+        text_width: Of the language model.
+        features: Hidden states that make a patch's features.
+        class_token: Whether there is one more token than patches.
+    """
+
+    layers: int
+    run_layers: int
+    width: int
+    ffn: int
+    patches: int
+    pixels: int
+    text_width: int
+    features: int = 1
+    class_token: bool = True
+
+    @staticmethod
+    def of(config: Any) -> Tower:
+        """From a transformers config of LLaVA-NeXT."""
+        vision, named = config.vision_config, config.vision_feature_layer
+        layers = vision.num_hidden_layers
+        named = [named] if isinstance(named, int) else list(named)
+        states = [index if index >= 0 else layers + 1 + index for index in named]
+        return Tower(
+            layers=layers,
+            run_layers=max(*states, layers - 1),
+            width=vision.hidden_size,
+            ffn=vision.intermediate_size,
+            patches=(vision.image_size // vision.patch_size) ** 2,
+            pixels=3 * vision.patch_size**2,
+            text_width=config.text_config.hidden_size,
+            features=len(states),
+            class_token=vision.model_type in CLASS_TOKEN_TOWERS,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of a view, within the tower."""
+        return self.patches + self.class_token
+
+    @property
+    def layer_weights(self) -> int:
+        """Of the linear layers of one layer."""
+        return 4 * self.width**2 + 2 * self.width * self.ffn
+
+    @property
+    def batch_weights(self) -> int:
+        """What a batch of views reads at least, the projector included."""
+        return self.run_layers * self.layer_weights + self.pixels * self.width + self._projector
+
+    @property
+    def parameters(self) -> int:
+        """All of them: embeddings, layers with biases and two norms, norms around, projector."""
+        layer = self.layer_weights + 4 * self.width + self.ffn + self.width + 4 * self.width
+        around = 4 * self.width if self.class_token else 2 * self.width
+        patch = self.pixels * self.width + (0 if self.class_token else self.width)
+        embeddings = patch + self.tokens * self.width + self.class_token * self.width
+        newline = self.text_width
+        projector = self._projector + 2 * self.text_width
+        return self.layers * layer + around + embeddings + projector + newline
+
+    def whole(self, views: int) -> int:
+        """All layers over some views."""
+        return views * self._view(self.layers)
+
+    def needed(self, views: int) -> int:
+        """The layers that gc2ray runs."""
+        return views * self._view(self.run_layers)
+
+    def projector(self, tokens: int) -> int:
+        """Two layers over some tokens."""
+        return 2 * tokens * self._projector
+
+    @property
+    def _projector(self) -> int:
+        return self.features * self.width * self.text_width + self.text_width**2
+
+    def _view(self, layers: int) -> int:
+        linear = self.tokens * self.layer_weights
+        attention = 2 * self.width * self.tokens**2
+        return 2 * (layers * (linear + attention) + self.patches * self.pixels * self.width)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model needs, in bytes of its device.
+
+    Attributes:
+        weights: As it is loaded.
+        kv_per_token: KV cache of one token.
+        per_token: Activations of one token in prefill.
+        per_view: Activations of one view in the vision tower.
+        features_per_view: What is kept of a view until it is compressed.
+        packed_per_view: Activations of projecting a view of which nothing is dropped.
+        max_positions: Longest prompt and answer, in tokens.
+    """
+
+    weights: int
+    kv_per_token: int
+    per_token: int
+    per_view: int
+    features_per_view: int
+    packed_per_view: int
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a vision-language model: enough to count, not to run.
+
+    Attributes:
+        tower: Its vision side, the projector included.
+        text: Its language model.
+        itemsize: Bytes of a weight, an activation and a cached number.
+    """
+
+    tower: Tower
+    text: TextModel
+    itemsize: int
+
+    @staticmethod
+    def of(config: Any, itemsize: int) -> ModelShape:
+        """From a transformers config of LLaVA-NeXT, loaded with numbers of `itemsize` bytes."""
+        return ModelShape(Tower.of(config), TextModel.of(config.text_config), itemsize)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the whole model."""
+        return self.tower.parameters + self.text.parameters
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV cache of one token over all layers."""
+        return self.itemsize * self.text.cached_numbers
+
+    def needs(self) -> Needs:
+        """How much memory it takes; activations are counted generously, by tensor."""
+        tower, text, itemsize = self.tower, self.text, self.itemsize
+        return Needs(
+            weights=itemsize * self.parameters,
+            kv_per_token=self.kv_bytes_per_token,
+            per_token=itemsize * (12 * text.width + 3 * text.ffn),
+            per_view=itemsize * tower.tokens * (8 * tower.width + 2 * tower.ffn),
+            features_per_view=itemsize * tower.patches * tower.width * tower.features,
+            packed_per_view=3 * itemsize * tower.patches * text.width,
+            max_positions=text.max_positions,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ModelShape:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError: Not what it makes.
+        """
+        tower, text = Tower(**data["tower"]), TextModel(**data["text"])
+        return ModelShape(tower, text, int(data["itemsize"]))
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """What an answer is made of, as far as its cost depends on it.
+
+    Attributes:
+        views: That went through the tower; 0 where another row's were used.
+        projected: Tokens that went through the projector, newlines included; likewise.
+        prompt: Tokens of text and image that the language model reads.
+        output: Tokens that it writes.
+        shared: Of the prompt, those whose keys and values another row had computed.
+    """
+
+    views: int
+    projected: int
+    prompt: int
+    output: int
+    shared: int = 0
+
+    def with_more(self, image_tokens: int) -> AnswerTokens:
+        """The same answer, had so many tokens more been kept of the image.
+
+        What is shared of a prompt ends behind its image, whatever of that is kept.
+        """
+        return AnswerTokens(
+            views=self.views,
+            projected=self.projected and self.projected + image_tokens,
+            prompt=self.prompt + image_tokens,
+            output=self.output,
+            shared=self.shared and self.shared + image_tokens,
+        )
+
+
+def matmul_flops(shape: ModelShape, tokens: AnswerTokens, run: Run = Run.GC2RAY) -> dict[str, int]:
+    """Operations of an answer's matrix products, by stage: `stats.STAGES` but `image`.
+
+    `encode` is the tower, `compress` the projector, which runs after the selection, `prefill` the
+    prompt up to the first new token, `generate` the others.
+    """
+    tower, text = shape.tower, shape.text
+    ours = run is Run.GC2RAY
+    prefill = (
+        text.needed_prefill(tokens.prompt, tokens.shared)
+        if ours
+        else text.eager_prefill(tokens.prompt)
+    )
+    return {
+        "encode": tower.needed(tokens.views) if ours else tower.whole(tokens.views),
+        "compress": tower.projector(tokens.projected),
+        "prefill": prefill,
+        "generate": text.decode(tokens.prompt, tokens.output),
+    }
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What an answer asks of a machine.
+
+    Attributes:
+        flops: As `matmul_flops`, by stage.
+        cache_read_bytes: KV cache that decoding reads.
+    """
+
+    flops: Mapping[str, int]
+    cache_read_bytes: int
+
+    @staticmethod
+    def of(shape: ModelShape, tokens: AnswerTokens) -> Demand:
+        """Of an answer, run by gc2ray."""
+        read = cached_reads(tokens.prompt, tokens.output)
+        return Demand(matmul_flops(shape, tokens), read * shape.kv_bytes_per_token)
+
+
+def paper_flops(text: TextModel, tokens: int) -> int:
+    """Operations of a prefill as the paper's table 8 counts them, over visual tokens alone.
+
+    Per layer `2n(4h² + 3hi) + 4n²h + 5an² + 18nh`: products at full attention, softmax (5 each),
+    norms, activations and additions, and `2hV` once; h width, i feed-forward width, a heads, n
+    tokens. Source: the formula of LLM-Viewer's `analyze` (github.com/hahnyuan/LLM-Viewer), which
+    gives the table's cells within 0.7 %. No grouped heads.
+    """
+    h, i, n = text.width, text.ffn, tokens
+    layer = 2 * n * (4 * h**2 + 3 * h * i) + 4 * n**2 * h + 5 * text.heads * n**2 + 18 * n * h
+    return text.layers * layer + 2 * h * text.vocabulary
+
+
+LLAVA_7B = ModelShape(
+    Tower(24, 23, width=1024, ffn=4096, patches=576, pixels=588, text_width=4096),
+    TextModel(
+        32, 4096, queries=4096, keys=4096, ffn=11_008, vocabulary=32_064, heads=32,
+        max_positions=4096,
+    ),
+    itemsize=2,
+)  # fmt: skip
+"""LLaVA-NeXT with Vicuna-7B in half precision, as `llava-hf/llava-v1.6-vicuna-7b-hf` is."""

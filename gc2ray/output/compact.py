@@ -1,0 +1,217 @@
+"""The latest answers of an output as a plain dataset: few files, in input order, `_SUCCESS` last.
+
+A file is written to a temporary folder of this machine first and then made under its name as a
+whole, so that nothing half written is ever seen. In memory are one part of each generation and one
+row group. What was cut short has no `_SUCCESS`, and is begun anew in an empty place.
+
+Not covered: going on with what was cut short; partitions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gc2ray import __version__
+from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.records import answer_schema
+from gc2ray.data.store import Store
+from gc2ray.output.run_directory import Generation
+from gc2ray.output.verify import Verdict, verify
+
+FILE_BYTES = 512 << 20
+ROW_GROUP_BYTES = 64 << 20
+"""In memory; compressed it is less."""
+SUCCESS_NAME = "_SUCCESS"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of the dataset.
+
+    Attributes:
+        name: Of it, in the dataset.
+        answers: Answer rows.
+        failed: Those of them that are not `ok`.
+        bytes: Its size.
+        sha256: Of its content.
+    """
+
+    name: str
+    answers: int
+    failed: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What was written; `_SUCCESS` says the same.
+
+    Attributes:
+        rows: Input rows.
+        answers: Answer rows.
+        failed: Answer rows that are not `ok`.
+        files: In input order.
+        run: Fingerprint of the recipe.
+        generations: Whose answers they are.
+        version: Of gc2ray.
+    """
+
+    rows: int
+    answers: int
+    failed: int
+    files: tuple[DataFile, ...]
+    run: str
+    generations: tuple[int, ...]
+    version: str = __version__
+
+
+def compact(
+    output: str, destination: str, *, file_bytes: int = FILE_BYTES, incomplete: bool = False
+) -> Dataset:
+    """Write the latest answers of an output as a dataset.
+
+    Args:
+        output: Directory or URL of the run.
+        destination: Directory or URL of the dataset; empty, or not there yet.
+        file_bytes: A file ends with the row group that makes it as large.
+        incomplete: Also where rows are not answered yet, without those.
+
+    Raises:
+        ConfigError: There is no run, it is damaged or incomplete, or the destination is taken.
+        OSError: The storage does not answer.
+    """
+    store, target = Store(output), Store(destination)
+    if store.holds(target):
+        raise ConfigError(f"{destination}: lies in {output}; choose a place of its own")
+    verdict = verify(output)
+    if verdict.damage:
+        raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
+    if verdict.missing and not incomplete:
+        raise ConfigError(
+            f"{output}: {verdict.missing[0]}; --incomplete takes what there is without it"
+        )
+    _check_empty(target)
+    first = verdict.generations[0].generation
+    files = tuple(_write(_answers(verdict), _schema(first), target, file_bytes))
+    dataset = Dataset(
+        rows=verdict.rows,
+        answers=sum(file.answers for file in files),
+        failed=sum(file.failed for file in files),
+        files=files,
+        run=first.plan.recipe_fingerprint,
+        generations=tuple(checked.generation.number for checked in verdict.generations),
+    )
+    told = (json.dumps(asdict(dataset), indent=2) + "\n").encode()
+    if not target.create(SUCCESS_NAME, told):
+        _check_own(target, SUCCESS_NAME, hashlib.sha256(told).hexdigest())
+    target.tidy()
+    return dataset
+
+
+def _check_empty(target: Store) -> None:
+    target.check_usable(writing=False)
+    names = target.names("")
+    if f"/{SUCCESS_NAME}" in names:
+        raise ConfigError(f"{target.uri}: holds a finished dataset; choose another place")
+    if names:
+        raise ConfigError(
+            f"{target.uri}: is not empty, and has no {SUCCESS_NAME}; choose another place, or, if "
+            "it was left by a compact that was cut short, delete it"
+        )
+    target.check_usable(writing=True)
+
+
+def _check_own(target: Store, name: str, sha256: str) -> None:
+    """Of a name that is taken: by us, if only the acknowledgement was lost.
+
+    Raises:
+        ConfigError: By somebody else.
+    """
+    if target.sha256(name) != sha256:
+        raise ConfigError(f"{target.uri}: {name} is there already: somebody else writes here too")
+
+
+def _schema(first: Generation) -> pa.Schema:
+    """The parts' schema; what its metadata says is the run's, not a part's."""
+    recipe = json.dumps(first.run.recipe.model_dump(mode="json"))
+    about = {"gc2ray.run": first.plan.recipe_fingerprint, "gc2ray.recipe": recipe}
+    return answer_schema(first.plan.carried, about)
+
+
+def _answers(verdict: Verdict) -> Iterator[pa.Table]:
+    """The latest answers, in input order."""
+    latest = verdict.latest()
+    for index in range(len(verdict.generations[0].committed)):
+        table = latest.answers(index)
+        if table is not None:
+            yield table
+
+
+def _row_groups(
+    tables: Iterable[pa.Table], schema: pa.Schema, size_bytes: int
+) -> Iterator[pa.Table]:
+    """The same rows in tables of about a size, in memory; the last may be smaller."""
+    held: list[pa.Table] = []
+    held_bytes = 0
+    for table in tables:
+        rows = max(1, len(table) * size_bytes // max(1, table.nbytes))
+        for start in range(0, len(table), rows):
+            piece = table.slice(start, rows).replace_schema_metadata(schema.metadata)
+            held.append(piece)
+            held_bytes += piece.nbytes
+            if held_bytes >= size_bytes:
+                yield pa.concat_tables(held)
+                held, held_bytes = [], 0
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _write(
+    tables: Iterable[pa.Table], schema: pa.Schema, target: Store, file_bytes: int
+) -> Iterator[DataFile]:
+    """Write files until there are no more tables; at least one, so that the schema is told."""
+    groups = _row_groups(tables, schema, min(ROW_GROUP_BYTES, file_bytes))
+    with tempfile.TemporaryDirectory(prefix="gc2ray-") as folder:
+        following = next(groups, schema.empty_table())
+        for number in itertools.count():
+            path = Path(folder) / f"part-{number:05d}.parquet"
+            answers, failed = _fill(path, itertools.chain([following], groups), file_bytes)
+            with path.open("rb") as handle:
+                sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+            size = path.stat().st_size
+            if not target.create_from(path.name, path):
+                _check_own(target, path.name, sha256)
+            path.unlink()
+            yield DataFile(path.name, answers, failed, size, sha256)
+            following = next(groups, None)
+            if following is None:
+                return
+
+
+def _fill(path: Path, groups: Iterator[pa.Table], file_bytes: int) -> tuple[int, int]:
+    """Write row groups until a file is large enough; its answer rows, and how many failed."""
+    answers = failed = 0
+    first = next(groups)
+    with (
+        path.open("wb") as handle,
+        pq.ParquetWriter(
+            handle, first.schema, compression="zstd", write_page_checksum=True
+        ) as writer,
+    ):
+        for table in itertools.chain([first], groups):
+            writer.write_table(table, row_group_size=max(1, len(table)))
+            answers += len(table)
+            failed += len(table) - table["status"].to_pylist().count(Status.OK)
+            if handle.tell() >= file_bytes:
+                break
+    return answers, failed

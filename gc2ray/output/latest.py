@@ -1,0 +1,182 @@
+"""The latest answers of an output, over its generations.
+
+Of the answers to a prompt one that is `ok` comes before one that failed, and of two equals the
+later generation's. They are told shard by shard of generation 0, in input order, with no more in
+memory than a part of each generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gc2ray.core.errors import Status
+from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, runs
+from gc2ray.output.run_directory import Generation
+
+MERGED_BY = ("source", "row", "prompt_index", "status", "generation")
+"""Columns that tell which answer is the latest."""
+_ROW_BITS = 40
+"""A file has fewer rows than these bits count, and an input fewer files than the others do."""
+
+
+class Latest:
+    """The latest answers of generations.
+
+    Args:
+        generations: Generation 0 and its retries, in order, and which of their shards are
+            committed, (shards,).
+    """
+
+    def __init__(self, generations: Sequence[tuple[Generation, Booleans]]) -> None:
+        (first, self._committed), *retries = generations
+        self._first = first
+        self._retries = [_Retried.of(first, retry, done) for retry, done in retries]
+        self._read: dict[int, tuple[int, Sequence[str] | None, pa.Table]] = {}
+
+    def retried(self) -> Booleans:
+        """Which shards of generation 0 have answers in later ones, (shards,)."""
+        found = np.zeros(len(self._committed), np.bool_)
+        for retry in self._retries:
+            found[retry.owners] = True
+        return found
+
+    def unanswered(self, index: int) -> Booleans:
+        """Which rows of a shard of generation 0 no generation has answered, (rows,)."""
+        shard = self._first.plan.shards[index]
+        missing = np.full(shard.rows, not self._committed[index])
+        for retry in self._retries:
+            for number in retry.shards_of(index):
+                for span in retry.generation.plan.shards[number].spans:
+                    missing[_places(shard, span)] = False
+        return missing
+
+    def answers(self, index: int, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """The latest answers to the rows of a shard of generation 0, in input order.
+
+        Args:
+            index: The shard's.
+            columns: Which columns; with several generations `MERGED_BY` must be among them. None:
+                all of them.
+
+        Returns:
+            None where no generation has any.
+
+        Raises:
+            OSError: A part cannot be read.
+        """
+        shard = self._first.plan.shards[index]
+        later = [
+            self._retried(retry, number, columns)
+            for retry in self._retries
+            for number in retry.shards_of(index)
+        ]
+        own = [self._first.store.table(shard.part_name, columns)] if self._committed[index] else []
+        if not later:
+            return own[0] if own else None
+        return _merged(shard, [*own, *later])
+
+    def _retried(self, retry: _Retried, index: int, columns: Sequence[str] | None) -> pa.Table:
+        """A part of a retry; the last one is kept, for it has rows of several shards."""
+        number = retry.generation.number
+        known = self._read.get(number)
+        if known is None or known[:2] != (index, columns):
+            part = retry.generation.plan.shards[index].part_name
+            known = self._read[number] = (
+                index,
+                columns,
+                retry.generation.store.table(part, columns),
+            )
+        return known[2]
+
+
+class _Retried(NamedTuple):
+    """Which committed shards of a retry have rows of which shards of generation 0, in pairs."""
+
+    generation: Generation
+    owners: Integers  # of generation 0, ascending
+    shards: Integers  # of the retry
+
+    @staticmethod
+    def of(first: Generation, retry: Generation, committed: Booleans) -> _Retried:
+        """The pairs of a retry."""
+        spans = retry.plan.shards.spans
+        found = np.stack([owners(first.plan.shards, retry.plan.shards), spans.shard])
+        found = np.unique(found[:, committed[spans.shard] & (found[0] >= 0)], axis=1)
+        return _Retried(retry, *found)
+
+    def shards_of(self, owner: int) -> list[int]:
+        """The retry's shards that have rows of a shard of generation 0."""
+        first, stop = np.searchsorted(self.owners, [owner, owner + 1])
+        return [int(shard) for shard in self.shards[first:stop]]
+
+
+def owners(shards: Shards, others: Shards) -> Integers:
+    """Of each span of `others` the shard of `shards` that has all its rows; -1 where none has."""
+    numbers = {file: number for number, file in enumerate(shards.files)}
+    files = np.array([numbers.get(file, -1) for file in others.files], np.int64)
+    own, asked = shards.spans, others.spans
+    if not len(own.file):
+        return np.full(len(asked.file), -1)
+    begins = (own.file.astype(np.int64) << _ROW_BITS) + own.first
+    order = np.argsort(begins)
+    file = files[asked.file]
+    found = np.searchsorted(begins[order], (file << _ROW_BITS) + asked.first, side="right") - 1
+    at = order[np.maximum(found, 0)]
+    inside = (own.file[at] == file) & (own.first[at] <= asked.first) & (asked.stop <= own.stop[at])
+    return np.where(inside, own.shard[at], -1)
+
+
+def spans_where(shard: Shard, chosen: Booleans) -> list[Span]:
+    """Runs of chosen rows of a shard.
+
+    Args:
+        shard: The shard.
+        chosen: Whether each of its rows is, (rows,).
+    """
+    found, offset = [], 0
+    for span in shard.spans:
+        for run in runs(chosen[offset : offset + span.rows]):
+            first, stop = span.first + run.start, span.first + run.stop
+            found.append(Span(span.source, span.fingerprint, first, stop))
+        offset += span.rows
+    return found
+
+
+def places(shard: Shard, table: pa.Table) -> Integers:
+    """Of each answer row the place of its row in a shard, from 0; -1 where it is not of it."""
+    found, offset = np.full(len(table), -1), 0
+    rows = table["row"].to_numpy()
+    for span in shard.spans:
+        inside = pc.equal(table["source"], span.source).to_numpy()
+        inside &= (rows >= span.first) & (rows < span.stop)
+        found[inside] = offset + rows[inside] - span.first
+        offset += span.rows
+    return found
+
+
+def _places(shard: Shard, wanted: Span) -> slice:
+    """Where the rows of a span are in a shard; nowhere if they are of another one."""
+    offset = 0
+    for span in shard.spans:
+        if span.source == wanted.source and span.first <= wanted.first < span.stop:
+            start = offset + wanted.first - span.first
+            return slice(start, start + wanted.rows)
+        offset += span.rows
+    return slice(0, 0)
+
+
+def _merged(shard: Shard, tables: Sequence[pa.Table]) -> pa.Table:
+    """Of all answers to the rows of a shard the latest of each prompt, in order."""
+    table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+    place, prompt = places(shard, table), table["prompt_index"].to_numpy()
+    failed = pc.not_equal(table["status"], str(Status.OK)).to_numpy()
+    order = np.lexsort((-table["generation"].to_numpy(), failed, prompt, place))
+    order = order[place[order] >= 0]
+    prompts = np.stack([place[order], prompt[order]])
+    latest = np.diff(prompts, axis=1, prepend=-1).any(axis=0)
+    return table.take(order[latest])

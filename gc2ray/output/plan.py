@@ -1,0 +1,254 @@
+"""The frozen `Plan` of a run, and the `Run` that it is of.
+
+A plan is cut once and stored; nothing is recomputed from a setting afterwards. `Plan` goes to and
+from a Parquet file, `Run` to and from `run.json`; both know the recipe by its fingerprint. A plan
+that grew has a file for each extension, `plan/0001.parquet` and on: its shards are numbered from 0,
+and it names the file before it by its digest.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import io
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gc2ray import __version__
+from gc2ray.core.config.job import Recipe, parse_recipe, recipe_difference
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.shards import Shards, SourceFile, SpanColumns, cut_shards, digest
+from gc2ray.data.parquet_footer import open_parquet
+
+FORMAT = 2
+"""Of a run and its plan; raised whenever this version would go on otherwise with an older one's.
+
+2: kept columns are carried as they come back from Parquet."""
+VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
+PLAN_NAME = "plan/0000.parquet"
+"""The first file; `plan_name` tells those of extensions."""
+RUN_NAME = "run.json"
+
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+_PLAN_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("sid", pa.string()),
+        ("source", _NAMES),
+        ("fingerprint", _NAMES),
+        ("first", pa.int64()),
+        ("stop", pa.int64()),
+        ("continues", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every shard of a run.
+
+    Attributes:
+        recipe_fingerprint: Of the recipe that it was cut for.
+        shards: In order of their index.
+        carried: Schema of the input columns that are written back.
+    """
+
+    recipe_fingerprint: str
+    shards: Shards
+    carried: pa.Schema
+
+    @staticmethod
+    def cut(
+        recipe: Recipe, files: Iterable[SourceFile], shard_rows: int, carried: pa.Schema
+    ) -> Plan:
+        """The plan of a recipe's input files."""
+        fingerprint = recipe.fingerprint()
+        return Plan(fingerprint, Shards.of(cut_shards(files, shard_rows, fingerprint)), carried)
+
+    @property
+    def rows(self) -> int:
+        """Planned rows."""
+        return self.shards.rows
+
+    def extended(self, more: Plan) -> Plan:
+        """With the shards of another, numbered on.
+
+        Raises:
+            ConfigError: It is of another recipe, or writes other columns back.
+        """
+        if more.recipe_fingerprint != self.recipe_fingerprint:
+            raise ConfigError("an extension of the plan is of another recipe")
+        if not more.carried.equals(self.carried):
+            raise ConfigError(
+                f"recipe.input.keep: the kept columns of new files are {_named(more.carried)}, and "
+                f"were {_named(self.carried)}; answers in one output must have the same"
+            )
+        return Plan(self.recipe_fingerprint, self.shards.followed_by(more.shards), self.carried)
+
+    def to_bytes(self, follows: str = "") -> bytes:
+        """As a Parquet file, the same bytes for the same plan.
+
+        Args:
+            follows: Digest of the file that this extends.
+        """
+        spans, shard = self.shards.spans, pa.array(self.shards.spans.shard)
+        sids = pa.array([self.shards.sid(index) for index in range(len(self.shards))], pa.string())
+        names = [
+            pa.array([file[side] for file in self.shards.files], pa.string()) for side in (0, 1)
+        ]
+        columns = [
+            shard,
+            sids.take(shard),
+            *(pa.DictionaryArray.from_arrays(spans.file, name) for name in names),
+            pa.array(spans.first),
+            pa.array(spans.stop),
+            pa.array(self.shards.continues).take(shard),
+        ]
+        metadata = {
+            "gc2ray.recipe": self.recipe_fingerprint,
+            "gc2ray.follows": follows,
+            "gc2ray.carried": base64.b64encode(self.carried.serialize().to_pybytes()).decode(),
+        }
+        table = pa.table(columns, schema=_PLAN_SCHEMA.with_metadata(metadata))
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Plan:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ConfigError: Not a plan.
+        """
+        try:
+            table = open_parquet(io.BytesIO(data)).read(use_threads=False)
+            metadata = table.schema.metadata
+            buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.carried"]))
+            carried = pa.ipc.read_schema(buffer)
+            fingerprint = metadata[b"gc2ray.recipe"].decode()
+            shards = _shards(table.cast(_PLAN_SCHEMA).combine_chunks())
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{PLAN_NAME}: not written by gc2ray, or damaged") from error
+        return Plan(fingerprint, shards, carried)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run.json` says: recipe, plan, versions."""
+
+    recipe: Recipe
+    plan_digest: str
+    shards: int
+    rows: int
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @staticmethod
+    def of(recipe: Recipe, plan: Plan, plan_data: bytes) -> Run:
+        """The run of a stored plan, with this process's versions."""
+        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        versions |= {"gc2ray": __version__, "python": sys.version.split()[0]}
+        return Run(recipe, digest(plan_data), len(plan.shards), plan.rows, versions)
+
+    def to_bytes(self) -> bytes:
+        """As JSON, for people too."""
+        content: dict[str, Any] = {
+            "format": self.format,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_fingerprint": self.recipe.fingerprint(),
+            "plan": {"file": PLAN_NAME, "sha256": self.plan_digest},
+            "shards": self.shards,
+            "rows": self.rows,
+            "versions": self.versions,
+        }
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Run:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ConfigError: Not a run of this version.
+        """
+        try:
+            content = json.loads(data)
+            if content["format"] != FORMAT:
+                raise _other_format(content)
+            return Run(
+                recipe=parse_recipe(content["recipe"]),
+                plan_digest=content["plan"]["sha256"],
+                shards=content["shards"],
+                rows=content["rows"],
+                versions=content["versions"],
+            )
+        except (ValueError, KeyError, TypeError) as error:  # not JSON, or not ours
+            raise ConfigError(f"{RUN_NAME}: not written by gc2ray, or damaged") from error
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse another recipe.
+
+        Raises:
+            ConfigError: Names every setting that differs.
+        """
+        lines = recipe_difference(self.recipe, recipe)
+        if lines:
+            raise ConfigError(
+                "the output directory belongs to another recipe; choose a new output, or go back "
+                "to the stored settings:\n  " + "\n  ".join(lines)
+            )
+
+
+def _other_format(content: dict[str, Any]) -> ConfigError:
+    found, by = content["format"], content["versions"]["gc2ray"]
+    age = "an older" if found < FORMAT else "a newer"
+    return ConfigError(
+        f"{RUN_NAME}: begun by {age} gc2ray, {by} (format {found}); this is {__version__} (format "
+        f"{FORMAT}): choose a new output, or go on with that version"
+    )
+
+
+def plan_name(number: int) -> str:
+    """The name of the plan, 0, or of an extension."""
+    return f"plan/{number:04d}.parquet"
+
+
+def follows(data: bytes) -> str:
+    """Digest of the file that a plan file extends; empty where it extends none, or is none."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+    except pa.ArrowException:
+        return ""
+    return str(metadata.get(b"gc2ray.follows", b""), "utf-8")
+
+
+def _named(schema: pa.Schema) -> str:
+    return ", ".join(f"{item.name} {item.type}" for item in schema) or "none"
+
+
+def _shards(table: pa.Table) -> Shards:
+    """The shards of a plan's table."""
+    shard, sids, source, fingerprint, first, stop, continues = (
+        column.chunk(0) if column.num_chunks else pa.array([], column.type)
+        for column in table.columns
+    )
+    numbers = shard.to_numpy()
+    indices, begins = np.unique(numbers, return_index=True)
+    if (np.diff(numbers) < 0).any() or not np.array_equal(indices, np.arange(len(indices))):
+        raise ValueError("shards are not numbered from 0")
+    pairs = np.stack([source.indices.to_numpy(), fingerprint.indices.to_numpy()])
+    unique, file = np.unique(pairs, axis=1, return_inverse=True)
+    sources, fingerprints = source.dictionary.to_pylist(), fingerprint.dictionary.to_pylist()
+    return Shards(
+        [(sources[a], fingerprints[b]) for a, b in unique.T],
+        SpanColumns(numbers, file, first.to_numpy(), stop.to_numpy()),
+        np.array([int(sids[at].as_py(), 16) for at in begins], np.uint64),
+        continues.to_numpy(zero_copy_only=False)[begins],
+    )

@@ -1,0 +1,288 @@
+"""The plan of a run, frozen once; and how far it is carried out (`Outcome`).
+
+What counts is what the store holds: `run.json` names the recipe and the digest of the plan, the
+listing of `data/` says what is committed, the parts' footers how many input rows that is, and how
+many answers failed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gc2ray.core.config.job import Cluster, Job
+from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.shards import Booleans, SourceFile, digest
+from gc2ray.core.stats import RunStats
+from gc2ray.core.usage import Bill
+from gc2ray.data.column_types import holds
+from gc2ray.data.store import Store, part_index
+from gc2ray.output.heartbeats import driver_records
+from gc2ray.output.plan import PLAN_NAME, RUN_NAME, Plan, Run, plan_name
+from gc2ray.output.run_directory import frozen_plan, stored_run
+from gc2ray.runner.progress import FIRST_ERRORS
+
+CALIBRATION_ROWS = 24
+SHARDS_PER_WORKER = 4
+"""At least, so that no worker waits long for the last one."""
+MAX_SHARD_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How many answers failed, against how many may.
+
+    Attributes:
+        answers: The latest ones of the whole output.
+        failed: Of them.
+        allowed: Share that may fail, `cluster.max_bad_rows`.
+    """
+
+    answers: int
+    failed: int
+    allowed: float
+
+    @property
+    def is_too_many(self) -> bool:
+        """Whether more failed than may."""
+        return self.failed > self.allowed * self.answers
+
+    def __str__(self) -> str:
+        return (
+            f"{self.failed:,} of {self.answers:,} answers failed, more than cluster.max_bad_rows = "
+            f"{self.allowed:g} allows"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, by what is committed.
+
+    Attributes:
+        shards: Committed.
+        planned_shards: All of the plan.
+        rows: Input rows that are committed.
+        planned_rows: All of the plan.
+        stats: Of the answers, of which a row may have several.
+        dead: Why shards were given up, a line each.
+        bill: What became of the devices' time.
+        errors: Of the first answers that failed, a line each.
+        judged: Whether too many answers failed; None where nobody asked.
+    """
+
+    shards: int
+    planned_shards: int
+    rows: int
+    planned_rows: int
+    stats: RunStats
+    dead: tuple[str, ...] = ()
+    bill: Bill = field(default_factory=Bill)
+    errors: tuple[str, ...] = ()
+    judged: Judged | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every planned row is committed."""
+        return self.rows == self.planned_rows and self.shards == self.planned_shards
+
+    @property
+    def exit_code(self) -> int:
+        """0 only when it is complete, and no more answers failed than may, if that is judged."""
+        too_many = self.judged is not None and self.judged.is_too_many
+        return 0 if self.is_complete and not too_many else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Committed:
+    """What is committed of a plan.
+
+    Attributes:
+        shards: Whether each shard is, (shards,).
+        rows: Input rows of those that are.
+        stats: Of their answers.
+        failed: Names of some parts with answers that failed, `FIRST_ERRORS` at most.
+    """
+
+    shards: Booleans
+    rows: int
+    stats: RunStats
+    failed: tuple[str, ...] = ()
+
+    @staticmethod
+    def nothing(plan: Plan) -> Committed:
+        """As at the start of a run."""
+        return Committed(np.zeros(len(plan.shards), np.bool_), 0, RunStats())
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left to do."""
+        return bool(self.shards.all())
+
+
+def stored_plan(store: Store, job: Job) -> Plan | None:
+    """The plan of an earlier run into the same output; None for a new output.
+
+    Raises:
+        ConfigError: It is of another recipe, or damaged.
+    """
+    run = stored_run(store)
+    if run is None:
+        return None
+    run.check(job.recipe)
+    return frozen_plan(store, run)
+
+
+def extend_plan(
+    store: Store, job: Job, plan: Plan, files: Sequence[SourceFile], carried: pa.Schema
+) -> Plan:
+    """The plan with the files that it does not have yet, frozen as its next extension.
+
+    Args:
+        store: The output.
+        job: Whose input.
+        plan: As it is stored.
+        files: Of the input as it is now.
+        carried: Schema of its columns that are written back.
+
+    Raises:
+        ConfigError: A file that is planned has changed, or kept columns have.
+    """
+    known = dict(plan.shards.files)
+    changed = [f.source for f in files if known.get(f.source, f.fingerprint) != f.fingerprint]
+    if changed:
+        raise ConfigError(
+            f"--extend: {changed[0]} changed since it was planned"
+            f"{f', and {len(changed) - 1} more' if changed[1:] else ''}; only new files can extend "
+            "a run: give changed ones another name, or choose a new output"
+        )
+    if holds(plan.carried, carried):
+        carried = plan.carried
+    new = [file for file in files if file.source not in known and file.rows]
+    if not new:
+        return plan
+    rows = job.cluster.shard_rows or int(plan.shards.rows_each.max(initial=1))
+    more = Plan.cut(job.recipe, new, rows, carried)
+    plan.extended(more)  # or it must not be stored
+    names = store.names("plan")
+    last = store.read(names[-1]) or b""
+    store.create(plan_name(len(names)), more.to_bytes(digest(last)))
+    grown = stored_plan(store, job) or plan
+    return extend_plan(store, job, grown, files, carried)  # another driver may have been faster
+
+
+def store_plan(store: Store, job: Job, plan: Plan) -> Plan:
+    """Freeze a plan; if another driver was faster, its plan is returned instead.
+
+    Raises:
+        ConfigError: The other driver's recipe is not this one.
+    """
+    store.create(PLAN_NAME, plan.to_bytes())
+    data = store.read(PLAN_NAME) or b""
+    frozen = Plan.from_bytes(data)
+    if frozen.recipe_fingerprint != job.recipe.fingerprint():
+        raise ConfigError(
+            f"{job.output}: {PLAN_NAME} was left by a start with another recipe; choose a new "
+            "output, or delete that file"
+        )
+    store.create(RUN_NAME, Run.of(job.recipe, frozen, data).to_bytes())
+    return stored_plan(store, job) or frozen
+
+
+def shard_rows(cluster: Cluster, rows: int, workers: int, seconds_per_row: float) -> int:
+    """Rows of a shard: `shard_seconds` of work, fewer where workers would wait at the end."""
+    if cluster.shard_rows is not None:
+        return cluster.shard_rows
+    fair = max(1, -(-rows // (workers * SHARDS_PER_WORKER)))
+    timed = int(cluster.shard_seconds / seconds_per_row) if seconds_per_row > 0 else MAX_SHARD_ROWS
+    return max(1, min(fair, timed, MAX_SHARD_ROWS))
+
+
+def committed_parts(store: Store, plan: Plan, known: Committed | None = None) -> Committed:
+    """What is committed of a plan, by one listing and the footers of parts that were not known.
+
+    Args:
+        store: The output.
+        plan: Its plan.
+        known: What was committed at an earlier look; its footers are not read again.
+
+    Raises:
+        ConfigError: A part is damaged, or not of this plan.
+    """
+    known = known or Committed.nothing(plan)
+    shards, new = known.shards.copy(), []
+    for sid, name in store.committed().items():
+        index = part_index(name)
+        if index >= len(plan.shards) or plan.shards.sid(index) != sid:
+            raise _foreign(store, name)
+        if not shards[index]:
+            shards[index] = True
+            new.append(name)
+    rows, stats, failed = known.rows, known.stats, list(known.failed)
+    planned = plan.shards.rows_each
+    for name, footer in zip(new, store.footers(new), strict=True):
+        index = part_index(name)
+        fits = footer.rows == planned[index] and footer.sid == plan.shards.sid(index)
+        if not fits or footer.run != plan.recipe_fingerprint:
+            raise _foreign(store, name)
+        rows, stats = rows + footer.rows, stats + footer.stats
+        if footer.stats.bad_rows and len(failed) < FIRST_ERRORS:
+            failed.append(name)
+    return Committed(shards, rows, stats, tuple(failed))
+
+
+def _foreign(store: Store, name: str) -> ConfigError:
+    return ConfigError(f"{store.uri}: {name} is not a part of this run; move it away")
+
+
+def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
+    """How a run stands, by what is committed of it."""
+    missing = np.flatnonzero(~committed.shards)
+    return Outcome(
+        shards=len(plan.shards) - len(missing),
+        planned_shards=len(plan.shards),
+        rows=committed.rows,
+        planned_rows=plan.rows,
+        stats=committed.stats,
+        dead=_dead_letters(store, plan, missing),
+        bill=sum((record.bill for record in driver_records(store)), Bill()),
+        errors=tuple(islice(_errors(store, committed.failed), FIRST_ERRORS)),
+    )
+
+
+def _errors(store: Store, names: Iterable[str]) -> Iterator[str]:
+    """Answers of some parts that failed, as `row_key: status: error`."""
+    for name in names:
+        try:
+            table = store.table(name, ["row_key", "status", "error"])
+        except OSError as error:  # the rest of the outcome is known without it
+            yield str(error)
+            continue
+        for row in table.filter(pc.not_equal(table["status"], str(Status.OK))).to_pylist():
+            yield f"{row['row_key']}: {row['status']}: {row['error']}"
+
+
+def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str, ...]:
+    """The last dead letter of each missing shard that has one, a line each."""
+    last = {name.split("/")[1].split(".")[0]: name for name in store.names("dead")}
+    letters = []
+    for index in missing if last else ():
+        name = last.get(plan.shards.sid(index))
+        data = store.read(name) if name else None
+        if data is not None:
+            shard = plan.shards[index]
+            letters.append(f"shard {shard.index} ({shard.rows} rows): {_reason(name, data)}")
+    return tuple(letters)
+
+
+def _reason(name: str | None, letter: bytes) -> str:
+    """Why a shard was given up, by its dead letter."""
+    try:
+        return str(json.loads(letter)["reason"])
+    except (ValueError, KeyError, TypeError):
+        return f"{name} is not a letter that gc2ray wrote, or was not written to its end"

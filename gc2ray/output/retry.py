@@ -1,0 +1,163 @@
+"""Retries: which rows of an output are answered anew, and the plan for them.
+
+A row is answered anew, with all its prompts, where the latest answer to one of them failed, and
+where it has no answer because its shard was given up. The plan is frozen like any other, as the
+plan of a generation of its own.
+
+Not covered: running it, which is the driver's.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gc2ray.core.config.job import Cluster, Job, Recipe
+from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, cut_spans
+from gc2ray.data.store import Store
+from gc2ray.output.latest import MERGED_BY, Latest, places, spans_where
+from gc2ray.output.plan import Plan
+from gc2ray.output.planner import store_plan
+from gc2ray.output.run_directory import generation_store
+from gc2ray.output.verify import Checked, Verdict, verify
+
+DEAD = "dead"
+"""Beside the statuses of answers: rows without one, because their shard was given up."""
+FAILURES: tuple[str, ...] = (*(str(status) for status in Status if status != Status.OK), DEAD)
+MIN_SHARDS = 16
+"""If there are as many rows: shards are small, so that a row that kills workers takes few along."""
+
+
+@dataclass(frozen=True, eq=False)
+class Retry:
+    """A retry to run: the next one, or the newest where that is not finished.
+
+    Attributes:
+        output: Directory or URL of the run.
+        number: Of its generation.
+        store: Its directory.
+        recipe: The output's.
+        plan: Of the rows that are answered anew.
+        begun: Whether an earlier start has frozen the plan.
+    """
+
+    output: str
+    number: int
+    store: Store
+    recipe: Recipe
+    plan: Plan
+    begun: bool
+
+    def job(self, cluster: Cluster) -> Job:
+        """The retry as a job."""
+        return Job(output=self.store.uri, recipe=self.recipe, cluster=cluster)
+
+
+def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | None:
+    """The retry that is to be run; None where no row is to be answered anew.
+
+    A retry that is not finished is gone on with, whatever `failures` says now.
+
+    Args:
+        output: Directory or URL of the run.
+        failures: Statuses of answers, or `DEAD`.
+
+    Raises:
+        ConfigError: There is no run, it is not finished, or damaged; or no such failure.
+        OSError: The storage does not answer.
+    """
+    unknown = sorted({*failures} - {*FAILURES})
+    if unknown:
+        raise ConfigError(f"status {unknown[0]!r}: none to retry; there are {', '.join(FAILURES)}")
+    verdict = verify(output)
+    if verdict.damage:
+        raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
+    first, newest = verdict.generations[0], verdict.generations[-1]
+    waiting = int(first.waiting.sum())
+    if waiting:
+        raise ConfigError(f"{output}: {waiting} shards are not answered yet; run again, then retry")
+    recipe, number = first.generation.run.recipe, newest.generation.number
+    if number and newest.waiting.any():
+        store, plan = newest.generation.store, newest.generation.plan
+        return Retry(output, number, store, recipe, plan, begun=True)
+    wanted = retry_plan(verdict, failures)
+    if wanted is None:
+        return None
+    store = generation_store(output, number + 1)
+    return Retry(output, number + 1, store, recipe, wanted, begun=False)
+
+
+def freeze(retry: Retry) -> Plan:
+    """Store a retry's plan; if another start was faster, its plan is returned instead."""
+    return retry.plan if retry.begun else store_plan(retry.store, retry.job(Cluster()), retry.plan)
+
+
+def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan | None:
+    """The plan of the rows of an output that failed; None where there are none.
+
+    Args:
+        verdict: The output, without damage.
+        failures: As for `next_retry`.
+    """
+    first, latest = verdict.generations[0], verdict.latest()
+    plan = first.generation.plan
+    numbers = {file: number for number, file in enumerate(plan.shards.files)}
+    found = array("q")  # file, first, stop of each span: a million of them may be failed rows
+    for index in _doubtful(first, latest):
+        shard = plan.shards[int(index)]
+        for span in spans_where(shard, _failed_rows(latest, shard, failures)):
+            found.extend((numbers[span.source, span.fingerprint], span.first, span.stop))
+    spans = np.array(found, np.int64).reshape(-1, 3)
+    rows = int((spans[:, 2] - spans[:, 1]).sum())
+    if not rows:
+        return None
+    size = max(1, min(int(np.median(plan.shards.rows_each)), -(-rows // MIN_SHARDS)))
+    cut = cut_spans(_spans(plan.shards.files, spans), size, plan.recipe_fingerprint)
+    return Plan(plan.recipe_fingerprint, Shards.of(cut), plan.carried)
+
+
+def latest_failures(output: str) -> tuple[int, int]:
+    """How many latest answers an output has, and how many of them failed.
+
+    Raises:
+        ConfigError: There is no run, or it is damaged.
+        OSError: The storage does not answer.
+    """
+    verdict = verify(output)
+    if verdict.damage:
+        raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
+    first, latest = verdict.generations[0], verdict.latest()
+    answers, failed = first.stats.rows, 0
+    for index in _doubtful(first, latest):
+        found = latest.answers(int(index), MERGED_BY)
+        if found is not None:
+            statuses = found["status"].to_numpy().astype(str)
+            failed += int(np.count_nonzero(statuses != str(Status.OK)))
+            answers += 0 if first.committed[index] else len(found)
+    return answers, failed
+
+
+def _doubtful(first: Checked, latest: Latest) -> Integers:
+    """Shards of generation 0 whose answers are not all its own, and good."""
+    return np.flatnonzero((first.failed > 0) | latest.retried() | ~first.committed)
+
+
+def _spans(files: Sequence[tuple[str, str]], columns: npt.NDArray[np.int64]) -> Iterator[Span]:
+    for file, first, stop in columns:
+        source, fingerprint = files[file]
+        yield Span(source, fingerprint, int(first), int(stop))
+
+
+def _failed_rows(latest: Latest, shard: Shard, failures: Collection[str]) -> Booleans:
+    """Which rows of a shard are to be answered anew, (rows,)."""
+    chosen = latest.unanswered(shard.index) & (DEAD in failures)
+    answers = latest.answers(shard.index, MERGED_BY)
+    if answers is not None:
+        failed = np.isin(answers["status"].to_numpy().astype(str), list(failures))
+        chosen[places(shard, answers)[failed]] = True
+    return chosen

@@ -1,0 +1,145 @@
+"""Generations of an output: the run itself, and the retries of its failed rows.
+
+Generation 0 is the output; generation N is `retries/gN` in it, a run like it: `run.json`, `plan/`,
+`data/`, `dead/`, `workers/`, `model.json`. No generation edits another.
+
+Not covered: which generation's answer counts (`gc2ray.output.latest`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.shards import digest
+from gc2ray.data.store import Store
+from gc2ray.output.plan import PLAN_NAME, RUN_NAME, Plan, Run, follows, plan_name
+
+RETRIES = "retries"
+MODEL_NAME = "model.json"
+"""Digest of the model that the first worker had."""
+_RETRY = re.compile(rf"{RETRIES}/g([1-9]\d*)$")
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """A run that was begun: its plan is frozen.
+
+    Attributes:
+        number: 0, or that of a retry.
+        store: Its directory.
+        run: What its `run.json` says.
+        plan: Its plan, all of it.
+        model: Digest of the model that answers; None where none was loaded.
+    """
+
+    number: int
+    store: Store
+    run: Run
+    plan: Plan
+    model: str | None
+
+    def name(self, name: str) -> str:
+        """The name of one of its objects, relative to the output."""
+        return object_name(self.number, name)
+
+
+def object_name(number: int, name: str = "") -> str:
+    """The name, relative to the output, of an object of a generation, or of its directory."""
+    folder = f"{RETRIES}/g{number}" if number else ""
+    return "/".join(part for part in (folder, name) if part)
+
+
+def generation_store(output: str, number: int) -> Store:
+    """The directory of a generation of an output."""
+    return Store(f"{output.rstrip('/')}/{object_name(number)}" if number else output)
+
+
+def retry_numbers(names: Iterable[str]) -> list[int]:
+    """Numbers of the retries among the names in `retries/`, in order."""
+    matches = [_RETRY.match(name) for name in names]
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def stored_run(store: Store) -> Run | None:
+    """The run of a directory; None where none was begun.
+
+    Raises:
+        ConfigError: `run.json` is damaged; the message begins with its name.
+    """
+    data = store.read(RUN_NAME)
+    return None if data is None else Run.from_bytes(data)
+
+
+def stored_digest(store: Store) -> str | None:
+    """The digest of the model that a directory's answers are of; None where none was loaded.
+
+    Raises:
+        ConfigError: `model.json` is damaged; the message begins with its name.
+    """
+    data = store.read(MODEL_NAME)
+    try:
+        return None if data is None else str(json.loads(data)["digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{MODEL_NAME}: not written by gc2ray, or damaged") from error
+
+
+def open_generation(output: str, number: int) -> Generation | None:
+    """A generation of an output; None where it was not begun.
+
+    Raises:
+        ConfigError: `run.json`, the plan or `model.json` is damaged; the message begins with its
+            name.
+    """
+    store = generation_store(output, number)
+    run = stored_run(store)
+    if run is None:
+        return None
+    return Generation(number, store, run, frozen_plan(store, run), stored_digest(store))
+
+
+def frozen_plan(store: Store, run: Run) -> Plan:
+    """The whole plan that a run names, with its extensions.
+
+    Raises:
+        ConfigError: It is missing, or another one; the message begins with its name.
+    """
+    data = store.read(PLAN_NAME)
+    if data is None:
+        raise ConfigError(f"{PLAN_NAME}: missing, and {RUN_NAME} names it")
+    if digest(data) != run.plan_digest:
+        raise ConfigError(f"{PLAN_NAME}: not the one that {RUN_NAME} names")
+    plan = Plan.from_bytes(data)
+    if (run.shards, run.rows) != (len(plan.shards), plan.rows):
+        raise ConfigError(
+            f"{RUN_NAME}: {run.shards} shards of {run.rows} rows, {len(plan.shards)} of "
+            f"{plan.rows} are planned"
+        )
+    for name, extension in extensions(store, data):
+        try:
+            plan = plan.extended(Plan.from_bytes(extension))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    return plan
+
+
+def extensions(store: Store, plan: bytes) -> Iterator[tuple[str, bytes]]:
+    """Files that extend a plan, with their names, in order.
+
+    Args:
+        store: The directory.
+        plan: Its first file.
+
+    Raises:
+        ConfigError: One does not follow the one before; the message begins with its name.
+    """
+    before, before_name = digest(plan), PLAN_NAME
+    for number, name in enumerate(store.names("plan")[1:], 1):
+        data = store.read(name) or b""
+        if name != plan_name(number) or follows(data) != before:
+            raise ConfigError(f"{name}: does not extend {before_name}; move it away")
+        yield name, data
+        before, before_name = digest(data), name

@@ -1,0 +1,292 @@
+"""`Ledger`: what the footers and records of an output say, read once and kept small.
+
+Nothing is kept per row or per part: statistics are added up as footers come, in a few groups so
+that they tell their spread, and over time in buckets that widen. Runs of any size fit.
+
+Workers that were killed say when they were last seen, half a minute at most before their end.
+
+Not covered: answers themselves; which of several generations' answers counts
+(`gc2ray.output.latest`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.stats import RunStats
+from gc2ray.core.usage import Bill
+from gc2ray.data.store import READ_THREADS, PartFooter, Store
+from gc2ray.models.shape import ModelShape
+from gc2ray.output.heartbeats import DriverRecord, driver_records
+from gc2ray.output.plan import RUN_NAME, Run
+from gc2ray.output.run_directory import generation_store, retry_numbers, stored_run
+
+GROUPS = 64
+"""Parts are added up in so many groups, in turn: enough for a bootstrap."""
+BUCKETS = 200
+AHEAD = 4 * READ_THREADS
+MOST_LETTERS = 20
+"""Dead letters that are read; the others are counted."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """What a worker process says of itself.
+
+    Attributes:
+        device: What its device calls itself.
+        devices: Of them; a share of one where workers share it, 1 where it has none.
+        started: When.
+        loaded: When its model was; None where it never was.
+        last_seen: When it last wrote this.
+        shape: Of its model; None in records from before that was noted.
+    """
+
+    device: str
+    devices: float
+    started: datetime
+    loaded: datetime | None
+    last_seen: datetime
+    shape: ModelShape | None
+
+    @staticmethod
+    def from_bytes(data: bytes) -> WorkerRecord:
+        """From JSON.
+
+        Raises:
+            ValueError, KeyError, TypeError: Not a record.
+        """
+        content = dict(json.loads(data))
+        shape = content.get("model_shape")
+        return WorkerRecord(
+            device=str(content["device"]),
+            devices=float(content["gpus"] or 1.0),
+            started=datetime.fromisoformat(content["started"]),
+            loaded=datetime.fromisoformat(content["loaded"]) if content["loaded"] else None,
+            last_seen=datetime.fromisoformat(content["last_seen"]),
+            shape=ModelShape.from_dict(shape) if shape else None,
+        )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was committed within some time.
+
+    Attributes:
+        answers: Answer rows.
+        starved_ns: Of the parts' workers.
+        busy_ns: Of their stages.
+    """
+
+    answers: int = 0
+    starved_ns: int = 0
+    busy_ns: int = 0
+
+    def __add__(self, other: Moment) -> Moment:
+        return Moment(
+            self.answers + other.answers,
+            self.starved_ns + other.starved_ns,
+            self.busy_ns + other.busy_ns,
+        )
+
+
+class Timeline:
+    """Moments in buckets of equal width, which doubles whenever there would be too many.
+
+    Attributes:
+        width_seconds: Of a bucket.
+    """
+
+    def __init__(self) -> None:
+        self.width_seconds = 1.0
+        self._buckets: dict[int, Moment] = {}
+
+    def add(self, when: datetime, moment: Moment) -> None:
+        """Count something in."""
+        at = int(when.timestamp() // self.width_seconds)
+        self._buckets[at] = self._buckets.get(at, Moment()) + moment
+        while max(self._buckets) - min(self._buckets) >= BUCKETS:
+            self._widen()
+
+    def _widen(self) -> None:
+        wider: dict[int, Moment] = {}
+        for at, moment in self._buckets.items():
+            wider[at // 2] = wider.get(at // 2, Moment()) + moment
+        self.width_seconds, self._buckets = 2 * self.width_seconds, wider
+
+    def moments(self) -> list[tuple[datetime, Moment]]:
+        """Every bucket from the first to the last, empty ones too, by when it begins."""
+        if not self._buckets:
+            return []
+        return [
+            (datetime.fromtimestamp(at * self.width_seconds, UTC), self._buckets.get(at, Moment()))
+            for at in range(min(self._buckets), max(self._buckets) + 1)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A generation in the ledger.
+
+    Attributes:
+        number: 0, or that of a retry.
+        run: What its `run.json` says.
+        parts: Committed.
+        rows: Input rows of those.
+        stats: Of their answers.
+        groups: The same in up to `GROUPS` groups.
+        timeline: Over time, as far as parts tell when they were written.
+        workers: Its worker processes.
+        drivers: Its drivers.
+        letters: Why shards were given up, as shard and reason; at most `MOST_LETTERS`.
+        letter_count: All of them, those of shards that were committed later included.
+    """
+
+    number: int
+    run: Run
+    parts: int
+    rows: int
+    stats: RunStats
+    groups: tuple[RunStats, ...]
+    timeline: Timeline
+    workers: tuple[WorkerRecord, ...]
+    drivers: tuple[DriverRecord, ...]
+    letters: tuple[tuple[str, str], ...]
+    letter_count: int
+
+    @property
+    def bill(self) -> Bill:
+        """What became of the workers' time, as far as drivers tell."""
+        return sum((record.bill for record in self.drivers), Bill())
+
+
+@dataclass(frozen=True, eq=False)
+class Ledger:
+    """What an output says.
+
+    Attributes:
+        output: Directory or URL.
+        entries: Its generations that were begun, in order.
+    """
+
+    output: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def run(self) -> Run:
+        """What the output's `run.json` says."""
+        return self.entries[0].run
+
+    @property
+    def stats(self) -> RunStats:
+        """Of the answers of all generations."""
+        return sum((entry.stats for entry in self.entries), RunStats())
+
+    @property
+    def bill(self) -> Bill:
+        """Of all generations."""
+        return sum((entry.bill for entry in self.entries), Bill())
+
+    @property
+    def workers(self) -> tuple[WorkerRecord, ...]:
+        """Of all generations."""
+        return tuple(worker for entry in self.entries for worker in entry.workers)
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """Of the model, if a worker says."""
+        return next((worker.shape for worker in self.workers if worker.shape), None)
+
+
+def read_ledger(output: str, tick: Callable[[int], None] = lambda _: None) -> Ledger:
+    """Read what an output says.
+
+    Args:
+        output: Directory or URL.
+        tick: Called with 1 for each footer that was read.
+
+    Raises:
+        ConfigError: There is no run, or something in it is damaged.
+        OSError: The storage does not answer.
+    """
+    first = generation_store(output, 0)
+    first.check_usable(writing=False)
+    if stored_run(first) is None:
+        raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
+    numbers = [0, *retry_numbers(first.names("retries"))]
+    found = (_entry(generation_store(output, number), number, tick) for number in numbers)
+    return Ledger(output, tuple(entry for entry in found if entry is not None))
+
+
+def _entry(store: Store, number: int, tick: Callable[[int], None]) -> Entry | None:
+    run = stored_run(store)
+    if run is None:
+        return None
+    names = sorted(store.committed().values())
+    groups = [RunStats()] * min(GROUPS, len(names))
+    rows, timeline, fingerprint = 0, Timeline(), run.recipe.fingerprint()
+    for index, footer in enumerate(_footers(store, names)):
+        if footer.run != fingerprint:
+            raise ConfigError(
+                f"{store.uri}: {names[index]} is not a part of this run; move it away"
+            )
+        stats = footer.stats
+        groups[index % GROUPS] += stats
+        rows += footer.rows
+        if footer.written is not None:
+            moment = Moment(stats.rows, stats.starved_ns, sum(stats.stage_ns.values()))
+            timeline.add(footer.written, moment)
+        tick(1)
+    letters = store.names("dead")
+    return Entry(
+        number=number,
+        run=run,
+        parts=len(names),
+        rows=rows,
+        stats=sum(groups, RunStats()),
+        groups=tuple(groups),
+        timeline=timeline,
+        workers=tuple(_workers(store)),
+        drivers=tuple(driver_records(store)),
+        letters=tuple(_letters(store, letters[:MOST_LETTERS])),
+        letter_count=len(letters),
+    )
+
+
+def _footers(store: Store, names: Sequence[str]) -> Iterator[PartFooter]:
+    """Footers in order, some read ahead, none kept."""
+    ahead: deque[Future[PartFooter]] = deque()
+    with ThreadPoolExecutor(READ_THREADS, "gc2ray-footer") as pool:
+        for name in names:
+            ahead.append(pool.submit(store.footer, name))
+            if len(ahead) > AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _workers(store: Store) -> Iterator[WorkerRecord]:
+    for name in store.names("workers"):
+        try:
+            yield WorkerRecord.from_bytes(store.read(name) or b"")
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: %s is not a record that gc2ray wrote", store.uri, name)
+
+
+def _letters(store: Store, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        try:
+            content: Any = json.loads(store.read(name) or b"")
+            yield name.split("/")[1].split(".")[0], str(content["reason"])
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: %s is not a letter that gc2ray wrote", store.uri, name)

@@ -1,0 +1,282 @@
+"""Does an output hold what was planned, every row once, and nothing else?
+
+Quick: digests of run and plan, the listing of `data/` against the plan, every part's footer. Deep:
+every part is read, and its rows held against the plan and its footer, one part a thread. Of a
+retry the same is looked at, and that it plans rows of generation 0 only.
+
+Not covered: the input, which is not read; whether answers are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.shards import Booleans, Integers, runs
+from gc2ray.core.stats import RunStats
+from gc2ray.data.store import Store, part_index
+from gc2ray.output.latest import Latest, owners
+from gc2ray.output.part_checks import Inspection, inspect
+from gc2ray.output.plan import PLAN_NAME, RUN_NAME
+from gc2ray.output.run_directory import (
+    MODEL_NAME,
+    RETRIES,
+    Generation,
+    object_name,
+    open_generation,
+    retry_numbers,
+    stored_run,
+)
+
+FOOTER_THREADS = 16
+READ_THREADS = 2
+AT_A_TIME = 1024
+"""Parts whose inspections are held at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A generation, looked at.
+
+    Attributes:
+        generation: Which.
+        committed: Whether each of its shards has a part, (shards,).
+        given_up: Whether it has none, and a dead letter, (shards,).
+        failed: Answers of each that failed, (shards,).
+        rows: Input rows of the good parts.
+        stats: Of their answers.
+        problems: What is wrong, a line each.
+        notes: What is worth knowing, and not wrong.
+    """
+
+    generation: Generation
+    committed: Booleans
+    given_up: Booleans
+    failed: Integers
+    rows: int
+    stats: RunStats
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def waiting(self) -> Booleans:
+        """Whether each shard is still to be answered: it has neither a part nor a dead letter."""
+        return ~(self.committed | self.given_up)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What an output is found to be.
+
+    Attributes:
+        generations: Those that could be looked at, in order; none without generation 0.
+        rows: Input rows that have answers, in whatever generation.
+        planned_rows: Of generation 0.
+        damage: What is wrong, a line each.
+        missing: What is not answered, a line each.
+        notes: What is worth knowing, and not wrong.
+    """
+
+    generations: tuple[Checked, ...]
+    rows: int
+    planned_rows: int
+    damage: tuple[str, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Damage, then what is missing."""
+        return self.damage + self.missing
+
+    @property
+    def exit_code(self) -> int:
+        """0 only where every planned row is answered, and nothing is wrong."""
+        return 1 if self.problems else 0
+
+    def latest(self) -> Latest:
+        """The latest answers."""
+        return latest_of(self.generations)
+
+
+def verify(output: str, *, deep: bool = False) -> Verdict:
+    """Look at an output.
+
+    Args:
+        output: Directory or URL.
+        deep: Read every part, not only its footer.
+
+    Raises:
+        ConfigError: There is no run, or its `run.json` is damaged.
+        OSError: The storage does not answer.
+    """
+    store = Store(output)
+    store.check_usable(writing=False)
+    if stored_run(store) is None:
+        raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
+    names = store.names(RETRIES)
+    numbers = retry_numbers(names)
+    known = {object_name(number) for number in numbers}
+    damage = [f"{name}: is no generation; move it away" for name in names if name not in known]
+    notes: list[str] = []
+    checked: list[Checked] = []
+    for number in (0, *numbers):
+        try:
+            generation = open_generation(output, number)
+        except ConfigError as error:
+            damage.append(object_name(number, str(error)))
+            if number == 0:
+                return Verdict((), 0, 0, tuple(damage), (), ())
+            continue
+        if generation is None:
+            notes.append(f"{object_name(number, RUN_NAME)}: not there yet; retry again to begin")
+            continue
+        damage += _strayed(checked[0].generation, generation) if checked else ()
+        checked.append(_check(generation, deep=deep))
+    return _verdict(checked, damage, notes)
+
+
+def _verdict(checked: Sequence[Checked], damage: Sequence[str], notes: Sequence[str]) -> Verdict:
+    unanswered = _unanswered(checked)
+    planned = checked[0].generation.plan.rows
+    return Verdict(
+        generations=tuple(checked),
+        rows=planned - int(unanswered.sum()),
+        planned_rows=planned,
+        damage=(*damage, *(line for found in checked for line in found.problems)),
+        missing=tuple(_missing(checked, unanswered)),
+        notes=(*notes, *(line for found in checked for line in found.notes)),
+    )
+
+
+def latest_of(generations: Sequence[Checked]) -> Latest:
+    """The latest answers of generations that were looked at."""
+    return Latest([(found.generation, found.committed) for found in generations])
+
+
+def _strayed(first: Generation, retry: Generation) -> Iterator[str]:
+    """What a retry has that is not of generation 0."""
+    run = retry.name(RUN_NAME)
+    if retry.plan.recipe_fingerprint != first.plan.recipe_fingerprint:
+        yield f"{run}: its recipe is not the output's; move {retry.name('')} away"
+    if None not in (first.model, retry.model) and first.model != retry.model:
+        yield f"{retry.name(MODEL_NAME)}: its model is not the output's; move {retry.name('')} away"
+    if (owners(first.plan.shards, retry.plan.shards) < 0).any():
+        yield f"{retry.name(PLAN_NAME)}: plans rows that {PLAN_NAME} does not; move it away"
+
+
+def _check(generation: Generation, *, deep: bool) -> Checked:
+    shards = generation.plan.shards
+    problems = list(_plan_problems(generation))
+    parts: list[int] = []
+    for name in generation.store.names("data"):
+        index = _planned(generation, name)
+        if index is None:
+            problems.append(f"{generation.name(name)}: is no planned shard's part; move it away")
+        else:
+            parts.append(index)
+    failed, rows, stats = np.zeros(len(shards), np.int64), 0, RunStats()
+    for index, found in _inspected(generation, parts, deep=deep):
+        problems += [found.problem] if found.problem else []
+        rows, stats = rows + found.rows, stats + found.stats
+        failed[index] = found.stats.bad_rows
+    committed = np.zeros(len(shards), np.bool_)
+    committed[parts] = True
+    letters = [name.split("/")[1].split(".")[0] for name in generation.store.names("dead")]
+    dead = np.isin(shards.sids, np.array([int(sid, 16) for sid in letters], np.uint64))
+    return Checked(
+        generation=generation,
+        committed=committed,
+        given_up=dead & ~committed,
+        failed=failed,
+        rows=rows,
+        stats=stats,
+        problems=tuple(problems),
+        notes=tuple(_notes(generation, int((dead & committed).sum()))),
+    )
+
+
+def _plan_problems(generation: Generation) -> Iterator[str]:
+    """What a plan with the right digest may still have."""
+    plan, run = generation.plan, generation.run
+    if run.recipe.fingerprint() != plan.recipe_fingerprint:
+        yield f"{generation.name(PLAN_NAME)}: of another recipe than {RUN_NAME}"
+    spans, sources = plan.shards.spans, [source for source, _ in plan.shards.files]
+    source = np.unique(sources, return_inverse=True)[1].astype(np.int64)[spans.file]
+    order = np.lexsort((spans.first, source))
+    overlap = (source[order][1:] == source[order][:-1]) & (
+        spans.first[order][1:] < spans.stop[order][:-1]
+    )
+    for at in order[1:][overlap]:
+        name = f"{sources[spans.file[at]]}#{spans.first[at]}"
+        yield f"{generation.name(PLAN_NAME)}: {name} is planned twice"
+
+
+def _planned(generation: Generation, name: str) -> int | None:
+    """The index of the shard whose part has a name; None if none has."""
+    shards = generation.plan.shards
+    try:
+        index = part_index(name)
+    except ValueError:
+        return None
+    return index if index < len(shards) and shards[index].part_name == name else None
+
+
+def _inspected(
+    generation: Generation, parts: Sequence[int], *, deep: bool
+) -> Iterator[tuple[int, Inspection]]:
+    """Inspections of parts, in their order."""
+    threads = READ_THREADS if deep else FOOTER_THREADS
+    with ThreadPoolExecutor(threads, "gc2ray-verify") as pool:
+        for start in range(0, len(parts), AT_A_TIME):
+            some = parts[start : start + AT_A_TIME]
+            found = pool.map(lambda index: inspect(generation, index, deep=deep), some)
+            yield from zip(some, found, strict=True)
+
+
+def _notes(generation: Generation, revived: int) -> Iterator[str]:
+    if revived:
+        name = generation.name("dead")
+        yield f"{name}: {revived} shards were given up, and committed later"
+    left = len(generation.store.names("_tmp"))
+    if left:
+        name = generation.name("_tmp")
+        yield f"{name}: {left} leftovers of processes that were killed; a later run removes them"
+
+
+def _unanswered(checked: Sequence[Checked]) -> Integers:
+    """Rows of each shard of generation 0 that no generation has answered, (shards,)."""
+    first, latest = checked[0], latest_of(checked)
+    rows = np.where(first.committed, 0, first.generation.plan.shards.rows_each)
+    for index in np.flatnonzero(latest.retried() & ~first.committed):
+        rows[index] = latest.unanswered(int(index)).sum()
+    return rows
+
+
+def _missing(checked: Sequence[Checked], unanswered: Integers) -> Iterator[str]:
+    """A line for each run of shards without answers."""
+    first, newest = checked[0], checked[-1]
+    yield from _waiting(first, unanswered, "run again")
+    for shards in runs(first.given_up & (unanswered > 0)):
+        yield (
+            f"{_named(shards)} ({unanswered[shards].sum()} rows without an answer): given up, "
+            "dead/ says why; run again, or `gc2ray retry`"
+        )
+    if newest is not first:
+        rows = newest.generation.plan.shards.rows_each
+        yield from _waiting(newest, rows, "retry again")
+
+
+def _waiting(checked: Checked, rows: Integers, remedy: str) -> Iterator[str]:
+    for shards in runs(checked.waiting):
+        name = checked.generation.name(_named(shards))
+        yield f"{name} ({rows[shards].sum()} rows): not answered yet; {remedy}"
+
+
+def _named(shards: slice) -> str:
+    last = shards.stop - 1
+    return f"shard {last}" if shards.start == last else f"shards {shards.start} to {last}"

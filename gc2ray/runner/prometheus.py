@@ -1,0 +1,60 @@
+"""`RunMetrics`: what was committed, as counters that Prometheus scrapes from every node of Ray.
+
+Every committed part is counted once, by what its footer says, so that the sum over workers is the
+sum over footers. A part that lost a race is not counted, and the last one of a process that dies
+between commit and count is missing: what is true stands in the footers.
+
+Ray puts `ray_` before the names, and adds node and worker to the labels.
+
+Not covered: dashboards; what goes on between two parts.
+"""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter
+
+from gc2ray.core.stats import RunStats
+
+SECOND = 1e9
+
+
+class RunMetrics:
+    """Counters of one worker process.
+
+    Args:
+        run: Fingerprint of the recipe, a label of all of them.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._shards = _counter("shards", "Shards that were committed.")
+        self._answers = _counter("answers", "Answers by status; all but ok are errors.", "status")
+        self._visual = _counter(
+            "visual_tokens", "Visual tokens that the language model read, or was saved.", "fate"
+        )
+        self._output = _counter("output_tokens", "Tokens that were written.")
+        self._stages = _counter("stage_seconds", "Busy time by stage.", "stage")
+        self._starved = _counter(
+            "starved_seconds", "Time without anything to do while rows were still to come."
+        )
+
+    def count(self, stats: RunStats) -> None:
+        """A part was committed."""
+        self._add(self._shards, 1)
+        self._add(self._output, stats.output_tokens)
+        self._add(self._starved, stats.starved_ns / SECOND)
+        kept = stats.visual_tokens_kept
+        self._add(self._visual, kept, fate="kept")
+        self._add(self._visual, stats.visual_tokens_full - kept, fate="saved")
+        for status, rows in stats.by_status.items():
+            self._add(self._answers, rows, status=status)
+        for stage, nanoseconds in stats.stage_ns.items():
+            self._add(self._stages, nanoseconds / SECOND, stage=stage)
+
+    def _add(self, counter: Counter, value: float, **labels: str) -> None:
+        if value > 0:  # Ray refuses to add nothing
+            counter.inc(value, {"run": self._run, **labels})
+
+
+def _counter(name: str, description: str, *labels: str) -> Counter:
+    return Counter(f"gc2ray_{name}", description, ("run", *labels))

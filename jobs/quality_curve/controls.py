@@ -1,0 +1,45 @@
+"""Methods that must do badly, so that the others' accuracy means something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gc2ray.compression.base import Compressor
+from gc2ray.compression.methods.globalcom2 import GlobalCom2
+from gc2ray.compression.views import Selection, Views
+
+
+@dataclass(frozen=True)
+class Blind(Compressor):
+    """No image at all: the question alone."""
+
+    name: ClassVar[str] = "no image"
+
+    def many(self, images: Sequence[Views]) -> list[Selection]:
+        return [Selection(torch.empty(0, dtype=torch.int32)) for _ in images]
+
+
+@dataclass(frozen=True)
+class ForeignScores(Compressor):
+    """GlobalCom², but with the scores of the image before it that has as many views."""
+
+    name: ClassVar[str] = "foreign scores"
+    retention: float = 0.1
+    temperature: float = 10.0
+    _before: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def many(self, images: Sequence[Views]) -> list[Selection]:
+        inner = GlobalCom2(self.retention, self.temperature)
+        strangers = []
+        for image in images:
+            shape = tuple(image.scores.shape)
+            # The first of its kind has nobody before it: its own scores, in another order.
+            other = self._before.get(shape, image.scores.flip(1))
+            self._before[shape] = image.scores
+            strangers.append(replace(image, scores=other))
+        return inner.many(strangers)

@@ -1,0 +1,32 @@
+"""Every file in configs/ loads and says where its answers go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gc2ray.compression.policy import Way
+from gc2ray.core.config.job import load_job
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_there_are_the_four_promised() -> None:
+    names = {path.stem for path in CONFIGS}
+    assert names >= {
+        "demo",
+        "llava-next-7b-caption",
+        "llava-next-7b-vqa",
+        "llava-next-13b-caption",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_loads(path: Path) -> None:
+    job = load_job(path)
+    assert Way.of(job.recipe.compression).compressor.name == "globalcom2"
+    assert job.recipe.generation.max_new_tokens > 0
+    if path.stem != "demo":
+        assert job.output.startswith("s3://")
+        assert job.recipe.input.uri.startswith("s3://")

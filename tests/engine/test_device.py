@@ -1,0 +1,45 @@
+"""What a GPU tells of its consumption, by a library that only looks like NVML."""
+
+from __future__ import annotations
+
+import pynvml
+import pytest
+
+from gc2ray.engine.device import EnergyMeter
+
+COUNTER = [5_000, 5_700, 9_000]
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    asked: list[str] = []
+    counter = iter(COUNTER)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: asked.append(name))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: next(counter))
+    return asked
+
+
+def test_it_counts_from_its_making(nvml: list[str]) -> None:
+    meter = EnergyMeter("1234")
+    assert (meter.millijoules(), meter.millijoules()) == (700, 4_000)
+    assert set(nvml) == {"GPU-1234"}
+
+
+def test_a_device_that_does_not_tell_has_consumed_nothing(
+    nvml: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> int:
+        raise pynvml.NVMLError_NotSupported
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", refuse)
+    assert EnergyMeter("1234").millijoules() == 0
+    assert EnergyMeter(None).millijoules() == 0
+
+
+def test_neither_has_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert EnergyMeter("1234").millijoules() == 0

@@ -1,0 +1,148 @@
+"""A feed runs ahead, in order, bounded; and says how long its owner starved."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gc2ray.engine.prefetch import Feed
+
+
+def drained(feed: Feed[int, int]) -> list[int]:
+    found: list[int] = []
+    while not feed.ended:
+        result = feed.take()
+        if result is None:
+            feed.wait()
+        else:
+            found.append(result)
+    return found
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 5), max_size=20), st.integers(1, 3), st.integers(1, 5))
+def test_results_come_in_the_order_of_the_items(naps: list[int], threads: int, ahead: int) -> None:
+    def work(item: tuple[int, int]) -> int:
+        time.sleep(item[1] / 2000)
+        return item[0] + 1
+
+    with Feed(enumerate(naps), work, threads=threads, ahead=ahead) as feed:
+        assert drained(feed) == list(range(1, len(naps) + 1))
+
+
+def test_it_runs_ahead_so_far_and_no_farther() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            read.append(item)
+            yield item
+
+    with Feed(items(), lambda item: item, threads=2, ahead=5) as feed:
+        feed.wait()
+        time.sleep(0.05)
+        assert len(read) == 6, "five with room, and one in the reader's hand"
+        assert [feed.take(), feed.take()] == [0, 1]
+        time.sleep(0.05)
+        assert len(read) == 8
+
+
+def test_nothing_at_hand_is_none_and_waiting_is_counted() -> None:
+    go = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        go.wait(5)
+        yield 2
+
+    with Feed(items(), lambda item: item, threads=1, ahead=9) as feed:
+        feed.wait()
+        assert feed.take() == 1
+        before = feed.waited_ns
+        assert [feed.take(), feed.take(), feed.ended] == [None, None, False]
+        assert feed.waited_ns == before, "taking does not wait"
+        threading.Timer(0.1, go.set).start()
+        feed.wait()
+        assert feed.waited_ns - before > 80_000_000
+        assert feed.take() == 2
+        feed.wait()
+        assert (feed.take(), feed.ended) == (None, True)
+
+
+def test_errors_are_raised_where_their_result_is_taken() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("the disk is gone")
+
+    with Feed(items(), lambda item: item, threads=1, ahead=9) as feed:
+        feed.wait()
+        assert feed.take() == 1
+        feed.wait()
+        with pytest.raises(OSError, match="the disk is gone"):
+            feed.take()
+
+    def work(item: int) -> int:
+        raise ValueError(f"item {item}")
+
+    with Feed([1, 2], work, threads=1, ahead=9) as feed:
+        feed.wait()
+        with pytest.raises(ValueError, match="item 1"):
+            feed.take()
+
+
+def test_leaving_early_stops_the_reader() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(1000):
+            read.append(item)
+            yield item
+
+    with Feed(items(), lambda item: item, threads=1, ahead=2) as feed:
+        feed.wait()
+    time.sleep(0.05)
+    stopped = len(read)
+    time.sleep(0.05)
+    assert len(read) == stopped <= 5
+
+
+def test_what_the_owner_adds_comes_before_what_is_still_to_be_read() -> None:
+    go = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        go.wait(5)
+        yield 2
+
+    with Feed(items(), lambda item: item * 10, threads=1, ahead=5) as feed:
+        feed.wait()
+        assert feed.take() == 10
+        feed.add(7)  # while the reader blocks
+        feed.wait()
+        assert (feed.take(), feed.take()) == (70, None)
+        go.set()
+        assert drained(feed) == [20]
+
+
+def test_what_the_owner_adds_after_the_last_item_is_not_lost() -> None:
+    with Feed(range(2), lambda item: item * 10, threads=2, ahead=5) as feed:
+        assert drained(feed) == [0, 10]
+        assert feed.ended
+        for item in (3, 4):
+            feed.add(item)
+        assert not feed.ended
+        assert drained(feed) == [30, 40]
+
+
+def test_trouble_of_what_the_owner_adds_is_raised_where_it_is_taken() -> None:
+    with Feed(range(1, 2), lambda item: 1 // item, threads=1, ahead=5) as feed:
+        feed.add(0)
+        feed.wait()
+        with pytest.raises(ZeroDivisionError):
+            feed.take()
+        assert drained(feed) == [1]

@@ -1,0 +1,189 @@
+"""`gc2ray estimate`: exact where it says so, and what a person reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from gc2ray.core.config.job import load_job
+from gc2ray.demo.rows import Split, pocket_rows, write_rows
+from gc2ray.demo.spec import MODEL
+from gc2ray.estimate.estimate import Assumptions, estimate
+from gc2ray.estimate.hardware import load_hardware
+from gc2ray.estimate.input_profile import survey
+from gc2ray.estimate.workload import NOTHING
+from gc2ray.models.registry import outline
+from gc2ray.output.totals import read_ledger
+from gc2ray.report.format import Range, duration, money, short, shown
+from jobs.support.photos import opened_photos
+from tests.estimate.test_hardware import GOOD
+from tests.test_cli import gc2ray, here, job_file
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """The demo's configuration, on fewer of its rows; none of them is broken."""
+    rows = write_rows(tmp_path / "questions.parquet", pocket_rows(Split.TEST, 40, opened_photos()))
+    assert rows == 40
+    data = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    data["output"] = str(tmp_path / "out")
+    data["recipe"]["model"]["path"] = str(MODEL)
+    data["recipe"]["input"]["uri"] = str(tmp_path / "questions.parquet")
+    data["cluster"] |= {"shard_rows": 8}
+    path = tmp_path / "demo.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> None:
+    result = here("estimate", demo, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    ran = gc2ray("run", demo)
+    assert ran.returncode == 0, ran.stderr
+    stats = read_ledger(str(tmp_path / "out")).stats
+    assert found["rows"] == found["looked"] == 40
+    for name, actual in (
+        ("prompts", stats.by_status["ok"]),
+        ("images", stats.images),
+        ("visual_tokens_full", stats.visual_tokens_full),
+        ("text_tokens", stats.prompt_tokens - stats.visual_tokens_kept - stats.newline_tokens),
+    ):
+        assert found[name] == {"low": actual, "mid": actual, "high": actual}, name
+    own, full = found["forecasts"][0], found["forecasts"][1]
+    assert (own["retention"], full["retention"]) == (0.1, 1.0)
+    assert own["visual_tokens"]["low"] <= stats.visual_tokens_kept <= own["visual_tokens"]["high"]
+    assert own["newline_tokens"]["low"] <= stats.newline_tokens <= own["newline_tokens"]["high"]
+    assert own["flops"]["encode"]["mid"] == stats.flops["encode"]
+    for stage, flops in stats.flops.items():
+        assert own["flops"][stage]["low"] <= flops <= own["flops"][stage]["high"], stage
+    assert full["flops"]["prefill"]["low"] <= stats.flops_full["prefill"]
+    assert stats.flops_full["prefill"] <= full["flops"]["prefill"]["high"]
+    like = here("estimate", demo, "--like", tmp_path / "out")
+    assert like.exit_code == 0, like.stderr
+    assert "cpu: at the pace of an earlier run." in like.stdout
+    assert "Output tokens: as in the run on cpu." in like.stdout
+
+
+def test_it_needs_neither_weights_nor_output(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    bare = tmp_path / "model"
+    shutil.copytree(tiny_paths["vicuna"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = job_file(tmp_path, bare)
+    result = here("estimate", config, "--output-tokens", "3", "--hours", "0.5")
+    assert result.exit_code == 0, result.stderr
+    for text in ("rows", "12", "visual tokens before compression", "as given", "1 (recipe)"):
+        assert text.replace("1 (recipe)", "0.25 (recipe)") in result.stdout
+    assert "Every image header and prompt was read" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_says_how_large_it_was(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    config = job_file(tmp_path, tiny_paths["vicuna"], rows=60)
+    result = here("estimate", config, "--rows", "20")
+    assert "20 of 60 rows were looked at" in result.stdout
+    assert "60 of 60" not in here("estimate", config, "--rows", "20", "--all").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--like", "nowhere"], "nowhere: there is no run here"),
+        (["--hardware", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["recipe.modle=x"], "unknown 'modle'"),
+        (["recipe.input.image=picture"], "no column 'picture'"),
+        (["recipe.model.path=/nowhere"], "there is no model in /nowhere"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(
+    tiny_paths: dict[str, Path], tmp_path: Path, words: list[str], message: str
+) -> None:
+    result = here("estimate", job_file(tmp_path, tiny_paths["vicuna"]), *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_other_retentions_of_a_method_without_one_are_globalcom2s(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    job = load_job(job_file(tmp_path, tiny_paths["vicuna"]), ["recipe.compression={method: none}"])
+    model = outline(str(tiny_paths["vicuna"]), dtype="float32")
+    file = tmp_path / "hardware.yaml"
+    file.write_text(yaml.safe_dump({"hardware": [GOOD]}))
+    looked = survey(job.recipe, model)
+    found = estimate(looked, model, job, load_hardware(file), Assumptions())
+    assert [(item.method, item.retention) for item in found.forecasts] == [
+        ("none", 1.0), *(("globalcom2", kept) for kept in (0.75, 0.5, 0.25, 0.1))
+    ]  # fmt: skip
+    tokens = [item.visual_tokens.mid for item in found.forecasts]
+    assert tokens == sorted(tokens, reverse=True)
+    assert found.output_tokens == Range(1, 4, 8)
+    assert "1 to max_new_tokens, 8" in found.output_basis
+    assert [offer.hardware for offer in found.offers] == ["mine"] * 5
+
+
+def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    path = tiny_paths["vicuna"]
+    changes = ["recipe.audit={share: 0.5, escalate: [0.5, 0.75]}"]
+    job = load_job(job_file(tmp_path, path), changes)
+    model = outline(str(path), dtype="float32")
+    looked = survey(job.recipe, model)
+    found = estimate(looked, model, job, (), Assumptions(output_tokens=4))
+    by_retention = {item.retention: item for item in found.forecasts}
+    own, whole = by_retention[0.25], by_retention[1.0]
+    assert whole.audits == NOTHING  # nothing is compressed there
+    rungs = [by_retention[kept].ends for kept in (0.5, 0.75)]
+    for end, anew in enumerate((0.0, 0.5, 1.0)):
+        for stage, flops in own.audits[end].flops.items():
+            once, twice = (rung[end].flops[stage] for rung in rungs)
+            expected = 0.5 * (whole.ends[end].flops[stage] + anew * once + anew**2 * twice)
+            assert flops == pytest.approx(expected, abs=3), (end, stage)
+        answers = 0.5 * (1 + anew + anew**2)
+        for name in ("rows", "output_tokens"):
+            expected = getattr(own.ends[end], name) * answers
+            assert getattr(own.audits[end], name) == pytest.approx(expected, abs=2), name
+        assert own.audits[end].cache_read_bytes > answers * own.ends[end].cache_read_bytes
+    # At 0.5 only one rung is higher, at 0.75 none is.
+    assert [by_retention[kept].audits[2].rows for kept in (0.5, 0.75)] == [
+        own.ends[2].rows, own.ends[2].rows // 2
+    ]  # fmt: skip
+    result = here("estimate", job_file(tmp_path, path), "--output-tokens", "4", *changes)
+    assert result.exit_code == 0, result.stderr
+    assert "50.0% of the rows are answered uncompressed, too, and those" in result.stdout
+    assert "anew, up to 2 times: up to " in result.stdout
+    assert "answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
+
+
+def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    """No row can be answered: all of them are text where there should be images."""
+    config = job_file(tmp_path, tiny_paths["vicuna"])
+    source = next((tmp_path / "in").glob("*.parquet"))
+    table = pq.read_table(source)
+    place = table.column_names.index("image")
+    broken = pa.array([{"bytes": b"no image", "path": None}] * len(table), table["image"].type)
+    pq.write_table(table.set_column(place, "image", broken), source)
+    result = here("estimate", config, "recipe.audit={share: 0.5}", "--output-tokens", "4")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert "prompts that cannot: bad_image" in result.stdout
+
+
+def test_numbers_are_told_as_people_do() -> None:
+    assert shown(Range.exactly(1_234_567)) == "1,234,567"
+    assert shown(Range(1.9e6, 2e6, 2.1e6)) == "2M (1.9M to 2.1M)"
+    assert [short(n) for n in (999, 9_999, 14_918, 2.5e6, 3.25e9, 1.5e13)] == [
+        "999", "9,999", "14.9k", "2.5M", "3.25G", "15T"
+    ]  # fmt: skip
+    assert [duration(hours) for hours in (0.001, 0.01, 0.5, 3.26, 100)] == [
+        "3.6 s", "36 s", "30 min", "3.3 h", "4.2 d"
+    ]  # fmt: skip
+    assert [money(usd) for usd in (0.0123, 0.5, 12.345, 12_345)] == [
+        "$0.012", "$0.50", "$12.35", "$12,345"
+    ]  # fmt: skip

@@ -1,0 +1,165 @@
+"""Rooflines by hand, and the pace of runs that are made up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import date, timedelta
+
+import pytest
+
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.stats import RunStats
+from gc2ray.core.usage import Bill, Use
+from gc2ray.estimate.hardware import Hardware
+from gc2ray.estimate.measured_rates import DRIFT, Pace, audit_share, roofline_seconds
+from gc2ray.models.shape import LLAVA_7B, ModelShape, TextModel, Tower
+from gc2ray.output.plan import Run
+from gc2ray.output.totals import Entry, Ledger, Timeline, WorkerRecord
+from tests.output.test_totals import START, driver_record
+from tests.support.outputs import RECIPE
+
+DEVICE = Hardware(
+    name="toy", devices=("Toy 1",), tflops={"float32": 1, "bfloat16": 4}, gb_per_s=100,
+    memory_gib=8, source="nowhere", date=date(2026, 11, 1),
+)  # fmt: skip
+SHAPE = ModelShape(
+    Tower(2, 2, width=8, ffn=8, patches=4, pixels=12, text_width=8),
+    TextModel(2, 8, queries=8, keys=8, ffn=16, vocabulary=100),
+    itemsize=2,
+)
+PART = RunStats(
+    rows=12,
+    by_status={"ok": 10, "failed": 2},
+    output_tokens=40,
+    flops={"encode": 4 * 10**12, "compress": 10**12, "prefill": 8 * 10**12, "generate": 5},
+    stage_ns={
+        "image": 10**10, "encode": 2 * 10**9, "compress": 10**9, "prefill": 4 * 10**9,
+        "generate": 2 * 10**9,
+    },
+)  # fmt: skip
+
+
+def test_a_stage_takes_its_products_at_the_peak() -> None:
+    stats = RunStats(flops={"encode": 8 * 10**12, "prefill": 4 * 10**12, "generate": 10**12})
+    assert roofline_seconds(stats, SHAPE, DEVICE) == {"encode": 2, "prefill": 1, "generate": 0.25}
+    in_float32 = replace(SHAPE, itemsize=4)
+    assert roofline_seconds(stats, in_float32, DEVICE)["encode"] == 8
+
+
+def test_decoding_reads_weights_once_a_step_and_each_rows_cache() -> None:
+    weights = 2 * SHAPE.text.step_weights
+    stats = RunStats(flops={"generate": 10**9}, decode_steps=7, cache_read_bytes=10**10)
+    seconds = roofline_seconds(stats, SHAPE, DEVICE)["generate"]
+    assert seconds == pytest.approx((10**10 + 7 * weights) / 100e9)
+    assert roofline_seconds(RunStats(), SHAPE, DEVICE) == {"generate": 0}
+
+
+def test_the_7b_on_an_h200_takes_what_the_notes_say() -> None:
+    """Prefill of 2880 visual and 60 text tokens: 51 ms at 790 TFLOP/s; decoding 73 rows: 12.9 ms
+    a row for 31 steps at 4.3 TB/s."""
+    h200 = Hardware(
+        name="h200", tflops={"float32": 60, "bfloat16": 790}, gb_per_s=4300, memory_gib=139,
+        source="notes", date=date(2026, 11, 1),
+    )  # fmt: skip
+    text, rows = LLAVA_7B.text, 73
+    reads = sum(2940 + step for step in range(1, 32))
+    stats = RunStats(
+        flops={"prefill": text.prefill(2940)},
+        decode_steps=31,
+        cache_read_bytes=rows * reads * LLAVA_7B.kv_bytes_per_token,
+    )
+    seconds = roofline_seconds(stats, LLAVA_7B, h200)
+    assert seconds["prefill"] == pytest.approx(51.07e-3, rel=0.02)
+    assert seconds["generate"] / rows == pytest.approx(12.88e-3, rel=0.05)
+
+
+def ledger(
+    parts: list[RunStats], bill: Bill, wall: float = 60.0, devices: tuple[str, ...] = ("cpu", "cpu")
+) -> Ledger:
+    workers = tuple(
+        WorkerRecord(device, 1.0, START, None, START + timedelta(seconds=50), SHAPE)
+        for device in devices
+    )
+    entry = Entry(
+        number=0,
+        run=Run(RECIPE, "digest", len(parts), 12 * len(parts), {}),
+        parts=len(parts),
+        rows=12 * len(parts),
+        stats=sum(parts, RunStats()),
+        groups=tuple(parts),
+        timeline=Timeline(),
+        workers=workers,
+        drivers=(driver_record(wall, bill),),
+        letters=(),
+        letter_count=0,
+    )
+    return Ledger("out", (entry,))
+
+
+def test_a_run_foretells_itself() -> None:
+    bill = Bill({Use.USEFUL: 40.0, Use.LOADING: 8.0, Use.IDLE: 2.0})
+    found = Pace.of(ledger([PART] * 4, bill, wall=26.0))
+    total = sum([PART] * 4, RunStats())
+    asked = replace(total, rows=40)  # those that can be answered
+    assert found.seconds(asked) == pytest.approx(40.0)
+    assert found.seconds(replace(PART, rows=10)) == pytest.approx(10.0)
+    assert (found.worker_seconds, found.start_seconds) == (5.0, pytest.approx(6.0))
+    assert found.output_tokens.mid == 4
+    assert found.device == "cpu"
+    assert found.spread == pytest.approx(DRIFT)
+    assert found.factor.high == pytest.approx(1 + DRIFT)
+
+
+def test_stages_scale_with_what_they_do() -> None:
+    found = Pace.of(ledger([PART] * 4, Bill({Use.USEFUL: 36.0})))
+    less = replace(PART, rows=10, flops=PART.flops | {"prefill": 10**12})
+    whole = found.seconds(replace(PART, rows=10))
+    assert whole - found.seconds(less) == pytest.approx(4 * 7 / 8)
+    longer = replace(PART, rows=10, output_tokens=80)
+    assert found.seconds(longer) - whole == pytest.approx(2.0)
+
+
+def test_stages_that_overlapped_are_not_counted_twice() -> None:
+    """On a GPU vision runs beside decoding: 9 s of stages in 6 s."""
+    found = Pace.of(ledger([PART] * 2, Bill({Use.USEFUL: 12.0})))
+    assert found.per_answer == 0
+    assert found.seconds(replace(PART, rows=10)) == pytest.approx(6.0)
+
+
+def test_second_looks_slow_no_pace() -> None:
+    """Half as long again as the answers themselves, one device after the other."""
+    looked = replace(
+        PART,
+        audit_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
+        escalation_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
+    )
+    assert audit_share(looked) == pytest.approx(1 / 3)
+    assert audit_share(PART) == audit_share(RunStats()) == 0
+    bill = Bill({Use.USEFUL: 60.0, Use.LOADING: 8.0, Use.IDLE: 2.0})
+    found = Pace.of(ledger([looked] * 4, bill, wall=36.0))
+    plain = Pace.of(ledger([PART] * 4, Bill({**bill.seconds, Use.USEFUL: 40.0}), wall=26.0))
+    assert found.per_flop == pytest.approx(plain.per_flop)
+    assert found.per_answer == pytest.approx(plain.per_answer)
+    assert found.per_output_token == pytest.approx(plain.per_output_token)
+    assert found.worker_seconds == plain.worker_seconds == 5.0
+    assert found.start_seconds == pytest.approx(plain.start_seconds)
+    unbilled = Pace.of(ledger([looked] * 4, Bill()))
+    assert unbilled.per_flop == Pace.of(ledger([PART] * 4, Bill())).per_flop
+
+
+def test_parts_that_differ_make_it_unsure() -> None:
+    slow = replace(PART, stage_ns=PART.stage_ns | {"encode": 9 * 10**9})
+    even, uneven = (
+        Pace.of(ledger(parts, Bill({Use.USEFUL: 60.0}))) for parts in ([PART] * 6, [PART, slow] * 3)
+    )
+    assert even.spread < uneven.spread < 0.6
+    assert Pace.of(ledger([PART], Bill())).spread == 1.0
+
+
+def test_what_tells_no_pace_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing was answered"):
+        Pace.of(ledger([RunStats(rows=3, by_status={"failed": 3})], Bill()))
+    with pytest.raises(ConfigError, match=r"ran on A, B; a pace is that of one kind"):
+        Pace.of(ledger([PART], Bill(), devices=("B", "A")))
+    alone = Pace.of(ledger([PART], Bill()))
+    assert (alone.worker_seconds, alone.start_seconds) == (None, None)

@@ -1,0 +1,153 @@
+"""A forecast holds what an engine then finds: exactly where nothing is compressed, else within."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.policy import Way
+from gc2ray.compression.registry import COMPRESSORS
+from gc2ray.core.config.job import CompressionConfig
+from gc2ray.core.records import stats_of
+from gc2ray.core.stats import RunStats
+from gc2ray.estimate.input_profile import survey
+from gc2ray.estimate.workload import Forecast, Kept, forecast
+from gc2ray.models.base import Loaded
+from gc2ray.models.registry import outline
+from gc2ray.report.format import Range
+from tests.estimate.test_input_profile import answers, mixed
+from tests.support.rows import SIZES, make_job
+from tests.support.views import random_views
+
+STAGES = ("encode", "compress", "prefill")
+
+
+def both(tmp_path: Path, model: Path, loaded: Loaded, **changes: Any) -> tuple[Forecast, RunStats]:
+    """The forecast of some rows, and what an engine made of them, in answers of 5 tokens each."""
+    settings = {"input__prompt": {"column": "prompt"}, "generation__max_new_tokens": 5, **changes}
+    job = make_job(model, mixed(tmp_path / "in"), **settings)
+    generation = loaded.model.generation_config
+    before, generation.eos_token_id = generation.eos_token_id, None
+    try:
+        stats = stats_of(answers(job, loaded))
+    finally:
+        generation.eos_token_id = before
+    outlined = outline(str(model), dtype="float32")
+    found = survey(job.recipe, outlined)
+    return forecast(found, outlined, job.recipe, Range.exactly(5)), stats
+
+
+def test_uncompressed_it_is_exact(
+    tmp_path: Path, tiny_paths: dict[str, Path], loaded_models: dict[str, Loaded]
+) -> None:
+    found, stats = both(
+        tmp_path, tiny_paths["vicuna"], loaded_models["vicuna"], compression__retention=1.0
+    )
+    assert found.visual_tokens == Range.exactly(stats.visual_tokens_kept)
+    assert found.newline_tokens == Range.exactly(stats.newline_tokens)
+    assert found.prompt_tokens.scaled(stats.by_status["ok"]).mid == pytest.approx(
+        stats.prompt_tokens
+    )
+    for stage in ("encode", "compress"):
+        assert found.flops[stage] == Range.exactly(stats.flops[stage])
+    # An engine may compute the beginning of prompts about one image once, or again.
+    assert found.flops["prefill"].low <= stats.flops["prefill"] <= found.flops["prefill"].high
+    assert found.ends[1].output_tokens == stats.output_tokens == 40
+
+
+@pytest.mark.parametrize("newlines", ["kept_rows", "all", "none"])
+@pytest.mark.parametrize("method", ["globalcom2", "uniform", "pool", "thumbnail"])
+def test_compressed_it_lies_within(
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    loaded_models: dict[str, Loaded],
+    method: str,
+    newlines: str,
+) -> None:
+    compression = {"method": method, "retention": 0.25, "newlines": newlines}
+    found, stats = both(
+        tmp_path,
+        tiny_paths["vicuna"],
+        loaded_models["vicuna"],
+        **{f"compression__{name}": value for name, value in compression.items()},
+    )
+    for value, range_ in (
+        (stats.visual_tokens_kept, found.visual_tokens),
+        (stats.newline_tokens, found.newline_tokens),
+        (stats.prompt_tokens / stats.by_status["ok"], found.prompt_tokens),
+    ):
+        assert range_.low <= value <= range_.high
+        assert range_.low <= range_.mid <= range_.high
+    for stage in STAGES:
+        assert found.flops[stage].low <= stats.flops[stage] <= found.flops[stage].high
+
+
+@pytest.mark.parametrize("newlines", ["kept_rows", "all", "none"])
+@pytest.mark.parametrize("method", COMPRESSORS)
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.sampled_from([*SIZES, (90, 900), (900, 90)]),
+    retention=st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_what_is_left_of_an_image_is_within_its_bounds(
+    method: str, newlines: Any, size: tuple[int, int], retention: float, seed: int
+) -> None:
+    views = random_views(size, (2, 2), 6, seed)
+    config = CompressionConfig(method=method, retention=retention, newlines=newlines)
+    way = Way.of(config)
+    (selection,) = way.packing.apply([views], way.compressor.many([views]))
+    tokens = sum(selection.kept_per_view(5, 36))
+    kept = Kept.of(views.canvas, config)
+    assert kept.visual.low <= tokens <= kept.visual.high
+    assert kept.newlines.low <= len(selection.source) - tokens <= kept.newlines.high
+
+
+def test_the_guess_of_newlines_is_near() -> None:
+    """Kept tokens fall on most rows of a canvas, and not on all."""
+    config = CompressionConfig(retention=0.1)
+    counts = []
+    for seed in range(40):
+        views = random_views((672, 672), (2, 2), 24, seed)
+        counts.append(int((Way.of(config).compressor.many([views])[0].source < 0).sum()))
+    guess = Kept.of(Canvas.of((672, 672), (2, 2), (24, 24)), config).newlines.mid
+    assert guess == pytest.approx(np.mean(counts), rel=0.05)
+
+
+@pytest.mark.parametrize(("positions", "longer"), [("compact", False), ("original", True)])
+def test_prompts_that_are_too_long_are_told(
+    tmp_path: Path, tiny_paths: dict[str, Path], positions: str, *, longer: bool
+) -> None:
+    """Tokens that stand where they would uncompressed need as many positions."""
+    model = tiny_paths["vicuna"]
+    outlined = outline(str(model), dtype="float32")
+    source = mixed(tmp_path / "in")
+    recipe = make_job(
+        model,
+        source,
+        input__prompt={"column": "prompt"},
+        compression__positions=positions,
+        compression__retention=0.1,
+        generation__max_new_tokens=outlined.shape.text.max_positions - 100,
+    ).recipe
+    found = forecast(survey(recipe, outlined), outlined, recipe, Range.exactly(5))
+    assert (found.too_long.mid > 0) == longer
+    assert found.too_long.mid <= found.too_long.high <= 8
+
+
+def test_an_uncertain_answer_makes_an_uncertain_forecast(
+    tmp_path: Path, tiny_paths: dict[str, Path]
+) -> None:
+    model = tiny_paths["vicuna"]
+    recipe = make_job(model, mixed(tmp_path / "in"), input__prompt={"column": "prompt"}).recipe
+    outlined = outline(str(model), dtype="float32")
+    found = forecast(survey(recipe, outlined), outlined, recipe, Range(1, 4, 8))
+    assert [end.output_tokens for end in found.ends] == [8, 32, 64]
+    assert found.flops["generate"].low == 0 < found.flops["generate"].mid
+    assert found.ends[0].cache_read_bytes == 0 < found.ends[2].cache_read_bytes

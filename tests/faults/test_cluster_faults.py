@@ -1,0 +1,227 @@
+"""What befalls whole jobs on a cluster: stopped, doubled, out of memory, beheaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from gc2ray.data.store import Store
+from gc2ray.output.verify import verify
+from tests.support.fault_proxy import EVERYTHING, FaultProxy, Faults
+from tests.support.object_servers import SECRET as STORE_SECRET
+from tests.support.object_servers import a_bucket
+from tests.support.ray_head import (
+    ROOT,
+    RayHead,
+    gc2ray,
+    output_of,
+    ray_head,
+    start,
+    until,
+    write_job,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head() as head:
+        yield head
+
+
+@pytest.fixture
+def client(head: RayHead) -> JobSubmissionClient:
+    return head.client()
+
+
+def assert_whole(output: str) -> None:
+    verdict = verify(output, deep=True)
+    assert (verdict.problems, verdict.exit_code) == ((), 0)
+
+
+# --- stopped ------------------------------------------------------------------------------------
+
+
+def test_a_stopped_job_goes_on_where_it_was(
+    head: RayHead, tmp_path: Path, tiny_paths: dict[str, Path], client: JobSubmissionClient
+) -> None:
+    """`ray job stop` leaves three seconds: what ends in time is committed, nothing is torn."""
+    job_file = write_job(tmp_path, tiny_paths["vicuna"], 600)
+    store, words = Store(output_of(job_file)), ["submit", job_file, "--address", head.address]
+    following = start(head, *words, "--follow", "--id", "stopped")
+    until(lambda: len(store.committed()) >= 3)
+    assert client.stop_job("stopped")
+    stdout, stderr = following.communicate(timeout=60)
+    assert following.returncode == 1, stdout
+    assert "stopped was stopped; submit it again to go on" in stderr
+    assert client.get_job_status("stopped") is JobStatus.STOPPED
+    logs = client.get_job_logs("stopped")
+    assert "interrupted: " in logs, logs
+    assert len(store.committed()) < 100
+    assert gc2ray(head, *words, "--follow").returncode == 0
+    assert_whole(output_of(job_file))
+
+
+def test_a_job_that_does_not_stop_in_time_is_ended_and_loses_what_was_in_flight(
+    head: RayHead, tmp_path: Path, tiny_paths: dict[str, Path], client: JobSubmissionClient
+) -> None:
+    """It would drain for longer than Ray leaves it."""
+    job_file = write_job(tmp_path, tiny_paths["vicuna"], 600, shard_rows=600, drain_seconds=60.0)
+    longer = "recipe.generation.max_new_tokens=100"
+    words = ["submit", job_file, longer, "--address", head.address]
+    store = Store(output_of(job_file))
+    following = start(head, *words, "--follow", "--id", "slow")
+    until(lambda: store.names("workers"))
+    assert client.stop_job("slow")
+    following.communicate(timeout=60)
+    assert client.get_job_status("slow") is JobStatus.STOPPED
+    assert "interrupted" not in client.get_job_logs("slow")
+    assert store.committed() == {}
+    assert gc2ray(head, *words, "--follow").returncode == 0
+    assert_whole(output_of(job_file))
+
+
+# --- doubled ------------------------------------------------------------------------------------
+
+
+def test_two_drivers_on_one_output_on_s3(
+    tmp_path: Path, tiny_paths: dict[str, Path], moto: tuple[str, int]
+) -> None:
+    """Both end well, every row is there once, and the second one says that there is a first."""
+    with a_bucket(*moto) as bucket, ray_head() as head:
+        job_file = write_job(tmp_path, tiny_paths["vicuna"], 900, f"{bucket}/run")
+        longer = "recipe.generation.max_new_tokens=40"  # so that both are at work at a time
+        words = ["submit", job_file, longer, "--address", head.address, "--follow"]
+        store = Store(output_of(job_file))
+        first = start(head, *words)
+        until(lambda: len(store.committed()) >= 3)
+        second = start(head, *words)
+        told = [driver.communicate(timeout=200)[0] for driver in (first, second)]
+        assert [first.returncode, second.returncode] == [0, 0], told
+        assert "another driver" in told[1]
+        assert_whole(output_of(job_file))
+        assert len(store.names("data")) == 150
+        logs = [path for path in head.folder.rglob("*") if path.is_file()]
+        leaking = [path for path in logs if STORE_SECRET.encode() in path.read_bytes()]
+        assert leaking == []
+
+
+# --- locked out ---------------------------------------------------------------------------------
+
+
+def test_credentials_that_expire(
+    tmp_path: Path, tiny_paths: dict[str, Path], moto: tuple[str, int]
+) -> None:
+    """The run ends and says why; with new ones the same command goes on."""
+    proxy = FaultProxy(*moto)
+    with proxy.running(), a_bucket(proxy.host, proxy.port) as bucket:
+        job_file = write_job(tmp_path, tiny_paths["vicuna"], 600, f"{bucket}/run")
+        store = Store(output_of(job_file))
+        running = start(None, "run", job_file)
+        until(lambda: len(store.committed()) >= 3)
+        proxy.faults = Faults(status=400, refused=EVERYTHING)
+        stdout, stderr = running.communicate(timeout=100)
+        assert proxy.met["status"] > 0
+        proxy.faults = Faults()
+        assert running.returncode == 1, stdout
+        by_worker = r"^given up: s3://\S+ refused data/part-.*see to the storage .*credentials"
+        by_driver = r"^storage: \w+ing .*: OSError: .*are the credentials"
+        assert re.search(f"{by_worker}|{by_driver}", stderr, re.M), "whoever is refused first"
+        assert 3 <= len(store.committed()) < 100
+        again = gc2ray(None, "run", job_file)
+        assert again.returncode == 0, again.stderr
+        assert_whole(output_of(job_file))
+
+
+# --- out of the host's memory -------------------------------------------------------------------
+
+DRIVER = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from gc2ray.core.config.job import load_job
+from gc2ray.runner.run import run_job
+from gc2ray.runner.worker import Worker
+from tests.support.fakes import EchoEngine
+
+def greedy(request):
+    if request.row == 7:
+        taken = b"x" * BYTES
+        time.sleep(60)
+
+def load(job):
+    return EchoEngine(0.002, greedy)
+
+def worker(job, carried):
+    return Worker(job, carried, load=load)
+
+run_job(load_job(Path(sys.argv[1])), address=sys.argv[2], make_worker=worker)
+"""
+
+
+@pytest.mark.alone
+def test_a_row_that_takes_all_of_the_hosts_memory_costs_only_itself(tmp_path: Path) -> None:
+    """Ray ends the worker that takes most; the row that does so twice is named."""
+    total = get_system_memory()
+    threshold = (get_used_memory() + 4 * GIB) / total
+    job_file = write_job(tmp_path, "unused-hub-id", 24)
+    script = DRIVER.replace("BYTES", str(6 * GIB))
+    with ray_head(
+        RAY_memory_usage_threshold=f"{threshold:.4f}", RAY_memory_monitor_refresh_ms="100"
+    ) as head:
+        driver = subprocess.run(
+            [sys.executable, "-c", script, str(job_file), head.gcs_address],
+            env={**os.environ, **head.credentials(), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    assert driver.returncode == 0, driver.stderr[-2000:]
+    assert_whole(output_of(job_file))
+    store = Store(output_of(job_file))
+    rows = [row for part in store.names("data") for row in store.table(part).to_pylist()]
+    assert {row["row"] for row in rows if row["status"] != "ok"} == {7}
+    (killed,) = [row for row in rows if row["status"] != "ok"]
+    assert killed["status"] == "killed_worker"
+    assert "memory" in killed["error"].lower(), killed["error"]
+
+
+# --- beheaded -----------------------------------------------------------------------------------
+
+
+HASTY = """
+from gc2ray import cli
+from gc2ray.runner import submit as submission
+submission.LOST_SECONDS = 5.0
+cli.main()
+"""
+
+
+def test_a_head_that_is_killed(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
+    """Whoever follows is told; the output says how far it is, and another cluster goes on."""
+    job_file = write_job(tmp_path, tiny_paths["vicuna"], 1200)
+    store = Store(output_of(job_file))
+    with ray_head() as head:
+        words = ["submit", job_file, "--address", head.address, "--follow"]
+        following = start(head, *words, program=("-c", HASTY))
+        until(lambda: len(store.committed()) >= 3)
+        head.kill()
+        stdout, stderr = following.communicate(timeout=120)
+    assert following.returncode == 1, stdout
+    assert "does not answer any more; `gc2ray status` tells" in stderr
+    assert gc2ray(None, "status", output_of(job_file)).returncode == 1
+    assert gc2ray(None, "run", job_file).returncode == 0
+    assert_whole(output_of(job_file))

@@ -1,0 +1,208 @@
+"""`make quality`: the rule for the temperature, the controls, and what the README is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.methods.globalcom2 import GlobalCom2
+from gc2ray.compression.packing import Packing
+from gc2ray.compression.policy import Way
+from gc2ray.compression.views import Views
+from gc2ray.core.config.job import Recipe
+from gc2ray.demo.rows import Split
+from jobs import quality
+from jobs.quality_curve import page, points
+from jobs.quality_curve.controls import Blind, ForeignScores
+from jobs.quality_curve.points import Data, Measured, Point
+
+ROOT = Path(__file__).parents[2]
+DATA = Data("model", Split.VALIDATION, 70)
+
+
+def image(seed: int) -> Views:
+    draw = torch.Generator().manual_seed(seed)
+    canvas = Canvas.of((60, 120), (1, 2), (8, 8))
+    scores = torch.randn(3, 64, generator=draw)
+    return Views(torch.randn(3, 64, 4, generator=draw), scores, canvas, (60, 120))
+
+
+def test_the_blind_see_nothing() -> None:
+    assert [len(chosen.source) for chosen in Blind().many([image(0), image(1)])] == [0, 0]
+
+
+def test_foreign_scores_are_those_of_the_image_before() -> None:
+    from dataclasses import replace
+
+    first, second = image(0), image(1)
+    compressor = ForeignScores(0.25)
+    _, chosen = compressor.many([first, second])
+    swapped = GlobalCom2(0.25)(replace(second, scores=first.scores))
+    assert chosen.source.tolist() == swapped.source.tolist()
+    assert chosen.source.tolist() != GlobalCom2(0.25)(second).source.tolist()
+    (third,) = compressor.many([first])
+    swapped = GlobalCom2(0.25)(replace(first, scores=second.scores))
+    assert third.source.tolist() == swapped.source.tolist(), "across batches too"
+
+
+@pytest.mark.parametrize(
+    ("right_rows", "chosen"),
+    [
+        ({10.0: 40, 1.0: 60, 3.0: 65, 30.0: 20, 100.0: 40}, 3.0),  # the best of those beyond doubt
+        ({10.0: 40, 1.0: 41, 3.0: 41, 30.0: 39, 100.0: 40}, 10.0),  # better, not beyond doubt
+        ({10.0: 40, 1.0: 0, 3.0: 0, 30.0: 0, 100.0: 0}, 10.0),
+    ],
+)
+def test_the_temperature_stays_unless_another_is_better_beyond_doubt(
+    right_rows: dict[float, int], chosen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
+        rows = quality._rows(data)
+        for point in points:
+            right = right_rows[point.temperature]
+            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
+            yield Measured(point, tuple(answers), 30.0)
+
+    monkeypatch.setattr(quality, "measure_all", measured)
+    temperature, tried = quality.choose_temperature(DATA, 1)
+    assert temperature == chosen
+    assert len(tried) == 4
+
+
+def fake_measure(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """Measuring in no time; the more is other than the paper's way, the fewer rows are right."""
+    asked: list[Point] = []
+
+    def measured(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
+        asked.extend(points)
+        rows = quality._rows(data)
+        for point in points:
+            right = 60 - 5 * (point.newlines == "none") - 10 * (point.positions == "original")
+            right -= 20 * (point.retention < 0.1)
+            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
+            yield Measured(point, tuple(answers), 30.0 - (point.newlines == "none"))
+
+    monkeypatch.setattr(quality, "measure_all", measured)
+    monkeypatch.setattr(quality, "load", lambda model: None)
+    monkeypatch.setattr(quality, "shares_far_from_uniform", lambda *given: {10.0: 0.5})
+    return asked
+
+
+def test_packings_are_compared_with_the_papers_way_at_their_retention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = fake_measure(monkeypatch)
+    document = quality.measure(DATA, 3.0, 1)
+    assert len(set(asked)) == len(asked), "measured twice"
+    lines = {(p["retention"], p["positions"], p["newlines"]): p for p in document["packings"]}
+    ways = [(p, n) for p in ("compact", "original") for n in ("kept_rows", "none")]
+    assert list(lines) == [(r, *way) for r in (0.25, 0.1, 0.05) for way in ways]
+    for (retention, positions, newlines), line in lines.items():
+        assert Point("globalcom2", retention, 3.0, positions, newlines) in asked
+        lost = 5 * (newlines == "none") + 10 * (positions == "original")
+        base = 60 if retention >= 0.1 else 40
+        assert line["mean"] == pytest.approx((base - lost) / 70)
+        assert line["tokens"] == 30.0 - (newlines == "none")
+        if lost:
+            assert line["difference"]["mean"] == pytest.approx(-lost / 70)
+        else:
+            assert "difference" not in line
+            assert "where_difference" not in line
+    topics = [row.question.topic for row in quality._rows(DATA)]
+    places = [i for i, topic in enumerate(topics) if topic == "where"]
+    line = lines[0.25, "original", "none"]
+    assert line["where"] == pytest.approx(sum(i < 45 for i in places) / len(places))
+    lost = sum(45 <= i < 60 for i in places)
+    assert lost, "nothing to see"
+    assert line["where_difference"]["mean"] == pytest.approx(-lost / len(places))
+
+
+def test_packings_alone_are_printed_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = fake_measure(monkeypatch)
+    assert quality.main(["--packings", "--rows", "70", "--into", str(tmp_path)]) == 0
+    assert {point.method for point in asked} == {"globalcom2"}
+    assert len(asked) == len(set(asked)) == 12
+    printed = capsys.readouterr().out
+    assert "| at 0.1 | original | none | 0.643" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packings_stay_out_of_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_measure(monkeypatch)
+    curve = quality.measure(DATA, 10.0, 1)["points"]
+    keys = [(point["method"], point["retention"]) for point in curve]
+    assert len(set(keys)) == len(keys)
+    (at,) = (p for p in curve if (p["method"], p["retention"]) == ("globalcom2", 0.25))
+    assert at["mean"] == pytest.approx(60 / 70)
+
+
+def test_a_point_is_answered_with_its_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes: list[Recipe] = []
+
+    def engine(loaded: object, recipe: Recipe, *rest: object) -> None:
+        recipes.append(recipe)
+
+    monkeypatch.setattr(points, "Engine", engine)
+    monkeypatch.setattr(points, "answers_in_order", lambda *given: [])
+    for point in (Point("globalcom2"), Point("globalcom2", 0.1, 10.0, "original", "none")):
+        points.answer(SimpleNamespace(), "model", [], point)
+    assert [Way.of(recipe.compression).packing for recipe in recipes] == [
+        Packing(), Packing("original", "none")
+    ]  # fmt: skip
+
+
+def test_the_table_of_packings_is_there_once_it_was_measured() -> None:
+    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    document.pop("packings", None)
+    without = page.render(document)
+    assert "| positions |" not in without
+    mean = {"mean": 0.8, "low": 0.75, "high": 0.85}
+    papers = {"positions": "compact", "newlines": "kept_rows", "retention": 0.1, "tokens": 26.6}
+    other = {**papers, **mean, "positions": "original", "where": 0.7}
+    other["difference"] = {"mean": -0.1, "low": -0.2, "high": -0.05}
+    other["where_difference"] = {"mean": 0.01, "low": -0.2, "high": 0.22}
+    document["packings"] = [{**papers, **mean, "where": 0.75}, other]
+    lines = page.render(document).splitlines()
+    assert [line for line in lines if line not in without.splitlines()] == [
+        "| `globalcom2` | positions | newlines | exact match | tokens | difference | `where` "
+        "| difference |",
+        "|---|---|---|---|---|---|---|---|",
+        "| at 0.1 | compact | kept_rows | 0.800 [0.750, 0.850] | 27 |  | 0.750 |  |",
+        "| at 0.1 | original | kept_rows | 0.800 [0.750, 0.850] | 27 "
+        "| **-10.0 [-20.0, -5.0]** | 0.700 | +1.0 [-20.0, +22.0] |",
+    ]
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert page.inserted(readme, document) == readme, "run `make quality`"
+    assert (ROOT / "docs" / "quality.svg").exists()
+
+
+def test_a_difference_beyond_doubt_is_bold() -> None:
+    assert page._points({"mean": 0.1, "low": 0.05, "high": 0.2}) == "**+10.0 [+5.0, +20.0]**"
+    assert page._points({"mean": 0.1, "low": -0.05, "high": 0.2}) == "+10.0 [-5.0, +20.0]"
+
+
+def test_a_readme_without_marks_is_left_alone() -> None:
+    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    with pytest.raises(ValueError, match="lacks the lines"):
+        page.inserted("# nothing here\n", document)
+
+
+def test_the_plot_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
+    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    for name in ("a.svg", "b.svg"):
+        page.plot(document, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    for method in page.COLOURS:
+        assert f"<!-- {method} -->" in (tmp_path / "a.svg").read_text()

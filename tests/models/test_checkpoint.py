@@ -1,0 +1,497 @@
+"""What a checkpoint's files say: held against each other before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import GenerationConfig
+
+from gc2ray.core.config.generation_rules import NOTHING, OTHER_SETTINGS, RULES, TakenOver
+from gc2ray.core.errors import ConfigError
+from gc2ray.models import registry as families
+from gc2ray.models.checkpoint.consistency import DONE_STEPS, MODEL_TYPES, check_directory
+
+CONFIG, GENERATION, TOKENIZER, PROCESSOR = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+)
+Change = Callable[[Path], object]
+
+
+@pytest.fixture
+def model(tiny_paths: dict[str, Path], tmp_path: Path) -> Path:
+    """A whole one, to be broken."""
+    return Path(shutil.copytree(tiny_paths["vicuna"], tmp_path / "model"))
+
+
+def edited(file: str, *keys: str, **changes: object) -> Change:
+    """Values of a file, or of what `keys` lead to in it, to be changed; None leaves one out."""
+
+    def change(model: Path) -> None:
+        data = json.loads((model / file).read_text()) if (model / file).is_file() else {}
+        part = data
+        for key in keys:
+            part = part.setdefault(key, {})
+        part.update(changes)
+        for name, value in changes.items():
+            if value is None:
+                del part[name]
+        (model / file).write_text(json.dumps(data))
+
+    return change
+
+
+def without(*files: str) -> Change:
+    return lambda model: [(model / file).unlink() for file in files]
+
+
+def holding(file: str, data: bytes) -> Change:
+    return lambda model: (model / file).write_bytes(data)
+
+
+def replaced(file: str, old: str, new: str) -> Change:
+    def change(model: Path) -> None:
+        text = (model / file).read_text()
+        assert old in text
+        (model / file).write_text(text.replace(old, new))
+
+    return change
+
+
+def all_of(*changes: Change) -> Change:
+    return lambda model: [change(model) for change in changes]
+
+
+def tokens(change: Callable[[dict[str, Any]], object]) -> Change:
+    """A change to the added tokens of `tokenizer.json`."""
+
+    def apply(model: Path) -> None:
+        data = json.loads((model / "tokenizer.json").read_text())
+        for token in data["added_tokens"]:
+            change(token)
+        (model / "tokenizer.json").write_text(json.dumps(data))
+
+    return apply
+
+
+def moved(token: dict[str, Any]) -> None:
+    token["id"] = 9 if token["content"] == "<image>" else token["id"]
+
+
+def tensors(change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Change:
+    def apply(model: Path) -> None:
+        file = model / "model.safetensors"
+        save_file(dict(change(load_file(file))), file, {"format": "pt"})
+
+    return apply
+
+
+def renamed_file(name: str) -> Change:
+    return lambda model: (model / "model.safetensors").rename(model / name)
+
+
+def indexed(*files: str) -> Change:
+    weights = {"weight_map": {str(number): file for number, file in enumerate(files)}}
+    return holding("model.safetensors.index.json", json.dumps(weights).encode())
+
+
+def shortened(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+IMAGES = (PROCESSOR, "image_processor")
+TEXT, VISION = (CONFIG, "text_config"), (CONFIG, "vision_config")
+LARGE = 10**6
+NO_END = all_of(
+    edited(GENERATION, eos_token_id=None),
+    edited(*TEXT, eos_token_id=None),
+    edited(TOKENIZER, eos_token=None),
+)
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    # Not what can be loaded.
+    "no config": (without(CONFIG), r"there is no model in .*model \(no config\.json\)"),
+    "config null": (holding(CONFIG, b"null"), r"config\.json should hold an object.* holds null"),
+    "config empty": (holding(CONFIG, b""), r"config\.json cannot be read: Expecting value"),
+    "not text": (holding(GENERATION, b"\xff\xfe{}"), r"generation_config\.json cannot be read"),
+    "nested": (holding(GENERATION, b"[" * 10**5), r"generation_config\.json cannot be read"),
+    "tokenizer": (holding("tokenizer.json", b'{"added_tokens": [}'), "tokenizer.json cannot be"),
+    "no type": (edited(CONFIG, model_type=None), "is a None model; supported: llava_next"),
+    "list of types": (edited(CONFIG, model_type=["a"]), r"is a \['a'\] model; supported"),
+    "other type": (edited(CONFIG, model_type="llava"), "is a llava model; supported: llava_next"),
+    "authors' class": (
+        edited(CONFIG, model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"]),
+        r"layout of LLaVA's authors \(model_type \"llava_llama\"\).*llava-hf",
+    ),
+    "authors' keys": (edited(CONFIG, mm_vision_tower="clip"), "layout of LLaVA's authors"),
+    "adapter": (edited("adapter_config.json", r=8), r"has an adapter .* merge it into the weights"),
+    "quantised": (
+        edited(CONFIG, quantization_config={"quant_method": "awq"}),
+        r"quantization_config \(awq\); quantised checkpoints are not supported",
+    ),
+    "quantised text": (
+        edited(*TEXT, quantization_config={"quant_method": "gptq"}),
+        r"text_config\.quantization_config \(gptq\)",
+    ),
+    "quantised tower": (
+        edited(*VISION, quantization_config={"bits": 4}),
+        r"vision_config\.quantization_config \(of no named method\)",
+    ),
+    "compressed": (
+        edited(CONFIG, compression_config={"quant_method": "compressed-tensors"}),
+        r"compression_config \(compressed-tensors\)",
+    ),
+    "tower": (edited(*VISION, model_type="siglip_vision_model"), "siglip_vision_model, which has"),
+    "strategy": (edited(CONFIG, vision_feature_select_strategy="full"), "strategy is 'full'"),
+    "layer": (edited(CONFIG, vision_feature_layer=-5), r"from layer -5 .* tower has 3 "),
+    "layers": (edited(CONFIG, vision_feature_layer=[-1, 4]), r"from layer 4 .* tower has 3 "),
+    "no template": (without("chat_template.jinja"), "no chat template.*add it there, and name"),
+    # Said twice, and not the same.
+    "placeholder": (edited(CONFIG, image_token_index=7), r"is 7 in config\.json .*, and 3 in the"),
+    "placeholder's new name": (
+        edited(CONFIG, image_token_index=None, image_token_id=7),
+        r"is 7 in config\.json \(image_token_id\), and 3 in the tokenizer \(<image>\)",
+    ),
+    "two placeholders": (
+        edited(CONFIG, image_token_id=7),
+        r"two image tokens: .*\"image_token_index\": 3, \"image_token_id\": 7",
+    ),
+    "placeholder in tokenizer.json": (
+        all_of(tokens(moved), edited(TOKENIZER, added_tokens_decoder=0)),
+        r"is 3 in config\.json .*, and 9 in the tokenizer",
+    ),
+    "placeholder of another name": (
+        edited(TOKENIZER, image_token={"content": "<pad>"}),
+        r"is 3 in config\.json .*, and 2 in the tokenizer \(<pad>\)",
+    ),
+    "placeholder of an extra token": (
+        edited(TOKENIZER, image_token=None, extra_special_tokens={"image_token": "<pad>"}),
+        r"is 3 in config\.json .*, and 2 in the tokenizer \(<pad>\)",
+    ),
+    "placeholder behind the table": (
+        edited(*TEXT, vocab_size=3),
+        r"image token \(<image>\) is token 3, and the text table has 3 rows",
+    ),
+    "end behind the table": (
+        edited(GENERATION, eos_token_id=[1, LARGE]),
+        rf"end of an answer \(eos_token_id\) is token {LARGE}, and the text table has \d+ rows",
+    ),
+    "end before the table": (edited(GENERATION, eos_token_id=-1), "is token -1, and the text"),
+    "end of no kind": (edited(GENERATION, eos_token_id="</s>"), 'eos_token_id is "</s>", and'),
+    "table": (edited(*TEXT, vocab_size=LARGE), rf"has \d+ rows in the weights, and {LARGE} in"),
+    "size": (edited(*IMAGES, size={"shortest_edge": 90}), r"views of 90 pixels \(size\).*takes 84"),
+    "plain size": (edited(*IMAGES, size=90), r"views of 90 pixels \(size\).*takes 84"),
+    "width": (edited(*IMAGES, size={"height": 84, "width": 90}), r"of 90 pixels \(size\)"),
+    "crop size": (edited(*IMAGES, crop_size={"height": 90, "width": 84}), r"90 pixels \(crop_size"),
+    "tower's size": (edited(*VISION, image_size=90), r"of 84 pixels \(size\).*takes 90"),
+    "patch size": (edited(PROCESSOR, patch_size=7), "patch_size is 7 in the processor, and 14 in"),
+    "patch of nothing": (edited(*VISION, patch_size=0), r"vision_config\.patch_size .* is 0, and"),
+    "size in words": (edited(*VISION, image_size="84"), r"image_size in config\.json is \"84\""),
+    "pinpoints": (
+        edited(CONFIG, image_grid_pinpoints=[[84, 168]]),
+        r"are \[\[84, 168\]\] in config\.json, and \[\[84, 168\], \[84, 252\], .* in the image",
+    ),
+    "no pinpoints": (edited(CONFIG, image_grid_pinpoints=[]), r"of config\.json is \[\], and"),
+    "odd pinpoints": (edited(*IMAGES, image_grid_pinpoints="x"), 'of the image processor is "x"'),
+    "flat pinpoints": (edited(*IMAGES, image_grid_pinpoints=[[0, 84]]), r"is \[\[0, 84\]\], and"),
+    # What would not be done.
+    **{name: (edited(*IMAGES, **{name: False}), f"{name} false") for name in sorted(DONE_STEPS)},
+    "unknown step": (edited(*IMAGES, do_flip=True), "do_flip true, which is not done here"),
+    "no text layers": (
+        edited(CONFIG, "text_config", num_hidden_layers=0),
+        r"text_config\.num_hidden_layers in config\.json is 0, and should be above 0",
+    ),
+    "half a tower": (
+        edited(CONFIG, "vision_config", num_attention_heads=-1),
+        r"vision_config\.num_attention_heads .* is -1",
+    ),
+    "another's images": (
+        edited(*IMAGES, image_processor_type="LlavaOnevisionImageProcessor"),
+        r"the image processor is .LlavaOnevisionImageProcessor. .*as LlavaNextImageProcessor does",
+    ),
+    "no mean": (edited(*IMAGES, image_mean=[]), r"image_mean .* is \[\], and should be 3 numbers"),
+    "no deviation": (edited(*IMAGES, image_std=[1, 0, 1]), r"image_std .* is \[1, 0, 1\]"),
+    "odd deviation": (edited(*IMAGES, image_std=[1, float("nan"), 1]), "image_std .*NaN"),
+    "no end": (NO_END, r"no token is named that ends .*recipe\.generation\.stop_token_ids"),
+    "a rule": (
+        edited(GENERATION, repetition_penalty=1.3),
+        r"repetition_penalty 1\.3; set recipe\.generation\.repetition_penalty .* or name it in "
+        r"recipe\.generation\.ignore_model_rules",
+    ),
+    "rules": (
+        edited(GENERATION, no_repeat_ngram_size=2, suppress_tokens=[5]),
+        r"no_repeat_ngram_size 2, suppress_tokens \[5\]; name them in recipe",
+    ),
+    "a rule of old": (
+        all_of(without(GENERATION), edited(*TEXT, min_length=9)),
+        "would not follow: min_length 9; name it",
+    ),
+    # Weights that are not there, not whole, or not what they seem.
+    "no weights": (without("model.safetensors"), "has no weights: no model.safetensors and no"),
+    "pickles": (renamed_file("pytorch_model.bin"), "pickles only, .* never loaded; .* convert"),
+    "no index": (renamed_file("model-00001-of-00001.safetensors"), "but neither model.safetens"),
+    "shard gone": (
+        all_of(renamed_file("a.safetensors"), indexed("a.safetensors", "b.safetensors")),
+        r"has no b\.safetensors, which is one of the 2 files that .*index\.json names",
+    ),
+    "odd index": (
+        all_of(renamed_file("a"), holding("model.safetensors.index.json", b"[]")),
+        "is no index of weights",
+    ),
+    "no bytes": (holding("model.safetensors", b""), "not a safetensors file, or damaged"),
+    "long header": (holding("model.safetensors", b"\xff" * 99), "not a safetensors file, or"),
+    "cut short": (shortened, r"is damaged: \d+ bytes, and its header describes \d+; copy"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_contradicts_itself_or_cannot_be_followed_is_refused(model: Path, case: str) -> None:
+    change, message = REFUSED[case]
+    change(model)
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_directory(model)
+    assert str(caught.value).startswith("recipe.model.path: ")
+    assert str(model) in str(caught.value) or case == "end of no kind"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["placeholder", "no end", "quantised", "pinpoints", "a rule"])
+def test_so_is_it_where_a_model_is_loaded_or_outlined(model: Path, case: str) -> None:
+    change, message = REFUSED[case]
+    change(model)
+    with pytest.raises(ConfigError, match=message):
+        families.outline(str(model), dtype="float32")
+    with pytest.raises(ConfigError, match=message):
+        families.load(str(model), revision=None, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edited(GENERATION, do_sample=True, temperature=0.7, top_k=20, max_length=4096),
+        edited(GENERATION, **{name: idle for name, idle in RULES.items() if idle is not None}),
+        edited(GENERATION, forced_eos_token_id=0, num_beams=1),
+        edited(GENERATION, eos_token_id=[1, 2]),
+        edited(*IMAGES, do_center_crop=False, size={"height": 84, "width": 84}, crop_size=84),
+        edited(*IMAGES, image_mean=None, do_pad=None, do_flip=False),
+        holding("preprocessor_config.json", b'{"do_normalize": false}'),  # the newer file counts
+        replaced(PROCESSOR, '"do_normalize": true', '"do_normalize": null'),  # the default
+        edited(
+            CONFIG, image_grid_pinpoints=[[84, 252], [168, 84], [84, 168], [252, 84], [168] * 2]
+        ),
+        edited(CONFIG, image_grid_pinpoints=None),  # the default is transformers' to say
+        edited(CONFIG, image_token_index=None, quantization_config={}),
+        edited(*TEXT, vocab_size=None, bos_token_id=None),
+        edited(TOKENIZER, added_tokens_decoder={"2": {"content": "<image>"}}),  # or 3, says another
+        edited(PROCESSOR, patch_size=None, num_additional_image_tokens=None),
+        all_of(holding("training_args.bin", b"?"), holding("trainer_state.json", b"")),
+        all_of(
+            without("chat_template.jinja"),
+            edited("chat_template.json", chat_template="{{ messages }}"),
+        ),
+    ],
+)
+def test_what_is_whole_is_not_refused(model: Path, change: Change) -> None:
+    """Nor what a file leaves out, as long as the model's libraries have not filled it in."""
+    change(model)
+    ignored = TakenOver(rules=frozenset({"forced_eos_token_id"}))
+    check_directory(model, ignored)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edited(CONFIG, image_token_index=None), r"is 32000 in config\.json .*, and 3 in the"),
+        (edited(CONFIG, image_grid_pinpoints=None), r"are \[\[336, 672\], .* in config\.json, and"),
+        (edited(*VISION, image_size=None), r"views of 84 pixels \(size\).* takes 224"),
+        (edited(*VISION, patch_size=None), "patch_size is 14 in the processor, and 32 in config"),
+        (edited(*TEXT, vocab_size=None), r"rows in the weights, and 32000 in config\.json"),
+        (edited(*IMAGES, size=None), r"views of 224 pixels \(size\).*takes 84"),
+        (
+            holding("chat_template.jinja", b"{{ messages[0]['role'] }}: {{ 'hello' }}"),
+            r"makes 0 image tokens \(<image>, 3\) of one image",
+        ),
+        (holding("chat_template.jinja", b"<image><image>"), "makes 2 image tokens"),
+        (holding("chat_template.jinja", b"{% if %}"), "cannot be loaded: TemplateSyntaxError: "),
+        (
+            without("tokenizer.json"),
+            r"cannot be loaded: ValueError: Couldn't instantiate .*tokenizers` library serial",
+        ),
+    ],
+)
+def test_what_files_leave_out_is_held_against_the_rest_at_loading(
+    model: Path, change: Change, message: str
+) -> None:
+    change(model)
+    with pytest.raises(ConfigError, match=message):
+        families.load(str(model), revision=None, dtype="float32", device="cpu")
+
+
+def with_a_longer_tokenizer(model: Path) -> None:
+    """One that has more tokens than the model has rows, and a template that writes such a token."""
+    data = json.loads((model / "tokenizer.json").read_text())
+    more = {**data["added_tokens"][0], "id": LARGE, "content": "<more>"}
+    data["added_tokens"].append(more)
+    (model / "tokenizer.json").write_text(json.dumps(data))
+    (model / "chat_template.jinja").write_text("<image><more>")
+
+
+def test_a_prompt_with_tokens_behind_the_table_is_refused(model: Path) -> None:
+    with_a_longer_tokenizer(model)
+    with pytest.raises(
+        ConfigError, match=r"prompts have token \d+, and the text table has \d+ row"
+    ):
+        families.outline(str(model), dtype="float32")
+
+
+# --- where answers end --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "ends"),
+    [
+        (edited(GENERATION, eos_token_id=[5, 6]), (5, 6)),
+        (all_of(edited(GENERATION, eos_token_id=None), edited(*TEXT, eos_token_id=7)), (7,)),
+        (
+            all_of(
+                without(GENERATION), edited(*TEXT, eos_token_id=7), edited(CONFIG, eos_token_id=9)
+            ),
+            (7,),
+        ),
+        (all_of(without(GENERATION), edited(*TEXT, eos_token_id=[7, 8])), (7, 8)),
+        (all_of(without(GENERATION), edited(*TEXT, eos_token_id=None)), (1,)),
+        (
+            all_of(
+                without(GENERATION),
+                edited(*TEXT, eos_token_id=None),
+                edited(CONFIG, eos_token_id=9),
+            ),
+            (9,),
+        ),
+    ],
+)
+def test_answers_end_where_the_first_file_that_says_so_says(
+    model: Path, change: Change, ends: tuple[int, ...]
+) -> None:
+    """The generation config, the text config as written, the config, the tokenizer."""
+    change(model)
+    assert check_directory(model).ends == ends
+    loaded = families.load(str(model), revision=None, dtype="float32", device="cpu")
+    assert loaded.end_tokens == ends
+
+
+@pytest.mark.parametrize(
+    ("written", "is_there"),
+    [({"eos_token": "A"}, True), ({"eos_token": None, "tokenizer_class": "Llama"}, False)],
+)
+def test_an_end_that_only_the_tokenizer_knows_of_is_looked_for_at_loading(
+    model: Path, written: dict[str, object], is_there: object
+) -> None:
+    """One of the vocabulary's, and one that a class may have: files alone do not tell."""
+    without(GENERATION)(model)
+    edited(*TEXT, eos_token_id=None)(model)
+    edited(TOKENIZER, **written)(model)
+    assert check_directory(model).ends == ()
+    if is_there:
+        loaded = families.load(str(model), revision=None, dtype="float32", device="cpu")
+        assert loaded.end_tokens == (loaded.processor.tokenizer.convert_tokens_to_ids("A"),)
+    else:
+        with pytest.raises(ConfigError, match="no token is named that ends an answer"):
+            families.load(str(model), revision=None, dtype="float32", device="cpu")
+
+
+def test_a_recipe_may_say_where_answers_end(model: Path) -> None:
+    NO_END(model)
+    check_directory(model, TakenOver(stop_token_ids=(4,)))
+    with pytest.raises(ConfigError, match=r"stop_token_ids is token 1000000, and the text table"):
+        check_directory(model, TakenOver(stop_token_ids=(LARGE,)))
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_refused_unless_the_recipe_takes_it_over(model: Path, rule: str) -> None:
+    edited(GENERATION, **{rule: 3})(model)
+    with pytest.raises(ConfigError, match=f"would not follow: {rule} 3; "):
+        check_directory(model)
+    check_directory(model, TakenOver(rules=frozenset({rule})))
+
+
+def test_every_setting_of_transformers_is_a_rule_or_known_to_be_none() -> None:
+    """A new one in a new release is to be looked at."""
+    settings = {*GenerationConfig().to_dict(), *vars(GenerationConfig())}
+    settings = {name for name in settings if not name.startswith("_")}
+    assert settings - {*RULES} - OTHER_SETTINGS == set()
+    assert {*RULES} & OTHER_SETTINGS == set()
+
+
+def test_what_changes_nothing_is_what_transformers_starts_from() -> None:
+    defaults = GenerationConfig._get_default_generation_params()
+    for name, idle in RULES.items():
+        assert defaults.get(name) in (None, idle)
+
+
+def test_model_types_are_those_of_the_families() -> None:
+    assert set(MODEL_TYPES) == {*families.FAMILIES}
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def as_bytes(values: Any) -> Any:
+    return values.astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["qweight", "qzeros", "scales", "weight_packed", "weight_scale", "SCB", "weight.absmax",
+     "weight.quant_state.bitsandbytes__nf4", None],
+)  # fmt: skip
+def test_quantised_weights_whose_configuration_is_lost_are_refused(
+    model: Path, part: str | None
+) -> None:
+    """By the names that quantisers give, and by numbers that are no fractions."""
+
+    def quantised(found: dict[str, Any]) -> dict[str, Any]:
+        name = next(name for name in sorted(found) if name.endswith("up_proj.weight"))
+        if part is None:
+            return {**found, name: as_bytes(found[name])}
+        return {**found, f"{name.removesuffix('weight')}{part}": found[name]}
+
+    tensors(quantised)(model)
+    with pytest.raises(ConfigError, match=r"quantised weights \(1 tensors, the first is .*but its"):
+        check_directory(model)
+
+
+def test_a_sentencepiece_model_alone_is_told(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (model / "tokenizer.model").touch()
+    with caplog.at_level(logging.WARNING):
+        check_directory(model)
+        assert caplog.messages == []
+        (model / "tokenizer.json").unlink()
+        check_directory(model)
+    (message,) = caplog.messages
+    assert "tokenizer.model is a sentencepiece model without a tokenizer.json" in message
+
+
+def test_most_of_a_large_tokenizer_is_not_parsed(model: Path) -> None:
+    """What lies behind the added tokens may be anything, here: a decoy, and no end."""
+    text = (model / "tokenizer.json").read_text()
+    decoy = json.dumps({"note": '"added_tokens": [] '})[:-1]
+    start = text.index('"added_tokens"')
+    end = text.index('"normalizer"')
+    (model / "tokenizer.json").write_text(f'{decoy}, {text[start:end]} "model": ')
+    found = check_directory(model, NOTHING)
+    assert found.tokens["<image>"] == 3

@@ -1,0 +1,248 @@
+"""The compiled attention: right against float64, blind to neighbours, refusing what it cannot."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gc2ray.engine.decoding.kv_cache import KvShape
+from gc2ray.models.layers import cpu_attention as compiled_attention
+from gc2ray.models.layers.attention import Compiled, attend_by_row, chosen
+from gc2ray.models.layers.cpu_attention import (
+    CompiledAttention,
+    Pattern,
+    SequenceTable,
+    found,
+    found_for,
+)
+
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def attend() -> CompiledAttention:
+    compiled = found()
+    if compiled is None:
+        pytest.skip("not built, or not for this processor")
+    return compiled
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def right(
+    queries: Tensor, keys: Tensor, values: Tensor, sequences: SequenceTable, pattern: Pattern
+) -> Tensor:
+    """In float64, one sequence after the other, with the whole mask."""
+    shared = queries.shape[1] // len(keys)
+    outputs, done = [], 0
+    for start, tokens, new in sequences.table.tolist():
+        own = queries[done : done + new].double().transpose(0, 1)
+        k, v = (
+            states[:, start : start + tokens].double().repeat_interleave(shared, 0)
+            for states in (keys, values)
+        )
+        at, place = torch.arange(tokens - new, tokens)[:, None], torch.arange(tokens)[None]
+        seen = (place <= at) if pattern.causal else torch.ones(new, tokens, dtype=torch.bool)
+        if pattern.window is not None:
+            seen &= place > at - pattern.window
+        out = F.scaled_dot_product_attention(own, k, v, attn_mask=seen, scale=pattern.scale)
+        outputs.append(out.transpose(0, 1))
+        done += new
+    return torch.cat(outputs)
+
+
+@pytest.mark.skipif(not AVX2 or shutil.which("cc") is None, reason="not for this machine")
+def test_installing_builds_it_where_there_is_a_compiler() -> None:
+    assert found() is not None
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Pattern(0.3),
+        Pattern(0.3, window=1),
+        Pattern(0.3, window=7),
+        Pattern(0.3, window=33),
+        Pattern(0.1, causal=False),
+    ],
+    ids=str,
+)
+def test_it_computes_what_float64_computes(
+    attend: CompiledAttention, size: int, shared: int, pattern: Pattern
+) -> None:
+    lengths = [(1, 1), (5, 1), (8, 8), (16, 9), (17, 17), (25, 24), (70, 50), (330, 1), (600, 600)]
+    starts = itertools.accumulate([3, *(tokens + 2 for tokens, _ in lengths)])
+    sequences = SequenceTable.of(
+        [(at, *length) for at, length in zip(starts, lengths, strict=False)]
+    )
+    keys, values = drawn(2, 2, sequences.stop + 5, size).unbind()
+    queries = drawn(sequences.queries, 2 * shared, size, seed=1)
+    out = attend(queries, keys, values, sequences, pattern)
+    torch.testing.assert_close(
+        out.double(), right(queries, keys, values, sequences, pattern), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 50), 255, 256, 257, 272, 511, 513])
+@pytest.mark.parametrize("part", ["whole", "last"])
+def test_every_length_is_right(attend: CompiledAttention, tokens: int, part: str) -> None:
+    sequences = SequenceTable.of([(0, tokens, tokens if part == "whole" else 1)])
+    queries, keys, values = drawn(sequences.queries, 1, 32), *drawn(2, 1, tokens, 32, seed=1)
+    for pattern in (Pattern(0.2), Pattern(0.2, causal=False)):
+        out = attend(queries, keys, values, sequences, pattern)
+        torch.testing.assert_close(
+            out.double(), right(queries, keys, values, sequences, pattern), atol=1e-5, rtol=0
+        )
+
+
+def test_large_scores_neither_overflow_nor_vanish(attend: CompiledAttention) -> None:
+    queries, (keys, values) = drawn(40, 2, 32) * 30, drawn(2, 2, 40, 32)
+    sequences, pattern = SequenceTable.of([(0, 40, 40)]), Pattern(1.0)
+    out = attend(queries, keys, values, sequences, pattern)
+    torch.testing.assert_close(
+        out.double(), right(queries, keys, values, sequences, pattern), atol=1e-4, rtol=0
+    )
+
+
+def test_queries_keys_and_outputs_may_lie_in_any_order_but_for_features(
+    attend: CompiledAttention,
+) -> None:
+    """As a tower has them: tokens first, and several tensors in one."""
+    joined = drawn(4 * 50, 3, 3, 32)
+    queries, keys, values = joined.unbind(1)
+    sequences, pattern = (
+        SequenceTable.of([(view * 50, 50, 50) for view in range(4)]),
+        Pattern(0.2, causal=False),
+    )
+    out = attend(queries, keys.transpose(0, 1), values.transpose(0, 1), sequences, pattern)
+    plain = attend(
+        queries.contiguous(),
+        keys.transpose(0, 1).contiguous(),
+        values.transpose(0, 1).contiguous(),
+        sequences,
+        pattern,
+    )
+    assert torch.equal(out, plain)
+
+
+def test_a_sequence_depends_neither_on_neighbours_nor_on_place_nor_on_threads(
+    attend: CompiledAttention, threads: None
+) -> None:
+    queries, keys, values = drawn(41, 4, 64), *drawn(2, 2, 90, 64, seed=1)
+    wide = torch.full((2, 2, 500, 64), torch.nan)
+    wide[0, :, 201:291], wide[1, :, 201:291] = keys, values
+    wide[:, :, 10:20] = drawn(2, 2, 10, 64, seed=2)
+    neighbour = drawn(3, 4, 64, seed=3)
+    for window in (None, 30):
+        for new in (41, 1):
+            alone = attend(
+                queries[:new],
+                keys,
+                values,
+                SequenceTable.of([(0, 90, new)]),
+                Pattern(0.1, window=window),
+            )
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                together = attend(
+                    torch.cat([neighbour, queries[:new], neighbour[:1]]),
+                    wide[0],
+                    wide[1],
+                    SequenceTable.of([(10, 10, 3), (201, 90, new), (12, 8, 1)]),
+                    Pattern(0.1, window=window),
+                )
+                assert torch.equal(together[3:-1], alone)
+                assert together.isfinite().all(), "what lies beside a sequence came in"
+
+
+@pytest.mark.parametrize("new", [1, 30])
+def test_a_nan_stays_one(attend: CompiledAttention, new: int) -> None:
+    queries, (keys, values) = drawn(new, 1, 32), drawn(2, 1, 30, 32)
+    keys[0, 4, 5] = torch.nan
+    out = attend(
+        queries, keys, values, SequenceTable.of([(0, 30, new)]), Pattern(0.2, causal=False)
+    )
+    assert out.isnan().all()
+
+
+def test_no_sequence_gives_no_output(attend: CompiledAttention) -> None:
+    out = attend(
+        drawn(0, 2, 32), drawn(2, 8, 32), drawn(2, 8, 32), SequenceTable.of([]), Pattern(1.0)
+    )
+    assert out.shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize("sequence", [(-1, 5, 1), (0, 5, 6), (0, 5, 0)])
+def test_impossible_sequences_are_refused(sequence: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="queries of 5 tokens"):
+        SequenceTable.of([(0, 5, 5), sequence])
+
+
+def test_impossible_patterns_are_refused() -> None:
+    with pytest.raises(ValueError, match="a window of 0"):
+        Pattern(1.0, window=0)
+    with pytest.raises(ValueError, match="a window of 4 tokens, causal: False"):
+        Pattern(1.0, causal=False, window=4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "trouble"),
+    [
+        (drawn(5, 3, 32), drawn(2, 9, 32), drawn(2, 9, 32), "belong together"),
+        (drawn(5, 2, 32), drawn(2, 9, 32), drawn(2, 8, 32), "belong together"),
+        (drawn(5, 2, 48), drawn(2, 9, 32), drawn(2, 9, 32), "belong together"),
+        (drawn(5, 2, 24), drawn(2, 9, 24), drawn(2, 9, 24), "multiple of 16"),
+        (drawn(4, 2, 32), drawn(2, 9, 32), drawn(2, 9, 32), "there are 4 and 9"),
+        (drawn(5, 2, 32), drawn(2, 7, 32), drawn(2, 7, 32), "there are 5 and 7"),
+        (drawn(5, 2, 32).half(), drawn(2, 9, 32), drawn(2, 9, 32), "float16"),
+        (drawn(5, 2, 64)[..., ::2], drawn(2, 9, 32), drawn(2, 9, 32), "strides"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(
+    attend: CompiledAttention, queries: Tensor, keys: Tensor, values: Tensor, trouble: str
+) -> None:
+    with pytest.raises(ValueError, match=trouble):
+        attend(queries, keys, values, SequenceTable.of([(2, 6, 5)]), Pattern(1.0))
+
+
+@pytest.mark.parametrize("missing", ["library", "processor", "right library"])
+def test_where_it_is_not_to_be_had_torchs_is_used(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability = "DEFAULT" if missing == "processor" else "AVX2"
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    if missing == "library":
+        monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray._not_built")
+    elif missing == "right library":
+        monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray.core.errors")  # no machine code
+    assert found() is None
+    assert chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU) is attend_by_row
+
+
+def test_the_decoder_takes_it_where_it_is_found(attend: CompiledAttention) -> None:
+    way = chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU)
+    assert isinstance(way, Compiled)
+    assert way.attend is attend, "looked for twice"
+
+
+def test_it_is_found_for_float32_heads_on_a_cpu_alone() -> None:
+    assert (found_for(32, torch.float32, CPU) is None) == (found() is None)
+    assert found_for(24, torch.float32, CPU) is None
+    assert found_for(32, torch.bfloat16, CPU) is None
+    assert found_for(32, torch.float32, torch.device("meta")) is None

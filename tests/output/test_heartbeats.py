@@ -1,0 +1,88 @@
+"""Two drivers on one output: the second sees the first, and nothing depends on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from gc2ray.core.usage import Bill, Use
+from gc2ray.data.store import Store
+from gc2ray.output import heartbeats as lease
+from gc2ray.output.heartbeats import LEASE_SECONDS, Lease, driver_records, warn_of_others
+
+BILL = Bill({Use.USEFUL: 12.5})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "out"))
+
+
+def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), Lease(store, lambda: BILL):
+        assert warn_of_others(store) == 1
+    (message,) = caplog.messages
+    assert f"process {os.getpid()} on {socket.gethostname()}" in message
+    assert "nothing will be wrong or doubled" in message
+    assert warn_of_others(store) == 0, "it has ended"
+    (record,) = driver_records(store)
+    assert (record.has_ended, record.bill, record.pid) == (True, BILL, os.getpid())
+
+
+def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
+    beats, bills = threading.Semaphore(0), iter(range(1000))
+
+    def bill() -> Bill:
+        beats.release()
+        return Bill({Use.USEFUL: float(next(bills))})
+
+    with Lease(store, bill):
+        for _ in range(4):
+            assert beats.acquire(timeout=10)
+        (record,) = driver_records(store)
+        assert record.bill.of(Use.USEFUL) >= 1
+        assert record.last_seen >= record.started
+        assert not record.has_ended
+
+
+def test_a_driver_that_is_gone_is_not_at_work(store: Store) -> None:
+    now = datetime.now(UTC)
+    record = Lease(store, Bill).record
+    assert record.is_at_work(now)
+    assert not replace(record, has_ended=True).is_at_work(now)
+    assert not record.is_at_work(now + timedelta(seconds=LEASE_SECONDS + 1))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    assert not replace(record, pid=dead.pid).is_at_work(now)
+    assert replace(record, pid=dead.pid, host="elsewhere").is_at_work(now)
+
+
+def test_a_store_that_does_not_take_it_stops_nobody(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Store, "replace", full)
+    with Lease(store, Bill):
+        pass
+    assert "cannot be written: no space left" in caplog.messages[0]
+
+
+def test_a_foreign_file_is_named_and_left_out(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, content in (("a", b"{}"), ("b", b"no json"), ("c", b"[]")):
+        store.replace(f"drivers/{name}.json", content)
+    assert list(driver_records(store)) == []
+    assert len(caplog.messages) == 3

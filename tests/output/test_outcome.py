@@ -1,0 +1,174 @@
+"""How a run ends: what is said of it, and its exit code, which is a function of the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import Result
+
+from gc2ray.core.config.job import Cluster, Job
+from gc2ray.core.errors import Status
+from gc2ray.core.records import Answer, stats_of, table_stats
+from gc2ray.output.retry import freeze, next_retry
+from gc2ray.runner.run import run_retry
+from tests.support.outputs import (
+    FILES,
+    RECIPE,
+    Outcome,
+    all_ok,
+    an_answer,
+    first_plan,
+    parts,
+    write_generation,
+)
+from tests.test_cli import here
+
+ROWS = sum(file.rows for file in FILES)
+ALLOWS = "cluster.max_bad_rows = 0.05 allows"
+
+
+def bad(rows: Collection[int], source: str = "a.parquet") -> Outcome:
+    """These rows of a file fail."""
+    return lambda s, row: [Status.BAD_IMAGE if s == source and row in rows else Status.OK]
+
+
+@pytest.fixture(autouse=True)
+def _as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that are made by hand have a recipe with relative paths."""
+    monkeypatch.setattr(Job, "located", lambda self: self)
+
+
+def run(tmp_path: Path, *overrides: str) -> Result:
+    job = {"output": str(tmp_path / "out"), "recipe": RECIPE.model_dump(mode="json")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    return here("run", tmp_path / "job.json", *overrides)
+
+
+@pytest.mark.parametrize("failed", [0, 1, 10])
+def test_too_many_failures_are_no_success_however_few_rows_there_are(
+    tmp_path: Path, failed: int
+) -> None:
+    """One of 17 is more than 5 %. A rerun says the same, and `status` tells completeness alone."""
+    write_generation(tmp_path / "out", 0, first_plan(), bad(range(failed)))
+    first, again = run(tmp_path), run(tmp_path)
+    assert (first.exit_code, first.stdout) == (again.exit_code, again.stdout)
+    assert first.exit_code == (1 if failed else 0)
+    assert (f"{failed} of 17 answers failed, more than {ALLOWS}" in first.stdout) == (failed > 0)
+    status = here("status", tmp_path / "out")
+    assert (status.exit_code, ALLOWS in status.stdout) == (0, False)
+    accepted = run(tmp_path, "cluster.max_bad_rows=1")
+    assert (accepted.exit_code, ALLOWS in accepted.stdout) == (0, False)
+
+
+def test_the_first_failures_and_the_next_command_are_told(tmp_path: Path) -> None:
+    """By `status`, too; and a terminal follows no codes of an input's."""
+
+    def shown(answer: Answer) -> Answer:
+        return replace(answer, error=answer.error and f"\x1b[31m[red]{answer.error}\n" + "x" * 500)
+
+    write_generation(tmp_path / "out", 0, first_plan(), bad((1, 4, 5, 8)), changed=shown)
+    for result in (run(tmp_path), here("status", tmp_path / "out")):
+        lines = result.stdout.splitlines()
+        at = lines.index("the first answers that failed:")
+        keys = [f"  a.parquet#{row}: bad_image:  [31m[red]bad in 0 xxx" for row in (1, 4, 5)]
+        assert [line[: len(key)] for line, key in zip(lines[at + 1 :], keys, strict=False)] == keys
+        assert all(len(line) < 450 for line in lines)
+        assert not lines[at + 4].startswith("  a.parquet")
+        assert f"to answer them anew: gc2ray retry {tmp_path / 'out'}" in lines
+
+
+def test_an_incomplete_run_is_gone_on_with_first(tmp_path: Path) -> None:
+    write_generation(tmp_path / "out", 0, first_plan(), bad((1,)))
+    parts(tmp_path / "out")[2].unlink()
+    status = here("status", tmp_path / "out")
+    assert status.exit_code == 1
+    assert "rows are not committed; rerun" in status.stdout
+    assert "a.parquet#1: bad_image: bad in 0" in status.stdout
+    assert "gc2ray retry" not in status.stdout
+
+
+def test_a_part_that_cannot_be_read_costs_no_outcome(tmp_path: Path) -> None:
+    """Its footer is whole; what it says of errors is what is missing."""
+    write_generation(tmp_path / "out", 0, first_plan(), bad((1,)))
+    part = parts(tmp_path / "out")[0]
+    data = part.read_bytes()
+    column = pq.read_metadata(part).row_group(0).column(7)
+    place = column.data_page_offset or 0
+    part.write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
+    result = run(tmp_path)
+    assert result.exit_code == 1
+    assert "1 of 17 answers failed" in result.stdout
+    assert "cannot be read: " in result.stdout
+
+
+@pytest.mark.parametrize("mended", [0, 1, 9, 10])
+def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
+    tmp_path: Path, mended: int
+) -> None:
+    """Ten of 17 had failed; and so is a rerun of the run, and a retry with nothing to do."""
+    output = str(tmp_path / "out")
+    write_generation(output, 0, first_plan(), bad(range(10)))
+    retry = next_retry(output)
+    assert retry is not None
+    write_generation(output, 1, freeze(retry), bad(range(mended, 10)))
+    found = run_retry(retry, Cluster(max_bad_rows=0.1))
+    assert found.judged is not None
+    assert (found.judged.answers, found.judged.failed) == (ROWS, 10 - mended)
+    assert found.exit_code == (0 if mended >= 9 else 1)
+    again = run(tmp_path, "cluster.max_bad_rows=0.1")
+    assert again.exit_code == found.exit_code
+    assert ("the first answers that failed" in again.stdout) == (mended < 10)
+    nothing = here("retry", output, "cluster.max_bad_rows=0.1", "--status", "timeout")
+    assert "no row is to be answered anew" in nothing.stdout
+    assert nothing.exit_code == found.exit_code
+
+
+def test_a_run_whose_output_is_damaged_is_told_all_the_same(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    write_generation(output, 0, first_plan(), bad(range(10)))
+    retry = next_retry(output)
+    assert retry is not None
+    write_generation(output, 1, freeze(retry))
+    (tmp_path / "out/data/notes.txt").touch()
+    result = run(tmp_path)
+    assert result.exit_code == 1
+    assert "10 of 17 answers failed" in result.stdout
+
+
+# --- answers that say nothing ------------------------------------------------------------------
+
+
+def test_blank_answers_are_counted_and_told(tmp_path: Path) -> None:
+    texts = iter(["", " \n\u2003", "\x1c", *["words"] * 20])
+
+    def blank(answer: Answer) -> Answer:
+        return replace(answer, answer=next(texts)) if answer.answer is not None else answer
+
+    write_generation(tmp_path / "out", 0, first_plan(), bad((5,)), changed=blank)
+    result = run(tmp_path, "cluster.max_bad_rows=1")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["│", "of", "them", "blank", "│", "3", "│"] in lines
+    assert here("verify", tmp_path / "out", "--deep").exit_code == 0
+    report = here("report", tmp_path / "out")
+    assert report.exit_code == 0, report.stderr
+    assert json.loads((tmp_path / "out/report/report.json").read_text())
+    assert "ok, but blank" in (tmp_path / "out/report/report.md").read_text()
+
+
+def test_a_blank_answer_is_the_same_to_rows_and_footers(tmp_path: Path) -> None:
+    write_generation(
+        tmp_path,
+        0,
+        first_plan(),
+        all_ok,
+        changed=lambda a: replace(a, answer=" " * (a.request.row % 2)),
+    )
+    found = [table_stats(pq.read_table(part)).empty_answers for part in parts(tmp_path)]
+    assert sum(found) == ROWS
+    failed = an_answer("a.parquet", 1, None, Status.FAILED)
+    assert stats_of([failed]).empty_answers == 0

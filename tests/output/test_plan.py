@@ -1,0 +1,140 @@
+"""The plan: every row once, the same every time, and back from its files unchanged."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.shards import Shards, SourceFile, digest
+from gc2ray.output.plan import Plan, Run
+from tests.support.rows import make_recipe
+
+RECIPE = make_recipe("model")
+CARRIED = pa.schema([("id", pa.int64()), ("tags", pa.list_(pa.struct([("a", pa.string())])))])
+
+
+def a_file(groups: list[int], name: str = "a.parquet") -> SourceFile:
+    return SourceFile(name, f"size:{sum(groups)}", tuple(groups))
+
+
+def a_plan(shard_rows: int = 7) -> Plan:
+    files = [a_file([5, 5, 5]), a_file([3], "b.parquet"), a_file([30], "ü/c.parquet")]
+    return Plan.cut(RECIPE, files, shard_rows, CARRIED)
+
+
+@pytest.mark.parametrize("shard_rows", [1, 7, 1000])
+def test_a_plan_survives_its_file(shard_rows: int) -> None:
+    plan = a_plan(shard_rows)
+    again = Plan.from_bytes(plan.to_bytes())
+    assert again == plan
+    assert again.carried.equals(CARRIED)
+    assert again.rows == 48
+    assert again.to_bytes() == plan.to_bytes()
+
+
+def test_an_empty_plan_survives_its_file() -> None:
+    plan = Plan("f", Shards.of([]), pa.schema([]))
+    assert Plan.from_bytes(plan.to_bytes()) == plan
+
+
+def test_a_plan_of_more_than_ten_shards_keeps_their_order() -> None:
+    plan = a_plan(1)
+    indices = [shard.index for shard in Plan.from_bytes(plan.to_bytes()).shards]
+    assert indices == list(range(48))
+
+
+def test_a_run_survives_its_file() -> None:
+    plan = a_plan()
+    run = Run.of(RECIPE, plan, plan.to_bytes())
+    assert Run.from_bytes(run.to_bytes()) == run
+    assert (run.shards, run.rows) == (len(plan.shards), 48)
+    assert run.plan_digest == digest(plan.to_bytes())
+    assert {"gc2ray", "python", "torch", "transformers", "ray"} <= set(run.versions)
+
+
+def test_a_run_says_its_recipe_to_people() -> None:
+    content = json.loads(Run.of(RECIPE, a_plan(), b"").to_bytes())
+    assert content["recipe"]["compression"]["retention"] == 0.25
+    assert content["recipe_fingerprint"] == RECIPE.fingerprint()
+    assert content["plan"] == {"file": "plan/0000.parquet", "sha256": digest(b"")}
+
+
+def test_another_recipe_is_refused_with_every_difference() -> None:
+    run = Run.of(RECIPE, a_plan(), b"")
+    run.check(make_recipe("model"))
+    other = make_recipe("model", compression__retention=0.5, generation__seed=3)
+    with pytest.raises(ConfigError) as caught:
+        run.check(other)
+    assert str(caught.value).splitlines()[1:] == [
+        "  recipe.compression.retention: 0.25 (stored) -> 0.5 (yours)",
+        "  recipe.generation.seed: 0 (stored) -> 3 (yours)",
+    ]
+
+
+def damaged(**changes: object) -> bytes:
+    content = json.loads(Run.of(RECIPE, a_plan(), b"").to_bytes())
+    return json.dumps({**content, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"{}",
+        b"null",
+        damaged(plan="x"),
+        damaged(recipe=None),
+        damaged(recipe={"model": {}}),
+        damaged(format=99),
+        b"\x80abc",
+    ],
+)
+def test_a_damaged_run_is_a_configuration_error(data: bytes) -> None:
+    with pytest.raises(ConfigError):
+        Run.from_bytes(data)
+
+
+@pytest.mark.parametrize(("found", "age"), [(1, "an older"), (99, "a newer")])
+def test_another_format_is_named(found: int, age: str) -> None:
+    versions = {"gc2ray": "0.0.9"}
+    told = rf"run\.json: begun by {age} gc2ray, 0\.0\.9 \(format {found}\); this is .* choose a new"
+    with pytest.raises(ConfigError, match=told):
+        Run.from_bytes(damaged(format=found, versions=versions))
+
+
+def other_parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": [1]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def retyped_plan() -> bytes:
+    """Our metadata on other columns."""
+    table = pq.read_table(pa.BufferReader(a_plan().to_bytes()))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.drop_columns(["sid"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
+BROKEN_FOOTER = b"PAR1" + b"\xff" * 60 + (40).to_bytes(4, "little") + b"PAR1"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not parquet",
+        other_parquet(),
+        pytest.param(retyped_plan(), id="columns"),
+        pytest.param(BROKEN_FOOTER, id="footer"),
+    ],
+)
+def test_a_damaged_plan_is_a_configuration_error(data: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"plan/0000\.parquet: not written by gc2ray, or damaged"):
+        Plan.from_bytes(data)

@@ -1,0 +1,561 @@
+"""What `verify` must see: every damage, made one at a time on a good output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gc2ray.core.config.job import Job
+from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.shards import SourceFile, Span
+from gc2ray.core.stats import RunStats
+from gc2ray.output.plan import PLAN_NAME, RUN_NAME
+from gc2ray.output.planner import store_plan
+from gc2ray.output.run_directory import generation_store
+from gc2ray.output.verify import verify
+from tests.support.outputs import (
+    CARRIED,
+    FILES,
+    RECIPE,
+    all_ok,
+    an_answer,
+    answers_of,
+    first_plan,
+    flip_a_bit,
+    part_of,
+    parts,
+    retry_of,
+    rewrite,
+    with_column,
+    with_footer,
+    write_generation,
+)
+
+PLAN = first_plan()
+"""17 rows in 7 shards: 0 to 4 of a.parquet in 2, 5 to 9 in 2, of d/b.parquet in 3."""
+SECOND = PLAN.shards[1]
+
+
+def mixed(source: str, row: int) -> list[Status]:
+    """One to three prompts a row, some of them bad, and rows that are bad as a whole."""
+    if row % 5 == 3:
+        return [Status.BAD_IMAGE]
+    return [Status.OK, Status.TOO_LONG, Status.OK][: 1 + row % 3]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    write_generation(tmp_path / "out", 0, PLAN)
+    return tmp_path / "out"
+
+
+def second(output: Path) -> Path:
+    return output / SECOND.part_name
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_good_output_is_found_good(tmp_path: Path, *, deep: bool, listed: bool) -> None:
+    outcome = mixed if listed else (lambda source, row: mixed(source, row)[:1])
+    write_generation(tmp_path, 0, PLAN, outcome, listed=listed)
+    verdict = verify(str(tmp_path), deep=deep)
+    assert (verdict.problems, verdict.notes, verdict.exit_code) == ((), (), 0)
+    assert (verdict.rows, verdict.planned_rows) == (17, 17)
+    (checked,) = verdict.generations
+    answers = [mixed(file.source, row) for file in FILES for row in range(file.rows)]
+    statuses = [status for row in answers for status in (row if listed else row[:1])]
+    assert checked.stats.rows == len(statuses)
+    assert checked.failed.sum() == sum(status != Status.OK for status in statuses)
+    assert checked.committed.all()
+    assert checked.rows == 17
+
+
+def found(output: Path, *, deep: bool) -> tuple[str, ...]:
+    verdict = verify(str(output), deep=deep)
+    assert verdict.exit_code == (1 if verdict.problems else 0)
+    return verdict.problems
+
+
+def a_missing_part(output: Path) -> str:
+    second(output).unlink()
+    return "shard 1 (3 rows): not answered yet; run again"
+
+
+def a_truncated_part(output: Path) -> str:
+    second(output).write_bytes(second(output).read_bytes()[:-30])
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+
+
+def an_empty_part(output: Path) -> str:
+    second(output).write_bytes(b"")
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+
+
+def garbage(output: Path) -> str:
+    second(output).write_bytes(b"garbage" * 100)
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+
+
+def a_part_of_another_shard(output: Path) -> str:
+    third = PLAN.shards[2]
+    second(output).write_bytes((output / third.part_name).read_bytes())
+    return f"{SECOND.part_name}: its footer is of shard {third.sid}"
+
+
+def another_recipe(output: Path) -> str:
+    with_footer(second(output), {b"gc2ray.run": b"feed"})
+    return f"{SECOND.part_name}: answers another recipe, feed"
+
+
+def too_few_rows_by_the_footer(output: Path) -> str:
+    with_footer(second(output), {b"gc2ray.rows": b"2"})
+    return f"{SECOND.part_name}: answers 2 rows, planned are 3"
+
+
+def fewer_answers_than_the_footer_says(output: Path) -> str:
+    rewrite(second(output), lambda table: table.slice(1))
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+
+
+def another_type(output: Path) -> str:
+    at = CARRIED.get_field_index("id")
+    item = pa.field("id", pa.int32())
+    rewrite(second(output), lambda table: table.set_column(at, item, table["id"].cast(pa.int32())))
+    return f"{SECOND.part_name}: its schema is another: 'id' int32, planned is 'id' int64"
+
+
+def a_column_that_may_be_null(output: Path) -> str:
+    def change(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index("status")
+        return table.set_column(at, pa.field("status", pa.string()), table["status"])
+
+    rewrite(second(output), change)
+    return (
+        f"{SECOND.part_name}: its schema is another: 'status' string, "
+        "planned is 'status' string not null"
+    )
+
+
+def a_lost_column(output: Path) -> str:
+    rewrite(second(output), lambda table: table.drop_columns(["answer"]))
+    return f"{SECOND.part_name}: its schema is another: no column 'answer'"
+
+
+def a_new_column(output: Path) -> str:
+    rewrite(second(output), lambda table: table.append_column("new", pa.array([1, 2, 3])))
+    return f"{SECOND.part_name}: its schema is another: column 'new' was not planned"
+
+
+def another_order_of_columns(output: Path) -> str:
+    rewrite(second(output), lambda table: table.select(table.column_names[::-1]))
+    return f"{SECOND.part_name}: its schema is another: the columns' order"
+
+
+DAMAGED = [
+    a_truncated_part, an_empty_part, garbage, a_part_of_another_shard, another_recipe,
+    too_few_rows_by_the_footer, fewer_answers_than_the_footer_says, another_type,
+    a_column_that_may_be_null, a_lost_column, a_new_column, another_order_of_columns,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_part_is_seen_by_its_footer(
+    output: Path, damage: Callable[[Path], str], *, deep: bool
+) -> None:
+    line = damage(output)
+    assert found(output, deep=deep) == (f"{line}; move it away, and run again",)
+
+
+def test_a_missing_part_is_not_damage(output: Path) -> None:
+    line = a_missing_part(output)
+    verdict = verify(str(output))
+    assert (verdict.damage, verdict.missing) == ((), (line,))
+    assert (verdict.rows, verdict.planned_rows, verdict.exit_code) == (14, 17, 1)
+
+
+def test_missing_parts_in_a_row_are_one_line(output: Path) -> None:
+    for index in (1, 2, 3, 5):
+        (output / PLAN.shards[index].part_name).unlink()
+    (output / "dead").mkdir()
+    (output / f"dead/{PLAN.shards[2].sid}.3.json").write_text("{}")
+    assert found(output, deep=False) == (
+        "shard 1 (3 rows): not answered yet; run again",
+        "shard 3 (3 rows): not answered yet; run again",
+        "shard 5 (2 rows): not answered yet; run again",
+        "shard 2 (2 rows without an answer): given up, dead/ says why; run again, or "
+        "`gc2ray retry`",
+    )
+    (output / f"dead/{PLAN.shards[2].sid}.3.json").unlink()
+    assert found(output, deep=False)[0] == ("shards 1 to 3 (8 rows): not answered yet; run again")
+
+
+def a_second_part(output: Path) -> str:
+    name = SECOND.part_name.replace(SECOND.sid, "0123456789abcdef")
+    (output / name).write_bytes(second(output).read_bytes())
+    return name
+
+
+def a_part_of_no_shard(output: Path) -> str:
+    name = SECOND.part_name.replace("0000001", "0000099")
+    (output / name).write_bytes(second(output).read_bytes())
+    return name
+
+
+def a_copy_under_another_name(output: Path) -> str:
+    name = SECOND.part_name.replace("part", "old-part")
+    (output / name).write_bytes(second(output).read_bytes())
+    return name
+
+
+def a_foreign_file(output: Path) -> str:
+    (output / "data/notes.txt").write_text("mine")
+    return "data/notes.txt"
+
+
+ORPHANS = [a_second_part, a_part_of_no_shard, a_copy_under_another_name, a_foreign_file]
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("orphan", ORPHANS)
+def test_what_is_no_planned_part_is_seen(
+    output: Path, orphan: Callable[[Path], str], *, deep: bool
+) -> None:
+    name = orphan(output)
+    assert found(output, deep=deep) == (f"{name}: is no planned shard's part; move it away",)
+
+
+def doubled(table: pa.Table) -> pa.Table:
+    return pa.concat_tables([table.slice(0, 2), table.slice(1)])
+
+
+def more(stats: RunStats) -> RunStats:
+    return replace(stats, rows=stats.rows + 1)
+
+
+def fewer(stats: RunStats) -> RunStats:
+    return replace(stats, rows=stats.rows - 1)
+
+
+SOURCE = SECOND.spans[0].source
+FIRST = SECOND.spans[0].first  # of rows 2, 3, 4
+
+ROWS = {
+    "doubled": (doubled, more, f"answers {SOURCE}#3 after {SOURCE}#3, which is not planned so"),
+    "added": (
+        lambda table: pa.concat_tables([table, table.slice(2)]),
+        more,
+        f"answers {SOURCE}#4 after {SOURCE}#4, which is not planned so",
+    ),
+    "first dropped": (
+        lambda table: table.slice(1),
+        fewer,
+        f"answers {SOURCE}#3 at its beginning, which is not planned so",
+    ),
+    "middle dropped": (
+        lambda table: table.take([0, 2]),
+        fewer,
+        f"answers {SOURCE}#4 after {SOURCE}#2, which is not planned so",
+    ),
+    "last dropped": (lambda table: table.slice(0, 2), fewer, f"no answer to {SOURCE}#4"),
+    "swapped": (
+        lambda table: table.take([0, 2, 1]),
+        lambda stats: stats,
+        f"answers {SOURCE}#4 after {SOURCE}#2, which is not planned so",
+    ),
+    "of another source": (
+        lambda table: with_column(table, "source", [SOURCE, "x.parquet", SOURCE]),
+        lambda stats: stats,
+        f"answers {SOURCE}#3 after {SOURCE}#2, which is not planned so",
+    ),
+    "another prompt": (
+        lambda table: with_column(table, "prompt_index", [0, 2, 0]),
+        lambda stats: stats,
+        f"answers {SOURCE}#3 after {SOURCE}#2, which is not planned so",
+    ),
+    "another key": (
+        lambda table: with_column(table, "row_key", [f"{SOURCE}#2", f"{SOURCE}#2", f"{SOURCE}#4"]),
+        lambda stats: stats,
+        f"{SOURCE}#3 has the row_key {SOURCE}#2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_row_that_is_not_as_planned_is_seen_deep_down(output: Path, kind: str) -> None:
+    """Footers that were changed with them, so that they agree: only the rows tell."""
+    assert (SOURCE, FIRST, SECOND.rows) == ("a.parquet", 2, 3)
+    change, stats, what = ROWS[kind]
+    rewrite(second(output), change, stats)
+    assert found(output, deep=False) == ()
+    line = f"{SECOND.part_name}: {what}; move it away, and run again"
+    assert found(output, deep=True)[0] == line
+
+
+PROMPTS = {
+    "middle dropped": ([0, 2, 3], "answers a.parquet#0#2 after a.parquet#0#0"),
+    "first dropped": ([1, 2, 3], "answers a.parquet#0#1 at its beginning"),
+    "swapped": ([0, 2, 1, 3], "answers a.parquet#0#2 after a.parquet#0#0"),
+    "doubled": ([0, 1, 1, 2, 3], "answers a.parquet#0#1 after a.parquet#0#1"),
+    "row doubled": ([0, 1, 2, 0, 1, 2, 3], "answers a.parquet#0#0 after a.parquet#0#2"),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_prompt_that_is_not_as_planned_is_seen_deep_down(tmp_path: Path, kind: str) -> None:
+    """Row 0 has three prompts, row 1 has one."""
+    plan = first_plan([SourceFile("a.parquet", "fa", (2, 2))], 2)
+
+    def outcome(source: str, row: int) -> list[Status]:
+        return [Status.OK] * (1 if row else 3)
+
+    write_generation(tmp_path, 0, plan, outcome, listed=True)
+    order, what = PROMPTS[kind]
+    part = tmp_path / plan.shards[0].part_name
+    rewrite(part, lambda table: table.take(order), lambda stats: replace(stats, rows=len(order)))
+    assert found(tmp_path, deep=False) == ()
+    name = plan.shards[0].part_name
+    assert found(tmp_path, deep=True)[0] == (
+        f"{name}: {what}, which is not planned so; move it away, and run again"
+    )
+
+
+@pytest.mark.parametrize("shard_rows", [4, 20])
+def test_files_with_lists_and_without_are_good_in_one_part(tmp_path: Path, shard_rows: int) -> None:
+    """Each source by itself: its keys all name a prompt, or none does."""
+    listed = {"d/b.parquet"}
+    store = generation_store(str(tmp_path), 0)
+    plan = store_plan(
+        store, Job(output=store.uri, recipe=RECIPE), first_plan(shard_rows=shard_rows)
+    )
+    for shard in plan.shards:
+        answers = [
+            an_answer(source, row, prompt, Status.OK)
+            for source, row in shard.places()
+            for prompt in (range(1 + row % 2) if source in listed else [None])
+        ]
+        store.commit(shard, part_of(shard, answers), "token")
+    assert found(tmp_path, deep=True) == ()
+    part = tmp_path / plan.shards[-1].part_name
+    keys = pq.read_table(part)["row_key"].to_pylist()
+    plain = [key.removesuffix("#0") if key.startswith("d/b.parquet#5") else key for key in keys]
+    rewrite(part, lambda table: with_column(table, "row_key", plain))
+    (problem,) = found(tmp_path, deep=True)
+    assert "d/b.parquet#5#0 has the row_key d/b.parquet#5" in problem
+
+
+VALUES = {
+    "status": (["ok", "good", "ok"], "has answers of status 'good'"),
+    "generation": ([0, 1, 0], "has answers of generation 1"),
+    "worker": (["w", "w", "other"], "has answers of worker 'other'"),
+    "prompt_tokens": ([42, 44, 44], "prompt_tokens is 129 by its footer, 130 by its rows"),
+    "output_tokens": ([3, 3, None], "output_tokens is 9 by its footer, 6 by its rows"),
+    "kv_bytes_full": ([2000, 2000, 1], "kv_bytes_full is 6000 by its footer, 4001 by its rows"),
+    "newline_tokens": ([2, 2, 1], "newline_tokens is 6 by its footer, 5 by its rows"),
+}
+
+
+@pytest.mark.parametrize("column", VALUES)
+def test_an_edited_value_is_seen_deep_down(output: Path, column: str) -> None:
+    values, what = VALUES[column]
+    rewrite(second(output), lambda table: with_column(table, column, values))
+    assert found(output, deep=False) == ()
+    line = f"{SECOND.part_name}: {what}; move it away, and run again"
+    assert found(output, deep=True)[0] == line
+
+
+def test_an_edited_statistic_is_seen_deep_down(output: Path) -> None:
+    """What rows do not tell, such as peaks, may be anything."""
+    stats = RunStats(images_shared=3, starved_ns=8, halvings=1, peak_device_bytes=4)
+    rewrite(second(output), lambda table: table, lambda own: own + stats)
+    assert found(output, deep=True) == ()
+    rewrite(second(output), lambda table: table, lambda own: own + RunStats(stage_ns={"image": 1}))
+    (line,) = found(output, deep=True)
+    assert line.startswith(f"{SECOND.part_name}: stage_ns is {{'compress': ")
+
+
+def test_a_bit_that_flipped_is_seen_deep_down(output: Path) -> None:
+    flip_a_bit(second(output))
+    assert found(output, deep=False) == ()
+    (line,) = found(output, deep=True)
+    assert line.startswith(f"{SECOND.part_name}: cannot be read: ")
+
+
+def test_a_missing_plan(output: Path) -> None:
+    (output / PLAN_NAME).unlink()
+    assert found(output, deep=False) == ("plan/0000.parquet: missing, and run.json names it",)
+
+
+def test_an_edited_plan(output: Path) -> None:
+    (output / PLAN_NAME).write_bytes(first_plan(shard_rows=4).to_bytes())
+    assert found(output, deep=False) == ("plan/0000.parquet: not the one that run.json names",)
+
+
+def edited_run(output: Path, **changes: object) -> None:
+    path = output / RUN_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_edited_count_of_the_run(output: Path) -> None:
+    edited_run(output, rows=18)
+    assert found(output, deep=False) == ("run.json: 7 shards of 18 rows, 7 of 17 are planned",)
+
+
+def test_an_edited_recipe_of_the_run(output: Path) -> None:
+    recipe = json.loads((output / RUN_NAME).read_text())["recipe"]
+    recipe["generation"]["max_new_tokens"] = 9
+    edited_run(output, recipe=recipe)
+    assert found(output, deep=False) == ("plan/0000.parquet: of another recipe than run.json",)
+
+
+def test_a_retry_with_another_model(output: Path) -> None:
+    write_generation(output, 1, retry_of([Span("a.parquet", "fa", 0, 2)]))
+    assert found(output, deep=False) == ()
+    (output / "model.json").write_text('{"digest": "a"}')
+    assert found(output, deep=False) == ()
+    (output / "retries/g1/model.json").write_text('{"digest": "b"}')
+    (problem,) = found(output, deep=False)
+    assert problem == ("retries/g1/model.json: its model is not the output's; move retries/g1 away")
+    (output / "retries/g1/model.json").write_text("b")
+    (problem,) = found(output, deep=False)
+    assert problem == "retries/g1/model.json: not written by gc2ray, or damaged"
+
+
+def test_a_plan_that_has_a_row_twice(tmp_path: Path) -> None:
+    spans = [Span("a", "f", 0, 4), Span("b", "f", 0, 4), Span("a", "f", 3, 5)]
+    write_generation(tmp_path, 0, retry_of(spans))
+    assert found(tmp_path, deep=False) == ("plan/0000.parquet: a#3 is planned twice",)
+
+
+@pytest.mark.parametrize("content", [None, b"no json", b'{"format": 99}'])
+def test_what_is_no_output_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / RUN_NAME).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.json"):
+        verify(str(tmp_path))
+
+
+def test_leftovers_and_letters_of_committed_shards_are_no_problem(output: Path) -> None:
+    (output / "dead").mkdir()
+    (output / f"dead/{SECOND.sid}.3.json").write_text("{}")
+    (output / "_tmp/x").write_text("half a part")
+    verdict = verify(str(output), deep=True)
+    assert (verdict.problems, verdict.exit_code) == ((), 0)
+    assert verdict.notes == (
+        "dead: 1 shards were given up, and committed later",
+        "_tmp: 1 leftovers of processes that were killed; a later run removes them",
+    )
+
+
+def test_a_part_that_another_driver_put_in_its_place_is_as_good(output: Path) -> None:
+    """On stores that ignore the condition of a put the last writer wins, whole."""
+    answers = [replace(a, device="another") for a in answers_of(SECOND, all_ok, 0) or []]
+    second(output).write_bytes(part_of(SECOND, answers))
+    assert found(output, deep=True) == ()
+
+
+def test_an_empty_plan_is_complete(tmp_path: Path) -> None:
+    write_generation(tmp_path, 0, first_plan(files=[]))
+    assert found(tmp_path, deep=True) == ()
+
+
+# retries
+
+
+def row_three_fails(source: str, row: int) -> list[Status]:
+    return [Status.FAILED if row == 3 else Status.OK]
+
+
+@pytest.fixture
+def retried(tmp_path: Path) -> Path:
+    """Row 3 of both files failed, and was answered in retry 1."""
+    write_generation(tmp_path, 0, PLAN, row_three_fails)
+    plan = retry_of([Span("a.parquet", "fa", 3, 4), Span("d/b.parquet", "fb", 3, 4)], 1)
+    write_generation(tmp_path, 1, plan)
+    return tmp_path
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_good_retry_is_found_good(retried: Path, *, deep: bool) -> None:
+    verdict = verify(str(retried), deep=deep)
+    assert (verdict.problems, verdict.notes) == ((), ())
+    assert [checked.rows for checked in verdict.generations] == [17, 2]
+    assert (verdict.rows, verdict.planned_rows) == (17, 17)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_damaged_part_of_a_retry(retried: Path, *, deep: bool) -> None:
+    part = parts(retried / "retries/g1")[0]
+    part.write_bytes(b"garbage")
+    name = part.relative_to(retried)
+    assert found(retried, deep=deep) == (
+        f"{name}: not a part that gc2ray wrote, or cut short; move it away, and retry again",
+    )
+    part.unlink()
+    assert found(retried, deep=deep) == (
+        "retries/g1/shard 0 (1 rows): not answered yet; retry again",
+    )
+
+
+def test_answers_of_another_generation_in_a_retry(retried: Path) -> None:
+    part = parts(retried / "retries/g1")[0]
+    rewrite(part, lambda table: with_column(table, "generation", [0]))
+    assert found(retried, deep=True) == (
+        f"{part.relative_to(retried)}: has answers of generation 0; move it away, and retry again",
+    )
+
+
+def test_a_retry_of_rows_that_were_never_planned(retried: Path) -> None:
+    for number, span in enumerate(
+        [Span("a.parquet", "fa", 1, 3), Span("a.parquet", "changed", 0, 1)]
+    ):
+        write_generation(retried, 2 + number, retry_of([span]))
+        line = (
+            f"retries/g{2 + number}/plan/0000.parquet: plans rows that plan/0000.parquet does not; "
+            "move it away"
+        )
+        assert line in found(retried, deep=False)
+
+
+def test_a_damaged_plan_of_a_retry(retried: Path) -> None:
+    (retried / "retries/g1" / PLAN_NAME).unlink()
+    assert found(retried, deep=False) == (
+        "retries/g1/plan/0000.parquet: missing, and run.json names it",
+    )
+    (retried / "retries/g1" / RUN_NAME).write_text("no json")
+    assert found(retried, deep=False) == ("retries/g1/run.json: not written by gc2ray, or damaged",)
+
+
+def test_what_is_no_retry(retried: Path) -> None:
+    (retried / "retries/old").mkdir()
+    (retried / "retries/g2").mkdir()
+    verdict = verify(str(retried))
+    assert verdict.problems == ("retries/old: is no generation; move it away",)
+    assert verdict.notes == ("retries/g2/run.json: not there yet; retry again to begin",)
+
+
+def test_rows_of_a_dead_shard_that_a_retry_answered_are_not_missing(tmp_path: Path) -> None:
+    def dies(source: str, row: int) -> list[Status] | None:
+        return None if (source, row) == ("a.parquet", 3) else [Status.OK]
+
+    write_generation(tmp_path, 0, PLAN, dies)
+    lost = SECOND.spans[0]
+    verdict = verify(str(tmp_path))
+    assert (verdict.rows, verdict.planned_rows) == (14, 17)
+    assert np.flatnonzero(verdict.generations[0].given_up).tolist() == [1]
+    write_generation(tmp_path, 1, retry_of([lost], 1), dies)
+    verdict = verify(str(tmp_path), deep=True)
+    assert verdict.problems == (
+        "shard 1 (1 rows without an answer): given up, dead/ says why; run again, or "
+        "`gc2ray retry`",
+    )
+    assert (verdict.rows, verdict.planned_rows) == (16, 17)
+    write_generation(tmp_path, 2, retry_of([replace(lost, first=3, stop=4)]))
+    assert found(tmp_path, deep=True) == ()

@@ -1,0 +1,142 @@
+"""What a worker had in hand, read after it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gc2ray.core.errors import EngineDead
+from gc2ray.runner.journal import STALE_SECONDS, Journal, taken_over
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from gc2ray.runner.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+with journal.page("aaaa", 100) as first, journal.page("bbbb", 5) as second:
+    for row in (3, 99, 7, 7, 50):
+        first.begin(row)
+    for row in (50, 7):
+        first.end(row)
+    second.begin(4)
+    print(journal.prefix, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_it_outlives_a_killed_process(tmp_path: Path) -> None:
+    """Row 7 has two prompts, of which one is answered: it is still in hand."""
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    prefix = Path(child.stdout.strip())
+    assert taken_over(prefix) == {"aaaa": (3, 7, 99), "bbbb": (4,)}
+    assert list(tmp_path.iterdir()) == []
+    assert taken_over(prefix) == {}
+
+
+def test_a_shard_that_was_not_begun_has_nothing_in_hand(tmp_path: Path) -> None:
+    """One that was, and has nothing in hand, may have ended its worker all the same."""
+    journal = Journal(tmp_path)
+
+    def die() -> None:
+        with journal.page("aaaa", 3), journal.page("bbbb", 3) as begun:
+            begun.open()
+            raise EngineDead("the device is lost")
+
+    with pytest.raises(EngineDead):
+        die()
+    journal.prefix.with_suffix(".cccc").touch()  # killed before it was written
+    assert taken_over(journal.prefix) == {"aaaa": (), "cccc": ()}
+
+
+def test_no_room_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+    """In a process that may write files of 100 bytes, as on a disk that is full."""
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from gc2ray.runner.journal import Journal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try:\n"
+        "    with Journal(Path(sys.argv[1])).page('aaaa', 1000) as page: page.begin(999)\n"
+        "except OSError as error: print('told:', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout[:12]) == (0, "told: [Errno"), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_has_its_room_before_anything_is_noted(tmp_path: Path) -> None:
+    """Or a row that is noted on a full disk would be a signal, SIGBUS."""
+    journal = Journal(tmp_path)
+    with journal.page("aaaa", 100_000):
+        page = journal.prefix.with_suffix(".aaaa").stat()
+        assert page.st_blocks * 512 >= page.st_size == 400_004
+
+
+def test_a_page_that_somebody_removed_is_no_trouble(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    with journal.page("aaaa", 3):
+        journal.prefix.with_suffix(".aaaa").unlink()
+
+
+def test_a_page_ends_with_its_shard(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    with journal.page("aaaa", 3) as page:
+        page.begin(2)
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError), journal.page("aaaa", 0):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_stays_when_the_engine_dies(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+
+    def die() -> None:
+        with journal.page("aaaa", 3) as page:
+            page.begin(1)
+            raise EngineDead("the device is lost")
+
+    with pytest.raises(EngineDead):
+        die()
+    assert taken_over(journal.prefix) == {"aaaa": (1,)}
+
+
+def test_journals_do_not_mix(tmp_path: Path) -> None:
+    one, two = Journal(tmp_path), Journal(tmp_path)
+    with one.page("aaaa", 3) as first, two.page("aaaa", 3) as second:
+        first.begin(1)
+        second.begin(2)
+        assert taken_over(two.prefix) == {"aaaa": (2,)}
+        (tmp_path / f"{two.prefix.name}.aaaa").touch()  # its owner removes it, too
+
+
+def test_what_nobody_asked_about_is_swept(tmp_path: Path) -> None:
+    old, new, foreign = (Journal(tmp_path).prefix.with_suffix(".aaaa") for _ in range(3))
+    foreign = tmp_path / "something-else"
+    for path in (old, new, foreign):
+        path.touch()
+    for path in (old, foreign):
+        os.utime(path, (0, time.time() - STALE_SECONDS - 1))
+    Journal(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([new, foreign])

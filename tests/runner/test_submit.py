@@ -1,0 +1,315 @@
+"""Jobs on a real Ray head with token authentication: handed in, followed, measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
+
+from gc2ray.core.config.job import load_job
+from gc2ray.core.errors import ConfigError, GivenUp
+from gc2ray.core.stats import RunStats
+from gc2ray.data.store import Store
+from gc2ray.output.verify import verify
+from gc2ray.runner import submit as submission
+from gc2ray.runner.submit import JobServer
+from tests.support.object_servers import free_port
+from tests.support.ray_head import (
+    ROOT,
+    ROWS,
+    SECRET,
+    RayHead,
+    gc2ray,
+    output_of,
+    ray_head,
+    until,
+    write_job,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head() as head:
+        yield head
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, tiny_paths: dict[str, Path]) -> Path:
+    return write_job(tmp_path, tiny_paths["vicuna"], ROWS)
+
+
+@pytest.fixture
+def client(head: RayHead) -> JobSubmissionClient:
+    return head.client()
+
+
+# --- handed in and followed ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(
+    head: RayHead, tmp_path_factory: pytest.TempPathFactory, tiny_paths: dict[str, Path]
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A job that was followed to its end, and what was seen of it."""
+    job_file = write_job(tmp_path_factory.mktemp("first"), tiny_paths["vicuna"], ROWS)
+    words = ["submit", job_file, "--address", head.address, "--follow", "--id", "first"]
+    return job_file, gc2ray(head, "--log", "json", *words)
+
+
+First = tuple[Path, subprocess.CompletedProcess[str]]
+
+
+def test_a_job_runs_and_is_followed_to_its_end(first: First, client: JobSubmissionClient) -> None:
+    job_file, result = first
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("submitted first; how far it is: gc2ray status ")
+    assert f"{ROWS} of {ROWS}" in result.stdout
+    verdict = verify(output_of(job_file), deep=True)
+    assert (verdict.problems, verdict.exit_code) == ((), 0)
+    info = client.get_job_info("first")
+    assert info.entrypoint == "python -m gc2ray --log json run job.yaml"
+    assert set(info.runtime_env) <= {"working_dir", "_ray_commit"}
+    assert info.metadata == {
+        "run": load_job(job_file).recipe.fingerprint(),
+        "output": output_of(job_file),
+    }
+
+
+def test_an_id_that_is_taken_is_refused(head: RayHead, first: First) -> None:
+    words = ["submit", first[0], "--address", head.address, "--id", "first"]
+    again = gc2ray(head, *words)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == (
+        "configuration: --id: there is a job first already; choose another, or leave it out\n"
+    )
+
+
+def test_no_secret_travels(head: RayHead, first: First, client: JobSubmissionClient) -> None:
+    """Neither what the server tells of jobs nor anything on disk holds it."""
+    job_file, result = first
+    told = [json.dumps(client.list_jobs(), default=vars), result.stdout, result.stderr]
+    assert not [text for text in told if SECRET in text]
+    files = [*head.folder.rglob("*"), *Path(output_of(job_file)).rglob("*")]
+    read = [path for path in files if path.is_file() and path.stat().st_size < 50 << 20]
+    assert any(path.name.startswith("runtime_env_agent") for path in read)
+    assert not [path for path in read if SECRET.encode() in path.read_bytes()]
+
+
+def test_logs_carry_run_and_shard(head: RayHead, first: First) -> None:
+    """Of the workers, which Ray keeps with its own."""
+    job_file, _ = first
+    run, store = load_job(job_file).recipe.fingerprint(), Store(output_of(job_file))
+    records = [
+        json.loads(line)
+        for path in head.folder.rglob("worker-*.err")
+        for line in path.read_text().splitlines()
+        if f'"{run}"' in line
+    ]
+    committed = [record for record in records if record.get("commit") == "won"]
+    told = {record["shard"]: record["message"].split(":")[0] for record in committed}
+    assert told == store.committed()
+    assert {f"workers/{record['worker']}.json" for record in committed} <= {*store.names("workers")}
+
+
+def test_a_job_ends_with_its_own_exit_code(head: RayHead, job_file: Path) -> None:
+    """What is refused on the cluster is told there, and here."""
+    overrides = ["recipe.input.uri=/nowhere/rows.parquet"]
+    result = gc2ray(head, "submit", job_file, *overrides, "--address", head.address, "--follow")
+    assert result.returncode == 2
+    refused = "configuration: recipe.input.uri: no Parquet files at /nowhere/rows.parquet\n"
+    assert refused in result.stdout
+
+
+# --- not handed in ------------------------------------------------------------------------------
+
+
+def test_a_relative_path_is_refused(job_file: Path) -> None:
+    result = gc2ray(None, "submit", job_file, "output=out")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "output: 'out' is a path of this machine" in result.stderr
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head:8265", "http://", "http://h:x"])
+def test_what_is_no_address_of_a_job_server(address: str) -> None:
+    with pytest.raises(ConfigError, match="is no address of a job server, which is as http://head"):
+        JobServer(address)
+
+
+def test_a_head_that_is_not_there(job_file: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    result = gc2ray(None, "submit", job_file, "--address", address)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"nobody answers at {address}" in result.stderr
+
+
+def test_another_server_is_no_job_server(moto: tuple[str, int]) -> None:
+    host, port = moto
+    with pytest.raises(ConfigError, match=f":{port} refuses: Version check returned 404"):
+        JobServer(f"http://{host}:{port}")
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_who_has_no_token_is_told_how_to_give_it(
+    head: RayHead, job_file: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    known = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "wrong" * 10}
+    monkeypatch.setattr(RayHead, "credentials", lambda _: known)
+    result = gc2ray(head, "submit", job_file, "--address", head.address)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "refuses us (401 or 403): set RAY_AUTH_MODE=token" in result.stderr
+
+
+# --- followed through trouble -------------------------------------------------------------------
+
+
+class Failing:
+    """A client of a server that says one thing after the other of its only job."""
+
+    def __init__(self, *answers: Exception | JobDetails) -> None:
+        self.answers = list(answers)
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        yield "one line\n"
+        raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_info(self, _: str) -> JobDetails:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+TROUBLE = (
+    RuntimeError("Request failed with status code 500: Internal Server Error"),
+    ConnectionError("Failed to connect to Ray"),
+    requests.ReadTimeout("slow"),
+)
+
+
+def following(monkeypatch: pytest.MonkeyPatch, *answers: Exception | JobDetails) -> JobServer:
+    monkeypatch.setattr(submission, "_check_address", lambda _: None)
+    monkeypatch.setattr(submission, "JobSubmissionClient", lambda _: Failing(*answers))
+    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    return JobServer("http://head:8265")
+
+
+def test_a_server_in_trouble_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails in every way, and then knows how the job has ended."""
+    ended = JobDetails(
+        type=JobType.SUBMISSION, entrypoint="", status=JobStatus.FAILED, driver_exit_code=7
+    )
+    seen: list[str] = []
+    assert following(monkeypatch, *TROUBLE, ended).follow("job", seen.append) == 7
+    assert seen == ["one line\n"]
+
+
+@pytest.mark.parametrize("trouble", TROUBLE, ids=["500", "refused", "slow"])
+def test_a_server_that_stays_in_trouble_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    """As a head does that is being killed: its job server outlives what it asks by a moment."""
+    monkeypatch.setattr(submission, "LOST_SECONDS", 0.05)
+    with pytest.raises(GivenUp, match="does not answer any more; `gc2ray status` tells"):
+        following(monkeypatch, trouble).follow("job", lambda _: None)
+
+
+def test_a_token_that_expires_while_a_job_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    expired = AuthenticationError("Unauthenticated: Invalid token")
+    with pytest.raises(ConfigError, match=r"refuses us \(401 or 403\): set RAY_AUTH_MODE=token"):
+        following(monkeypatch, expired).follow("job", lambda _: None)
+
+
+# --- measured -----------------------------------------------------------------------------------
+
+DRIVER = """
+import itertools, sys, time
+from functools import partial
+from pathlib import Path
+from gc2ray.core.config.job import load_job
+from gc2ray.runner.run import run_job
+from gc2ray.runner.worker import Worker
+from tests.support.fakes import EchoEngine
+
+def gated(gate, taken, request):
+    if next(taken) == 24:  # the last one, of whichever shard was taken up last
+        while not gate.exists():
+            time.sleep(0.05)
+
+def load(gate, job):
+    return EchoEngine(0.002, partial(gated, gate, itertools.count(1)))
+
+def worker(job, carried, gate):
+    return Worker(job, carried, load=partial(load, gate))
+
+job_file, address, gate = sys.argv[1:4]
+job = load_job(Path(job_file))
+run_job(job, address=address, make_worker=partial(worker, gate=Path(gate)))
+"""
+
+
+def scraped(head: RayHead, run: str) -> dict[tuple[str, str], float]:
+    """The run's counters, summed over workers: by name and the label that is its own."""
+    text = requests.get(head.metrics_address, timeout=10).text
+    found: dict[tuple[str, str], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.labels.get("run") == run and sample.name.startswith("ray_gc2ray_"):
+                name = sample.name.removeprefix("ray_gc2ray_").removesuffix("_total")
+                own = [
+                    sample.labels[key]
+                    for key in ("status", "fate", "stage")
+                    if key in sample.labels
+                ]
+                key = (name, *own, "")[:2]
+                found[key] = found.get(key, 0.0) + sample.value
+    return found
+
+
+def told_by_footers(store: Store) -> dict[tuple[str, str], float]:
+    """The same from the footers of the committed parts."""
+    names = sorted(store.committed().values())
+    stats = sum((footer.stats for footer in store.footers(names)), RunStats())
+    kept = stats.visual_tokens_kept
+    told = {
+        ("shards", ""): len(names),
+        ("output_tokens", ""): stats.output_tokens,
+        ("starved_seconds", ""): stats.starved_ns / 1e9,
+        ("visual_tokens", "kept"): kept,
+        ("visual_tokens", "saved"): stats.visual_tokens_full - kept,
+        **{("answers", status): rows for status, rows in stats.by_status.items()},
+        **{("stage_seconds", stage): ns / 1e9 for stage, ns in stats.stage_ns.items()},
+    }
+    return {key: value for key, value in told.items() if value}
+
+
+def test_metrics_agree_with_the_footers(head: RayHead, job_file: Path, tmp_path: Path) -> None:
+    """Three shards are committed, the fourth waits at its last row while we look."""
+    gate, run = tmp_path / "gate", load_job(job_file).recipe.fingerprint()
+    store = Store(output_of(job_file))
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(job_file), head.gcs_address, str(gate)],
+        env={**os.environ, **head.credentials(), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until(lambda: len(store.committed()) == 3)
+        told = told_by_footers(store)
+        until(lambda: scraped(head, run) == pytest.approx(told), 30.0)
+        assert told["answers", "ok"] == 18
+    finally:
+        gate.touch()
+        _, stderr = driver.communicate(timeout=60)
+        sys.stderr.write(stderr)  # for whoever reads why this failed
+    assert driver.returncode == 0

@@ -1,0 +1,152 @@
+"""The wings keep their order: imports go down only, and libraries stay behind their borders."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gc2ray"
+
+WINGS: dict[str, set[str]] = {
+    "core": set(),
+    "data": {"core"},
+    "compression": {"core"},
+    "models": {"core", "data", "compression"},
+    "output": {"core", "data"},
+    "engine": {"core", "data", "compression", "models"},
+    "runner": {"core", "data", "models", "output", "engine"},
+    "estimate": {"core", "data", "compression", "models", "output", "engine"},
+    "report": {
+        "core", "data", "compression", "models", "output", "engine", "runner", "estimate",
+    },
+    "demo": {"core", "data", "compression", "models"},
+    "cli": {"core", "data", "models", "output", "engine", "runner", "estimate", "report", "demo"},
+    "__main__": {"core", "cli"},
+}  # fmt: skip
+"""What each wing may import beside itself."""
+
+BORDERS: dict[str, set[str]] = {
+    "torch": {"compression", "models", "engine", "report/show.py"},
+    "transformers": {"models", "engine/decoding"},
+    "tokenizers": {"models/families"},
+    "ctypes": {"models/layers"},
+    "pynvml": {"engine/device.py"},
+    "ray": {"runner"},
+    "requests": {"runner/submit.py"},
+    "aiohttp": {"core/errors.py", "data", "runner/submit.py"},
+    "botocore": {"core/errors.py", "data", "models/checkpoint"},
+    "huggingface_hub": {"core/errors.py", "data", "models/checkpoint"},
+    "filelock": {"models/checkpoint"},
+    "fsspec": {"data", "models/checkpoint"},
+    "pyarrow": {"core", "data", "output", "runner/worker.py", "report/show.py", "demo"},
+    "PIL": {"data", "models", "demo"},
+    "pydantic": {"core/config", "estimate/hardware.py"},
+    "yaml": {"core/config", "report"},
+    "pythonjsonlogger": {"core/logs.py"},
+    "rapidfuzz": {"core"},
+    "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "rich": {"report", "estimate/tune.py", "cli.py"},
+    "typer": {"cli.py"},
+}
+"""Where each library may be imported: wings, folders or files."""
+
+NOT_YET = {
+    ("core", "models"), ("core", "data"), ("data", "models"), ("data", "compression"),
+    ("models", "engine"), ("output", "models"), ("output", "runner"), ("engine", "report"),
+    ("estimate", "report"),
+}  # fmt: skip
+"""Imports against the order, to be undone."""
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    """Where a module is within the package."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def wing(path: Path) -> str:
+    """The wing of a module: a folder, or a file beside the folders."""
+    return place(path).partition("/")[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from names if node.module == "gc2ray" else [node.module or ""]
+
+
+def offences(path: Path) -> list[str]:
+    """What a module imports and may not."""
+    here, file, against = wing(path), place(path), []
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        allowed = BORDERS.get(top)
+        if allowed is not None and not any(f"{file}/".startswith(f"{at}/") for at in allowed):
+            against.append(f"{file} imports {name}, which only {sorted(allowed)} may")
+        below = rest.split(".")[0]
+        if top != "gc2ray" or below in (here, "__version__", ""):
+            continue
+        if below not in WINGS[here] and (here, below) not in NOT_YET:
+            against.append(f"{here} ({file}) imports {below}, and may not")
+    return against
+
+
+def test_every_module_is_in_a_wing() -> None:
+    assert {wing(path) for path in modules()} == {*WINGS, "__init__"}
+
+
+def test_wings_stand_above_what_they_import() -> None:
+    """So there is no circle."""
+    order = list(WINGS)
+    for name, below in WINGS.items():
+        assert all(order.index(other) < order.index(name) for other in below), name
+
+
+@pytest.mark.parametrize("path", modules(), ids=place)
+def test_imports_go_down_and_stay_behind_their_borders(path: Path) -> None:
+    if path.name == "__init__.py":
+        assert list(imports(path)) == []
+    else:
+        assert offences(path) == []
+
+
+def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_imports.PACKAGE", tmp_path)
+    bad = tmp_path / "compression" / "views.py"
+    bad.parent.mkdir()
+    bad.write_text(
+        "from gc2ray.engine.engine import Engine\nfrom gc2ray import runner\nimport ray\n"
+    )
+    assert len(offences(bad)) == 3
+
+
+def test_who_does_not_compute_starts_without_torch() -> None:
+    """It takes seconds and hundreds of megabytes: commands, drivers and idle workers do without."""
+    light = ["cli", "runner.run", "runner.submit", "runner.worker", "output.retry"]
+    light += ["output.verify", "output.compact", "report.page", "report.dataset_card"]
+    script = f"import sys, {', '.join(f'gc2ray.{name}' for name in light)}\n"
+    script += "print(sorted({'torch', 'transformers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_importing_the_package_does_nothing() -> None:
+    """Module level holds definitions, constants and docstrings; no calls that do work."""
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            call = node.value if isinstance(node, ast.Expr) else None
+            assert not isinstance(call, ast.Call), f"{path}: {ast.unparse(node)}"
+            assert not isinstance(node, ast.For | ast.While | ast.With), f"{path}: {node.lineno}"
