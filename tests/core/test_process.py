@@ -62,7 +62,9 @@ def test_a_signal_while_libraries_are_imported(tmp_path: Path, number: signal.Si
 
 def test_rays_own_handler_of_sigterm_is_an_interruption() -> None:
     """It ends the process with 15, if a second signal comes before ours is back in place."""
-    script = "import sys; from gc2ray.core import process; process.run_process(lambda: sys.exit(15))"
+    script = (
+        "import sys; from gc2ray.core.process import run_process; run_process(lambda: sys.exit(15))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )

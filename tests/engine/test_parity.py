@@ -30,9 +30,9 @@ from gc2ray.engine.engine import Engine, load_model
 from gc2ray.engine.parity import Parity, StockCheck, check
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.consistency import check_directory
+from gc2ray.models.families import llava_next
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.hf_reference import StockAnswer, StockModel, StockSettings, _chat_template
-from gc2ray.models.families import llava_next
 from tests.conftest import SPECS
 from tests.support.rows import SIZES, encoded, make_job, picture, request
 

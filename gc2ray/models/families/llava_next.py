@@ -275,7 +275,7 @@ def _feature_states(config: Any, layers: int) -> tuple[int, ...]:
 
 
 def _anyres(image_processor: Any, config: Any) -> AnyRes:
-    """The processor's image settings, which `checkpoint.consistency` has held against the model's."""
+    """The processor's image settings; `consistency` has held them against the model's."""
     mean, std = image_processor.image_mean, image_processor.image_std
     return AnyRes(
         tile=int(config.vision_config.image_size),
