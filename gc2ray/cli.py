@@ -177,7 +177,7 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.estimate.input_profile import survey
         from gc2ray.estimate.measured_rates import Pace
         from gc2ray.models.checkpoint.fetch import stage_outline
-        from gc2ray.models.registry import outline
+        from gc2ray.models.loading import outline
         from gc2ray.output.totals import read_ledger
         from gc2ray.report.terminal import Counted
         from gc2ray.report.terminal_tables import print_estimate
@@ -241,11 +241,11 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
     """Measure on this device which retention and method pay on your rows, and say if none does."""
     with _exit_codes():
         from gc2ray.core.config.job import load_job
-        from gc2ray.estimate.hardware import load_hardware
-        from gc2ray.estimate.trials import Target
-        from gc2ray.estimate.tune import Wish, drawing, tuned
-        from gc2ray.estimate.tune import print_tuning as shown
-        from gc2ray.report.summary import Prices
+        from gc2ray.estimate.hardware import Prices, load_hardware
+        from gc2ray.estimate.recommendation import Target
+        from gc2ray.estimate.tune import Wish, tuned
+        from gc2ray.report.terminal_tables import drawing
+        from gc2ray.report.terminal_tables import print_tuning as shown
 
         wish = Wish(
             rows=rows,
@@ -269,9 +269,8 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
 def status(output: Output) -> None:
     """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
     with _exit_codes():
-        from gc2ray.output.plan import RUN_NAME
         from gc2ray.output.planner import committed_parts, outcome
-        from gc2ray.output.run_directory import generation_store, open_generation
+        from gc2ray.output.run_directory import RUN_NAME, generation_store, open_generation
         from gc2ray.report.terminal import print_outcome
 
         store = generation_store(output, 0)
@@ -357,13 +356,13 @@ def report(  # noqa: PLR0913 - typer makes an option of each
 ) -> None:
     """Tell what runs did and cost: a page, a text and JSON, from footers and records alone."""
     with _exit_codes():
-        from gc2ray.core.config.job import check_place
+        from gc2ray.core.config.locations import check_place
         from gc2ray.data.store import Store
-        from gc2ray.estimate.hardware import load_hardware
+        from gc2ray.estimate.hardware import Prices, load_hardware
         from gc2ray.output.totals import read_ledger
         from gc2ray.report.dataset_card import CARD_NAME, write_card
         from gc2ray.report.page import report as told
-        from gc2ray.report.summary import Prices, summarise
+        from gc2ray.report.summary import summarise
         from gc2ray.report.terminal import Counted
 
         place = to or f"{outputs[0].rstrip('/')}/report"
@@ -447,7 +446,7 @@ def compact(
 ) -> None:
     """Write the latest answers as a plain dataset of large files, in input order."""
     with _exit_codes():
-        from gc2ray.core.config.job import check_place
+        from gc2ray.core.config.locations import check_place
         from gc2ray.output.compact import compact as write
 
         check_place("DESTINATION", destination)

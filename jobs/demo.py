@@ -21,10 +21,12 @@ from rich.table import Table
 
 from gc2ray.core.config.job import Job, load_job
 from gc2ray.core.errors import Status
-from gc2ray.core.scores import Interval, agreement, interval, score
+from gc2ray.core.intervals import Interval, interval
+from gc2ray.core.metrics.scores import score
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.output.planner import Outcome
+from gc2ray.report.evaluation import agreement
 from gc2ray.report.terminal import RunDisplay, print_outcome
 from gc2ray.runner.ray_pool import connected
 from gc2ray.runner.run import run_job

@@ -29,8 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.scores import ALL, METRICS, Interval, agreement, evaluate, interval, score
+from gc2ray.core.intervals import Interval, interval
+from gc2ray.core.metrics.scores import METRICS, score
 from gc2ray.data.store import Store
+from gc2ray.report.evaluation import ALL, agreement, evaluate
 
 
 class Lists(StrEnum):

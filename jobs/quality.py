@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.core.config.methods import Newlines, Positions
-from gc2ray.core.scores import Interval, difference, interval, score
+from gc2ray.core.config.compression import Newlines, Positions
+from gc2ray.core.intervals import Interval, difference, interval
+from gc2ray.core.metrics.scores import score
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.demo.spec import MODEL

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from gc2ray.models import registry as families
+from gc2ray.models import loading
 from gc2ray.models.base import Loaded
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from tests.support.chaos import Survived
@@ -74,7 +74,7 @@ def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def loaded_models(tiny_paths: dict[str, Path]) -> dict[str, Loaded]:
     return {
-        name: families.load(str(path), revision=None, dtype="float32", device="cpu")
+        name: loading.load(str(path), revision=None, dtype="float32", device="cpu")
         for name, path in tiny_paths.items()
     }
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.views import Selection, Views, everything, reading_order
+from gc2ray.compression.selection import Selection, everything, reading_order
+from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
-"""Geometry of dynamic cropping: how an image is cut, and where it lies among its tokens.
+"""Geometry of dynamic cropping: where the crops of an image lie among its tokens.
 
-`AnyRes` is what a processor prescribes, `Tiles` an image cut that way. Its crops, laid out in their
-grid, form a `Canvas` of tokens; the image covers a rectangle of it (`rows`, `columns`), the rest is
-padding.
+The crops, laid out in their grid, form a `Canvas` of tokens; the image covers a rectangle of it
+(`rows`, `columns`), the rest is padding.
 
 A packed image is the thumbnail's tokens in raster order, without newlines, then the canvas row by
 row, each row closed by one newline token (LLaVA-NeXT's "spatial_unpad"; transformers,
@@ -20,60 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 NEWLINE = -1
 """The mark of a newline token in `Selection.source`."""
-
-
-@dataclass(frozen=True)
-class AnyRes:
-    """The dynamic cropping of a processor.
-
-    Attributes:
-        tile: Side of a view in pixels.
-        pinpoints: Allowed canvas sizes in pixels, (height, width).
-        resample: Pillow's number of the resampling filter.
-        mean: Per channel, of pixel values rescaled by `rescale`.
-        std: Likewise.
-        rescale: Factor from 0..255.
-    """
-
-    tile: int
-    pinpoints: tuple[tuple[int, int], ...]
-    resample: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale: float
-
-    def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The pinpoint for an image: most effective pixels, then least waste, then the first.
-
-        Source: LLaVA-NeXT's `select_best_resolution`, as transformers has it.
-        """
-        height, width = size
-
-        def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
-            scale = min(pinpoint[1] / width, pinpoint[0] / height)
-            covered = int(width * scale) * int(height * scale)
-            effective = min(covered, width * height)
-            return effective, effective - pinpoint[0] * pinpoint[1]
-
-        return max(self.pinpoints, key=merit)
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Crop rows and columns for an image."""
-        height, width = self.canvas_size(size)
-        return height // self.tile, width // self.tile
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """An image cut into views, still as bytes: `pixels` is uint8 (V, T, T, 3), thumbnail first."""
-
-    pixels: np.ndarray
-    size: tuple[int, int]
-    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)

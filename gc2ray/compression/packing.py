@@ -23,8 +23,9 @@ from torch import Tensor
 
 from gc2ray.compression.canvas import NEWLINE, Canvas
 from gc2ray.compression.canvas_index import canvas_plan
-from gc2ray.compression.views import Places, Selection, Views
-from gc2ray.core.config.methods import Newlines, Positions
+from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.views import Views
+from gc2ray.core.config.compression import Newlines, Positions
 
 THUMBNAIL_ROW = -1
 """The row that the thumbnail's tokens stand on: before the canvas."""

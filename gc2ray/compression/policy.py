@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.packing import Packing
 from gc2ray.compression.registry import build
-from gc2ray.core.config.job import CompressionConfig, Recipe
+from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.records import RECIPES_WAY, UNCOMPRESSED
 
 

@@ -18,7 +18,7 @@ from gc2ray.compression.methods.none import NoCompression
 from gc2ray.compression.methods.random import Random
 from gc2ray.compression.methods.thumbnail import ThumbnailOnly
 from gc2ray.compression.methods.uniform import Uniform
-from gc2ray.core.config.methods import METHODS
+from gc2ray.core.config.compression import METHODS
 
 COMPRESSORS: dict[str, type[Compressor]] = {
     method.name: method

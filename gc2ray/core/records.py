@@ -1,78 +1,22 @@
-"""What goes in and what comes out: `Request`, `Answer`, and the one Arrow schema of answer rows.
+"""What goes in and what comes out: `Request` and `Answer`.
 
-A row is an input row; an answer, or answer row, is what is written for one of its prompts.
-
-The only module that knows column names. An answer that failed has every column too, with nulls
-where nothing was measured, so that the schema is the same from the first part to the last.
-
-Only audited answers have an `audit` and a `kept_mask` (see `gc2ray.engine.audit`).
+A row is an input row; an answer, or answer row, is what is written for one of its prompts. Only
+audited answers have an `audit` and a `kept_mask` (see `gc2ray.engine.audit`). The columns that
+answers are written to are in `gc2ray.core.schema`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.core.stats import STAGES, RunStats, merged, retention_bucket, top
-from gc2ray.models.shape import Demand
+from gc2ray.core.stats import retention_bucket
 
-SCHEMA_VERSION, SCHEMA_KEY = 3, "gc2ray.schema_version"
-"""Of the answer columns, and where a part's metadata says it."""
-MILLION = 1_000_000
 RECIPES_WAY, UNCOMPRESSED = "recipe", "uncompressed"
 """Ways of compression that every engine knows."""
-
-_AUDIT = pa.struct(
-    [
-        ("answer", pa.string()),
-        ("retention", pa.float64()),
-        ("agreement", pa.float64()),
-        ("first_answer", pa.string()),
-        ("final_agreement", pa.float64()),
-    ]
-)
-
-ANSWER_FIELDS: tuple[pa.Field, ...] = (
-    pa.field("row_key", pa.string(), nullable=False),
-    pa.field("source", pa.string(), nullable=False),
-    pa.field("row", pa.int64(), nullable=False),
-    pa.field("prompt_index", pa.int32(), nullable=False),
-    pa.field("answer", pa.string()),
-    pa.field("status", pa.string(), nullable=False),
-    pa.field("error", pa.string()),
-    pa.field("finish_reason", pa.string()),
-    pa.field("prompt_tokens", pa.int32()),
-    pa.field("output_tokens", pa.int32()),
-    pa.field("visual_tokens_full", pa.int32()),
-    pa.field("visual_tokens_kept", pa.int32()),
-    pa.field("newline_tokens", pa.int32()),
-    pa.field("newline_tokens_full", pa.int32()),
-    pa.field("kept_per_view", pa.list_(pa.list_(pa.int32()))),
-    pa.field("method", pa.string(), nullable=False),
-    pa.field("retention_requested", pa.float64(), nullable=False),
-    pa.field("retention_actual", pa.float64()),
-    pa.field("kv_bytes", pa.int64()),
-    pa.field("kv_bytes_full", pa.int64()),
-    *(pa.field(f"{stage}_ns", pa.int64(), nullable=False) for stage in STAGES),
-    pa.field("halvings", pa.int32(), nullable=False),
-    pa.field("attempt", pa.int32(), nullable=False),
-    pa.field("generation", pa.int32(), nullable=False),
-    pa.field("device", pa.string(), nullable=False),
-    pa.field("worker", pa.string(), nullable=False),
-    pa.field("audit", _AUDIT),
-    pa.field("kept_mask", pa.list_(pa.binary())),
-)
-ANSWER_COLUMNS = frozenset(item.name for item in ANSWER_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -164,8 +108,8 @@ class Audit:
 
     Attributes:
         answer: What the model says uncompressed; None where it failed.
-        agreement: `gc2ray.core.scores.similarity` of that and what the recipe's compression gave: 1
-            where they are the same, 0 where the latter failed, None where the former did.
+        agreement: `scores.similarity` of that and what the recipe's compression
+            gave: 1 where they are the same, 0 where the latter failed, None where the former did.
         stage_ns: Time that the uncompressed answer took, by stage; not written.
         own_ns: The same of the one that it was compared with.
         escalation: Where the row was answered anew.
@@ -242,243 +186,14 @@ class Answer:
         return f"{retention_bucket(kept, full):02d}" if full else None
 
 
-_SUMMED = (
-    "visual_tokens_full", "visual_tokens_kept", "newline_tokens_full", "newline_tokens",
-    "prompt_tokens", "output_tokens", "kv_bytes", "kv_bytes_full",
-)  # fmt: skip
-
-
-def stats_of(answers: Sequence[Answer]) -> RunStats:
-    """What happened to some answers, all of them at once: adding them up one by one is slow."""
-    buckets = Counter(answer.retention_bucket for answer in answers)
-    del buckets[None]
-    demands = [answer.demand for answer in answers if answer.demand is not None]
-    full = [answer.demand_full for answer in answers if answer.demand_full is not None]
-    audits = [a.audit for a in answers if a.audit is not None]
-    cells = [
-        (a.request.row_key, a.retention_requested, _audit_cell(a.audit)) for a in answers if a.audit
-    ]
-    sums: dict[str, Any] = {
-        name: sum(getattr(answer, name) or 0 for answer in answers) for name in _SUMMED
-    }
-    sums |= _audit_stats(cells)
-    return RunStats(
-        rows=len(answers),
-        by_status=dict(Counter(str(answer.status) for answer in answers)),
-        empty_answers=sum(_is_empty(answer.status, answer.answer) for answer in answers),
-        view_tokens_full=_by_view(answer.full_per_view for answer in answers),
-        view_tokens_kept=_by_view(answer.kept_per_view for answer in answers),
-        images=sum(answer.demand is not None and not answer.image_shared for answer in answers),
-        flops=merged(demand.flops for demand in demands),
-        flops_full=merged(demand.flops for demand in full),
-        cache_read_bytes=sum(demand.cache_read_bytes for demand in demands),
-        cache_read_bytes_full=sum(demand.cache_read_bytes for demand in full),
-        **sums,
-        audit_ns=merged(audit.stage_ns for audit in audits),
-        audited_ns=merged(audit.own_ns for audit in audits),
-        escalation_ns=merged(a.escalation.stage_ns for a in audits if a.escalation is not None),
-        images_shared=sum(answer.image_shared for answer in answers),
-        prompt_tokens_shared=sum(answer.prompt_tokens_shared for answer in answers),
-        stage_ns={
-            stage: sum(answer.stage_ns.get(stage, 0) for answer in answers) for stage in STAGES
-        },
-        retention={str(bucket): count for bucket, count in buckets.items()},
-        slowest=top((answer.busy_ns, answer.request.row_key) for answer in answers),
-        largest=top((answer.kv_bytes or 0, answer.request.row_key) for answer in answers),
-    )
-
-
-def _is_empty(status: str, answer: str | None) -> bool:
-    """Whether an answer is good, and says nothing."""
-    return status == Status.OK and not (answer or "").strip()
-
-
-def _audit_stats(audits: Sequence[tuple[str, float, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Statistics of audits by row key, the retention of the row's answer and the audit's cell."""
-    known = [(key, cell["agreement"]) for key, _, cell in audits if cell["agreement"] is not None]
-    anew = [
-        (f"{retention:g}", cell["final_agreement"])
-        for _, retention, cell in audits
-        if cell["final_agreement"] is not None
-    ]
-    return {
-        "escalated": dict(Counter(retention for retention, _ in anew)),
-        "escalated_agreed": dict(Counter(retention for retention, now in anew if now == 1)),
-        "audits": len(known),
-        "audits_agreed": sum(agreement == 1 for _, agreement in known),
-        "agreement_millionths": sum(round(agreement * MILLION) for _, agreement in known),
-        "least_agreed": top(
-            (MILLION - round(agreement * MILLION), key) for key, agreement in known if agreement < 1
-        ),
-    }
-
-
-def _by_view(answers: Iterable[Sequence[Sequence[int]] | None]) -> dict[str, int]:
-    """Tokens by view, over the images of answers."""
-    total: Counter[int] = Counter()
-    for images in answers:
-        for views in images or ():
-            for view, tokens in enumerate(views):
-                total[view] += tokens
-    return {str(view): tokens for view, tokens in sorted(total.items())}
-
-
 @dataclass(frozen=True)
-class Provenance:
-    """Who wrote a part: the columns that are the same for all its rows."""
+class Demand:
+    """What an answer asks of a machine.
 
-    attempt: int
-    generation: int
-    worker: str
-
-
-def answer_schema(carried: pa.Schema, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """The schema of every part: the carried input columns, then the answer columns."""
-    head = {SCHEMA_KEY: str(SCHEMA_VERSION), **(metadata or {})}
-    return pa.schema([*carried, *ANSWER_FIELDS], metadata=head)
-
-
-def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Provenance) -> pa.Table:
-    """Answer rows as a table with `answer_schema(carried)`, in the order given."""
-    columns: dict[str, list[Any]] = {item.name: [] for item in ANSWER_FIELDS}
-    for answer in answers:
-        row = _answer_row(answer, provenance)
-        for name, column in columns.items():
-            column.append(row.get(name))
-    kept = {
-        item.name: _column([answer.request.carried.get(item.name) for answer in answers], item.type)
-        for item in carried
-    }
-    return pa.table({**kept, **columns}, schema=answer_schema(carried))
-
-
-_PLAIN = {pa.bool_(), pa.int32(), pa.int64(), pa.float64(), pa.string(), pa.binary()}
-"""Types of which single values make a column, and fast."""
-
-
-def _column(cells: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """Cells, perhaps of files that have them in other types, as one column.
-
-    Array by array, where they are not plain: Arrow cannot build every type from single values,
-    lists with nulls among them.
+    Attributes:
+        flops: As `matmul_flops`, by stage.
+        cache_read_bytes: KV cache that decoding reads.
     """
-    if kind in _PLAIN:
-        with suppress(pa.ArrowInvalid):  # a cell is of another type
-            return pa.array(cells, kind)
-    pieces = [pa.nulls(0, kind)]
-    for own, run in itertools.groupby(cells, _type_of):
-        pieces.append(_piece(list(run), own, kind))
-    return pa.concat_arrays(pieces)
 
-
-def _type_of(cell: Any) -> pa.DataType | None:
-    """Of an Arrow scalar; None of a null, and of a Python value."""
-    return cell.type if isinstance(cell, pa.Scalar) else None
-
-
-def _piece(cells: Sequence[Any], own: pa.DataType | None, kind: pa.DataType) -> pa.Array:
-    """Scalars of one type, or none, as another."""
-    if own is None:
-        nothing = all(cell is None for cell in cells)
-        return pa.nulls(len(cells), kind) if nothing else pa.array(cells, kind)
-    if pa.types.is_dictionary(own):  # of each file another one, and all together may not fit
-        values = pa.concat_arrays([pa.repeat(cell, 1).dictionary_decode() for cell in cells])
-        return (values.dictionary_encode() if pa.types.is_dictionary(kind) else values).cast(kind)
-    single = [pa.repeat(cell, 1) for cell in cells]
-    if own.equals(kind):
-        return pa.concat_arrays(single)
-    if _has_list_view(own):  # as lists pyarrow 26 makes them empty
-        return pa.array([cell.as_py() for cell in cells], kind)
-    return pa.concat_arrays([cell.cast(kind) for cell in single])
-
-
-def _has_list_view(kind: pa.DataType) -> bool:
-    """Whether a type is one of list views, or has one within."""
-    is_one = pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
-    return is_one or any(_has_list_view(kind.field(at).type) for at in range(kind.num_fields))
-
-
-UNWRITTEN_STATS = frozenset(
-    {
-        "view_tokens_full",
-        "images",
-        "images_shared",
-        "prompt_tokens_shared",
-        "flops",
-        "flops_full",
-        "cache_read_bytes",
-        "cache_read_bytes_full",
-        "decode_steps",
-        "energy_millijoules",
-        "audit_ns",
-        "audited_ns",
-        "escalation_ns",
-        "starved_ns",
-        "halvings",
-        "peak_device_bytes",
-        "peak_host_bytes",
-    }
-)
-"""What a part's footer counts and its rows do not tell."""
-
-
-def table_stats(table: pa.Table) -> RunStats:
-    """Statistics of answer rows by their columns: their `stats_of`, less `UNWRITTEN_STATS`."""
-    stages = {stage: table[f"{stage}_ns"].to_numpy() for stage in STAGES}
-    number = {name: pc.fill_null(table[name], 0).to_numpy() for name in _SUMMED}
-    full, kept = number["visual_tokens_full"].tolist(), number["visual_tokens_kept"].tolist()
-    buckets: Counter[str] = Counter()
-    for (kept_tokens, full_tokens), rows in Counter(zip(kept, full, strict=True)).items():
-        if full_tokens:
-            buckets[f"{retention_bucket(kept_tokens, full_tokens):02d}"] += rows
-    keys = table["row_key"].to_pylist()
-    sums: dict[str, Any] = {
-        name: int(values.sum(dtype=np.int64)) for name, values in number.items()
-    }
-    cells = (table[name].to_pylist() for name in ("row_key", "retention_requested", "audit"))
-    sums |= _audit_stats([row for row in zip(*cells, strict=True) if row[2]])
-    return RunStats(
-        rows=len(table),
-        by_status=dict(Counter(table["status"].to_pylist())),
-        empty_answers=sum(map(_is_empty, table["status"].to_pylist(), table["answer"].to_pylist())),
-        **sums,
-        stage_ns={stage: int(values.sum()) for stage, values in stages.items()},
-        view_tokens_kept=_by_view(table["kept_per_view"].to_pylist()),
-        retention=dict(buckets),
-        slowest=top(zip(sum(stages.values()).tolist(), keys, strict=True)),
-        largest=top(zip(number["kv_bytes"].tolist(), keys, strict=True)),
-    )
-
-
-def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
-    request = answer.request
-    direct = (
-        "answer", "error", "finish_reason", "prompt_tokens", "output_tokens", "visual_tokens_full",
-        "visual_tokens_kept", "newline_tokens", "newline_tokens_full", "kept_per_view", "method",
-        "retention_requested", "retention_actual", "kv_bytes", "kv_bytes_full", "device",
-        "halvings", "kept_mask",
-    )  # fmt: skip
-    return {
-        "row_key": request.row_key,
-        "source": request.source,
-        "row": request.row,
-        "prompt_index": request.prompt_index,
-        "status": str(answer.status),
-        **{name: getattr(answer, name) for name in direct},
-        **{f"{stage}_ns": answer.stage_ns.get(stage, 0) for stage in STAGES},
-        "attempt": provenance.attempt,
-        "generation": provenance.generation,
-        "worker": provenance.worker,
-        "audit": None if answer.audit is None else _audit_cell(answer.audit),
-    }
-
-
-def _audit_cell(audit: Audit) -> dict[str, Any]:
-    anew = audit.escalation
-    return {
-        "answer": audit.answer,
-        "retention": audit.retention,
-        "agreement": audit.agreement,
-        "first_answer": anew and anew.first_answer,
-        "final_agreement": anew and anew.agreement,
-    }
+    flops: Mapping[str, int]
+    cache_read_bytes: int

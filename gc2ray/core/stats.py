@@ -82,7 +82,7 @@ class RunStats:
         output_tokens: Tokens it wrote.
         kv_bytes: KV cache of prompt and output.
         kv_bytes_full: The same, uncompressed.
-        flops: Operations of matrix products by stage, as `gc2ray.models.shape.matmul_flops` counts
+        flops: Operations of matrix products by stage, as `gc2ray.models.flops.matmul_flops` counts
         them.
         flops_full: The same, uncompressed.
         cache_read_bytes: KV cache that decoding read, a step's rows each their own.

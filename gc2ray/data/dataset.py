@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from gc2ray.core.config.job import InputConfig
+from gc2ray.core.config.input import InputConfig
 from gc2ray.core.errors import STORAGE_ERRORS, ConfigError, ShardError, first_line
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span, digest

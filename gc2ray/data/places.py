@@ -31,7 +31,7 @@ from urllib.parse import parse_qs, urlsplit
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from gc2ray.core.config.job import HUB
+from gc2ray.core.config.locations import HUB
 from gc2ray.core.errors import STORAGE_ERRORS, ConfigError
 from gc2ray.data.retries import Patience
 from gc2ray.data.storage import protocols, storage_of

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
-from gc2ray.core.config.job import InputConfig
+from gc2ray.core.config.input import InputConfig, PromptSource
 from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.shards import row_key
@@ -26,7 +26,6 @@ from gc2ray.data.column_types import (
     reads_as_text,
     sturdy,
 )
-from gc2ray.models.chat_template import PromptSource
 
 Record = Mapping[str, pa.Scalar]
 

@@ -14,12 +14,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-LOCAL_STARTS = ("/", ".", "~")
-
-
-def is_local_path(place: str) -> bool:
-    """Whether a place can only be meant as a path of this machine."""
-    return place.startswith(LOCAL_STARTS) and "://" not in place
+from gc2ray.core.config.locations import is_local_path
 
 
 def storage_of(place: str, **options: Any) -> tuple[Any, str]:

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.core.errors import STORAGE_ERRORS, ConfigError
-from gc2ray.core.records import SCHEMA_KEY, SCHEMA_VERSION
+from gc2ray.core.schema import SCHEMA_KEY, SCHEMA_VERSION
 from gc2ray.core.shards import Shard
 from gc2ray.core.stats import RunStats
 from gc2ray.data.parquet_footer import open_parquet, parse_footer, read_footer

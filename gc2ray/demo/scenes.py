@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gc2ray.compression.canvas import AnyRes
-from gc2ray.data.image_bytes import fitted_size
 from gc2ray.demo.lettering import text_width
+from gc2ray.models.image_processor import AnyRes, fitted_size
 
 DIGITS = tuple("0123456789")
 LETTERS = tuple("ACEHKRTX")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gc2ray.compression.canvas import AnyRes
 from gc2ray.demo.questions import CAPTION, COUNT, SIGN, family
 from gc2ray.demo.scenes import COLOURS, KINDS
 from gc2ray.models.families.tiny import TinySpec
+from gc2ray.models.image_processor import AnyRes
 
 MODEL = Path(__file__).parent / "model"
 """Directory of the trained model, loadable by transformers."""

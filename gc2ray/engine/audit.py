@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from gc2ray.core.errors import Status
+from gc2ray.core.metrics.scores import similarity
 from gc2ray.core.records import UNCOMPRESSED, Answer, Audit, Escalation, Request
-from gc2ray.core.scores import similarity
 from gc2ray.core.stats import RunStats, merged
 from gc2ray.models.shape import ModelShape
 

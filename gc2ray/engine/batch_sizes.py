@@ -14,12 +14,12 @@ bounded by the rows that are decoded ahead.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from gc2ray.core.config.job import MIB, Cluster
+from gc2ray.core.config.input import MIB
+from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
+from gc2ray.engine.device import Memory
 from gc2ray.models.shape import Needs
 
 GPU_USABLE = 0.92
@@ -34,15 +34,6 @@ LONG_PROMPT = 4096
 """Tokens of one prompt that is read in one piece: more than an uncompressed image has."""
 TOWER_VIEWS = 32
 """Views that go through the tower at once on a GPU, see `gc2ray.models.families.llava_next`."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The device's memory: all of a GPU, or what is free of a host's."""
-
-    is_gpu: bool
-    total_bytes: int
-    cores: int
 
 
 @dataclass(frozen=True)
@@ -117,24 +108,3 @@ def _cpu_tokens(needs: Needs, memory: Memory) -> int:
     longest = needs.max_positions
     fits = longest * needs.kv_per_token <= memory.total_bytes // 2
     return max(tokens, longest) if fits else tokens
-
-
-def free_host_bytes() -> int:
-    """Memory that this process may still take: of the machine, and of its control group."""
-    known = Path("/proc/meminfo")
-    if not known.exists():  # no Linux: half of what there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    lines = known.read_text(encoding="utf-8").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(most) - int(used.read_text())))
-    return free
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

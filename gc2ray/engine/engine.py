@@ -27,25 +27,27 @@ import torch
 
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.policy import ways_of
-from gc2ray.compression.views import Prompt
-from gc2ray.core.config.job import Cluster, CompressionConfig, Recipe
+from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, EngineDead, Status
 from gc2ray.core.records import RECIPES_WAY, Answer, Request
 from gc2ray.core.stats import RunStats
-from gc2ray.engine.batch_sizes import Memory, Sizes, cores, free_host_bytes, sizes
+from gc2ray.engine.batch_sizes import Sizes, sizes
 from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
 from gc2ray.engine.decoding.decoder import Completion, Decoder
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
-from gc2ray.engine.device import EnergyMeter
+from gc2ray.engine.device import EnergyMeter, device_name, gpu_uuid, memory, own_device
 from gc2ray.engine.prefetch import Feed, Inline
 from gc2ray.engine.prompt_builder import Vision
 from gc2ray.engine.request_state import Row, lost, trouble_of, views_of
-from gc2ray.models import registry as families
-from gc2ray.models.base import Family, Loaded
+from gc2ray.models import loading
+from gc2ray.models.base import Family, Loaded, Prompt
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.checkpoint.fetch import Tick, stage
+from gc2ray.models.checkpoint.cache import Tick
+from gc2ray.models.checkpoint.fetch import stage
+from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.llama import LanguageModel, unsupported
-from gc2ray.models.shape import AnswerTokens, Demand
 
 MESSAGE_CHARACTERS = 300
 
@@ -290,8 +292,8 @@ class Engine:
             halvings=row.halvings + completion.halvings,
             full_per_view=(picture.full_per_view,),
             kept_mask=picture.mask if row.request.is_audited else None,
-            demand=Demand.of(shape, tokens),
-            demand_full=Demand.of(shape, tokens.with_more(full - tokens.prompt)),
+            demand=demand_of(shape, tokens),
+            demand_full=demand_of(shape, tokens.with_more(full - tokens.prompt)),
         )
 
     def _asked(self, request: Request) -> dict[str, Any]:
@@ -351,7 +353,7 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
     else:  # a cap, so that workers on one GPU cannot take from each other
         torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
     staged = stage(recipe.model, tick=tick)
-    loaded = families.load(
+    loaded = loading.load(
         str(staged.directory),
         revision=None,
         dtype=recipe.model.dtype,
@@ -359,28 +361,3 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
         taken_over=recipe.generation.taken_over(),
     )
     return replace(loaded, digest=staged.digest)
-
-
-def own_device() -> str:
-    """Where this process runs models: the GPU that it was given, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def memory(device: torch.device) -> Memory:
-    """All memory of a GPU; what is free of a host's."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return Memory(is_gpu=True, total_bytes=total, cores=cores())
-    return Memory(is_gpu=False, total_bytes=free_host_bytes(), cores=cores())
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def gpu_uuid(device: torch.device) -> str | None:
-    """A GPU's name among all; None where there is none."""
-    if device.type != "cuda":
-        return None
-    return str(torch.cuda.get_device_properties(device).uuid)

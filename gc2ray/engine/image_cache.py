@@ -19,10 +19,11 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from gc2ray.compression.canvas import Tiles
-from gc2ray.compression.views import Places, Selection, Views
+from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow
 from gc2ray.core.records import RECIPES_WAY
+from gc2ray.models.image_processor import Tiles
 
 
 @dataclass(eq=False)

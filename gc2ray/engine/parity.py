@@ -28,20 +28,24 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gc2ray.compression.views import Prompt
-from gc2ray.core.config.job import AuditConfig, CompressionConfig, GenerationConfig, Job, Recipe
+from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.core.config.generation import GenerationConfig
+from gc2ray.core.config.job import Job
+from gc2ray.core.config.recipe import AuditConfig, Recipe
 from gc2ray.core.errors import BadRow, Status
+from gc2ray.core.format import size
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.shards import first_spans
 from gc2ray.data.dataset import Source
-from gc2ray.data.image_bytes import decode, read_bytes
+from gc2ray.data.image_bytes import read_bytes
+from gc2ray.data.image_decoding import decode
 from gc2ray.engine.decoding.forced import Dictation, largest_difference
-from gc2ray.engine.engine import Engine, load_model, own_device
-from gc2ray.models import registry as families
-from gc2ray.models.base import Loaded
+from gc2ray.engine.device import own_device
+from gc2ray.engine.engine import Engine, load_model
+from gc2ray.models import loading
+from gc2ray.models.base import Loaded, Prompt
 from gc2ray.models.checkpoint.fetch import stage
 from gc2ray.models.hf_reference import StockAnswer, StockFailed, StockModel, StockSettings
-from gc2ray.report.format import size
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-1, "float16": 2e-2}
 """Largest logit difference allowed, as a share of the position's largest logit."""
@@ -180,7 +184,7 @@ def check(job: Job, rows: int) -> Parity:
     recipe, requests = job.recipe, list(_requests(job, rows))
     directory, taken_over = stage(recipe.model).directory, recipe.generation.taken_over()
     # First, because stock takes what answers would not follow.
-    families.outline(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
+    loading.outline(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
     stock = _Stock.asked(recipe, directory, requests)
     loaded = load_model(job.recipe, job.cluster)
     ours = _Ours(job, loaded, stock)

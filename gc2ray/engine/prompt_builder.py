@@ -19,15 +19,24 @@ from dataclasses import replace
 import torch
 
 from gc2ray.compression.policy import Way
-from gc2ray.compression.views import Places, Prompt, Selection, Views
-from gc2ray.core.config.job import Recipe
+from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.views import Views
+from gc2ray.core.config.input import (
+    ImagePolicy,
+)
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.core.records import Request
-from gc2ray.data.image_bytes import read_bytes, tiles_of
+from gc2ray.core.records import ImageRef, Request
+from gc2ray.data.image_bytes import read_bytes
+from gc2ray.data.image_decoding import (
+    decode,
+    refusal,
+)
 from gc2ray.engine.image_cache import Picture, Pictures, picture_key
 from gc2ray.engine.request_state import Row, attempt, share_time
-from gc2ray.models.base import Family
+from gc2ray.models.base import Family, Prompt
 from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.image_processor import AnyRes, Tiles, tile
 
 
 class Vision:
@@ -220,3 +229,28 @@ def _prefix_key(row: Row, picture: Picture, prompt: Prompt) -> str | None:
     before = row.token_ids[: prompt.visual[0][0]]
     text = hashlib.blake2b(repr(before).encode(), digest_size=8).hexdigest()
     return f"{picture.key}/{text}"
+
+
+def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
+    """Read, decode and tile one image.
+
+    Raises:
+        BadRow: `BAD_IMAGE`, see `read_bytes` and `decode`.
+        ConfigError, ShardError: See `read_bytes`.
+    """
+    return tiles_of(read_bytes(ref, policy), ref, anyres, policy)
+
+
+def tiles_of(data: bytes, ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
+    """Decode and tile what was read of an image.
+
+    Raises:
+        BadRow: `BAD_IMAGE`, see `decode`.
+    """
+    try:
+        image = decode(data, policy)
+    except BadRow as error:
+        if ref.data is not None or ref.path is None:
+            raise
+        raise refusal(error.message, ref.path) from error
+    return tile(image, anyres)

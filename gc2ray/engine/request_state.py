@@ -14,11 +14,11 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.core.records import Request
 from gc2ray.core.stats import apportion
 from gc2ray.engine.image_cache import Picture
+from gc2ray.models.base import Prompt
 
 
 class Troubled(Protocol):

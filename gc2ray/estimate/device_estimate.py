@@ -14,12 +14,14 @@ from functools import partial
 
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
-from gc2ray.engine.batch_sizes import Memory, sizes
+from gc2ray.core.intervals import Range
+from gc2ray.engine.batch_sizes import sizes
+from gc2ray.engine.device import Memory
 from gc2ray.estimate.hardware import Hardware
-from gc2ray.estimate.measured_rates import ROOFLINE_SHARE, Pace, roofline_seconds
+from gc2ray.estimate.measured_rates import Pace
+from gc2ray.estimate.roofline import ROOFLINE_SHARE, roofline_seconds
 from gc2ray.estimate.workload import Ends, Forecast
 from gc2ray.models.shape import ModelShape
-from gc2ray.report.format import Range
 
 START_SECONDS = Range(20.0, 60.0, 240.0)
 """Of a run and of each worker, where no run has told: processes, libraries, weights from a disk."""

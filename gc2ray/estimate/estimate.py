@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.core.config.job import CompressionConfig, Job, Recipe
+from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.core.config.job import Job
+from gc2ray.core.config.recipe import Recipe
+from gc2ray.core.intervals import Range
 from gc2ray.estimate.device_estimate import Bid, Offer
 from gc2ray.estimate.hardware import Hardware
 from gc2ray.estimate.input_profile import Shown, Stretch, Survey
 from gc2ray.estimate.measured_rates import Pace
 from gc2ray.estimate.workload import Forecast, forecast
 from gc2ray.models.base import Outline
-from gc2ray.report.format import Range
 
 RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
 """What is compared, beside the recipe's own: those of the paper's table 8."""

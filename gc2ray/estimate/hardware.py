@@ -10,13 +10,14 @@ Not covered: CPUs, interconnects, what storage and network cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from gc2ray.core.config.job import Frozen, parsed, read_yaml
+from gc2ray.core.config.yaml_models import Frozen, parsed, read_yaml
 from gc2ray.core.errors import ConfigError
 
 DEFAULT = Path(__file__).with_name("hardware.yaml")
@@ -115,3 +116,30 @@ def load_hardware(path: Path | None = None) -> tuple[Hardware, ...]:
 def find_hardware(table: Sequence[Hardware], device: str) -> Hardware | None:
     """The kind that a device is of, by what it calls itself."""
     return next((item for item in table if device in item.devices), None)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What device time costs.
+
+    Attributes:
+        table: Of hardware.
+        kind: `on_demand` or `spot`.
+        usd_per_hour: Of one device, whatever it is; None: as the table says.
+    """
+
+    table: tuple[Hardware, ...]
+    kind: str = "on_demand"
+    usd_per_hour: float | None = None
+
+    def of(self, device: str) -> float | None:
+        """What an hour of a device costs."""
+        if self.usd_per_hour is not None:
+            return self.usd_per_hour
+        hardware = find_hardware(self.table, device)
+        return hardware.usd_per_hour(self.kind) if hardware else None
+
+    def __str__(self) -> str:
+        if self.usd_per_hour is not None:
+            return f"${self.usd_per_hour:g} a device-hour, as given"
+        return f"{self.kind.replace('_', ' ')}, as in the hardware table"

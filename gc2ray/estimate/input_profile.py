@@ -21,16 +21,16 @@ from functools import cached_property
 import numpy as np
 
 from gc2ray.compression.canvas import Canvas
-from gc2ray.core.config.job import Recipe
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
+from gc2ray.core.intervals import Range, ratio
 from gc2ray.core.records import Request
-from gc2ray.core.scores import ratio
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.data.dataset import Source
-from gc2ray.data.image_bytes import read_bytes, upright_size
+from gc2ray.data.image_bytes import read_bytes
+from gc2ray.data.image_decoding import upright_size
 from gc2ray.models.base import Outline
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.report.format import Range
 
 STRETCHES = 64
 """At most: each opens a file, and reads a row group up to where it lies."""

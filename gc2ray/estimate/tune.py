@@ -1,35 +1,19 @@
-"""A tuning of a job on this machine's device: reads the sample, loads the model, tells a person."""
+"""A tuning of a job on this machine's device: reads the sample, loads the model, measures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
+from gc2ray.core.config.compression import METHODS
 from gc2ray.core.config.job import Job
-from gc2ray.core.config.methods import METHODS
 from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Request
-from gc2ray.core.scores import Interval
 from gc2ray.data.dataset import Source
 from gc2ray.engine.engine import Engine, load_model
+from gc2ray.estimate.hardware import Prices
 from gc2ray.estimate.input_profile import HOST_BYTES, spread
-from gc2ray.estimate.trials import (
-    RETENTIONS,
-    Measured,
-    Question,
-    Setting,
-    Target,
-    Tuning,
-    judge,
-    measure,
-    references_of,
-)
-from gc2ray.report.charts import Point, front
-from gc2ray.report.format import money, precise
-from gc2ray.report.summary import Prices
+from gc2ray.estimate.recommendation import Question, Setting, Target, Tuning, judge
+from gc2ray.estimate.trials import RETENTIONS, measure, references_of
 
 DEFAULT_AGREEMENT = 0.95
 
@@ -121,53 +105,3 @@ def tuned(job: Job, wish: Wish) -> Tuning:
     references = references_of(requests, wish.reference) if wish.reference else {}
     total = sum(file.rows for file in files)
     return judge(trials, Question(target, references, usd_per_hour=price, total_rows=total))
-
-
-def print_tuning(console: Console, found: Tuning) -> None:
-    """All settings, and the verdict."""
-    columns: dict[str, Callable[[Measured], str]] = {
-        "setting": lambda item: item.setting.name,
-        "visual tokens": lambda item: precise(item.visual_tokens),
-        "ms a row": lambda item: precise(1e3 * item.seconds_per_row),
-        "speed-up": lambda item: _speed_up(item.speed_up),
-        "agreement": lambda item: str(item.agreement),
-        "accuracy": lambda item: str(item.accuracy or ""),
-        "all rows": lambda item: "" if item.usd is None else money(item.usd),
-        "meets it": _marks,
-    }
-    shown = {name: [text(item) for item in found.measured] for name, text in columns.items()}
-    shown = {name: texts for name, texts in shown.items() if any(texts)}
-    table = Table(*shown)
-    for row in zip(*shown.values(), strict=True):
-        table.add_row(*row)
-    console.print(table)
-    console.print(
-        "meets it: the target, with 90 % confidence; front: no other setting is faster and better",
-        soft_wrap=True,
-        highlight=False,
-    )
-    console.print(found.verdict, soft_wrap=True, markup=False, highlight=False)
-
-
-def drawing(found: Tuning) -> str:
-    """The Pareto front, as SVG."""
-    points = [
-        Point(
-            name=item.setting.name,
-            milliseconds=1e3 * item.seconds_per_row,
-            quality=item.quality.mean,
-            low=item.quality.low,
-            high=item.quality.high,
-            on_front=item.on_front,
-        )
-        for item in found.measured
-    ]
-    return front("Quality against time", points)
-
-
-def _speed_up(found: Interval) -> str:
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
-def _marks(item: Measured) -> str:
-    return " ".join((["yes"] if item.meets else []) + (["front"] if item.on_front else []))

@@ -16,12 +16,13 @@ import numpy as np
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.policy import Way
-from gc2ray.core.config.job import CompressionConfig, Recipe
+from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.core.config.recipe import Recipe
+from gc2ray.core.intervals import Range
 from gc2ray.core.stats import RunStats
 from gc2ray.estimate.input_profile import Shown, Survey
 from gc2ray.models.base import Outline
-from gc2ray.models.shape import AnswerTokens, Demand
-from gc2ray.report.format import Range
+from gc2ray.models.flops import AnswerTokens, demand_of
 
 Ends = tuple[RunStats, RunStats, RunStats]
 """At the low end, the best guess and the high end."""
@@ -205,7 +206,7 @@ class _Rows:
             output=max(1, round(output)),
             shared=shown.leading_tokens + image if shares else 0,
         )
-        demand = Demand.of(self._shape, tokens)
+        demand = demand_of(self._shape, tokens)
         stages = [float(demand.flops[stage]) for stage in _STAGES]
         too_long = float(self._stop(shown, prompt) + self._new > self._limit)
         return [*stages, demand.cache_read_bytes, visual, newlines, prompt, output, 1.0, too_long]

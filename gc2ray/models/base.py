@@ -1,4 +1,7 @@
-"""What a model architecture brings: `Family`, the only code that knows a model's insides."""
+"""What a model architecture brings: `Family`, the only code that knows a model's insides.
+
+`Prompt` is what the language model then reads.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, device
 
-from gc2ray.compression.canvas import AnyRes, Canvas, Tiles
-from gc2ray.compression.views import Places, Prompt, Selection, Views
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.views import Views
+from gc2ray.models.image_processor import AnyRes, Tiles
 from gc2ray.models.shape import ModelShape, Needs
 
 
@@ -102,3 +107,35 @@ class Loaded:
     family: Family
     end_tokens: tuple[int, ...]
     digest: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the language model reads.
+
+    Attributes:
+        embeds: (T, D).
+        visual: Spans (first, stop) of the images in it.
+        positions: Position of every token, (T,), or None for 0..T-1.
+        prefix_key: Equal for prompts that start with the same `visual[-1][1]` tokens.
+        token_ids: Of its text, with an image's placeholder once; only who counts repetitions asks.
+    """
+
+    embeds: Tensor
+    visual: tuple[tuple[int, int], ...] = ()
+    positions: Tensor | None = None
+    prefix_key: str | None = None
+    token_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.embeds.shape[0])
+
+    def until(self, stop: int) -> Prompt:
+        """Its first tokens, which nobody shares."""
+        positions = None if self.positions is None else self.positions[:stop]
+        return Prompt(self.embeds[:stop], self.visual, positions)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that prompts with the same `prefix_key` begin with; 0 without a key."""
+        return self.visual[-1][1] if self.prefix_key is not None else 0

@@ -1,10 +1,7 @@
-"""From a row to the token ids of its prompt.
-
-`PromptSource` makes a prompt's text from a column, a template over columns, or one constant.
-`ChatPrompt` puts it into the model's chat template and tokenises it, one placeholder per image.
+"""`ChatPrompt`: a prompt in the model's chat template, as token ids, one placeholder per image.
 
 Row text is untrusted: a special token spelled out in it ("<image>", "</s>") is broken up by a
-space, so that it stays text. Templates take plain column names only; nothing is evaluated.
+space, so that it stays text.
 
 Not covered: system prompts, several turns, few-shot examples.
 """
@@ -12,78 +9,11 @@ Not covered: system prompts, several turns, few-shot examples.
 from __future__ import annotations
 
 import re
-import string
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from gc2ray.core.errors import BadRow, ConfigError, Status
 
 NEUTRALISE_ROUNDS = 16
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where a prompt's text comes from; exactly one of the three is set."""
-
-    column: str | None = None
-    template: str | None = None
-    constant: str | None = None
-
-    def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.column, self.template, self.constant)) != 1:
-            raise ValueError("set exactly one of column, template, constant")
-        if self.constant is not None and not self.constant.strip():
-            raise ValueError("the constant is empty")
-        if self.template is not None and not self.template.strip():
-            raise ValueError("the template is empty")
-        self.columns()
-
-    def columns(self) -> tuple[str, ...]:
-        """The input columns that the text needs.
-
-        Raises:
-            ValueError: The template holds something else than plain `{column}` fields.
-        """
-        if self.column is not None:
-            return (self.column,)
-        return () if self.template is None else _fields(self.template)
-
-    def render(self, row: Mapping[str, Any]) -> str:
-        """The text of a row.
-
-        Raises:
-            BadRow: A needed value is null, NaN or not text (`bad_prompt`).
-        """
-        values = {name: row[name] for name in self.columns()}
-        for name, value in values.items():
-            if value is None:
-                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is null")
-            if value != value:  # what pandas makes of a missing number
-                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is not a number")
-        if self.column is not None:
-            text = values[self.column]
-        else:
-            text = self.constant if self.template is None else self.template.format(**values)
-        if not isinstance(text, str):
-            raise BadRow(Status.BAD_PROMPT, f"prompt column {self.column!r} holds {type(text)}")
-        if not text.strip():
-            raise BadRow(Status.BAD_PROMPT, "the prompt is empty")
-        return text
-
-
-@lru_cache(maxsize=64)
-def _fields(template: str) -> tuple[str, ...]:
-    """The columns that a template names, each once; cached, because every row asks."""
-    names: list[str] = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            raise ValueError(f"template field {{{name}}}: only plain column names are allowed")
-        names.append(name)
-    return tuple(dict.fromkeys(names))
 
 
 class ChatPrompt:

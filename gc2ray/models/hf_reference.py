@@ -30,11 +30,10 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
-from gc2ray.compression.views import Prompt
-from gc2ray.core.config.generation_rules import RULES
+from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
-from gc2ray.models.base import Loaded
-from gc2ray.models.registry import without_load_report
+from gc2ray.models.base import Loaded, Prompt
+from gc2ray.models.loading import without_load_report
 
 
 def stock_inputs(loaded: Loaded, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gc2ray.engine.decoding.kv_cache import KvShape
-from gc2ray.models.layers.attention import Attend, Sequences, write
+from gc2ray.models.layers.attention import Attend, KvShape, Sequences, write
 from gc2ray.models.layers.linear import Linear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")

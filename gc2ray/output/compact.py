@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from gc2ray import __version__
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.records import answer_schema
+from gc2ray.core.schema import answer_schema
 from gc2ray.data.store import Store
 from gc2ray.output.run_directory import Generation
 from gc2ray.output.verify import Verdict, verify

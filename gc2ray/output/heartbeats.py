@@ -16,11 +16,11 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from gc2ray.core.errors import STORAGE_ERRORS
 from gc2ray.core.usage import Bill
@@ -179,3 +179,42 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         pass  # somebody else's, but there
     return True
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """What a worker process says of itself.
+
+    Attributes:
+        device: What its device calls itself.
+        devices: Of them; a share of one where workers share it, 1 where it has none.
+        started: When.
+        loaded: When its model was; None where it never was.
+        last_seen: When it last wrote this.
+        model_shape: Of its model, as `ModelShape.to_dict` has it; None in older records.
+    """
+
+    device: str
+    devices: float
+    started: datetime
+    loaded: datetime | None
+    last_seen: datetime
+    model_shape: Mapping[str, Any] | None
+
+    @staticmethod
+    def from_bytes(data: bytes) -> WorkerRecord:
+        """From JSON.
+
+        Raises:
+            ValueError, KeyError, TypeError: Not a record.
+        """
+        content = dict(json.loads(data))
+        shape = content.get("model_shape")
+        return WorkerRecord(
+            device=str(content["device"]),
+            devices=float(content["gpus"] or 1.0),
+            started=datetime.fromisoformat(content["started"]),
+            loaded=datetime.fromisoformat(content["loaded"]) if content["loaded"] else None,
+            last_seen=datetime.fromisoformat(content["last_seen"]),
+            model_shape=dict(shape) if shape else None,
+        )

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from gc2ray.core.errors import ConfigError, Status, first_line
-from gc2ray.core.records import Answer, Provenance, Request, stats_of
+from gc2ray.core.records import Answer, Request
+from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.data.parquet_footer import open_parquet
 from gc2ray.data.store import PartFooter
 from gc2ray.output.parts import part_bytes

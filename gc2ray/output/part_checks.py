@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.records import ANSWER_FIELDS, UNWRITTEN_STATS, answer_schema, table_stats
+from gc2ray.core.schema import ANSWER_FIELDS, UNWRITTEN_STATS, answer_schema, table_stats
 from gc2ray.core.shards import Integers, Shard, row_key
 from gc2ray.core.stats import RunStats
 from gc2ray.data.parquet_footer import open_parquet

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.core.errors import ShardError
-from gc2ray.core.records import Answer, Provenance, answer_schema, answer_table
+from gc2ray.core.records import Answer
+from gc2ray.core.schema import Provenance, answer_schema, answer_table
 from gc2ray.core.shards import Shard
 from gc2ray.data.store import PartFooter
 

@@ -1,40 +1,29 @@
-"""The frozen `Plan` of a run, and the `Run` that it is of.
+"""The frozen `Plan` of a run: which rows each shard has.
 
-A plan is cut once and stored; nothing is recomputed from a setting afterwards. `Plan` goes to and
-from a Parquet file, `Run` to and from `run.json`; both know the recipe by its fingerprint. A plan
-that grew has a file for each extension, `plan/0001.parquet` and on: its shards are numbered from 0,
-and it names the file before it by its digest.
+A plan is cut once and stored; nothing is recomputed from a setting afterwards. It goes to and from
+a Parquet file and knows its recipe by the fingerprint. A plan that grew has a file for each
+extension, `plan/0001.parquet` and on: its shards are numbered from 0, and it names the file before
+it by its digest.
 """
 
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
-import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray import __version__
-from gc2ray.core.config.job import Recipe, parse_recipe, recipe_difference
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.shards import Shards, SourceFile, SpanColumns, cut_shards, digest
+from gc2ray.core.shards import Shards, SourceFile, SpanColumns, cut_shards
 from gc2ray.data.parquet_footer import open_parquet
 
-FORMAT = 2
-"""Of a run and its plan; raised whenever this version would go on otherwise with an older one's.
-
-2: kept columns are carried as they come back from Parquet."""
-VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
 PLAN_NAME = "plan/0000.parquet"
 """The first file; `plan_name` tells those of extensions."""
-RUN_NAME = "run.json"
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 _PLAN_SCHEMA = pa.schema(
@@ -138,81 +127,6 @@ class Plan:
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{PLAN_NAME}: not written by gc2ray, or damaged") from error
         return Plan(fingerprint, shards, carried)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `run.json` says: recipe, plan, versions."""
-
-    recipe: Recipe
-    plan_digest: str
-    shards: int
-    rows: int
-    versions: dict[str, str]
-    format: int = FORMAT
-
-    @staticmethod
-    def of(recipe: Recipe, plan: Plan, plan_data: bytes) -> Run:
-        """The run of a stored plan, with this process's versions."""
-        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
-        versions |= {"gc2ray": __version__, "python": sys.version.split()[0]}
-        return Run(recipe, digest(plan_data), len(plan.shards), plan.rows, versions)
-
-    def to_bytes(self) -> bytes:
-        """As JSON, for people too."""
-        content: dict[str, Any] = {
-            "format": self.format,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "recipe_fingerprint": self.recipe.fingerprint(),
-            "plan": {"file": PLAN_NAME, "sha256": self.plan_digest},
-            "shards": self.shards,
-            "rows": self.rows,
-            "versions": self.versions,
-        }
-        return (json.dumps(content, indent=2) + "\n").encode()
-
-    @staticmethod
-    def from_bytes(data: bytes) -> Run:
-        """The inverse of `to_bytes`.
-
-        Raises:
-            ConfigError: Not a run of this version.
-        """
-        try:
-            content = json.loads(data)
-            if content["format"] != FORMAT:
-                raise _other_format(content)
-            return Run(
-                recipe=parse_recipe(content["recipe"]),
-                plan_digest=content["plan"]["sha256"],
-                shards=content["shards"],
-                rows=content["rows"],
-                versions=content["versions"],
-            )
-        except (ValueError, KeyError, TypeError) as error:  # not JSON, or not ours
-            raise ConfigError(f"{RUN_NAME}: not written by gc2ray, or damaged") from error
-
-    def check(self, recipe: Recipe) -> None:
-        """Refuse another recipe.
-
-        Raises:
-            ConfigError: Names every setting that differs.
-        """
-        lines = recipe_difference(self.recipe, recipe)
-        if lines:
-            raise ConfigError(
-                "the output directory belongs to another recipe; choose a new output, or go back "
-                "to the stored settings:\n  " + "\n  ".join(lines)
-            )
-
-
-def _other_format(content: dict[str, Any]) -> ConfigError:
-    found, by = content["format"], content["versions"]["gc2ray"]
-    age = "an older" if found < FORMAT else "a newer"
-    return ConfigError(
-        f"{RUN_NAME}: begun by {age} gc2ray, {by} (format {found}); this is {__version__} (format "
-        f"{FORMAT}): choose a new output, or go on with that version"
-    )
 
 
 def plan_name(number: int) -> str:

@@ -24,9 +24,10 @@ from gc2ray.core.usage import Bill
 from gc2ray.data.column_types import holds
 from gc2ray.data.store import Store, part_index
 from gc2ray.output.heartbeats import driver_records
-from gc2ray.output.plan import PLAN_NAME, RUN_NAME, Plan, Run, plan_name
-from gc2ray.output.run_directory import frozen_plan, stored_run
-from gc2ray.runner.progress import FIRST_ERRORS
+from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
+from gc2ray.output.run_directory import RUN_NAME, Run, frozen_plan, stored_run
+
+FIRST_ERRORS = 3
 
 CALIBRATION_ROWS = 24
 SHARDS_PER_WORKER = 4

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gc2ray.core.config.job import Cluster, Job, Recipe
+from gc2ray.core.config.job import Cluster, Job
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, cut_spans
 from gc2ray.data.store import Store

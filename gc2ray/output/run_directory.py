@@ -1,4 +1,4 @@
-"""Generations of an output: the run itself, and the retries of its failed rows.
+"""The output directory: the `Run` that it is of (`run.json`), and the retries of its failed rows.
 
 Generation 0 is the output; generation N is `retries/gN` in it, a run like it: `run.json`, `plan/`,
 `data/`, `dead/`, `workers/`, `model.json`. No generation edits another.
@@ -8,15 +8,27 @@ Not covered: which generation's answer counts (`gc2ray.output.latest`).
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from gc2ray import __version__
+from gc2ray.core.config.recipe import Recipe, parse_recipe, recipe_difference
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import digest
 from gc2ray.data.store import Store
-from gc2ray.output.plan import PLAN_NAME, RUN_NAME, Plan, Run, follows, plan_name
+from gc2ray.output.plan import PLAN_NAME, Plan, follows, plan_name
+
+FORMAT = 2
+"""Of a run and its plan; raised whenever this version would go on otherwise with an older one's.
+
+2: kept columns are carried as they come back from Parquet."""
+VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
+RUN_NAME = "run.json"
 
 RETRIES = "retries"
 MODEL_NAME = "model.json"
@@ -143,3 +155,78 @@ def extensions(store: Store, plan: bytes) -> Iterator[tuple[str, bytes]]:
             raise ConfigError(f"{name}: does not extend {before_name}; move it away")
         yield name, data
         before, before_name = digest(data), name
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run.json` says: recipe, plan, versions."""
+
+    recipe: Recipe
+    plan_digest: str
+    shards: int
+    rows: int
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @staticmethod
+    def of(recipe: Recipe, plan: Plan, plan_data: bytes) -> Run:
+        """The run of a stored plan, with this process's versions."""
+        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        versions |= {"gc2ray": __version__, "python": sys.version.split()[0]}
+        return Run(recipe, digest(plan_data), len(plan.shards), plan.rows, versions)
+
+    def to_bytes(self) -> bytes:
+        """As JSON, for people too."""
+        content: dict[str, Any] = {
+            "format": self.format,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_fingerprint": self.recipe.fingerprint(),
+            "plan": {"file": PLAN_NAME, "sha256": self.plan_digest},
+            "shards": self.shards,
+            "rows": self.rows,
+            "versions": self.versions,
+        }
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Run:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ConfigError: Not a run of this version.
+        """
+        try:
+            content = json.loads(data)
+            if content["format"] != FORMAT:
+                raise _other_format(content)
+            return Run(
+                recipe=parse_recipe(content["recipe"]),
+                plan_digest=content["plan"]["sha256"],
+                shards=content["shards"],
+                rows=content["rows"],
+                versions=content["versions"],
+            )
+        except (ValueError, KeyError, TypeError) as error:  # not JSON, or not ours
+            raise ConfigError(f"{RUN_NAME}: not written by gc2ray, or damaged") from error
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse another recipe.
+
+        Raises:
+            ConfigError: Names every setting that differs.
+        """
+        lines = recipe_difference(self.recipe, recipe)
+        if lines:
+            raise ConfigError(
+                "the output directory belongs to another recipe; choose a new output, or go back "
+                "to the stored settings:\n  " + "\n  ".join(lines)
+            )
+
+
+def _other_format(content: dict[str, Any]) -> ConfigError:
+    found, by = content["format"], content["versions"]["gc2ray"]
+    age = "an older" if found < FORMAT else "a newer"
+    return ConfigError(
+        f"{RUN_NAME}: begun by {age} gc2ray, {by} (format {found}); this is {__version__} (format "
+        f"{FORMAT}): choose a new output, or go on with that version"
+    )

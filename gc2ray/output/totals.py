@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,10 +24,8 @@ from gc2ray.core.errors import ConfigError
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Bill
 from gc2ray.data.store import READ_THREADS, PartFooter, Store
-from gc2ray.models.shape import ModelShape
-from gc2ray.output.heartbeats import DriverRecord, driver_records
-from gc2ray.output.plan import RUN_NAME, Run
-from gc2ray.output.run_directory import generation_store, retry_numbers, stored_run
+from gc2ray.output.heartbeats import DriverRecord, WorkerRecord, driver_records
+from gc2ray.output.run_directory import RUN_NAME, Run, generation_store, retry_numbers, stored_run
 
 GROUPS = 64
 """Parts are added up in so many groups, in turn: enough for a bootstrap."""
@@ -37,45 +35,6 @@ MOST_LETTERS = 20
 """Dead letters that are read; the others are counted."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerRecord:
-    """What a worker process says of itself.
-
-    Attributes:
-        device: What its device calls itself.
-        devices: Of them; a share of one where workers share it, 1 where it has none.
-        started: When.
-        loaded: When its model was; None where it never was.
-        last_seen: When it last wrote this.
-        shape: Of its model; None in records from before that was noted.
-    """
-
-    device: str
-    devices: float
-    started: datetime
-    loaded: datetime | None
-    last_seen: datetime
-    shape: ModelShape | None
-
-    @staticmethod
-    def from_bytes(data: bytes) -> WorkerRecord:
-        """From JSON.
-
-        Raises:
-            ValueError, KeyError, TypeError: Not a record.
-        """
-        content = dict(json.loads(data))
-        shape = content.get("model_shape")
-        return WorkerRecord(
-            device=str(content["device"]),
-            devices=float(content["gpus"] or 1.0),
-            started=datetime.fromisoformat(content["started"]),
-            loaded=datetime.fromisoformat(content["loaded"]) if content["loaded"] else None,
-            last_seen=datetime.fromisoformat(content["last_seen"]),
-            shape=ModelShape.from_dict(shape) if shape else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -203,9 +162,9 @@ class Ledger:
         return tuple(worker for entry in self.entries for worker in entry.workers)
 
     @property
-    def shape(self) -> ModelShape | None:
-        """Of the model, if a worker says."""
-        return next((worker.shape for worker in self.workers if worker.shape), None)
+    def model_shape(self) -> Mapping[str, Any] | None:
+        """Sizes of the model, if a worker says, as `ModelShape.to_dict` has them."""
+        return next((worker.model_shape for worker in self.workers if worker.model_shape), None)
 
 
 def read_ledger(output: str, tick: Callable[[int], None] = lambda _: None) -> Ledger:

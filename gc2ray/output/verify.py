@@ -21,10 +21,11 @@ from gc2ray.core.stats import RunStats
 from gc2ray.data.store import Store, part_index
 from gc2ray.output.latest import Latest, owners
 from gc2ray.output.part_checks import Inspection, inspect
-from gc2ray.output.plan import PLAN_NAME, RUN_NAME
+from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.run_directory import (
     MODEL_NAME,
     RETRIES,
+    RUN_NAME,
     Generation,
     object_name,
     open_generation,

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import yaml
 
 from gc2ray import __version__
+from gc2ray.core.format import duration, money, precise
 from gc2ray.core.usage import Use
 from gc2ray.data.store import Store
-from gc2ray.report.format import duration, money, precise
+from gc2ray.report.costs import HOUR
 from gc2ray.report.page import KWH_JOULES, templates
-from gc2ray.report.summary import HOUR, Summary
+from gc2ray.report.summary import Summary
 
 CARD_NAME = "README.md"
 MARKER = "<!-- written by `gc2ray report`; take this line out to keep your own changes -->"

@@ -21,10 +21,12 @@ import jinja2
 import yaml
 
 from gc2ray import __version__
+from gc2ray.core.format import duration, money, percent, precise, short, size
+from gc2ray.core.intervals import Range
 from gc2ray.report import charts
-from gc2ray.report.format import Range, duration, money, percent, precise, short, size
+from gc2ray.report.costs import HOUR
 from gc2ray.report.heat_map import Looked, panels
-from gc2ray.report.summary import HOUR, Summary
+from gc2ray.report.summary import Summary
 from gc2ray.report.tables import STAGES, Table, tables
 
 TEMPLATES = Path(__file__).with_name("templates")

@@ -18,18 +18,26 @@ import pyarrow.compute as pc
 import torch
 
 from gc2ray.compression.policy import Way
-from gc2ray.core.config.job import Cluster, Recipe
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.core.records import Request
 from gc2ray.core.shards import Booleans, Shards, Span
 from gc2ray.data.dataset import Source
-from gc2ray.data.image_bytes import decode, read_bytes, tile
+from gc2ray.data.image_bytes import read_bytes
+from gc2ray.data.image_decoding import decode
 from gc2ray.engine.engine import load_model
 from gc2ray.engine.image_cache import Picture, picture_key
 from gc2ray.models.base import Loaded
+from gc2ray.models.image_processor import tile
 from gc2ray.output.latest import MERGED_BY, Latest
-from gc2ray.output.plan import RUN_NAME
-from gc2ray.output.run_directory import RETRIES, Generation, open_generation, retry_numbers
+from gc2ray.output.run_directory import (
+    RETRIES,
+    RUN_NAME,
+    Generation,
+    open_generation,
+    retry_numbers,
+)
 from gc2ray.report.heat_map import Looked
 
 HOST_BYTES = 64 << 20

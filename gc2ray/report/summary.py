@@ -8,32 +8,29 @@ Not covered: quality, which footers cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-from gc2ray.core.records import MILLION
-from gc2ray.core.scores import interval
+from gc2ray.core.intervals import Range, interval
+from gc2ray.core.schema import MILLION
 from gc2ray.core.stats import RETENTION_BUCKETS, STAGES, RunStats
 from gc2ray.core.usage import Use
-from gc2ray.estimate.hardware import Hardware, find_hardware
-from gc2ray.estimate.measured_rates import (
-    ROOFLINE_SHARE,
-    audit_share,
-    busy_seconds,
-    roofline_seconds,
+from gc2ray.estimate.hardware import Prices
+from gc2ray.estimate.roofline import audit_share, busy_seconds
+from gc2ray.output.totals import Entry, Ledger
+from gc2ray.report.costs import (
+    DeviceTime,
+    WhatIf,
+    _bill,
+    _devices,
+    _saved,
+    _usd,
+    _what_if,
 )
-from gc2ray.output.totals import Entry, Ledger, WorkerRecord
-from gc2ray.report.format import Range
-
-HOUR = 3600.0
-UNACCOUNTED = "unaccounted"
-"""Use of worker time that no driver tells of: one that was killed."""
-SCALING_SPREAD = 0.3
-"""Half-width of times on another device, where a run tells its own share of the roofline."""
 
 
 @dataclass(frozen=True)
@@ -47,38 +44,6 @@ class Change:
     def share(self) -> float | None:
         """What is left of it."""
         return self.kept / self.full if self.full else None
-
-
-@dataclass(frozen=True)
-class DeviceTime:
-    """What workers on one kind of device took.
-
-    Attributes:
-        device: What it calls itself.
-        workers: Processes.
-        seconds: Device-seconds from their start until they were last seen.
-        usd_per_hour: Price; None where nobody tells.
-    """
-
-    device: str
-    workers: int
-    seconds: float
-    usd_per_hour: float | None
-
-
-@dataclass(frozen=True)
-class WhatIf:
-    """The same work on another kind of device.
-
-    Attributes:
-        hardware: Its name.
-        device_hours: Of answering.
-        usd: By kind of price.
-    """
-
-    hardware: str
-    device_hours: Range
-    usd: Mapping[str, Range]
 
 
 @dataclass(frozen=True)
@@ -264,33 +229,6 @@ class Summary:
         return self.bill.get(str(Use.USEFUL), 0.0) / total if total else None
 
 
-@dataclass(frozen=True)
-class Prices:
-    """What device time costs.
-
-    Attributes:
-        table: Of hardware.
-        kind: `on_demand` or `spot`.
-        usd_per_hour: Of one device, whatever it is; None: as the table says.
-    """
-
-    table: tuple[Hardware, ...]
-    kind: str = "on_demand"
-    usd_per_hour: float | None = None
-
-    def of(self, device: str) -> float | None:
-        """What an hour of a device costs."""
-        if self.usd_per_hour is not None:
-            return self.usd_per_hour
-        hardware = find_hardware(self.table, device)
-        return hardware.usd_per_hour(self.kind) if hardware else None
-
-    def __str__(self) -> str:
-        if self.usd_per_hour is not None:
-            return f"${self.usd_per_hour:g} a device-hour, as given"
-        return f"{self.kind.replace('_', ' ')}, as in the hardware table"
-
-
 def summarise(ledger: Ledger, prices: Prices) -> Summary:
     """The numbers of an output.
 
@@ -399,75 +337,3 @@ def _throughput(entry: Entry) -> tuple[tuple[datetime, float, float], ...]:
         )
         for when, moment in entry.timeline.moments()
     )
-
-
-def _devices(workers: Sequence[WorkerRecord], prices: Prices) -> tuple[DeviceTime, ...]:
-    seconds: dict[str, list[float]] = {}
-    for worker in workers:
-        lived = (worker.last_seen - worker.started).total_seconds()
-        seconds.setdefault(worker.device, []).append(lived * worker.devices)
-    return tuple(
-        DeviceTime(device, len(found), sum(found), prices.of(device))
-        for device, found in sorted(seconds.items())
-    )
-
-
-def _bill(ledger: Ledger, devices: Sequence[DeviceTime]) -> dict[str, float]:
-    """By use; what workers lived beyond what drivers tell is nobody's."""
-    bill = {str(use): seconds for use, seconds in ledger.bill.seconds.items()}
-    beyond = sum(device.seconds for device in devices) - sum(bill.values())
-    # A worker is last seen up to half a minute before its end, and a driver a heartbeat before.
-    return bill | ({UNACCOUNTED: beyond} if beyond > 1.0 else {})
-
-
-def _usd(bill: Mapping[str, float], devices: Sequence[DeviceTime]) -> float | None:
-    """All device time, at the prices of the devices in the shares that workers had of them."""
-    lived = sum(device.seconds for device in devices)
-    if not lived or any(device.usd_per_hour is None for device in devices):
-        return None
-    an_hour = sum((d.usd_per_hour or 0.0) * d.seconds for d in devices) / lived
-    return sum(bill.values()) * an_hour / HOUR
-
-
-def _saved(stats: RunStats, answering: float) -> Range | None:
-    """Device-seconds that the same answers would have taken uncompressed, less those they took.
-
-    Each stage scales with its operations. Decoding is bound by reading weights, which does not
-    change, and the KV cache, which does: it lies between both.
-    """
-    busy = busy_seconds(stats.stage_ns)
-    if not stats.flops or not sum(busy.values()):
-        return None
-    scale = min(1.0, answering / sum(busy.values())) if answering else 1.0
-    more = sum(
-        busy.get(stage, 0.0) * (stats.flops_full[stage] / stats.flops[stage] - 1)
-        for stage in ("encode", "compress", "prefill")
-        if stats.flops.get(stage)
-    )
-    reads = stats.cache_read_bytes_full / max(1, stats.cache_read_bytes) - 1
-    decoding = busy.get("generate", 0.0) * max(0.0, reads)
-    return Range(more, more + decoding / 4, more + decoding).scaled(scale)
-
-
-def _what_if(
-    ledger: Ledger, stats: RunStats, answering: float, table: Sequence[Hardware]
-) -> tuple[WhatIf, ...]:
-    shape = ledger.shape
-    if shape is None or not stats.flops:
-        return ()
-    names = {worker.device for worker in ledger.workers}
-    own = find_hardware(table, next(iter(names))) if len(names) == 1 else None
-    share = ROOFLINE_SHARE
-    if own is not None and answering:
-        reached = sum(roofline_seconds(stats, shape, own).values()) / answering
-        share = Range(reached * (1 - SCALING_SPREAD), reached, reached * (1 + SCALING_SPREAD))
-    found = []
-    for hardware in table:
-        ideal = sum(roofline_seconds(stats, shape, hardware).values()) / HOUR
-        hours = Range(ideal / share.high, ideal / share.mid, ideal / share.low)
-        if hardware is own:
-            hours = Range.exactly(answering / HOUR)
-        prices = {kind: hardware.usd_per_hour(kind) for kind in ("on_demand", "spot")}
-        usd = {kind: hours.scaled(price) for kind, price in prices.items() if price is not None}
-        found.append(WhatIf(hardware.name, hours, usd))
-    return tuple(found)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gc2ray.report.format import duration, money, percent, precise, short, shown, size
-from gc2ray.report.summary import HOUR, AuditSummary, Change, Summary
+from gc2ray.core.format import duration, money, percent, precise, short, shown, size
+from gc2ray.report.costs import HOUR
+from gc2ray.report.summary import AuditSummary, Change, Summary
 
 STAGES = {
     "image": "decode images (on threads)",

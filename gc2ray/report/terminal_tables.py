@@ -1,18 +1,24 @@
-"""What a person sees of an estimate: tables, and how sure it is. `--json` has all of it."""
+"""What a person sees of an estimate and of a tuning: tables, and how sure they are.
+
+`--json` has all of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.table import Table
 
 from gc2ray.core.config.job import Job
+from gc2ray.core.format import duration, money, precise, shown
+from gc2ray.core.intervals import Interval, Range
 from gc2ray.estimate.device_estimate import Offer
 from gc2ray.estimate.estimate import Estimate
-from gc2ray.estimate.measured_rates import ROOFLINE_SHARE
+from gc2ray.estimate.recommendation import Measured, Tuning
+from gc2ray.estimate.roofline import ROOFLINE_SHARE
 from gc2ray.estimate.workload import Forecast
-from gc2ray.report.format import Range, duration, money, precise, shown
+from gc2ray.report.charts import Point, front
 
 
 def print_estimate(console: Console, found: Estimate, job: Job) -> None:
@@ -166,3 +172,53 @@ def _misfits(found: Estimate) -> Iterator[str]:
             seen.setdefault((item.hardware, item.misfit), []).append(f"{item.retention:g}")
     for (hardware, why), retentions in seen.items():
         yield f"{hardware} does not do at {', '.join(retentions)}: {why}"
+
+
+def print_tuning(console: Console, found: Tuning) -> None:
+    """All settings, and the verdict."""
+    columns: dict[str, Callable[[Measured], str]] = {
+        "setting": lambda item: item.setting.name,
+        "visual tokens": lambda item: precise(item.visual_tokens),
+        "ms a row": lambda item: precise(1e3 * item.seconds_per_row),
+        "speed-up": lambda item: _speed_up(item.speed_up),
+        "agreement": lambda item: str(item.agreement),
+        "accuracy": lambda item: str(item.accuracy or ""),
+        "all rows": lambda item: "" if item.usd is None else money(item.usd),
+        "meets it": _marks,
+    }
+    shown = {name: [text(item) for item in found.measured] for name, text in columns.items()}
+    shown = {name: texts for name, texts in shown.items() if any(texts)}
+    table = Table(*shown)
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "meets it: the target, with 90 % confidence; front: no other setting is faster and better",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(found.verdict, soft_wrap=True, markup=False, highlight=False)
+
+
+def drawing(found: Tuning) -> str:
+    """The Pareto front, as SVG."""
+    points = [
+        Point(
+            name=item.setting.name,
+            milliseconds=1e3 * item.seconds_per_row,
+            quality=item.quality.mean,
+            low=item.quality.low,
+            high=item.quality.high,
+            on_front=item.on_front,
+        )
+        for item in found.measured
+    ]
+    return front("Quality against time", points)
+
+
+def _speed_up(found: Interval) -> str:
+    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _marks(item: Measured) -> str:
+    return " ".join((["yes"] if item.meets else []) + (["front"] if item.on_front else []))

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer
-
-FIRST_ERRORS = 3
+from gc2ray.output.planner import FIRST_ERRORS
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ from gc2ray.core.errors import (
     UnwritableShard,
     first_line,
 )
-from gc2ray.core.records import Answer, Provenance, Request, stats_of
+from gc2ray.core.records import Answer, Request
+from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.models.layers.attention import Chunk, Compiled, Step, attend_by_row
+from gc2ray.models.layers.attention import Chunk, Step
+from gc2ray.models.layers.attention_backends import Compiled, attend_by_row
 from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, found
 from jobs.benchmarks import Line
 from jobs.benchmarks.support.timing import Work, in_turn, time_ratios

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from gc2ray.compression.canvas import NEWLINE, Canvas
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
-from gc2ray.compression.views import Selection, Views
+from gc2ray.compression.selection import Selection
+from gc2ray.compression.views import Views
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.support.inputs import SIDE, tiny_model
 from jobs.benchmarks.support.timing import Work, in_turn, median_ratio

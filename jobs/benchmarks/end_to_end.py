@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from gc2ray.core.config.job import Cluster, parse_recipe
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.core.stats import STAGES
 from gc2ray.engine.engine import Engine

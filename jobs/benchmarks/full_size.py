@@ -25,19 +25,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gc2ray.core.config.job import Cluster, Recipe, parse_recipe
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import Recipe, parse_recipe
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import ImageRef, Request, Sampling
 from gc2ray.core.stats import STAGES
 from gc2ray.engine.batch_sizes import sizes
 from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
 from gc2ray.engine.decoding.decoder import end_tokens
-from gc2ray.engine.engine import Engine, memory
+from gc2ray.engine.device import memory
+from gc2ray.engine.engine import Engine
 from gc2ray.models.base import Loaded
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import TinySpec, untrained
+from gc2ray.models.flops import paper_flops
 from gc2ray.models.llama import LanguageModel
-from gc2ray.models.shape import TextModel, paper_flops
+from gc2ray.models.shape import TextModel
 from jobs.benchmarks import Line
 from jobs.benchmarks.support.inputs import IN_PROPORTION, REAL_GEOMETRY
 from jobs.benchmarks.support.roofline import answering_stages, ideal_seconds

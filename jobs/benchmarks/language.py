@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
 from gc2ray.engine.decoding.decoder import Completion
+from gc2ray.models.base import Prompt
 from gc2ray.models.layers.linear import packed_module
 from gc2ray.models.llama import LanguageModel
 from gc2ray.models.shape import TextModel, cached_reads

@@ -16,10 +16,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from gc2ray.compression.canvas import AnyRes
+from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.records import ImageRef
-from gc2ray.data.image_bytes import ImagePolicy, decode, load_tiles, tile
+from gc2ray.data.image_decoding import decode
+from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models.families.llava_next import pixel_table
+from gc2ray.models.image_processor import AnyRes, tile
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.support.inputs import TILE, XGA, opened, photographs, tiny_model
 from jobs.benchmarks.support.timing import Work, in_turn, median_ratio

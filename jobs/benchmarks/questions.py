@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
-from gc2ray.compression.views import Prompt
-from gc2ray.core.config.job import Cluster, parse_recipe
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.engine import Engine
 from gc2ray.engine.request_state import Row
+from gc2ray.models.base import Prompt
 from jobs.benchmarks import Line
 from jobs.benchmarks.support.inputs import XGA, model_in_proportion, photographs
 from jobs.benchmarks.support.timing import Work, in_turn, median_ratio

@@ -27,7 +27,8 @@ from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer, Audit, Request
 from gc2ray.core.stats import STAGES, RunStats
 from gc2ray.engine.audit import is_audited
-from gc2ray.models.shape import LLAVA_7B, AnswerTokens, Demand, ModelShape
+from gc2ray.models.flops import AnswerTokens, demand_of
+from gc2ray.models.shape import LLAVA_7B, ModelShape
 from gc2ray.runner.run import run_job
 from gc2ray.runner.worker import Worker
 from jobs.benchmarks import Line, goal
@@ -144,8 +145,8 @@ def made_up(kind: int) -> Answer:
         kept_per_view=(kept,), full_per_view=((VIEW_TOKENS,) * VIEWS,),
         kv_bytes=(tokens.prompt + words) * LLAVA_7B.kv_bytes_per_token,
         kv_bytes_full=(tokens.prompt + full - sum(kept) + words) * LLAVA_7B.kv_bytes_per_token,
-        demand=Demand.of(LLAVA_7B, tokens),
-        demand_full=Demand.of(LLAVA_7B, tokens.with_more(full - sum(kept))),
+        demand=demand_of(LLAVA_7B, tokens),
+        demand_full=demand_of(LLAVA_7B, tokens.with_more(full - sum(kept))),
         device="NVIDIA H200",
     )  # fmt: skip
 

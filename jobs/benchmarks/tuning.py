@@ -19,9 +19,9 @@ from PIL.Image import Image
 from gc2ray.core.config.job import Job, parse_job
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
-from gc2ray.estimate.trials import WHOLE, Measured, Setting, Target, Tuning
+from gc2ray.estimate.hardware import Prices
+from gc2ray.estimate.recommendation import WHOLE, Measured, Setting, Target, Tuning
 from gc2ray.estimate.tune import Wish, tuned
-from gc2ray.report.summary import Prices
 from jobs.benchmarks import Line, goal
 from jobs.support.photos import opened_photos
 

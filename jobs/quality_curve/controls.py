@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
-from gc2ray.compression.views import Selection, Views
+from gc2ray.compression.selection import Selection
+from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)

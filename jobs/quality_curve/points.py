@@ -13,17 +13,19 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from gc2ray.compression.base import Compressor, ViewBatch
-from gc2ray.compression.canvas import Tiles
 from gc2ray.compression.methods.globalcom2 import crop_scales
 from gc2ray.compression.views import Views
-from gc2ray.core.config.job import Cluster, parse_recipe
-from gc2ray.core.config.methods import Newlines, Positions
+from gc2ray.core.config.compression import Newlines, Positions
+from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
-from gc2ray.data.image_bytes import ImagePolicy, load_tiles
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.engine.engine import Engine
-from gc2ray.models import registry as families
+from gc2ray.engine.prompt_builder import load_tiles
+from gc2ray.models import loading
 from gc2ray.models.base import Family, Loaded
+from gc2ray.models.image_processor import Tiles
 from jobs.quality_curve.controls import Blind, ForeignScores
 from jobs.support.answering import answers_in_order
 from jobs.support.photos import opened_photos
@@ -133,7 +135,7 @@ def _measure(point: Point) -> Measured:
 
 def load(model: str) -> Loaded:
     """The model in float32 on the CPU: the curve is about tokens, not about rounding."""
-    return families.load(model, revision=None, dtype="float32", device="cpu")
+    return loading.load(model, revision=None, dtype="float32", device="cpu")
 
 
 def answer(loaded: Loaded, model: str, rows: Sequence[PocketRow], point: Point) -> list[Answer]:

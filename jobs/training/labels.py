@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gc2ray.compression.canvas import AnyRes
-from gc2ray.data.image_bytes import fitted_size
 from gc2ray.demo.scenes import COLOURS, KINDS, Box, Scene, digit_boxes
+from gc2ray.models.image_processor import AnyRes, fitted_size
 
 NOTHING = 0
 """Label of a patch that shows background; kinds and colours count from 1."""

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gc2ray.compression.canvas import NEWLINE
-from gc2ray.compression.views import Views, everything
+from gc2ray.compression.selection import everything
+from gc2ray.compression.views import Views
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.scenes import COLOURS, KINDS
 from gc2ray.demo.spec import pocket_spec

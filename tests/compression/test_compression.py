@@ -14,14 +14,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gc2ray.compression.base import ViewBatch
-from gc2ray.compression.canvas import NEWLINE, AnyRes, Canvas
+from gc2ray.compression.canvas import NEWLINE, Canvas
 from gc2ray.compression.canvas_index import canvas_plan
 from gc2ray.compression.methods.globalcom2 import GlobalCom2, crop_scales
 from gc2ray.compression.methods.globalcom2_reference import GlobalCom2Reference
 from gc2ray.compression.registry import COMPRESSORS, build
-from gc2ray.compression.views import Views, everything
-from gc2ray.core.config.job import CompressionConfig
-from gc2ray.core.config.methods import METHODS
+from gc2ray.compression.selection import everything
+from gc2ray.compression.views import Views
+from gc2ray.core.config.compression import METHODS, CompressionConfig
+from gc2ray.models.image_processor import AnyRes
 from tests.support import oracle
 from tests.support.views import kept_sets, random_views
 

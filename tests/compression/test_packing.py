@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from gc2ray.compression.canvas import NEWLINE
 from gc2ray.compression.packing import Newlines, Packing
 from gc2ray.compression.registry import COMPRESSORS, build
-from gc2ray.compression.views import Places, Selection, Views, everything, reading_order
+from gc2ray.compression.selection import Places, Selection, everything, reading_order
+from gc2ray.compression.views import Views
 from tests.support import oracle
 from tests.support.views import kept_sets, random_views
 

@@ -13,20 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.core.errors import Status
-from gc2ray.core.records import (
+from gc2ray.core.records import Answer, Demand, Request
+from gc2ray.core.schema import (
     ANSWER_COLUMNS,
     SCHEMA_VERSION,
     UNWRITTEN_STATS,
-    Answer,
     Provenance,
-    Request,
     answer_schema,
     answer_table,
     stats_of,
     table_stats,
 )
 from gc2ray.core.stats import STAGES, RunStats
-from gc2ray.models.shape import Demand
 from tests.support.rows import request
 
 PROVENANCE = Provenance(attempt=2, generation=0, worker="w1")

@@ -7,20 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gc2ray.core.scores import (
-    ALL,
+from gc2ray.core.intervals import difference, interval
+from gc2ray.core.metrics.scores import (
     METRICS,
-    agreement,
     anls,
     contains,
-    difference,
-    evaluate,
     exact_match,
-    interval,
     score,
     vqa_accuracy,
     yes_no,
 )
+from gc2ray.report.evaluation import ALL, agreement, evaluate
 
 
 @pytest.mark.parametrize(

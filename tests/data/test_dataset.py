@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.core.errors import ConfigError, ShardError, Status
-from gc2ray.core.records import Answer, ImageRef, Provenance, Request, answer_table
+from gc2ray.core.records import Answer, ImageRef, Request
+from gc2ray.core.schema import Provenance, answer_table
 from gc2ray.core.shards import SourceFile, Span, cut_shards
 from gc2ray.data import places
 from gc2ray.data.dataset import Source

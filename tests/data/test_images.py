@@ -26,22 +26,16 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from gc2ray.compression.canvas import AnyRes, Tiles
+from gc2ray.core.config.input import MAX_PIXELS, ImagePolicy
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.core.records import ImageRef
 from gc2ray.data import image_bytes as images
-from gc2ray.data.image_bytes import (
-    MAX_PIXELS,
-    MAX_SIDE,
-    ImagePolicy,
-    decode,
-    load_tiles,
-    read_bytes,
-    tile,
-    upright_size,
-)
+from gc2ray.data.image_bytes import read_bytes
+from gc2ray.data.image_decoding import MAX_SIDE, decode, upright_size
 from gc2ray.data.retries import Patience
+from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models.families.llava_next import pixel_table
+from gc2ray.models.image_processor import AnyRes, Tiles, tile
 from tests.support.fault_proxy import Faults
 from tests.support.object_servers import a_bucket
 

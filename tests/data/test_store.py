@@ -21,7 +21,8 @@ import pytest
 import s3fs
 
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.records import Answer, Provenance, answer_schema, answer_table, stats_of
+from gc2ray.core.records import Answer
+from gc2ray.core.schema import Provenance, answer_schema, answer_table, stats_of
 from gc2ray.core.shards import Shard, Shards, SourceFile, Span, cut_shards
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source

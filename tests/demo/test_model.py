@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from gc2ray.core.scores import score
-from gc2ray.data.image_bytes import ImagePolicy, decode
+from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.metrics.scores import score
+from gc2ray.data.image_decoding import decode
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.demo.spec import GRIDS, MODEL, pocket_anyres, pocket_spec
 from gc2ray.models.base import Family, Loaded

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.records import ImageRef
-from gc2ray.data.image_bytes import ImagePolicy, load_tiles
 from gc2ray.demo import questions
 from gc2ray.demo.drawing import draw
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
@@ -26,6 +26,7 @@ from gc2ray.demo.scenes import (
     sample_scene,
 )
 from gc2ray.demo.spec import GRIDS, pocket_anyres
+from gc2ray.engine.prompt_builder import load_tiles
 from jobs.support.photos import opened_photos
 
 SCENE = Scene(

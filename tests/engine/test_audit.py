@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gc2ray.core.config.job import Cluster, Job, parse_recipe
+from gc2ray.core.config.job import Cluster, Job
+from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.errors import BadRow, ConfigError, Status
-from gc2ray.core.records import RECIPES_WAY, UNCOMPRESSED, Answer, Request, stats_of
+from gc2ray.core.records import RECIPES_WAY, UNCOMPRESSED, Answer, Request
+from gc2ray.core.schema import stats_of
 from gc2ray.data.store import Store
 from gc2ray.engine.audit import Audited, is_audited
 from gc2ray.engine.engine import Engine

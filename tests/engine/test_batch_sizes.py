@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gc2ray.core.config.job import MIB, Cluster
+from gc2ray.core.config.input import MIB
+from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
-from gc2ray.engine.batch_sizes import Memory, cores, free_host_bytes, sizes
+from gc2ray.engine.batch_sizes import sizes
+from gc2ray.engine.device import Memory, cores, free_host_bytes
 from gc2ray.models.base import Loaded
 from gc2ray.models.shape import Needs
 

@@ -18,17 +18,17 @@ from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.compression.policy import ways_of
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import BadRow, EngineDead, ShardError, Status
-from gc2ray.core.records import Answer, ImageRef, Request, stats_of
+from gc2ray.core.records import Answer, ImageRef, Request
+from gc2ray.core.schema import stats_of
 from gc2ray.core.stats import STAGES, RunStats
-from gc2ray.data.image_bytes import tiles_of
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.engine import Engine, load_engine
 from gc2ray.engine.image_cache import Picture, Pictures, picture_key
-from gc2ray.engine.prompt_builder import Vision
+from gc2ray.engine.prompt_builder import Vision, tiles_of
 from gc2ray.models.base import Loaded
 from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.llama import LanguageModel
-from gc2ray.models.shape import AnswerTokens, Demand
 from tests.support.greedy import plain_greedy
 from tests.support.rows import SIZES, encoded, make_recipe, picture, request, requests
 
@@ -211,9 +211,9 @@ def test_an_answer_asks_what_its_tokens_do(loaded: Loaded) -> None:
             prompt=answer.prompt_tokens,
             output=len(answer.token_ids),
         )
-        assert answer.demand == Demand.of(shape, tokens)
+        assert answer.demand == demand_of(shape, tokens)
         full = (answer.visual_tokens_full or 0) + (answer.newline_tokens_full or 0)
-        assert answer.demand_full == Demand.of(shape, tokens.with_more(full - tokens.projected))
+        assert answer.demand_full == demand_of(shape, tokens.with_more(full - tokens.projected))
         assert answer.full_per_view is not None
         assert sum(answer.full_per_view[0]) == answer.visual_tokens_full
 

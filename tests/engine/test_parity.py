@@ -20,7 +20,6 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 from typer.testing import CliRunner
 
 from gc2ray.cli import app
-from gc2ray.compression.views import Prompt
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import Answer, Request
 from gc2ray.engine import parity
@@ -28,6 +27,7 @@ from gc2ray.engine.decoding import continuous_batching as native
 from gc2ray.engine.decoding.forced import Dictation, largest_difference
 from gc2ray.engine.engine import Engine, load_model
 from gc2ray.engine.parity import Parity, StockCheck, check
+from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.consistency import check_directory
 from gc2ray.models.families import llava_next

@@ -12,7 +12,7 @@ from torch import Tensor
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.engine import Engine
-from gc2ray.models import registry as families
+from gc2ray.models import loading
 from gc2ray.models.base import Loaded
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_inputs
@@ -98,7 +98,7 @@ def stock(loaded: Loaded, some: Sequence[int]) -> tuple[list[tuple[int, ...]], l
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_answers_are_stocks(smollm2: Path, dtype: str) -> None:
     """In bfloat16 up to a near tie: two tokens whose logits stock has at most two steps apart."""
-    loaded = families.load(str(smollm2), revision=None, dtype=dtype, device="cpu")
+    loaded = loading.load(str(smollm2), revision=None, dtype=dtype, device="cpu")
     count = len(rows())
     answers = ours(loaded)
     assert [answer.error for answer in answers] == [None] * count
@@ -122,7 +122,7 @@ def test_answers_are_stocks(smollm2: Path, dtype: str) -> None:
 
 def test_it_is_the_language_model_that_it_claims_to_be(smollm2: Path) -> None:
     """Whoever takes its weights for others', or its rotary halves for pairs, gets no Paris."""
-    loaded = families.load(str(smollm2), revision=None, dtype="float32", device="cpu")
+    loaded = loading.load(str(smollm2), revision=None, dtype="float32", device="cpu")
     inputs = loaded.processor.tokenizer("The capital of France is", return_tensors="pt")
     output = loaded.model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert loaded.processor.tokenizer.decode(output[0]).endswith("is Paris.")

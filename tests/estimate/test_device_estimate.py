@@ -8,14 +8,15 @@ from datetime import date
 import pytest
 
 from gc2ray.core.config.job import Cluster
+from gc2ray.core.intervals import Range
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Bill, Use
 from gc2ray.estimate.device_estimate import HOUR, START_SECONDS, Bid
 from gc2ray.estimate.hardware import Hardware, Price
-from gc2ray.estimate.measured_rates import ROOFLINE_SHARE, Pace, roofline_seconds
+from gc2ray.estimate.measured_rates import Pace
+from gc2ray.estimate.roofline import ROOFLINE_SHARE, roofline_seconds
 from gc2ray.estimate.workload import Forecast
 from gc2ray.models.shape import LLAVA_7B
-from gc2ray.report.format import Range
 from tests.estimate.test_measured_rates import PART, ledger
 
 BIG = Hardware(

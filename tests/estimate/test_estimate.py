@@ -12,15 +12,16 @@ import pytest
 import yaml
 
 from gc2ray.core.config.job import load_job
+from gc2ray.core.format import duration, money, short, shown
+from gc2ray.core.intervals import Range
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.estimate import Assumptions, estimate
 from gc2ray.estimate.hardware import load_hardware
 from gc2ray.estimate.input_profile import survey
 from gc2ray.estimate.workload import NOTHING
-from gc2ray.models.registry import outline
+from gc2ray.models.loading import outline
 from gc2ray.output.totals import read_ledger
-from gc2ray.report.format import Range, duration, money, short, shown
 from jobs.support.photos import opened_photos
 from tests.estimate.test_hardware import GOOD
 from tests.test_cli import gc2ray, here, job_file

@@ -16,14 +16,15 @@ from PIL import Image
 from gc2ray.compression.canvas import Canvas
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.records import Answer, stats_of
+from gc2ray.core.intervals import Range
+from gc2ray.core.records import Answer
+from gc2ray.core.schema import stats_of
 from gc2ray.core.shards import SourceFile
 from gc2ray.data.dataset import Source
 from gc2ray.engine.engine import Engine
 from gc2ray.estimate.input_profile import Shown, Stretch, Survey, spread, survey
 from gc2ray.models.base import Loaded, Outline
-from gc2ray.models.registry import outline
-from gc2ray.report.format import Range
+from gc2ray.models.loading import outline
 from tests.support.rows import SIZES, encoded, make_job, picture, prompts_of, write_rows
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -11,10 +11,12 @@ from gc2ray.core.errors import ConfigError
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Bill, Use
 from gc2ray.estimate.hardware import Hardware
-from gc2ray.estimate.measured_rates import DRIFT, Pace, audit_share, roofline_seconds
+from gc2ray.estimate.measured_rates import DRIFT, Pace
+from gc2ray.estimate.roofline import audit_share, roofline_seconds
 from gc2ray.models.shape import LLAVA_7B, ModelShape, TextModel, Tower
-from gc2ray.output.plan import Run
-from gc2ray.output.totals import Entry, Ledger, Timeline, WorkerRecord
+from gc2ray.output.heartbeats import WorkerRecord
+from gc2ray.output.run_directory import Run
+from gc2ray.output.totals import Entry, Ledger, Timeline
 from tests.output.test_totals import START, driver_record
 from tests.support.outputs import RECIPE
 

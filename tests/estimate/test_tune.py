@@ -16,9 +16,10 @@ import pytest
 
 from gc2ray.core.config.job import load_job
 from gc2ray.core.errors import BadRow, ConfigError, Status
+from gc2ray.core.intervals import Interval
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
-from gc2ray.core.scores import Interval
-from gc2ray.estimate.trials import (
+from gc2ray.estimate.hardware import Prices
+from gc2ray.estimate.recommendation import (
     WHOLE,
     Question,
     Setting,
@@ -27,11 +28,9 @@ from gc2ray.estimate.trials import (
     Tuning,
     judge,
     lower,
-    measure,
-    references_of,
 )
+from gc2ray.estimate.trials import measure, references_of
 from gc2ray.estimate.tune import Wish, settings_of
-from gc2ray.report.summary import Prices
 from tests.support.fakes import echo
 from tests.support.rows import request
 from tests.test_cli import here, job_file

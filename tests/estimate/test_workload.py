@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.policy import Way
 from gc2ray.compression.registry import COMPRESSORS
-from gc2ray.core.config.job import CompressionConfig
-from gc2ray.core.records import stats_of
+from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.core.intervals import Range
+from gc2ray.core.schema import stats_of
 from gc2ray.core.stats import RunStats
 from gc2ray.estimate.input_profile import survey
 from gc2ray.estimate.workload import Forecast, Kept, forecast
 from gc2ray.models.base import Loaded
-from gc2ray.models.registry import outline
-from gc2ray.report.format import Range
+from gc2ray.models.loading import outline
 from tests.estimate.test_input_profile import answers, mixed
 from tests.support.rows import SIZES, make_job
 from tests.support.views import random_views

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from gc2ray.core.records import stats_of
-from gc2ray.core.scores import Interval
-from gc2ray.estimate.trials import RETENTIONS, WHOLE, Measured, Setting, Tuning
-from gc2ray.models import registry as families
+from gc2ray.core.intervals import Interval
+from gc2ray.core.schema import stats_of
+from gc2ray.estimate.recommendation import WHOLE, Measured, Setting, Tuning
+from gc2ray.estimate.trials import RETENTIONS
+from gc2ray.models import loading
 from gc2ray.models.families.tiny import TinySpec, build_tiny, untrained
 from gc2ray.models.shape import LLAVA_7B, ModelShape
 from jobs import bench
@@ -109,7 +110,7 @@ def test_the_language_benchmark_runs() -> None:
 
 def test_the_end_to_end_benchmark_runs(tmp_path: Any) -> None:
     path = build_tiny(tmp_path, TinySpec())
-    loaded = families.load(str(path), revision=None, dtype="float32", device="cpu")
+    loaded = loading.load(str(path), revision=None, dtype="float32", device="cpu")
     loaded.model.generation_config.eos_token_id = None
     files = []
     for size in ((200, 90), (160, 160)):

@@ -15,7 +15,7 @@ from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.compression.packing import Packing
 from gc2ray.compression.policy import Way
 from gc2ray.compression.views import Views
-from gc2ray.core.config.job import Recipe
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.demo.rows import Split
 from jobs import quality
 from jobs.quality_curve import page, points

@@ -67,7 +67,7 @@ def test_labels_name_what_patches_show() -> None:
 
 def test_labels_follow_padding_and_crops() -> None:
     """Drawn as white on black, a thing lights up exactly around the patches that carry its name."""
-    from gc2ray.data.image_bytes import tile
+    from gc2ray.models.image_processor import tile
 
     anyres = pocket_anyres()
     for seed in range(25):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AddedToken
 
+from gc2ray.core.config.input import PromptSource
 from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.models.base import Loaded
-from gc2ray.models.chat_template import ChatPrompt, PromptSource
+from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_inputs
 
 TEXTS = [

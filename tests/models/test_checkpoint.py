@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig
 
-from gc2ray.core.config.generation_rules import NOTHING, OTHER_SETTINGS, RULES, TakenOver
+from gc2ray.core.config.generation import NOTHING, OTHER_SETTINGS, RULES, TakenOver
 from gc2ray.core.errors import ConfigError
-from gc2ray.models import registry as families
+from gc2ray.models import loading, registry
 from gc2ray.models.checkpoint.consistency import DONE_STEPS, MODEL_TYPES, check_directory
 
 CONFIG, GENERATION, TOKENIZER, PROCESSOR = (
@@ -271,9 +271,9 @@ def test_so_is_it_where_a_model_is_loaded_or_outlined(model: Path, case: str) ->
     change, message = REFUSED[case]
     change(model)
     with pytest.raises(ConfigError, match=message):
-        families.outline(str(model), dtype="float32")
+        loading.outline(str(model), dtype="float32")
     with pytest.raises(ConfigError, match=message):
-        families.load(str(model), revision=None, dtype="float32", device="cpu")
+        loading.load(str(model), revision=None, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_what_files_leave_out_is_held_against_the_rest_at_loading(
 ) -> None:
     change(model)
     with pytest.raises(ConfigError, match=message):
-        families.load(str(model), revision=None, dtype="float32", device="cpu")
+        loading.load(str(model), revision=None, dtype="float32", device="cpu")
 
 
 def with_a_longer_tokenizer(model: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_prompt_with_tokens_behind_the_table_is_refused(model: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"prompts have token \d+, and the text table has \d+ row"
     ):
-        families.outline(str(model), dtype="float32")
+        loading.outline(str(model), dtype="float32")
 
 
 # --- where answers end --------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def test_answers_end_where_the_first_file_that_says_so_says(
     """The generation config, the text config as written, the config, the tokenizer."""
     change(model)
     assert check_directory(model).ends == ends
-    loaded = families.load(str(model), revision=None, dtype="float32", device="cpu")
+    loaded = loading.load(str(model), revision=None, dtype="float32", device="cpu")
     assert loaded.end_tokens == ends
 
 
@@ -404,11 +404,11 @@ def test_an_end_that_only_the_tokenizer_knows_of_is_looked_for_at_loading(
     edited(TOKENIZER, **written)(model)
     assert check_directory(model).ends == ()
     if is_there:
-        loaded = families.load(str(model), revision=None, dtype="float32", device="cpu")
+        loaded = loading.load(str(model), revision=None, dtype="float32", device="cpu")
         assert loaded.end_tokens == (loaded.processor.tokenizer.convert_tokens_to_ids("A"),)
     else:
         with pytest.raises(ConfigError, match="no token is named that ends an answer"):
-            families.load(str(model), revision=None, dtype="float32", device="cpu")
+            loading.load(str(model), revision=None, dtype="float32", device="cpu")
 
 
 def test_a_recipe_may_say_where_answers_end(model: Path) -> None:
@@ -444,7 +444,7 @@ def test_what_changes_nothing_is_what_transformers_starts_from() -> None:
 
 
 def test_model_types_are_those_of_the_families() -> None:
-    assert set(MODEL_TYPES) == {*families.FAMILIES}
+    assert set(MODEL_TYPES) == {*registry.FAMILIES}
 
 
 # --- weights ------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.engine.decoding.kv_cache import KvShape
 from gc2ray.models.layers import cpu_attention as compiled_attention
-from gc2ray.models.layers.attention import Compiled, attend_by_row, chosen
+from gc2ray.models.layers.attention import KvShape
+from gc2ray.models.layers.attention_backends import Compiled, attend_by_row, chosen
 from gc2ray.models.layers.cpu_attention import (
     CompiledAttention,
     Pattern,

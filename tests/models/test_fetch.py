@@ -24,10 +24,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
-from gc2ray.core.config.job import Cluster, GenerationConfig, ModelConfig
+from gc2ray.core.config.generation import GenerationConfig
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import ModelConfig
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.retries import Patience
-from gc2ray.models.checkpoint import fetch as staging
+from gc2ray.models.checkpoint import cache as cache_module
+from gc2ray.models.checkpoint import fetch as fetch_module
+from gc2ray.models.checkpoint import fetch_url
 from gc2ray.models.checkpoint.fetch import StagedModel, check_model, digest, stage, stage_outline
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share open files, and torch's threads
@@ -275,7 +279,7 @@ def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(staging, "PATIENCE", Patience(total_seconds=0.2, first_seconds=0.01))
+    monkeypatch.setattr(fetch_url, "PATIENCE", Patience(total_seconds=0.2, first_seconds=0.01))
     for method in ("find", "get_file"):
         with monkeypatch.context() as patch:
             patch.setattr(LocalFileSystem, method, fail)
@@ -285,7 +289,7 @@ def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
 
 def test_trouble_that_passes_is_waited_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call fails the first time."""
-    monkeypatch.setattr(staging, "PATIENCE", Patience(total_seconds=20.0, first_seconds=0.01))
+    monkeypatch.setattr(fetch_url, "PATIENCE", Patience(total_seconds=20.0, first_seconds=0.01))
     failed: set[object] = set()
     for name in ("find", "get_file"):
         method = getattr(LocalFileSystem, name)
@@ -344,7 +348,7 @@ def test_the_storage_is_asked_after_a_random_moment(
 def test_waiting_ticks_while_the_other_process_gets_on(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cache_module, "LOOK_SECONDS", 0.05)
     directory = staged(source.as_uri()).directory
     partial = directory.with_suffix(".partial")
     directory.rename(partial)
@@ -537,7 +541,7 @@ def test_from_the_hub_only_what_loading_reads_is_fetched_under_a_lock(
         calls.append(call)
         return [] if call.get("dry_run") else str(hub / "snapshots" / ("c" * 40))
 
-    monkeypatch.setattr(staging, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     stage(ModelConfig(path="some/model", revision="v1"), jitter_seconds=0)
     assert [call.pop("dry_run", False) for call in calls] == [True, False]
@@ -559,7 +563,7 @@ def test_a_hub_that_refuses_is_the_configuration_and_one_that_fails_is_not(
     def fail(**_: object) -> None:
         raise HfHubHTTPError("first\nsecond", response=response)
 
-    monkeypatch.setattr(staging, "snapshot_download", fail)
+    monkeypatch.setattr(fetch_module, "snapshot_download", fail)
     with pytest.raises(expected, match="first") as caught:
         staged("some/model")
     assert expected is OSError or "second" not in str(caught.value)
@@ -574,7 +578,7 @@ def test_a_hub_model_that_does_not_fit_is_not_fetched(
         assert call["dry_run"]
         return files
 
-    monkeypatch.setattr(staging, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(OSError, match=r"needs 1000000000\.000 GB.*set HF_HOME"):
         staged("some/model")

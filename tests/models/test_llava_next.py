@@ -15,13 +15,14 @@ from PIL import Image
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
-from gc2ray.compression.views import Places, everything
+from gc2ray.compression.selection import Places, everything
+from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import Request
-from gc2ray.data.image_bytes import ImagePolicy, load_tiles, tile
 from gc2ray.engine.engine import Engine, load_engine
-from gc2ray.models import registry as families
+from gc2ray.engine.prompt_builder import load_tiles
+from gc2ray.models import loading
 from gc2ray.models.base import Loaded
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.llava_next import (
@@ -33,6 +34,7 @@ from gc2ray.models.families.llava_next import (
 )
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from gc2ray.models.hf_reference import prompt_logits, stock_generate, stock_inputs, stock_logits
+from gc2ray.models.image_processor import tile
 from gc2ray.models.layers.cpu_attention import found
 from gc2ray.models.layers.linear import packed_module
 from tests.conftest import SPECS
@@ -325,7 +327,7 @@ def test_logits_behind_a_gap_are_those_of_the_plain_loop(
 def test_features_of_other_layers_equal_stock(tmp_path) -> None:
     """The general path: features from two layers, the last one among them."""
     path = build_tiny(tmp_path / "model", TinySpec(vision_layers=(-3, -1)))
-    loaded = families.load(str(path), revision=None, dtype="float32", device="cpu")
+    loaded = loading.load(str(path), revision=None, dtype="float32", device="cpu")
     row = request((168, 168))
     prompt = make_engine(loaded, 1.0).prompts([row])[0]
     stock = stock_logits(loaded, opened(row), rendered(loaded, row))
@@ -347,7 +349,7 @@ def test_an_outline_needs_no_weights(
     """And says what the loaded model says."""
     bare = tmp_path / "bare"
     shutil.copytree(tiny_paths[name], bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    outline, family = families.outline(str(bare), dtype="float32"), loaded_models[name].family
+    outline, family = loading.outline(str(bare), dtype="float32"), loaded_models[name].family
     assert (outline.shape, outline.anyres) == (family.shape, family.anyres)
     assert outline.shape.needs() == family.needs()
     for size in SIZES:
@@ -358,7 +360,7 @@ def test_an_outline_needs_no_weights(
         "what is it?"
     )
     with pytest.raises(ConfigError, match="has no weights"):
-        families.load(str(bare), revision=None, dtype="float32", device="cpu")
+        loading.load(str(bare), revision=None, dtype="float32", device="cpu")
 
 
 def test_images_are_cut_by_pillow_wherever(
@@ -366,13 +368,13 @@ def test_images_are_cut_by_pillow_wherever(
 ) -> None:
     """With torchvision transformers would take another processor, which resizes otherwise."""
     asked: list[object] = []
-    real = families.AutoProcessor.from_pretrained
+    real = loading.AutoProcessor.from_pretrained
 
     def noted(path: str, **named: object) -> object:
         asked.append(named["backend"])
         return real(path, **named)
 
-    monkeypatch.setattr(families.AutoProcessor, "from_pretrained", noted)
-    processor = families.outline(str(tiny_paths["vicuna"]), dtype="float32").processor
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", noted)
+    processor = loading.outline(str(tiny_paths["vicuna"]), dtype="float32").processor
     assert asked == ["pil"]
     assert type(processor.image_processor).__name__ == "LlavaNextImageProcessorPil"

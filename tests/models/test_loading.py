@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gc2ray.core.errors import BadRow, ConfigError
 from gc2ray.engine.engine import load_model
-from gc2ray.models import registry as families
+from gc2ray.models import loading
 from gc2ray.models.base import Loaded
 from gc2ray.models.families.llava_next import LlavaNext
 from tests.support.rows import job_data, make_job, write_rows
@@ -32,7 +32,7 @@ def model(tiny_paths: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def load(path: Path | str, device: str = "cpu") -> Loaded:
-    return families.load(str(path), revision=None, dtype="float32", device=device)
+    return loading.load(str(path), revision=None, dtype="float32", device=device)
 
 
 def rewritten(model: Path, change: Callable[[Tensors], Tensors]) -> Tensors:
@@ -209,7 +209,7 @@ def test_transformers_table_of_missing_tensors_is_not_printed(
     with pytest.raises(ConfigError):
         load(model)
     assert caplog.messages == []
-    families.AutoModelForImageTextToText.from_pretrained(model)
+    loading.AutoModelForImageTextToText.from_pretrained(model)
     assert "LOAD REPORT" in caplog.text  # ours alone are without
 
 
@@ -219,7 +219,7 @@ def test_a_config_that_transformers_refuses_is_told_with_its_reason(
 ) -> None:
     config = json.loads((model / "config.json").read_text())
     edit(model, text_config=config["text_config"] | {"hidden_size": hidden_size})
-    for look in (load, lambda path: families.outline(str(path), dtype="float32")):
+    for look in (load, lambda path: loading.outline(str(path), dtype="float32")):
         with pytest.raises(ConfigError, match=f"{model} cannot be loaded: .*: ") as told:
             look(model)
         assert "\n" not in str(told.value)
@@ -278,9 +278,9 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -
         raise error
 
     owner, name = {
-        "config": (families.AutoConfig, "from_pretrained"),
-        "processor": (families.AutoProcessor, "from_pretrained"),
-        "weights": (families.AutoModelForImageTextToText, "from_pretrained"),
+        "config": (loading.AutoConfig, "from_pretrained"),
+        "processor": (loading.AutoProcessor, "from_pretrained"),
+        "weights": (loading.AutoModelForImageTextToText, "from_pretrained"),
         "family": (LlavaNext, "__init__"),
         "freeze": (LlavaNext, "freeze"),
     }[where]

@@ -29,20 +29,10 @@ from transformers import (
 from gc2ray.core.stats import STAGES
 from gc2ray.engine.decoding.kv_cache import KvPool
 from gc2ray.models.families.tiny import TinySpec, untrained
+from gc2ray.models.flops import AnswerTokens, Run, matmul_flops, paper_flops
 from gc2ray.models.layers.attention import Chunk, Sequences, Step
 from gc2ray.models.llama import LanguageModel
-from gc2ray.models.shape import (
-    LLAVA_7B,
-    AnswerTokens,
-    ModelShape,
-    Run,
-    TextModel,
-    Tower,
-    cached_reads,
-    causal_pairs,
-    matmul_flops,
-    paper_flops,
-)
+from gc2ray.models.shape import LLAVA_7B, ModelShape, TextModel, Tower, cached_reads, causal_pairs
 from jobs.benchmarks import full_size
 
 VICUNA_13B = replace(

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.records import Answer, answer_schema
+from gc2ray.core.records import Answer
+from gc2ray.core.schema import answer_schema
 from gc2ray.core.shards import SourceFile
 from gc2ray.data.store import Store
 from gc2ray.output import compact as compact_module

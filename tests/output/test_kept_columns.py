@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.records import Answer, Provenance, stats_of
+from gc2ray.core.records import Answer
+from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import Shards, cut_shards
 from gc2ray.data.column_types import holds, in_common
 from gc2ray.data.store import PartFooter, Store

@@ -13,7 +13,8 @@ from click.testing import Result
 
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import Status
-from gc2ray.core.records import Answer, stats_of, table_stats
+from gc2ray.core.records import Answer
+from gc2ray.core.schema import stats_of, table_stats
 from gc2ray.output.retry import freeze, next_retry
 from gc2ray.runner.run import run_retry
 from tests.support.outputs import (

@@ -10,7 +10,8 @@ import pytest
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Shards, SourceFile, digest
-from gc2ray.output.plan import Plan, Run
+from gc2ray.output.plan import Plan
+from gc2ray.output.run_directory import Run
 from tests.support.rows import make_recipe
 
 RECIPE = make_recipe("model")

@@ -16,9 +16,10 @@ from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import SourceFile
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
-from gc2ray.output.plan import PLAN_NAME, RUN_NAME, Plan
+from gc2ray.output.plan import PLAN_NAME, Plan
 from gc2ray.output.planner import store_plan
 from gc2ray.output.retry import DEAD, FAILURES, Retry, freeze, latest_failures, next_retry
+from gc2ray.output.run_directory import RUN_NAME
 from gc2ray.output.verify import verify
 from gc2ray.runner.handout import Handout
 from gc2ray.runner.worker import Worker

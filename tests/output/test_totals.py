@@ -100,7 +100,7 @@ def test_records_are_read_and_strangers_are_not(
     assert [worker.device for worker in ledger.workers] == ["cpu", "NVIDIA H200", "cpu"]
     assert [worker.devices for worker in ledger.workers] == [0.5, 1.0, 0.5]
     assert [worker.loaded is None for worker in ledger.workers] == [False, True, False]
-    assert ledger.shape == LLAVA_7B
+    assert ledger.model_shape == LLAVA_7B.to_dict()
     assert ledger.bill == Bill({Use.USEFUL: 15.0, Use.LOADING: 2.0})
     assert entry.letter_count == len(entry.letters) == 1
     assert entry.letters[0][1] == "it died"

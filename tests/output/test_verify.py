@@ -16,9 +16,9 @@ from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.core.stats import RunStats
-from gc2ray.output.plan import PLAN_NAME, RUN_NAME
+from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.planner import store_plan
-from gc2ray.output.run_directory import generation_store
+from gc2ray.output.run_directory import RUN_NAME, generation_store
 from gc2ray.output.verify import verify
 from tests.support.outputs import (
     CARRIED,

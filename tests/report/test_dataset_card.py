@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from gc2ray.core.errors import Status
+from gc2ray.core.intervals import Range
 from gc2ray.data.store import Store
 from gc2ray.output.totals import read_ledger
 from gc2ray.report.dataset_card import CARD_NAME, MARKER, card, write_card
-from gc2ray.report.format import Range
 from gc2ray.report.summary import AuditSummary, Rung, Summary, summarise
 from tests.output.test_totals import worker_record
 from tests.report.test_report import PRICES, a_run, evil_run

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from gc2ray.core.errors import Status
-from gc2ray.core.records import Answer, Provenance, Request, stats_of
+from gc2ray.core.records import Answer, Request
+from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import SourceFile, cut_shards
 from gc2ray.data.store import PartFooter, Store
 from gc2ray.output.parts import part_bytes

@@ -17,18 +17,20 @@ from PIL import Image
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.core.errors import Status
+from gc2ray.core.intervals import Range
 from gc2ray.core.records import Answer, Audit, Escalation
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Bill, Use
 from gc2ray.data.store import Store
-from gc2ray.models.shape import LLAVA_7B, AnswerTokens, Demand
+from gc2ray.estimate.hardware import Prices
+from gc2ray.models.flops import AnswerTokens, demand_of
+from gc2ray.models.shape import LLAVA_7B
 from gc2ray.output.totals import read_ledger
 from gc2ray.report.charts import over_time
-from gc2ray.report.format import Range
 from gc2ray.report.heat_map import Looked
 from gc2ray.report.page import Picture, Report, markdown_text, report
-from gc2ray.report.summary import AuditSummary, Change, Prices, Rung, Summary, summarise
+from gc2ray.report.summary import AuditSummary, Change, Rung, Summary, summarise
 from tests.estimate.test_device_estimate import BIG
 from tests.output.test_totals import driver_record, worker_record
 from tests.support.outputs import FILES, first_plan, retry_of, write_generation
@@ -46,7 +48,7 @@ def measured(answer: Answer) -> Answer:
         answer,
         visual_tokens_full=2880, visual_tokens_kept=720, newline_tokens=20, newline_tokens_full=48,
         kept_per_view=((144,) * 5,), full_per_view=((576,) * 5,), prompt_tokens=800,
-        demand=Demand.of(LLAVA_7B, tokens), demand_full=Demand.of(LLAVA_7B, tokens.with_more(2188)),
+        demand=demand_of(LLAVA_7B, tokens), demand_full=demand_of(LLAVA_7B, tokens.with_more(2188)),
         stage_ns=dict.fromkeys(answer.stage_ns, 10 ** 8),
     )  # fmt: skip
 
@@ -372,3 +374,15 @@ def test_old_outputs_have_a_report(tmp_path: Path) -> None:
     summary, found = told(tmp_path)
     assert (dict(summary.flops), summary.what_if, summary.saved_seconds) == ({}, (), None)
     assert "What if" not in found.html
+
+
+def test_damaged_sizes_of_the_model_are_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary, _ = told(a_run(tmp_path))
+    assert summary.what_if
+    for path in (tmp_path / "workers").iterdir():
+        damaged = json.loads(path.read_bytes()) | {"model_shape": {"text": 1}}
+        path.write_text(json.dumps(damaged))
+    summary, _ = told(tmp_path)
+    assert (summary.what_if, "sizes in a worker's record are damaged" in caplog.text) == ((), True)

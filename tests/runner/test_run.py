@@ -17,9 +17,10 @@ from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
-from gc2ray.output.plan import RUN_NAME, Plan
+from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
 from gc2ray.output.retry import next_retry
+from gc2ray.output.run_directory import RUN_NAME
 from gc2ray.runner.run import run_job, run_retry
 from gc2ray.runner.worker import Worker
 from tests.data.test_dataset import write

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import NoCredentialsError
 
-from gc2ray.core.config.job import Job, parse_recipe
+from gc2ray.core.config.job import Job
+from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.errors import (
     ConfigError,
     EngineDead,

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import Status
-from gc2ray.core.records import Answer, Provenance, Request, stats_of
+from gc2ray.core.records import Answer, Request
+from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import Shard, SourceFile, Span, cut_shards, cut_spans, row_key
 from gc2ray.core.shards import Shards as ShardColumns
 from gc2ray.core.stats import STAGES, RunStats

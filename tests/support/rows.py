@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from gc2ray.core.config.job import Job, Recipe, parse_job
+from gc2ray.core.config.job import Job, parse_job
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.records import ImageRef, Request
 
 SIZES = [(100, 200), (200, 100), (168, 168), (40, 300), (25, 30), (480, 640), (37, 100)]

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from gc2ray.compression.base import MaskCompressor, ViewBatch
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.views import Selection, Views
+from gc2ray.compression.selection import Selection
+from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from gc2ray.compression.base import MaskCompressor, ViewBatch
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.canvas_index import canvas_plan
-from gc2ray.compression.views import share_of, top_k_mask
+from gc2ray.compression.selection import share_of, top_k_mask
 
 EPSILON = 1e-8
 """Added to the softmax's denominator, as in the paper's equation."""

@@ -22,7 +22,8 @@ from gc2ray.compression.base import Compressor, ViewBatch
 from gc2ray.compression.canvas import NEWLINE, Canvas
 from gc2ray.compression.canvas_index import canvas_plan
 from gc2ray.compression.methods.globalcom2 import GlobalCom2, combined_scores, crop_scales
-from gc2ray.compression.views import Selection, Views, top_k_mask
+from gc2ray.compression.selection import Selection, top_k_mask
+from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)

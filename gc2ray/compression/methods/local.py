@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gc2ray.compression.base import MaskCompressor, ViewBatch
-from gc2ray.compression.views import share_of, top_k_mask
+from gc2ray.compression.selection import share_of, top_k_mask
 
 
 @dataclass(frozen=True)

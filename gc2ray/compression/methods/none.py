@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.views import Selection, Views, everything
+from gc2ray.compression.selection import Selection, everything
+from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)

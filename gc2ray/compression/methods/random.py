@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gc2ray.compression.base import MaskCompressor, ViewBatch
-from gc2ray.compression.views import share_of, top_k_mask
+from gc2ray.compression.selection import share_of, top_k_mask
 
 
 @dataclass(frozen=True)

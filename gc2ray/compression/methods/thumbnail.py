@@ -10,7 +10,8 @@ import torch
 
 from gc2ray.compression.base import Compressor, ViewBatch
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.views import Selection, Views, reading_order
+from gc2ray.compression.selection import Selection, reading_order
+from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)

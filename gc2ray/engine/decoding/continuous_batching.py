@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Sampling
 from gc2ray.core.stats import apportion
@@ -38,7 +37,9 @@ from gc2ray.engine.decoding.decoder import Completion, end_reason, not_finite
 from gc2ray.engine.decoding.kv_cache import Extent, KvPool
 from gc2ray.engine.decoding.prefix_cache import Prefixes
 from gc2ray.engine.decoding.sampler import Drawing, Repetition, row_numbers
-from gc2ray.models.layers.attention import Attend, Chunk, Step, chosen
+from gc2ray.models.base import Prompt
+from gc2ray.models.layers.attention import Attend, Chunk, Step
+from gc2ray.models.layers.attention_backends import chosen
 from gc2ray.models.llama import LanguageModel
 
 FAILURES = (RuntimeError, ValueError, IndexError)

@@ -9,10 +9,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.sampler import NOT_FINITE
+from gc2ray.models.base import Prompt
 
 LONGEST_LOOP, LOOP_TOKENS = 64, 16
 """A loop repeats at most so many tokens, and altogether is at least so long: "7 7 7" is none."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.models.base import Prompt
 from gc2ray.models.llama import LanguageModel, unsupported
 
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.records import Sampling
 from gc2ray.core.stats import apportion
 from gc2ray.engine.decoding.decoder import Completion, end_reason, not_finite
 from gc2ray.engine.decoding.sampler import NOT_FINITE, Drawing, Repetition, row_numbers
+from gc2ray.models.base import Prompt
 
 _Item = tuple[int, Prompt, Sampling]
 

@@ -17,18 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class KvShape:
-    """What the KV cache of one token is made of: layers, key-value heads, features of a head."""
-
-    layers: int
-    heads: int
-    head_size: int
-
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Keys and values of one token over all layers."""
-        return 2 * self.layers * self.heads * self.head_size * dtype.itemsize
+from gc2ray.models.layers.attention import KvShape
 
 
 @dataclass(frozen=True, order=True)

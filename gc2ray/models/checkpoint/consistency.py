@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gc2ray.core.config.generation_rules import NOTHING, TakenOver, asked_for
+from gc2ray.core.config.generation import NOTHING, TakenOver, asked_for
 from gc2ray.core.errors import ConfigError, first_line
 from gc2ray.models.checkpoint.tensors import (
     check_named_once,

@@ -21,21 +21,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import NoCredentialsError
-from filelock import FileLock, Timeout
-from fsspec.callbacks import Callback
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
@@ -44,18 +35,27 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__init__`, documented
-    filter_repo_objects,
+
+from gc2ray.core.config.generation import NOTHING, TakenOver
+from gc2ray.core.config.recipe import ModelConfig
+from gc2ray.core.errors import ConfigError
+from gc2ray.models.checkpoint.cache import (
+    FETCHED,
+    JITTER_SECONDS,
+    LEFT_OUT,
+    Tick,
+    check_room,
+    locked,
+    models_folder,
+    pause,
+    unreadable,
+)
+from gc2ray.models.checkpoint.consistency import check_directory
+from gc2ray.models.checkpoint.fetch_url import (
+    files_behind,
+    from_url,
 )
 
-from gc2ray.core.config.generation_rules import NOTHING, TakenOver
-from gc2ray.core.config.job import ModelConfig
-from gc2ray.core.errors import ConfigError, first_line
-from gc2ray.data.retries import PATIENCE
-from gc2ray.data.storage import storage_of
-from gc2ray.models.checkpoint.consistency import check_directory
-
-FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 OUTLINE = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
 """What describes a model: all but its weights."""
 DIGESTED = (
@@ -68,21 +68,10 @@ DIGESTED = (
 WHOLE_SIGNS = ("config.json", "tokenizer_config.json", "chat_template.*", "*.safetensors")
 """What lies in a hub's cache where it is whole; other programs fetch parts of a model."""
 COMMIT = re.compile("[0-9a-f]{40}")
-LEFT_OUT = ("*/*.safetensors",)
-"""Checkpoints in folders below the model, which nothing loads."""
-CACHE_VARIABLE = "GC2RAY_CACHE"
-JITTER_SECONDS = 3.0
-"""Workers that start together ask the storage spread over this time."""
-LOOK_SECONDS = 1.0
-"""Between two looks of a process that waits at how far the one that fetches is."""
-FETCH_THREADS = 8
 REFUSALS = (401, 403, 404)
 """What the hub says of a model that is not there, or not for us; anything else may pass."""
 TAIL_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 100_000_000  # more is refused when it is loaded
-UNREADABLE = (FileNotFoundError, PermissionError, NoCredentialsError)
-
-Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ def stage(
     """
     model.check()
     if model.is_url or not (model.is_local or constants.is_offline_mode()):
-        _sleep(jitter_seconds)
+        pause(jitter_seconds)
     directory = _staged(model, FETCHED, tick)
     return StagedModel(directory, digest(directory))
 
@@ -133,7 +122,7 @@ def _staged(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
     if model.is_local:
         return Path(model.path).expanduser()
     if model.is_url:
-        return _from_url(model.path, patterns, tick)
+        return from_url(model.path, patterns, tick)
     return _from_hub(model, patterns, tick)
 
 
@@ -156,7 +145,7 @@ def check_model(model: ModelConfig, taken_over: TakenOver = NOTHING) -> None:
     if model.is_local:
         check_directory(Path(model.path).expanduser(), taken_over, name=model.path)
     elif model.is_url:
-        _, files = _found(model.path)
+        _, files = files_behind(model.path)
         if not any(file.name.endswith(".safetensors") for file in files):
             raise ConfigError(
                 f"recipe.model.path: {model.path} has no weights in safetensors; others, such as "
@@ -225,11 +214,11 @@ def _from_hub(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
             f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it, or name a directory"
         ) from error
     except HFValidationError as error:
-        raise _unreadable(model.path, error) from error
+        raise unreadable(model.path, error) from error
     except HfHubHTTPError as error:
         if error.response.status_code not in REFUSALS:
             raise
-        raise _unreadable(model.path, error) from error
+        raise unreadable(model.path, error) from error
     if not (directory / "config.json").is_file():
         raise ConfigError(f"recipe.model.path: there is no model at {model.path} (no config.json)")
     return directory
@@ -245,9 +234,9 @@ def _snapshot(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
         "ignore_patterns": list(LEFT_OUT),
     }
     name = repo_folder_name(repo_id=model.path, repo_type="model")
-    with _locked(_models() / f"{name}.lock", cache / name, tick):
+    with locked(models_folder() / f"{name}.lock", cache / name, tick):
         if not constants.is_offline_mode():
-            _check_room(model.path, _hub_bytes(what), cache, "HF_HOME")
+            check_room(model.path, _hub_bytes(what), cache, "HF_HOME")
         return Path(snapshot_download(**what))
 
 
@@ -258,185 +247,3 @@ def _hub_bytes(what: Mapping[str, Any]) -> int:
     except DryRunError:
         return 0
     return sum(file.file_size for file in files if file.will_download)
-
-
-def _from_url(url: str, patterns: Sequence[str], tick: Tick) -> Path:
-    """Fetched once per node.
-
-    Raises:
-        ConfigError: There is no model, or it may not be read.
-        OSError: The storage does not answer, or the disk has no room.
-    """
-    filesystem, files = _found(url, patterns)
-    directory = _models() / _key(url, files)
-    partial = directory.with_suffix(".partial")
-    with _locked(directory.with_suffix(".lock"), partial, tick):
-        if not directory.is_dir():
-            if partial.exists():  # of a process that was killed, or failed
-                shutil.rmtree(partial)
-            needed = sum(file.size_bytes for file in files)
-            _check_room(url, needed, directory.parent, CACHE_VARIABLE)
-            try:
-                _fetch(filesystem, files, partial, tick)
-            except UNREADABLE as error:
-                raise _unreadable(url, error) from error
-            partial.rename(directory)
-    return directory
-
-
-def _found(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list[_File]]:
-    """The filesystem, and what is to be fetched from it.
-
-    Raises:
-        ConfigError: There is no model, or it may not be read.
-        OSError: The storage does not answer.
-    """
-    try:
-        filesystem, root = storage_of(url, use_listings_cache=False)
-        found = PATIENCE.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
-        return filesystem, _listed(url, root.rstrip("/"), found, patterns)
-    except (ImportError, ValueError, *UNREADABLE) as error:
-        raise _unreadable(url, error) from error
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file of a model behind a URL.
-
-    Attributes:
-        path: In its filesystem.
-        name: Below the model.
-        size_bytes: 0 where the storage does not tell.
-        version: What changes with its content, as far as the storage tells.
-    """
-
-    path: str
-    name: str
-    size_bytes: int
-    version: str
-
-
-def _listed(
-    url: str, root: str, found: Mapping[str, Mapping[str, Any]], patterns: Sequence[str]
-) -> list[_File]:
-    """What is to be fetched, in order of name.
-
-    Raises:
-        ConfigError: There is no model, or a name leads out of it.
-    """
-    files = []
-    for path, info in found.items():
-        if path == root:
-            continue  # a file, not a directory
-        name = path.removeprefix(f"{root}/")
-        if name == path or not {"", ".", ".."}.isdisjoint(name.split("/")):
-            raise ConfigError(f"recipe.model.path: {url} lists {path!r}, which is not below it")
-        version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
-        files.append(_File(path, name, info.get("size") or 0, str(version)))
-    wanted = filter_repo_objects(
-        files,
-        allow_patterns=list(patterns),
-        ignore_patterns=list(LEFT_OUT),
-        key=lambda file: file.name,
-    )
-    chosen = sorted(wanted, key=lambda file: file.name)
-    if "config.json" not in [file.name for file in chosen]:
-        raise ConfigError(f"recipe.model.path: there is no model at {url} (no config.json)")
-    return chosen
-
-
-def _key(url: str, files: Sequence[_File]) -> str:
-    listing = [(file.name, file.size_bytes, file.version) for file in files]
-    return hashlib.sha256(json.dumps([url.rstrip("/"), listing]).encode()).hexdigest()[:32]
-
-
-def _fetch(filesystem: Any, files: Sequence[_File], partial: Path, tick: Tick) -> None:
-    """Files into a new folder, and onto the disk."""
-
-    def fetch(file: _File) -> None:
-        target = partial / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        told = Callback(hooks={"tick": lambda *_args, **_told: tick()})
-        get = filesystem.get_file
-        PATIENCE.call(f"fetching {file.path}", lambda: get(file.path, str(target), callback=told))
-        with target.open("rb+") as written:
-            os.fsync(written.fileno())
-            size = written.seek(0, os.SEEK_END)
-        if size != file.size_bytes > 0:
-            raise OSError(f"{file.path}: {size} bytes came of {file.size_bytes}")
-
-    with ThreadPoolExecutor(FETCH_THREADS, "gc2ray-fetch") as pool:
-        list(pool.map(fetch, files))
-
-
-def _models() -> Path:
-    """Where models from URLs, and locks, are kept on this node."""
-    cache = os.environ.get(CACHE_VARIABLE) or "~/.cache/gc2ray"
-    return Path(cache).expanduser().absolute() / "models"
-
-
-@contextmanager
-def _locked(path: Path, watched: Path, tick: Tick) -> Iterator[None]:
-    """Alone on this node; while another process is, what it fetches into `watched` ticks.
-
-    The lock is the kernel's, so one that is killed leaves none behind.
-
-    Raises:
-        ConfigError: The lock cannot be made.
-    """
-    lock = FileLock(path)
-    seen = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=LOOK_SECONDS)
-            except Timeout:
-                before, seen = seen, _bytes_below(watched)
-                if seen != before:
-                    tick()
-    except OSError as error:
-        raise ConfigError(
-            f"models are kept in {path.parent}, which cannot be written: {error.strerror}; name "
-            f"another place in the environment variable {CACHE_VARIABLE}"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _bytes_below(folder: Path) -> int:
-    """Bytes on disk; files may come and go meanwhile."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += Path(parent, name).lstat().st_blocks * 512
-            except FileNotFoundError:
-                continue
-    return total
-
-
-def _check_room(model: str, needed_bytes: int, folder: Path, variable: str) -> None:
-    """Refuse to fill a disk.
-
-    Raises:
-        OSError: There is less room than that.
-    """
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free_bytes = shutil.disk_usage(there).free
-    if free_bytes < needed_bytes:
-        raise OSError(
-            f"{model} needs {needed_bytes / 1e9:.3f} GB, and {folder} has {free_bytes / 1e9:.3f} "
-            f"GB free: make room there, or set {variable} to a larger disk"
-        )
-
-
-def _sleep(jitter_seconds: float) -> None:
-    """A random part of it, whatever seeds were set."""
-    time.sleep(random.SystemRandom().uniform(0, jitter_seconds))
-
-
-def _unreadable(path: str, error: Exception) -> ConfigError:
-    return ConfigError(f"recipe.model.path: {path} cannot be read: {first_line(error)}")

@@ -32,10 +32,12 @@ from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
-from gc2ray.compression.canvas import NEWLINE, AnyRes, Canvas, Tiles
-from gc2ray.compression.views import Places, Prompt, Selection, Views
+from gc2ray.compression.canvas import NEWLINE, Canvas
+from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.models.base import Outline
+from gc2ray.models.base import Outline, Prompt
+from gc2ray.models.image_processor import AnyRes, Tiles, anyres_of
 from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, found_for
 from gc2ray.models.layers.linear import Linear, packed_module
 from gc2ray.models.shape import ModelShape, Needs
@@ -82,7 +84,7 @@ class LlavaNext:
         """
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
-        anyres = _anyres(processor.image_processor, config)
+        anyres = anyres_of(processor.image_processor, config)
         shape, token = ModelShape.of(config, itemsize), int(config.image_token_id)
         return Outline(shape, anyres, (side, side), processor, token)
 
@@ -272,19 +274,6 @@ def _feature_states(config: Any, layers: int) -> tuple[int, ...]:
     named = config.vision_feature_layer
     named = [named] if isinstance(named, int) else list(named)
     return tuple(index + layers + 1 if index < 0 else index for index in named)
-
-
-def _anyres(image_processor: Any, config: Any) -> AnyRes:
-    """The processor's image settings; `consistency` has held them against the model's."""
-    mean, std = image_processor.image_mean, image_processor.image_std
-    return AnyRes(
-        tile=int(config.vision_config.image_size),
-        pinpoints=tuple((int(h), int(w)) for h, w in image_processor.image_grid_pinpoints),
-        resample=int(image_processor.resample),
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
-        rescale=float(image_processor.rescale_factor),
-    )
 
 
 def pixel_table(anyres: AnyRes) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gc2ray.models import registry as families
+from gc2ray.models import loading
 from gc2ray.models.base import Loaded
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from jobs.support.photos import jpeg, opened_photos
@@ -75,4 +75,4 @@ def conditions(model: Any) -> str:
 def _loaded(spec: TinySpec) -> Loaded:
     with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
         path = build_tiny(Path(directory), spec)
-        return families.load(str(path), revision=None, dtype="float32", device="cpu")
+        return loading.load(str(path), revision=None, dtype="float32", device="cpu")

@@ -25,29 +25,26 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
 from gc2ray.engine.decoding.cuda_graph import Burst, BurstRow, BurstShape
 from gc2ray.engine.decoding.decoder import Completion
-from gc2ray.engine.decoding.kv_cache import Extent, KvPool, KvShape
+from gc2ray.engine.decoding.kv_cache import Extent, KvPool
 from gc2ray.engine.decoding.prefix_cache import Prefixes
 from gc2ray.engine.decoding.sampler import Repetition
-from gc2ray.models import registry as families
-from gc2ray.models.base import Loaded
+from gc2ray.models import loading
+from gc2ray.models.base import Loaded, Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_generate
-from gc2ray.models.layers.attention import (
-    Chunk,
-    Step,
+from gc2ray.models.layers.attention import Chunk, KvShape, Step, write
+from gc2ray.models.layers.attention_backends import (
     _agrees,
     attend_by_row,
     attend_flash,
     attend_padded,
     attend_varlen,
     chosen,
-    write,
 )
 from gc2ray.models.layers.linear import FEW_ROWS, Linear, packed_module, rows_to_run
 from gc2ray.models.llama import LanguageModel, unsupported
@@ -1019,7 +1016,7 @@ def test_a_packed_twin_of_a_whole_model_generates(
 ) -> None:
     """Both orders: transformers hooks a model's layers when it first runs."""
     path = str(tiny_paths["vicuna"])
-    loaded = families.load(path, revision=None, dtype="float32", device="cpu")
+    loaded = loading.load(path, revision=None, dtype="float32", device="cpu")
     twin = replace(loaded, model=packed_module(loaded.model))
     assert not any(isinstance(m, nn.Linear) for m in twin.model.modules())
     image = Image.effect_noise((200, 150), 80).convert("RGB")

@@ -15,12 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.compression.views import Prompt
 from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.decoder import Completion, end_reason, end_tokens, loops
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.decoding.sampler import NOT_FINITE, Drawing, drawn, most_likely, row_numbers
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import Loaded, Prompt
 
 NEW = 12
 LENGTHS = (5, 17, 9, 30, 9)

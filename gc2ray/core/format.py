@@ -1,50 +1,14 @@
-"""Numbers that are not known to the last digit (`Range`), and how people are told numbers."""
+"""How numbers are told to people: lengths, sizes, money, shares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from gc2ray.core.intervals import Range
 
 MOST_HOURS = 48
 """Longer ones are told in days."""
 LETTERS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
-
-
-@dataclass(frozen=True)
-class Range:
-    """A number that is not known to the last digit.
-
-    Attributes:
-        low: With 95 % confidence, or by arithmetic, it is at least this.
-        mid: The best guess.
-        high: At most this.
-    """
-
-    low: float
-    mid: float
-    high: float
-
-    @staticmethod
-    def exactly(value: float) -> Range:
-        """A number that is known."""
-        return Range(value, value, value)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it is known."""
-        return self.low == self.high
-
-    def times(self, other: Range) -> Range:
-        """The product of two that are not negative."""
-        return Range(self.low * other.low, self.mid * other.mid, self.high * other.high)
-
-    def scaled(self, factor: float) -> Range:
-        """So many times it."""
-        return self.times(Range.exactly(factor))
-
-    def plus(self, other: Range) -> Range:
-        """The sum."""
-        return Range(self.low + other.low, self.mid + other.mid, self.high + other.high)
 
 
 def shown(value: Range, text: Callable[[float], str] | None = None) -> str:

@@ -1,15 +1,22 @@
-"""Rules that a model's generation config may have for which token is next, and who decides on them.
+"""How answers are generated: `GenerationConfig`, and what a model's own generation config may ask.
 
-Answers follow none of them because a model's files ask for it: a model that has one is refused
-(`gc2ray.models.checkpoint.consistency`) unless the recipe takes it over.
-
-Not covered: following them; `repetition_penalty` is the decoders', where a recipe sets it.
+`RULES` are the settings that change answers. A model that sets one is refused unless the recipe
+follows the rule or takes it over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from gc2ray.core.config.yaml_models import (
+    Frozen,
+    unknown_key,
+)
+from gc2ray.core.records import Sampling
 
 RULES: dict[str, object] = {
     "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0,
@@ -23,7 +30,6 @@ RULES: dict[str, object] = {
 }  # fmt: skip
 """Rules of a generation config that change which token is next, each with the value that changes
 nothing. None of them is followed because a model asks for it."""
-
 OTHER_SETTINGS = frozenset({
     # How tokens are drawn and how many: the recipe's to say.
     "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff",
@@ -46,6 +52,55 @@ OTHER_SETTINGS = frozenset({
 """Everything else that a generation config may say; it changes no answer of ours."""
 
 
+class GenerationConfig(Frozen):
+    """How answers are drawn, and where they end.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        top_p: Tokens are drawn from the fewest whose probability reaches this.
+        seed: Mixed with each row's own.
+        stop_token_ids: Tokens that end an answer, beside the model's own.
+        max_repeats: An answer whose last tokens (a run of up to 64, at least 16 in all) repeat
+            more often than this is cut there; its `finish_reason` is `repetition`. None: never.
+        repetition_penalty: What logits of tokens that prompt or answer already have are divided by
+            (multiplied with where they are negative), as in transformers. None: 1, which is none.
+        ignore_model_rules: Rules of the model's generation_config.json, by name, that answers are
+            not to follow. Any other that gc2ray does not follow is refused.
+    """
+
+    max_new_tokens: int = Field(default=64, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    max_repeats: int | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ignore_model_rules: tuple[str, ...] = ()
+
+    @field_validator("ignore_model_rules")
+    @classmethod
+    def _known_rules(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in RULES:
+                raise ValueError(unknown_key(name, sorted(RULES)))
+        return names
+
+    def taken_over(self) -> TakenOver:
+        """What the model's files have no say in."""
+        own = {"repetition_penalty"} if self.repetition_penalty is not None else set()
+        return TakenOver(frozenset(self.ignore_model_rules) | own, self.stop_token_ids)
+
+    def sampling(self) -> Sampling:
+        """How an answer is drawn; its seed is still the recipe's."""
+        settings = self.model_dump(exclude={"ignore_model_rules"}, exclude_none=True)
+        return Sampling(**settings)
+
+    def mixed(self, seed: int) -> int:
+        """A row's or an image's seed, mixed with the recipe's."""
+        return seed ^ self.seed
+
+
 @dataclass(frozen=True)
 class TakenOver:
     """What a recipe decides in place of the model's files.
@@ -57,9 +112,6 @@ class TakenOver:
 
     rules: frozenset[str] = frozenset()
     stop_token_ids: tuple[int, ...] = ()
-
-
-NOTHING = TakenOver()
 
 
 def asked_for(places: Sequence[Mapping[str, object]]) -> dict[str, object]:
@@ -74,3 +126,6 @@ def asked_for(places: Sequence[Mapping[str, object]]) -> dict[str, object]:
             if place.get(name) not in (None, idle, [], {}):
                 found[name] = place[name]
     return found
+
+
+NOTHING = TakenOver()

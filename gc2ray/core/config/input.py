@@ -1,0 +1,221 @@
+"""What is read of each row: its columns, its prompt, and where its images may come from.
+
+`PromptSource` makes a prompt's text from a column, a template over columns, or one constant.
+Templates take plain column names only; nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from gc2ray.core.config.yaml_models import (
+    Frozen,
+)
+from gc2ray.core.errors import BadRow, ConfigError, Status
+from gc2ray.core.schema import ANSWER_COLUMNS
+
+ROOTS_KEY = "recipe.input.image_roots"
+BYTES_KEY = "recipe.input.max_image_bytes"
+PIXELS_KEY = "recipe.input.max_image_pixels"
+"""The configuration keys behind `ImagePolicy`; messages name them."""
+MAX_PIXELS = 89_478_485
+"""Most pixels a policy may allow: from here on Pillow itself warns, then refuses.
+
+Silencing that would need a global of Pillow's or `warnings.catch_warnings`, and neither is safe
+with threads. Equals `PIL.Image.MAX_IMAGE_PIXELS` as shipped.
+"""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+MIB = 1024 * 1024
+
+
+class PromptConfig(Frozen):
+    """Exactly one of a column, a template over columns (`"{question}"`), or a constant.
+
+    A column of lists gives each row several prompts, and an answer to each.
+    """
+
+    column: str | None = None
+    template: str | None = None
+    constant: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> PromptConfig:
+        self.source()
+        return self
+
+    def source(self) -> PromptSource:
+        """The same as what renders rows."""
+        return PromptSource(self.column, self.template, self.constant)
+
+
+class InputConfig(Frozen):
+    """The rows.
+
+    Attributes:
+        uri: Parquet file, directory or glob, local or any fsspec URL; a directory that `datasets`
+            has saved; `hf:OWNER/NAME?split=SPLIT`; or a list of these.
+        image: Column of images: struct of bytes and path, binary, or path.
+        prompt: Where the prompt comes from.
+        keep: Input columns written back with the answers; `{answer: reference}` is one that is
+            written under another name, here the input's `answer` as `reference`.
+        image_roots: Directories or URL prefixes under which image paths may be read.
+        max_image_bytes: Larger files are refused, row by row.
+        max_image_pixels: Larger images are refused by their header.
+    """
+
+    uri: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    image: str = "image"
+    prompt: PromptConfig
+    keep: tuple[str | dict[str, str], ...] = ()
+    image_roots: tuple[str, ...] = ()
+    max_image_bytes: int = Field(default=64 * MIB, gt=0)
+    max_image_pixels: int = Field(default=80_000_000, gt=0)
+
+    @model_validator(mode="after")
+    def _images(self) -> InputConfig:
+        self.image_policy()
+        return self
+
+    @field_validator("keep")
+    @classmethod
+    def _free(cls, keep: tuple[str | dict[str, str], ...]) -> tuple[str | dict[str, str], ...]:
+        if any(isinstance(item, dict) and len(item) != 1 for item in keep):
+            raise ValueError("a renamed column is written {column: name}, each by itself")
+        names = [name for name, _ in map(_renamed, keep)]
+        taken = [name for name in names if name in ANSWER_COLUMNS]
+        if taken:
+            raise ValueError(
+                f"{taken[0]!r} is a column of the answers; write it under another name, as "
+                f"{{{taken[0]}: input_{taken[0]}}}"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError("a column is named twice")
+        return keep
+
+    def uris(self) -> tuple[str, ...]:
+        """Where the rows are: one place or several."""
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+    def image_policy(self) -> ImagePolicy:
+        """Limits for untrusted images."""
+        return ImagePolicy(
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            roots=self.image_roots,
+        )
+
+    def columns(self) -> tuple[str, ...]:
+        """The input columns that are read."""
+        kept = self.kept().values()
+        return tuple(dict.fromkeys([self.image, *self.prompt.source().columns(), *kept]))
+
+    def kept(self) -> dict[str, str]:
+        """Columns that are written back: by the name they are written under, the input's own."""
+        return dict(map(_renamed, self.keep))
+
+
+def _renamed(kept: str | dict[str, str]) -> tuple[str, str]:
+    """The name that a kept column is written under, and its own."""
+    if isinstance(kept, str):
+        return kept, kept
+    ((column, name),) = kept.items()
+    return name, column
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where a prompt's text comes from; exactly one of the three is set."""
+
+    column: str | None = None
+    template: str | None = None
+    constant: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.column, self.template, self.constant)) != 1:
+            raise ValueError("set exactly one of column, template, constant")
+        if self.constant is not None and not self.constant.strip():
+            raise ValueError("the constant is empty")
+        if self.template is not None and not self.template.strip():
+            raise ValueError("the template is empty")
+        self.columns()
+
+    def columns(self) -> tuple[str, ...]:
+        """The input columns that the text needs.
+
+        Raises:
+            ValueError: The template holds something else than plain `{column}` fields.
+        """
+        if self.column is not None:
+            return (self.column,)
+        return () if self.template is None else _fields(self.template)
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The text of a row.
+
+        Raises:
+            BadRow: A needed value is null, NaN or not text (`bad_prompt`).
+        """
+        values = {name: row[name] for name in self.columns()}
+        for name, value in values.items():
+            if value is None:
+                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is null")
+            if value != value:  # what pandas makes of a missing number
+                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is not a number")
+        if self.column is not None:
+            text = values[self.column]
+        else:
+            text = self.constant if self.template is None else self.template.format(**values)
+        if not isinstance(text, str):
+            raise BadRow(Status.BAD_PROMPT, f"prompt column {self.column!r} holds {type(text)}")
+        if not text.strip():
+            raise BadRow(Status.BAD_PROMPT, "the prompt is empty")
+        return text
+
+
+@lru_cache(maxsize=64)
+def _fields(template: str) -> tuple[str, ...]:
+    """The columns that a template names, each once; cached, because every row asks."""
+    names: list[str] = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"template field {{{name}}}: only plain column names are allowed")
+        names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """What is accepted as an image. `MAX_SIDE` holds besides.
+
+    Attributes:
+        max_bytes: Most bytes of an encoded image.
+        max_pixels: Most pixels, height times width; at most `MAX_PIXELS`.
+        roots: Directories and URL prefixes under which images named by a path may lie; without
+            any, none may. URLs of any protocol, http and https among them, need a root of theirs.
+
+    Raises:
+        ConfigError: A limit is out of range, or a root is empty, chained (`::`) or not plain text.
+    """
+
+    max_bytes: int = 64 * 1024 * 1024
+    max_pixels: int = 80_000_000
+    roots: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1:
+            raise ConfigError(f"{BYTES_KEY} is {self.max_bytes}; it must be at least 1")
+        if not 1 <= self.max_pixels <= MAX_PIXELS:
+            raise ConfigError(f"{PIXELS_KEY} is {self.max_pixels}; it must be 1 to {MAX_PIXELS}")
+        for root in self.roots:
+            if not root or "::" in root or _CONTROL.search(root):
+                raise ConfigError(f"{ROOTS_KEY}: {root!r} is neither a directory nor a URL prefix")

@@ -1,0 +1,59 @@
+"""What a place in a configuration may look like, before any storage is asked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gc2ray.core.errors import ConfigError
+
+HUB = "hf:"
+"""Datasets of the Hugging Face hub begin so, see `gc2ray.data.listing`."""
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(/*)")
+_STORAGES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "file"}
+_VARIABLE = re.compile(r"(?:^|/)\$(?:\w|\{)")
+
+LOCAL_STARTS = ("/", ".", "~")
+
+
+def is_local_path(place: str) -> bool:
+    """Whether a place can only be meant as a path of this machine."""
+    return place.startswith(LOCAL_STARTS) and "://" not in place
+
+
+def check_place(key: str, place: str) -> None:
+    """Refuse a path or URL that would be taken for something else.
+
+    Args:
+        key: The setting that names it.
+        place: What it says.
+
+    Raises:
+        ConfigError: It is empty, a URL without its slashes, or has in it what a shell would have
+            replaced.
+    """
+    if not place.strip() or "\0" in place:
+        raise ConfigError(f"{key}: {place!r} is no path and no URL")
+    for part in [] if is_local_path(place) else place.split("::"):
+        found = _SCHEME.match(part)
+        slashes = len(found.group(2)) if found else 2
+        if found and (slashes == 1 or (not slashes and found.group(1).lower() in _STORAGES)):
+            root = "/" if found.group(1) == "file" else ""
+            meant = f"{found.group(1)}://{root}{part[found.end() :]}"
+            raise ConfigError(f"{key}: {place!r} is no URL; did you mean {meant!r}?")
+    if _VARIABLE.search(place):
+        raise ConfigError(
+            f"{key}: {place!r} names a variable, which nothing expands in a configuration; write "
+            "the path out"
+        )
+    try:
+        Path(place).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {place!r}: there is no such user here; {error}") from error
+
+
+def is_url(place: str) -> bool:
+    """Whether fsspec is asked; what begins as a local path is one, see `gc2ray.data.storage`."""
+    if is_local_path(place):
+        return False
+    return "://" in place or "::" in place or place.startswith(HUB)
