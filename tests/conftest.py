@@ -22,7 +22,7 @@ from gc2ray.models.base import Loaded
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from tests.support.chaos import Survived
 from tests.support.fault_proxy import FaultProxy, Faults
-from tests.support.object_servers import RcloneServer, a_bucket, moto_server
+from tests.support.object_servers import RcloneServer, a_bucket, moto_server, quick_clients
 
 SPECS = {
     "vicuna": TinySpec(),
@@ -37,9 +37,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the backgro
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start Ray first: they take longest, and nothing should be left to wait for one."""
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: item.path not in with_ray)
+    """Files that start Ray, or are slow, first: nothing should be left to wait for one of them."""
+    marks = ("ray", "slow")
+    longest = {item.path for item in items if any(map(item.get_closest_marker, marks))}
+    items.sort(key=lambda item: item.path not in longest)
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +129,13 @@ def proxy(proxies: dict[str, FaultProxy], server: str) -> FaultProxy:
     proxies[server].faults = Faults()
     proxies[server].met.clear()
     return proxies[server]
+
+
+@pytest.fixture
+def quick() -> Iterator[None]:
+    """Clients of object stores that wait almost nothing between their own tries."""
+    with quick_clients():
+        yield
 
 
 SURVIVED = pytest.StashKey[Survived]()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Iterator
 
 import fsspec
@@ -27,6 +26,7 @@ from tests.support.rows import make_recipe
 
 FILES, ROWS, GROUP_ROWS, SHARD_ROWS = 4, 40, 20, 10
 MEMORY = 1 << 20
+pytestmark = pytest.mark.usefixtures("quick")
 SERVERS = pytest.mark.parametrize("server", ["honours", "ignores"])
 
 
@@ -100,15 +100,15 @@ def test_trouble_that_passes_is_waited_out(
 
 @pytest.mark.usefixtures("hasty")
 def test_an_outage_in_the_middle_of_a_file_is_waited_out(proxy: FaultProxy, bucket: str) -> None:
-    data = rows_file(0, rows=60, row_bytes=1 << 20, use_dictionary=False, write_batch_size=1)
+    data = rows_file(0, rows=60, row_bytes=1 << 18, use_dictionary=False, write_batch_size=1)
     s3fs.S3FileSystem().pipe_file(f"{bucket}/large/a.parquet", data)
     source = source_of(f"{bucket}/large/")
     (file,), _ = source.scan()
     rows = source.read(whole(file), MEMORY)
     assert next(rows).row == 0
-    proxy.faults = Faults(outage_until=time.monotonic() + 3.0)
+    proxy.faults = Faults(outage_requests=20)
     assert [row.row for row in rows] == list(range(1, 60))
-    assert proxy.met["outage"] > 0
+    assert proxy.met["outage"] == 20
 
 
 @pytest.mark.usefixtures("hasty")
@@ -117,7 +117,7 @@ def test_trouble_that_stays_is_the_shards(proxy: FaultProxy, bucket: str) -> Non
     impatient = Patience(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2)
     source = source_of(f"{bucket}/in/", impatient)
     (file, *_), _ = source.scan()
-    proxy.faults = Faults(outage_until=time.monotonic() + 600)
+    proxy.faults = Faults(busy=1.0)
     with pytest.raises(ShardError, match=r"0\.parquet: .*tried for \d+ s, last: OSError"):
         list(source.read(whole(file), MEMORY))
     with pytest.raises(ConfigError, match=r"recipe\.input\.uri: .*tried for \d+ s, last: OSError"):
@@ -129,12 +129,12 @@ def test_what_is_forbidden_is_told_at_once(proxy: FaultProxy, bucket: str, statu
     source = source_of(f"{bucket}/in/")
     (file, *_), _ = source.scan()
     proxy.faults = Faults(status=status, refused=EVERYTHING)
-    started = time.monotonic()
-    with pytest.raises(ShardError, match=r"0\.parquet: "):
+    with pytest.raises(ShardError, match=r"0\.parquet: ") as refused:
         list(source.read(whole(file), MEMORY))
-    with pytest.raises(ConfigError, match=r"recipe\.input\.uri: "):
+    assert "tried for" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"recipe\.input\.uri: ") as unusable:
         source_of(f"{bucket}/in/").scan()
-    assert time.monotonic() - started < PATIENT.total_seconds / 4
+    assert "tried for" not in str(unusable.value)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_a_file_that_is_new_is_found(bucket: str) -> None:
 def test_what_is_read_is_fetched_once(proxy: FaultProxy, bucket: str, shard_rows: int) -> None:
     """Columns lie apart, and shards begin within row groups: nothing is fetched for each anew."""
     options = {"use_dictionary": False, "write_batch_size": 4, "row_group_size": 100}
-    data = rows_file(0, rows=600, row_bytes=100_000, **options)
+    data = rows_file(0, rows=600, row_bytes=40_000, **options)
     s3fs.S3FileSystem().pipe_file(f"{bucket}/large/a.parquet", data)
     source = source_of(f"{bucket}/large/")
     source.scan()

@@ -1,8 +1,9 @@
 """A proxy in front of an object store, with faults that can be switched on.
 
 It forwards what it gets as it is, `Host` included, because that is signed. What it does to a
-request is drawn at random, or by the clock, and counted, so that a test can show that its fault was
-met; what is drawn happens to the first request that it can happen to, so that it is met for sure.
+request is drawn at random and counted, so that a test can show that its fault was met; what is
+drawn happens to the first request that it can happen to, so that it is met for sure. Nothing goes
+by the clock: an outage lasts for so many requests, however slow the machine is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Faults:
         lost: Share of puts that are forwarded, and their acknowledgement replaced by 500.
         status: Every request of `refused` is answered so, and not forwarded; 0: none.
         refused: Methods.
-        outage_until: Until then, by the monotonic clock, everything is answered 503.
+        outage_requests: So many requests in a row, whatever they are, are answered 503.
         trickle_seconds: Before each piece of an answer's body.
     """
 
@@ -42,7 +43,7 @@ class Faults:
     lost: float = 0.0
     status: int = 0
     refused: tuple[str, ...] = ("PUT",)
-    outage_until: float = 0.0
+    outage_requests: int = 0
     trickle_seconds: float = 0.0
 
 
@@ -68,8 +69,6 @@ class FaultProxy(LoopbackServer):
         """One request: met by a fault, or forwarded."""
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         fault = self._fault(request.command)
-        with self._lock:
-            self.met[fault] += 1
         if fault == "dropped":
             request.close_connection = True
         elif fault in ("busy", "outage"):
@@ -85,9 +84,13 @@ class FaultProxy(LoopbackServer):
 
     def _fault(self, command: str) -> str:
         with self._lock:
-            drawn = self._draw.random()
+            fault = self._drawn(command, self._draw.random())
+            self.met[fault] += 1
+        return fault
+
+    def _drawn(self, command: str, drawn: float) -> str:
         faults = self.faults
-        if time.monotonic() < faults.outage_until:
+        if self.met["outage"] < faults.outage_requests:
             return "outage"
         if faults.status and command in faults.refused:
             return "status"

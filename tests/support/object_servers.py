@@ -111,6 +111,16 @@ def hasty_clients() -> Iterator[None]:
 
 
 @contextmanager
+def quick_clients() -> Iterator[None]:
+    """The client's own tries are made as ever, but follow each other almost at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.retryhandler.delay_exponential", lambda **_: 0.01)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@contextmanager
 def a_bucket(host: str, port: int) -> Iterator[str]:
     """A new bucket of a server, and the environment to use it."""
     with aws_environment(host, port):
