@@ -8,13 +8,15 @@ TORCH_INDEX ?=
 ONLY   ?=
 # Of each kind, a multiple of three: one window after the other.
 KILLS  ?= 21
-# Tests in two processes, file by file, in the order in which they were collected.
-IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Tests in more processes than a small machine has cores, since some only wait: for Ray, for a store.
+# File by file, in the order in which they were collected.
+TESTERS ?= 3
+PARALLEL := --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
 # Processes that train the pocket model together: cores on a CPU, 1 on a GPU.
 PROCESSES ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all chaos soak check format bench quality pocket clean
+.PHONY: help setup demo test test-all test-ci chaos soak check format bench quality pocket clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,11 +34,15 @@ demo: setup ## Run the whole job with the pocket model on this machine, with rig
 	$(PY) -m jobs.demo
 
 test: setup ## Run the tests
-	$(PY) -m pytest -m "not slow" $(IN_TWO)
+	$(PY) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup ## Run the tests that are too slow for `make test`
-	$(PY) -m pytest -m "slow and not alone" $(IN_TWO)
+	$(PY) -m pytest -m "slow and not alone" $(PARALLEL)
 	$(PY) -m pytest -m "slow and alone"
+
+test-ci: setup ## Run the tests of both, those that can in one go: no core waits between them
+	$(PY) -m pytest -m "not alone" $(PARALLEL)
+	$(PY) -m pytest -m alone
 
 chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=21 of each; prints the table
 	$(PY) -m pytest tests/faults/test_chaos.py --kills $(KILLS)
