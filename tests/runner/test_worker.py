@@ -39,6 +39,7 @@ from gc2ray.runner.handout import Handout, Poison
 from gc2ray.runner.journal import taken_over
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
+from tests.support.ray_head import until
 from tests.support.rows import encoded, make_job, picture, prompts_of, question_list, write_rows
 
 CARRIED = pa.schema([pa.field("id", pa.int64())])
@@ -399,10 +400,7 @@ def test_a_model_that_gets_on_renews_the_load_clock(
 
 def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
     worker = make_worker(job)
-    store, deadline = Store(job.output), time.monotonic() + 10
-    while (data := store.read(f"workers/{worker.uuid}.json")) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    data = until(lambda: Store(job.output).read(f"workers/{worker.uuid}.json")) or b""
     record = json.loads(data)
     assert (record["device"], record["model_digest"]) == ("fake", "no model")
     assert record["started"] <= record["loaded"] <= record["last_seen"]
@@ -413,10 +411,7 @@ def test_the_record_tells_the_sizes_of_the_model(job: Job) -> None:
     engine = EchoEngine()
     engine.model_shape = LLAVA_7B
     worker = make_worker(job, engine)
-    store, deadline = Store(job.output), time.monotonic() + 10
-    while (data := store.read(f"workers/{worker.uuid}.json")) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    data = until(lambda: Store(job.output).read(f"workers/{worker.uuid}.json")) or b""
     assert ModelShape.from_dict(json.loads(data)["model_shape"]) == LLAVA_7B
 
 
