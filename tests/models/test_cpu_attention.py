@@ -1,8 +1,10 @@
 """The compiled attention: right against float64, blind to neighbours, refusing what it cannot."""
 
 import itertools
+import platform
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -63,6 +65,15 @@ def right(
         outputs.append(out.transpose(0, 1))
         done += new
     return torch.cat(outputs)
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or shutil.which("cc") is None,
+    reason="nothing is built here",
+)
+def test_what_is_loaded_is_what_setup_builds() -> None:
+    """On processors that have no use for it, too: elsewhere the slower attention hides it."""
+    assert find_spec(compiled_attention.LIBRARY) is not None
 
 
 @pytest.mark.skipif(not AVX2 or shutil.which("cc") is None, reason="not for this machine")

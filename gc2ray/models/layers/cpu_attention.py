@@ -31,7 +31,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-LIBRARY = "gc2ray._compiled_attention"
+LIBRARY = "gc2ray.models.layers._cpu_attention"
 TILE = 16
 """A head's features must be a multiple of it."""
 
