@@ -8,9 +8,8 @@ TORCH_INDEX ?=
 ONLY   ?=
 # Of each kind, a multiple of three: one window after the other.
 KILLS  ?= 21
-# Tests in more processes than a small machine has cores, since some only wait: for Ray, for a store.
-# File by file, in the order in which they were collected.
-TESTERS ?= 3
+# Tests in so many processes, file by file, in the order in which they were collected.
+TESTERS ?= 2
 PARALLEL := --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
 # Processes that train the pocket model together: cores on a CPU, 1 on a GPU.
 PROCESSES ?= $(shell nproc)
