@@ -1,1 +1,1 @@
-"""data."""
+"""Rows in, objects out, on any storage."""

@@ -1,1 +1,1 @@
-"""engine."""
+"""Requests to answers, with one loaded model."""

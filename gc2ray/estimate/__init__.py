@@ -1,1 +1,1 @@
-"""estimate."""
+"""What a run would cost, and which retention pays."""

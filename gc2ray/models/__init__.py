@@ -1,1 +1,1 @@
-"""models."""
+"""Model architectures, how they are loaded, and what they cost."""

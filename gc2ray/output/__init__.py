@@ -1,1 +1,1 @@
-"""output."""
+"""The output directory: plan, parts and retries; verified and compacted."""

@@ -1,1 +1,1 @@
-"""report."""
+"""What a run did: numbers, pages, terminal."""

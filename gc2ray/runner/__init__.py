@@ -1,1 +1,1 @@
-"""runner."""
+"""A job on Ray: driver, workers, shards."""

@@ -1,1 +1,1 @@
-"""support."""
+"""What several scripts share: answering, photographs, the machine."""

@@ -1,1 +1,1 @@
-"""methods."""
+"""Methods of compression, one file each; `gc2ray.compression.registry` lists them."""

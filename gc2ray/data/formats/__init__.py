@@ -1,1 +1,1 @@
-"""formats."""
+"""Formats of input files, one file each."""

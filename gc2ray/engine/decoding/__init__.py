@@ -1,1 +1,1 @@
-"""decoding."""
+"""Prompts to tokens."""

@@ -1,1 +1,1 @@
-"""support."""
+"""What several benchmarks share: inputs, peers, timing, a simulated cluster."""
