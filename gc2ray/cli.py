@@ -174,25 +174,25 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.estimate.estimate import Assumptions
         from gc2ray.estimate.estimate import estimate as found_for
         from gc2ray.estimate.hardware import load_hardware
-        from gc2ray.estimate.input_profile import survey
-        from gc2ray.estimate.measured_rates import Pace
-        from gc2ray.models.checkpoint.fetch import stage_outline
-        from gc2ray.models.loading import outline
-        from gc2ray.output.totals import read_ledger
+        from gc2ray.estimate.input_profile import profile_input
+        from gc2ray.estimate.measured_rates import MeasuredRates
+        from gc2ray.models.checkpoint.fetch import fetch_metadata
+        from gc2ray.models.loading import load_metadata
+        from gc2ray.output.totals import read_totals
         from gc2ray.report.terminal import Counted
         from gc2ray.report.terminal_tables import print_estimate
 
         job = load_job(config, overrides or [])
         table = load_hardware(hardware)
-        pace = Pace.of(read_ledger(like)) if like else None
+        pace = MeasuredRates.of(read_totals(like)) if like else None
         recipe = job.recipe
-        model = outline(
-            str(stage_outline(recipe.model)),
+        model = load_metadata(
+            str(fetch_metadata(recipe.model)),
             dtype=recipe.model.dtype,
             taken_over=recipe.generation.taken_over(),
         )
         with Counted("rows looked at") as counted:
-            looked = survey(recipe, model, None if all_rows else rows, counted.add)
+            looked = profile_input(recipe, model, None if all_rows else rows, counted.add)
         assumed = Assumptions(output_tokens=output_tokens, pace=pace, hours=hours)
         found = found_for(looked, model, job, table, assumed)
         if as_json:
@@ -243,11 +243,11 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.core.config.job import load_job
         from gc2ray.estimate.hardware import Prices, load_hardware
         from gc2ray.estimate.recommendation import Target
-        from gc2ray.estimate.tune import Wish, tuned
+        from gc2ray.estimate.tune import TuneRequest, tuned
         from gc2ray.report.terminal_tables import drawing
         from gc2ray.report.terminal_tables import print_tuning as shown
 
-        wish = Wish(
+        wish = TuneRequest(
             rows=rows,
             methods=tuple(method or ()),
             retentions=tuple(retention or ()),
@@ -270,12 +270,12 @@ def status(output: Output) -> None:
     """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
     with _exit_codes():
         from gc2ray.output.planner import committed_parts, outcome
-        from gc2ray.output.run_directory import RUN_NAME, generation_store, open_generation
+        from gc2ray.output.run_directory import RUN_NAME, open_round, round_store
         from gc2ray.report.terminal import print_outcome
 
-        store = generation_store(output, 0)
+        store = round_store(output, 0)
         store.check_usable(writing=False)
-        found = open_generation(output, 0)
+        found = open_round(output, 0)
         if found is None:
             raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
         state = outcome(store, found.plan, committed_parts(store, found.plan))
@@ -359,7 +359,7 @@ def report(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.core.config.locations import check_place
         from gc2ray.data.store import Store
         from gc2ray.estimate.hardware import Prices, load_hardware
-        from gc2ray.output.totals import read_ledger
+        from gc2ray.output.totals import read_totals
         from gc2ray.report.dataset_card import CARD_NAME, write_card
         from gc2ray.report.page import report as told
         from gc2ray.report.summary import summarise
@@ -369,7 +369,7 @@ def report(  # noqa: PLR0913 - typer makes an option of each
         check_place("--to" if to else "OUTPUT", place)
         prices = Prices(load_hardware(hardware), str(price), usd_per_hour)
         with Counted("parts read") as counted:
-            ledgers = [read_ledger(output, counted.add) for output in outputs]
+            ledgers = [read_totals(output, counted.add) for output in outputs]
         summaries = [summarise(ledger, prices) for ledger in ledgers]
         pictures = {
             summary.output: _pictures(summary.output, [*(row or ()), *summary.telling_rows(show)])
@@ -393,9 +393,9 @@ def _pictures(output: str, keys: Sequence[str]) -> list[Picture]:
     if not keys:
         return []
     from gc2ray.report.page import Picture
-    from gc2ray.report.show import look
+    from gc2ray.report.show import map_tokens
 
-    return [Picture.of(looked) for looked in look(output, list(dict.fromkeys(keys)))]
+    return [Picture.of(looked) for looked in map_tokens(output, list(dict.fromkeys(keys)))]
 
 
 @app.command()
@@ -409,10 +409,10 @@ def show(
     """Draw what was kept of a row's image, and which scores commanded it; loads the model."""
     with _exit_codes():
         from gc2ray.report.heat_map import heat_map
-        from gc2ray.report.show import look, picture_name
+        from gc2ray.report.show import map_tokens, picture_name
 
         path = to or Path(picture_name(output, row_key))
-        _write(path, heat_map(next(look(output, [row_key]))))
+        _write(path, heat_map(next(map_tokens(output, [row_key]))))
         Console().print(str(path), markup=False, soft_wrap=True)
 
 

@@ -47,7 +47,7 @@ RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 TEMPERATURES = (10.0, 1.0, 3.0, 30.0, 100.0)
 LOW = (0.1, 0.05)
 """Where methods are compared row by row."""
-PAPERS_WAY: tuple[Positions, Newlines] = ("compact", "kept_rows")
+PAPERS_PACKING: tuple[Positions, Newlines] = ("compact", "kept_rows")
 PACKED = (0.25, *LOW)
 """Where policies of packing are compared, by `globalcom2`."""
 PACKINGS: tuple[tuple[Positions, Newlines], ...] = (
@@ -112,7 +112,7 @@ def measure(data: Data, temperature: float, processes: int) -> dict[str, Any]:
     scores: dict[tuple[str, float], np.ndarray] = {}
     measured = []
     for point, (done, right) in found.items():
-        if _packing(point) != PAPERS_WAY:
+        if _packing(point) != PAPERS_PACKING:
             continue  # in a table of their own
         # At 1.0 every method but the reference is the identity: measured once.
         for method in IDENTICAL if point.method == "none" else (point.method,):
@@ -134,7 +134,9 @@ def measure_packings(data: Data, processes: int) -> list[dict[str, Any]]:
     """The policies of packing alone, at the paper's temperature."""
     rows = _rows(data)
     points = [
-        Point("globalcom2", r, TEMPERATURE, *way) for r in PACKED for way in (PAPERS_WAY, *PACKINGS)
+        Point("globalcom2", r, TEMPERATURE, *packing)
+        for r in PACKED
+        for packing in (PAPERS_PACKING, *PACKINGS)
     ]
     return _packings(rows, dict(_told(rows, measure_all(data, points, processes))), TEMPERATURE)
 
@@ -143,7 +145,9 @@ def _points(temperature: float) -> list[Point]:
     points = [Point("none"), Point("globalcom2-reference", 1.0, temperature), Point("thumbnail")]
     points += [Point(method, r, temperature) for r in RETENTIONS[1:] for method in METHODS]
     points += [Point(name, 0.1, temperature) for name in CONTROLS]
-    points += [Point("globalcom2", r, temperature, *way) for r in PACKED for way in PACKINGS]
+    points += [
+        Point("globalcom2", r, temperature, *packing) for r in PACKED for packing in PACKINGS
+    ]
     return points
 
 
@@ -157,9 +161,9 @@ def _told(
     """Score what was measured, and print it as it comes."""
     for done in measured:
         right, point = _right(rows, done), done.point
-        way = "" if _packing(point) == PAPERS_WAY else f", {' and '.join(_packing(point))}"
+        packing = "" if _packing(point) == PAPERS_PACKING else f", {' and '.join(_packing(point))}"
         told = f"{interval(right)}, {done.tokens:.0f} tokens"
-        print(f"{point.method} at {point.retention:g}{way}: {told}", flush=True)
+        print(f"{point.method} at {point.retention:g}{packing}: {told}", flush=True)
         yield point, (done, right)
 
 
@@ -235,7 +239,7 @@ def _packings(
     lines = []
     for retention in PACKED:
         papers = found[Point("globalcom2", retention, temperature)][1]
-        for positions, newlines in (PAPERS_WAY, *PACKINGS):
+        for positions, newlines in (PAPERS_PACKING, *PACKINGS):
             point = Point("globalcom2", retention, temperature, positions, newlines)
             done, right = found[point]
             line: dict[str, Any] = {
@@ -246,7 +250,7 @@ def _packings(
                 **_plain(interval(right)),
                 "where": float(right[where].mean()),
             }
-            if (positions, newlines) != PAPERS_WAY:
+            if (positions, newlines) != PAPERS_PACKING:
                 line["difference"] = _plain(difference(right, papers))
                 line["where_difference"] = _plain(difference(right[where], papers[where]))
             lines.append(line)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gc2ray.models import loading
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from tests.support.chaos import Survived
 from tests.support.fault_proxy import FaultProxy, Faults
@@ -73,7 +73,7 @@ def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def loaded_models(tiny_paths: dict[str, Path]) -> dict[str, Loaded]:
+def loaded_models(tiny_paths: dict[str, Path]) -> dict[str, LoadedModel]:
     return {
         name: loading.load(str(path), revision=None, dtype="float32", device="cpu")
         for name, path in tiny_paths.items()

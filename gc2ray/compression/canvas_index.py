@@ -1,4 +1,4 @@
-"""`CanvasPlan`: the index tensors that follow from the geometry of a canvas.
+"""`CanvasIndex`: the index tensors that follow from the geometry of a canvas.
 
 Made once per geometry and device: jobs see few different ones.
 """
@@ -15,7 +15,7 @@ from gc2ray.compression.canvas import NEWLINE, Canvas
 
 
 @dataclass(frozen=True, eq=False)
-class CanvasPlan:
+class CanvasIndex:
     """Index tensors of a canvas, with a thumbnail or without.
 
     Attributes:
@@ -41,14 +41,14 @@ class CanvasPlan:
 
 
 @lru_cache(maxsize=4096)
-def canvas_plan(canvas: Canvas, thumbnail: int | None, device: torch.device) -> CanvasPlan:
+def canvas_index(canvas: Canvas, thumbnail: int | None, device: torch.device) -> CanvasIndex:
     """The plan of a geometry, cached."""
     valid = _valid(canvas, thumbnail)
     order, row_of = _emission(canvas, thumbnail)
     rows = torch.arange(canvas.grid[0] * canvas.side[0] + 1)
     covered = (rows >= canvas.rows[0]) & (rows < canvas.rows[1])
     covered[-1] = True
-    return CanvasPlan(
+    return CanvasIndex(
         valid=valid.to(device),
         valid_per_view=tuple(valid.sum(dim=1).tolist()),
         order=order.to(device=device, dtype=torch.int32),

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from gc2ray.compression.canvas import NEWLINE, Canvas
-from gc2ray.compression.canvas_index import canvas_plan
-from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.canvas_index import canvas_index
+from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.config.compression import Newlines, Positions
 
@@ -55,7 +55,7 @@ class Packing:
 
     def places(
         self, views: Sequence[Views], selections: Sequence[Selection]
-    ) -> list[Places | None]:
+    ) -> list[OriginalPositions | None]:
         """Places of what `apply` gave, one per image; None where tokens are numbered as read."""
         if self.positions == "compact":
             return [None] * len(selections)
@@ -83,7 +83,7 @@ class _Uncompressed:
 
 @lru_cache(maxsize=4096)
 def _uncompressed(canvas: Canvas, thumbnail: int | None, device: torch.device) -> _Uncompressed:
-    plan = canvas_plan(canvas, thumbnail, device)
+    plan = canvas_index(canvas, thumbnail, device)
     order, newline = plan.order.long(), plan.order == NEWLINE
     present = torch.where(newline, plan.image_rows, plan.valid.flatten()[order.clamp_min(0)])
     places = (present.cumsum(0) - 1).clamp_min(0)
@@ -116,12 +116,12 @@ def _lines(views: Views, source: Tensor) -> Tensor:
     return torch.where(newline, lines.clamp_min(canvas.rows[0]), lines)
 
 
-def _places(views: Views, selection: Selection) -> Places:
+def _places(views: Views, selection: Selection) -> OriginalPositions:
     whole, source = _whole(views), selection.source
     newline = source == NEWLINE
     closed = _lines(views, source).masked_fill(~newline, 0)
     index = torch.where(newline, whole.newlines[closed], whole.tokens[source.clamp_min(0)])
-    return Places(index, whole.length)
+    return OriginalPositions(index, whole.length)
 
 
 def _without_newlines(selection: Selection) -> Selection:

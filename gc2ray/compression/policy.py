@@ -1,4 +1,4 @@
-"""`Way`: how an image is compressed and laid out. An engine knows several, by name.
+"""`CompressionPolicy`: how an image is compressed and laid out. An engine knows several, by name.
 
 One is the recipe's, and one compresses nothing; those of its audit keep more, and others may be
 added to compare them on the same engine. A request says which one it wants.
@@ -14,11 +14,11 @@ from gc2ray.compression.packing import Packing
 from gc2ray.compression.registry import build
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
-from gc2ray.core.records import RECIPES_WAY, UNCOMPRESSED
+from gc2ray.core.records import RECIPES_POLICY, UNCOMPRESSED
 
 
 @dataclass(frozen=True)
-class Way:
+class CompressionPolicy:
     """A method and a packing.
 
     Attributes:
@@ -32,21 +32,23 @@ class Way:
     retention_requested: float
 
     @staticmethod
-    def of(config: CompressionConfig) -> Way:
+    def of(config: CompressionConfig) -> CompressionPolicy:
         """As a configuration says."""
         compressor = build(
             config.method, retention=config.retention, temperature=config.temperature
         )
         packing = Packing(config.positions, config.newlines)
-        return Way(compressor, packing, config.retention_requested)
+        return CompressionPolicy(compressor, packing, config.retention_requested)
 
 
-def ways_of(recipe: Recipe, others: Mapping[str, CompressionConfig]) -> dict[str, Way]:
+def policies_of(
+    recipe: Recipe, others: Mapping[str, CompressionConfig]
+) -> dict[str, CompressionPolicy]:
     """The recipe's own and its audit's, the one that keeps everything, and others by name."""
     named = {
         **others,
         **recipe.rungs(),
-        RECIPES_WAY: recipe.compression,
+        RECIPES_POLICY: recipe.compression,
         UNCOMPRESSED: CompressionConfig(method="none"),
     }
-    return {name: Way.of(config) for name, config in named.items()}
+    return {name: CompressionPolicy.of(config) for name, config in named.items()}

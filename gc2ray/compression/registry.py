@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from gc2ray.compression.base import Compressor
-from gc2ray.compression.methods.average_pool import Pool
+from gc2ray.compression.methods.average_pool import AveragePool
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.compression.methods.globalcom2_reference import GlobalCom2Reference
 from gc2ray.compression.methods.local import Local
@@ -23,7 +23,8 @@ from gc2ray.core.config.compression import METHODS
 COMPRESSORS: dict[str, type[Compressor]] = {
     method.name: method
     for method in (
-        GlobalCom2, GlobalCom2Reference, NoCompression, Random, Uniform, Local, ThumbnailOnly, Pool,
+        GlobalCom2, GlobalCom2Reference, NoCompression, Random, Uniform, Local, ThumbnailOnly,
+        AveragePool,
     )
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gc2ray.compression.canvas import NEWLINE
-from gc2ray.compression.canvas_index import canvas_plan
+from gc2ray.compression.canvas_index import canvas_index
 from gc2ray.compression.views import Views
 
 
@@ -43,7 +43,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Places:
+class OriginalPositions:
     """Where what is read of an image would stand if nothing of it were dropped.
 
     Attributes:
@@ -72,7 +72,7 @@ def everything(views: Views) -> Selection:
 
 def _emit(views: Sequence[Views], keep: Tensor, *, only_kept_rows: bool) -> list[Selection]:
     """One gather for all images; `keep` is bool (sum of V, N)."""
-    plans = [canvas_plan(view.canvas, view.thumbnail, view.scores.device) for view in views]
+    plans = [canvas_index(view.canvas, view.thumbnail, view.scores.device) for view in views]
     sizes = [len(plan.order) for plan in plans]
     tokens = [plan.valid.numel() for plan in plans]
     rows = [view.canvas.grid[0] * view.canvas.side[0] + 1 for view in views]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.canvas_index import canvas_plan
+from gc2ray.compression.canvas_index import canvas_index
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Views:
     @property
     def valid(self) -> Tensor:
         """Which token places show the image, bool (V, N)."""
-        return canvas_plan(self.canvas, self.thumbnail, self.scores.device).valid
+        return canvas_index(self.canvas, self.thumbnail, self.scores.device).valid
 
     @property
     def valid_per_view(self) -> tuple[int, ...]:
         """Valid tokens of each view, on the host."""
-        return canvas_plan(self.canvas, self.thumbnail, self.scores.device).valid_per_view
+        return canvas_index(self.canvas, self.thumbnail, self.scores.device).valid_per_view

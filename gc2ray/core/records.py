@@ -15,7 +15,7 @@ from typing import Any
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.stats import retention_bucket
 
-RECIPES_WAY, UNCOMPRESSED = "recipe", "uncompressed"
+RECIPES_POLICY, UNCOMPRESSED = "recipe", "uncompressed"
 """Ways of compression that every engine knows."""
 
 
@@ -79,7 +79,7 @@ class Request:
     prompt_index: int = 0
     prompt_count: int = 1
     is_audited: bool = False
-    way: str = RECIPES_WAY
+    policy: str = RECIPES_POLICY
 
     @property
     def seed(self) -> int:
@@ -160,7 +160,7 @@ class Answer:
     retry: bool = False
     image_shared: bool = False
     prompt_tokens_shared: int = 0
-    halvings: int = 0
+    oom_splits: int = 0
     full_per_view: tuple[tuple[int, ...], ...] | None = None
     demand: Demand | None = None
     demand_full: Demand | None = None

@@ -133,14 +133,14 @@ class RunStats:
     audits: int = 0
     audits_agreed: int = 0
     agreement_millionths: int = 0
-    audit_ns: dict[str, int] = field(default_factory=dict)
-    audited_ns: dict[str, int] = field(default_factory=dict)
+    audit_uncompressed_ns: dict[str, int] = field(default_factory=dict)
+    audit_compressed_ns: dict[str, int] = field(default_factory=dict)
     escalated: dict[str, int] = field(default_factory=dict)
     escalated_agreed: dict[str, int] = field(default_factory=dict)
     escalation_ns: dict[str, int] = field(default_factory=dict)
     stage_ns: dict[str, int] = field(default_factory=dict)
     starved_ns: int = 0
-    halvings: int = 0
+    oom_splits: int = 0
     retention: dict[str, int] = field(default_factory=dict)
     peak_device_bytes: int = 0
     peak_host_bytes: int = 0

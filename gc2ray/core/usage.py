@@ -1,4 +1,4 @@
-"""`Bill`: what became of the time of workers' devices.
+"""`Usage`: what became of the time of workers' devices.
 
 Every second of a worker that has a place in the cluster is spent on one thing, from when its
 process is up until it ends. What leads to a committed part is useful; the rest is waste, by cause.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 
-class Use(StrEnum):
+class UsageKind(StrEnum):
     """What a worker's time is spent on; everything but `USEFUL` is waste."""
 
     USEFUL = "useful"
@@ -31,20 +31,20 @@ class Use(StrEnum):
 
 
 @dataclass(frozen=True)
-class Bill:
+class Usage:
     """Device-seconds by use: a worker with two devices spends two each second.
 
     Attributes:
         seconds: By use; what is not there is 0.
     """
 
-    seconds: Mapping[Use, float] = field(default_factory=dict)
+    seconds: Mapping[UsageKind, float] = field(default_factory=dict)
 
-    def __add__(self, other: Bill) -> Bill:
+    def __add__(self, other: Usage) -> Usage:
         uses = {*self.seconds, *other.seconds}
-        return Bill({use: self.of(use) + other.of(use) for use in Use if use in uses})
+        return Usage({use: self.of(use) + other.of(use) for use in UsageKind if use in uses})
 
-    def of(self, use: Use) -> float:
+    def of(self, use: UsageKind) -> float:
         """Device-seconds of one use."""
         return self.seconds.get(use, 0.0)
 
@@ -58,17 +58,17 @@ class Bill:
         return {str(use): round(seconds, 3) for use, seconds in self.seconds.items()}
 
     @staticmethod
-    def from_dict(data: Mapping[str, float]) -> Bill:
+    def from_dict(data: Mapping[str, float]) -> Usage:
         """The inverse of `to_dict`.
 
         Raises:
             ValueError: A use that this version does not know.
         """
-        return Bill({Use(name): float(seconds) for name, seconds in data.items()})
+        return Usage({UsageKind(name): float(seconds) for name, seconds in data.items()})
 
 
 @dataclass(eq=False)
-class Meter:
+class UsageMeter:
     """Adds up what workers spend.
 
     Args:
@@ -76,28 +76,28 @@ class Meter:
     """
 
     devices: float = 1.0
-    _seconds: dict[Use, float] = field(default_factory=dict)
+    _seconds: dict[UsageKind, float] = field(default_factory=dict)
     _since: dict[int, float] = field(default_factory=dict)
 
     def start(self, worker: int, now: float) -> None:
         """A worker's process is up."""
         self._since[worker] = now
 
-    def spend(self, worker: int, use: Use, now: float) -> None:
+    def spend(self, worker: int, use: UsageKind, now: float) -> None:
         """What a worker did since it was last asked; nothing before it is up."""
         since = self._since.get(worker)
         if since is not None:
             self._seconds[use] = self._seconds.get(use, 0.0) + (now - since) * self.devices
             self._since[worker] = now
 
-    def stop(self, worker: int, use: Use, now: float) -> None:
+    def stop(self, worker: int, use: UsageKind, now: float) -> None:
         """A worker has ended; so it spent its last."""
         self.spend(worker, use, now)
         self._since.pop(worker, None)
 
-    def bill(self, now: float, uses: Mapping[int, Use]) -> Bill:
+    def bill(self, now: float, uses: Mapping[int, UsageKind]) -> Usage:
         """So far, if what workers do now came to nothing but the use that is given for each."""
         spent = dict(self._seconds)
         for worker, since in self._since.items():
             spent[uses[worker]] = spent.get(uses[worker], 0.0) + (now - since) * self.devices
-        return Bill({use: spent[use] for use in Use if use in spent})
+        return Usage({use: spent[use] for use in UsageKind if use in spent})

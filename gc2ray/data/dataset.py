@@ -34,8 +34,8 @@ from gc2ray.data.listing import Listing
 from gc2ray.data.parquet_footer import Readable, read_footer
 from gc2ray.data.partitions import kinds_of, values_of
 from gc2ray.data.places import ARROW, URI_KEY, is_web
-from gc2ray.data.remote_file import PatientFile
-from gc2ray.data.retries import PATIENCE, Patience
+from gc2ray.data.remote_file import RetryingFile
+from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.rows import RowReader
 
 FOOTER_THREADS = 16
@@ -64,19 +64,19 @@ class Source:
 
     Args:
         config: Where it is and which columns it has.
-        patience: With a storage in trouble.
+        retry_policy: With a storage in trouble.
     """
 
-    def __init__(self, config: InputConfig, patience: Patience = PATIENCE) -> None:
+    def __init__(self, config: InputConfig, retry_policy: RetryPolicy = RETRY_POLICY) -> None:
         self.config = config
-        self._patience = patience
+        self._retry_policy = retry_policy
         self._rows = RowReader(config)
         self._kept: _Reading | None = None
 
     @cached_property
     def _listing(self) -> Listing:
         """Where the input is: asking which entries are files costs a call each."""
-        return Listing.of(self.config.uris(), self._patience)
+        return Listing.of(self.config.uris(), self._retry_policy)
 
     def scan(self) -> tuple[list[SourceFile], pa.Schema]:
         """Every file in order, and the schema of the columns that are written back.
@@ -133,7 +133,7 @@ class Source:
         except READ_ERRORS:
             return True
 
-    def _looked(self, paths: Sequence[str]) -> list[_Looked]:
+    def _looked(self, paths: Sequence[str]) -> list[_Probed]:
         """A look at every file, and at the first one first: what is wrong is so in all, as a rule.
 
         Raises:
@@ -144,7 +144,7 @@ class Source:
         with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
             return [first, *pool.map(lambda path: self._look(path, folders), paths[1:])]
 
-    def _look(self, path: str, folders: Mapping[str, pa.DataType]) -> _Looked:
+    def _look(self, path: str, folders: Mapping[str, pa.DataType]) -> _Probed:
         source = self._listing.source(path)
         try:
             fingerprint = self._fingerprint(path)
@@ -153,7 +153,7 @@ class Source:
                 inside = _inside(rows, self._rows.columns)
                 largest = max(rows.group_bytes(inside), default=0)
                 file = SourceFile(source, fingerprint, rows.groups())
-                return _Looked(file, columns, largest)
+                return _Probed(file, columns, largest)
         except (*READ_ERRORS, *self._web_errors) as error:
             told = self._diagnosis(path, error)
             raise ConfigError(f"{URI_KEY}: {source} cannot be read: {told}") from error
@@ -253,8 +253,8 @@ class Source:
                 "read by rows; copy it to a local disk, or save it with dataset.to_parquet()"
             )
 
-    def _file(self, path: str, block_bytes: int | None = None) -> PatientFile:
-        return PatientFile(self._listing.filesystem, path, self._patience, block_bytes)
+    def _file(self, path: str, block_bytes: int | None = None) -> RetryingFile:
+        return RetryingFile(self._listing.filesystem, path, self._retry_policy, block_bytes)
 
     def _check_unchanged(self, path: str, span: Span) -> None:
         if self._fingerprint(path) != span.fingerprint:
@@ -282,7 +282,7 @@ class Source:
             OSError: There is none, or it cannot be read but from its beginning to its end.
         """
         filesystem = self._listing.filesystem
-        info: Mapping[str, Any] = self._patience.call(
+        info: Mapping[str, Any] = self._retry_policy.call(
             f"asking for {path}", lambda: filesystem.info(path)
         )
         if info.get("size") is None or info.get("partial") is False:
@@ -296,7 +296,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Looked:
+class _Probed:
     """A file, the columns of it that are read, and the bytes of its largest row group."""
 
     file: SourceFile
@@ -400,7 +400,7 @@ def _check_keys(sources: Sequence[str]) -> None:
             )
 
 
-def _warn_of_large_groups(looked: Sequence[_Looked]) -> None:
+def _warn_of_large_groups(looked: Sequence[_Probed]) -> None:
     large = [file for file in looked if file.largest_bytes > LARGE_GROUP_BYTES]
     if large:
         worst = max(large, key=lambda file: file.largest_bytes)

@@ -28,10 +28,10 @@ from gc2ray.data.image_decoding import (
     one_line,
     refusal,
 )
-from gc2ray.data.retries import PATIENCE, Patience
+from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.storage import storage_of
 
-WEB_PATIENCE = Patience(total_seconds=20.0)
+WEB_RETRY_POLICY = RetryPolicy(total_seconds=20.0)
 """With the web, where somebody else's server may fail for good."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.IGNORECASE | re.DOTALL)
@@ -146,9 +146,9 @@ def _lies_under(location: str, root: str) -> bool:
 def _fetch(location: str, path: str, policy: ImagePolicy) -> bytes | None:
     """At most `max_bytes` + 1 bytes of a file, or None where there is none."""
     fs, inner = _filesystem(location)
-    patience = WEB_PATIENCE if _is_web(location) else PATIENCE
+    retry_policy = WEB_RETRY_POLICY if _is_web(location) else RETRY_POLICY
     try:
-        return patience.call("reading an image", lambda: _content(fs, inner, path, policy))
+        return retry_policy.call("reading an image", lambda: _content(fs, inner, path, policy))
     except FileNotFoundError:
         return None
     except STORAGE_ERRORS as error:

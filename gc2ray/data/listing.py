@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.places import URI_KEY, Place, is_local, is_web
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"}
@@ -44,24 +44,24 @@ class Listing:
         filesystem: The storage.
         root: What sources are named below; ends with a slash, where it is not empty.
         places: The entries.
-        patience: With the storage in trouble.
+        retry_policy: With the storage in trouble.
         queries: Of URLs that are named without their query, by that name: the query, with its `?`.
     """
 
     filesystem: Any
     root: str
     places: tuple[Place, ...]
-    patience: Patience
+    retry_policy: RetryPolicy
     queries: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(uris: Sequence[str], patience: Patience) -> Listing:
+    def of(uris: Sequence[str], retry_policy: RetryPolicy) -> Listing:
         """Where an input is; nothing is listed yet.
 
         Raises:
             ConfigError: There is no such storage, or several.
         """
-        places = tuple(Place.of(uri, patience) for uri in uris)
+        places = tuple(Place.of(uri, retry_policy) for uri in uris)
         first = places[0].filesystem
         if any(place.filesystem != first for place in places):
             raise ConfigError(
@@ -69,7 +69,7 @@ class Listing:
             )
         root = _common([place.root for place in places])
         queries = _queries(places) if is_web(first) else {}
-        return Listing(first, root, places, patience, queries)
+        return Listing(first, root, places, retry_policy, queries)
 
     @contextmanager
     def listed(self) -> Iterator[list[str]]:
@@ -83,7 +83,7 @@ class Listing:
         """
         self.filesystem.invalidate_cache()
         try:
-            files = [place.files(self.patience) for place in self.places]
+            files = [place.files(self.retry_policy) for place in self.places]
             empty = [place for place, found in zip(self.places, files, strict=True) if not found]
             if len(empty) < len(files):
                 for place in empty:

@@ -33,7 +33,7 @@ from fsspec.utils import glob_translate
 
 from gc2ray.core.config.locations import HUB
 from gc2ray.core.errors import STORAGE_ERRORS, ConfigError
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
 PARQUET, ARROW = ".parquet", ".arrow"
@@ -129,7 +129,7 @@ class Place:
     pattern: Pattern = EVERYTHING
 
     @staticmethod
-    def of(uri: str, patience: Patience) -> Place:
+    def of(uri: str, retry_policy: RetryPolicy) -> Place:
         """Where an entry is.
 
         Raises:
@@ -146,21 +146,21 @@ class Place:
                 root, _, names = path.rpartition("/")
                 return Place(filesystem, root, pattern=Pattern(names))
             path = _located(path) if is_local(filesystem) else path
-            return patience.call(f"asking for {path}", lambda: _of(filesystem, path))
+            return retry_policy.call(f"asking for {path}", lambda: _of(filesystem, path))
         except STORAGE_ERRORS as error:
             raise ConfigError(f"{URI_KEY}: {path}: {error}") from error
 
-    def files(self, patience: Patience) -> list[str]:
+    def files(self, retry_policy: RetryPolicy) -> list[str]:
         """Paths of its files, in order; of a local file one, also where it has several names.
 
         Args:
-            patience: With a storage in trouble.
+            retry_policy: With a storage in trouble.
 
         Raises:
             ConfigError: The storage does not answer, or what is there is no input.
         """
         try:
-            found = patience.call(f"listing {self.shown}", lambda: list(self._files()))
+            found = retry_policy.call(f"listing {self.shown}", lambda: list(self._files()))
         except FileNotFoundError:
             return []
         except LISTING_ERRORS as error:

@@ -1,4 +1,4 @@
-"""`PatientFile`: a file on any storage, whose reads wait where the storage is in trouble.
+"""`RetryingFile`: a file on any storage, whose reads wait where the storage is in trouble.
 
 Two ways of reading. With the storage's own read-ahead, which suits one look at one place, a footer
 say. In blocks, of which the last ones are kept: that suits several places that are read in turn, as
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 
 T = TypeVar("T")
 
@@ -22,13 +22,13 @@ BLOCKS = 8
 """Kept: one for each column that is read, and some to spare."""
 
 
-class PatientFile:
+class RetryingFile:
     """An open file; a context manager.
 
     Args:
         filesystem: Where it is, by fsspec.
         path: Of it, there.
-        patience: With the storage.
+        retry_policy: With the storage.
         block_bytes: Of the blocks in which it is read; None: with the storage's read-ahead.
 
     Raises:
@@ -36,9 +36,9 @@ class PatientFile:
     """
 
     def __init__(
-        self, filesystem: Any, path: str, patience: Patience, block_bytes: int | None = None
+        self, filesystem: Any, path: str, retry_policy: RetryPolicy, block_bytes: int | None = None
     ) -> None:
-        self._what, self._patience = f"reading {path}", patience
+        self._what, self._retry_policy = f"reading {path}", retry_policy
         options: dict[str, Any] = {} if block_bytes is None else _in_blocks(block_bytes)
         self._file: Any = self._call(lambda: filesystem.open(path, "rb", **options))
 
@@ -89,7 +89,7 @@ class PatientFile:
         self.close()
 
     def _call(self, work: Callable[[], T]) -> T:
-        return self._patience.call(self._what, work)
+        return self._retry_policy.call(self._what, work)
 
 
 def _in_blocks(block_bytes: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`Patience`: calls to a storage that may fail for a while.
+"""`RetryPolicy`: calls to a storage that may fail for a while.
 
 Trouble that passes is waited out: throttling, servers that are down or busy, lost connections,
 timeouts. Everything else is raised at once: what is forbidden, missing or full stays so. What is
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long trouble that passes is waited out.
 
     Attributes:
@@ -77,7 +77,7 @@ class Patience:
             try:
                 return work()
             except STORAGE_ERRORS as error:
-                if not passes(error):
+                if not is_transient(error):
                     error.add_note(what)
                     raise
                 started = time.monotonic() if started is None else started
@@ -95,11 +95,11 @@ class Patience:
         return random.uniform(0, min(doubled, self.longest_seconds))  # noqa: S311 - no secret
 
 
-PATIENCE = Patience()
+RETRY_POLICY = RetryPolicy()
 """With a storage, where nothing else is said."""
 
 
-def passes(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed in a while.
 
     A file is not there for good, save where that is concluded from what failed: the web's
@@ -111,7 +111,7 @@ def passes(error: BaseException) -> bool:
         is_server = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in LASTING_STATUS
         return is_server or status in PASSING_STATUS
     if isinstance(error, FileNotFoundError) and cause is not None:
-        return passes(cause)
+        return is_transient(cause)
     if isinstance(error, _PASSING) and not isinstance(error, OfflineModeIsEnabled):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO

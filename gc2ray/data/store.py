@@ -40,12 +40,12 @@ from gc2ray.core.schema import SCHEMA_KEY, SCHEMA_VERSION
 from gc2ray.core.shards import Shard
 from gc2ray.core.stats import RunStats
 from gc2ray.data.parquet_footer import open_parquet, parse_footer, read_footer
-from gc2ray.data.remote_file import PatientFile
-from gc2ray.data.retries import PATIENCE, Patience
+from gc2ray.data.remote_file import RetryingFile
+from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
 READ_THREADS = 16
-AT_START = Patience(total_seconds=15.0)
+AT_START = RetryPolicy(total_seconds=15.0)
 """While somebody waits for the first word: an address may be wrong."""
 COPY_BYTES = 1 << 20
 LEFTOVER_SECONDS = 3600.0
@@ -138,24 +138,24 @@ class Store:
 
     Args:
         uri: Local directory or any fsspec URL.
-        patience: With a remote storage in trouble.
+        retry_policy: With a remote storage in trouble.
 
     Raises:
         ConfigError: No such filesystem.
     """
 
-    def __init__(self, uri: str, patience: Patience = PATIENCE) -> None:
+    def __init__(self, uri: str, retry_policy: RetryPolicy = RETRY_POLICY) -> None:
         self.uri = uri
-        self._patience = patience
+        self._retry_policy = retry_policy
         try:
             self._fs, self._root = storage_of(uri, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"output: {error}") from error
         self._local = "file" in protocols(self._fs)
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str, Patience]]:
+    def __reduce__(self) -> tuple[type[Store], tuple[str, RetryPolicy]]:
         # Never a filesystem: its pickle may hold credentials.
-        return type(self), (self.uri, self._patience)
+        return type(self), (self.uri, self._retry_policy)
 
     def check_usable(self, *, writing: bool) -> None:
         """List, and if need be write something, before anything depends on it.
@@ -185,11 +185,11 @@ class Store:
                 "wins, with whole parts; run one driver at a time on this output",
                 self.uri,
             )
-        self._patience.call("removing a probe", lambda: self._remove(probe))
+        self._retry_policy.call("removing a probe", lambda: self._remove(probe))
 
     def _refuses_second(self, path: str) -> bool:
         """Whether a name that is taken is refused on the condition that it is free."""
-        call, pipe = self._patience.call, self._fs.pipe_file
+        call, pipe = self._retry_policy.call, self._fs.pipe_file
         call("writing a probe", lambda: pipe(path, b""))
         try:
             call("writing a probe", lambda: pipe(path, b"", mode="create"))
@@ -239,7 +239,7 @@ class Store:
         """Make or overwrite an object, whole or not at all."""
         if not self._local:
             path = self._path(name)
-            self._patience.call(f"writing {name}", lambda: self._fs.pipe_file(path, data))
+            self._retry_policy.call(f"writing {name}", lambda: self._fs.pipe_file(path, data))
             return
         target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """An object's content; None if there is none."""
         try:
-            content: bytes = self._patience.call(
+            content: bytes = self._retry_policy.call(
                 f"reading {name}", lambda: self._fs.cat_file(self._path(name))
             )
         except FileNotFoundError:
@@ -270,7 +270,7 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """Names of the objects in a folder, sorted; empty if there is no folder."""
         try:
-            found = self._patience.call(
+            found = self._retry_policy.call(
                 f"listing {folder}/", lambda: self._fs.ls(self._path(folder), detail=False)
             )
         except FileNotFoundError:
@@ -311,8 +311,8 @@ class Store:
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"not Parquet: {error}") from error
 
-    def _open(self, name: str) -> PatientFile:
-        return PatientFile(self._fs, self._path(name), self._patience)
+    def _open(self, name: str) -> RetryingFile:
+        return RetryingFile(self._fs, self._path(name), self._retry_policy)
 
     def footer(self, name: str) -> PartFooter:
         """The footer of a part.
@@ -436,7 +436,7 @@ class Store:
                 raise FileExistsError(errno.EEXIST, "the name is taken", name)
             write(path)
 
-        self._patience.call(f"writing {name}", put)
+        self._retry_policy.call(f"writing {name}", put)
 
     def _is_taken(self, path: str) -> bool:
         try:

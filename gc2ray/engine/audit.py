@@ -47,8 +47,8 @@ class Answering(Protocol):
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """As `gc2ray.engine.engine.Engine.stream`."""
 
-    def forget(self) -> None:
-        """As `gc2ray.engine.engine.Engine.forget`."""
+    def clear_cache(self) -> None:
+        """As `gc2ray.engine.engine.Engine.clear_cache`."""
 
     def totals(self) -> RunStats:
         """As `gc2ray.engine.engine.Engine.totals`."""
@@ -57,8 +57,8 @@ class Answering(Protocol):
 class Askable(Answering, Protocol):
     """What is needed of one to audit it."""
 
-    def again(self, request: Request) -> None:
-        """As `gc2ray.engine.engine.Engine.again`."""
+    def requeue(self, request: Request) -> None:
+        """As `gc2ray.engine.engine.Engine.requeue`."""
 
 
 def is_audited(row_key: str, share: float) -> bool:
@@ -98,9 +98,9 @@ class Audited:
         """The engine's."""
         return self.engine.model_shape
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """As the engine."""
-        self.engine.forget()
+        self.engine.clear_cache()
 
     def totals(self) -> RunStats:
         """As the engine."""
@@ -108,7 +108,7 @@ class Audited:
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """One answer for each request; of several to the same the last brings them all."""
-        looks: dict[str, _Look] = {}
+        looks: dict[str, _AuditedRow] = {}
         for answer in self.engine.stream(self._asked(requests, looks)):
             if not answer.request.is_audited:
                 yield answer
@@ -118,24 +118,26 @@ class Audited:
             look.take(answer)
             rung = look.next_rung(self.rungs, self.min_agreement)
             if rung is not None:
-                self.engine.again(replace(look.request, way=rung))
+                self.engine.requeue(replace(look.request, policy=rung))
             elif look.is_whole:
                 yield looks.pop(key).joined()
 
-    def _asked(self, requests: Iterable[Request], looks: dict[str, _Look]) -> Iterator[Request]:
+    def _asked(
+        self, requests: Iterable[Request], looks: dict[str, _AuditedRow]
+    ) -> Iterator[Request]:
         """Requests, and behind each that is audited its uncompressed double."""
         for request in requests:
             if request.fault is None and is_audited(request.row_key, self.share):
                 audited = replace(request, is_audited=True)
-                looks[request.row_key] = _Look(audited)
+                looks[request.row_key] = _AuditedRow(audited)
                 yield audited
-                yield replace(audited, way=UNCOMPRESSED)
+                yield replace(audited, policy=UNCOMPRESSED)
             else:
                 yield request
 
 
 @dataclass(eq=False)
-class _Look:
+class _AuditedRow:
     """An audited row on its way.
 
     Attributes:
@@ -153,7 +155,7 @@ class _Look:
         return self.uncompressed is not None and bool(self.tries)
 
     def take(self, answer: Answer) -> None:
-        if answer.request.way == UNCOMPRESSED:
+        if answer.request.policy == UNCOMPRESSED:
             self.uncompressed = answer
         else:
             self.tries.append(answer)

@@ -1,4 +1,4 @@
-"""`Sizes`: how much an engine takes at a time, derived from the model, the memory and the cores.
+"""`BatchSizes`: how much an engine takes at a time, derived from model, memory and cores.
 
 Whatever the configuration sets is taken as it is; the rest is derived:
 
@@ -37,7 +37,7 @@ TOWER_VIEWS = 32
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BatchSizes:
     """How much at a time; the fields are those of `Cluster`, all of them known.
 
     Attributes:
@@ -56,7 +56,7 @@ class Sizes:
     remembered_bytes: int
 
 
-def sizes(cluster: Cluster, needs: Needs, memory: Memory) -> Sizes:
+def derive_batch_sizes(cluster: Cluster, needs: Needs, memory: Memory) -> BatchSizes:
     """What the configuration sets, and the rest derived.
 
     Raises:
@@ -66,7 +66,7 @@ def sizes(cluster: Cluster, needs: Needs, memory: Memory) -> Sizes:
     views = cluster.views_per_batch or (GPU_VIEWS if memory.is_gpu else CPU_VIEWS)
     prefill = cluster.prefill_tokens or (8192 if memory.is_gpu else 2048)
     threads = max(2, min(16, int(memory.cores * share))) if memory.is_gpu else 2
-    found = Sizes(
+    found = BatchSizes(
         image_threads=cluster.image_threads or threads,
         views_per_batch=views,
         kv_tokens=cluster.kv_tokens or 0,
@@ -82,7 +82,7 @@ def sizes(cluster: Cluster, needs: Needs, memory: Memory) -> Sizes:
     return replace(found, kv_tokens=tokens)
 
 
-def _gpu_tokens(found: Sizes, needs: Needs, memory: Memory) -> int:
+def _gpu_tokens(found: BatchSizes, needs: Needs, memory: Memory) -> int:
     usable = int(memory.total_bytes * found.gpu_share * GPU_USABLE)
     working = (
         needs.per_view * min(found.views_per_batch, TOWER_VIEWS)

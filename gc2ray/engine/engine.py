@@ -26,26 +26,26 @@ from typing import Any
 import torch
 
 from gc2ray.compression.base import Compressor
-from gc2ray.compression.policy import ways_of
+from gc2ray.compression.policy import policies_of
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, EngineDead, Status
-from gc2ray.core.records import RECIPES_WAY, Answer, Request
+from gc2ray.core.records import RECIPES_POLICY, Answer, Request
 from gc2ray.core.stats import RunStats
-from gc2ray.engine.batch_sizes import Sizes, sizes
-from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.engine.batch_sizes import BatchSizes, derive_batch_sizes
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
 from gc2ray.engine.decoding.decoder import Completion, Decoder
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.device import EnergyMeter, device_name, gpu_uuid, memory, own_device
-from gc2ray.engine.prefetch import Feed, Inline
-from gc2ray.engine.prompt_builder import Vision
-from gc2ray.engine.request_state import Row, lost, trouble_of, views_of
+from gc2ray.engine.prefetch import Inline, Prefetcher
+from gc2ray.engine.prompt_builder import PromptBuilder
+from gc2ray.engine.request_state import RequestState, lost, trouble_of, views_of
 from gc2ray.models import loading
-from gc2ray.models.base import Family, Loaded, Prompt
+from gc2ray.models.base import LoadedModel, ModelAdapter, Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.cache import Tick
-from gc2ray.models.checkpoint.fetch import stage
+from gc2ray.models.checkpoint.fetch import fetch_model
 from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.llama import LanguageModel, unsupported
 
@@ -67,28 +67,28 @@ class Engine:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         recipe: Recipe,
         cluster: Cluster,
         compressor: Compressor | None = None,
-        ways: Mapping[str, CompressionConfig] | None = None,
+        policies: Mapping[str, CompressionConfig] | None = None,
     ) -> None:
-        self._family: Family = loaded.family
+        self._family: ModelAdapter = loaded.family
         self._chat = ChatPrompt(loaded.processor)
         self._recipe = recipe
-        self._sizes = sizes(cluster, self._family.needs(), memory(self._family.device))
-        self._ways = ways_of(recipe, ways or {})
+        self._sizes = derive_batch_sizes(cluster, self._family.needs(), memory(self._family.device))
+        self._policies = policies_of(recipe, policies or {})
         if compressor is not None:
-            own = self._ways[RECIPES_WAY]
-            self._ways[RECIPES_WAY] = replace(own, compressor=compressor)
+            own = self._policies[RECIPES_POLICY]
+            self._policies[RECIPES_POLICY] = replace(own, compressor=compressor)
         self._sampling = recipe.generation.sampling()
         self._model = loaded.model
         self._end_tokens = loaded.end_tokens
-        self._vision = Vision(
-            self._family, self._chat, recipe, self._ways, self._sizes.remembered_bytes
+        self._prompt_builder = PromptBuilder(
+            self._family, self._chat, recipe, self._policies, self._sizes.remembered_bytes
         )
-        self._open: dict[int, Row] = {}
-        self._feed: Feed[Request, Row] | None = None
+        self._open: dict[int, RequestState] = {}
+        self._feed: Prefetcher[Request, RequestState] | None = None
         self._tags = 0
         self.device = device_name(self._family.device)
         self.model_digest = loaded.digest
@@ -113,18 +113,18 @@ class Engine:
         """
         ahead = max(2, self._sizes.views_per_batch // 2)
         threads = self._sizes.image_threads
-        batch: list[Row] = []
-        ready: deque[Row] = deque()
-        encoding: Future[list[Row]] | None = None
+        batch: list[RequestState] = []
+        ready: deque[RequestState] = deque()
+        encoding: Future[list[RequestState]] | None = None
         with (
-            Feed(requests, self._vision.open, threads=threads, ahead=ahead) as feed,
+            Prefetcher(requests, self._prompt_builder.open, threads=threads, ahead=ahead) as feed,
             self._beside() as beside,
         ):
             self._feed = feed
             while True:
                 self._fill(batch, feed)
                 if encoding is None and not ready and self._worth_encoding(batch):
-                    encoding, batch = beside.submit(self._vision.encode, batch), []
+                    encoding, batch = beside.submit(self._prompt_builder.encode, batch), []
                 if encoding is not None and (encoding.done() or not len(self._decoder)):
                     ready.extend(encoding.result())
                     encoding = None
@@ -137,14 +137,14 @@ class Engine:
                         return
                     self._starve(feed)
 
-    def again(self, request: Request) -> None:
+    def requeue(self, request: Request) -> None:
         """Answer this one, too: asked between two answers of a `stream`, which then has it as well.
 
         Raises:
             RuntimeError: There is no stream.
         """
         if self._feed is None:
-            raise RuntimeError("again is for whoever reads a stream of answers")
+            raise RuntimeError("requeue is for whoever reads a stream of answers")
         self._feed.add(request)
 
     def _beside(self) -> Executor:
@@ -153,7 +153,7 @@ class Engine:
             return ThreadPoolExecutor(1, "gc2ray-vision")
         return Inline()
 
-    def _fill(self, batch: list[Row], feed: Feed[Request, Row]) -> None:
+    def _fill(self, batch: list[RequestState], feed: Prefetcher[Request, RequestState]) -> None:
         """Take rows whose images are decoded, up to a whole batch."""
         while views_of(batch) < self._sizes.views_per_batch:
             row = feed.take()
@@ -161,12 +161,12 @@ class Engine:
                 return
             batch.append(row)
 
-    def _worth_encoding(self, batch: Sequence[Row]) -> bool:
+    def _worth_encoding(self, batch: Sequence[RequestState]) -> bool:
         """A whole batch is; a part of one where the decoder could start it at once."""
         whole = views_of(batch) >= self._sizes.views_per_batch
-        return bool(batch) and (whole or self._decoder.hungry)
+        return bool(batch) and (whole or self._decoder.wants_more)
 
-    def _hand_over(self, ready: deque[Row]) -> Iterator[Answer]:
+    def _hand_over(self, ready: deque[RequestState]) -> Iterator[Answer]:
         """Give prompts to the decoder while it takes them; rows that failed are answered."""
         while ready:
             row = ready[0]
@@ -176,7 +176,7 @@ class Engine:
             if row.trouble is not None:
                 yield self._failed(row)
 
-    def _starve(self, feed: Feed[Request, Row]) -> None:
+    def _starve(self, feed: Prefetcher[Request, RequestState]) -> None:
         before = feed.waited_ns
         feed.wait()
         if self._tags and not feed.ended:
@@ -193,17 +193,19 @@ class Engine:
         Raises:
             BadRow: One of them cannot be answered.
         """
-        rows = self._vision.encode([self._vision.open(request) for request in requests])
+        rows = self._prompt_builder.encode(
+            [self._prompt_builder.open(request) for request in requests]
+        )
         for row in rows:
             if row.trouble is not None:
                 raise row.trouble
         return [row.prompt for row in rows if row.prompt is not None]
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Forget all that rows shared, so that the same rows again cost what they cost first."""
-        self._vision.forget()
+        self._prompt_builder.clear_cache()
         if "_decoder" in vars(self):
-            self._decoder.forget()
+            self._decoder.clear_cache()
 
     def totals(self) -> RunStats:
         """What belongs to no row, since the engine was made: starvation, steps, energy, memory.
@@ -215,13 +217,13 @@ class Engine:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return RunStats(
             starved_ns=self._starved_ns,
-            halvings=self._decoder.halvings,
+            oom_splits=self._decoder.oom_splits,
             decode_steps=self._decoder.steps,
             energy_millijoules=int(self._energy.millijoules() * self._sizes.gpu_share),
             peak_device_bytes=int(peak),
         )
 
-    def _submitted(self, row: Row, prompt: Prompt) -> bool:
+    def _submitted(self, row: RequestState, prompt: Prompt) -> bool:
         """Whether the decoder took a prompt, or will never take it; then `trouble` says why."""
         seed = self._recipe.generation.mixed(row.request.seed)
         sampling = replace(self._sampling, seed=seed)
@@ -248,25 +250,25 @@ class Engine:
             row = self._open.pop(completion.tag)
             if completion.error is not None:
                 row.trouble = trouble_of(completion.error)
-                row.halvings += completion.halvings
+                row.oom_splits += completion.oom_splits
                 yield self._failed(row)
             else:
                 yield self._answered(row, completion)
 
-    def _answered(self, row: Row, completion: Completion) -> Answer:
-        picture = row.picture
-        if picture is None:
+    def _answered(self, row: RequestState, completion: Completion) -> Answer:
+        cached_image = row.cached_image
+        if cached_image is None:
             raise EngineDead(f"{row.request.row_key} was answered without its picture")
         text_tokens = len(row.token_ids) - 1  # without the image's placeholder
-        kept = sum(picture.kept_per_view)
+        kept = sum(cached_image.kept_per_view)
         tokens = AnswerTokens(
-            views=0 if row.shares else len(picture.kept_per_view),
-            projected=0 if row.shares else kept + picture.newlines,
-            prompt=text_tokens + kept + picture.newlines,
+            views=0 if row.shares else len(cached_image.kept_per_view),
+            projected=0 if row.shares else kept + cached_image.newlines,
+            prompt=text_tokens + kept + cached_image.newlines,
             output=len(completion.token_ids),
             shared=completion.shared,
         )
-        full = text_tokens + picture.full_tokens + picture.full_newlines
+        full = text_tokens + cached_image.full_tokens + cached_image.full_newlines
         shape, per_token = self.model_shape, self._family.kv_bytes_per_token
         stages = {"prefill": completion.prefill_ns, "generate": completion.generate_ns}
         return Answer(
@@ -277,11 +279,11 @@ class Engine:
             finish_reason=completion.finish_reason,
             prompt_tokens=tokens.prompt,
             output_tokens=tokens.output,
-            visual_tokens_full=picture.full_tokens,
+            visual_tokens_full=cached_image.full_tokens,
             visual_tokens_kept=kept,
-            newline_tokens=picture.newlines,
-            newline_tokens_full=picture.full_newlines,
-            kept_per_view=(picture.kept_per_view,),
+            newline_tokens=cached_image.newlines,
+            newline_tokens_full=cached_image.full_newlines,
+            kept_per_view=(cached_image.kept_per_view,),
             kv_bytes=(tokens.prompt + tokens.output) * per_token,
             kv_bytes_full=(full + tokens.output) * per_token,
             stage_ns={**row.stage_ns, **stages},
@@ -289,19 +291,19 @@ class Engine:
             token_ids=completion.token_ids,
             image_shared=row.shares,
             prompt_tokens_shared=completion.shared,
-            halvings=row.halvings + completion.halvings,
-            full_per_view=(picture.full_per_view,),
-            kept_mask=picture.mask if row.request.is_audited else None,
+            oom_splits=row.oom_splits + completion.oom_splits,
+            full_per_view=(cached_image.full_per_view,),
+            kept_mask=cached_image.mask if row.request.is_audited else None,
             demand=demand_of(shape, tokens),
             demand_full=demand_of(shape, tokens.with_more(full - tokens.prompt)),
         )
 
     def _asked(self, request: Request) -> dict[str, Any]:
         """What was asked of the compression."""
-        way = self._ways[request.way]
-        return {"method": way.compressor.name, "retention_requested": way.retention_requested}
+        policy = self._policies[request.policy]
+        return {"method": policy.compressor.name, "retention_requested": policy.retention_requested}
 
-    def _failed(self, row: Row) -> Answer:
+    def _failed(self, row: RequestState) -> Answer:
         trouble = row.trouble or BadRow(Status.FAILED, "failed without a reason")
         return Answer(
             request=row.request,
@@ -311,18 +313,18 @@ class Engine:
             stage_ns=row.stage_ns,
             device=self.device,
             retry=row.retry,
-            halvings=row.halvings,
+            oom_splits=row.oom_splits,
         )
 
 
-def _decoder(model: Any, found: Sizes, end_tokens: tuple[int, ...]) -> Decoder:
+def _decoder(model: Any, found: BatchSizes, end_tokens: tuple[int, ...]) -> Decoder:
     """Continuous batching, or stock `generate` for language models that it does not know."""
     reason = unsupported(model)
     if reason is not None:
         log.warning("decoding with stock generate, which is slower: %s", reason)
         return GenerateDecoder(model, max_tokens=found.kv_tokens, eos=end_tokens)
-    room = Room(found.kv_tokens, found.prefill_tokens, found.live_rows, found.burst)
-    return NativeDecoder(LanguageModel(model), room, eos=end_tokens)
+    room = DecodeLimits(found.kv_tokens, found.prefill_tokens, found.live_rows, found.burst)
+    return ContinuousBatchDecoder(LanguageModel(model), room, eos=end_tokens)
 
 
 def load_engine(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Engine:
@@ -335,7 +337,7 @@ def load_engine(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> 
     return Engine(load_model(recipe, cluster, tick), recipe, cluster)
 
 
-def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Loaded:
+def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> LoadedModel:
     """The recipe's model; on a CPU, torch takes the threads that the cluster allows a worker.
 
     Args:
@@ -352,7 +354,7 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     else:  # a cap, so that workers on one GPU cannot take from each other
         torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
-    staged = stage(recipe.model, tick=tick)
+    staged = fetch_model(recipe.model, tick=tick)
     loaded = loading.load(
         str(staged.directory),
         revision=None,

@@ -1,4 +1,4 @@
-"""`Picture`: an image on its way from bytes to visual tokens, shared by all rows that show it.
+"""`CachedImage`: an image on its way from bytes to visual tokens, shared by all rows that show it.
 
 Rows with the same image bytes are decoded, encoded and compressed once. Methods do not look at the
 text (those that do say so), so what is kept is the same for every question about the image. Methods
@@ -19,15 +19,15 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow
-from gc2ray.core.records import RECIPES_WAY
+from gc2ray.core.records import RECIPES_POLICY
 from gc2ray.models.image_processor import Tiles
 
 
 @dataclass(eq=False)
-class Picture:
+class CachedImage:
     """An image, and what became of it so far.
 
     Attributes:
@@ -44,15 +44,15 @@ class Picture:
     """
 
     key: str
-    way: str = RECIPES_WAY
+    policy: str = RECIPES_POLICY
     mask: tuple[bytes, ...] = ()
     decoded: threading.Event = field(default_factory=threading.Event)
     tiles: Tiles | None = None
     packed: Tensor | None = None
-    places: Places | None = None
+    places: OriginalPositions | None = None
     trouble: BadRow | None = None
     retry: bool = False
-    halvings: int = 0
+    oom_splits: int = 0
     rows: int = 0
     kept_per_view: tuple[int, ...] = ()
     full_per_view: tuple[int, ...] = ()
@@ -85,7 +85,7 @@ class Picture:
         self.full_newlines = views.canvas.newlines
 
 
-def picture_key(data: bytes, prompt: str | None = None, way: str = RECIPES_WAY) -> str:
+def image_key(data: bytes, prompt: str | None = None, policy: str = RECIPES_POLICY) -> str:
     """Digest of an image's bytes; with the prompt, where what is kept depends on it.
 
     The same image compressed in another way is another picture.
@@ -93,10 +93,10 @@ def picture_key(data: bytes, prompt: str | None = None, way: str = RECIPES_WAY) 
     digest = hashlib.blake2b(data, digest_size=16)
     if prompt is not None:
         digest.update(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
-    return digest.hexdigest() + ("" if way == RECIPES_WAY else f"/{way}")
+    return digest.hexdigest() + ("" if policy == RECIPES_POLICY else f"/{policy}")
 
 
-class Pictures:
+class ImageCache:
     """The pictures that are in use, and those used last.
 
     Args:
@@ -105,43 +105,43 @@ class Pictures:
 
     def __init__(self, kept_bytes: int) -> None:
         self._kept_bytes = kept_bytes
-        self._known: WeakValueDictionary[str, Picture] = WeakValueDictionary()
-        self._kept: OrderedDict[str, Picture] = OrderedDict()  # used longest ago first
+        self._known: WeakValueDictionary[str, CachedImage] = WeakValueDictionary()
+        self._kept: OrderedDict[str, CachedImage] = OrderedDict()  # used longest ago first
         self._bytes = 0  # of those
         self._lock = threading.Lock()
 
-    def find(self, key: str, way: str = RECIPES_WAY) -> tuple[Picture, bool]:
+    def find(self, key: str, policy: str = RECIPES_POLICY) -> tuple[CachedImage, bool]:
         """The picture of a key, and whether it is new: then the caller is to decode it."""
         with self._lock:
-            picture = self._known.get(key)
-            new = picture is None
-            if picture is None:
-                picture = self._known[key] = Picture(key, way)
-            picture.rows += 1
+            cached_image = self._known.get(key)
+            new = cached_image is None
+            if cached_image is None:
+                cached_image = self._known[key] = CachedImage(key, policy)
+            cached_image.rows += 1
             if key in self._kept:
                 self._kept.move_to_end(key)
-            return picture, new
+            return cached_image, new
 
-    def keep(self, picture: Picture) -> None:
+    def keep(self, cached_image: CachedImage) -> None:
         """Remember an encoded picture for rows to come, at the cost of those used longest ago."""
         with self._lock:
-            self._drop(picture.key)
-            self._kept[picture.key] = picture
-            self._bytes += _bytes(picture)
+            self._drop(cached_image.key)
+            self._kept[cached_image.key] = cached_image
+            self._bytes += _bytes(cached_image)
             while self._bytes > self._kept_bytes:
                 self._drop(next(iter(self._kept)))
 
-    def forget(self, picture: Picture) -> None:
+    def discard(self, cached_image: CachedImage) -> None:
         """Let rows to come try anew: what went wrong with it may not be its own fault."""
         with self._lock:
-            self._drop(picture.key)
-            if self._known.get(picture.key) is picture:
-                del self._known[picture.key]
+            self._drop(cached_image.key)
+            if self._known.get(cached_image.key) is cached_image:
+                del self._known[cached_image.key]
 
     def _drop(self, key: str) -> None:
-        picture = self._kept.pop(key, None)
-        self._bytes -= 0 if picture is None else _bytes(picture)
+        cached_image = self._kept.pop(key, None)
+        self._bytes -= 0 if cached_image is None else _bytes(cached_image)
 
 
-def _bytes(picture: Picture) -> int:
-    return 0 if picture.packed is None else picture.packed.nbytes
+def _bytes(cached_image: CachedImage) -> int:
+    return 0 if cached_image.packed is None else cached_image.packed.nbytes

@@ -39,12 +39,12 @@ from gc2ray.core.shards import first_spans
 from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
-from gc2ray.engine.decoding.forced import Dictation, largest_difference
+from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.device import own_device
 from gc2ray.engine.engine import Engine, load_model
 from gc2ray.models import loading
-from gc2ray.models.base import Loaded, Prompt
-from gc2ray.models.checkpoint.fetch import stage
+from gc2ray.models.base import LoadedModel, Prompt
+from gc2ray.models.checkpoint.fetch import fetch_model
 from gc2ray.models.hf_reference import StockAnswer, StockFailed, StockModel, StockSettings
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-1, "float16": 2e-2}
@@ -182,9 +182,9 @@ def check(job: Job, rows: int) -> Parity:
         ConfigError: Model or input cannot be used.
     """
     recipe, requests = job.recipe, list(_requests(job, rows))
-    directory, taken_over = stage(recipe.model).directory, recipe.generation.taken_over()
+    directory, taken_over = fetch_model(recipe.model).directory, recipe.generation.taken_over()
     # First, because stock takes what answers would not follow.
-    loading.outline(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
+    loading.load_metadata(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
     stock = _Stock.asked(recipe, directory, requests)
     loaded = load_model(job.recipe, job.cluster)
     ours = _Ours(job, loaded, stock)
@@ -266,7 +266,7 @@ class _Ours:
         device_bytes: Most memory of a GPU.
     """
 
-    def __init__(self, job: Job, loaded: Loaded, stock: _Stock) -> None:
+    def __init__(self, job: Job, loaded: LoadedModel, stock: _Stock) -> None:
         self._job, self._loaded, self._stock = job, loaded, stock
         self.found = StockCheck()
         self.left_out: dict[str, str] = dict(stock.left_out)
@@ -308,7 +308,7 @@ class _Ours:
     def _differences(self, prompts: Mapping[str, Prompt]) -> tuple[float, str]:
         """The largest difference of logits, and where it is."""
         worst, where = 0.0, ""
-        dictation = Dictation(self._loaded.model)
+        dictation = ForcedDecoder(self._loaded.model)
         for key, prompt in prompts.items():
             stock = self._stock.answers[key]
             start = prompt.visual[-1][1]
@@ -365,7 +365,7 @@ class _Ours:
         for request in requests:
             if together[request.row_key].error is not None:
                 continue
-            engine.forget()  # or its image would be the one that was encoded in the batch
+            engine.clear_cache()  # or its image would be the one that was encoded in the batch
             (alone,) = engine.stream([request])
             self._note(request, alone.status, alone.error)
             pairs.append(_Pair(request, together[request.row_key].token_ids, alone.token_ids))
@@ -401,7 +401,7 @@ class _Ours:
         if first is None or first >= min(len(pair.batched), len(pair.alone)):
             return False
         prompt, common = engine.prompts([pair.request])[0], pair.alone[:first]
-        logits = Dictation(self._loaded.model).logits(prompt, common)[-1].tolist()
+        logits = ForcedDecoder(self._loaded.model).logits(prompt, common)[-1].tolist()
         had = {*prompt.token_ids, *common}
         return self._tie(logits, had, (pair.batched[first], pair.alone[first]))
 

@@ -1,4 +1,4 @@
-"""`Feed`: work done ahead of need, in order, on threads.
+"""`Prefetcher`: work done ahead of need, in order, on threads.
 
 One thread reads an iterator, which may block as long as it likes; some more work on what it yields;
 the owner takes results in the order of the items, as many as are at hand, and waits only when it
@@ -39,7 +39,7 @@ class Inline(Executor):
         return future
 
 
-class Feed(Generic[S, T]):
+class Prefetcher(Generic[S, T]):
     """Results of `work` on `items`.
 
     Args:

@@ -1,4 +1,4 @@
-"""`Vision`: an engine's way from a request to a prompt: read, decode, encode, compress, embed.
+"""`PromptBuilder`: from a request to its prompt: read, decode, encode, compress, embed.
 
 `open` runs on threads, a row at a time; `encode` takes a batch of what they made, on one thread. On
 a GPU it runs on a stream of its own, so that it may go on beside the decoder.
@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import torch
 
-from gc2ray.compression.policy import Way
-from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.policy import CompressionPolicy
+from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.config.input import (
     ImagePolicy,
@@ -32,14 +32,14 @@ from gc2ray.data.image_decoding import (
     decode,
     refusal,
 )
-from gc2ray.engine.image_cache import Picture, Pictures, picture_key
-from gc2ray.engine.request_state import Row, attempt, share_time
-from gc2ray.models.base import Family, Prompt
+from gc2ray.engine.image_cache import CachedImage, ImageCache, image_key
+from gc2ray.engine.request_state import RequestState, run_isolated, share_time
+from gc2ray.models.base import ModelAdapter, Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.image_processor import AnyRes, Tiles, tile
 
 
-class Vision:
+class PromptBuilder:
     """Makes prompts of requests.
 
     Args:
@@ -52,137 +52,148 @@ class Vision:
 
     def __init__(
         self,
-        family: Family,
+        family: ModelAdapter,
         chat: ChatPrompt,
         recipe: Recipe,
-        ways: Mapping[str, Way],
+        policies: Mapping[str, CompressionPolicy],
         remembered_bytes: int,
     ) -> None:
         self._family = family
         self._chat = chat
-        self._ways = ways
+        self._policies = policies
         self._images = recipe.input.image_policy()
         self._generation = recipe.generation
         self._remembered_bytes = remembered_bytes
-        self._pictures = Pictures(remembered_bytes)
+        self._image_cache = ImageCache(remembered_bytes)
         self._stream: torch.cuda.Stream | None = None
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop the pictures that were kept for rows to come."""
-        self._pictures = Pictures(self._remembered_bytes)
+        self._image_cache = ImageCache(self._remembered_bytes)
 
-    def open(self, request: Request) -> Row:
+    def open(self, request: Request) -> RequestState:
         """Read the image, and decode and tile it unless another row does; runs on threads."""
 
-        def work(_: Sequence[Row]) -> None:
+        def work(_: Sequence[RequestState]) -> None:
             if request.fault is not None:
                 raise request.fault
             if len(request.images) != 1 or len(request.prompts) != 1:
                 raise BadRow(Status.FAILED, "a request has one image and one prompt, for now")
             data = read_bytes(request.images[0], self._images)
-            way = request.way
-            reads_prompt = self._ways[way].compressor.reads_prompt
-            key = picture_key(data, request.prompts[0] if reads_prompt else None, way)
-            row.picture, new = self._pictures.find(key, way)
+            policy = request.policy
+            reads_prompt = self._policies[policy].compressor.reads_prompt
+            key = image_key(data, request.prompts[0] if reads_prompt else None, policy)
+            row.cached_image, new = self._image_cache.find(key, policy)
             row.shares = not new
             if new:
-                self._decode(row.picture, request, data)
+                self._decode(row.cached_image, request, data)
 
         started = time.perf_counter_ns()
-        row = Row(replace(request, images=()))  # encoded bytes are not needed any more
-        attempt([row], work)
+        row = RequestState(replace(request, images=()))  # encoded bytes are not needed any more
+        run_isolated([row], work)
         row.stage_ns["image"] = time.perf_counter_ns() - started
         return row
 
-    def _decode(self, picture: Picture, request: Request, data: bytes) -> None:
-        def work(pictures: Sequence[Picture]) -> None:
+    def _decode(self, cached_image: CachedImage, request: Request, data: bytes) -> None:
+        def work(cached_images: Sequence[CachedImage]) -> None:
             ref = request.images[0]
-            pictures[0].tiles = tiles_of(data, ref, self._family.anyres, self._images)
+            cached_images[0].tiles = tiles_of(data, ref, self._family.anyres, self._images)
 
         try:
-            attempt([picture], work)
+            run_isolated([cached_image], work)
         finally:
-            picture.decoded.set()
+            cached_image.decoded.set()
 
     @torch.inference_mode()
-    def encode(self, rows: list[Row]) -> list[Row]:
+    def encode(self, rows: list[RequestState]) -> list[RequestState]:
         """From tiles to prompts, all rows of a batch; trouble is noted in them.
 
         Raises:
             EngineDead: The device is lost.
         """
         with torch.cuda.stream(self._own_stream()):  # nothing on a CPU
-            payers: dict[Picture, Row] = {}
+            payers: dict[CachedImage, RequestState] = {}
             for row in rows:
-                if row.picture is not None:
-                    row.picture.decoded.wait()
-                    if row.picture.tiles is not None:
-                        payers.setdefault(row.picture, row)
-            attempt(list(payers), lambda pictures: self._encode(pictures, payers))
-            for picture, row in payers.items():
-                row.halvings += picture.halvings
+                if row.cached_image is not None:
+                    row.cached_image.decoded.wait()
+                    if row.cached_image.tiles is not None:
+                        payers.setdefault(row.cached_image, row)
+            run_isolated(list(payers), lambda cached_images: self._encode(cached_images, payers))
+            for cached_image, row in payers.items():
+                row.oom_splits += cached_image.oom_splits
             for row in rows:
-                if row.picture is not None and row.picture.trouble is not None:
-                    self._pictures.forget(row.picture)
-                    row.trouble, row.retry = row.picture.trouble, row.picture.retry
-            attempt([row for row in rows if row.trouble is None], self._embed)
+                if row.cached_image is not None and row.cached_image.trouble is not None:
+                    self._image_cache.discard(row.cached_image)
+                    row.trouble, row.retry = row.cached_image.trouble, row.cached_image.retry
+            run_isolated([row for row in rows if row.trouble is None], self._embed)
             self._now()  # what was made is complete for whoever takes it
         return rows
 
-    def _encode(self, pictures: Sequence[Picture], payers: Mapping[Picture, Row]) -> None:
+    def _encode(
+        self, cached_images: Sequence[CachedImage], payers: Mapping[CachedImage, RequestState]
+    ) -> None:
         """Tower, selection, projection; time is put on the rows that brought the pictures."""
-        tiles = [picture.tiles for picture in pictures if picture.tiles is not None]
+        tiles = [
+            cached_image.tiles for cached_image in cached_images if cached_image.tiles is not None
+        ]
         started = self._now()
-        seeds = [self._generation.mixed(picture.seed) for picture in pictures]
+        seeds = [self._generation.mixed(cached_image.seed) for cached_image in cached_images]
         views = self._family.encode(tiles, seeds)
         finite = torch.stack([view.scores.isfinite().all() for view in views]).all()
         encoded = self._now()
-        if not finite:  # of a batch; `attempt` finds out whose
+        if not finite:  # of a batch; `run_isolated` finds out whose
             raise _scores_not_finite()
-        selections, places = self._selected(pictures, views)
+        selections, places = self._selected(cached_images, views)
         packed = self._family.pack(views, selections)
         compressed = self._now()
-        rows = [payers[picture] for picture in pictures]
-        share_time(rows, "encode", encoded - started, [picture.views for picture in pictures])
+        rows = [payers[cached_image] for cached_image in cached_images]
+        share_time(
+            rows,
+            "encode",
+            encoded - started,
+            [cached_image.views for cached_image in cached_images],
+        )
         # Copies of their own: a part of the batch would keep all of it in memory. All are made
         # before any picture counts as encoded: a batch that fails here is tried again in halves.
         copies = [part.clone() for part in packed]
-        for index, picture in enumerate(pictures):
-            picture.count(views[index], selections[index])
-            picture.packed, picture.places = copies[index], places[index]
-            picture.tiles = None
-            self._pictures.keep(picture)
-        full = [picture.full_tokens for picture in pictures]
+        for index, cached_image in enumerate(cached_images):
+            cached_image.count(views[index], selections[index])
+            cached_image.packed, cached_image.places = copies[index], places[index]
+            cached_image.tiles = None
+            self._image_cache.keep(cached_image)
+        full = [cached_image.full_tokens for cached_image in cached_images]
         share_time(rows, "compress", compressed - encoded, full)
 
     def _selected(
-        self, pictures: Sequence[Picture], views: Sequence[Views]
-    ) -> tuple[list[Selection], list[Places | None]]:
+        self, cached_images: Sequence[CachedImage], views: Sequence[Views]
+    ) -> tuple[list[Selection], list[OriginalPositions | None]]:
         """What is kept of each, and where it stood; each in its own way."""
         selections: dict[int, Selection] = {}
-        places: dict[int, Places | None] = {}
-        for name in dict.fromkeys(picture.way for picture in pictures):
-            way = self._ways[name]
-            chosen = [at for at, picture in enumerate(pictures) if picture.way == name]
+        places: dict[int, OriginalPositions | None] = {}
+        for name in dict.fromkeys(cached_image.policy for cached_image in cached_images):
+            policy = self._policies[name]
+            chosen = [
+                at for at, cached_image in enumerate(cached_images) if cached_image.policy == name
+            ]
             some = [views[at] for at in chosen]
-            found = way.packing.apply(some, way.compressor.many(some))
+            found = policy.packing.apply(some, policy.compressor.many(some))
             selections |= dict(zip(chosen, found, strict=True))
-            places |= dict(zip(chosen, way.packing.places(some, found), strict=True))
-        order = range(len(pictures))
+            places |= dict(zip(chosen, policy.packing.places(some, found), strict=True))
+        order = range(len(cached_images))
         return [selections[at] for at in order], [places[at] for at in order]
 
-    def _embed(self, rows: Sequence[Row]) -> None:
+    def _embed(self, rows: Sequence[RequestState]) -> None:
         for row in rows:
-            picture = row.picture
-            if picture is None or picture.packed is None:
+            cached_image = row.cached_image
+            if cached_image is None or cached_image.packed is None:
                 raise RuntimeError(f"{row.request.row_key} has no picture")
             row.token_ids = self._chat.encode(row.request.prompts[0])
-            prompt = self._family.embed(row.token_ids, [picture.packed], [picture.places])
+            prompt = self._family.embed(row.token_ids, [cached_image.packed], [cached_image.places])
             row.trouble = self._too_long(prompt)
             if row.trouble is None:
                 row.prompt = replace(
                     prompt,
-                    prefix_key=_prefix_key(row, picture, prompt),
+                    prefix_key=_prefix_key(row, cached_image, prompt),
                     token_ids=tuple(row.token_ids),
                 )
 
@@ -222,13 +233,13 @@ def _scores_not_finite() -> BadRow:
     )
 
 
-def _prefix_key(row: Row, picture: Picture, prompt: Prompt) -> str | None:
+def _prefix_key(row: RequestState, cached_image: CachedImage, prompt: Prompt) -> str | None:
     """The same for prompts that begin with the same text and picture; None where nobody shares."""
-    if picture.rows < 2:
+    if cached_image.rows < 2:
         return None
     before = row.token_ids[: prompt.visual[0][0]]
     text = hashlib.blake2b(repr(before).encode(), digest_size=8).hexdigest()
-    return f"{picture.key}/{text}"
+    return f"{cached_image.key}/{text}"
 
 
 def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:

@@ -1,4 +1,4 @@
-"""`Row`: a request on its way through an engine, and `attempt`, the border that trouble stops at.
+"""`RequestState`: a request inside an engine, and `run_isolated`, which contains its failures.
 
 Whatever one row can cause is noted in it, and no other row is the worse for it: what fails for
 several is tried again on halves, until it belongs to one. A device that is lost belongs to none.
@@ -17,11 +17,11 @@ import torch
 from gc2ray.core.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.core.records import Request
 from gc2ray.core.stats import apportion
-from gc2ray.engine.image_cache import Picture
+from gc2ray.engine.image_cache import CachedImage
 from gc2ray.models.base import Prompt
 
 
-class Troubled(Protocol):
+class FailedCall(Protocol):
     """A row or a picture: what can be blamed.
 
     Attributes:
@@ -32,14 +32,14 @@ class Troubled(Protocol):
 
     trouble: BadRow | None
     retry: bool
-    halvings: int
+    oom_splits: int
 
 
-U = TypeVar("U", bound=Troubled)
+U = TypeVar("U", bound=FailedCall)
 
 
 @dataclass(eq=False)
-class Row:
+class RequestState:
     """A request on its way.
 
     Attributes:
@@ -55,31 +55,33 @@ class Row:
     """
 
     request: Request
-    picture: Picture | None = None
+    cached_image: CachedImage | None = None
     shares: bool = False
     token_ids: list[int] = field(default_factory=list)
     prompt: Prompt | None = None
     trouble: BadRow | None = None
     retry: bool = False
-    halvings: int = 0
+    oom_splits: int = 0
     stage_ns: dict[str, int] = field(default_factory=dict)
 
 
-def views_of(rows: Sequence[Row]) -> int:
+def views_of(rows: Sequence[RequestState]) -> int:
     """Views that rows bring; one that brings none counts as one, so that batches of them end too.
 
     Rows that show the same picture bring it once, but are counted each: batches stay bounded.
     """
-    return sum(max(row.picture.views if row.picture else 0, 1) for row in rows)
+    return sum(max(row.cached_image.views if row.cached_image else 0, 1) for row in rows)
 
 
-def share_time(rows: Sequence[Row], stage: str, total_ns: int, weights: Sequence[int]) -> None:
+def share_time(
+    rows: Sequence[RequestState], stage: str, total_ns: int, weights: Sequence[int]
+) -> None:
     """Put a stage's time on rows, by weight."""
     for row, share in zip(rows, apportion(total_ns, weights), strict=True):
         row.stage_ns[stage] = share
 
 
-def attempt(things: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:
+def run_isolated(things: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:
     """The row border: do the work, on halves where it fails, and blame the last one.
 
     Raises:
@@ -97,10 +99,10 @@ def attempt(things: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:
         things[0].trouble, things[0].retry = trouble, retry
         return
     for thing in things if trouble.status == Status.OUT_OF_MEMORY else ():
-        thing.halvings += 1
+        thing.oom_splits += 1
     half = len(things) // 2
-    attempt(things[:half], work)
-    attempt(things[half:], work)
+    run_isolated(things[:half], work)
+    run_isolated(things[half:], work)
 
 
 def trouble_of(error: Exception) -> BadRow:

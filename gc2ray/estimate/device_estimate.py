@@ -1,4 +1,4 @@
-"""`Offer`: what a run takes on one kind of device at one retention: memory, time, money.
+"""`DeviceEstimate`: what a run takes on one kind of device at one retention: memory, time, money.
 
 Time is at a run's pace where one is known for the device, else a share of the device's roofline.
 
@@ -15,12 +15,12 @@ from functools import partial
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.intervals import Range
-from gc2ray.engine.batch_sizes import sizes
+from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.device import Memory
 from gc2ray.estimate.hardware import Hardware
-from gc2ray.estimate.measured_rates import Pace
+from gc2ray.estimate.measured_rates import MeasuredRates
 from gc2ray.estimate.roofline import ROOFLINE_SHARE, roofline_seconds
-from gc2ray.estimate.workload import Ends, Forecast
+from gc2ray.estimate.workload import Ends, Workload
 from gc2ray.models.shape import ModelShape
 
 START_SECONDS = Range(20.0, 60.0, 240.0)
@@ -31,7 +31,7 @@ PRICES = ("on_demand", "spot")
 
 
 @dataclass(frozen=True)
-class Bid:
+class DeviceEstimator:
     """What is compared, whatever the device.
 
     Attributes:
@@ -44,14 +44,14 @@ class Bid:
     shape: ModelShape
     cluster: Cluster
     hours: float
-    pace: Pace | None = None
+    pace: MeasuredRates | None = None
 
-    def offer(self, forecast: Forecast, hardware: Hardware) -> Offer:
+    def offer(self, forecast: Workload, hardware: Hardware) -> DeviceEstimate:
         """Of a kind of device."""
-        nothing = Offer(hardware.name, forecast.method, forecast.retention)
+        nothing = DeviceEstimate(hardware.name, forecast.method, forecast.retention)
         memory = Memory(is_gpu=True, total_bytes=hardware.memory_bytes, cores=GPU_CORES)
         try:
-            room = sizes(self.cluster, self.shape.needs(), memory).kv_tokens
+            room = derive_batch_sizes(self.cluster, self.shape.needs(), memory).kv_tokens
         except ConfigError as error:
             return replace(nothing, misfit=str(error))
         if forecast.longest > room:
@@ -77,18 +77,18 @@ class Bid:
         share = ROOFLINE_SHARE
         return Range(low / share.high, mid / share.mid, high / share.low)
 
-    def known(self, forecast: Forecast, pace: Pace) -> Offer:
+    def known(self, forecast: Workload, pace: MeasuredRates) -> DeviceEstimate:
         """Of the device of an earlier run, which no table knows."""
-        offer = Offer(pace.device, forecast.method, forecast.retention, basis="run")
+        offer = DeviceEstimate(pace.device, forecast.method, forecast.retention, basis="run")
         return self._priced(offer, forecast, partial(_at_pace, pace=pace), None)
 
     def _priced(
         self,
-        offer: Offer,
-        forecast: Forecast,
+        offer: DeviceEstimate,
+        forecast: Workload,
         clock: Callable[[Ends], Range],
         hardware: Hardware | None,
-    ) -> Offer:
+    ) -> DeviceEstimate:
         pace, prompts = self.pace, forecast.ends[1].rows
         audits = clock(forecast.audits)
         seconds = clock(forecast.ends).plus(audits)
@@ -117,7 +117,7 @@ class Bid:
 
 
 @dataclass(frozen=True)
-class Offer:
+class DeviceEstimate:
     """What a run takes on one kind of device at one retention.
 
     Attributes:
@@ -155,7 +155,7 @@ class Offer:
     usd_per_1000: Mapping[str, Range] | None = None
 
 
-def _at_pace(ends: Ends, pace: Pace) -> Range:
+def _at_pace(ends: Ends, pace: MeasuredRates) -> Range:
     low, mid, high = (pace.seconds(end) for end in ends)
     return Range(low, mid, high).times(pace.factor)
 

@@ -1,7 +1,8 @@
 """What a run will cost, before any of it is spent: rows, tokens, time, memory, money.
 
-Rows are counted by a `Survey`, what they ask for by a `Forecast`, and what that takes on a device
-by an `Offer`. Whatever is not known is a `Range`, whose ends take everything unknown together.
+Rows are counted by a `InputProfile`, what they ask for by a `Workload`, and what that takes on a
+device by an `DeviceEstimate`. Whatever is not known is a `Range`, whose ends take everything
+unknown together.
 
 Not covered: retries, and a cluster that shares its machines with others.
 """
@@ -18,12 +19,12 @@ from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Job
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Range
-from gc2ray.estimate.device_estimate import Bid, Offer
+from gc2ray.estimate.device_estimate import DeviceEstimate, DeviceEstimator
 from gc2ray.estimate.hardware import Hardware
-from gc2ray.estimate.input_profile import Shown, Stretch, Survey
-from gc2ray.estimate.measured_rates import Pace
-from gc2ray.estimate.workload import Forecast, forecast
-from gc2ray.models.base import Outline
+from gc2ray.estimate.input_profile import InputProfile, PromptShape, SampleBlock
+from gc2ray.estimate.measured_rates import MeasuredRates
+from gc2ray.estimate.workload import Workload, forecast_workload
+from gc2ray.models.base import ModelMetadata
 
 RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
 """What is compared, beside the recipe's own: those of the paper's table 8."""
@@ -60,8 +61,8 @@ class Estimate:
     text_tokens: Range
     output_tokens: Range
     output_basis: str
-    forecasts: tuple[Forecast, ...]
-    offers: tuple[Offer, ...]
+    forecasts: tuple[Workload, ...]
+    offers: tuple[DeviceEstimate, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,14 +85,14 @@ class Assumptions:
     """
 
     output_tokens: float | None = None
-    pace: Pace | None = None
+    pace: MeasuredRates | None = None
     hours: float = 1.0
     retentions: tuple[float, ...] = RETENTIONS
 
 
 def estimate(
-    survey: Survey,
-    outline: Outline,
+    survey: InputProfile,
+    outline: ModelMetadata,
     job: Job,
     hardware: Sequence[Hardware],
     assumptions: Assumptions,
@@ -109,13 +110,13 @@ def estimate(
     foresee = _Foresight(survey, outline, output)
     forecasts = tuple(foresee(recipe) for recipe in _recipes(job.recipe, assumptions.retentions))
     pace = assumptions.pace
-    bid = Bid(outline.shape, job.cluster, assumptions.hours, pace)
+    bid = DeviceEstimator(outline.shape, job.cluster, assumptions.hours, pace)
     offers = [bid.offer(found, device) for device in hardware for found in forecasts]
     if pace is not None and not any(pace.device in device.devices for device in hardware):
         offers = [*(bid.known(found, pace) for found in forecasts), *offers]
 
-    def total(measure: Callable[[Shown], float]) -> Range:
-        def of(stretch: Stretch) -> float:
+    def total(measure: Callable[[PromptShape], float]) -> Range:
+        def of(stretch: SampleBlock) -> float:
             return sum(count * measure(shown) for shown, count in stretch.prompts.items())
 
         return survey.total(of)
@@ -143,12 +144,12 @@ def estimate(
 class _Foresight:
     """Forecasts of recipes about the same rows, of which audits need some more than once."""
 
-    survey: Survey
-    outline: Outline
+    survey: InputProfile
+    outline: ModelMetadata
     output: Range
-    _plain: dict[CompressionConfig, Forecast] = field(default_factory=dict)
+    _plain: dict[CompressionConfig, Workload] = field(default_factory=dict)
 
-    def __call__(self, recipe: Recipe) -> Forecast:
+    def __call__(self, recipe: Recipe) -> Workload:
         found = self._without_audit(recipe, recipe.compression)
         if not recipe.audit.share or recipe.compression.keeps_everything:
             return found
@@ -159,11 +160,11 @@ class _Foresight:
         higher = [rung for rung in rungs if rung.retention > found.retention]
         return found.audited(recipe.audit.share, whole, higher)
 
-    def _without_audit(self, recipe: Recipe, config: CompressionConfig) -> Forecast:
+    def _without_audit(self, recipe: Recipe, config: CompressionConfig) -> Workload:
         known = self._plain.get(config)
         if known is None:
             asked = recipe.model_copy(update={"compression": config})
-            known = forecast(self.survey, self.outline, asked, self.output)
+            known = forecast_workload(self.survey, self.outline, asked, self.output)
             self._plain[config] = known
         return known
 

@@ -1,4 +1,4 @@
-"""`Survey`: what the rows of an input will be to a model, by footers, image headers and prompts.
+"""`InputProfile`: how large rows will be for a model, by footers, image headers and prompts.
 
 No pixel is decoded and no weight is loaded. Image headers inside Parquet lie in the image column,
 which therefore is read where they are looked at: a sample of the rows, spread over the input in
@@ -29,10 +29,10 @@ from gc2ray.core.shards import SourceFile, Span
 from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import upright_size
-from gc2ray.models.base import Outline
+from gc2ray.models.base import ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
 
-STRETCHES = 64
+SAMPLE_BLOCKS = 64
 """At most: each opens a file, and reads a row group up to where it lies."""
 HOST_BYTES = 128 << 20
 REMEMBERED = 4096
@@ -40,7 +40,7 @@ REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
-class Shown:
+class PromptShape:
     """What a prompt shows the model.
 
     Attributes:
@@ -57,7 +57,7 @@ class Shown:
 
 
 @dataclass(frozen=True, eq=False)
-class Stretch:
+class SampleBlock:
     """Rows that lie together.
 
     Attributes:
@@ -67,12 +67,12 @@ class Stretch:
     """
 
     rows: int
-    prompts: Counter[Shown]
+    prompts: Counter[PromptShape]
     refused: Counter[Status]
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class InputProfile:
     """What was looked at of an input.
 
     Attributes:
@@ -81,7 +81,7 @@ class Survey:
     """
 
     rows: int
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[SampleBlock, ...]
 
     @cached_property
     def looked(self) -> int:
@@ -94,7 +94,7 @@ class Survey:
         return self.looked == self.rows
 
     @cached_property
-    def prompts(self) -> Counter[Shown]:
+    def prompts(self) -> Counter[PromptShape]:
         """What the prompts of the rows show that were looked at."""
         return sum((stretch.prompts for stretch in self.stretches), Counter())
 
@@ -103,7 +103,7 @@ class Survey:
         """Their prompts that cannot be answered."""
         return sum((stretch.refused for stretch in self.stretches), Counter())
 
-    def total(self, measure: Callable[[Stretch], float]) -> Range:
+    def total(self, measure: Callable[[SampleBlock], float]) -> Range:
         """A sum over all rows, by what it is in a stretch; see `scaled`."""
         return self.scaled(np.array([measure(stretch) for stretch in self.stretches]))
 
@@ -127,12 +127,12 @@ class Survey:
         return Range(max(seen, self.rows * low), self.rows * found.mean, self.rows * high)
 
 
-def survey(
+def profile_input(
     recipe: Recipe,
-    outline: Outline,
+    outline: ModelMetadata,
     rows: int | None = None,
     tick: Callable[[int], None] = lambda _: None,
-) -> Survey:
+) -> InputProfile:
     """Look at rows of a recipe's input.
 
     Args:
@@ -146,7 +146,7 @@ def survey(
     """
     source = Source(recipe.input)
     files, _ = source.scan()
-    looker = _Looker(recipe, outline)
+    looker = _Profiler(recipe, outline)
     total = sum(file.rows for file in files)
     spans = spread(files, total if rows is None else rows)
     stretches = []
@@ -156,21 +156,21 @@ def survey(
         except ShardError as error:
             raise ConfigError(f"recipe.input: {error}") from error
         tick(span.rows)
-    return Survey(total, tuple(stretches))
+    return InputProfile(total, tuple(stretches))
 
 
-class _Looker:
+class _Profiler:
     """Looks at requests, one stretch after the other."""
 
-    def __init__(self, recipe: Recipe, outline: Outline) -> None:
+    def __init__(self, recipe: Recipe, outline: ModelMetadata) -> None:
         self._outline = outline
         self._policy = recipe.input.image_policy()
         self._chat = ChatPrompt(outline.processor)
         self._constant = recipe.input.prompt.constant
         self._counted: tuple[int, int] | None = None
 
-    def look(self, requests: Iterator[Request], rows: int) -> Stretch:
-        prompts: Counter[Shown] = Counter()
+    def look(self, requests: Iterator[Request], rows: int) -> SampleBlock:
+        prompts: Counter[PromptShape] = Counter()
         refused: Counter[Status] = Counter()
         seen: dict[bytes, Canvas] = {}
         for request in requests:
@@ -178,9 +178,9 @@ class _Looker:
                 prompts[self._shown(request, seen)] += 1
             except BadRow as error:
                 refused[error.status] += 1
-        return Stretch(rows, prompts, refused)
+        return SampleBlock(rows, prompts, refused)
 
-    def _shown(self, request: Request, seen: dict[bytes, Canvas]) -> Shown:
+    def _shown(self, request: Request, seen: dict[bytes, Canvas]) -> PromptShape:
         if request.fault is not None:
             raise request.fault
         data = read_bytes(request.images[0], self._policy)
@@ -190,7 +190,7 @@ class _Looker:
             seen[key] = self._outline.canvas(upright_size(data, self._policy))
             if len(seen) > REMEMBERED:
                 del seen[next(iter(seen))]
-        return Shown(seen[key], *self._text_tokens(request.prompts[0]), is_new)
+        return PromptShape(seen[key], *self._text_tokens(request.prompts[0]), is_new)
 
     def _text_tokens(self, prompt: str) -> tuple[int, int]:
         """Without the image's placeholder, and those before it; of a constant counted once."""
@@ -206,7 +206,7 @@ def spread(files: Sequence[SourceFile], rows: int) -> list[Span]:
     total = int(starts[-1])
     if rows >= total:
         return [Span(file.source, file.fingerprint, 0, file.rows) for file in files if file.rows]
-    count = min(STRETCHES, rows)
+    count = min(SAMPLE_BLOCKS, rows)
     length = max(1, rows // count)
     draw = np.random.default_rng(0)
     spans = []

@@ -1,4 +1,4 @@
-"""`Pace`: the rates of an earlier run, device-seconds by stage for the same model and device.
+"""`MeasuredRates`: device-seconds by stage of an earlier run, for the same model and device.
 
 Stages scale with their operations, decoding with output tokens, what is left with the prompts.
 
@@ -15,12 +15,12 @@ import numpy as np
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.intervals import Range, ratio
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Use
+from gc2ray.core.usage import UsageKind
 from gc2ray.estimate.roofline import (
     audit_share,
     busy_seconds,
 )
-from gc2ray.output.totals import Ledger
+from gc2ray.output.totals import RunTotals
 
 DRIFT = 0.12
 """Half-width, as a share, that a pace has at least: the same run takes so much more or less the
@@ -29,7 +29,7 @@ SCALED_BY_FLOPS = ("encode", "compress", "prefill")
 
 
 @dataclass(frozen=True)
-class Pace:
+class MeasuredRates:
     """How fast a run's workers were.
 
     Attributes:
@@ -54,7 +54,7 @@ class Pace:
     output_tokens: Range
 
     @staticmethod
-    def of(ledger: Ledger) -> Pace:
+    def of(ledger: RunTotals) -> MeasuredRates:
         """The pace of an output's first generation.
 
         Raises:
@@ -73,7 +73,7 @@ class Pace:
             )
         (device,), workers = devices, len(entry.workers)
         busy, once = busy_seconds(total.stage_ns), 1 - audit_share(total)
-        useful = bill.of(Use.USEFUL) or sum(busy.values()) / once
+        useful = bill.of(UsageKind.USEFUL) or sum(busy.values()) / once
         answering = useful * once
         # On a GPU stages overlap, and their sum may be more than the time that passed.
         scale = min(1.0, answering / sum(busy.values()))
@@ -84,7 +84,7 @@ class Pace:
         }
         wall = sum((d.last_seen - d.started).total_seconds() for d in entry.drivers)
         is_known = bool(workers and bill.total_seconds)
-        return Pace(
+        return MeasuredRates(
             device=device,
             per_flop=per_flop,
             per_output_token=scale * busy.get("generate", 0.0) / max(1, total.output_tokens),

@@ -28,7 +28,7 @@ ONE_SIDED_90 = 1.2816
 
 
 @dataclass(frozen=True)
-class Setting:
+class CompressionSetting:
     """A method at a retention.
 
     Attributes:
@@ -49,7 +49,7 @@ class Setting:
         return own.model_copy(update={"method": self.method, "retention": self.retention})
 
 
-WHOLE = Setting("none", 1.0)
+WHOLE = CompressionSetting("none", 1.0)
 """What everything is compared with."""
 
 
@@ -64,7 +64,7 @@ class Trials:
         answers: By setting's name and row key.
     """
 
-    settings: tuple[Setting, ...]
+    settings: tuple[CompressionSetting, ...]
     seconds: np.ndarray
     rows: np.ndarray
     answers: Mapping[str, Mapping[str, Answer]]
@@ -101,7 +101,7 @@ class Measured:
         on_front: No other setting is both faster and better.
     """
 
-    setting: Setting
+    setting: CompressionSetting
     seconds_per_row: float
     speed_up: Interval
     visual_tokens: float
@@ -129,7 +129,7 @@ class Tuning:
     """
 
     measured: tuple[Measured, ...]
-    recommended: Setting | None
+    recommended: CompressionSetting | None
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Question:
+class TuneQuestion:
     """What a tuning is to find out.
 
     Attributes:
@@ -156,7 +156,7 @@ class Question:
     total_rows: int = 0
 
 
-def judge(trials: Trials, question: Question) -> Tuning:
+def judge(trials: Trials, question: TuneQuestion) -> Tuning:
     """What trials say of a target.
 
     Raises:
@@ -168,7 +168,7 @@ def judge(trials: Trials, question: Question) -> Tuning:
     return Tuning(fronted, recommended, verdict)
 
 
-def _measured(trials: Trials, place: int, question: Question) -> Measured:
+def _measured(trials: Trials, place: int, question: TuneQuestion) -> Measured:
     setting = trials.settings[place]
     ours, theirs = trials.answers[setting.name], trials.answers[WHOLE.name]
     keys = [key for key, answer in theirs.items() if answer.status == Status.OK]
@@ -232,7 +232,9 @@ def _fronted(item: Measured, others: Sequence[Measured]) -> Measured:
     return replace(item, on_front=not beaten)
 
 
-def _recommended(found: Sequence[Measured], question: Question) -> tuple[Setting | None, str]:
+def _recommended(
+    found: Sequence[Measured], question: TuneQuestion
+) -> tuple[CompressionSetting | None, str]:
     good = [item for item in found if item.meets]
     if not good:
         best = max(found, key=lambda item: lower(item.quality))

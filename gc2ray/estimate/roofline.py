@@ -45,6 +45,6 @@ def audit_share(stats: RunStats) -> float:
     """Of the time in which a device answered, what second looks at some answers took."""
     seconds = [
         sum(busy_seconds(stage_ns).values())
-        for stage_ns in (stats.stage_ns, stats.audit_ns, stats.escalation_ns)
+        for stage_ns in (stats.stage_ns, stats.audit_uncompressed_ns, stats.escalation_ns)
     ]
     return sum(seconds[1:]) / sum(seconds) if sum(seconds) else 0.0

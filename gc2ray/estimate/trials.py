@@ -19,7 +19,7 @@ import numpy as np
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
-from gc2ray.estimate.recommendation import WHOLE, Setting, Trials
+from gc2ray.estimate.recommendation import WHOLE, CompressionSetting, Trials
 
 RETENTIONS = (0.75, 0.5, 0.25, 0.1, 0.05)
 BLOCKS = 8
@@ -31,14 +31,14 @@ class Answering(Protocol):
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """As `gc2ray.engine.engine.Engine.stream`."""
 
-    def forget(self) -> None:
-        """As `gc2ray.engine.engine.Engine.forget`."""
+    def clear_cache(self) -> None:
+        """As `gc2ray.engine.engine.Engine.clear_cache`."""
 
 
 def measure(
     engine: Answering,
     requests: Sequence[Request],
-    settings: Sequence[Setting],
+    settings: Sequence[CompressionSetting],
     *,
     blocks: int = BLOCKS,
     clock: Callable[[], float] = time.perf_counter,
@@ -71,7 +71,7 @@ def measure(
         # There and back again: of two blocks together no setting came first on average.
         order = order[::-1] if block % 2 else draw.sample(range(len(every)), len(every))
         for place in order:
-            engine.forget()
+            engine.clear_cache()
             started = clock()
             found = _answered(engine, part, every[place])
             seconds[block, place] = clock() - started
@@ -79,9 +79,11 @@ def measure(
     return Trials(every, seconds, np.array([len(part) for part in parts]), answers)
 
 
-def _answered(engine: Answering, part: Sequence[Request], setting: Setting) -> list[Answer]:
-    way = UNCOMPRESSED if setting == WHOLE else setting.name
-    return list(engine.stream(replace(request, way=way) for request in part))
+def _answered(
+    engine: Answering, part: Sequence[Request], setting: CompressionSetting
+) -> list[Answer]:
+    policy = UNCOMPRESSED if setting == WHOLE else setting.name
+    return list(engine.stream(replace(request, policy=policy) for request in part))
 
 
 def references_of(requests: Sequence[Request], column: str) -> dict[str, list[str]]:

@@ -12,14 +12,14 @@ from gc2ray.data.dataset import Source
 from gc2ray.engine.engine import Engine, load_model
 from gc2ray.estimate.hardware import Prices
 from gc2ray.estimate.input_profile import HOST_BYTES, spread
-from gc2ray.estimate.recommendation import Question, Setting, Target, Tuning, judge
+from gc2ray.estimate.recommendation import CompressionSetting, Target, TuneQuestion, Tuning, judge
 from gc2ray.estimate.trials import RETENTIONS, measure, references_of
 
 DEFAULT_AGREEMENT = 0.95
 
 
 @dataclass(frozen=True)
-class Wish:
+class TuneRequest:
     """What a person wants to know.
 
     Attributes:
@@ -55,7 +55,7 @@ class Wish:
         return target
 
 
-def settings_of(job: Job, wish: Wish) -> list[Setting]:
+def settings_of(job: Job, wish: TuneRequest) -> list[CompressionSetting]:
     """What is compared with no compression.
 
     Raises:
@@ -73,11 +73,11 @@ def settings_of(job: Job, wish: Wish) -> list[Setting]:
         for retention in (wish.retentions or RETENTIONS) if settable else (1.0,):
             if not 0 < retention <= 1:
                 raise ConfigError(f"--retention: the fraction KEPT, in (0, 1]; got {retention:g}")
-            settings.append(Setting(method, retention))
+            settings.append(CompressionSetting(method, retention))
     return settings
 
 
-def tuned(job: Job, wish: Wish) -> Tuning:
+def tuned(job: Job, wish: TuneRequest) -> Tuning:
     """Measure, and judge.
 
     Raises:
@@ -96,12 +96,12 @@ def tuned(job: Job, wish: Wish) -> Tuning:
     except ShardError as error:
         raise ConfigError(f"recipe.input: {error}") from error
     own = job.recipe.compression
-    ways = {setting.name: setting.config(own) for setting in settings}
-    engine = Engine(load_model(job.recipe, job.cluster), job.recipe, job.cluster, ways=ways)
+    policies = {setting.name: setting.config(own) for setting in settings}
+    engine = Engine(load_model(job.recipe, job.cluster), job.recipe, job.cluster, policies=policies)
     price = wish.prices.of(engine.device)
     if target.budget_usd is not None and price is None:
         raise ConfigError(f"--budget-usd: no price of {engine.device} is known; --usd-per-hour")
     trials = measure(engine, requests, settings)
     references = references_of(requests, wish.reference) if wish.reference else {}
     total = sum(file.rows for file in files)
-    return judge(trials, Question(target, references, usd_per_hour=price, total_rows=total))
+    return judge(trials, TuneQuestion(target, references, usd_per_hour=price, total_rows=total))

@@ -1,4 +1,4 @@
-"""`Forecast`: what the prompts of an input will ask of a device at one retention.
+"""`Workload`: what the prompts of an input will ask of a device at one retention.
 
 Tokens before compression follow from the images' sizes. Tokens after it lie within bounds that hold
 whatever the scores (`Compressor.bounds`), newlines within those that follow from them.
@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.policy import Way
+from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Range
 from gc2ray.core.stats import RunStats
-from gc2ray.estimate.input_profile import Shown, Survey
-from gc2ray.models.base import Outline
+from gc2ray.estimate.input_profile import InputProfile, PromptShape
+from gc2ray.models.base import ModelMetadata
 from gc2ray.models.flops import AnswerTokens, demand_of
 
 Ends = tuple[RunStats, RunStats, RunStats]
@@ -33,7 +33,7 @@ DISAGREEING = (0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
-class Kept:
+class TokenBounds:
     """What is left of an image.
 
     Attributes:
@@ -45,14 +45,14 @@ class Kept:
     newlines: Range
 
     @staticmethod
-    def of(canvas: Canvas, compression: CompressionConfig) -> Kept:
+    def of(canvas: Canvas, compression: CompressionConfig) -> TokenBounds:
         """By an image's geometry alone."""
-        low, high = Way.of(compression).compressor.bounds(canvas)
+        low, high = CompressionPolicy.of(compression).compressor.bounds(canvas)
         visual = Range(low, (low + high) / 2, high)
         if compression.newlines == "none":
-            return Kept(visual, Range.exactly(0))
+            return TokenBounds(visual, Range.exactly(0))
         if compression.newlines == "all" or low == sum(canvas.tokens_per_view()):
-            return Kept(visual, Range.exactly(canvas.newlines))
+            return TokenBounds(visual, Range.exactly(canvas.newlines))
         thumbnail = canvas.tokens_per_view()[0]
         share = compression.retention_requested
         of_crops = [max(0.0, end - thumbnail * share) for end in (low, (low + high) / 2, high)]
@@ -61,11 +61,11 @@ class Kept:
         # Tokens that fall on rows at random leave each row empty with (1 - 1/rows)^tokens.
         filled = canvas.height * (1 - (1 - 1 / max(1, canvas.height)) ** of_crops[1])
         most = rows if compression.method == "globalcom2-reference" else canvas.height
-        return Kept(visual, Range(min(fewest, filled), filled, most))
+        return TokenBounds(visual, Range(min(fewest, filled), filled, most))
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Workload:
     """What all prompts ask for at one retention.
 
     Attributes:
@@ -96,7 +96,7 @@ class Forecast:
         low, mid, high = self.ends
         return {s: Range(low.flops[s], mid.flops[s], high.flops[s]) for s in mid.flops}
 
-    def audited(self, share: float, whole: Forecast, rungs: Sequence[Forecast]) -> Forecast:
+    def audited(self, share: float, whole: Workload, rungs: Sequence[Workload]) -> Workload:
         """The same, with a second look at some answers.
 
         Args:
@@ -114,7 +114,9 @@ class Forecast:
         return replace(self, audits=(low, mid, high))
 
 
-def forecast(survey: Survey, outline: Outline, recipe: Recipe, output_tokens: Range) -> Forecast:
+def forecast_workload(
+    survey: InputProfile, outline: ModelMetadata, recipe: Recipe, output_tokens: Range
+) -> Workload:
     """What an input asks for.
 
     Args:
@@ -139,7 +141,7 @@ def forecast(survey: Survey, outline: Outline, recipe: Recipe, output_tokens: Ra
 
     totals = {name: total(name) for name in _MEASURES}
     prompts = totals["prompts"]
-    return Forecast(
+    return Workload(
         method=recipe.compression.method,
         retention=recipe.compression.retention_requested,
         visual_tokens=totals["visual"],
@@ -165,21 +167,21 @@ _MEASURES = (
 class _Rows:
     """What single prompts ask for."""
 
-    def __init__(self, outline: Outline, recipe: Recipe, output_tokens: Range) -> None:
+    def __init__(self, outline: ModelMetadata, recipe: Recipe, output_tokens: Range) -> None:
         self._shape = outline.shape
         self._compression = recipe.compression
         self._new = recipe.generation.max_new_tokens
         self._output = output_tokens
         self._limit = outline.shape.text.max_positions
-        self._kept: dict[Canvas, Kept] = {}
+        self._kept: dict[Canvas, TokenBounds] = {}
 
-    def kept(self, canvas: Canvas) -> Kept:
+    def kept(self, canvas: Canvas) -> TokenBounds:
         found = self._kept.get(canvas)
         if found is None:
-            found = self._kept[canvas] = Kept.of(canvas, self._compression)
+            found = self._kept[canvas] = TokenBounds.of(canvas, self._compression)
         return found
 
-    def measures(self, shown: Shown) -> np.ndarray:
+    def measures(self, shown: PromptShape) -> np.ndarray:
         """`_MEASURES` at each end, float64 (3, M)."""
         kept = self.kept(shown.canvas)
         ends = zip(*(_ends(r) for r in (kept.visual, kept.newlines, self._output)), strict=True)
@@ -190,12 +192,12 @@ class _Rows:
             [self._one(shown, *end, shares=it and not shown.is_new) for end, it in found]
         )
 
-    def longest(self, shown: Shown) -> int:
+    def longest(self, shown: PromptShape) -> int:
         kept = self.kept(shown.canvas)
         return math.ceil(shown.text_tokens + kept.visual.high + kept.newlines.high) + self._new
 
     def _one(
-        self, shown: Shown, visual: float, newlines: float, output: float, *, shares: bool
+        self, shown: PromptShape, visual: float, newlines: float, output: float, *, shares: bool
     ) -> list[float]:
         image = round(visual + newlines)
         prompt = shown.text_tokens + image
@@ -211,7 +213,7 @@ class _Rows:
         too_long = float(self._stop(shown, prompt) + self._new > self._limit)
         return [*stages, demand.cache_read_bytes, visual, newlines, prompt, output, 1.0, too_long]
 
-    def _stop(self, shown: Shown, prompt: int) -> int:
+    def _stop(self, shown: PromptShape, prompt: int) -> int:
         """Behind the last position of a prompt."""
         if self._compression.positions == "compact":
             return prompt

@@ -1,4 +1,4 @@
-"""What a model architecture brings: `Family`, the only code that knows a model's insides.
+"""What a model architecture brings: `ModelAdapter`, the only code that knows a model's insides.
 
 `Prompt` is what the language model then reads.
 """
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 from torch import Tensor, device
 
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.models.image_processor import AnyRes, Tiles
 from gc2ray.models.shape import ModelShape, Needs
 
 
-class Family(Protocol):
+class ModelAdapter(Protocol):
     """Vision side, projector and text table of a loaded model.
 
     Attributes:
@@ -54,7 +54,7 @@ class Family(Protocol):
         self,
         token_ids: Sequence[int],
         images: Sequence[Tensor],
-        places: Sequence[Places | None] = (),
+        places: Sequence[OriginalPositions | None] = (),
     ) -> Prompt:
         """Put packed images where the token ids have their image placeholders.
 
@@ -67,7 +67,7 @@ class Family(Protocol):
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelMetadata:
     """What is known of a model without its weights: enough to count what rows will cost.
 
     Attributes:
@@ -90,7 +90,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model in memory.
 
     Attributes:
@@ -104,7 +104,7 @@ class Loaded:
 
     model: Any
     processor: Any
-    family: Family
+    family: ModelAdapter
     end_tokens: tuple[int, ...]
     digest: str = ""
 

@@ -18,7 +18,7 @@ from gc2ray.core.records import Demand
 from gc2ray.models.shape import ModelShape, TextModel, cached_reads
 
 
-class Run(Enum):
+class ExecutionMode(Enum):
     """Who runs a model; see the module."""
 
     GC2RAY = "gc2ray"
@@ -57,14 +57,16 @@ class AnswerTokens:
         )
 
 
-def matmul_flops(shape: ModelShape, tokens: AnswerTokens, run: Run = Run.GC2RAY) -> dict[str, int]:
+def matmul_flops(
+    shape: ModelShape, tokens: AnswerTokens, run: ExecutionMode = ExecutionMode.GC2RAY
+) -> dict[str, int]:
     """Operations of an answer's matrix products, by stage: `stats.STAGES` but `image`.
 
     `encode` is the tower, `compress` the projector, which runs after the selection, `prefill` the
     prompt up to the first new token, `generate` the others.
     """
     tower, text = shape.tower, shape.text
-    ours = run is Run.GC2RAY
+    ours = run is ExecutionMode.GC2RAY
     prefill = (
         text.needed_prefill(tokens.prompt, tokens.shared)
         if ours

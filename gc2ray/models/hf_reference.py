@@ -32,11 +32,11 @@ from transformers.utils.logging import (
 
 from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
-from gc2ray.models.base import Loaded, Prompt
+from gc2ray.models.base import LoadedModel, Prompt
 from gc2ray.models.loading import without_load_report
 
 
-def stock_inputs(loaded: Loaded, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+def stock_inputs(loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
     """The processor's model inputs; `texts` are rendered chat prompts with `<image>` in them."""
     processor = loaded.processor
     bos = processor.tokenizer.bos_token
@@ -53,7 +53,7 @@ def stock_inputs(loaded: Loaded, images: Sequence[Image.Image], texts: Sequence[
 
 
 @torch.inference_mode()
-def stock_logits(loaded: Loaded, image: Image.Image, text: str) -> Tensor:
+def stock_logits(loaded: LoadedModel, image: Image.Image, text: str) -> Tensor:
     """Logits of the token after the prompt, (vocabulary,)."""
     inputs = stock_inputs(loaded, [image], [text])
     logits: Tensor = loaded.model(**inputs, logits_to_keep=1).logits[0, -1]
@@ -62,7 +62,7 @@ def stock_logits(loaded: Loaded, image: Image.Image, text: str) -> Tensor:
 
 @torch.inference_mode()
 def stock_generate(
-    loaded: Loaded, images: Sequence[Image.Image], texts: Sequence[str], max_new_tokens: int
+    loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers of one padded batch; per row the new tokens, padding behind the end kept."""
     inputs = stock_inputs(loaded, images, texts)
@@ -72,7 +72,7 @@ def stock_generate(
 
 
 @torch.inference_mode()
-def prompt_logits(loaded: Loaded, prompt: Prompt) -> Tensor:
+def prompt_logits(loaded: LoadedModel, prompt: Prompt) -> Tensor:
     """Logits of the token after one of our prompts, (vocabulary,)."""
     placed: dict[str, Tensor] = {}
     if prompt.positions is not None:

@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_files
 
 from gc2ray.core.config.generation import NOTHING, TakenOver
 from gc2ray.core.errors import ConfigError
-from gc2ray.models.base import Loaded, Outline
+from gc2ray.models.base import LoadedModel, ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.consistency import FILES, Checkpoint, check, check_directory
 from gc2ray.models.registry import FAMILIES
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def load(
     path: str, *, revision: str | None, dtype: str, device: str, taken_over: TakenOver = NOTHING
-) -> Loaded:
+) -> LoadedModel:
     """Load a checkpoint from a directory or the Hugging Face hub.
 
     Args:
@@ -61,10 +61,10 @@ def load(
     with _loading(path):
         family = FAMILIES[config.model_type](model, processor)
         family.freeze()
-    return Loaded(model, processor, family, found.ends)
+    return LoadedModel(model, processor, family, found.ends)
 
 
-def outline(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> Outline:
+def load_metadata(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> ModelMetadata:
     """What a checkpoint's directory says of the model, without its weights.
 
     Raises:

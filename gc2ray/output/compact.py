@@ -24,7 +24,7 @@ from gc2ray import __version__
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.schema import answer_schema
 from gc2ray.data.store import Store
-from gc2ray.output.run_directory import Generation
+from gc2ray.output.run_directory import RetryRound
 from gc2ray.output.verify import Verdict, verify
 
 FILE_BYTES = 512 << 20
@@ -141,7 +141,7 @@ def _check_own(target: Store, name: str, sha256: str) -> None:
         raise ConfigError(f"{target.uri}: {name} is there already: somebody else writes here too")
 
 
-def _schema(first: Generation) -> pa.Schema:
+def _schema(first: RetryRound) -> pa.Schema:
     """The parts' schema; what its metadata says is the run's, not a part's."""
     recipe = json.dumps(first.run.recipe.model_dump(mode="json"))
     about = {"gc2ray.run": first.plan.recipe_fingerprint, "gc2ray.recipe": recipe}

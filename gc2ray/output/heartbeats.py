@@ -1,4 +1,4 @@
-"""`Lease`: a driver's record in the output directory, rewritten while it lives.
+"""`Heartbeat`: a driver's record in the output directory, rewritten while it lives.
 
 It says who is at work and what became of the workers' time so far. A second driver on the same
 output sees it and says so. Nothing depends on it: parts are created, never overwritten, so two
@@ -23,11 +23,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from gc2ray.core.errors import STORAGE_ERRORS
-from gc2ray.core.usage import Bill
+from gc2ray.core.usage import Usage
 from gc2ray.data.store import Store
 
 HEARTBEAT_SECONDS = 10.0
-LEASE_SECONDS = 35.0
+ALIVE_SECONDS = 35.0
 """A driver that was not seen for so long is gone: three heartbeats and a slow write."""
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class DriverRecord:
     started: datetime
     last_seen: datetime
     has_ended: bool = False
-    bill: Bill = field(default_factory=Bill)
+    bill: Usage = field(default_factory=Usage)
 
     @property
     def name(self) -> str:
@@ -88,17 +88,17 @@ class DriverRecord:
             started=datetime.fromisoformat(content["started"]),
             last_seen=datetime.fromisoformat(content["last_seen"]),
             has_ended=content["has_ended"],
-            bill=Bill.from_dict(content["device_seconds"]),
+            bill=Usage.from_dict(content["device_seconds"]),
         )
 
     def is_at_work(self, now: datetime) -> bool:
         """Whether it seems to live: on this host its process tells, elsewhere the time."""
-        if self.has_ended or (now - self.last_seen).total_seconds() > LEASE_SECONDS:
+        if self.has_ended or (now - self.last_seen).total_seconds() > ALIVE_SECONDS:
             return False
         return self.host != socket.gethostname() or _is_alive(self.pid)
 
 
-class Lease:
+class Heartbeat:
     """Keeps a driver's record; a context manager.
 
     Args:
@@ -106,7 +106,7 @@ class Lease:
         bill: What became of the workers' time so far; called on another thread.
     """
 
-    def __init__(self, store: Store, bill: Callable[[], Bill]) -> None:
+    def __init__(self, store: Store, bill: Callable[[], Usage]) -> None:
         now = datetime.now(UTC)
         self._store = store
         self._bill = bill

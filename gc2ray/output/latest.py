@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, runs
-from gc2ray.output.run_directory import Generation
+from gc2ray.output.run_directory import RetryRound
 
 MERGED_BY = ("source", "row", "prompt_index", "status", "generation")
 """Columns that tell which answer is the latest."""
@@ -32,7 +32,7 @@ class Latest:
             committed, (shards,).
     """
 
-    def __init__(self, generations: Sequence[tuple[Generation, Booleans]]) -> None:
+    def __init__(self, generations: Sequence[tuple[RetryRound, Booleans]]) -> None:
         (first, self._committed), *retries = generations
         self._first = first
         self._retries = [_Retried.of(first, retry, done) for retry, done in retries]
@@ -97,12 +97,12 @@ class Latest:
 class _Retried(NamedTuple):
     """Which committed shards of a retry have rows of which shards of generation 0, in pairs."""
 
-    generation: Generation
+    generation: RetryRound
     owners: Integers  # of generation 0, ascending
     shards: Integers  # of the retry
 
     @staticmethod
-    def of(first: Generation, retry: Generation, committed: Booleans) -> _Retried:
+    def of(first: RetryRound, retry: RetryRound, committed: Booleans) -> _Retried:
         """The pairs of a retry."""
         spans = retry.plan.shards.spans
         found = np.stack([owners(first.plan.shards, retry.plan.shards), spans.shard])

@@ -24,11 +24,11 @@ from gc2ray.core.shards import Integers, Shard, row_key
 from gc2ray.core.stats import RunStats
 from gc2ray.data.parquet_footer import open_parquet
 from gc2ray.data.store import PartFooter
-from gc2ray.output.run_directory import Generation
+from gc2ray.output.run_directory import RetryRound
 
 
 @dataclass(frozen=True)
-class Inspection:
+class PartCheck:
     """What was found: rows and statistics of a part that is good, or its problem."""
 
     rows: int = 0
@@ -36,7 +36,7 @@ class Inspection:
     problem: str | None = None
 
 
-def inspect(generation: Generation, index: int, *, deep: bool) -> Inspection:
+def check_part(generation: RetryRound, index: int, *, deep: bool) -> PartCheck:
     """Hold a shard's part against the plan.
 
     Args:
@@ -59,17 +59,17 @@ def inspect(generation: Generation, index: int, *, deep: bool) -> Inspection:
     problem = next(_footer_problems(generation, shard, footer, metadata), None)
     if deep and problem is None:
         problem = next(_content_problems(generation, shard, footer), None)
-    return _bad(generation, shard, problem) if problem else Inspection(footer.rows, footer.stats)
+    return _bad(generation, shard, problem) if problem else PartCheck(footer.rows, footer.stats)
 
 
-def _bad(generation: Generation, shard: Shard, problem: str) -> Inspection:
+def _bad(generation: RetryRound, shard: Shard, problem: str) -> PartCheck:
     name = generation.name(shard.part_name)
     again = "run again" if generation.number == 0 else "retry again"
-    return Inspection(problem=f"{name}: {problem}; move it away, and {again}")
+    return PartCheck(problem=f"{name}: {problem}; move it away, and {again}")
 
 
 def _footer_problems(
-    generation: Generation, shard: Shard, footer: PartFooter, metadata: pq.FileMetaData
+    generation: RetryRound, shard: Shard, footer: PartFooter, metadata: pq.FileMetaData
 ) -> Iterator[str]:
     plan = generation.plan
     if footer.sid != shard.sid:
@@ -97,7 +97,7 @@ def _shown(item: pa.Field) -> str:
     return f"{item.name!r} {item.type}{'' if item.nullable else ' not null'}"
 
 
-def _content_problems(generation: Generation, shard: Shard, footer: PartFooter) -> Iterator[str]:
+def _content_problems(generation: RetryRound, shard: Shard, footer: PartFooter) -> Iterator[str]:
     data = generation.store.read(shard.part_name)
     if data is None:
         yield "vanished while it was read"

@@ -20,7 +20,7 @@ from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import Booleans, SourceFile, digest
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Bill
+from gc2ray.core.usage import Usage
 from gc2ray.data.column_types import holds
 from gc2ray.data.store import Store, part_index
 from gc2ray.output.heartbeats import driver_records
@@ -83,7 +83,7 @@ class Outcome:
     planned_rows: int
     stats: RunStats
     dead: tuple[str, ...] = ()
-    bill: Bill = field(default_factory=Bill)
+    bill: Usage = field(default_factory=Usage)
     errors: tuple[str, ...] = ()
     judged: Judged | None = None
 
@@ -251,7 +251,7 @@ def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
         planned_rows=plan.rows,
         stats=committed.stats,
         dead=_dead_letters(store, plan, missing),
-        bill=sum((record.bill for record in driver_records(store)), Bill()),
+        bill=sum((record.bill for record in driver_records(store)), Usage()),
         errors=tuple(islice(_errors(store, committed.failed), FIRST_ERRORS)),
     )
 

@@ -24,7 +24,7 @@ from gc2ray.data.store import Store
 from gc2ray.output.latest import MERGED_BY, Latest, places, spans_where
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
-from gc2ray.output.run_directory import generation_store
+from gc2ray.output.run_directory import round_store
 from gc2ray.output.verify import Checked, Verdict, verify
 
 DEAD = "dead"
@@ -89,7 +89,7 @@ def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | Non
     wanted = retry_plan(verdict, failures)
     if wanted is None:
         return None
-    store = generation_store(output, number + 1)
+    store = round_store(output, number + 1)
     return Retry(output, number + 1, store, recipe, wanted, begun=False)
 
 

@@ -37,7 +37,7 @@ _RETRY = re.compile(rf"{RETRIES}/g([1-9]\d*)$")
 
 
 @dataclass(frozen=True, eq=False)
-class Generation:
+class RetryRound:
     """A run that was begun: its plan is frozen.
 
     Attributes:
@@ -65,7 +65,7 @@ def object_name(number: int, name: str = "") -> str:
     return "/".join(part for part in (folder, name) if part)
 
 
-def generation_store(output: str, number: int) -> Store:
+def round_store(output: str, number: int) -> Store:
     """The directory of a generation of an output."""
     return Store(f"{output.rstrip('/')}/{object_name(number)}" if number else output)
 
@@ -99,18 +99,18 @@ def stored_digest(store: Store) -> str | None:
         raise ConfigError(f"{MODEL_NAME}: not written by gc2ray, or damaged") from error
 
 
-def open_generation(output: str, number: int) -> Generation | None:
+def open_round(output: str, number: int) -> RetryRound | None:
     """A generation of an output; None where it was not begun.
 
     Raises:
         ConfigError: `run.json`, the plan or `model.json` is damaged; the message begins with its
             name.
     """
-    store = generation_store(output, number)
+    store = round_store(output, number)
     run = stored_run(store)
     if run is None:
         return None
-    return Generation(number, store, run, frozen_plan(store, run), stored_digest(store))
+    return RetryRound(number, store, run, frozen_plan(store, run), stored_digest(store))
 
 
 def frozen_plan(store: Store, run: Run) -> Plan:

@@ -1,4 +1,4 @@
-"""`Ledger`: what the footers and records of an output say, read once and kept small.
+"""`RunTotals`: what the footers and records of an output say, read once and kept small.
 
 Nothing is kept per row or per part: statistics are added up as footers come, in a few groups so
 that they tell their spread, and over time in buckets that widen. Runs of any size fit.
@@ -22,16 +22,16 @@ from typing import Any
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Bill
+from gc2ray.core.usage import Usage
 from gc2ray.data.store import READ_THREADS, PartFooter, Store
 from gc2ray.output.heartbeats import DriverRecord, WorkerRecord, driver_records
-from gc2ray.output.run_directory import RUN_NAME, Run, generation_store, retry_numbers, stored_run
+from gc2ray.output.run_directory import RUN_NAME, Run, retry_numbers, round_store, stored_run
 
 GROUPS = 64
 """Parts are added up in so many groups, in turn: enough for a bootstrap."""
 BUCKETS = 200
 AHEAD = 4 * READ_THREADS
-MOST_LETTERS = 20
+MOST_DEAD_LETTERS = 20
 """Dead letters that are read; the others are counted."""
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Timeline:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class RoundTotals:
     """A generation in the ledger.
 
     Attributes:
@@ -107,7 +107,7 @@ class Entry:
         timeline: Over time, as far as parts tell when they were written.
         workers: Its worker processes.
         drivers: Its drivers.
-        letters: Why shards were given up, as shard and reason; at most `MOST_LETTERS`.
+        letters: Why shards were given up, as shard and reason; at most `MOST_DEAD_LETTERS`.
         letter_count: All of them, those of shards that were committed later included.
     """
 
@@ -124,13 +124,13 @@ class Entry:
     letter_count: int
 
     @property
-    def bill(self) -> Bill:
+    def bill(self) -> Usage:
         """What became of the workers' time, as far as drivers tell."""
-        return sum((record.bill for record in self.drivers), Bill())
+        return sum((record.bill for record in self.drivers), Usage())
 
 
 @dataclass(frozen=True, eq=False)
-class Ledger:
+class RunTotals:
     """What an output says.
 
     Attributes:
@@ -139,7 +139,7 @@ class Ledger:
     """
 
     output: str
-    entries: tuple[Entry, ...]
+    entries: tuple[RoundTotals, ...]
 
     @property
     def run(self) -> Run:
@@ -152,9 +152,9 @@ class Ledger:
         return sum((entry.stats for entry in self.entries), RunStats())
 
     @property
-    def bill(self) -> Bill:
+    def bill(self) -> Usage:
         """Of all generations."""
-        return sum((entry.bill for entry in self.entries), Bill())
+        return sum((entry.bill for entry in self.entries), Usage())
 
     @property
     def workers(self) -> tuple[WorkerRecord, ...]:
@@ -167,7 +167,7 @@ class Ledger:
         return next((worker.model_shape for worker in self.workers if worker.model_shape), None)
 
 
-def read_ledger(output: str, tick: Callable[[int], None] = lambda _: None) -> Ledger:
+def read_totals(output: str, tick: Callable[[int], None] = lambda _: None) -> RunTotals:
     """Read what an output says.
 
     Args:
@@ -178,16 +178,16 @@ def read_ledger(output: str, tick: Callable[[int], None] = lambda _: None) -> Le
         ConfigError: There is no run, or something in it is damaged.
         OSError: The storage does not answer.
     """
-    first = generation_store(output, 0)
+    first = round_store(output, 0)
     first.check_usable(writing=False)
     if stored_run(first) is None:
         raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
     numbers = [0, *retry_numbers(first.names("retries"))]
-    found = (_entry(generation_store(output, number), number, tick) for number in numbers)
-    return Ledger(output, tuple(entry for entry in found if entry is not None))
+    found = (_entry(round_store(output, number), number, tick) for number in numbers)
+    return RunTotals(output, tuple(entry for entry in found if entry is not None))
 
 
-def _entry(store: Store, number: int, tick: Callable[[int], None]) -> Entry | None:
+def _entry(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotals | None:
     run = stored_run(store)
     if run is None:
         return None
@@ -207,7 +207,7 @@ def _entry(store: Store, number: int, tick: Callable[[int], None]) -> Entry | No
             timeline.add(footer.written, moment)
         tick(1)
     letters = store.names("dead")
-    return Entry(
+    return RoundTotals(
         number=number,
         run=run,
         parts=len(names),
@@ -217,7 +217,7 @@ def _entry(store: Store, number: int, tick: Callable[[int], None]) -> Entry | No
         timeline=timeline,
         workers=tuple(_workers(store)),
         drivers=tuple(driver_records(store)),
-        letters=tuple(_letters(store, letters[:MOST_LETTERS])),
+        letters=tuple(_dead_letters(store, letters[:MOST_DEAD_LETTERS])),
         letter_count=len(letters),
     )
 
@@ -242,7 +242,7 @@ def _workers(store: Store) -> Iterator[WorkerRecord]:
             log.warning("%s: %s is not a record that gc2ray wrote", store.uri, name)
 
 
-def _letters(store: Store, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _dead_letters(store: Store, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         try:
             content: Any = json.loads(store.read(name) or b"")

@@ -20,15 +20,15 @@ from gc2ray.core.shards import Booleans, Integers, runs
 from gc2ray.core.stats import RunStats
 from gc2ray.data.store import Store, part_index
 from gc2ray.output.latest import Latest, owners
-from gc2ray.output.part_checks import Inspection, inspect
+from gc2ray.output.part_checks import PartCheck, check_part
 from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.run_directory import (
     MODEL_NAME,
     RETRIES,
     RUN_NAME,
-    Generation,
+    RetryRound,
     object_name,
-    open_generation,
+    open_round,
     retry_numbers,
     stored_run,
 )
@@ -54,7 +54,7 @@ class Checked:
         notes: What is worth knowing, and not wrong.
     """
 
-    generation: Generation
+    generation: RetryRound
     committed: Booleans
     given_up: Booleans
     failed: Integers
@@ -127,7 +127,7 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
     checked: list[Checked] = []
     for number in (0, *numbers):
         try:
-            generation = open_generation(output, number)
+            generation = open_round(output, number)
         except ConfigError as error:
             damage.append(object_name(number, str(error)))
             if number == 0:
@@ -159,7 +159,7 @@ def latest_of(generations: Sequence[Checked]) -> Latest:
     return Latest([(found.generation, found.committed) for found in generations])
 
 
-def _strayed(first: Generation, retry: Generation) -> Iterator[str]:
+def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
     """What a retry has that is not of generation 0."""
     run = retry.name(RUN_NAME)
     if retry.plan.recipe_fingerprint != first.plan.recipe_fingerprint:
@@ -170,7 +170,7 @@ def _strayed(first: Generation, retry: Generation) -> Iterator[str]:
         yield f"{retry.name(PLAN_NAME)}: plans rows that {PLAN_NAME} does not; move it away"
 
 
-def _check(generation: Generation, *, deep: bool) -> Checked:
+def _check(generation: RetryRound, *, deep: bool) -> Checked:
     shards = generation.plan.shards
     problems = list(_plan_problems(generation))
     parts: list[int] = []
@@ -201,7 +201,7 @@ def _check(generation: Generation, *, deep: bool) -> Checked:
     )
 
 
-def _plan_problems(generation: Generation) -> Iterator[str]:
+def _plan_problems(generation: RetryRound) -> Iterator[str]:
     """What a plan with the right digest may still have."""
     plan, run = generation.plan, generation.run
     if run.recipe.fingerprint() != plan.recipe_fingerprint:
@@ -217,7 +217,7 @@ def _plan_problems(generation: Generation) -> Iterator[str]:
         yield f"{generation.name(PLAN_NAME)}: {name} is planned twice"
 
 
-def _planned(generation: Generation, name: str) -> int | None:
+def _planned(generation: RetryRound, name: str) -> int | None:
     """The index of the shard whose part has a name; None if none has."""
     shards = generation.plan.shards
     try:
@@ -228,18 +228,18 @@ def _planned(generation: Generation, name: str) -> int | None:
 
 
 def _inspected(
-    generation: Generation, parts: Sequence[int], *, deep: bool
-) -> Iterator[tuple[int, Inspection]]:
+    generation: RetryRound, parts: Sequence[int], *, deep: bool
+) -> Iterator[tuple[int, PartCheck]]:
     """Inspections of parts, in their order."""
     threads = READ_THREADS if deep else FOOTER_THREADS
     with ThreadPoolExecutor(threads, "gc2ray-verify") as pool:
         for start in range(0, len(parts), AT_A_TIME):
             some = parts[start : start + AT_A_TIME]
-            found = pool.map(lambda index: inspect(generation, index, deep=deep), some)
+            found = pool.map(lambda index: check_part(generation, index, deep=deep), some)
             yield from zip(some, found, strict=True)
 
 
-def _notes(generation: Generation, revived: int) -> Iterator[str]:
+def _notes(generation: RetryRound, revived: int) -> Iterator[str]:
     if revived:
         name = generation.name("dead")
         yield f"{name}: {revived} shards were given up, and committed later"

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gc2ray.core.stats import RETENTION_BUCKETS
-from gc2ray.report.summary import Change
+from gc2ray.report.summary import BeforeAfter
 
 INK, FAINT = "#010203", "#040506"
 BEFORE, AFTER, THIRD = "#070809", "#0a0b0c", "#0d0e0f"
@@ -74,7 +74,7 @@ def bars(title: str, unit: str, values: Mapping[str, float]) -> str:
     return _svg(title, 0.9 + ROW * len(values), draw)
 
 
-def changes(title: str, unit: str, values: Mapping[str, Change]) -> str:
+def changes(title: str, unit: str, values: Mapping[str, BeforeAfter]) -> str:
     """Pairs of horizontal bars: before and after compression."""
 
     def draw(axes: Axes) -> None:

@@ -13,7 +13,7 @@ from gc2ray.estimate.hardware import Hardware, Prices, find_hardware
 from gc2ray.estimate.roofline import ROOFLINE_SHARE, busy_seconds, roofline_seconds
 from gc2ray.models.shape import ModelShape
 from gc2ray.output.heartbeats import WorkerRecord
-from gc2ray.output.totals import Ledger
+from gc2ray.output.totals import RunTotals
 
 log = logging.getLogger(__name__)
 HOUR = 3600.0
@@ -66,7 +66,7 @@ def _devices(workers: Sequence[WorkerRecord], prices: Prices) -> tuple[DeviceTim
     )
 
 
-def _bill(ledger: Ledger, devices: Sequence[DeviceTime]) -> dict[str, float]:
+def _bill(ledger: RunTotals, devices: Sequence[DeviceTime]) -> dict[str, float]:
     """By use; what workers lived beyond what drivers tell is nobody's."""
     bill = {str(use): seconds for use, seconds in ledger.bill.seconds.items()}
     beyond = sum(device.seconds for device in devices) - sum(bill.values())
@@ -104,7 +104,7 @@ def _saved(stats: RunStats, answering: float) -> Range | None:
 
 
 def _what_if(
-    ledger: Ledger, stats: RunStats, answering: float, table: Sequence[Hardware]
+    ledger: RunTotals, stats: RunStats, answering: float, table: Sequence[Hardware]
 ) -> tuple[WhatIf, ...]:
     shape = _shape(ledger)
     if shape is None or not stats.flops:
@@ -127,7 +127,7 @@ def _what_if(
     return tuple(found)
 
 
-def _shape(ledger: Ledger) -> ModelShape | None:
+def _shape(ledger: RunTotals) -> ModelShape | None:
     """Of the model, as the first worker says that does."""
     noted = ledger.model_shape
     if noted is None:

@@ -15,7 +15,7 @@ import yaml
 
 from gc2ray import __version__
 from gc2ray.core.format import duration, money, precise
-from gc2ray.core.usage import Use
+from gc2ray.core.usage import UsageKind
 from gc2ray.data.store import Store
 from gc2ray.report.costs import HOUR
 from gc2ray.report.page import KWH_JOULES, templates
@@ -112,7 +112,7 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
 
 def _costs(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.device_seconds:
-        useful = summary.bill.get(str(Use.USEFUL), 0.0)
+        useful = summary.bill.get(str(UsageKind.USEFUL), 0.0)
         total = duration(summary.device_seconds / HOUR)
         yield "device time", f"{total}, {duration(useful / HOUR)} of it useful"
     if summary.devices:

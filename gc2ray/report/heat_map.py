@@ -34,7 +34,7 @@ ALONE_INCHES, ALONE_DOTS, ALONE_POINTS = 5.0, 120, 18
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
+class TokenMap:
     """An image as a method saw it.
 
     Attributes:
@@ -78,7 +78,7 @@ class Panel:
     webp: bytes
 
 
-def heat_map(looked: Looked) -> bytes:
+def heat_map(looked: TokenMap) -> bytes:
     """The picture, as PNG."""
     lines = [line for text in looked.captions for line in textwrap.wrap(_drawable(text), LINE)]
     panel = _height(looked, WIDTH_INCHES / 2)
@@ -94,7 +94,7 @@ def heat_map(looked: Looked) -> bytes:
     return sink.getvalue()
 
 
-def panels(looked: Looked) -> Iterator[Panel]:
+def panels(looked: TokenMap) -> Iterator[Panel]:
     """Each of the four alone, without words around it."""
     for draw in _PANELS:
         figure = Figure(figsize=(ALONE_INCHES, _height(looked, ALONE_INCHES)))
@@ -109,18 +109,18 @@ def panels(looked: Looked) -> Iterator[Panel]:
         yield Panel(title, sink.getvalue())
 
 
-def _height(looked: Looked, width_inches: float) -> float:
+def _height(looked: TokenMap, width_inches: float) -> float:
     """Inches of a panel so wide."""
     rows, columns = looked.image.shape[:2]
     return float(np.clip(width_inches * rows / columns, *PANEL_INCHES))
 
 
-def _image(axes: Axes, looked: Looked) -> str:
+def _image(axes: Axes, looked: TokenMap) -> str:
     axes.imshow(looked.image)
     return f"image, {looked.image.shape[1]} x {looked.image.shape[0]} pixels"
 
 
-def _commander(axes: Axes, looked: Looked) -> str:
+def _commander(axes: Axes, looked: TokenMap) -> str:
     height, width = looked.image.shape[:2]
     axes.imshow(looked.image, extent=(0, width, height, 0))
     scores = looked.scores.reshape(looked.canvas.side)
@@ -129,7 +129,7 @@ def _commander(axes: Axes, looked: Looked) -> str:
     return f"the thumbnail's scores, the commander: {low} (dark) to {high} (yellow)"
 
 
-def _budgets(axes: Axes, looked: Looked) -> str:
+def _budgets(axes: Axes, looked: TokenMap) -> str:
     """The share that each crop keeps of its own tokens."""
     thumbnail, *full = looked.canvas.tokens_per_view()
     kept = looked.kept_per_view
@@ -145,7 +145,7 @@ def _budgets(axes: Axes, looked: Looked) -> str:
     return f"kept of each crop; of the thumbnail {kept[0]} of {thumbnail}"
 
 
-def _kept(axes: Axes, looked: Looked) -> str:
+def _kept(axes: Axes, looked: TokenMap) -> str:
     height, width = looked.image.shape[:2]
     kept = looked.covered()
     light = np.where(kept, 1.0, DROPPED)
@@ -158,4 +158,4 @@ def _kept(axes: Axes, looked: Looked) -> str:
     return f"what the crops keep: {int(kept.sum())} of {kept.size} tokens"
 
 
-_PANELS: tuple[Callable[[Axes, Looked], str], ...] = (_image, _commander, _budgets, _kept)
+_PANELS: tuple[Callable[[Axes, TokenMap], str], ...] = (_image, _commander, _budgets, _kept)

@@ -25,7 +25,7 @@ from gc2ray.core.format import duration, money, percent, precise, short, size
 from gc2ray.core.intervals import Range
 from gc2ray.report import charts
 from gc2ray.report.costs import HOUR
-from gc2ray.report.heat_map import Looked, panels
+from gc2ray.report.heat_map import TokenMap, panels
 from gc2ray.report.summary import Summary
 from gc2ray.report.tables import STAGES, Table, tables
 
@@ -62,7 +62,7 @@ class Picture:
     panels: Sequence[tuple[str, str]]
 
     @staticmethod
-    def of(looked: Looked) -> Picture:
+    def of(looked: TokenMap) -> Picture:
         """With its pictures drawn."""
         drawn = [
             (panel.title, f"data:image/webp;base64,{b64encode(panel.webp).decode()}")

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from gc2ray.compression.policy import Way
+from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
@@ -27,25 +27,25 @@ from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
 from gc2ray.engine.engine import load_model
-from gc2ray.engine.image_cache import Picture, picture_key
-from gc2ray.models.base import Loaded
+from gc2ray.engine.image_cache import CachedImage, image_key
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.image_processor import tile
 from gc2ray.output.latest import MERGED_BY, Latest
 from gc2ray.output.run_directory import (
     RETRIES,
     RUN_NAME,
-    Generation,
-    open_generation,
+    RetryRound,
+    open_round,
     retry_numbers,
 )
-from gc2ray.report.heat_map import Looked
+from gc2ray.report.heat_map import TokenMap
 
 HOST_BYTES = 64 << 20
 COLUMNS = (*MERGED_BY, "row_key", "answer", "error", "retention_requested", "audit")
 
 
 @dataclass(frozen=True)
-class Place:
+class RowLocation:
     """Where a row is: its source, as it was when planned, and its number there."""
 
     source: str
@@ -53,7 +53,7 @@ class Place:
     row: int
 
 
-def look(output: str, keys: Sequence[str]) -> Iterator[Looked]:
+def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
     """What was kept for some rows, one by one, by a model that is loaded once.
 
     Args:
@@ -63,7 +63,7 @@ def look(output: str, keys: Sequence[str]) -> Iterator[Looked]:
     Raises:
         ConfigError: There is no such run or row, or an image cannot be read.
     """
-    first = open_generation(output, 0)
+    first = open_round(output, 0)
     if first is None:
         raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
     recipe = first.run.recipe
@@ -76,17 +76,17 @@ def look(output: str, keys: Sequence[str]) -> Iterator[Looked]:
         yield _looked(loaded, recipe, request, captions)
 
 
-def _place(generation: Generation, key: str) -> Place:
+def _place(generation: RetryRound, key: str) -> RowLocation:
     """A source may have any name, so its row, and its prompt, are what stands behind it."""
     fingerprints = dict(generation.plan.shards.files)
     for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
         source, row = parts[0], parts[-1]
         if source in fingerprints and row.isdigit():
-            return Place(source, fingerprints[source], int(row))
+            return RowLocation(source, fingerprints[source], int(row))
     raise ConfigError(f"no row {key!r} in the plan; the column row_key has those that there are")
 
 
-def _request(recipe: Recipe, place: Place, key: str) -> Request:
+def _request(recipe: Recipe, place: RowLocation, key: str) -> Request:
     span = Span(place.source, place.fingerprint, place.row, place.row + 1)
     try:
         found = [r for r in Source(recipe.input).read(span, HOST_BYTES) if r.row_key == key]
@@ -100,15 +100,15 @@ def _request(recipe: Recipe, place: Place, key: str) -> Request:
 
 
 @torch.inference_mode()
-def _looked(loaded: Loaded, recipe: Recipe, request: Request, captions: list[str]) -> Looked:
+def _looked(loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]) -> TokenMap:
     family, policy = loaded.family, recipe.input.image_policy()
-    compressor = Way.of(recipe.compression).compressor
+    compressor = CompressionPolicy.of(recipe.compression).compressor
     try:
         data = read_bytes(request.images[0], policy)
         image = decode(data, policy)
     except (BadRow, ShardError) as error:
         raise ConfigError(f"{request.row_key}: {error}") from error
-    seed = recipe.generation.mixed(Picture(picture_key(data)).seed)
+    seed = recipe.generation.mixed(CachedImage(image_key(data)).seed)
     (views,) = family.encode([tile(image, family.anyres)], [seed])
     selection = compressor(views)
     count, tokens = len(views.valid_per_view), views.tokens_per_view
@@ -118,7 +118,7 @@ def _looked(loaded: Loaded, recipe: Recipe, request: Request, captions: list[str
     method = f"{compression.method}, retention {compression.retention_requested:g}"
     full = sum(views.valid_per_view)
     told = f"{method}: {int(kept.sum())} of {full} visual tokens kept"
-    return Looked(
+    return TokenMap(
         image=np.asarray(image),
         canvas=views.canvas,
         scores=views.scores[0].float().cpu().numpy(),
@@ -127,21 +127,21 @@ def _looked(loaded: Loaded, recipe: Recipe, request: Request, captions: list[str
     )
 
 
-def _latest(output: str, first: Generation) -> Latest:
+def _latest(output: str, first: RetryRound) -> Latest:
     """The latest answers of an output, by what is committed now."""
     numbers = retry_numbers(first.store.names(RETRIES))
-    retries = (open_generation(output, number) for number in numbers)
+    retries = (open_round(output, number) for number in numbers)
     found = [first, *(retry for retry in retries if retry is not None)]
     return Latest([(generation, _committed(generation)) for generation in found])
 
 
-def _committed(generation: Generation) -> Booleans:
+def _committed(generation: RetryRound) -> Booleans:
     """Which shards of a generation are, (shards,)."""
     sids = np.array([int(sid, 16) for sid in generation.store.committed()], np.uint64)
     return np.isin(generation.plan.shards.sids, sids)
 
 
-def _answer(latest: Latest, shards: Shards, place: Place, key: str) -> dict[str, Any] | None:
+def _answer(latest: Latest, shards: Shards, place: RowLocation, key: str) -> dict[str, Any] | None:
     """The latest answer to a row; None where it has none yet."""
     file, spans = shards.files.index((place.source, place.fingerprint)), shards.spans
     holding = (spans.file == file) & (spans.first <= place.row) & (place.row < spans.stop)

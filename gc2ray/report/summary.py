@@ -1,4 +1,4 @@
-"""`Summary`: the numbers of a report, all of them derived from a `Ledger` and a table of prices.
+"""`Summary`: the numbers of a report, all of them derived from a `RunTotals` and a table of prices.
 
 Whatever a page, a text or a program is told comes from here. Costs are those of all generations;
 what was saved is an estimate from operations, and says so.
@@ -18,10 +18,10 @@ import numpy as np
 from gc2ray.core.intervals import Range, interval
 from gc2ray.core.schema import MILLION
 from gc2ray.core.stats import RETENTION_BUCKETS, STAGES, RunStats
-from gc2ray.core.usage import Use
+from gc2ray.core.usage import UsageKind
 from gc2ray.estimate.hardware import Prices
 from gc2ray.estimate.roofline import audit_share, busy_seconds
-from gc2ray.output.totals import Entry, Ledger
+from gc2ray.output.totals import RoundTotals, RunTotals
 from gc2ray.report.costs import (
     DeviceTime,
     WhatIf,
@@ -34,7 +34,7 @@ from gc2ray.report.costs import (
 
 
 @dataclass(frozen=True)
-class Change:
+class BeforeAfter:
     """A number before and after compression."""
 
     full: int
@@ -47,7 +47,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Rung:
+class EscalationStep:
     """A retention at which audited rows were answered anew.
 
     Attributes:
@@ -83,7 +83,7 @@ class AuditSummary:
     audit_seconds: Mapping[str, float]
     audited_seconds: Mapping[str, float]
     least: tuple[tuple[float, str], ...]
-    rungs: tuple[Rung, ...]
+    rungs: tuple[EscalationStep, ...]
 
     @property
     def slowdown(self) -> float | None:
@@ -93,7 +93,7 @@ class AuditSummary:
 
 
 @dataclass(frozen=True)
-class Generation:
+class RoundSummary:
     """What became of one generation: its number, rows, answers and parts."""
 
     number: int
@@ -160,20 +160,20 @@ class Summary:
     versions: Mapping[str, str]
     started: datetime | None
     ended: datetime | None
-    generations: tuple[Generation, ...]
+    generations: tuple[RoundSummary, ...]
     by_status: Mapping[str, int]
     empty_answers: int
     images: int
     images_shared: int
-    visual: Change
-    newlines: Change
-    views: tuple[Change, ...]
+    visual: BeforeAfter
+    newlines: BeforeAfter
+    views: tuple[BeforeAfter, ...]
     retention: tuple[int, ...]
     prompt_tokens: int
     prompt_tokens_shared: int
     output_tokens: int
-    kv_bytes: Change
-    flops: Mapping[str, Change]
+    kv_bytes: BeforeAfter
+    flops: Mapping[str, BeforeAfter]
     stage_seconds: Mapping[str, float]
     starved_seconds: float
     rows_a_step: float | None
@@ -206,10 +206,10 @@ class Summary:
         return self.answers - self.by_status.get("ok", 0)
 
     @property
-    def operations(self) -> Change:
+    def operations(self) -> BeforeAfter:
         """Of all stages."""
         full = sum(change.full for change in self.flops.values())
-        return Change(full, sum(change.kept for change in self.flops.values()))
+        return BeforeAfter(full, sum(change.kept for change in self.flops.values()))
 
     @property
     def device_seconds(self) -> float:
@@ -226,10 +226,10 @@ class Summary:
     def useful_share(self) -> float | None:
         """Share of device time that led to answers."""
         total = self.device_seconds
-        return self.bill.get(str(Use.USEFUL), 0.0) / total if total else None
+        return self.bill.get(str(UsageKind.USEFUL), 0.0) / total if total else None
 
 
-def summarise(ledger: Ledger, prices: Prices) -> Summary:
+def summarise(ledger: RunTotals, prices: Prices) -> Summary:
     """The numbers of an output.
 
     Args:
@@ -241,7 +241,7 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
     devices = _devices(ledger.workers, prices)
     bill = _bill(ledger, devices)
     usd = _usd(bill, devices)
-    answering = bill.get(str(Use.USEFUL), 0.0) * (1 - audit_share(stats))
+    answering = bill.get(str(UsageKind.USEFUL), 0.0) * (1 - audit_share(stats))
     return Summary(
         output=ledger.output,
         fingerprint=first.run.recipe.fingerprint(),
@@ -251,13 +251,13 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
         versions=first.run.versions,
         started=min((driver.started for driver in drivers), default=None),
         ended=max((driver.last_seen for driver in drivers), default=None),
-        generations=tuple(_generation(entry) for entry in ledger.entries),
+        generations=tuple(_round_summary(entry) for entry in ledger.entries),
         by_status=stats.by_status,
         empty_answers=stats.empty_answers,
         images=stats.images,
         images_shared=stats.images_shared,
-        visual=Change(stats.visual_tokens_full, stats.visual_tokens_kept),
-        newlines=Change(stats.newline_tokens_full, stats.newline_tokens),
+        visual=BeforeAfter(stats.visual_tokens_full, stats.visual_tokens_kept),
+        newlines=BeforeAfter(stats.newline_tokens_full, stats.newline_tokens),
         views=_views(stats),
         retention=tuple(
             stats.retention.get(f"{bucket:02d}", 0) for bucket in range(RETENTION_BUCKETS)
@@ -265,9 +265,9 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
         prompt_tokens=stats.prompt_tokens,
         prompt_tokens_shared=stats.prompt_tokens_shared,
         output_tokens=stats.output_tokens,
-        kv_bytes=Change(stats.kv_bytes_full, stats.kv_bytes),
+        kv_bytes=BeforeAfter(stats.kv_bytes_full, stats.kv_bytes),
         flops={
-            stage: Change(stats.flops_full[stage], stats.flops.get(stage, 0))
+            stage: BeforeAfter(stats.flops_full[stage], stats.flops.get(stage, 0))
             for stage in STAGES
             if stage in stats.flops_full
         },
@@ -294,8 +294,8 @@ def summarise(ledger: Ledger, prices: Prices) -> Summary:
     )
 
 
-def _generation(entry: Entry) -> Generation:
-    return Generation(
+def _round_summary(entry: RoundTotals) -> RoundSummary:
+    return RoundSummary(
         entry.number, entry.run.rows, entry.rows, entry.parts, dict(entry.stats.by_status)
     )
 
@@ -311,23 +311,23 @@ def _audit(stats: RunStats) -> AuditSummary | None:
         agreed=Range(agreed.low, agreed.mean, agreed.high),
         similarity=stats.agreement_millionths / stats.audits / MILLION,
         share_of_time=audit_share(stats),
-        audit_seconds=busy_seconds(stats.audit_ns),
-        audited_seconds=busy_seconds(stats.audited_ns),
+        audit_seconds=busy_seconds(stats.audit_uncompressed_ns),
+        audited_seconds=busy_seconds(stats.audit_compressed_ns),
         least=tuple((1 - off / MILLION, key) for off, key in stats.least_agreed),
         rungs=tuple(
-            Rung(float(retention), rows, stats.escalated_agreed.get(retention, 0))
+            EscalationStep(float(retention), rows, stats.escalated_agreed.get(retention, 0))
             for retention, rows in sorted(stats.escalated.items(), key=lambda item: float(item[0]))
         ),
     )
 
 
-def _views(stats: RunStats) -> tuple[Change, ...]:
+def _views(stats: RunStats) -> tuple[BeforeAfter, ...]:
     places = sorted(map(int, stats.view_tokens_full))
     full, kept = stats.view_tokens_full, stats.view_tokens_kept
-    return tuple(Change(full[str(place)], kept.get(str(place), 0)) for place in places)
+    return tuple(BeforeAfter(full[str(place)], kept.get(str(place), 0)) for place in places)
 
 
-def _throughput(entry: Entry) -> tuple[tuple[datetime, float, float], ...]:
+def _throughput(entry: RoundTotals) -> tuple[tuple[datetime, float, float], ...]:
     width = entry.timeline.width_seconds
     return tuple(
         (

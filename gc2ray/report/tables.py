@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from gc2ray.core.format import duration, money, percent, precise, short, shown, size
 from gc2ray.report.costs import HOUR
-from gc2ray.report.summary import AuditSummary, Change, Summary
+from gc2ray.report.summary import AuditSummary, BeforeAfter, Summary
 
 STAGES = {
     "image": "decode images (on threads)",
@@ -48,7 +48,7 @@ def tables(summary: Summary) -> Iterator[Table]:
     if summary.empty_answers:
         counts.append(["ok, but blank", f"{summary.empty_answers:,}"])
     yield Table("Answers by status", ["status", "answers"], counts)
-    yield _generation_table(summary)
+    yield _round_table(summary)
     yield _token_table(summary)
     yield _memory_table(summary)
     yield Table(
@@ -81,7 +81,7 @@ def tables(summary: Summary) -> Iterator[Table]:
     )
 
 
-def _generation_table(summary: Summary) -> Table:
+def _round_table(summary: Summary) -> Table:
     """Of a run that was retried; of others it has no rows."""
     found = [
         [
@@ -113,8 +113,8 @@ def _audit_tables(audit: AuditSummary) -> Iterator[Table]:
 
 
 def _token_table(summary: Summary) -> Table:
-    thumbnail, *crops = summary.views or (Change(0, 0),)
-    all_crops = Change(sum(c.full for c in crops), sum(c.kept for c in crops))
+    thumbnail, *crops = summary.views or (BeforeAfter(0, 0),)
+    all_crops = BeforeAfter(sum(c.full for c in crops), sum(c.kept for c in crops))
     text = summary.prompt_tokens - summary.visual.kept - summary.newlines.kept
     rows = [
         _change_row("visual tokens", summary.visual),
@@ -198,11 +198,11 @@ def _money_tables(summary: Summary) -> Iterator[Table]:
     )
 
 
-def _change_row(name: str, change: Change) -> list[str]:
+def _change_row(name: str, change: BeforeAfter) -> list[str]:
     return [name, *_change_cells(change, short)]
 
 
-def _change_cells(change: Change, text: Callable[[float], str]) -> list[str]:
+def _change_cells(change: BeforeAfter, text: Callable[[float], str]) -> list[str]:
     return [text(change.full), text(change.kept), percent(change.share)]
 
 

@@ -23,14 +23,14 @@ from rich.progress import (
 from rich.table import Table
 
 from gc2ray.core.stats import STAGES, RunStats
-from gc2ray.core.usage import Bill, Use
+from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.output.planner import Outcome
 from gc2ray.output.run_directory import object_name
 from gc2ray.output.verify import Verdict
 from gc2ray.runner.driver import Snapshot
 
 LOG_SECONDS = 30.0
-MAX_LETTERS = 10
+MAX_DEAD_LETTERS = 10
 MAX_ERROR = 400
 MAX_PROBLEMS = 20
 
@@ -148,7 +148,7 @@ def print_outcome(console: Console, outcome: Outcome, output: str, generation: i
     if not outcome.is_complete:
         missing = outcome.planned_rows - outcome.rows
         console.print(f"[bold red]{missing} rows are not committed[/]; rerun to try them again")
-    for letter in outcome.dead[:MAX_LETTERS]:
+    for letter in outcome.dead[:MAX_DEAD_LETTERS]:
         console.print(f"  {_plain(letter)}", markup=False, soft_wrap=True)
     _print_failures(console, outcome, output)
 
@@ -226,21 +226,21 @@ def _cost_lines(stats: RunStats) -> list[tuple[str, str]]:
     if stats.images_shared:
         lines.append(("images shared", f"{stats.images_shared:,}"))
         lines.append(("prompt tokens shared", f"{stats.prompt_tokens_shared:,}"))
-    if stats.halvings:
-        lines.append(("short of memory", f"{stats.halvings:,} times"))
+    if stats.oom_splits:
+        lines.append(("short of memory", f"{stats.oom_splits:,} times"))
     lines.append(("peak host memory", f"{stats.peak_host_bytes / 2**20:,.0f} MiB"))
     if stats.peak_device_bytes:
         lines.append(("peak device memory", f"{stats.peak_device_bytes / 2**20:,.0f} MiB"))
     return lines
 
 
-def _bill_lines(bill: Bill) -> list[tuple[str, str]]:
+def _bill_lines(bill: Usage) -> list[tuple[str, str]]:
     """Seconds of all workers' devices, from when each worker was up until it ended."""
     total = bill.total_seconds
     if not total:
         return []
-    useful = bill.of(Use.USEFUL)
-    wasted = {use: seconds for use, seconds in bill.seconds.items() if use != Use.USEFUL}
+    useful = bill.of(UsageKind.USEFUL)
+    wasted = {use: seconds for use, seconds in bill.seconds.items() if use != UsageKind.USEFUL}
     causes = ", ".join(
         f"{use} {seconds:,.1f}" for use, seconds in wasted.items() if seconds >= 0.05
     )

@@ -13,11 +13,11 @@ from rich.table import Table
 from gc2ray.core.config.job import Job
 from gc2ray.core.format import duration, money, precise, shown
 from gc2ray.core.intervals import Interval, Range
-from gc2ray.estimate.device_estimate import Offer
+from gc2ray.estimate.device_estimate import DeviceEstimate
 from gc2ray.estimate.estimate import Estimate
 from gc2ray.estimate.recommendation import Measured, Tuning
 from gc2ray.estimate.roofline import ROOFLINE_SHARE
-from gc2ray.estimate.workload import Forecast
+from gc2ray.estimate.workload import Workload
 from gc2ray.report.charts import Point, front
 
 
@@ -66,7 +66,7 @@ def _token_table(found: Estimate) -> Table:
     return table
 
 
-def _gflops_each(item: Forecast) -> Range:
+def _gflops_each(item: Workload) -> Range:
     prompts = max(1, item.ends[1].rows)
     low, mid, high = (sum(end.flops.values()) / prompts / 1e9 for end in item.ends)
     return Range(low, mid, high)
@@ -85,7 +85,7 @@ def _recipe_table(found: Estimate) -> Table:
     return table
 
 
-def _cells(item: Offer) -> Iterator[str]:
+def _cells(item: DeviceEstimate) -> Iterator[str]:
     yield item.hardware
     yield str(item.workers)
     yield shown(item.hours, duration) if item.hours else ""
@@ -108,7 +108,7 @@ def _retention_table(found: Estimate) -> Table:
     return table
 
 
-def _guess(item: Offer | None) -> str:
+def _guess(item: DeviceEstimate | None) -> str:
     if item is None or item.device_hours is None:
         return "does not fit"
     usd = (item.usd or {}).get("on_demand")

@@ -1,7 +1,7 @@
 """The driver: hands shards to workers, and knows when to give up on one.
 
-It talks to workers through a `Pool`, so that its decisions can be tested without Ray and without
-waiting. What is committed is what the store lists, never what the driver remembers.
+It talks to workers through a `WorkerPool`, so that its decisions can be tested without Ray and
+without waiting. What is committed is what the store lists, never what the driver remembers.
 
 Rules: two shards in flight per worker, so that a border never drains an accelerator; a shard that
 was lost runs alone, so that it takes no other with it; what a loss means for the shard is the
@@ -39,23 +39,23 @@ from gc2ray.core.errors import (
     first_line,
 )
 from gc2ray.core.shards import Shard, Shards, Span
-from gc2ray.core.usage import Bill, Meter, Use
+from gc2ray.core.usage import Usage, UsageKind, UsageMeter
 from gc2ray.data.store import Commit, Store
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import Committed
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.messages import (
     Calibrated,
-    Died,
-    Done,
-    Ended,
+    CallFailed,
     Event,
-    Failed,
-    Leaving,
-    Loaded,
-    Placed,
-    Pool,
+    ModelLoaded,
     Progressed,
+    ShardFinished,
+    WorkerDied,
+    WorkerDraining,
+    WorkerExited,
+    WorkerPlaced,
+    WorkerPool,
 )
 from gc2ray.runner.progress import Progress
 from gc2ray.runner.shard_queue import Limits, Loss, ShardQueue
@@ -108,7 +108,7 @@ class _WorkerState:
     loaded: float | None = None
     active: float = 0.0
     progress: Progress = field(default_factory=Progress)
-    handouts: dict[str, Handout] = field(default_factory=dict)
+    handouts: dict[str, ShardAssignment] = field(default_factory=dict)
     is_calibrating: bool = False
     is_leaving: bool = False
     has_ended: bool = False
@@ -151,7 +151,7 @@ class Driver:
         self,
         cluster: Cluster,
         store: Store,
-        pool: Pool,
+        pool: WorkerPool,
         display: Display,
         stop: threading.Event | None = None,
     ) -> None:
@@ -167,12 +167,12 @@ class Driver:
         self._setting_up: set[int] = set()  # of the workers those that are not loaded
         self._leaving: set[int] = set()  # those whose node is about to go
         self._hungry: set[int] = set()  # those that may have room
-        self._meter = Meter(cluster.gpus_per_worker or 1.0)
+        self._meter = UsageMeter(cluster.gpus_per_worker or 1.0)
         self._flying = 0  # shards that are handed out
         self._seen = Progress()  # of all workers, those that are gone too
         self._done_before = 0
         self._total_rows = 0
-        self._bill = Bill()
+        self._bill = Usage()
         self._setup_deaths = 0
         self._start_from = float("-inf")
         self._seconds_per_row: float | None = None
@@ -187,7 +187,7 @@ class Driver:
         """As many as there may be."""
         return self._range.max
 
-    def bill(self) -> Bill:
+    def bill(self) -> Usage:
         """What became of the workers' time, as of the last second; callable from any thread.
 
         What is in flight counts as abandoned: it would be, if the driver died now.
@@ -266,16 +266,16 @@ class Driver:
     def _settle(self) -> None:
         """What the workers did last."""
         for worker, state in self._workers.items():
-            self._meter.stop(worker, self._use(state, Use.ABANDONED), self._pool.now())
+            self._meter.stop(worker, self._use(state, UsageKind.ABANDONED), self._pool.now())
         self._bill = self._meter.bill(self._pool.now(), {})
 
-    def _use(self, state: _WorkerState, busy: Use) -> Use:
+    def _use(self, state: _WorkerState, busy: UsageKind) -> UsageKind:
         """What a worker's time is spent on: `busy` if it has something to answer."""
         if state.loaded is None:
-            return Use.LOADING
+            return UsageKind.LOADING
         if state.is_calibrating:
-            return Use.CALIBRATING
-        return busy if state.handouts else Use.IDLE
+            return UsageKind.CALIBRATING
+        return busy if state.handouts else UsageKind.IDLE
 
     def _turn(self) -> None:
         for event in self._pool.poll(POLL_SECONDS):
@@ -288,7 +288,7 @@ class Driver:
     def _look(self) -> None:
         """Whatever looks at every worker."""
         self._check_clocks()
-        uses = {worker: self._use(s, Use.ABANDONED) for worker, s in self._workers.items()}
+        uses = {worker: self._use(s, UsageKind.ABANDONED) for worker, s in self._workers.items()}
         self._bill = self._meter.bill(self._pool.now(), uses)
         self._display(self._snapshot())
         if self._refusal is None:
@@ -338,7 +338,7 @@ class Driver:
                 return False
             if not state.handouts:
                 state.active = self._pool.now()
-                self._meter.spend(worker, Use.IDLE, state.active)
+                self._meter.spend(worker, UsageKind.IDLE, state.active)
             state.handouts[handout.shard.sid] = handout
             self._flying += 1
             self._pool.submit(worker, handout)
@@ -348,7 +348,7 @@ class Driver:
 
     def _drop(self, worker: int) -> None:
         state = self._remove(worker)
-        self._meter.stop(worker, self._use(state, Use.ABANDONED), self._pool.now())
+        self._meter.stop(worker, self._use(state, UsageKind.ABANDONED), self._pool.now())
         self._pool.drop(worker)
 
     def _remove(self, worker: int) -> _WorkerState:
@@ -361,39 +361,39 @@ class Driver:
     def _handle(self, event: Event) -> None:
         worker, state = event.worker, self._workers[event.worker]
         match event:
-            case Placed() | Loaded() | Calibrated():
+            case WorkerPlaced() | ModelLoaded() | Calibrated():
                 self._get_on(worker, state, event)
             case Progressed():
                 self._note(state, event.progress)
-            case Done():
+            case ShardFinished():
                 self._finished(worker, state, event)
-            case Failed():
+            case CallFailed():
                 self._failed(worker, state, event)
-            case Leaving():
+            case WorkerDraining():
                 self._leave(worker, state)
-            case Ended():
+            case WorkerExited():
                 state.has_ended = True
                 self._replace(worker, state)
-            case Died():
+            case WorkerDied():
                 self._bury(worker, event)
 
     def _get_on(
-        self, worker: int, state: _WorkerState, event: Placed | Loaded | Calibrated
+        self, worker: int, state: _WorkerState, event: WorkerPlaced | ModelLoaded | Calibrated
     ) -> None:
         """A worker has done a step of its setting up."""
         state.active = self._pool.now()
         match event:
-            case Placed():
+            case WorkerPlaced():
                 state.placed = state.active
                 self._meter.start(worker, state.active)
                 self._pool.load(worker)
-            case Loaded():
-                self._meter.spend(worker, Use.LOADING, state.active)
+            case ModelLoaded():
+                self._meter.spend(worker, UsageKind.LOADING, state.active)
                 state.loaded = state.active
                 self._setting_up.discard(worker)
                 self._hungry.add(worker)
             case Calibrated():
-                self._meter.spend(worker, Use.CALIBRATING, state.active)
+                self._meter.spend(worker, UsageKind.CALIBRATING, state.active)
                 state.is_calibrating, self._seconds_per_row = False, event.seconds_per_row
 
     def _note(self, state: _WorkerState, progress: Progress) -> None:
@@ -404,14 +404,16 @@ class Driver:
         self._seen = self._seen.gone_on(state.progress, progress)
         state.progress = progress
 
-    def _finished(self, worker: int, state: _WorkerState, event: Done) -> None:
+    def _finished(self, worker: int, state: _WorkerState, event: ShardFinished) -> None:
         has_won = event.result.commit == Commit.WON
-        self._end_try(worker, state, event.shard, Use.USEFUL if has_won else Use.LOST_RACE)
+        self._end_try(
+            worker, state, event.shard, UsageKind.USEFUL if has_won else UsageKind.LOST_RACE
+        )
         self._queue.done(event.shard)
         self._setup_deaths = 0
         self.lost_races += not has_won
 
-    def _end_try(self, worker: int, state: _WorkerState, shard: Shard, use: Use) -> None:
+    def _end_try(self, worker: int, state: _WorkerState, shard: Shard, use: UsageKind) -> None:
         """A shard has left a worker that lives."""
         state.active = self._pool.now()
         self._meter.spend(worker, use, state.active)
@@ -420,13 +422,13 @@ class Driver:
         if state.is_leaving and not state.handouts:
             self._drop(worker)
 
-    def _failed(self, worker: int, state: _WorkerState, event: Failed) -> None:
+    def _failed(self, worker: int, state: _WorkerState, event: CallFailed) -> None:
         reason = f"{type(event.error).__name__}: {event.error}"
         refused = isinstance(event.error, StorageRefused)
         if refused:
             self._refuse(str(event.error))
         if event.shard is not None:
-            self._end_try(worker, state, event.shard, Use.FAILED)
+            self._end_try(worker, state, event.shard, UsageKind.FAILED)
             if refused:
                 self._queue.put_back(event.shard)
             else:
@@ -436,7 +438,7 @@ class Driver:
             raise event.error
         else:
             self._pool.drop(worker)
-            self._bury(worker, Died(worker, reason))
+            self._bury(worker, WorkerDied(worker, reason))
 
     def _refuse(self, reason: str) -> None:
         """The storage takes nothing more: the first reason is the run's."""
@@ -456,12 +458,12 @@ class Driver:
         self._leaving.add(worker)
         self._hungry.discard(worker)
 
-    def _bury(self, worker: int, event: Died) -> None:
+    def _bury(self, worker: int, event: WorkerDied) -> None:
         """A worker is gone; its shards are handed out again, each alone."""
         state = self._remove(worker)
         told = {"worker": worker, "shards": list(state.handouts)}
         log.warning("worker %d is gone: %s", worker, event.reason, extra=told)
-        died = Use.STALLED if state.is_stalled else Use.DIED
+        died = UsageKind.STALLED if state.is_stalled else UsageKind.DIED
         ended = self._pool.now() if event.ended is None else event.ended
         self._meter.stop(worker, self._use(state, died), ended)
         if (state.loaded is None or state.is_calibrating) and not event.node_lost:
@@ -533,7 +535,7 @@ class Driver:
                 self._kill(worker, f"stalled: no answer for {clocks.stall_seconds:g} s")
 
     def _kill(self, worker: int, reason: str) -> None:
-        """End a worker that does not get on; `Died` tells what it had in hand."""
+        """End a worker that does not get on; `WorkerDied` tells what it had in hand."""
         state = self._workers[worker]
         state.is_stalled = state.has_ended = True
         self._pool.kill(worker, reason)
@@ -574,7 +576,7 @@ class Driver:
         )
 
 
-def _death(event: Died, shard: Shard, *, is_stall: bool) -> Loss:
+def _death(event: WorkerDied, shard: Shard, *, is_stall: bool) -> Loss:
     """What the end of a worker means for one of its shards."""
     own = event.in_hand.get(shard.sid)
     return Loss(

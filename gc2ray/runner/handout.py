@@ -1,4 +1,4 @@
-"""`Handout`: a shard as it is given to a worker, with what its earlier tries have taught."""
+"""`ShardAssignment`: a shard as a worker gets it, with what earlier attempts have taught."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KILLED = {
 }
 
 
-class Poison(NamedTuple):
+class PoisonRow(NamedTuple):
     """What is written for a row that kills or hangs: its status, and how its worker ended."""
 
     status: Status
@@ -27,7 +27,7 @@ class Poison(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Handout:
+class ShardAssignment:
     """A shard to answer.
 
     Rows are named by their place in the shard, from 0.
@@ -43,7 +43,7 @@ class Handout:
     shard: Shard
     attempt: int = 1
     suspects: tuple[int, ...] = ()
-    poison: Mapping[int, Poison] = field(default_factory=dict)
+    poison: Mapping[int, PoisonRow] = field(default_factory=dict)
 
     def suspect_groups(self) -> Iterator[tuple[int, ...]]:
         """The suspects, as many together as may be in hand at a time."""

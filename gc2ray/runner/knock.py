@@ -1,16 +1,16 @@
-"""`knock`: is anybody there? Asked before libraries that would wait minutes for an answer."""
+"""`check_port`: is anybody there? Asked before libraries that would wait minutes for an answer."""
 
 from __future__ import annotations
 
 import socket
 
-KNOCK_SECONDS = 10.0
+CONNECT_SECONDS = 10.0
 
 
-def knock(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
     """Open and close a connection.
 
     Raises:
         OSError: Nobody answers.
     """
-    socket.create_connection((host, port), timeout=KNOCK_SECONDS).close()
+    socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()

@@ -1,4 +1,4 @@
-"""The workers of a run as the driver sees them: the `Pool` protocol and its events.
+"""The workers of a run as the driver sees them: the `WorkerPool` protocol and its events.
 
 A pool starts workers, hands them work and reports events; it decides nothing. `RayPool` is the real
 one; tests have one with a clock of its own.
@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gc2ray.core.shards import Shard, Span
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.journal import InHand
 from gc2ray.runner.progress import Progress
 from gc2ray.runner.worker import ShardDone
 
 
 @dataclass(frozen=True)
-class Placed:
+class WorkerPlaced:
     """A worker's process is up."""
 
     worker: int
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ModelLoaded:
     """A worker's model is in memory."""
 
     worker: int
@@ -49,7 +49,7 @@ class Progressed:
 
 
 @dataclass(frozen=True)
-class Done:
+class ShardFinished:
     """A shard is committed, by this worker or by another that was faster."""
 
     worker: int
@@ -58,7 +58,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
+class CallFailed:
     """A call failed, the worker lives; `shard` is None for loading and calibration."""
 
     worker: int
@@ -67,21 +67,21 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Leaving:
+class WorkerDraining:
     """A worker's node is about to be taken away."""
 
     worker: int
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A worker is gone; `Died` follows when it is known what it had in hand."""
+class WorkerExited:
+    """A worker is gone; `WorkerDied` follows when it is known what it had in hand."""
 
     worker: int
 
 
 @dataclass(frozen=True)
-class Died:
+class WorkerDied:
     """A worker is gone, and with it all that it was doing.
 
     Attributes:
@@ -99,29 +99,39 @@ class Died:
     node_lost: bool = False
 
 
-Event = Placed | Loaded | Calibrated | Progressed | Done | Failed | Leaving | Ended | Died
+Event = (
+    WorkerPlaced
+    | ModelLoaded
+    | Calibrated
+    | Progressed
+    | ShardFinished
+    | CallFailed
+    | WorkerDraining
+    | WorkerExited
+    | WorkerDied
+)
 
 
-class Pool(Protocol):
+class WorkerPool(Protocol):
     """What the driver needs of a cluster. Calls return at once; results come as events."""
 
     def default_workers(self) -> int:
         """How many workers make sense when nobody says."""
 
     def start(self) -> int:
-        """Ask for a worker; its number is returned, `Placed` follows."""
+        """Ask for a worker; its number is returned, `WorkerPlaced` follows."""
 
     def load(self, worker: int) -> None:
-        """Let it load its model; `Loaded` follows."""
+        """Let it load its model; `ModelLoaded` follows."""
 
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
         """Let it measure its speed; `Calibrated` follows."""
 
-    def submit(self, worker: int, handout: Handout) -> None:
-        """Hand it a shard; `Done` or `Failed` follows."""
+    def submit(self, worker: int, handout: ShardAssignment) -> None:
+        """Hand it a shard; `ShardFinished` or `CallFailed` follows."""
 
     def kill(self, worker: int, reason: str) -> None:
-        """End it now; `Died` follows, perhaps after `Ended`, and nothing else."""
+        """End it now; `WorkerDied` follows, perhaps after `WorkerExited`, and nothing else."""
 
     def drop(self, worker: int) -> None:
         """End it now; nothing follows."""

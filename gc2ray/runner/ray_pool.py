@@ -32,20 +32,20 @@ from gc2ray.core.errors import ConfigError, EngineDead, GivenUp
 from gc2ray.core.logs import LogForm, set_up
 from gc2ray.core.shards import Shard, Span
 from gc2ray.data.store import Commit
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.journal import InHand, taken_over
-from gc2ray.runner.knock import knock
+from gc2ray.runner.knock import check_port
 from gc2ray.runner.messages import (
     Calibrated,
-    Died,
-    Done,
-    Ended,
+    CallFailed,
     Event,
-    Failed,
-    Leaving,
-    Loaded,
-    Placed,
+    ModelLoaded,
     Progressed,
+    ShardFinished,
+    WorkerDied,
+    WorkerDraining,
+    WorkerExited,
+    WorkerPlaced,
 )
 from gc2ray.runner.progress import Progress
 from gc2ray.runner.prometheus import RunMetrics
@@ -150,7 +150,7 @@ def _knock(address: str) -> None:
     """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
-        knock(host, int(port))
+        check_port(host, int(port))
 
 
 def gpus_per_worker(cluster: Cluster) -> float:
@@ -161,7 +161,7 @@ def gpus_per_worker(cluster: Cluster) -> float:
 
 
 class RayPool:
-    """Workers as Ray actors; see `gc2ray.runner.messages.Pool`.
+    """Workers as Ray actors; see `gc2ray.runner.messages.WorkerPool`.
 
     Args:
         cluster: Resources of a worker.
@@ -179,9 +179,9 @@ class RayPool:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, str, Shard | None]] = {}
         self._asked: dict[int, float] = {}
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, _Placement] = {}
         self._ended: list[Event] = []
-        self._buried: dict[int, _Burial] = {}
+        self._buried: dict[int, _ExitedWorker] = {}
         self._lost_before: dict[int, int] = {}  # nodes that were lost when a worker was started
         self._gcs: Any = None
         self._looked = 0.0
@@ -214,7 +214,7 @@ class RayPool:
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
         self._call(worker, "calibrate", self._actors[worker].calibrate.remote(tuple(spans)))
 
-    def submit(self, worker: int, handout: Handout) -> None:
+    def submit(self, worker: int, handout: ShardAssignment) -> None:
         reference = self._actors[worker].process.remote(handout)
         self._call(worker, "shard", reference, handout.shard)
 
@@ -229,9 +229,9 @@ class RayPool:
         place = self._places.get(worker)
         lost_before = self._lost_before[worker]
         self.drop(worker)
-        self._ended.append(Ended(worker))
+        self._ended.append(WorkerExited(worker))
         wait = 0.0 if place is None else JOURNAL_SECONDS
-        self._buried[worker] = _Burial(reason, self.now(), wait, lost_before)
+        self._buried[worker] = _ExitedWorker(reason, self.now(), wait, lost_before)
         if place is None:  # it never was anywhere
             return
         read: Any = ray.remote(_read_journal)
@@ -292,7 +292,7 @@ class RayPool:
         told = [w for w, place in self._places.items() if place.node in nodes and not place.leaves]
         for worker in told:
             self._places[worker].leaves = True
-        return [Leaving(worker) for worker in told]
+        return [WorkerDraining(worker) for worker in told]
 
     def _draining(self) -> Iterable[bytes | str]:
         try:
@@ -332,25 +332,25 @@ class RayPool:
         if kind in ("place", "progress"):
             self._asked[worker] = time.monotonic()
         if kind == "place":
-            self._places[worker] = _Place(*value)
-            return Placed(worker)
+            self._places[worker] = _Placement(*value)
+            return WorkerPlaced(worker)
         if kind == "load":
-            return Loaded(worker, value)
+            return ModelLoaded(worker, value)
         if kind == "calibrate":
             return Calibrated(worker, value)
         if shard is not None:
-            return Done(worker, shard, value)
+            return ShardFinished(worker, shard, value)
         return Progressed(worker, value)
 
     def _failure(self, worker: int, shard: Shard | None, error: Exception) -> Event | None:
         if isinstance(error, EngineDead):
             self.kill(worker, f"the engine died: {error}")
             return None
-        return Failed(worker, shard, error)
+        return CallFailed(worker, shard, error)
 
 
 @dataclass
-class _Place:
+class _Placement:
     """Where a worker is: node, journal on that node; whether the node is known to go."""
 
     node: str
@@ -359,7 +359,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Burial:
+class _ExitedWorker:
     """A worker that has ended.
 
     Attributes:
@@ -377,9 +377,9 @@ class _Burial:
     def is_overdue(self, now: float) -> bool:
         return now - self.ended >= self.wait_seconds
 
-    def died(self, worker: int, in_hand: InHand) -> Died:
+    def died(self, worker: int, in_hand: InHand) -> WorkerDied:
         node_lost = _lost_nodes() > self.lost_before
-        return Died(worker, self.reason, in_hand, self.ended, node_lost)
+        return WorkerDied(worker, self.reason, in_hand, self.ended, node_lost)
 
 
 def _read_journal(prefix: str) -> InHand:
@@ -415,7 +415,7 @@ class _Actor:
     def calibrate(self, spans: Sequence[Span]) -> float:
         return self._worker.calibrate(spans)
 
-    def process(self, handout: Handout) -> ShardDone:
+    def process(self, handout: ShardAssignment) -> ShardDone:
         done = self._worker.process(handout)
         if done.commit == Commit.WON:
             self._metrics.count(done.stats)

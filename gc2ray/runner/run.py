@@ -24,7 +24,7 @@ from gc2ray.core.shards import Shard, SourceFile, first_spans
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import AT_START, Store
 from gc2ray.models.checkpoint.fetch import check_model
-from gc2ray.output.heartbeats import Lease, warn_of_others
+from gc2ray.output.heartbeats import Heartbeat, warn_of_others
 from gc2ray.output.kept_columns import as_written
 from gc2ray.output.plan import PLAN_NAME, Plan
 from gc2ray.output.planner import (
@@ -100,7 +100,7 @@ def run_job(
         try:
             with stopping() as stop:
                 driver = Driver(job.cluster, store, pool, display or (lambda _: None), stop)
-                with Lease(store, driver.bill):
+                with Heartbeat(store, driver.bill):
                     if plan is None:
                         rows = _shard_rows(job, files, driver)
                         plan = store_plan(store, job, Plan.cut(job.recipe, files, rows, carried))

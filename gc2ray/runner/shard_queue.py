@@ -32,7 +32,7 @@ import numpy as np
 
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Booleans, Shard, Shards
-from gc2ray.runner.handout import Handout, Poison
+from gc2ray.runner.handout import PoisonRow, ShardAssignment
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Trouble:
     suspects: frozenset[int] = frozenset()
     is_searching: bool = False
     alone: Counter[int] = field(default_factory=Counter)  # deaths by row that was alone in hand
-    poison: dict[int, Poison] = field(default_factory=dict)
+    poison: dict[int, PoisonRow] = field(default_factory=dict)
 
     def learn(self, loss: Loss) -> None:
         """Take a loss into account."""
@@ -96,7 +96,7 @@ class _Trouble:
         guilty = next((row for row in in_hand if self.alone[row] >= DEATHS_ALONE), None)
         if guilty is not None:
             status = Status.TIMEOUT if loss.is_stall else Status.KILLED_WORKER
-            self.poison[guilty] = Poison(status, loss.reason)
+            self.poison[guilty] = PoisonRow(status, loss.reason)
             self.suspects, self.is_searching = frozenset(), False
         elif in_hand < self.suspects:
             self.suspects = in_hand
@@ -143,7 +143,7 @@ class ShardQueue:
     def __len__(self) -> int:
         return self._waiting
 
-    def take(self, worker: int, *, alone: bool) -> Handout | None:
+    def take(self, worker: int, *, alone: bool) -> ShardAssignment | None:
         """The next shard for a worker, which has no other if it is `alone`; None if none fits.
 
         A shard that was lost goes to a worker that is alone, and so takes no other with it.
@@ -186,12 +186,12 @@ class ShardQueue:
         """Times that a shard was lost."""
         return self._trouble[shard.index].losses if shard.index in self._trouble else 0
 
-    def _handout(self, shard: Shard) -> Handout:
+    def _handout(self, shard: Shard) -> ShardAssignment:
         trouble = self._trouble.get(shard.index)
         if trouble is None:
-            return Handout(shard)
+            return ShardAssignment(shard)
         suspects = tuple(sorted(trouble.suspects))
-        return Handout(shard, trouble.losses + 1, suspects, dict(trouble.poison))
+        return ShardAssignment(shard, trouble.losses + 1, suspects, dict(trouble.poison))
 
     def _next_place(self, worker: int) -> int | None:
         owned = self._owned.pop(worker, None) or self._next_run() or self._half_of_another()

@@ -30,7 +30,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import gc2ray
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, GivenUp, first_line
-from gc2ray.runner.knock import knock
+from gc2ray.runner.knock import check_port
 
 ENTRYPOINT = ("python", "-m", "gc2ray")
 JOB_FILE = "job.yaml"
@@ -178,7 +178,7 @@ def _check_address(address: str) -> None:
             f"--address: {address} is no address of a job server, which is as http://head:8265"
         )
     try:
-        knock(parts.hostname, port)
+        check_port(parts.hostname, port)
     except OSError as error:
         raise ConfigError(
             f"--address: nobody answers at {address} ({error}); is the cluster up, with its "

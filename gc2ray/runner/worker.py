@@ -51,12 +51,12 @@ from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source
-from gc2ray.data.retries import passes
+from gc2ray.data.retries import is_transient
 from gc2ray.data.store import Commit, PartFooter, Store
 from gc2ray.engine.audit import Answering, Audited
 from gc2ray.output.parts import in_order, part_bytes
 from gc2ray.output.run_directory import MODEL_NAME, stored_digest
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.journal import Journal, Page
 from gc2ray.runner.progress import Progress, Tally
 
@@ -67,7 +67,7 @@ _TOO_LARGE = {errno.EFBIG, errno.EMSGSIZE}
 log = logging.getLogger(__name__)
 
 
-Metrics = Callable[[str, str], None]
+StepHook = Callable[[str, str], None]
 """Called with a step of a shard (`read`, `answered`, `written`, `committed`) and its sid."""
 
 
@@ -89,7 +89,7 @@ class _Work:
         answers: Those that are answered, by key.
     """
 
-    handout: Handout
+    handout: ShardAssignment
     page: Page
     expected: set[str] = field(default_factory=set)
     answers: dict[str, Answer] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class Worker:
         *,
         generation: int = 0,
         load: Callable[[Job], Answering] | None = None,
-        metrics: Metrics | None = None,
+        metrics: StepHook | None = None,
     ) -> None:
         self.uuid = uuid.uuid4().hex
         self.run = job.recipe.fingerprint()
@@ -196,14 +196,14 @@ class Worker:
                     yield request
 
         self._answer(first())
-        self._loaded_engine().forget()
+        self._loaded_engine().clear_cache()
         started = time.monotonic()
         self._answer(islice(self._rows(spans), rows))
         seconds = time.monotonic() - started
-        self._loaded_engine().forget()  # or the first shards would find their images encoded
+        self._loaded_engine().clear_cache()  # or the first shards would find their images encoded
         return seconds / max(1, rows) * prompts / max(1, rows)
 
-    def process(self, handout: Handout) -> ShardDone:
+    def process(self, handout: ShardAssignment) -> ShardDone:
         """Answer a shard and commit its part; may be called by several threads.
 
         Raises:
@@ -382,7 +382,7 @@ class Worker:
             self._in_hand[key] = (work, row if request.fault is None else None)
         return request
 
-    def _numbered(self, handout: Handout) -> Iterator[tuple[int, Request]]:
+    def _numbered(self, handout: ShardAssignment) -> Iterator[tuple[int, Request]]:
         """The requests of a shard, with the place of each one's row in it."""
         before = 0
         for span in handout.shard.spans:
@@ -477,7 +477,7 @@ class Worker:
         try:
             yield
         except STORAGE_ERRORS as error:
-            if passes(error) or getattr(error, "errno", None) in _TOO_LARGE:
+            if is_transient(error) or getattr(error, "errno", None) in _TOO_LARGE:
                 raise
             raise StorageRefused(
                 f"{self._store.uri} refused {name} to the worker on {socket.gethostname()}: "

@@ -12,7 +12,12 @@ from torch.nn import functional as F
 
 from gc2ray.models.layers.attention import Chunk, Step
 from gc2ray.models.layers.attention_backends import Compiled, attend_by_row
-from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, found
+from gc2ray.models.layers.cpu_attention import (
+    CompiledAttention,
+    Pattern,
+    SequenceTable,
+    compiled_kernel,
+)
 from jobs.benchmarks import Line
 from jobs.benchmarks.support.timing import Work, in_turn, time_ratios
 
@@ -36,7 +41,7 @@ class _Case:
 @torch.inference_mode()
 def run() -> list[Line]:
     """Each case in turn; where nothing is compiled a line that says so."""
-    compiled = found()
+    compiled = compiled_kernel()
     if compiled is None:
         return [Line("not built, or not for this processor: torch's attention is used", {})]
     cases = [

@@ -19,8 +19,8 @@ from gc2ray.core.records import Answer, Request
 from gc2ray.core.shards import Shard, cut_shards
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source
-from gc2ray.engine.prefetch import Feed
-from gc2ray.runner.handout import Handout
+from gc2ray.engine.prefetch import Prefetcher
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.worker import Worker
 from jobs.benchmarks import Line, goal
 
@@ -44,7 +44,7 @@ class SteadyEngine:
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         answered = 0
-        with Feed(requests, lambda row: replace(row, images=()), threads=1, ahead=8) as feed:
+        with Prefetcher(requests, lambda row: replace(row, images=()), threads=1, ahead=8) as feed:
             while not feed.ended:
                 row = feed.take()
                 if row is None:
@@ -56,7 +56,7 @@ class SteadyEngine:
                 answered += 1
                 yield Answer(row, Status.OK, self.device, 1.0, answer="-", device=self.device)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         pass
 
     def totals(self) -> RunStats:
@@ -74,7 +74,7 @@ def run() -> list[Line]:
         worker.load()
 
         def process(shard: Shard) -> RunStats:
-            done = worker.process(Handout(shard))
+            done = worker.process(ShardAssignment(shard))
             time.sleep(REPLY_SECONDS)
             return done.stats
 

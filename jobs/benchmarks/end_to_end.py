@@ -23,7 +23,7 @@ from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.core.stats import STAGES
 from gc2ray.engine.engine import Engine
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_generate
 from gc2ray.models.layers.linear import packed_module
@@ -66,7 +66,7 @@ class _Ours:
     answers: list[Answer] = field(default_factory=list)
 
     @staticmethod
-    def at(retention: float, loaded: Loaded, data: Sequence[bytes]) -> _Ours:
+    def at(retention: float, loaded: LoadedModel, data: Sequence[bytes]) -> _Ours:
         recipe = {
             "model": {"path": "random", "dtype": "float32"},
             "compression": {"method": "globalcom2", "retention": retention},
@@ -80,7 +80,7 @@ class _Ours:
         return f"ours, retention {self.retention:g}"
 
     def __call__(self) -> None:
-        self.engine.forget()  # or it would remember the images of the turn before
+        self.engine.clear_cache()  # or it would remember the images of the turn before
         requests = [
             Request(f"bench#{row}", "bench", row, (ImageRef(item),), (QUESTION,))
             for row, item in enumerate(self.data)
@@ -103,7 +103,7 @@ class _Stock:
     """Stock `generate` in batches, and the tokens it wrote last."""
 
     name: str
-    loaded: Loaded
+    loaded: LoadedModel
     data: Sequence[bytes]
     batch: int
     tokens: list[list[int]] = field(default_factory=list)
@@ -118,7 +118,7 @@ class _Stock:
 
 
 def measure(
-    loaded: Loaded, data: Sequence[bytes], machine: Machine, turns: int = TURNS
+    loaded: LoadedModel, data: Sequence[bytes], machine: Machine, turns: int = TURNS
 ) -> list[Line]:
     """Compare on some images.
 
@@ -159,7 +159,7 @@ def measure(
     ]
 
 
-def _by_length(loaded: Loaded, data: Sequence[bytes]) -> list[bytes]:
+def _by_length(loaded: LoadedModel, data: Sequence[bytes]) -> list[bytes]:
     """Images in order of their visual tokens."""
     short = _Ours.at(min(RETENTIONS), loaded, data)
     short()  # warms up, too
@@ -167,7 +167,7 @@ def _by_length(loaded: Loaded, data: Sequence[bytes]) -> list[bytes]:
     return [data[row] for row in order]
 
 
-def _best_batch(loaded: Loaded, data: Sequence[bytes]) -> int:
+def _best_batch(loaded: LoadedModel, data: Sequence[bytes]) -> int:
     """Stock's best batch size; larger ones are not tried once one is clearly slower."""
     best, best_seconds = 0, math.inf
     for size in BATCHES:
@@ -204,7 +204,7 @@ class _Scale:
     machine: Machine
 
     @staticmethod
-    def of(loaded: Loaded, answers: Sequence[Answer], machine: Machine) -> _Scale:
+    def of(loaded: LoadedModel, answers: Sequence[Answer], machine: Machine) -> _Scale:
         """From the answers at a retention."""
         kept = sum(answer.visual_tokens_kept or 0 for answer in answers)
         stages = answering_stages(loaded.model.config, answers, NEW_TOKENS)
@@ -227,7 +227,7 @@ class _Scale:
         }
 
 
-def _proportions(loaded: Loaded, answers: Sequence[Answer]) -> Line:
+def _proportions(loaded: LoadedModel, answers: Sequence[Answer]) -> Line:
     """What parts cost when nothing is compressed, here and in the 7B, on the same rows."""
     config = loaded.model.config
     shape = ModelShape.of(config, FLOAT32)

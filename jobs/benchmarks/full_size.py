@@ -30,12 +30,12 @@ from gc2ray.core.config.recipe import Recipe, parse_recipe
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import ImageRef, Request, Sampling
 from gc2ray.core.stats import STAGES
-from gc2ray.engine.batch_sizes import sizes
-from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.engine.batch_sizes import derive_batch_sizes
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
 from gc2ray.engine.decoding.decoder import end_tokens
 from gc2ray.engine.device import memory
 from gc2ray.engine.engine import Engine
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import TinySpec, untrained
 from gc2ray.models.flops import paper_flops
@@ -92,7 +92,7 @@ def run(name: str, rows: int | None = None) -> list[Line]:
     model.eval().generation_config.eos_token_id = None
     family = LlavaNext(model, processor)
     family.freeze()
-    loaded = Loaded(model, processor, family, end_tokens(model))
+    loaded = LoadedModel(model, processor, family, end_tokens(model))
     rates = _rates(device, dtype)
     count = rows or (GPU_ROWS if device.type == "cuda" else CPU_ROWS)
     requests = _requests(count)
@@ -129,13 +129,13 @@ def _requests(rows: int) -> list[Request]:
 
 
 def _figures(
-    loaded: Loaded, retention: float, requests: Sequence[Request], rates: Rates
+    loaded: LoadedModel, retention: float, requests: Sequence[Request], rates: Rates
 ) -> dict[str, float]:
     device = loaded.family.device
     engine = Engine(loaded, _recipe(retention), Cluster())
     prefill_ms = _prefill_ms(loaded, engine, requests[0])
     answers_in_order(engine, requests)  # warms up, and records a graph for each number of rows
-    engine.forget()
+    engine.clear_cache()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
@@ -145,7 +145,7 @@ def _figures(
     text = TextModel.of(loaded.model.config.text_config)
     stages = answering_stages(loaded.model.config, answers, NEW_TOKENS, loaded.model.dtype.itemsize)
     ideal = ideal_seconds(stages, rates.flops, rates.bytes_read)
-    room = sizes(Cluster(), loaded.family.needs(), memory(device)).kv_tokens
+    room = derive_batch_sizes(Cluster(), loaded.family.needs(), memory(device)).kv_tokens
     arena = room * loaded.family.kv_bytes_per_token  # takes what there is, whatever is in use
     spent = {stage: sum(a.stage_ns[stage] for a in answers) for stage in STAGES}
     return {
@@ -171,11 +171,11 @@ def _recipe(retention: float) -> Recipe:
     )
 
 
-def _prefill_ms(loaded: Loaded, engine: Engine, request: Request) -> float:
+def _prefill_ms(loaded: LoadedModel, engine: Engine, request: Request) -> float:
     """One prompt by itself, from embeddings to its first token."""
     prompt = engine.prompts([request])[0]
     model = LanguageModel(loaded.model)
-    decoder = NativeDecoder(model, Room(len(prompt) + 1), eos=())
+    decoder = ContinuousBatchDecoder(model, DecodeLimits(len(prompt) + 1), eos=())
     taken = []
     for tag in range(PREFILLS):
         decoder.submit(tag, prompt, Sampling(1))

@@ -52,7 +52,7 @@ class NoopEngine:
             bare = replace(request, images=())
             yield Answer(bare, Status.OK, self.device, 1.0, answer="-", device=self.device)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         pass
 
     def totals(self) -> RunStats:

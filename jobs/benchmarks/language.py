@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gc2ray.core.records import Sampling
-from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
 from gc2ray.engine.decoding.decoder import Completion
 from gc2ray.models.base import Prompt
 from gc2ray.models.layers.linear import packed_module
@@ -49,12 +49,12 @@ SPREAD = 0.04
 """Standard deviation of the weights: at 0.02, Llama's, answers soon repeat one token."""
 BATCHES = (Batches(8, by_length=False), *(Batches(size, by_length=True) for size in (4, 8, 16)))
 ONE_BY_ONE = "one by one"
-WAYS: dict[str, Answering] = {
+MODES: dict[str, Answering] = {
     ONE_BY_ONE: one_by_one,
     **{batches.name: batches.answer for batches in BATCHES},
 }
 """Of stock `generate`."""
-ROOM = Room(kv_tokens=16_384, prefill_tokens=2048)
+ROOM = DecodeLimits(kv_tokens=16_384, prefill_tokens=2048)
 TURNS, TRIAL = 3, 3
 """Turns of all requests; of how many requests one is tried to choose what runs in turn."""
 SAME = 0.95
@@ -104,12 +104,12 @@ class _Ours:
     """Our decoder, its layers packed and its KV cache allocated."""
 
     model: Any
-    decoder: NativeDecoder
+    decoder: ContinuousBatchDecoder
     finished: dict[int, Completion] = field(default_factory=dict)
 
     @staticmethod
     def over(model: Any) -> _Ours:
-        return _Ours(model, NativeDecoder(LanguageModel(model), ROOM, eos=()))
+        return _Ours(model, ContinuousBatchDecoder(LanguageModel(model), ROOM, eos=()))
 
     @torch.inference_mode()
     def answer(self, requests: Sequence[RaggedRequest]) -> Tokens:
@@ -145,13 +145,13 @@ def measure(
     """
     packed, ours = packed_module(model), _Ours.over(model)
     trials = _trials(model, packed, requests[::TRIAL])
-    best, equal = (min(trial, key=lambda way: trial[way].cpu[0]) for trial in trials)
+    best, equal = (min(trial, key=lambda mode: trial[mode].cpu[0]) for trial in trials)
     stock, rival = f"stock, {best}", f"stock with packed layers, {equal}"
     name = f"ours, {ROOM.kv_tokens} KV tokens, {ROOM.prefill_tokens} prompt tokens a step"
     works = {
         f"stock, {ONE_BY_ONE}": _Recorded(partial(one_by_one, model, requests)),
-        stock: _Recorded(partial(WAYS[best], model, requests)),
-        rival: _Recorded(partial(WAYS[equal], packed, requests)),
+        stock: _Recorded(partial(MODES[best], model, requests)),
+        rival: _Recorded(partial(MODES[equal], packed, requests)),
         name: _Recorded(partial(ours.answer, requests)),
     }
     wanted = works[f"stock, {ONE_BY_ONE}"]
@@ -183,7 +183,7 @@ def _trials(
     """The ways of stock `generate`, without packed layers and with, once each."""
 
     def tried(who: Any) -> dict[str, Times]:
-        return in_turn({way: partial(go, who, requests) for way, go in WAYS.items()}, turns=1)
+        return in_turn({mode: partial(go, who, requests) for mode, go in MODES.items()}, turns=1)
 
     return tried(model), tried(packed)
 
@@ -191,9 +191,9 @@ def _trials(
 def _trial_lines(trials: Sequence[Mapping[str, Times]], scale: _Scale) -> list[Line]:
     kinds = zip(("stock", "stock with packed layers"), trials, strict=True)
     return [
-        Line(f"{kind}, {way} (a third of the requests, 1 run)", scale.figures(taken))
+        Line(f"{kind}, {mode} (a third of the requests, 1 run)", scale.figures(taken))
         for kind, trial in kinds
-        for way, taken in trial.items()
+        for mode, taken in trial.items()
     ]
 
 

@@ -22,7 +22,7 @@ from gc2ray.core.shards import cut_shards
 from gc2ray.data.dataset import Source
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.worker import Worker, peak_host_bytes
 from jobs.benchmarks import Line, goal
 from jobs.support.photos import jpeg, opened_photos
@@ -122,7 +122,7 @@ def _answered(root: Path, shard_rows: int) -> list[int]:
 
     def peaks() -> Iterator[int]:
         for shard in cut_shards(files, shard_rows, job.recipe.fingerprint()):
-            worker.process(Handout(shard))
+            worker.process(ShardAssignment(shard))
             yield peak_host_bytes()
 
     return list(chain([peak_host_bytes()], peaks()))

@@ -27,12 +27,12 @@ import pyarrow as pa
 
 from gc2ray.core.config.job import Cluster, WorkerRange
 from gc2ray.core.shards import Shard, Shards, SourceFile, cut_shards
-from gc2ray.core.usage import Use
+from gc2ray.core.usage import UsageKind
 from gc2ray.data.store import Store
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import Committed
 from gc2ray.runner.driver import Driver
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.support.simulated_pool import SimulatedPool
 from jobs.support.machine import resident_bytes
@@ -107,16 +107,16 @@ class Service:
         """How a try of a shard goes."""
         return "die" if attempt == 1 and self.dies[shard.index] else "done"
 
-    def of(self, handout: Handout) -> float:
+    def of(self, handout: ShardAssignment) -> float:
         """What a try takes that ends well: suspects a moment more for each of their groups."""
         groups = sum(1 for _ in handout.suspect_groups())
         return float(self.seconds[handout.shard.index]) + GROUP_SECONDS * groups
 
-    def until_death(self, handout: Handout) -> float:
+    def until_death(self, handout: ShardAssignment) -> float:
         """What a try takes that does not."""
         return float(self.seconds[handout.shard.index]) / 2
 
-    def in_hand(self, handout: Handout) -> tuple[int, ...]:
+    def in_hand(self, handout: ShardAssignment) -> tuple[int, ...]:
         """Rows in the middle of the shard."""
         first = handout.shard.rows // 2
         return tuple(range(first, first + ROWS_IN_HAND))
@@ -144,7 +144,7 @@ def _simulated(plan: Plan, workers: int, before_bytes: int) -> Line:
         "efficiency": float(service.seconds.sum()) / (workers * pool.time),
         "days": pool.time / DAY_SECONDS,
         "deaths": float(service.dies.sum()),
-        "useful": driver.bill().of(Use.USEFUL) / driver.bill().total_seconds,
+        "useful": driver.bill().of(UsageKind.USEFUL) / driver.bill().total_seconds,
         "us_per_shard": cpu / len(plan.shards) * 1e6,
     }
     what = f"{workers} simulated workers, {len(plan.shards):,} shards"

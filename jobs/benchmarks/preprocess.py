@@ -36,8 +36,8 @@ def run() -> list[Line]:
 
 
 def _compare(name: str, data: Sequence[bytes]) -> list[Line]:
-    anyres, policy = tiny_model().family.anyres, ImagePolicy()
-    images = [decode(item, policy) for item in data]
+    anyres, mode = tiny_model().family.anyres, ImagePolicy()
+    images = [decode(item, mode) for item in data]
     stock: Any = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}
     )
@@ -46,7 +46,7 @@ def _compare(name: str, data: Sequence[bytes]) -> list[Line]:
         if not torch.equal(ours, theirs.pixel_values[0, : len(ours)]):
             raise RuntimeError("our tiles are not bit-equal to the processor's")
     whole: dict[str, Work] = {
-        "ours": lambda: [len(load_tiles(ImageRef(item), anyres, policy).pixels) for item in data],
+        "ours": lambda: [len(load_tiles(ImageRef(item), anyres, mode).pixels) for item in data],
         "stock": lambda: [len(stock(opened(item), return_tensors="pt")) for item in data],
     }
     decoded: dict[str, Work] = {

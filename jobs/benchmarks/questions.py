@@ -11,7 +11,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.engine import Engine
-from gc2ray.engine.request_state import Row
+from gc2ray.engine.request_state import RequestState
 from gc2ray.models.base import Prompt
 from jobs.benchmarks import Line
 from jobs.benchmarks.support.inputs import XGA, model_in_proportion, photographs
@@ -28,7 +28,7 @@ SAME = 0.95
 class _ImagesOnly(Engine):
     """Shares images, and computes every prompt from its beginning."""
 
-    def _submitted(self, row: Row, prompt: Prompt) -> bool:
+    def _submitted(self, row: RequestState, prompt: Prompt) -> bool:
         return super()._submitted(row, replace(prompt, prefix_key=None))
 
 
@@ -37,20 +37,20 @@ def run() -> list[Line]:
     data = photographs(XGA)[:IMAGES]
     apart = _requests([[image + bytes([q]) for q in range(QUESTIONS)] for image in data])
     shared = _requests([[image] * QUESTIONS for image in data])
-    ways: dict[str, Work] = {}
+    modes: dict[str, Work] = {}
     for retention in RETENTIONS:
         whole, images = _engine(Engine, retention), _engine(_ImagesOnly, retention)
         _check(_answers(whole, apart), _answers(whole, shared))
-        ways |= {
+        modes |= {
             f"apart {retention:g}": partial(_answers, whole, apart),
             f"images {retention:g}": partial(_answers, images, shared),
             f"both {retention:g}": partial(_answers, whole, shared),
         }
-    times = {name: taken.cpu for name, taken in in_turn(ways, TURNS).items()}
+    times = {name: taken.cpu for name, taken in in_turn(modes, TURNS).items()}
     rows = IMAGES * QUESTIONS
     lines = []
     for r in RETENTIONS:
-        apart_s, images_s, both_s = (times[f"{way} {r:g}"] for way in ("apart", "images", "both"))
+        apart_s, images_s, both_s = (times[f"{mode} {r:g}"] for mode in ("apart", "images", "both"))
         figures = {
             "apart_rows_per_s": rows / median(apart_s),
             "images_shared": median_ratio(apart_s, images_s),
@@ -58,8 +58,8 @@ def run() -> list[Line]:
         }
         lines.append(Line(f"{IMAGES} images, {QUESTIONS} questions each, retention {r:g}", figures))
     pays = {
-        way: median_ratio(times[f"{way} 1"], times[f"{way} 0.1"])
-        for way in ("apart", "images", "both")
+        mode: median_ratio(times[f"{mode} 1"], times[f"{mode} 0.1"])
+        for mode in ("apart", "images", "both")
     }
     return [*lines, Line("retention 0.1 against 1.0", pays)]
 
@@ -83,7 +83,7 @@ def _requests(images: Sequence[Sequence[bytes]]) -> list[Request]:
 
 
 def _answers(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
-    engine.forget()
+    engine.clear_cache()
     return answers_in_order(engine, requests)
 
 

@@ -75,7 +75,7 @@ class MadeUpEngine:
                 answer = replace(answer, audit=audit, kept_mask=(bytes(VIEW_TOKENS // 8),) * VIEWS)
             yield answer
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         pass
 
     def totals(self) -> RunStats:

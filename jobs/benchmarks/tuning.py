@@ -20,8 +20,8 @@ from gc2ray.core.config.job import Job, parse_job
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.hardware import Prices
-from gc2ray.estimate.recommendation import WHOLE, Measured, Setting, Target, Tuning
-from gc2ray.estimate.tune import Wish, tuned
+from gc2ray.estimate.recommendation import WHOLE, CompressionSetting, Measured, Target, Tuning
+from gc2ray.estimate.tune import TuneRequest, tuned
 from jobs.benchmarks import Line, goal
 from jobs.support.photos import opened_photos
 
@@ -50,7 +50,7 @@ def _tuned(folder: Path, photographs: Sequence[Image], first: int, rows: int) ->
     """Of rows of the test split from a first one on."""
     path = folder / f"{first}.parquet"
     write_rows(path, pocket_rows(Split.TEST, rows, photographs, first))
-    wish = Wish(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
+    wish = TuneRequest(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
     return tuned(_job(path), wish)
 
 
@@ -76,7 +76,7 @@ def _meets(item: Measured) -> bool:
     return item.quality.mean >= TARGET
 
 
-def _truth(truth: Mapping[Setting, Measured]) -> list[Line]:
+def _truth(truth: Mapping[CompressionSetting, Measured]) -> list[Line]:
     return [
         Line(
             f"{setting.name}, fresh rows",
@@ -90,7 +90,7 @@ def _truth(truth: Mapping[Setting, Measured]) -> list[Line]:
     ]
 
 
-def verdicts(found: Sequence[Tuning], truth: Mapping[Setting, Measured]) -> list[Line]:
+def verdicts(found: Sequence[Tuning], truth: Mapping[CompressionSetting, Measured]) -> list[Line]:
     """A line for each sample, and one for all; no recommendation is wrong, and costs like none."""
     cheapest = min((item.seconds_per_row for item in truth.values() if _meets(item)), default=0.0)
     lines, right, dearest = [], 0, 0.0

@@ -24,7 +24,7 @@ from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.engine.engine import Engine
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models import loading
-from gc2ray.models.base import Family, Loaded
+from gc2ray.models.base import LoadedModel, ModelAdapter
 from gc2ray.models.image_processor import Tiles
 from jobs.quality_curve.controls import Blind, ForeignScores
 from jobs.support.answering import answers_in_order
@@ -89,7 +89,7 @@ class RememberedViews:
     Rows are told apart by their seed. Everything else is the family's own.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: ModelAdapter) -> None:
         self._family = family
         self._views: dict[int, Views] = {}
 
@@ -113,7 +113,7 @@ class _Workplace:
         transformers_logging.disable_progress_bar()
         self._data = data
         loaded = load(data.model)
-        self._loaded = replace(loaded, family=cast(Family, RememberedViews(loaded.family)))
+        self._loaded = replace(loaded, family=cast(ModelAdapter, RememberedViews(loaded.family)))
         self._rows = list(pocket_rows(data.split, data.rows, opened_photos()))
 
     def measure(self, point: Point) -> Measured:
@@ -133,12 +133,14 @@ def _measure(point: Point) -> Measured:
     return _here["workplace"].measure(point)
 
 
-def load(model: str) -> Loaded:
+def load(model: str) -> LoadedModel:
     """The model in float32 on the CPU: the curve is about tokens, not about rounding."""
     return loading.load(model, revision=None, dtype="float32", device="cpu")
 
 
-def answer(loaded: Loaded, model: str, rows: Sequence[PocketRow], point: Point) -> list[Answer]:
+def answer(
+    loaded: LoadedModel, model: str, rows: Sequence[PocketRow], point: Point
+) -> list[Answer]:
     """Answers in the order of the rows.
 
     Raises:
@@ -175,7 +177,7 @@ def answer(loaded: Loaded, model: str, rows: Sequence[PocketRow], point: Point) 
 
 @torch.inference_mode()
 def shares_far_from_uniform(
-    loaded: Loaded, rows: Sequence[PocketRow], retention: float, temperatures: Sequence[float]
+    loaded: LoadedModel, rows: Sequence[PocketRow], retention: float, temperatures: Sequence[float]
 ) -> dict[float, float]:
     """By temperature, the share of crops whose budget is more than a fifth off the retention.
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gc2ray.compression.base import ViewBatch
 from gc2ray.compression.canvas import NEWLINE, Canvas
-from gc2ray.compression.canvas_index import canvas_plan
+from gc2ray.compression.canvas_index import canvas_index
 from gc2ray.compression.methods.globalcom2 import GlobalCom2, crop_scales
 from gc2ray.compression.methods.globalcom2_reference import GlobalCom2Reference
 from gc2ray.compression.registry import COMPRESSORS, build
@@ -347,7 +347,7 @@ def test_extreme_scores_reach_the_bounds(size: tuple[int, int]) -> None:
     canvas = base.canvas
     method = GlobalCom2(0.4)
     low, high = method.bounds(canvas)
-    region = canvas_plan(canvas, 0, base.scores.device).region_of
+    region = canvas_index(canvas, 0, base.scores.device).region_of
     sums = []
     for crop in range(canvas.crops):
         scores = torch.rand(base.scores.shape)

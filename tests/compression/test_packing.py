@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gc2ray.compression.canvas import NEWLINE
 from gc2ray.compression.packing import Newlines, Packing
 from gc2ray.compression.registry import COMPRESSORS, build
-from gc2ray.compression.selection import Places, Selection, everything, reading_order
+from gc2ray.compression.selection import OriginalPositions, Selection, everything, reading_order
 from gc2ray.compression.views import Views
 from tests.support import oracle
 from tests.support.views import kept_sets, random_views
@@ -44,7 +44,7 @@ def rows_closed(method: str, retention: float, views: Views, packed: list[int]) 
     return oracle.rows_closed(packed, grid, side)
 
 
-def places_of(packing: Packing, views: Views, selection: Selection) -> Places:
+def places_of(packing: Packing, views: Views, selection: Selection) -> OriginalPositions:
     (places,) = packing.places([views], [selection])
     assert places is not None
     assert places.index.dtype == torch.int64

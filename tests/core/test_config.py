@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from gc2ray.compression.packing import Packing
-from gc2ray.compression.policy import Way
+from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.compression import METHODS
 from gc2ray.core.config.generation import NOTHING, GenerationConfig, TakenOver
 from gc2ray.core.config.job import Cluster, Job, WorkerRange, load_cluster, load_job, parse_job
@@ -98,16 +98,18 @@ def test_an_unknown_method_is_named_with_its_nearest() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_configured(method: str) -> None:
     config = parse_job(data_with("recipe.compression.method", method)).recipe.compression
-    assert Way.of(config).compressor.name == method
+    assert CompressionPolicy.of(config).compressor.name == method
     assert config.retention_requested == (0.25 if METHODS[method].takes_retention else 1.0)
 
 
 def test_the_papers_packing_is_the_default() -> None:
     config = parse_job(job_data("model", "in", "out")).recipe.compression
-    assert Way.of(config).packing == Packing() == Packing("compact", "kept_rows")
+    assert CompressionPolicy.of(config).packing == Packing() == Packing("compact", "kept_rows")
     data = data_with("recipe.compression.positions", "original")
     data["recipe"]["compression"]["newlines"] = "all"
-    assert Way.of(parse_job(data).recipe.compression).packing == Packing("original", "all")
+    assert CompressionPolicy.of(parse_job(data).recipe.compression).packing == Packing(
+        "original", "all"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

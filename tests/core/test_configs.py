@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gc2ray.compression.policy import Way
+from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.job import load_job
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -25,7 +25,7 @@ def test_there_are_the_four_promised() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_loads(path: Path) -> None:
     job = load_job(path)
-    assert Way.of(job.recipe.compression).compressor.name == "globalcom2"
+    assert CompressionPolicy.of(job.recipe.compression).compressor.name == "globalcom2"
     assert job.recipe.generation.max_new_tokens > 0
     if path.stem != "demo":
         assert job.output.startswith("s3://")

@@ -30,7 +30,7 @@ from gc2ray.core.shards import SourceFile, Span, cut_shards
 from gc2ray.data import places
 from gc2ray.data.dataset import Source
 from gc2ray.data.formats.parquet import ParquetRows
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from tests.support.rows import make_recipe, picture, write_rows
 
 MEMORY = 1 << 20
@@ -706,7 +706,7 @@ def test_a_hub_that_does_not_answer_is_a_configuration_error(
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda _: (hub, "datasets/a/*.parquet"))
     config = make_recipe("model", input__uri="hf:owner/name?split=train").input
     with pytest.raises(ConfigError, match=rf"recipe\.input\.uri: datasets/a.*: .*{told}"):
-        Source(config, Patience(total_seconds=0.0)).scan()
+        Source(config, RetryPolicy(total_seconds=0.0)).scan()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from gc2ray.core.records import ImageRef
 from gc2ray.data import image_bytes as images
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import MAX_SIDE, decode, upright_size
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models.families.llava_next import pixel_table
 from gc2ray.models.image_processor import AnyRes, Tiles, tile
@@ -550,9 +550,9 @@ def test_http_is_read_under_its_root_only_and_redirects_are_not_followed(site):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    short = Patience(total_seconds=1.0, first_seconds=0.01, longest_seconds=0.1)
+    short = RetryPolicy(total_seconds=1.0, first_seconds=0.01, longest_seconds=0.1)
     monkeypatch.setattr(images, "WEB_PATIENCE", short)
-    monkeypatch.setattr(images, "PATIENCE", short)
+    monkeypatch.setattr(images, "RETRY_POLICY", short)
 
 
 @pytest.mark.usefixtures("impatient")

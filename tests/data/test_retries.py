@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.errors import HTTPError as HubError
 
-from gc2ray.data.retries import passes
+from gc2ray.data.retries import is_transient
 
 
 def answered(status: int) -> aiohttp.ClientResponseError:
@@ -74,9 +74,9 @@ STAYS = {
 
 @pytest.mark.parametrize("error", PASSES.values(), ids=PASSES)
 def test_what_may_pass(error: Exception) -> None:
-    assert passes(error)
+    assert is_transient(error)
 
 
 @pytest.mark.parametrize("error", STAYS.values(), ids=STAYS)
 def test_what_stays(error: Exception) -> None:
-    assert not passes(error)
+    assert not is_transient(error)

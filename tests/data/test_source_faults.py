@@ -17,7 +17,7 @@ from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Request
 from gc2ray.core.shards import cut_shards
 from gc2ray.data.dataset import Source
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from tests.data.test_dataset import whole
 from tests.support.fake_hub import FakeHub
 from tests.support.fault_proxy import EVERYTHING, PATIENT, FaultProxy, Faults
@@ -55,9 +55,9 @@ def bucket(proxy: FaultProxy) -> Iterator[str]:
         yield bucket
 
 
-def source_of(uri: str, patience: Patience = PATIENT) -> Source:
+def source_of(uri: str, retry_policy: RetryPolicy = PATIENT) -> Source:
     settings = {"input__uri": uri, "input__keep": ["id"], "input__prompt": {"column": "prompt"}}
-    return Source(make_recipe("model", **settings).input, patience)
+    return Source(make_recipe("model", **settings).input, retry_policy)
 
 
 def rows_of(source: Source, shard_rows: int = SHARD_ROWS) -> list[Request]:
@@ -114,7 +114,7 @@ def test_an_outage_in_the_middle_of_a_file_is_waited_out(proxy: FaultProxy, buck
 @pytest.mark.usefixtures("hasty")
 def test_trouble_that_stays_is_the_shards(proxy: FaultProxy, bucket: str) -> None:
     """It says what was tried, and for how long."""
-    impatient = Patience(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2)
+    impatient = RetryPolicy(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2)
     source = source_of(f"{bucket}/in/", impatient)
     (file, *_), _ = source.scan()
     proxy.faults = Faults(busy=1.0)

@@ -26,8 +26,8 @@ from gc2ray.core.schema import Provenance, answer_schema, answer_table, stats_of
 from gc2ray.core.shards import Shard, Shards, SourceFile, Span, cut_shards
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source
-from gc2ray.data.remote_file import PatientFile
-from gc2ray.data.retries import Patience
+from gc2ray.data.remote_file import RetryingFile
+from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.store import Commit, PartFooter, Store
 from gc2ray.output.parts import part_bytes
 from gc2ray.output.plan import Plan
@@ -426,13 +426,13 @@ def test_a_part_is_read_by_the_thread_that_asks(
     shard = a_shard()
     local.create(shard.part_name, a_part(shard, "mine"))
     readers: set[int] = set()
-    original = PatientFile.read
+    original = RetryingFile.read
 
-    def noting(file: PatientFile, size: int = -1) -> bytes:
+    def noting(file: RetryingFile, size: int = -1) -> bytes:
         readers.add(threading.get_ident())
         return original(file, size)
 
-    monkeypatch.setattr(PatientFile, "read", noting)
+    monkeypatch.setattr(RetryingFile, "read", noting)
     assert read(local, shard.part_name).num_rows == 3
     assert readers == {threading.get_ident()}
 
@@ -534,7 +534,7 @@ def test_a_part_is_read_whatever_fails_for_a_moment(
     """Opening it and every read fail, the first time."""
     shard = a_shard()
     local.create(shard.part_name, a_part(shard, "mine"))
-    store = Store(local.uri, Patience(total_seconds=20.0, first_seconds=0.001))
+    store = Store(local.uri, RetryPolicy(total_seconds=20.0, first_seconds=0.001))
     failed: set[object] = set()
 
     def once(what: object) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Shard, SourceFile, cut_shards
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.store import Commit, Store
 from gc2ray.output.compact import compact
 from tests.data.test_store import RECIPE, a_part
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(proxy: FaultProxy, output: str) 
 def test_patience_ends(proxy: FaultProxy, output: str) -> None:
     """The message says how long it lasted, and what came last."""
     proxy.faults = Faults(busy=1.0)
-    store = Store(output, Patience(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2))
+    store = Store(output, RetryPolicy(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2))
     with pytest.raises(TimeoutError, match=r"writing data/a: tried for \d s, last: OSError: "):
         store.create("data/a", b"x")
     assert proxy.met["busy"] > 1

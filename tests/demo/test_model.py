@@ -20,7 +20,7 @@ from gc2ray.core.metrics.scores import score
 from gc2ray.data.image_decoding import decode
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.demo.spec import GRIDS, MODEL, pocket_anyres, pocket_spec
-from gc2ray.models.base import Family, Loaded
+from gc2ray.models.base import LoadedModel, ModelAdapter
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_generate
 from jobs.quality_curve.points import (
@@ -44,7 +44,7 @@ NO_IMAGE = 0.25  # 0.205; always the commonest answer of each topic: 0.2
 
 
 @cache
-def model() -> Loaded:
+def model() -> LoadedModel:
     return load(str(MODEL))
 
 
@@ -128,7 +128,7 @@ def test_remembered_views_change_nothing() -> None:
     """What `make quality` does to be quick, against encoding afresh."""
     some, point = rows()[:35], Point("random", 0.25)
     fresh = [a.token_ids for a in answer(model(), str(MODEL), some, point)]
-    quick = replace(model(), family=cast(Family, RememberedViews(model().family)))
+    quick = replace(model(), family=cast(ModelAdapter, RememberedViews(model().family)))
     for _ in range(2):
         assert [a.token_ids for a in answer(quick, str(MODEL), some, point)] == fresh
 

@@ -15,22 +15,22 @@ import pytest
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.errors import BadRow, ConfigError, Status
-from gc2ray.core.records import RECIPES_WAY, UNCOMPRESSED, Answer, Request
+from gc2ray.core.records import RECIPES_POLICY, UNCOMPRESSED, Answer, Request
 from gc2ray.core.schema import stats_of
 from gc2ray.data.store import Store
 from gc2ray.engine.audit import Audited, is_audited
 from gc2ray.engine.engine import Engine
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.output.verify import verify
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine, echo
 from tests.support.rows import make_job, make_recipe, request, requests
 
 STAGES = {"encode": 5, "generate": 7}
 RUNGS = ("retention 0.5", "retention 0.75")
-RETENTIONS = {RECIPES_WAY: 0.25, RUNGS[0]: 0.5, RUNGS[1]: 0.75, UNCOMPRESSED: 1.0}
-TIMES = {RECIPES_WAY: 1, RUNGS[0]: 2, RUNGS[1]: 3, UNCOMPRESSED: 10}
+RETENTIONS = {RECIPES_POLICY: 0.25, RUNGS[0]: 0.5, RUNGS[1]: 0.75, UNCOMPRESSED: 1.0}
+TIMES = {RECIPES_POLICY: 1, RUNGS[0]: 2, RUNGS[1]: 3, UNCOMPRESSED: 10}
 
 
 class ManyFaced(EchoEngine):
@@ -41,9 +41,9 @@ class ManyFaced(EchoEngine):
         self._says = says
         self._order = random.Random(seed)
         self._asked: list[Request] = []
-        self.ways: list[str] = []
+        self.policies: list[str] = []
 
-    def again(self, request: Request) -> None:
+    def requeue(self, request: Request) -> None:
         self._asked.append(request)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
@@ -54,19 +54,19 @@ class ManyFaced(EchoEngine):
     def said(self, row: Request) -> Answer:
         if row.fault is not None:
             return echo(row, status=row.fault.status, answer=None, error=row.fault.message)
-        self.ways.append(row.way)
-        says = self._says[row.way]
+        self.policies.append(row.policy)
+        says = self._says[row.policy]
         return echo(
             row,
             status=Status.OK if says is not None else Status.TOO_LONG,
             answer=says,
-            stage_ns={stage: ns * TIMES[row.way] for stage, ns in STAGES.items()},
-            retention_requested=RETENTIONS[row.way],
+            stage_ns={stage: ns * TIMES[row.policy] for stage, ns in STAGES.items()},
+            retention_requested=RETENTIONS[row.policy],
         )
 
 
 def two_faced(compressed: str | None, whole: str | None, seed: int = 0) -> ManyFaced:
-    return ManyFaced({RECIPES_WAY: compressed, UNCOMPRESSED: whole}, seed)
+    return ManyFaced({RECIPES_POLICY: compressed, UNCOMPRESSED: whole}, seed)
 
 
 def rows(count: int = 40) -> list[Request]:
@@ -93,7 +93,7 @@ def test_every_request_has_one_answer(seed: int) -> None:
     for answer in found:
         looked = answer.request.fault is None and is_audited(answer.request.row_key, 0.5)
         assert (answer.audit is not None) == looked
-        assert answer.request.way == RECIPES_WAY
+        assert answer.request.policy == RECIPES_POLICY
         if answer.request.fault is None:
             assert (answer.answer, answer.stage_ns) == ("a cat", STAGES)
     assert 5 < sum(answer.audit is not None for answer in found) < 35
@@ -122,8 +122,8 @@ def test_agreement_is_how_alike_both_answers_are(
     assert stats.agreement_millionths == round((agreement or 0) * 1e6) * known
     assert len(stats.least_agreed) == (known if agreement != 1 else 0)
     assert stats.stage_ns["generate"] == 6 * 7
-    assert stats.audit_ns == {"encode": 300, "generate": 420}
-    assert stats.audited_ns == {"encode": 30, "generate": 42}
+    assert stats.audit_uncompressed_ns == {"encode": 300, "generate": 420}
+    assert stats.audit_compressed_ns == {"encode": 30, "generate": 42}
 
 
 def test_a_storage_that_failed_the_second_look_has_the_shard_tried_again() -> None:
@@ -131,10 +131,10 @@ def test_a_storage_that_failed_the_second_look_has_the_shard_tried_again() -> No
         failing = UNCOMPRESSED
 
         def said(self, row: Request) -> Answer:
-            return replace(super().said(row), retry=row.way == self.failing)
+            return replace(super().said(row), retry=row.policy == self.failing)
 
     for failing in (UNCOMPRESSED, RUNGS[0]):
-        engine = Failing({RECIPES_WAY: "a", RUNGS[0]: "b", UNCOMPRESSED: "c"})
+        engine = Failing({RECIPES_POLICY: "a", RUNGS[0]: "b", UNCOMPRESSED: "c"})
         engine.failing = failing
         found = list(Audited(engine, 0.5, RUNGS[:1]).stream(rows()))
         assert all(answer.retry == (answer.audit is not None) for answer in found)
@@ -169,7 +169,7 @@ def test_a_row_that_disagrees_is_answered_anew_rung_by_rung(
     seed: int,
 ) -> None:
     """`extra`: the time of what was replaced."""
-    says = {RECIPES_WAY: first, RUNGS[0]: half, RUNGS[1]: more, UNCOMPRESSED: whole}
+    says = {RECIPES_POLICY: first, RUNGS[0]: half, RUNGS[1]: more, UNCOMPRESSED: whole}
     found = list(Audited(ManyFaced(says, seed), 1.0, RUNGS).stream(rows(4)))
     assert sorted(row.request.row for row in found) == [0, 1, 2, 3]
     for row in found:
@@ -186,22 +186,22 @@ def test_a_row_that_disagrees_is_answered_anew_rung_by_rung(
     assert stats.escalated == ({} if now is None else {f"{retention:g}": 4})
     assert stats.escalated_agreed == ({f"{retention:g}": 4} if now == 1 else {})
     assert stats.escalation_ns.get("generate", 0) == 4 * 7 * extra
-    assert stats.audited_ns == {"encode": 20, "generate": 28}
+    assert stats.audit_compressed_ns == {"encode": 20, "generate": 28}
     assert stats.audits_agreed == (4 if first == "cat" else 0), "what the recipe's way says"
 
 
 def test_answers_that_are_alike_enough_agree() -> None:
-    says = {RECIPES_WAY: "a cat", RUNGS[0]: "a car", UNCOMPRESSED: "a car"}
+    says = {RECIPES_POLICY: "a cat", RUNGS[0]: "a car", UNCOMPRESSED: "a car"}
     for min_agreement, anew in ((0.8, False), (0.81, True)):
         engine = ManyFaced(says)
         found = list(Audited(engine, 1.0, RUNGS[:1], min_agreement).stream(rows(5)))
         assert {answer.answer for answer in found} == {"a car" if anew else "a cat"}
-        assert (RUNGS[0] in engine.ways) == anew
+        assert (RUNGS[0] in engine.policies) == anew
         assert {a.audit.agreement for a in found if a.audit} == {0.8}, "the recipe's own"
 
 
 def test_only_audited_rows_are_answered_anew() -> None:
-    says = {RECIPES_WAY: "no", RUNGS[0]: "yes", UNCOMPRESSED: "yes"}
+    says = {RECIPES_POLICY: "no", RUNGS[0]: "yes", UNCOMPRESSED: "yes"}
     found = list(Audited(ManyFaced(says), 0.5, RUNGS[:1]).stream(rows()))
     assert {(a.answer, a.audit is not None) for a in found} == {("yes", True), ("no", False)}
 
@@ -211,12 +211,12 @@ def test_it_is_otherwise_the_engine_within() -> None:
     audited = Audited(engine, 0.1)
     assert (audited.device, audited.model_digest) == (engine.device, engine.model_digest)
     assert audited.model_shape is None
-    audited.forget()
+    audited.clear_cache()
     assert engine.forgot == 1
     assert audited.totals() == engine.totals()
 
 
-def an_engine(loaded: Loaded, **changes: object) -> Engine:
+def an_engine(loaded: LoadedModel, **changes: object) -> Engine:
     recipe = make_recipe("unused", generation__max_new_tokens=6, **changes)
     return Engine(loaded, recipe, Cluster())
 
@@ -225,7 +225,7 @@ def by_row(found: Iterable[Answer]) -> dict[int, Answer]:
     return {answer.request.row: answer for answer in found}
 
 
-def test_a_second_look_changes_no_answer(loaded_models: dict[str, Loaded]) -> None:
+def test_a_second_look_changes_no_answer(loaded_models: dict[str, LoadedModel]) -> None:
     """And says what an engine says that compresses nothing."""
     engine = partial(an_engine, loaded_models["vicuna"])
     plain = by_row(engine(compression__retention=0.1).stream(requests()))
@@ -244,7 +244,7 @@ def test_a_second_look_changes_no_answer(loaded_models: dict[str, Loaded]) -> No
 
 
 def test_what_is_answered_anew_is_what_a_higher_retention_says(
-    loaded_models: dict[str, Loaded],
+    loaded_models: dict[str, LoadedModel],
 ) -> None:
     """Token by token; the rows that agree keep what the recipe's retention said."""
     engine = partial(an_engine, loaded_models["vicuna"])
@@ -270,22 +270,22 @@ def test_what_is_answered_anew_is_what_a_higher_retention_says(
 
 
 def test_an_engine_answers_what_is_asked_again_even_at_the_end(
-    loaded_models: dict[str, Loaded],
+    loaded_models: dict[str, LoadedModel],
 ) -> None:
     engine = Engine(loaded_models["vicuna"], make_recipe("unused"), Cluster())
     with pytest.raises(RuntimeError, match="whoever reads a stream"):
-        engine.again(request())
+        engine.requeue(request())
     bad = replace(request(seed=1), images=())
     found = []
     for answer in engine.stream([bad, request(seed=2)]):
         found.append(answer)
         if len(found) < 5:  # after the last one, too
-            engine.again(replace(request(seed=2 + len(found)), way=UNCOMPRESSED))
+            engine.requeue(replace(request(seed=2 + len(found)), policy=UNCOMPRESSED))
     assert sorted(answer.request.row for answer in found) == [1, 2, 3, 4, 5, 6]
     assert {a.method for a in found if a.request.row > 2} == {"none"}
 
 
-def test_the_mask_names_the_tokens_that_were_kept(loaded_models: dict[str, Loaded]) -> None:
+def test_the_mask_names_the_tokens_that_were_kept(loaded_models: dict[str, LoadedModel]) -> None:
     recipe = make_recipe("unused", compression__retention=0.25)
     engine = Audited(Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0)
     for answer in engine.stream(requests()):
@@ -314,7 +314,7 @@ def test_a_worker_writes_down_what_it_saw(
     plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 12, carried))
     worker = Worker(job, carried)
     worker.load()
-    done = worker.process(Handout(plan.shards[0]))
+    done = worker.process(ShardAssignment(plan.shards[0]))
     expected = {f"a.parquet#{row}" for row in range(12) if is_audited(f"a.parquet#{row}", 0.5)}
     assert 0 < len(expected) < 12
     assert done.stats.audits == len(expected)

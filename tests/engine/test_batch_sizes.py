@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from gc2ray.core.config.input import MIB
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
-from gc2ray.engine.batch_sizes import sizes
+from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.device import Memory, cores, free_host_bytes
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.shape import Needs
 
 GB = 10**9
@@ -35,14 +35,14 @@ def test_what_is_set_is_taken_as_it_is() -> None:
         image_threads=3, views_per_batch=7, kv_tokens=99, prefill_tokens=11, live_rows=2
     )
     for memory in (H100, HOST):
-        found = sizes(cluster, SEVEN_B, memory)
+        found = derive_batch_sizes(cluster, SEVEN_B, memory)
         assert (found.image_threads, found.views_per_batch) == (3, 7)
         assert (found.kv_tokens, found.prefill_tokens, found.live_rows) == (99, 11, 2)
 
 
 def test_a_gpu_holds_what_its_weights_leave() -> None:
     """An H100 leaves about 55 GB of KV cache beside a 7B: over 200 rows of 288 visual tokens."""
-    found = sizes(Cluster(), SEVEN_B, H100)
+    found = derive_batch_sizes(Cluster(), SEVEN_B, H100)
     assert 50 * GB < found.kv_tokens * SEVEN_B.kv_per_token < 60 * GB
     assert found.kv_tokens // (288 + 60 + 64) > 200
 
@@ -51,7 +51,7 @@ def test_a_gpu_holds_what_its_weights_leave() -> None:
 def test_workers_that_share_a_gpu_fit_on_it(share: float, total: int) -> None:
     memory = replace(H100, total_bytes=total * GB)
     small = replace(SEVEN_B, weights=GB)
-    found = sizes(Cluster(gpus_per_worker=share), small, memory)
+    found = derive_batch_sizes(Cluster(gpus_per_worker=share), small, memory)
     taken = small.weights + found.kv_tokens * small.kv_per_token + found.remembered_bytes
     assert taken * int(1 / share) <= memory.total_bytes * 0.92
     assert found.gpu_share == share
@@ -60,23 +60,23 @@ def test_workers_that_share_a_gpu_fit_on_it(share: float, total: int) -> None:
 def test_a_whole_batch_may_be_uncompressed() -> None:
     """What its projection takes is not given to the KV cache: 12 MB a view, as an H200 measured."""
     bare = replace(SEVEN_B, packed_per_view=0)
-    with_it, without = (sizes(Cluster(), needs, H100) for needs in (SEVEN_B, bare))
+    with_it, without = (derive_batch_sizes(Cluster(), needs, H100) for needs in (SEVEN_B, bare))
     kept = (without.kv_tokens - with_it.kv_tokens) * SEVEN_B.kv_per_token
     assert kept == pytest.approx(160 * 12e6, rel=0.2)
 
 
 def test_a_share_that_is_too_small_is_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"gpus_per_worker: a share of 0.2 is 14.7 GB; weights"):
-        sizes(Cluster(gpus_per_worker=0.2), SEVEN_B, H100)
+        derive_batch_sizes(Cluster(gpus_per_worker=0.2), SEVEN_B, H100)
 
 
 def test_a_host_gives_an_eighth_and_room_for_one_long_row() -> None:
     needs = replace(SEVEN_B, kv_per_token=32_768)
-    assert sizes(Cluster(), needs, HOST).kv_tokens == 1024 * MIB // 32_768
+    assert derive_batch_sizes(Cluster(), needs, HOST).kv_tokens == 1024 * MIB // 32_768
     little = replace(HOST, total_bytes=GB)
-    assert sizes(Cluster(), needs, little).kv_tokens == max(GB // 8 // 32_768, 4096)
+    assert derive_batch_sizes(Cluster(), needs, little).kv_tokens == max(GB // 8 // 32_768, 4096)
     tiny = replace(HOST, total_bytes=GB // 20)
-    assert sizes(Cluster(), needs, tiny).kv_tokens == 1024
+    assert derive_batch_sizes(Cluster(), needs, tiny).kv_tokens == 1024
 
 
 def test_this_machine_has_memory_and_cores() -> None:
@@ -84,7 +84,7 @@ def test_this_machine_has_memory_and_cores() -> None:
     assert cores() >= 1
 
 
-def test_a_model_knows_its_needs(loaded_models: dict[str, Loaded]) -> None:
+def test_a_model_knows_its_needs(loaded_models: dict[str, LoadedModel]) -> None:
     needs = loaded_models["llama3"].family.needs()
     model = loaded_models["llama3"].model
     assert needs.weights == sum(p.numel() * 4 for p in model.parameters())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
-from gc2ray.compression.policy import ways_of
+from gc2ray.compression.policy import policies_of
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import BadRow, EngineDead, ShardError, Status
 from gc2ray.core.records import Answer, ImageRef, Request
@@ -23,9 +23,9 @@ from gc2ray.core.schema import stats_of
 from gc2ray.core.stats import STAGES, RunStats
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.engine import Engine, load_engine
-from gc2ray.engine.image_cache import Picture, Pictures, picture_key
-from gc2ray.engine.prompt_builder import Vision, tiles_of
-from gc2ray.models.base import Loaded
+from gc2ray.engine.image_cache import CachedImage, ImageCache, image_key
+from gc2ray.engine.prompt_builder import PromptBuilder, tiles_of
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.llama import LanguageModel
@@ -36,11 +36,11 @@ NEW = 6
 
 
 @pytest.fixture
-def loaded(loaded_models: dict[str, Loaded]) -> Loaded:
+def loaded(loaded_models: dict[str, LoadedModel]) -> LoadedModel:
     return loaded_models["mistral"]
 
 
-def make_engine(loaded: Loaded, cluster: Cluster | None = None, **changes: Any) -> Engine:
+def make_engine(loaded: LoadedModel, cluster: Cluster | None = None, **changes: Any) -> Engine:
     settings = {"generation__max_new_tokens": NEW, **changes}
     return Engine(loaded, make_recipe("unused", **settings), cluster or Cluster())
 
@@ -80,7 +80,7 @@ class OtherFamily:
         return views
 
 
-def with_family(loaded: Loaded, **changes: Any) -> tuple[Loaded, OtherFamily]:
+def with_family(loaded: LoadedModel, **changes: Any) -> tuple[LoadedModel, OtherFamily]:
     family = OtherFamily(loaded.family, **changes)
     return replace(loaded, family=family), family
 
@@ -104,7 +104,7 @@ def mixed_rows() -> list[Request]:
     return rows
 
 
-def test_every_row_gets_one_answer_with_its_status(loaded: Loaded) -> None:
+def test_every_row_gets_one_answer_with_its_status(loaded: LoadedModel) -> None:
     answers = answers_of(make_engine(loaded), mixed_rows())
     assert [answer.request.row for answer in answers] == list(range(8))
     bad = Status.BAD_IMAGE
@@ -115,7 +115,7 @@ def test_every_row_gets_one_answer_with_its_status(loaded: Loaded) -> None:
     assert all((answer.error is None) == (answer.status is Status.OK) for answer in answers)
 
 
-def test_a_bad_row_has_nothing_measured_but_its_image(loaded: Loaded) -> None:
+def test_a_bad_row_has_nothing_measured_but_its_image(loaded: LoadedModel) -> None:
     answer = answers_of(make_engine(loaded), mixed_rows())[1]
     assert set(answer.stage_ns) == {"image"}
     assert (answer.answer, answer.prompt_tokens, answer.kept_per_view) == (None, None, None)
@@ -123,32 +123,32 @@ def test_a_bad_row_has_nothing_measured_but_its_image(loaded: Loaded) -> None:
     assert (answer.device, answer.token_ids) == ("cpu", ())
 
 
-def test_bad_rows_change_nothing_for_good_ones(loaded: Loaded) -> None:
+def test_bad_rows_change_nothing_for_good_ones(loaded: LoadedModel) -> None:
     rows = mixed_rows()
     answers = answers_of(make_engine(loaded), rows)
     alone = answers_of(make_engine(loaded), [rows[0], rows[7]])
     assert [answers[0].token_ids, answers[7].token_ids] == [a.token_ids for a in alone]
 
 
-def test_no_rows_no_answers(loaded: Loaded) -> None:
+def test_no_rows_no_answers(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
     assert list(engine.stream([])) == []
 
 
-def test_an_engine_streams_again(loaded: Loaded) -> None:
+def test_an_engine_streams_again(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
     rows = requests(SIZES[:2])
     assert tokens_of(engine, rows) == tokens_of(engine, rows)
 
 
-def test_a_row_remembers_what_was_carried_but_not_its_image(loaded: Loaded) -> None:
+def test_a_row_remembers_what_was_carried_but_not_its_image(loaded: LoadedModel) -> None:
     row = replace(request(), carried={"id": 5})
     (answer,) = make_engine(loaded).stream([row])
     assert answer.request == replace(row, images=())
 
 
 @pytest.mark.parametrize("retention", [1.0, 0.25, 0.05])
-def test_token_counts_add_up(loaded: Loaded, retention: float) -> None:
+def test_token_counts_add_up(loaded: LoadedModel, retention: float) -> None:
     engine = make_engine(loaded, compression__retention=retention)
     rows = requests()
     for row, answer in zip(rows, answers_of(engine, rows), strict=True):
@@ -163,13 +163,13 @@ def test_token_counts_add_up(loaded: Loaded, retention: float) -> None:
         assert answer.retention_requested == retention
 
 
-def around_image(loaded: Loaded) -> int:
+def around_image(loaded: LoadedModel) -> int:
     """Tokens of the rendered prompt beside the image, by the stock tokenizer."""
     text = "USER: <image>\nWhat is in the picture? ASSISTANT:"
     return len(loaded.processor.tokenizer(text).input_ids) - 1
 
 
-def test_full_retention_keeps_everything(loaded: Loaded) -> None:
+def test_full_retention_keeps_everything(loaded: LoadedModel) -> None:
     engine = make_engine(loaded, compression__retention=1.0)
     for answer in engine.stream(requests()):
         assert answer.retention_actual == 1.0
@@ -177,7 +177,7 @@ def test_full_retention_keeps_everything(loaded: Loaded) -> None:
         assert answer.kv_bytes == answer.kv_bytes_full
 
 
-def test_full_token_counts_do_not_depend_on_the_method(loaded: Loaded) -> None:
+def test_full_token_counts_do_not_depend_on_the_method(loaded: LoadedModel) -> None:
     def counted(**changes: Any) -> list[tuple[int | None, ...]]:
         answers = answers_of(make_engine(loaded, **changes), requests())
         return [(a.visual_tokens_full, a.newline_tokens_full, a.kv_bytes_full) for a in answers]
@@ -187,7 +187,7 @@ def test_full_token_counts_do_not_depend_on_the_method(loaded: Loaded) -> None:
     assert counted(compression__retention=0.1) == expected
 
 
-def test_kv_bytes_are_those_of_the_config(loaded: Loaded) -> None:
+def test_kv_bytes_are_those_of_the_config(loaded: LoadedModel) -> None:
     text = loaded.model.config.text_config
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     for answer in make_engine(loaded).stream(requests()):
@@ -198,7 +198,7 @@ def test_kv_bytes_are_those_of_the_config(loaded: Loaded) -> None:
         assert dropped > 0
 
 
-def test_an_answer_asks_what_its_tokens_do(loaded: Loaded) -> None:
+def test_an_answer_asks_what_its_tokens_do(loaded: LoadedModel) -> None:
     """The demand follows from what is written of the answer, and from the model's sizes."""
     shape = loaded.family.shape
     for answer in answers_of(make_engine(loaded, compression__retention=0.25), requests()):
@@ -218,13 +218,13 @@ def test_an_answer_asks_what_its_tokens_do(loaded: Loaded) -> None:
         assert sum(answer.full_per_view[0]) == answer.visual_tokens_full
 
 
-def test_uncompressed_answers_ask_what_they_would_uncompressed(loaded: Loaded) -> None:
+def test_uncompressed_answers_ask_what_they_would_uncompressed(loaded: LoadedModel) -> None:
     for answer in answers_of(make_engine(loaded, compression__retention=1.0), requests()):
         assert answer.demand == answer.demand_full
         assert answer.full_per_view == answer.kept_per_view
 
 
-def test_forwards_are_counted(loaded: Loaded) -> None:
+def test_forwards_are_counted(loaded: LoadedModel) -> None:
     """One row at a time takes one for each token; several together take fewer."""
     alone, together = make_engine(loaded, Cluster(live_rows=1)), make_engine(loaded)
     tokens = sum(len(answer.token_ids) for answer in answers_of(alone, requests()))
@@ -234,7 +234,7 @@ def test_forwards_are_counted(loaded: Loaded) -> None:
     assert together.totals().energy_millijoules == 0  # a CPU does not tell
 
 
-def test_every_stage_is_timed(loaded: Loaded) -> None:
+def test_every_stage_is_timed(loaded: LoadedModel) -> None:
     for answer in make_engine(loaded).stream(requests()):
         assert set(answer.stage_ns) == set(STAGES)
         assert all(ns > 0 for ns in answer.stage_ns.values())
@@ -250,10 +250,10 @@ class Patient(Engine):
 
 
 def test_shares_of_a_batch_sum_to_the_stage_exactly(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = count(0, 100_003)  # a device clock that ticks once a look
-    monkeypatch.setattr("gc2ray.engine.prompt_builder.Vision._now", lambda _: next(ticks))
+    monkeypatch.setattr("gc2ray.engine.prompt_builder.PromptBuilder._now", lambda _: next(ticks))
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
     answers = answers_of(Patient(loaded, recipe, Cluster(views_per_batch=100)), requests())
     for stage in ("encode", "compress"):
@@ -262,7 +262,7 @@ def test_shares_of_a_batch_sum_to_the_stage_exactly(
         assert max(shares) - min(shares) > 1, "shared out evenly, not by size"
 
 
-def test_the_vision_tower_is_timed_whole(loaded: Loaded) -> None:
+def test_the_vision_tower_is_timed_whole(loaded: LoadedModel) -> None:
     watched, family = with_family(loaded)
     started = time.perf_counter_ns()
     answers = list(make_engine(watched).stream(requests()))
@@ -270,7 +270,7 @@ def test_the_vision_tower_is_timed_whole(loaded: Loaded) -> None:
     assert family.ns <= sum(answer.stage_ns["encode"] for answer in answers) <= passed
 
 
-def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: Loaded) -> None:
+def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: LoadedModel) -> None:
     """The longest prompt that fits, and one token more."""
     rows = [request((25, 30), 0), request((480, 640), 1)]
     lengths = [len(prompt) for prompt in make_engine(loaded).prompts(rows)]
@@ -286,7 +286,9 @@ def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize("newlines", ["all", "none"])
 @pytest.mark.parametrize("method", ["globalcom2", "globalcom2-reference", "pool", "thumbnail"])
-def test_newlines_are_counted_as_they_were_read(loaded: Loaded, method: str, newlines: str) -> None:
+def test_newlines_are_counted_as_they_were_read(
+    loaded: LoadedModel, method: str, newlines: str
+) -> None:
     changes = {"compression__method": method, "compression__newlines": newlines}
     engine = make_engine(loaded, **changes)
     plain = answers_of(make_engine(loaded, compression__method=method), requests())
@@ -302,7 +304,7 @@ def test_newlines_are_counted_as_they_were_read(loaded: Loaded, method: str, new
 @pytest.mark.parametrize("retention", [1.0, 0.25, 0.05])
 @pytest.mark.parametrize("newlines", ["kept_rows", "all", "none"])
 def test_original_positions_are_those_of_the_uncompressed_prompt(
-    loaded: Loaded, retention: float, newlines: str
+    loaded: LoadedModel, retention: float, newlines: str
 ) -> None:
     whole = make_engine(loaded, compression__method="none").prompts(requests())
     packing = {"compression__retention": retention, "compression__newlines": newlines}
@@ -324,7 +326,7 @@ def test_original_positions_are_those_of_the_uncompressed_prompt(
             torch.testing.assert_close(full.embeds[found], prompt.embeds)
 
 
-def test_original_positions_at_retention_one_answer_as_stock_does(loaded: Loaded) -> None:
+def test_original_positions_at_retention_one_answer_as_stock_does(loaded: LoadedModel) -> None:
     """And say something else where tokens were dropped: otherwise this could not fail."""
 
     def answered(**packing: Any) -> list[tuple[int, ...]]:
@@ -342,7 +344,7 @@ def test_original_positions_at_retention_one_answer_as_stock_does(loaded: Loaded
     assert answered(compression__retention=0.25) != tokens_of(make_engine(loaded), rows)
 
 
-def test_a_prompt_with_gaps_is_as_long_as_its_largest_position(loaded: Loaded) -> None:
+def test_a_prompt_with_gaps_is_as_long_as_its_largest_position(loaded: LoadedModel) -> None:
     rows = [request((480, 640), 1)]
     (full,) = make_engine(loaded, compression__method="none").prompts(rows)
     needed = len(full) + NEW
@@ -363,7 +365,7 @@ def test_a_prompt_with_gaps_is_as_long_as_its_largest_position(loaded: Loaded) -
             )
 
 
-def test_rows_are_answered_while_the_reader_waits(loaded: Loaded) -> None:
+def test_rows_are_answered_while_the_reader_waits(loaded: LoadedModel) -> None:
     """A reader with nothing at hand must not hold back rows that are already read."""
     seen: list[int] = []
     waiting: list[list[int]] = []
@@ -390,7 +392,7 @@ def test_rows_are_answered_while_the_reader_waits(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("odd image"), torch.OutOfMemoryError("no room")])
 def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
-    loaded: Loaded, error: Exception
+    loaded: LoadedModel, error: Exception
 ) -> None:
     rows = requests()
     expected = tokens_of(make_engine(loaded), rows)
@@ -402,13 +404,13 @@ def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
         tokens for place, tokens in enumerate(expected) if place != 4
     ]
     oom = isinstance(error, torch.OutOfMemoryError)
-    assert [answer.halvings for answer in answers] == ([1, 1, 1, 3, 3, 2, 2] if oom else [0] * 7)
+    assert [answer.oom_splits for answer in answers] == ([1, 1, 1, 3, 3, 2, 2] if oom else [0] * 7)
     assert answers[4].status is (Status.OUT_OF_MEMORY if oom else Status.FAILED)
     assert oom or answers[4].error == "ValueError: odd image"
 
 
 def test_a_batch_that_fails_late_is_tried_again_whole(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that is short once, for the third picture's tokens: no row is worse off for it."""
     rows = requests()
@@ -430,7 +432,7 @@ def test_a_batch_that_fails_late_is_tried_again_whole(
     assert len(copied) == 3 + len(rows)
 
 
-def test_an_error_message_is_one_bounded_line(loaded: Loaded) -> None:
+def test_an_error_message_is_one_bounded_line(loaded: LoadedModel) -> None:
     broken, _ = with_family(loaded, error=ValueError("a\n  b" * 1000))
     (answer,) = make_engine(broken).stream([request()])
     assert answer.error.startswith("ValueError: a b")
@@ -438,10 +440,10 @@ def test_an_error_message_is_one_bounded_line(loaded: Loaded) -> None:
     assert len(answer.error) == 300
 
 
-@pytest.mark.parametrize("way", ["globalcom2", "none"])
+@pytest.mark.parametrize("method", ["globalcom2", "none"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_image_whose_scores_are_not_finite_fails_alone(
-    loaded: Loaded, value: float, way: str
+    loaded: LoadedModel, value: float, method: str
 ) -> None:
     """Whatever the method: such a tower's features are no better. Rows that share it fail, too."""
 
@@ -455,9 +457,9 @@ def test_an_image_whose_scores_are_not_finite_fails_alone(
 
     rows = requests(SIZES[:5])
     rows.append(replace(rows[2], row=5, row_key="rows.parquet#5"))
-    wanted = tokens_of(make_engine(loaded, compression__method=way), rows)
+    wanted = tokens_of(make_engine(loaded, compression__method=method), rows)
     broken = replace(loaded, family=Overflowing(loaded.family))
-    answers = answers_of(make_engine(broken, compression__method=way), rows)
+    answers = answers_of(make_engine(broken, compression__method=method), rows)
     assert [a.status is Status.OK for a in answers] == [True, True, False, True, True, False]
     for at in (2, 5):
         assert answers[at].status is Status.FAILED
@@ -468,7 +470,7 @@ def test_an_image_whose_scores_are_not_finite_fails_alone(
 
 @pytest.mark.parametrize("decoder", ["native", "generate"])
 def test_a_row_whose_logits_are_not_finite_says_so(
-    loaded: Loaded, decoder: str, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A projector that overflows on one image: only its row fails, and its answer is no answer."""
 
@@ -494,7 +496,7 @@ def test_a_row_whose_logits_are_not_finite_says_so(
 
 
 def test_a_row_that_does_not_fit_the_decoder_is_out_of_memory(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def logits(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
@@ -505,7 +507,7 @@ def test_a_row_that_does_not_fit_the_decoder_is_out_of_memory(
     assert {"image", "encode", "compress"} <= set(answers[0].stage_ns)
 
 
-def test_a_lost_device_ends_the_engine(loaded: Loaded) -> None:
+def test_a_lost_device_ends_the_engine(loaded: LoadedModel) -> None:
     broken, family = with_family(loaded, error=torch.AcceleratorError("CUDA error"))
     with pytest.raises(EngineDead, match="the device is lost: CUDA error"):
         list(make_engine(broken).stream(requests()))
@@ -513,7 +515,7 @@ def test_a_lost_device_ends_the_engine(loaded: Loaded) -> None:
 
 
 def test_a_device_lost_while_decoding_ends_the_engine(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def logits(*_: Any) -> None:
         raise torch.AcceleratorError("CUDA error")
@@ -525,7 +527,7 @@ def test_a_device_lost_while_decoding_ends_the_engine(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 def test_both_decoders_give_the_same_answers(
-    loaded: Loaded, temperature: float, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    loaded: LoadedModel, temperature: float, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """A language model that continuous batching does not know is decoded by stock `generate`."""
     native = make_engine(loaded, generation__temperature=temperature)
@@ -539,9 +541,9 @@ def test_both_decoders_give_the_same_answers(
 class Forgetful:
     """A decoder that takes prompts and never gives them back."""
 
-    hungry, halvings = True, 0
+    wants_more, oom_splits = True, 0
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         pass
 
     def submit(self, *_: Any) -> bool:
@@ -554,14 +556,14 @@ class Forgetful:
         return 0
 
 
-def test_a_lost_row_is_not_passed_over_in_silence(loaded: Loaded) -> None:
+def test_a_lost_row_is_not_passed_over_in_silence(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
     engine._decoder = Forgetful()
     with pytest.raises(EngineDead, match="1 rows went into the decoder and did not come out"):
         list(engine.stream([request()]))
 
 
-def test_prompts_raise_for_the_first_bad_row(loaded: Loaded) -> None:
+def test_prompts_raise_for_the_first_bad_row(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
     with pytest.raises(BadRow) as caught:
         engine.prompts(mixed_rows())
@@ -571,7 +573,7 @@ def test_prompts_raise_for_the_first_bad_row(loaded: Loaded) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 @pytest.mark.parametrize("method", ["globalcom2", "random"])
 def test_an_answer_does_not_depend_on_its_batch(
-    loaded: Loaded, method: str, temperature: float
+    loaded: LoadedModel, method: str, temperature: float
 ) -> None:
     changes = {"compression__method": method, "generation__temperature": temperature}
     rows = requests()
@@ -583,7 +585,7 @@ def test_an_answer_does_not_depend_on_its_batch(
     assert len(set(one)) > 1
 
 
-def test_batch_sizes_are_kept(loaded: Loaded) -> None:
+def test_batch_sizes_are_kept(loaded: LoadedModel) -> None:
     watched, family = with_family(loaded)
     rows = [request((40, 300), seed) for seed in range(6)]  # a thumbnail and three crops
     engine = Patient(watched, make_recipe("unused"), Cluster(views_per_batch=8))
@@ -596,7 +598,7 @@ def test_batch_sizes_are_kept(loaded: Loaded) -> None:
     assert max(family.batches) <= 2
 
 
-def test_the_seed_is_of_the_row_and_of_the_recipe(loaded: Loaded) -> None:
+def test_the_seed_is_of_the_row_and_of_the_recipe(loaded: LoadedModel) -> None:
     rows = [replace(request(seed=0), row_key=f"a#{row}", row=row) for row in range(3)]
 
     def drawn(seed: int) -> list[tuple[int, ...]]:
@@ -625,7 +627,7 @@ def engine_text(tiny_paths: dict[str, Path], answer: Answer) -> str:
 
 
 def test_a_storage_that_fails_is_not_the_rows_fault(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def outage(*_: Any) -> None:
         raise ShardError("the image store does not answer")
@@ -636,7 +638,7 @@ def test_a_storage_that_fails_is_not_the_rows_fault(
     assert answer.error == "ShardError: the image store does not answer"
 
 
-def test_a_bad_row_is_not_to_be_tried_again(loaded: Loaded) -> None:
+def test_a_bad_row_is_not_to_be_tried_again(loaded: LoadedModel) -> None:
     (answer,) = make_engine(loaded).stream([replace(request(), prompts=())])
     assert (answer.retry, answer.error) == (
         False,
@@ -657,13 +659,13 @@ def questions(seed: int, prompts: Sequence[str]) -> list[Request]:
 ASKED = ("What is it?", "How many objects are there?", "Which colour is it?", "Describe it.")
 
 
-def make_vision(loaded: Loaded) -> Vision:
+def make_vision(loaded: LoadedModel) -> PromptBuilder:
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
     chat = ChatPrompt(loaded.processor)
-    return Vision(loaded.family, chat, recipe, ways_of(recipe, {}), remembered_bytes=0)
+    return PromptBuilder(loaded.family, chat, recipe, policies_of(recipe, {}), remembered_bytes=0)
 
 
-def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: Loaded) -> None:
+def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: LoadedModel) -> None:
     broken, family = with_family(loaded, error=RuntimeError("not now"))
     vision = make_vision(broken)
     first, second = questions(0, ASKED[:2])
@@ -676,7 +678,7 @@ def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: L
 
 
 def test_a_row_waits_for_the_picture_that_another_decodes(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, go = threading.Event(), threading.Event()
 
@@ -701,7 +703,9 @@ def test_a_row_waits_for_the_picture_that_another_decodes(
 
 
 @pytest.mark.parametrize("method", ["globalcom2", "random", "pool"])
-def test_rows_that_show_one_image_share_it_and_answer_the_same(loaded: Loaded, method: str) -> None:
+def test_rows_that_show_one_image_share_it_and_answer_the_same(
+    loaded: LoadedModel, method: str
+) -> None:
     watched, family = with_family(loaded)
     rows = questions(3, ASKED)
     alone = [tokens_of(make_engine(loaded, compression__method=method), [row])[0] for row in rows]
@@ -717,7 +721,7 @@ def test_rows_that_show_one_image_share_it_and_answer_the_same(loaded: Loaded, m
     assert sum("encode" in answer.stage_ns for answer in answers) == 1
 
 
-def test_the_beginning_of_their_prompts_is_computed_once(loaded: Loaded) -> None:
+def test_the_beginning_of_their_prompts_is_computed_once(loaded: LoadedModel) -> None:
     """Text before the image and the image: all but the question, and the answer's start."""
     engine = Patient(loaded, make_recipe("unused", generation__max_new_tokens=NEW), Cluster())
     engine.rows = 4
@@ -732,7 +736,7 @@ def test_the_beginning_of_their_prompts_is_computed_once(loaded: Loaded) -> None
     assert answers_of(engine, other)[0].prompt_tokens_shared == 0
 
 
-def test_what_is_shared_asks_for_nothing(loaded: Loaded) -> None:
+def test_what_is_shared_asks_for_nothing(loaded: LoadedModel) -> None:
     recipe = make_recipe("unused", generation__max_new_tokens=NEW, compression__retention=0.25)
     engine = Patient(loaded, recipe, Cluster())
     engine.rows = 4
@@ -755,7 +759,7 @@ def test_what_is_shared_asks_for_nothing(loaded: Loaded) -> None:
         assert answer.demand_full.flops["prefill"] == uncompressed
 
 
-def test_prompts_alone_take_no_kv_cache(loaded: Loaded) -> None:
+def test_prompts_alone_take_no_kv_cache(loaded: LoadedModel) -> None:
     """`gc2ray check` has two engines on one GPU."""
     engine = make_engine(loaded)
     engine.prompts([request()])
@@ -764,32 +768,32 @@ def test_prompts_alone_take_no_kv_cache(loaded: Loaded) -> None:
     assert "_decoder" in vars(engine)
 
 
-def test_what_was_forgotten_is_encoded_again(loaded: Loaded) -> None:
+def test_what_was_forgotten_is_encoded_again(loaded: LoadedModel) -> None:
     watched, family = with_family(loaded)
     engine = make_engine(watched)
     for _ in range(2):
         answers_of(engine, [request()])
     assert len(family.batches) == 1
-    engine.forget()
+    engine.clear_cache()
     answers_of(engine, [request()])
     assert len(family.batches) == 2
 
 
-def test_so_is_the_beginning_of_prompts(loaded: Loaded) -> None:
+def test_so_is_the_beginning_of_prompts(loaded: LoadedModel) -> None:
     engine = Patient(loaded, make_recipe("unused", generation__max_new_tokens=NEW), Cluster())
     engine.rows = 4
     answers_of(engine, questions(3, ASKED))
 
-    def again() -> list[bool]:
+    def ask_again() -> list[bool]:
         answers = answers_of(engine, questions(3, ASKED))
         return sorted(answer.prompt_tokens_shared > 0 for answer in answers)
 
-    assert again() == [True] * 4
-    engine.forget()
-    assert again() == [False, True, True, True]
+    assert ask_again() == [True] * 4
+    engine.clear_cache()
+    assert ask_again() == [False, True, True, True]
 
 
-def test_a_broken_image_is_every_rows_trouble(loaded: Loaded) -> None:
+def test_a_broken_image_is_every_rows_trouble(loaded: LoadedModel) -> None:
     cut = encoded(picture((100, 200), 1))[:200]
     rows = [replace(row, images=(ImageRef(cut),)) for row in questions(3, ASKED)]
     answers = answers_of(make_engine(loaded), [*rows, replace(request(seed=9), row=9)])
@@ -797,7 +801,7 @@ def test_a_broken_image_is_every_rows_trouble(loaded: Loaded) -> None:
     assert len({answer.error for answer in answers[:4]}) == 1
 
 
-def test_a_method_that_reads_the_prompt_shares_nothing(loaded: Loaded) -> None:
+def test_a_method_that_reads_the_prompt_shares_nothing(loaded: LoadedModel) -> None:
     class Reading(GlobalCom2):
         reads_prompt: ClassVar[bool] = True
 
@@ -810,7 +814,7 @@ def test_a_method_that_reads_the_prompt_shares_nothing(loaded: Loaded) -> None:
 
 
 def test_the_vision_side_may_run_beside_the_decoder(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: on a thread of its own, one batch ahead."""
     expected = tokens_of(make_engine(loaded), requests())
@@ -830,7 +834,7 @@ def test_the_vision_side_may_run_beside_the_decoder(
 
 
 def test_pictures_are_kept_within_their_bytes() -> None:
-    pictures = Pictures(kept_bytes=100)
+    pictures = ImageCache(kept_bytes=100)
 
     def made(key: str, tokens: int) -> None:
         picture_, new = pictures.find(key)
@@ -848,15 +852,15 @@ def test_pictures_are_kept_within_their_bytes() -> None:
 
 
 def test_a_picture_in_use_is_found_and_a_forgotten_one_is_not() -> None:
-    pictures = Pictures(kept_bytes=0)
+    pictures = ImageCache(kept_bytes=0)
     held, _ = pictures.find("a")
     assert pictures.find("a") == (held, False)
     assert held.rows == 2
-    pictures.forget(held)
+    pictures.clear_cache(held)
     assert pictures.find("a")[1]
 
 
 def test_a_picture_is_told_by_its_bytes() -> None:
-    assert picture_key(b"x") == picture_key(b"x") != picture_key(b"y")
-    assert picture_key(b"x") != picture_key(b"x", "q") != picture_key(b"x", "r")
-    assert Picture(picture_key(b"x")).seed == Picture(picture_key(b"x")).seed < 2**56
+    assert image_key(b"x") == image_key(b"x") != image_key(b"y")
+    assert image_key(b"x") != image_key(b"x", "q") != image_key(b"x", "r")
+    assert CachedImage(image_key(b"x")).seed == CachedImage(image_key(b"x")).seed < 2**56

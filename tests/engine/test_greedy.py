@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from tests.support.greedy import plain_greedy
 
 NEW = 12
 
 
 @pytest.fixture(params=["mistral", "vicuna"])
-def model(request: pytest.FixtureRequest, loaded_models: dict[str, Loaded]) -> Any:
+def model(request: pytest.FixtureRequest, loaded_models: dict[str, LoadedModel]) -> Any:
     return loaded_models[request.param].model
 
 

@@ -24,7 +24,7 @@ from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import Answer, Request
 from gc2ray.engine import parity
 from gc2ray.engine.decoding import continuous_batching as native
-from gc2ray.engine.decoding.forced import Dictation, largest_difference
+from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.engine import Engine, load_model
 from gc2ray.engine.parity import Parity, StockCheck, check
 from gc2ray.models.base import Prompt
@@ -526,7 +526,7 @@ def test_dictated_tokens_change_nothing_but_what_is_drawn(
     table = loaded.model.get_input_embeddings()
     with torch.inference_mode():
         prompt = native.Prompt(table(torch.arange(10, 30)))
-    logits = Dictation(loaded.model).logits(prompt, [50, 51, 52])
+    logits = ForcedDecoder(loaded.model).logits(prompt, [50, 51, 52])
     ids = torch.tensor([[*range(10, 30), 50, 51, 52]])
     with torch.inference_mode():
         wanted = loaded.model(input_ids=ids).logits[0, 19:]

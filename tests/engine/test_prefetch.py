@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.engine.prefetch import Feed
+from gc2ray.engine.prefetch import Prefetcher
 
 
-def drained(feed: Feed[int, int]) -> list[int]:
+def drained(feed: Prefetcher[int, int]) -> list[int]:
     found: list[int] = []
     while not feed.ended:
         result = feed.take()
@@ -31,7 +31,7 @@ def test_results_come_in_the_order_of_the_items(naps: list[int], threads: int, a
         time.sleep(item[1] / 2000)
         return item[0] + 1
 
-    with Feed(enumerate(naps), work, threads=threads, ahead=ahead) as feed:
+    with Prefetcher(enumerate(naps), work, threads=threads, ahead=ahead) as feed:
         assert drained(feed) == list(range(1, len(naps) + 1))
 
 
@@ -43,7 +43,7 @@ def test_it_runs_ahead_so_far_and_no_farther() -> None:
             read.append(item)
             yield item
 
-    with Feed(items(), lambda item: item, threads=2, ahead=5) as feed:
+    with Prefetcher(items(), lambda item: item, threads=2, ahead=5) as feed:
         feed.wait()
         time.sleep(0.05)
         assert len(read) == 6, "five with room, and one in the reader's hand"
@@ -60,7 +60,7 @@ def test_nothing_at_hand_is_none_and_waiting_is_counted() -> None:
         go.wait(5)
         yield 2
 
-    with Feed(items(), lambda item: item, threads=1, ahead=9) as feed:
+    with Prefetcher(items(), lambda item: item, threads=1, ahead=9) as feed:
         feed.wait()
         assert feed.take() == 1
         before = feed.waited_ns
@@ -79,7 +79,7 @@ def test_errors_are_raised_where_their_result_is_taken() -> None:
         yield 1
         raise OSError("the disk is gone")
 
-    with Feed(items(), lambda item: item, threads=1, ahead=9) as feed:
+    with Prefetcher(items(), lambda item: item, threads=1, ahead=9) as feed:
         feed.wait()
         assert feed.take() == 1
         feed.wait()
@@ -89,7 +89,7 @@ def test_errors_are_raised_where_their_result_is_taken() -> None:
     def work(item: int) -> int:
         raise ValueError(f"item {item}")
 
-    with Feed([1, 2], work, threads=1, ahead=9) as feed:
+    with Prefetcher([1, 2], work, threads=1, ahead=9) as feed:
         feed.wait()
         with pytest.raises(ValueError, match="item 1"):
             feed.take()
@@ -103,7 +103,7 @@ def test_leaving_early_stops_the_reader() -> None:
             read.append(item)
             yield item
 
-    with Feed(items(), lambda item: item, threads=1, ahead=2) as feed:
+    with Prefetcher(items(), lambda item: item, threads=1, ahead=2) as feed:
         feed.wait()
     time.sleep(0.05)
     stopped = len(read)
@@ -119,7 +119,7 @@ def test_what_the_owner_adds_comes_before_what_is_still_to_be_read() -> None:
         go.wait(5)
         yield 2
 
-    with Feed(items(), lambda item: item * 10, threads=1, ahead=5) as feed:
+    with Prefetcher(items(), lambda item: item * 10, threads=1, ahead=5) as feed:
         feed.wait()
         assert feed.take() == 10
         feed.add(7)  # while the reader blocks
@@ -130,7 +130,7 @@ def test_what_the_owner_adds_comes_before_what_is_still_to_be_read() -> None:
 
 
 def test_what_the_owner_adds_after_the_last_item_is_not_lost() -> None:
-    with Feed(range(2), lambda item: item * 10, threads=2, ahead=5) as feed:
+    with Prefetcher(range(2), lambda item: item * 10, threads=2, ahead=5) as feed:
         assert drained(feed) == [0, 10]
         assert feed.ended
         for item in (3, 4):
@@ -140,7 +140,7 @@ def test_what_the_owner_adds_after_the_last_item_is_not_lost() -> None:
 
 
 def test_trouble_of_what_the_owner_adds_is_raised_where_it_is_taken() -> None:
-    with Feed(range(1, 2), lambda item: 1 // item, threads=1, ahead=5) as feed:
+    with Prefetcher(range(1, 2), lambda item: 1 // item, threads=1, ahead=5) as feed:
         feed.add(0)
         feed.wait()
         with pytest.raises(ZeroDivisionError):

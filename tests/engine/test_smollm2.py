@@ -13,7 +13,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.engine import Engine
 from gc2ray.models import loading
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_inputs
 from tests.support.rows import encoded, make_recipe, picture
@@ -68,14 +68,14 @@ def rows() -> list[Request]:
     ]
 
 
-def ours(loaded: Loaded) -> list[Answer]:
+def ours(loaded: LoadedModel) -> list[Answer]:
     changes = {"compression__retention": 1.0, "generation__max_new_tokens": NEW_TOKENS}
     engine = Engine(loaded, make_recipe("unused", **changes), Cluster())
     return sorted(engine.stream(rows()), key=lambda answer: answer.request.row)
 
 
 @torch.inference_mode()
-def stock(loaded: Loaded, some: Sequence[int]) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+def stock(loaded: LoadedModel, some: Sequence[int]) -> tuple[list[tuple[int, ...]], list[Tensor]]:
     """Stock's greedy answers to a padded batch of rows; by token, in half precision, its logits."""
     chat = ChatPrompt(loaded.processor)
     images = [picture(SIZES[row % len(SIZES)], row) for row in some]

@@ -10,12 +10,12 @@ import pytest
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.intervals import Range
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Bill, Use
-from gc2ray.estimate.device_estimate import HOUR, START_SECONDS, Bid
+from gc2ray.core.usage import Usage, UsageKind
+from gc2ray.estimate.device_estimate import HOUR, START_SECONDS, DeviceEstimator
 from gc2ray.estimate.hardware import Hardware, Price
-from gc2ray.estimate.measured_rates import Pace
+from gc2ray.estimate.measured_rates import MeasuredRates
 from gc2ray.estimate.roofline import ROOFLINE_SHARE, roofline_seconds
-from gc2ray.estimate.workload import Forecast
+from gc2ray.estimate.workload import Workload
 from gc2ray.models.shape import LLAVA_7B
 from tests.estimate.test_measured_rates import PART, ledger
 
@@ -41,16 +41,16 @@ END = RunStats(
     },
     cache_read_bytes=10**10 * ROWS,
 )
-FORECAST = Forecast(
+FORECAST = Workload(
     method="globalcom2", retention=0.25, visual_tokens=Range.exactly(720 * ROWS),
     newline_tokens=Range.exactly(20 * ROWS), prompt_tokens=Range.exactly(800), longest=1000,
     too_long=Range.exactly(0), ends=(END, END, END),
 )  # fmt: skip
 
 
-def bid(**changes: object) -> Bid:
+def bid(**changes: object) -> DeviceEstimator:
     settings: dict = {"cluster": Cluster(), "hours": 2.0, "pace": None, **changes}
-    return Bid(LLAVA_7B, **settings)
+    return DeviceEstimator(LLAVA_7B, **settings)
 
 
 def test_time_is_a_share_of_the_roofline() -> None:
@@ -106,7 +106,9 @@ def test_what_does_not_fit_is_told_and_not_priced() -> None:
 
 
 def test_a_run_on_the_same_device_tells_better() -> None:
-    pace = Pace.of(ledger([PART] * 4, Bill({Use.USEFUL: 36.0}), devices=("NVIDIA Big",)))
+    pace = MeasuredRates.of(
+        ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
+    )
     offer = bid(pace=pace).offer(FORECAST, BIG)
     assert offer.basis == "run"
     assert offer.device_seconds is not None
@@ -131,7 +133,9 @@ def test_second_looks_are_paid_for() -> None:
         cache_read_bytes=END.cache_read_bytes // 10,
     )
     audited = replace(FORECAST, audits=(RunStats(), tenth, END))
-    pace = Pace.of(ledger([PART] * 4, Bill({Use.USEFUL: 36.0}), devices=("NVIDIA Big",)))
+    pace = MeasuredRates.of(
+        ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
+    )
     for bidding in (bid(), bid(pace=pace)):
         offer, plain = bidding.offer(audited, BIG), bidding.offer(FORECAST, BIG)
         assert offer.device_seconds is not None

@@ -18,10 +18,10 @@ from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.estimate import Assumptions, estimate
 from gc2ray.estimate.hardware import load_hardware
-from gc2ray.estimate.input_profile import survey
+from gc2ray.estimate.input_profile import profile_input
 from gc2ray.estimate.workload import NOTHING
-from gc2ray.models.loading import outline
-from gc2ray.output.totals import read_ledger
+from gc2ray.models.loading import load_metadata
+from gc2ray.output.totals import read_totals
 from jobs.support.photos import opened_photos
 from tests.estimate.test_hardware import GOOD
 from tests.test_cli import gc2ray, here, job_file
@@ -50,7 +50,7 @@ def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> N
     found = json.loads(result.stdout)
     ran = gc2ray("run", demo)
     assert ran.returncode == 0, ran.stderr
-    stats = read_ledger(str(tmp_path / "out")).stats
+    stats = read_totals(str(tmp_path / "out")).stats
     assert found["rows"] == found["looked"] == 40
     for name, actual in (
         ("prompts", stats.by_status["ok"]),
@@ -116,10 +116,10 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
     tiny_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     job = load_job(job_file(tmp_path, tiny_paths["vicuna"]), ["recipe.compression={method: none}"])
-    model = outline(str(tiny_paths["vicuna"]), dtype="float32")
+    model = load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
     file = tmp_path / "hardware.yaml"
     file.write_text(yaml.safe_dump({"hardware": [GOOD]}))
-    looked = survey(job.recipe, model)
+    looked = profile_input(job.recipe, model)
     found = estimate(looked, model, job, load_hardware(file), Assumptions())
     assert [(item.method, item.retention) for item in found.forecasts] == [
         ("none", 1.0), *(("globalcom2", kept) for kept in (0.75, 0.5, 0.25, 0.1))
@@ -135,8 +135,8 @@ def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) 
     path = tiny_paths["vicuna"]
     changes = ["recipe.audit={share: 0.5, escalate: [0.5, 0.75]}"]
     job = load_job(job_file(tmp_path, path), changes)
-    model = outline(str(path), dtype="float32")
-    looked = survey(job.recipe, model)
+    model = load_metadata(str(path), dtype="float32")
+    looked = profile_input(job.recipe, model)
     found = estimate(looked, model, job, (), Assumptions(output_tokens=4))
     by_retention = {item.retention: item for item in found.forecasts}
     own, whole = by_retention[0.25], by_retention[1.0]

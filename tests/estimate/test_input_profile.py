@@ -22,17 +22,23 @@ from gc2ray.core.schema import stats_of
 from gc2ray.core.shards import SourceFile
 from gc2ray.data.dataset import Source
 from gc2ray.engine.engine import Engine
-from gc2ray.estimate.input_profile import Shown, Stretch, Survey, spread, survey
-from gc2ray.models.base import Loaded, Outline
-from gc2ray.models.loading import outline
+from gc2ray.estimate.input_profile import (
+    InputProfile,
+    PromptShape,
+    SampleBlock,
+    profile_input,
+    spread,
+)
+from gc2ray.models.base import LoadedModel, ModelMetadata
+from gc2ray.models.loading import load_metadata
 from tests.support.rows import SIZES, encoded, make_job, picture, prompts_of, write_rows
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @pytest.fixture
-def outlined(tiny_paths: dict[str, Path]) -> Outline:
-    return outline(str(tiny_paths["vicuna"]), dtype="float32")
+def outlined(tiny_paths: dict[str, Path]) -> ModelMetadata:
+    return load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
 
 
 def mixed(folder: Path) -> Path:
@@ -51,7 +57,7 @@ def mixed(folder: Path) -> Path:
     return folder
 
 
-def answers(job: Job, loaded: Loaded) -> list[Answer]:
+def answers(job: Job, loaded: LoadedModel) -> list[Answer]:
     source = Source(job.recipe.input)
     files, _ = source.scan()
     spans = [span for file in files for span in [whole(file)]]
@@ -66,11 +72,14 @@ def whole(file: SourceFile):
 
 
 def test_all_rows_are_what_an_engine_finds(
-    tmp_path: Path, tiny_paths: dict[str, Path], loaded_models: dict[str, Loaded], outlined: Outline
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    loaded_models: dict[str, LoadedModel],
+    outlined: ModelMetadata,
 ) -> None:
     source = mixed(tmp_path / "in")
     job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompt"})
-    found = survey(job.recipe, outlined)
+    found = profile_input(job.recipe, outlined)
     stats = stats_of(answers(job, loaded_models["vicuna"]))
     assert (found.rows, found.looked, found.is_exact) == (11, 11, True)
     assert found.refused == {Status.BAD_IMAGE: 2, Status.BAD_PROMPT: 1}
@@ -88,17 +97,17 @@ def test_all_rows_are_what_an_engine_finds(
 
 
 def test_prompts_of_one_row_show_one_image(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: Outline
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
 ) -> None:
     source = write_rows(tmp_path / "in" / "a.parquet", 20)
     job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompts"})
-    found = survey(job.recipe, outlined)
+    found = profile_input(job.recipe, outlined)
     assert found.prompts.total() + found.refused.total() == sum(map(prompts_of, range(20)))
     assert sum(n for shown, n in found.prompts.items() if shown.is_new) <= 20
 
 
 def test_pixels_are_not_decoded(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: Outline
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
 ) -> None:
     """An image of which only the header is there is counted: its damage is not seen."""
     buffer = io.BytesIO()
@@ -106,22 +115,22 @@ def test_pixels_are_not_decoded(
     data = buffer.getvalue()[:700]
     table = pa.table({"image": pa.array([{"bytes": data, "path": None}], IMAGE)})
     pq.write_table(table, tmp_path / "a.parquet")
-    found = survey(make_job(tiny_paths["vicuna"], tmp_path).recipe, outlined)
+    found = profile_input(make_job(tiny_paths["vicuna"], tmp_path).recipe, outlined)
     ((shown, count),) = found.prompts.items()
     assert (shown.canvas, count) == (outlined.canvas((200, 300)), 1)
 
 
 def test_a_sample_is_spread_over_the_input(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: Outline
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
 ) -> None:
     for name in "abc":
         write_rows(tmp_path / "in" / f"{name}.parquet", 40)
     recipe = make_job(tiny_paths["vicuna"], tmp_path / "in").recipe
     ticks: list[int] = []
-    found = survey(recipe, outlined, 30, ticks.append)
+    found = profile_input(recipe, outlined, 30, ticks.append)
     assert (found.rows, found.looked, sum(ticks)) == (120, 30, 30)
     assert not found.is_exact
-    everything = survey(recipe, outlined, 120)
+    everything = profile_input(recipe, outlined, 120)
     assert everything.is_exact
 
 
@@ -140,21 +149,21 @@ def test_stretches_lie_in_order_and_do_not_meet() -> None:
 
 
 def test_an_input_that_cannot_be_read_is_refused(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: Outline
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
 ) -> None:
     path = write_rows(tmp_path / "in" / "a.parquet", 20)
     data = bytearray(path.read_bytes())
     data[50:2000] = bytes(1950)  # the footer is whole, the pages are not
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"recipe.input: a.parquet"):
-        survey(make_job(tiny_paths["vicuna"], path).recipe, outlined)
+        profile_input(make_job(tiny_paths["vicuna"], path).recipe, outlined)
 
 
-def made_up(rows: int, stretches: list[int], each: int) -> Survey:
+def made_up(rows: int, stretches: list[int], each: int) -> InputProfile:
     """Stretches with so many prompts in them."""
-    shown = Shown(Canvas.of((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
-    found = tuple(Stretch(each, Counter({shown: count}), Counter()) for count in stretches)
-    return Survey(rows, found)
+    shown = PromptShape(Canvas.of((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
+    found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in stretches)
+    return InputProfile(rows, found)
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Bill, Use
+from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.estimate.hardware import Hardware
-from gc2ray.estimate.measured_rates import DRIFT, Pace
+from gc2ray.estimate.measured_rates import DRIFT, MeasuredRates
 from gc2ray.estimate.roofline import audit_share, roofline_seconds
 from gc2ray.models.shape import LLAVA_7B, ModelShape, TextModel, Tower
 from gc2ray.output.heartbeats import WorkerRecord
 from gc2ray.output.run_directory import Run
-from gc2ray.output.totals import Entry, Ledger, Timeline
+from gc2ray.output.totals import RoundTotals, RunTotals, Timeline
 from tests.output.test_totals import START, driver_record
 from tests.support.outputs import RECIPE
 
@@ -76,13 +76,16 @@ def test_the_7b_on_an_h200_takes_what_the_notes_say() -> None:
 
 
 def ledger(
-    parts: list[RunStats], bill: Bill, wall: float = 60.0, devices: tuple[str, ...] = ("cpu", "cpu")
-) -> Ledger:
+    parts: list[RunStats],
+    bill: Usage,
+    wall: float = 60.0,
+    devices: tuple[str, ...] = ("cpu", "cpu"),
+) -> RunTotals:
     workers = tuple(
         WorkerRecord(device, 1.0, START, None, START + timedelta(seconds=50), SHAPE)
         for device in devices
     )
-    entry = Entry(
+    entry = RoundTotals(
         number=0,
         run=Run(RECIPE, "digest", len(parts), 12 * len(parts), {}),
         parts=len(parts),
@@ -95,12 +98,12 @@ def ledger(
         letters=(),
         letter_count=0,
     )
-    return Ledger("out", (entry,))
+    return RunTotals("out", (entry,))
 
 
 def test_a_run_foretells_itself() -> None:
-    bill = Bill({Use.USEFUL: 40.0, Use.LOADING: 8.0, Use.IDLE: 2.0})
-    found = Pace.of(ledger([PART] * 4, bill, wall=26.0))
+    bill = Usage({UsageKind.USEFUL: 40.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
+    found = MeasuredRates.of(ledger([PART] * 4, bill, wall=26.0))
     total = sum([PART] * 4, RunStats())
     asked = replace(total, rows=40)  # those that can be answered
     assert found.seconds(asked) == pytest.approx(40.0)
@@ -113,7 +116,7 @@ def test_a_run_foretells_itself() -> None:
 
 
 def test_stages_scale_with_what_they_do() -> None:
-    found = Pace.of(ledger([PART] * 4, Bill({Use.USEFUL: 36.0})))
+    found = MeasuredRates.of(ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0})))
     less = replace(PART, rows=10, flops=PART.flops | {"prefill": 10**12})
     whole = found.seconds(replace(PART, rows=10))
     assert whole - found.seconds(less) == pytest.approx(4 * 7 / 8)
@@ -123,7 +126,7 @@ def test_stages_scale_with_what_they_do() -> None:
 
 def test_stages_that_overlapped_are_not_counted_twice() -> None:
     """On a GPU vision runs beside decoding: 9 s of stages in 6 s."""
-    found = Pace.of(ledger([PART] * 2, Bill({Use.USEFUL: 12.0})))
+    found = MeasuredRates.of(ledger([PART] * 2, Usage({UsageKind.USEFUL: 12.0})))
     assert found.per_answer == 0
     assert found.seconds(replace(PART, rows=10)) == pytest.approx(6.0)
 
@@ -132,36 +135,39 @@ def test_second_looks_slow_no_pace() -> None:
     """Half as long again as the answers themselves, one device after the other."""
     looked = replace(
         PART,
-        audit_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
+        audit_uncompressed_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
         escalation_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
     )
     assert audit_share(looked) == pytest.approx(1 / 3)
     assert audit_share(PART) == audit_share(RunStats()) == 0
-    bill = Bill({Use.USEFUL: 60.0, Use.LOADING: 8.0, Use.IDLE: 2.0})
-    found = Pace.of(ledger([looked] * 4, bill, wall=36.0))
-    plain = Pace.of(ledger([PART] * 4, Bill({**bill.seconds, Use.USEFUL: 40.0}), wall=26.0))
+    bill = Usage({UsageKind.USEFUL: 60.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
+    found = MeasuredRates.of(ledger([looked] * 4, bill, wall=36.0))
+    plain = MeasuredRates.of(
+        ledger([PART] * 4, Usage({**bill.seconds, UsageKind.USEFUL: 40.0}), wall=26.0)
+    )
     assert found.per_flop == pytest.approx(plain.per_flop)
     assert found.per_answer == pytest.approx(plain.per_answer)
     assert found.per_output_token == pytest.approx(plain.per_output_token)
     assert found.worker_seconds == plain.worker_seconds == 5.0
     assert found.start_seconds == pytest.approx(plain.start_seconds)
-    unbilled = Pace.of(ledger([looked] * 4, Bill()))
-    assert unbilled.per_flop == Pace.of(ledger([PART] * 4, Bill())).per_flop
+    unbilled = MeasuredRates.of(ledger([looked] * 4, Usage()))
+    assert unbilled.per_flop == MeasuredRates.of(ledger([PART] * 4, Usage())).per_flop
 
 
 def test_parts_that_differ_make_it_unsure() -> None:
     slow = replace(PART, stage_ns=PART.stage_ns | {"encode": 9 * 10**9})
     even, uneven = (
-        Pace.of(ledger(parts, Bill({Use.USEFUL: 60.0}))) for parts in ([PART] * 6, [PART, slow] * 3)
+        MeasuredRates.of(ledger(parts, Usage({UsageKind.USEFUL: 60.0})))
+        for parts in ([PART] * 6, [PART, slow] * 3)
     )
     assert even.spread < uneven.spread < 0.6
-    assert Pace.of(ledger([PART], Bill())).spread == 1.0
+    assert MeasuredRates.of(ledger([PART], Usage())).spread == 1.0
 
 
 def test_what_tells_no_pace_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing was answered"):
-        Pace.of(ledger([RunStats(rows=3, by_status={"failed": 3})], Bill()))
+        MeasuredRates.of(ledger([RunStats(rows=3, by_status={"failed": 3})], Usage()))
     with pytest.raises(ConfigError, match=r"ran on A, B; a pace is that of one kind"):
-        Pace.of(ledger([PART], Bill(), devices=("B", "A")))
-    alone = Pace.of(ledger([PART], Bill()))
+        MeasuredRates.of(ledger([PART], Usage(), devices=("B", "A")))
+    alone = MeasuredRates.of(ledger([PART], Usage()))
     assert (alone.worker_seconds, alone.start_seconds) == (None, None)

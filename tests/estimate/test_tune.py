@@ -21,22 +21,22 @@ from gc2ray.core.records import UNCOMPRESSED, Answer, Request
 from gc2ray.estimate.hardware import Prices
 from gc2ray.estimate.recommendation import (
     WHOLE,
-    Question,
-    Setting,
+    CompressionSetting,
     Target,
     Trials,
+    TuneQuestion,
     Tuning,
     judge,
     lower,
 )
 from gc2ray.estimate.trials import measure, references_of
-from gc2ray.estimate.tune import Wish, settings_of
+from gc2ray.estimate.tune import TuneRequest, settings_of
 from tests.support.fakes import echo
 from tests.support.rows import request
 from tests.test_cli import here, job_file
 
-HALF, TENTH = Setting("globalcom2", 0.5), Setting("globalcom2", 0.1)
-BY_WAY = {UNCOMPRESSED: WHOLE, HALF.name: HALF, TENTH.name: TENTH}
+HALF, TENTH = CompressionSetting("globalcom2", 0.5), CompressionSetting("globalcom2", 0.1)
+BY_POLICY = {UNCOMPRESSED: WHOLE, HALF.name: HALF, TENTH.name: TENTH}
 RIGHT = "right"
 
 
@@ -47,22 +47,22 @@ class Known:
     What is right in a setting is right in every better one, as a rule of thumb has it.
     """
 
-    seconds: dict[Setting, float]
-    accuracy: dict[Setting, float] = field(default_factory=dict)
+    seconds: dict[CompressionSetting, float]
+    accuracy: dict[CompressionSetting, float] = field(default_factory=dict)
     growth: float = 0.0
     seed: int = 0
     now: float = 0.0
     forgot: int = 0
     seen: list[tuple[int, str]] = field(default_factory=list)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         self.forgot += 1
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         asked = list(requests)
-        self.seen.append((len(asked), asked[0].way))
+        self.seen.append((len(asked), asked[0].policy))
         for row in asked:
-            setting = BY_WAY[row.way]
+            setting = BY_POLICY[row.policy]
             self.now += self.seconds[setting] * (1 + self.growth * self.now)
             luck = random.Random(f"{self.seed}/{row.row_key}").random()
             good = luck < self.accuracy.get(setting, 1.0)
@@ -74,13 +74,13 @@ def rows(count: int = 80) -> list[Request]:
     return [replace(alike, row=n, row_key=f"a#{n}") for n in range(count)]
 
 
-def tuning(engine: Known, question: Question, count: int = 80) -> Tuning:
+def tuning(engine: Known, question: TuneQuestion, count: int = 80) -> Tuning:
     trials = measure(engine, rows(count), [HALF, TENTH], clock=lambda: engine.now)
     return judge(trials, question)
 
 
-def agreement(share: float) -> Question:
-    return Question(Target(min_agreement=share), {})
+def agreement(share: float) -> TuneQuestion:
+    return TuneQuestion(Target(min_agreement=share), {})
 
 
 SPEEDS = {WHOLE: 1.0, HALF: 0.5, TENTH: 0.2}
@@ -93,8 +93,8 @@ def test_every_block_is_answered_in_every_setting_from_nothing() -> None:
     assert trials.seconds.shape == (8, 3)
     assert trials.rows.tolist() == [10] * 8
     assert engine.forgot == 8 * 3
-    orders = [tuple(way for _, way in engine.seen[at : at + 3]) for at in range(3, 27, 3)]
-    assert all(set(order) == set(BY_WAY) for order in orders)
+    orders = [tuple(policy for _, policy in engine.seen[at : at + 3]) for at in range(3, 27, 3)]
+    assert all(set(order) == set(BY_POLICY) for order in orders)
     assert len(set(orders)) > 2, "the order is drawn"
     assert trials.seconds[:, 1].tolist() == pytest.approx([5.0] * 8)
     assert all(len(answers) == 80 for answers in trials.answers.values())
@@ -133,7 +133,7 @@ def test_compression_that_does_not_pay_is_not_sold() -> None:
 def test_a_target_that_nothing_meets_is_told() -> None:
     engine = Known(SPEEDS, {WHOLE: 0.6, HALF: 0.5, TENTH: 0.4})
     references = {row.row_key: [RIGHT] for row in rows()}
-    question = Question(Target(min_accuracy=0.9), references)
+    question = TuneQuestion(Target(min_accuracy=0.9), references)
     found = tuning(engine, question)
     assert found.recommended is None
     assert "No setting meets the target for sure" in found.verdict
@@ -143,7 +143,7 @@ def test_a_target_that_nothing_meets_is_told() -> None:
 def test_accuracy_is_against_references_and_failures_count() -> None:
     engine = Known(SPEEDS, {WHOLE: 0.97, HALF: 0.96, TENTH: 0.6})
     references = {row.row_key: [RIGHT, "also right"] for row in rows(400)}
-    found = tuning(engine, Question(Target(min_accuracy=0.9), references), 400)
+    found = tuning(engine, TuneQuestion(Target(min_accuracy=0.9), references), 400)
     assert found.recommended == HALF
     whole, half, tenth = (item.accuracy for item in found.measured)
     assert whole is not None
@@ -155,7 +155,7 @@ def test_accuracy_is_against_references_and_failures_count() -> None:
 def test_a_budget_buys_the_best_quality() -> None:
     engine = Known(SPEEDS, {WHOLE: 1.0, HALF: 0.9, TENTH: 0.5})
     for budget, expected in ((101.0, WHOLE), (60.0, HALF), (25.0, TENTH), (1.0, None)):
-        question = Question(
+        question = TuneQuestion(
             Target(budget_usd=budget), {}, usd_per_hour=3.6, total_rows=100_000
         )  # 100, 50 and 20 dollars
         assert tuning(engine, question).recommended == expected
@@ -181,7 +181,7 @@ def test_recommendations_keep_their_promise_nine_times_in_ten() -> None:
     for seed in range(trials):
         engine = Known(SPEEDS, accuracy, seed=seed)
         references = {row.row_key: [RIGHT] for row in rows(400)}
-        found = tuning(engine, Question(Target(min_accuracy=0.9), references), 400)
+        found = tuning(engine, TuneQuestion(Target(min_accuracy=0.9), references), 400)
         chosen = found.recommended
         met += chosen is not None and accuracy[chosen] >= 0.9
         cheap += chosen is not None and SPEEDS[chosen] <= 1.25 * SPEEDS[HALF]
@@ -216,21 +216,21 @@ def test_references_are_texts_or_lists_of_them() -> None:
     assert references_of(asked, "other") == {}
 
 
-def wish(**changes: object) -> Wish:
+def wish(**changes: object) -> TuneRequest:
     usual: dict = {
         "rows": 12, "methods": (), "retentions": (), "target": Target(), "reference": None,
         "prices": Prices(()),
     }  # fmt: skip
-    return Wish(**usual | changes)
+    return TuneRequest(**usual | changes)
 
 
 def test_settings_are_the_recipes_method_at_all_retentions(tmp_path: Path) -> None:
     job = load_job(job_file(tmp_path, Path("model")))
     assert [s.retention for s in settings_of(job, wish())] == [0.75, 0.5, 0.25, 0.1, 0.05]
     both = settings_of(job, wish(methods=("local", "thumbnail"), retentions=(0.3,)))
-    assert both == [Setting("local", 0.3), Setting("thumbnail", 1.0)]
+    assert both == [CompressionSetting("local", 0.3), CompressionSetting("thumbnail", 1.0)]
     plain = load_job(job_file(tmp_path, Path("model")), ["recipe.compression={method: none}"])
-    assert settings_of(plain, wish(retentions=(0.3,))) == [Setting("globalcom2", 0.3)]
+    assert settings_of(plain, wish(retentions=(0.3,))) == [CompressionSetting("globalcom2", 0.3)]
     assert wish().checked_target() == Target(min_agreement=0.95)
 
 

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.policy import Way
+from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.compression.registry import COMPRESSORS
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.intervals import Range
 from gc2ray.core.schema import stats_of
 from gc2ray.core.stats import RunStats
-from gc2ray.estimate.input_profile import survey
-from gc2ray.estimate.workload import Forecast, Kept, forecast
-from gc2ray.models.base import Loaded
-from gc2ray.models.loading import outline
+from gc2ray.estimate.input_profile import profile_input
+from gc2ray.estimate.workload import TokenBounds, Workload, forecast_workload
+from gc2ray.models.base import LoadedModel
+from gc2ray.models.loading import load_metadata
 from tests.estimate.test_input_profile import answers, mixed
 from tests.support.rows import SIZES, make_job
 from tests.support.views import random_views
@@ -28,7 +28,9 @@ from tests.support.views import random_views
 STAGES = ("encode", "compress", "prefill")
 
 
-def both(tmp_path: Path, model: Path, loaded: Loaded, **changes: Any) -> tuple[Forecast, RunStats]:
+def both(
+    tmp_path: Path, model: Path, loaded: LoadedModel, **changes: Any
+) -> tuple[Workload, RunStats]:
     """The forecast of some rows, and what an engine made of them, in answers of 5 tokens each."""
     settings = {"input__prompt": {"column": "prompt"}, "generation__max_new_tokens": 5, **changes}
     job = make_job(model, mixed(tmp_path / "in"), **settings)
@@ -38,13 +40,13 @@ def both(tmp_path: Path, model: Path, loaded: Loaded, **changes: Any) -> tuple[F
         stats = stats_of(answers(job, loaded))
     finally:
         generation.eos_token_id = before
-    outlined = outline(str(model), dtype="float32")
-    found = survey(job.recipe, outlined)
-    return forecast(found, outlined, job.recipe, Range.exactly(5)), stats
+    outlined = load_metadata(str(model), dtype="float32")
+    found = profile_input(job.recipe, outlined)
+    return forecast_workload(found, outlined, job.recipe, Range.exactly(5)), stats
 
 
 def test_uncompressed_it_is_exact(
-    tmp_path: Path, tiny_paths: dict[str, Path], loaded_models: dict[str, Loaded]
+    tmp_path: Path, tiny_paths: dict[str, Path], loaded_models: dict[str, LoadedModel]
 ) -> None:
     found, stats = both(
         tmp_path, tiny_paths["vicuna"], loaded_models["vicuna"], compression__retention=1.0
@@ -66,7 +68,7 @@ def test_uncompressed_it_is_exact(
 def test_compressed_it_lies_within(
     tmp_path: Path,
     tiny_paths: dict[str, Path],
-    loaded_models: dict[str, Loaded],
+    loaded_models: dict[str, LoadedModel],
     method: str,
     newlines: str,
 ) -> None:
@@ -101,10 +103,10 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
 ) -> None:
     views = random_views(size, (2, 2), 6, seed)
     config = CompressionConfig(method=method, retention=retention, newlines=newlines)
-    way = Way.of(config)
-    (selection,) = way.packing.apply([views], way.compressor.many([views]))
+    policy = CompressionPolicy.of(config)
+    (selection,) = policy.packing.apply([views], policy.compressor.many([views]))
     tokens = sum(selection.kept_per_view(5, 36))
-    kept = Kept.of(views.canvas, config)
+    kept = TokenBounds.of(views.canvas, config)
     assert kept.visual.low <= tokens <= kept.visual.high
     assert kept.newlines.low <= len(selection.source) - tokens <= kept.newlines.high
 
@@ -115,8 +117,10 @@ def test_the_guess_of_newlines_is_near() -> None:
     counts = []
     for seed in range(40):
         views = random_views((672, 672), (2, 2), 24, seed)
-        counts.append(int((Way.of(config).compressor.many([views])[0].source < 0).sum()))
-    guess = Kept.of(Canvas.of((672, 672), (2, 2), (24, 24)), config).newlines.mid
+        counts.append(
+            int((CompressionPolicy.of(config).compressor.many([views])[0].source < 0).sum())
+        )
+    guess = TokenBounds.of(Canvas.of((672, 672), (2, 2), (24, 24)), config).newlines.mid
     assert guess == pytest.approx(np.mean(counts), rel=0.05)
 
 
@@ -126,7 +130,7 @@ def test_prompts_that_are_too_long_are_told(
 ) -> None:
     """Tokens that stand where they would uncompressed need as many positions."""
     model = tiny_paths["vicuna"]
-    outlined = outline(str(model), dtype="float32")
+    outlined = load_metadata(str(model), dtype="float32")
     source = mixed(tmp_path / "in")
     recipe = make_job(
         model,
@@ -136,7 +140,7 @@ def test_prompts_that_are_too_long_are_told(
         compression__retention=0.1,
         generation__max_new_tokens=outlined.shape.text.max_positions - 100,
     ).recipe
-    found = forecast(survey(recipe, outlined), outlined, recipe, Range.exactly(5))
+    found = forecast_workload(profile_input(recipe, outlined), outlined, recipe, Range.exactly(5))
     assert (found.too_long.mid > 0) == longer
     assert found.too_long.mid <= found.too_long.high <= 8
 
@@ -146,8 +150,8 @@ def test_an_uncertain_answer_makes_an_uncertain_forecast(
 ) -> None:
     model = tiny_paths["vicuna"]
     recipe = make_job(model, mixed(tmp_path / "in"), input__prompt={"column": "prompt"}).recipe
-    outlined = outline(str(model), dtype="float32")
-    found = forecast(survey(recipe, outlined), outlined, recipe, Range(1, 4, 8))
+    outlined = load_metadata(str(model), dtype="float32")
+    found = forecast_workload(profile_input(recipe, outlined), outlined, recipe, Range(1, 4, 8))
     assert [end.output_tokens for end in found.ends] == [8, 32, 64]
     assert found.flops["generate"].low == 0 < found.flops["generate"].mid
     assert found.ends[0].cache_read_bytes == 0 < found.ends[2].cache_read_bytes

@@ -28,7 +28,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from gc2ray.core.config.job import Job, load_job
 from gc2ray.core.shards import cut_shards
-from gc2ray.core.usage import Bill, Use
+from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
 from gc2ray.output.heartbeats import driver_records
@@ -118,8 +118,8 @@ def scheduled(kind: str, job: Job, kills: int, folder: Path) -> Schedule:
     return Schedule(kind, steps, marks)
 
 
-def bill_of(job: Job) -> Bill:
-    return sum((record.bill for record in driver_records(Store(job.output))), Bill())
+def bill_of(job: Job) -> Usage:
+    return sum((record.bill for record in driver_records(Store(job.output))), Usage())
 
 
 def assert_survived(
@@ -141,7 +141,7 @@ def assert_survived(
     assert {row["status"] for row in rows} == {"ok"}
     assert verify(job.output, deep=True).problems == ()
     bill = bill_of(job)
-    wasted = late_seconds + bill.total_seconds - bill.of(Use.USEFUL) - bill.of(Use.IDLE)
+    wasted = late_seconds + bill.total_seconds - bill.of(UsageKind.USEFUL) - bill.of(UsageKind.IDLE)
     survived.note(happened, Toll(len(planned), lost, doubled, wasted))
 
 
@@ -312,7 +312,7 @@ def test_a_node_that_is_about_to_go_loses_nothing(cluster: LocalCluster, slow_jo
     assert {row["attempt"] for row in rows} == {1}, "nothing was answered twice"
     assert committed < SLOW_ROWS / SHARD_ROWS
     assert len({row["worker"] for row in rows}) == 3
-    assert bill_of(slow_job).of(Use.DIED) == 0.0
+    assert bill_of(slow_job).of(UsageKind.DIED) == 0.0
 
 
 def drain(cluster: LocalCluster, node: str) -> float:

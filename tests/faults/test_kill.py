@@ -24,7 +24,7 @@ import ray
 from rich.console import Console
 
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.usage import Use
+from gc2ray.core.usage import UsageKind
 from gc2ray.data.store import Store
 from gc2ray.output.compact import compact
 from gc2ray.output.plan import Plan
@@ -274,9 +274,11 @@ def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     assert useful > ROWS * counted.row_seconds
     assert wasted > 2.0, "the kills cost nothing"
     bill = result.bill
-    assert bill.of(Use.USEFUL) == pytest.approx(useful, rel=0.05)
-    assert bill.of(Use.DIED) == pytest.approx(wasted, rel=0.05)
-    assert bill.of(Use.LOADING) == pytest.approx(counted.loads() * counted.load_seconds, rel=0.05)
+    assert bill.of(UsageKind.USEFUL) == pytest.approx(useful, rel=0.05)
+    assert bill.of(UsageKind.DIED) == pytest.approx(wasted, rel=0.05)
+    assert bill.of(UsageKind.LOADING) == pytest.approx(
+        counted.loads() * counted.load_seconds, rel=0.05
+    )
     console = Console(record=True, width=160)
     print_outcome(console, result, "out")
     assert re.search(r"device seconds, wasted +│ .*loading .*died ", console.export_text())

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gc2ray.core.intervals import Interval
 from gc2ray.core.schema import stats_of
-from gc2ray.estimate.recommendation import WHOLE, Measured, Setting, Tuning
+from gc2ray.estimate.recommendation import WHOLE, CompressionSetting, Measured, Tuning
 from gc2ray.estimate.trials import RETENTIONS
 from gc2ray.models import loading
 from gc2ray.models.families.tiny import TinySpec, build_tiny, untrained
@@ -186,7 +186,7 @@ def test_recommendations_are_held_against_fresh_rows() -> None:
     kept = {1.0: (4.0, 0.95), 0.5: (2.6, 0.93), 0.25: (2.0, 0.91), 0.1: (1.0, 0.8)}
     truth = {}
     for retention, (seconds, accuracy) in kept.items():
-        setting = WHOLE if retention == 1 else Setting("globalcom2", retention)
+        setting = WHOLE if retention == 1 else CompressionSetting("globalcom2", retention)
         quality = Interval(accuracy, accuracy - 0.01, accuracy + 0.01, 2000)
         speed = Interval(4 / seconds, 1, 4, 8)
         truth[setting] = Measured(setting, seconds, speed, 9, quality, quality, None, meets=True)

@@ -12,8 +12,7 @@ import torch
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
-from gc2ray.compression.packing import Packing
-from gc2ray.compression.policy import Way
+from gc2ray.compression.packing import CompressionPolicy, Packing
 from gc2ray.compression.views import Views
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.demo.rows import Split
@@ -101,8 +100,8 @@ def test_packings_are_compared_with_the_papers_way_at_their_retention(
     document = quality.measure(DATA, 3.0, 1)
     assert len(set(asked)) == len(asked), "measured twice"
     lines = {(p["retention"], p["positions"], p["newlines"]): p for p in document["packings"]}
-    ways = [(p, n) for p in ("compact", "original") for n in ("kept_rows", "none")]
-    assert list(lines) == [(r, *way) for r in (0.25, 0.1, 0.05) for way in ways]
+    packings = [(p, n) for p in ("compact", "original") for n in ("kept_rows", "none")]
+    assert list(lines) == [(r, *packing) for r in (0.25, 0.1, 0.05) for packing in packings]
     for (retention, positions, newlines), line in lines.items():
         assert Point("globalcom2", retention, 3.0, positions, newlines) in asked
         lost = 5 * (newlines == "none") + 10 * (positions == "original")
@@ -154,7 +153,7 @@ def test_a_point_is_answered_with_its_packing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(points, "answers_in_order", lambda *given: [])
     for point in (Point("globalcom2"), Point("globalcom2", 0.1, 10.0, "original", "none")):
         points.answer(SimpleNamespace(), "model", [], point)
-    assert [Way.of(recipe.compression).packing for recipe in recipes] == [
+    assert [CompressionPolicy.of(recipe.compression).packing for recipe in recipes] == [
         Packing(), Packing("original", "none")
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from gc2ray.demo.rows import Split, picture
 from gc2ray.demo.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
 from gc2ray.demo.spec import GRIDS, pocket_anyres, pocket_spec
 from gc2ray.engine.decoding.decoder import end_tokens
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import untrained
@@ -94,7 +94,7 @@ def test_a_mask_shows_each_question_the_image_and_itself() -> None:
     ]
 
 
-def stock_cost(loaded: Loaded, answer: str, inputs: Any) -> tuple[float, int]:
+def stock_cost(loaded: LoadedModel, answer: str, inputs: Any) -> tuple[float, int]:
     """Cross entropy of an answer that ends the inputs, by stock transformers; and its tokens."""
     tokenised = loaded.processor.tokenizer(f" {answer}</s>", add_special_tokens=False)
     length = len(tokenised["input_ids"])
@@ -111,7 +111,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
     lesson = Lessons(Split.VALIDATION, 1, 2, 4)[3]  # whose positions are not squeezed
     _, figures = learner.loss(lesson)
     chat = ChatPrompt(processor)
-    loaded = Loaded(model, processor, LlavaNext(model, processor), end_tokens(model))
+    loaded = LoadedModel(model, processor, LlavaNext(model, processor), end_tokens(model))
     costs = []
     for place, asked in enumerate(lesson.questions):
         rng = np.random.default_rng([Split.VALIDATION.value, 1, 3, place])
@@ -134,7 +134,7 @@ def test_notes_in_words_stand_where_the_image_stands() -> None:
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
     lesson = Lessons(Split.VALIDATION, 1, 2, 3)[3]
     read, _ = learner._reading_loss(lesson)
-    loaded = Loaded(model, processor, LlavaNext(model, processor), end_tokens(model))
+    loaded = LoadedModel(model, processor, LlavaNext(model, processor), end_tokens(model))
     chat = ChatPrompt(processor)
     costs = []
     for question in lesson.questions[0]:

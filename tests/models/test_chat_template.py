@@ -14,7 +14,7 @@ from transformers import AddedToken
 
 from gc2ray.core.config.input import PromptSource
 from gc2ray.core.errors import BadRow, ConfigError, Status
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_inputs
 
@@ -39,7 +39,7 @@ HOSTILE = [
 
 
 @pytest.fixture
-def processor(loaded_models: dict[str, Loaded]) -> Any:
+def processor(loaded_models: dict[str, LoadedModel]) -> Any:
     return loaded_models["vicuna"].processor
 
 
@@ -117,7 +117,7 @@ def test_special_tokens_in_row_text_stay_text(chat: ChatPrompt, processor: Any, 
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from("<>/simagepd "), max_size=40))
-def test_nothing_special_survives(loaded_models: dict[str, Loaded], text: str) -> None:
+def test_nothing_special_survives(loaded_models: dict[str, LoadedModel], text: str) -> None:
     chat = ChatPrompt(loaded_models["vicuna"].processor)
     clean = chat.neutralise(text)
     assert not re.search(r"<s>|</s>|<pad>|<image>", clean)

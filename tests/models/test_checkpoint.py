@@ -271,7 +271,7 @@ def test_so_is_it_where_a_model_is_loaded_or_outlined(model: Path, case: str) ->
     change, message = REFUSED[case]
     change(model)
     with pytest.raises(ConfigError, match=message):
-        loading.outline(str(model), dtype="float32")
+        loading.load_metadata(str(model), dtype="float32")
     with pytest.raises(ConfigError, match=message):
         loading.load(str(model), revision=None, dtype="float32", device="cpu")
 
@@ -352,7 +352,7 @@ def test_a_prompt_with_tokens_behind_the_table_is_refused(model: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"prompts have token \d+, and the text table has \d+ row"
     ):
-        loading.outline(str(model), dtype="float32")
+        loading.load_metadata(str(model), dtype="float32")
 
 
 # --- where answers end --------------------------------------------------------------------------

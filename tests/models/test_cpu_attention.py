@@ -18,8 +18,8 @@ from gc2ray.models.layers.cpu_attention import (
     CompiledAttention,
     Pattern,
     SequenceTable,
-    found,
-    found_for,
+    compiled_kernel,
+    kernel_for,
 )
 
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def attend() -> CompiledAttention:
-    compiled = found()
+    compiled = compiled_kernel()
     if compiled is None:
         pytest.skip("not built, or not for this processor")
     return compiled
@@ -78,7 +78,7 @@ def test_what_is_loaded_is_what_setup_builds() -> None:
 
 @pytest.mark.skipif(not AVX2 or shutil.which("cc") is None, reason="not for this machine")
 def test_installing_builds_it_where_there_is_a_compiler() -> None:
-    assert found() is not None
+    assert compiled_kernel() is not None
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 80, 128])
@@ -242,18 +242,18 @@ def test_where_it_is_not_to_be_had_torchs_is_used(
         monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray._not_built")
     elif missing == "right library":
         monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray.core.errors")  # no machine code
-    assert found() is None
+    assert compiled_kernel() is None
     assert chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU) is attend_by_row
 
 
 def test_the_decoder_takes_it_where_it_is_found(attend: CompiledAttention) -> None:
-    way = chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU)
-    assert isinstance(way, Compiled)
-    assert way.attend is attend, "looked for twice"
+    mode = chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU)
+    assert isinstance(mode, Compiled)
+    assert mode.attend is attend, "looked for twice"
 
 
 def test_it_is_found_for_float32_heads_on_a_cpu_alone() -> None:
-    assert (found_for(32, torch.float32, CPU) is None) == (found() is None)
-    assert found_for(24, torch.float32, CPU) is None
-    assert found_for(32, torch.bfloat16, CPU) is None
-    assert found_for(32, torch.float32, torch.device("meta")) is None
+    assert (kernel_for(32, torch.float32, CPU) is None) == (compiled_kernel() is None)
+    assert kernel_for(24, torch.float32, CPU) is None
+    assert kernel_for(32, torch.bfloat16, CPU) is None
+    assert kernel_for(32, torch.float32, torch.device("meta")) is None

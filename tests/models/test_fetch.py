@@ -28,11 +28,17 @@ from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import ModelConfig
 from gc2ray.core.errors import ConfigError
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from gc2ray.models.checkpoint import cache as cache_module
 from gc2ray.models.checkpoint import fetch as fetch_module
 from gc2ray.models.checkpoint import fetch_url
-from gc2ray.models.checkpoint.fetch import StagedModel, check_model, digest, stage, stage_outline
+from gc2ray.models.checkpoint.fetch import (
+    FetchedModel,
+    check_model,
+    digest,
+    fetch_metadata,
+    fetch_model,
+)
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share open files, and torch's threads
 WANTED = {
@@ -62,8 +68,8 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def staged(path: Path | str, **options: Any) -> StagedModel:
-    return stage(ModelConfig(path=str(path)), jitter_seconds=0, **options)
+def staged(path: Path | str, **options: Any) -> FetchedModel:
+    return fetch_model(ModelConfig(path=str(path)), jitter_seconds=0, **options)
 
 
 def files_in(folder: Path) -> set[str]:
@@ -100,7 +106,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_a_directory_is_used_where_it_is(source: Path, cache: Path) -> None:
-    assert staged(source) == StagedModel(source, digest(source))
+    assert staged(source) == FetchedModel(source, digest(source))
     assert not cache.exists()
 
 
@@ -139,11 +145,11 @@ def test_only_what_loading_reads_is_fetched(source: Path) -> None:
 
 
 def test_an_outline_has_no_weights(source: Path) -> None:
-    outline = stage_outline(ModelConfig(path=source.as_uri()))
+    outline = fetch_metadata(ModelConfig(path=source.as_uri()))
     model = staged(source.as_uri()).directory
     assert files_in(outline) == {n for n in files_in(model) if not n.endswith(".safetensors")}
     assert "config.json" in files_in(outline) != files_in(model)
-    assert stage_outline(ModelConfig(path=str(source))) == source
+    assert fetch_metadata(ModelConfig(path=str(source))) == source
 
 
 def test_a_slash_at_the_end_makes_no_other_model(source: Path) -> None:
@@ -221,12 +227,12 @@ def contradicting(model: Path) -> Path:
     return model
 
 
-@pytest.mark.parametrize("way", ["directory", "URL"])
+@pytest.mark.parametrize("mode", ["directory", "URL"])
 def test_a_model_that_contradicts_itself_is_refused_where_it_is_looked_for(
-    tiny_paths: dict[str, Path], tmp_path: Path, way: str
+    tiny_paths: dict[str, Path], tmp_path: Path, mode: str
 ) -> None:
     model = contradicting(tiny_copy(tiny_paths["vicuna"], tmp_path / "copy"))
-    path = {"directory": str(model), "URL": model.as_uri()}[way]
+    path = {"directory": str(model), "URL": model.as_uri()}[mode]
     with pytest.raises(ConfigError, match=rf"path: {path}: the image token is 7 in .*, and 3 in"):
         check_model(ModelConfig(path=path))
 
@@ -279,7 +285,9 @@ def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(fetch_url, "PATIENCE", Patience(total_seconds=0.2, first_seconds=0.01))
+    monkeypatch.setattr(
+        fetch_url, "RETRY_POLICY", RetryPolicy(total_seconds=0.2, first_seconds=0.01)
+    )
     for method in ("find", "get_file"):
         with monkeypatch.context() as patch:
             patch.setattr(LocalFileSystem, method, fail)
@@ -289,7 +297,9 @@ def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
 
 def test_trouble_that_passes_is_waited_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call fails the first time."""
-    monkeypatch.setattr(fetch_url, "PATIENCE", Patience(total_seconds=20.0, first_seconds=0.01))
+    monkeypatch.setattr(
+        fetch_url, "RETRY_POLICY", RetryPolicy(total_seconds=20.0, first_seconds=0.01)
+    )
     failed: set[object] = set()
     for name in ("find", "get_file"):
         method = getattr(LocalFileSystem, name)
@@ -340,7 +350,7 @@ def test_the_storage_is_asked_after_a_random_moment(
 
     monkeypatch.setattr(time, "sleep", note)
     for _ in range(8):
-        stage(ModelConfig(path=source.as_uri()), jitter_seconds=5.0)
+        fetch_model(ModelConfig(path=source.as_uri()), jitter_seconds=5.0)
     assert len(slept) == len(set(slept)) == 8
     assert all(0 <= seconds <= 5 for seconds in slept)
 
@@ -527,7 +537,7 @@ def test_a_hub_id_is_found_in_the_hubs_cache_offline(
     hub: Path, tiny_paths: dict[str, Path]
 ) -> None:
     found = staged("some/model")
-    assert found == StagedModel(hub / "snapshots" / ("c" * 40), digest(tiny_paths["vicuna"]))
+    assert found == FetchedModel(hub / "snapshots" / ("c" * 40), digest(tiny_paths["vicuna"]))
 
 
 def test_from_the_hub_only_what_loading_reads_is_fetched_under_a_lock(
@@ -543,7 +553,7 @@ def test_from_the_hub_only_what_loading_reads_is_fetched_under_a_lock(
 
     monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    stage(ModelConfig(path="some/model", revision="v1"), jitter_seconds=0)
+    fetch_model(ModelConfig(path="some/model", revision="v1"), jitter_seconds=0)
     assert [call.pop("dry_run", False) for call in calls] == [True, False]
     assert calls[0] == calls[1]
     assert (calls[0]["repo_id"], calls[0]["revision"]) == ("some/model", "v1")

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
-from gc2ray.compression.selection import Places, everything
+from gc2ray.compression.selection import OriginalPositions, everything
 from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
@@ -23,7 +23,7 @@ from gc2ray.core.records import Request
 from gc2ray.engine.engine import Engine, load_engine
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models import loading
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.llava_next import (
     LlavaNext,
@@ -35,7 +35,7 @@ from gc2ray.models.families.llava_next import (
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from gc2ray.models.hf_reference import prompt_logits, stock_generate, stock_inputs, stock_logits
 from gc2ray.models.image_processor import tile
-from gc2ray.models.layers.cpu_attention import found
+from gc2ray.models.layers.cpu_attention import compiled_kernel
 from gc2ray.models.layers.linear import packed_module
 from tests.conftest import SPECS
 from tests.support.greedy import plain_greedy
@@ -49,12 +49,12 @@ def opened(row: Request) -> Image.Image:
     return Image.open(io.BytesIO(row.images[0].data))
 
 
-def rendered(loaded: Loaded, row: Request) -> str:
+def rendered(loaded: LoadedModel, row: Request) -> str:
     return ChatPrompt(loaded.processor).render(row.prompts[0])
 
 
 def make_engine(
-    loaded: Loaded, retention: float, method: str = "globalcom2", **changes: Any
+    loaded: LoadedModel, retention: float, method: str = "globalcom2", **changes: Any
 ) -> Engine:
     recipe = make_recipe(
         "unused",
@@ -73,7 +73,7 @@ def tokens_of(engine: Engine, rows: list[Request]) -> dict[str, tuple[int, ...]]
     return {answer.request.row_key: answer.token_ids for answer in answers}
 
 
-def stock_tokens(loaded: Loaded, rows: list[Request]) -> dict[str, tuple[int, ...]]:
+def stock_tokens(loaded: LoadedModel, rows: list[Request]) -> dict[str, tuple[int, ...]]:
     """Stock's padded batch of the same rows, each cut behind its end of sequence."""
     images = [opened(row) for row in rows]
     texts = [rendered(loaded, row) for row in rows]
@@ -84,7 +84,7 @@ def stock_tokens(loaded: Loaded, rows: list[Request]) -> dict[str, tuple[int, ..
 
 
 def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
-    loaded_models: dict[str, Loaded],
+    loaded_models: dict[str, LoadedModel],
 ) -> None:
     loaded = loaded_models["vicuna"]
     tower = loaded.model.model.vision_tower.encoder.layers
@@ -126,7 +126,7 @@ def test_attention_of_views_is_transformers(width: int) -> None:
     attention = CLIPAttention(config)
     inputs = 3 * torch.randn(3, 17, width)
     packed = packed_module(attention, _replacement)
-    built = found() is not None and width == 64
+    built = compiled_kernel() is not None and width == 64
     assert isinstance(packed, _ViewAttention) == built
     with torch.inference_mode():
         outputs, _ = packed(hidden_states=inputs, attention_mask=None)
@@ -136,7 +136,7 @@ def test_attention_of_views_is_transformers(width: int) -> None:
 
 @pytest.mark.parametrize("backbone", SPECS)
 def test_tokens_equal_stock_at_retention_one(
-    loaded_models: dict[str, Loaded], backbone: str
+    loaded_models: dict[str, LoadedModel], backbone: str
 ) -> None:
     loaded = loaded_models[backbone]
     rows = requests(SIZES)
@@ -147,7 +147,7 @@ def test_tokens_equal_stock_at_retention_one(
 
 @pytest.mark.parametrize("decoder", ["native", "generate"])
 def test_a_repetition_penalty_is_that_of_stock(
-    loaded_models: dict[str, Loaded], decoder: str, monkeypatch: pytest.MonkeyPatch
+    loaded_models: dict[str, LoadedModel], decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the prompt's tokens, the image's placeholder included, and the answer so far."""
     loaded, penalty = loaded_models["llama3"], 1.4
@@ -168,7 +168,7 @@ def test_a_repetition_penalty_is_that_of_stock(
 
 @pytest.mark.parametrize("size", [(10, 2000), (2000, 10)])
 def test_extreme_shapes_equal_stock(
-    loaded_models: dict[str, Loaded], size: tuple[int, int]
+    loaded_models: dict[str, LoadedModel], size: tuple[int, int]
 ) -> None:
     loaded = loaded_models["vicuna"]
     rows = [request(size)]
@@ -178,7 +178,7 @@ def test_extreme_shapes_equal_stock(
 @pytest.mark.parametrize("backbone", SPECS)
 @pytest.mark.parametrize("size", [*SIZES, (10, 2000), (2000, 10)])
 def test_logits_equal_stock_at_retention_one(
-    loaded_models: dict[str, Loaded], backbone: str, size: tuple[int, int]
+    loaded_models: dict[str, LoadedModel], backbone: str, size: tuple[int, int]
 ) -> None:
     loaded = loaded_models[backbone]
     row = request(size, seed=5)
@@ -187,7 +187,7 @@ def test_logits_equal_stock_at_retention_one(
     torch.testing.assert_close(prompt_logits(loaded, prompt), stock, rtol=0, atol=1e-5)
 
 
-def test_negative_control(loaded_models: dict[str, Loaded]) -> None:
+def test_negative_control(loaded_models: dict[str, LoadedModel]) -> None:
     """Dropping half of the tokens, or taking another image, does move logits and tokens."""
     loaded = loaded_models["vicuna"]
     row = request((168, 168), seed=5)
@@ -203,7 +203,7 @@ def test_negative_control(loaded_models: dict[str, Loaded]) -> None:
 @pytest.mark.parametrize("retention", [0.75, 0.25, 0.1])
 @pytest.mark.parametrize("method", ["globalcom2", "globalcom2-reference", "pool"])
 def test_batch_equals_one_by_one(
-    loaded_models: dict[str, Loaded], retention: float, method: str
+    loaded_models: dict[str, LoadedModel], retention: float, method: str
 ) -> None:
     loaded = loaded_models["llama3"]
     rows = requests(SIZES)
@@ -214,7 +214,7 @@ def test_batch_equals_one_by_one(
     assert len(set(together.values())) > 1
 
 
-def test_views_equal_the_stock_tower(loaded_models: dict[str, Loaded]) -> None:
+def test_views_equal_the_stock_tower(loaded_models: dict[str, LoadedModel]) -> None:
     """Features are hidden_states[-2] bit for bit; packing everything is stock's own."""
     loaded = loaded_models["vicuna"]
     family, rows = loaded.family, requests(SIZES)
@@ -247,7 +247,7 @@ def test_scores_are_the_class_tokens_attention_logits() -> None:
 
 
 @pytest.fixture
-def module_state(loaded_models: dict[str, Loaded]) -> Iterator[None]:
+def module_state(loaded_models: dict[str, LoadedModel]) -> Iterator[None]:
     """What is put on a model is taken off: hooks, attributes, weights and config as before."""
 
     def snapshot(model):
@@ -271,30 +271,33 @@ def module_state(loaded_models: dict[str, Loaded]) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("module_state")
-def test_the_model_is_left_as_it_was(loaded_models: dict[str, Loaded]) -> None:
+def test_the_model_is_left_as_it_was(loaded_models: dict[str, LoadedModel]) -> None:
     list(make_engine(loaded_models["mistral"], 0.25).stream(requests(SIZES[:3])))
 
 
-def test_kv_bytes_follow_the_config(loaded_models: dict[str, Loaded]) -> None:
+def test_kv_bytes_follow_the_config(loaded_models: dict[str, LoadedModel]) -> None:
     # keys and values x 2 layers x 2 key-value heads x head size 8 x 4 bytes
     assert loaded_models["llama3"].family.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
 
 
-def test_placeholders_and_images_must_agree(loaded_models: dict[str, Loaded]) -> None:
+def test_placeholders_and_images_must_agree(loaded_models: dict[str, LoadedModel]) -> None:
     with pytest.raises(ValueError, match="placeholders"):
         loaded_models["vicuna"].family.embed([5, 6], [torch.zeros(2, 48)])
 
 
 def test_text_behind_an_image_starts_behind_the_uncompressed_one(
-    loaded_models: dict[str, Loaded],
+    loaded_models: dict[str, LoadedModel],
 ) -> None:
     """Two images between three texts: of 7 places the first keeps two, of 5 the second one."""
     family = loaded_models["vicuna"].family
     image = loaded_models["vicuna"].model.config.image_token_id
     ids, packed = [5, image, 6, 7, image, 8], [torch.zeros(2, 48), torch.zeros(1, 48)]
-    first, second = Places(torch.tensor([1, 6]), 7), Places(torch.tensor([4]), 5)
+    first, second = (
+        OriginalPositions(torch.tensor([1, 6]), 7),
+        OriginalPositions(torch.tensor([4]), 5),
+    )
 
-    def positions(*places: Places | None) -> list[int]:
+    def positions(*places: OriginalPositions | None) -> list[int]:
         prompt = family.embed(ids, packed, places)
         assert prompt.positions is not None
         assert prompt.positions.dtype == torch.int64
@@ -311,7 +314,7 @@ def test_text_behind_an_image_starts_behind_the_uncompressed_one(
 
 
 def test_logits_behind_a_gap_are_those_of_the_plain_loop(
-    loaded_models: dict[str, Loaded],
+    loaded_models: dict[str, LoadedModel],
 ) -> None:
     loaded = loaded_models["mistral"]
     recipe = make_recipe("unused", compression__positions="original")
@@ -344,12 +347,12 @@ def test_a_missing_model_is_named(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_an_outline_needs_no_weights(
-    name: str, tiny_paths: dict[str, Path], loaded_models: dict[str, Loaded], tmp_path: Path
+    name: str, tiny_paths: dict[str, Path], loaded_models: dict[str, LoadedModel], tmp_path: Path
 ) -> None:
     """And says what the loaded model says."""
     bare = tmp_path / "bare"
     shutil.copytree(tiny_paths[name], bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    outline, family = loading.outline(str(bare), dtype="float32"), loaded_models[name].family
+    outline, family = loading.load_metadata(str(bare), dtype="float32"), loaded_models[name].family
     assert (outline.shape, outline.anyres) == (family.shape, family.anyres)
     assert outline.shape.needs() == family.needs()
     for size in SIZES:
@@ -375,6 +378,6 @@ def test_images_are_cut_by_pillow_wherever(
         return real(path, **named)
 
     monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", noted)
-    processor = loading.outline(str(tiny_paths["vicuna"]), dtype="float32").processor
+    processor = loading.load_metadata(str(tiny_paths["vicuna"]), dtype="float32").processor
     assert asked == ["pil"]
     assert type(processor.image_processor).__name__ == "LlavaNextImageProcessorPil"

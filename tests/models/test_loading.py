@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from gc2ray.core.errors import BadRow, ConfigError
 from gc2ray.engine.engine import load_model
 from gc2ray.models import loading
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.llava_next import LlavaNext
 from tests.support.rows import job_data, make_job, write_rows
 from tests.test_cli import here
@@ -31,7 +31,7 @@ def model(tiny_paths: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_paths["vicuna"], tmp_path / "model"))
 
 
-def load(path: Path | str, device: str = "cpu") -> Loaded:
+def load(path: Path | str, device: str = "cpu") -> LoadedModel:
     return loading.load(str(path), revision=None, dtype="float32", device=device)
 
 
@@ -219,7 +219,7 @@ def test_a_config_that_transformers_refuses_is_told_with_its_reason(
 ) -> None:
     config = json.loads((model / "config.json").read_text())
     edit(model, text_config=config["text_config"] | {"hidden_size": hidden_size})
-    for look in (load, lambda path: loading.outline(str(path), dtype="float32")):
+    for look in (load, lambda path: loading.load_metadata(str(path), dtype="float32")):
         with pytest.raises(ConfigError, match=f"{model} cannot be loaded: .*: ") as told:
             look(model)
         assert "\n" not in str(told.value)

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from gc2ray.core.stats import STAGES
-from gc2ray.engine.decoding.kv_cache import KvPool
+from gc2ray.engine.decoding.kv_cache import KvCache
 from gc2ray.models.families.tiny import TinySpec, untrained
-from gc2ray.models.flops import AnswerTokens, Run, matmul_flops, paper_flops
+from gc2ray.models.flops import AnswerTokens, ExecutionMode, matmul_flops, paper_flops
 from gc2ray.models.layers.attention import Chunk, Sequences, Step
 from gc2ray.models.llama import LanguageModel
 from gc2ray.models.shape import LLAVA_7B, ModelShape, TextModel, Tower, cached_reads, causal_pairs
@@ -95,7 +95,7 @@ def test_the_paper_counts_more_than_the_products() -> None:
     """Softmax, norms and activations are in one, and half the square of attention in the other."""
     text = LLAVA_7B.text
     answer = AnswerTokens(views=0, projected=0, prompt=2880, output=1)
-    products = matmul_flops(LLAVA_7B, answer, Run.EAGER)["prefill"]
+    products = matmul_flops(LLAVA_7B, answer, ExecutionMode.EAGER)["prefill"]
     assert products < paper_flops(text, 2880) < 1.01 * products
     assert matmul_flops(LLAVA_7B, answer)["prefill"] < 0.95 * products
 
@@ -175,7 +175,7 @@ def test_operations_of_a_whole_model_are_those_that_torch_counts() -> None:
         lambda: model(input_ids=ids, pixel_values=pixels, image_sizes=size, logits_to_keep=1)
     )
     answer = AnswerTokens(views=5, projected=80, prompt=image + 6, output=1)
-    stages = matmul_flops(ModelShape.of(model.config, FP16), answer, Run.EAGER)
+    stages = matmul_flops(ModelShape.of(model.config, FP16), answer, ExecutionMode.EAGER)
     assert sum(stages.values()) == pytest.approx(found, rel=1e-3)
 
 
@@ -209,7 +209,7 @@ def test_operations_of_our_language_model_are_those_that_torch_counts() -> None:
     """With float64 nothing is prepacked, and every product is one that torch sees."""
     model = LlamaForCausalLM(LlamaConfig(**TEXT)).eval().double()
     ours, text, length, new = LanguageModel(model), TextModel.of(model.config), 11, 4
-    arena = KvPool(ours.kv_shape, 20, dtype=ours.dtype, device=ours.device).arena
+    arena = KvCache(ours.kv_shape, 20, dtype=ours.dtype, device=ours.device).arena
 
     def run(first: int, stop: int) -> int:
         step = Step((Chunk(0, stop, stop - first),), arena)
@@ -333,7 +333,9 @@ def test_more_tokens_never_cost_less(answer: AnswerTokens, name: str, more: int)
 
 @given(answers)
 def test_gc2ray_never_does_more_than_eager_transformers(answer: AnswerTokens) -> None:
-    ours, eager = (matmul_flops(LLAVA_7B, answer, run) for run in (Run.GC2RAY, Run.EAGER))
+    ours, eager = (
+        matmul_flops(LLAVA_7B, answer, run) for run in (ExecutionMode.GC2RAY, ExecutionMode.EAGER)
+    )
     assert ours.keys() == eager.keys() == {*STAGES} - {"image"}
     assert all(ours[stage] <= eager[stage] for stage in ours)
 

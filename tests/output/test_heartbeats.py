@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from gc2ray.core.usage import Bill, Use
+from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.store import Store
 from gc2ray.output import heartbeats as lease
-from gc2ray.output.heartbeats import LEASE_SECONDS, Lease, driver_records, warn_of_others
+from gc2ray.output.heartbeats import ALIVE_SECONDS, Heartbeat, driver_records, warn_of_others
 
-BILL = Bill({Use.USEFUL: 12.5})
+BILL = Usage({UsageKind.USEFUL: 12.5})
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), Lease(store, lambda: BILL):
+    with caplog.at_level(logging.WARNING), Heartbeat(store, lambda: BILL):
         assert warn_of_others(store) == 1
     (message,) = caplog.messages
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
@@ -42,25 +42,25 @@ def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.Monkey
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
     beats, bills = threading.Semaphore(0), iter(range(1000))
 
-    def bill() -> Bill:
+    def bill() -> Usage:
         beats.release()
-        return Bill({Use.USEFUL: float(next(bills))})
+        return Usage({UsageKind.USEFUL: float(next(bills))})
 
-    with Lease(store, bill):
+    with Heartbeat(store, bill):
         for _ in range(4):
             assert beats.acquire(timeout=10)
         (record,) = driver_records(store)
-        assert record.bill.of(Use.USEFUL) >= 1
+        assert record.bill.of(UsageKind.USEFUL) >= 1
         assert record.last_seen >= record.started
         assert not record.has_ended
 
 
 def test_a_driver_that_is_gone_is_not_at_work(store: Store) -> None:
     now = datetime.now(UTC)
-    record = Lease(store, Bill).record
+    record = Heartbeat(store, Usage).record
     assert record.is_at_work(now)
     assert not replace(record, has_ended=True).is_at_work(now)
-    assert not record.is_at_work(now + timedelta(seconds=LEASE_SECONDS + 1))
+    assert not record.is_at_work(now + timedelta(seconds=ALIVE_SECONDS + 1))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     assert not replace(record, pid=dead.pid).is_at_work(now)
@@ -74,7 +74,7 @@ def test_a_store_that_does_not_take_it_stops_nobody(
         raise OSError("no space left")
 
     monkeypatch.setattr(Store, "replace", full)
-    with Lease(store, Bill):
+    with Heartbeat(store, Usage):
         pass
     assert "cannot be written: no space left" in caplog.messages[0]
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import Span
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Bill, Use
+from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.store import Store
 from gc2ray.models.shape import LLAVA_7B
 from gc2ray.output.heartbeats import DriverRecord
-from gc2ray.output.totals import BUCKETS, GROUPS, Moment, Timeline, read_ledger
+from gc2ray.output.totals import BUCKETS, GROUPS, Moment, Timeline, read_totals
 from tests.support.outputs import first_plan, retry_of, write_generation
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
@@ -35,7 +35,7 @@ def worker_record(**changes: object) -> bytes:
     return json.dumps(content).encode()
 
 
-def driver_record(seconds: float, bill: Bill, uuid: str = "d") -> DriverRecord:
+def driver_record(seconds: float, bill: Usage, uuid: str = "d") -> DriverRecord:
     return DriverRecord(
         uuid, "host", 1, START, START + timedelta(seconds=seconds), has_ended=True, bill=bill
     )
@@ -50,7 +50,7 @@ def test_footers_add_up_to_the_ledger_exactly(tmp_path: Path) -> None:
     store = write_generation(tmp_path, 0, plan, fails_at({1, 6}))  # rows of both files
     names = store.names("data")
     ticks: list[int] = []
-    ledger = read_ledger(str(tmp_path), ticks.append)
+    ledger = read_totals(str(tmp_path), ticks.append)
     assert ledger.stats == sum((store.footer(name).stats for name in names), RunStats())
     (entry,) = ledger.entries
     assert (entry.parts, entry.rows, entry.stats.rows) == (len(names), plan.rows, plan.rows)
@@ -63,7 +63,7 @@ def test_footers_add_up_to_the_ledger_exactly(tmp_path: Path) -> None:
 def test_generations_are_told_apart(tmp_path: Path) -> None:
     write_generation(tmp_path, 0, first_plan(), fails_at({1}))
     write_generation(tmp_path, 2, retry_of([Span("a.parquet", "fa", 1, 2)]))
-    ledger = read_ledger(str(tmp_path))
+    ledger = read_totals(str(tmp_path))
     assert [entry.number for entry in ledger.entries] == [0, 2]
     assert ledger.stats.rows == first_plan().rows + 1
     assert ledger.entries[1].stats.by_status == {"ok": 1}
@@ -74,7 +74,7 @@ def test_parts_are_grouped_in_bounded_memory(
 ) -> None:
     monkeypatch.setattr("gc2ray.output.totals.GROUPS", 3)
     write_generation(tmp_path, 0, first_plan(shard_rows=1))
-    (entry,) = read_ledger(str(tmp_path)).entries
+    (entry,) = read_totals(str(tmp_path)).entries
     assert (entry.parts, len(entry.groups)) == (17, 3)
     assert [group.rows for group in entry.groups] == [6, 6, 5]
     assert GROUPS == 64
@@ -91,17 +91,20 @@ def test_records_are_read_and_strangers_are_not(
     store.create("workers/b.json", worker_record(device="NVIDIA H200", loaded=None, gpus=0.0))
     store.create("workers/old.json", worker_record(model_shape=None))
     store.create("workers/stranger.json", b"[]")
-    bills = [Bill({Use.USEFUL: 10.0, Use.LOADING: 2.0}), Bill({Use.USEFUL: 5.0})]
+    bills = [
+        Usage({UsageKind.USEFUL: 10.0, UsageKind.LOADING: 2.0}),
+        Usage({UsageKind.USEFUL: 5.0}),
+    ]
     for number, bill in enumerate(bills):
         record = driver_record(60.0 * (number + 1), bill, f"d{number}")
         store.create(record.name, record.to_bytes())
-    ledger = read_ledger(str(tmp_path))
+    ledger = read_totals(str(tmp_path))
     (entry,) = ledger.entries
     assert [worker.device for worker in ledger.workers] == ["cpu", "NVIDIA H200", "cpu"]
     assert [worker.devices for worker in ledger.workers] == [0.5, 1.0, 0.5]
     assert [worker.loaded is None for worker in ledger.workers] == [False, True, False]
     assert ledger.model_shape == LLAVA_7B.to_dict()
-    assert ledger.bill == Bill({Use.USEFUL: 15.0, Use.LOADING: 2.0})
+    assert ledger.bill == Usage({UsageKind.USEFUL: 15.0, UsageKind.LOADING: 2.0})
     assert entry.letter_count == len(entry.letters) == 1
     assert entry.letters[0][1] == "it died"
     assert "stranger.json is not a record" in caplog.text
@@ -109,7 +112,7 @@ def test_records_are_read_and_strangers_are_not(
 
 def test_an_output_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run here"):
-        read_ledger(str(tmp_path))
+        read_totals(str(tmp_path))
 
 
 def test_a_part_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +123,7 @@ def test_a_part_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         Store, "footer", lambda self, name: foreign if "0000002" in name else footer
     )
     with pytest.raises(ConfigError, match=r"part-0000002-.* is not a part of this run; move it"):
-        read_ledger(str(tmp_path))
+        read_totals(str(tmp_path))
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60), st.randoms())

@@ -18,7 +18,7 @@ from gc2ray.core.shards import SourceFile, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.planner import store_plan
-from gc2ray.output.run_directory import RUN_NAME, generation_store
+from gc2ray.output.run_directory import RUN_NAME, round_store
 from gc2ray.output.verify import verify
 from tests.support.outputs import (
     CARRIED,
@@ -331,7 +331,7 @@ def test_a_prompt_that_is_not_as_planned_is_seen_deep_down(tmp_path: Path, kind:
 def test_files_with_lists_and_without_are_good_in_one_part(tmp_path: Path, shard_rows: int) -> None:
     """Each source by itself: its keys all name a prompt, or none does."""
     listed = {"d/b.parquet"}
-    store = generation_store(str(tmp_path), 0)
+    store = round_store(str(tmp_path), 0)
     plan = store_plan(
         store, Job(output=store.uri, recipe=RECIPE), first_plan(shard_rows=shard_rows)
     )
@@ -373,7 +373,7 @@ def test_an_edited_value_is_seen_deep_down(output: Path, column: str) -> None:
 
 def test_an_edited_statistic_is_seen_deep_down(output: Path) -> None:
     """What rows do not tell, such as peaks, may be anything."""
-    stats = RunStats(images_shared=3, starved_ns=8, halvings=1, peak_device_bytes=4)
+    stats = RunStats(images_shared=3, starved_ns=8, oom_splits=1, peak_device_bytes=4)
     rewrite(second(output), lambda table: table, lambda own: own + stats)
     assert found(output, deep=True) == ()
     rewrite(second(output), lambda table: table, lambda own: own + RunStats(stage_ns={"image": 1}))

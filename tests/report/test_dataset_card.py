@@ -11,9 +11,9 @@ from huggingface_hub import DatasetCard
 from gc2ray.core.errors import Status
 from gc2ray.core.intervals import Range
 from gc2ray.data.store import Store
-from gc2ray.output.totals import read_ledger
+from gc2ray.output.totals import read_totals
 from gc2ray.report.dataset_card import CARD_NAME, MARKER, card, write_card
-from gc2ray.report.summary import AuditSummary, Rung, Summary, summarise
+from gc2ray.report.summary import AuditSummary, EscalationStep, Summary, summarise
 from tests.output.test_totals import worker_record
 from tests.report.test_report import PRICES, a_run, evil_run
 from tests.support.outputs import first_plan, write_generation
@@ -21,7 +21,7 @@ from tests.test_cli import here
 
 
 def summary_of(folder: Path) -> Summary:
-    return summarise(read_ledger(str(folder)), PRICES)
+    return summarise(read_totals(str(folder)), PRICES)
 
 
 def test_the_hub_can_read_it(tmp_path: Path) -> None:
@@ -67,7 +67,16 @@ def test_it_tells_what_happened(tmp_path: Path) -> None:
 
 def test_an_audit_is_told(tmp_path: Path) -> None:
     summary, agreed = summary_of(a_run(tmp_path)), Range(0.7, 0.8, 0.9)
-    audit = AuditSummary(1200, agreed, 0.9, 0.1, {}, {}, (), (Rung(0.5, 20, 15), Rung(0.75, 9, 2)))
+    audit = AuditSummary(
+        1200,
+        agreed,
+        0.9,
+        0.1,
+        {},
+        {},
+        (),
+        (EscalationStep(0.5, 20, 15), EscalationStep(0.75, 9, 2)),
+    )
     text = card(replace(summary, audit=audit))
     assert "| same answer uncompressed | 80.0% of 1,200 audited answers |" in text
     assert "| answered anew at a higher retention | 29 of those that differed |" in text

@@ -21,16 +21,16 @@ from gc2ray.core.intervals import Range
 from gc2ray.core.records import Answer, Audit, Escalation
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Bill, Use
+from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.store import Store
 from gc2ray.estimate.hardware import Prices
 from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.shape import LLAVA_7B
-from gc2ray.output.totals import read_ledger
+from gc2ray.output.totals import read_totals
 from gc2ray.report.charts import over_time
-from gc2ray.report.heat_map import Looked
+from gc2ray.report.heat_map import TokenMap
 from gc2ray.report.page import Picture, Report, markdown_text, report
-from gc2ray.report.summary import AuditSummary, Change, Rung, Summary, summarise
+from gc2ray.report.summary import AuditSummary, BeforeAfter, EscalationStep, Summary, summarise
 from tests.estimate.test_device_estimate import BIG
 from tests.output.test_totals import driver_record, worker_record
 from tests.support.outputs import FILES, first_plan, retry_of, write_generation
@@ -66,14 +66,14 @@ def a_run(folder: Path, bad: tuple[int, ...] = (1,), *, device: str = "NVIDIA Bi
     write_generation(folder, 1, retry, changed=measured)
     for name in ("one", "two"):
         store.create(f"workers/{name}.json", worker_record(device=device, gpus=1.0))
-    bill = Bill({Use.USEFUL: 150.0, Use.LOADING: 60.0, Use.IDLE: 20.0})
+    bill = Usage({UsageKind.USEFUL: 150.0, UsageKind.LOADING: 60.0, UsageKind.IDLE: 20.0})
     record = driver_record(130.0, bill)
     store.create(record.name, record.to_bytes())
     return folder
 
 
 def told(folder: Path, prices: Prices = PRICES) -> tuple[Summary, Report]:
-    summary = summarise(read_ledger(str(folder)), prices)
+    summary = summarise(read_totals(str(folder)), prices)
     return summary, report([summary])
 
 
@@ -84,9 +84,9 @@ def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
     names += [(retry, n) for n in retry.names("data")]
     stats = sum((store.footer(name).stats for store, name in names), RunStats())
     assert summary.by_status == stats.by_status
-    assert summary.visual == Change(stats.visual_tokens_full, stats.visual_tokens_kept)
-    assert summary.newlines == Change(stats.newline_tokens_full, stats.newline_tokens)
-    assert summary.kv_bytes == Change(stats.kv_bytes_full, stats.kv_bytes)
+    assert summary.visual == BeforeAfter(stats.visual_tokens_full, stats.visual_tokens_kept)
+    assert summary.newlines == BeforeAfter(stats.newline_tokens_full, stats.newline_tokens)
+    assert summary.kv_bytes == BeforeAfter(stats.kv_bytes_full, stats.kv_bytes)
     assert {s: c.kept for s, c in summary.flops.items()} == stats.flops
     assert {s: c.full for s, c in summary.flops.items()} == stats.flops_full
     assert sum(view.kept for view in summary.views) == stats.visual_tokens_kept
@@ -168,7 +168,7 @@ def test_all_three_forms_tell_the_same(tmp_path: Path) -> None:
 
 def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     first, second = a_run(tmp_path / "x" / "run"), a_run(tmp_path / "y" / "run", bad=(1, 2, 3))
-    summaries = [summarise(read_ledger(str(folder)), PRICES) for folder in (first, second)]
+    summaries = [summarise(read_totals(str(folder)), PRICES) for folder in (first, second)]
     found = report(summaries)
     assert "2 runs side by side" in found.html
     assert "x/run" in found.html
@@ -244,7 +244,7 @@ def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
 
 def test_a_run_of_any_size_can_be_drawn(tmp_path: Path) -> None:
     """A million rows of a 7B take more operations than fit into 64 bits."""
-    huge = Change(3 * 10**25, 10**25)
+    huge = BeforeAfter(3 * 10**25, 10**25)
     summary, _ = told(a_run(tmp_path))
     many = replace(
         summary, flops=dict.fromkeys(summary.flops, huge), visual=huge, views=(huge, huge),
@@ -296,7 +296,7 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
 
     write_generation(tmp_path, 0, first_plan(), changed=looked_at)
     Store(str(tmp_path)).create("workers/w.json", worker_record(device="NVIDIA Big", gpus=1.0))
-    record = driver_record(60.0, Bill({Use.USEFUL: 14.0}))
+    record = driver_record(60.0, Usage({UsageKind.USEFUL: 14.0}))
     Store(str(tmp_path)).create(record.name, record.to_bytes())
     summary, found = told(tmp_path)
     audit = summary.audit
@@ -306,7 +306,7 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
     assert audit.similarity == pytest.approx((13 + 4 * 0.25) / 17)
     assert audit.slowdown == pytest.approx(1.0 / 0.4)
     assert [similarity for similarity, _ in audit.least] == [0.25] * 4
-    assert audit.rungs == (Rung(0.5, 4, 2),)
+    assert audit.rungs == (EscalationStep(0.5, 4, 2),)
     # 17 answers of 0.4 s each, and as many uncompressed ones of 1 s, all of them in 14 s.
     assert audit.share_of_time == pytest.approx(1.0 / 1.4)
     assert summary.answering_seconds == pytest.approx(4.0)
@@ -324,13 +324,13 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
     assert "of audited answers unchanged" in found.html
 
 
-def looked_at(caption: str) -> Looked:
+def looked_at(caption: str) -> TokenMap:
     """A small image of which a few tokens were kept."""
     canvas = Canvas.of((40, 60), (1, 2), (6, 6))
     kept = np.zeros((3, 36), bool)
     kept[1:, 3] = True
     image = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
-    return Looked(image, canvas, np.arange(36.0), kept, [caption, "answer: x"])
+    return TokenMap(image, canvas, np.arange(36.0), kept, [caption, "answer: x"])
 
 
 def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:

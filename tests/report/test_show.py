@@ -23,10 +23,10 @@ from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
-from gc2ray.output.run_directory import open_generation
-from gc2ray.report.heat_map import Looked, heat_map, panels
-from gc2ray.report.show import look, picture_name, told_of
-from gc2ray.runner.handout import Handout
+from gc2ray.output.run_directory import open_round
+from gc2ray.report.heat_map import TokenMap, heat_map, panels
+from gc2ray.report.show import map_tokens, picture_name, told_of
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.outputs import retry_of, write_generation
 from tests.support.rows import SIZES, encoded, make_job, picture
@@ -52,7 +52,7 @@ def test_tokens_are_drawn_where_they_are(
     selection = GlobalCom2(0.3).many([views])[0]
     count = len(views.valid_per_view)
     kept = np.stack([mask(view)[:36] for view in selection.bitmaps(count, 36)]).astype(bool)
-    looked = Looked(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
+    looked = TokenMap(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
     expected = np.zeros((views.canvas.height, views.canvas.width), bool)
     for source in selection.source.tolist():
         if source >= 36:
@@ -69,7 +69,7 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
     canvas = Canvas.of(size, (1, 2), (6, 6))
     kept = np.zeros((3, 36), bool)
     image = np.full((*size, 3), 200, np.uint8)
-    looked = Looked(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])
+    looked = TokenMap(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of letters that no font has
         drawn = Image.open(io.BytesIO(heat_map(looked)))
@@ -100,7 +100,7 @@ def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
     plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 3, carried))
     worker = Worker(job, carried)
     worker.load()
-    worker.process(Handout(plan.shards[0]))
+    worker.process(ShardAssignment(plan.shards[0]))
     return job
 
 
@@ -109,7 +109,9 @@ def test_rows_are_looked_at_again(answered: Job) -> None:
     store = Store(answered.output)
     rows = store.table(store.names("data")[0]).to_pylist()
     unanswered = "odd#1.parquet#3"
-    *found, other = look(answered.output, [rows[0]["row_key"], rows[2]["row_key"], unanswered])
+    *found, other = map_tokens(
+        answered.output, [rows[0]["row_key"], rows[2]["row_key"], unanswered]
+    )
     for row, looked in zip((rows[0], rows[2]), found, strict=True):
         assert [mask(view)[:36].tolist() for view in row["kept_mask"]] == (
             looked.kept.astype(int).tolist()
@@ -126,7 +128,7 @@ def test_rows_are_looked_at_again(answered: Job) -> None:
 
 def test_the_latest_answer_is_told(answered: Job) -> None:
     """A retry answers a row that had no answer, and fails at one that had a good one."""
-    first = open_generation(answered.output, 0)
+    first = open_round(answered.output, 0)
     assert first is not None
     ((source, fingerprint),) = first.plan.shards.files
     outcomes = {2: Status.FAILED, 3: Status.OK}
@@ -136,7 +138,7 @@ def test_the_latest_answer_is_told(answered: Job) -> None:
         retry_of([Span(source, fingerprint, row, row + 1) for row in outcomes], 1),
         lambda _, row: [outcomes[row]],
     )
-    good, late = look(answered.output, ["odd#1.parquet#2", "odd#1.parquet#3"])
+    good, late = map_tokens(answered.output, ["odd#1.parquet#2", "odd#1.parquet#3"])
     assert "answer: odd#1.parquet 3 0 of 1" in late.captions
     assert not any("bad in 1" in line for line in good.captions)
 
@@ -191,7 +193,7 @@ def test_an_answer_is_told_with_its_audit(
 )
 def test_what_cannot_be_shown_says_why(answered: Job, key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        next(look(answered.output, [key]))
+        next(map_tokens(answered.output, [key]))
 
 
 def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:

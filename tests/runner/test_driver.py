@@ -23,13 +23,22 @@ from gc2ray.core.errors import (
 )
 from gc2ray.core.shards import SourceFile, first_spans
 from gc2ray.core.stats import RunStats
-from gc2ray.core.usage import Use
+from gc2ray.core.usage import UsageKind
 from gc2ray.data.store import Commit, Store
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import CALIBRATION_ROWS, Committed, shard_rows
 from gc2ray.runner.driver import Driver, Snapshot
-from gc2ray.runner.handout import Handout
-from gc2ray.runner.messages import Died, Done, Ended, Event, Failed, Leaving, Placed, Progressed
+from gc2ray.runner.handout import ShardAssignment
+from gc2ray.runner.messages import (
+    CallFailed,
+    Event,
+    Progressed,
+    ShardFinished,
+    WorkerDied,
+    WorkerDraining,
+    WorkerExited,
+    WorkerPlaced,
+)
 from gc2ray.runner.progress import Progress
 from jobs.benchmarks.support.simulated_pool import SimulatedPool, done
 from tests.support.rows import make_recipe
@@ -226,7 +235,7 @@ def test_a_model_that_cannot_be_loaded_is_the_users_error(tmp_path: Path) -> Non
     load = pool.load
     pool.load = lambda worker: (
         load(worker),
-        pool.at(1.0, Failed(worker, None, ConfigError("recipe.model.path: wrong"))),
+        pool.at(1.0, CallFailed(worker, None, ConfigError("recipe.model.path: wrong"))),
     )
     with pytest.raises(ConfigError, match=r"recipe\.model\.path"):
         Harness(tmp_path, pool).run(make_plan())
@@ -292,7 +301,9 @@ def test_calibration_keeps_its_workers(tmp_path: Path) -> None:
 
 def test_calibration_that_fails_gives_up(tmp_path: Path) -> None:
     pool = SimulatedPool()
-    pool.calibrate = lambda worker, spans: pool.at(1.0, Failed(worker, None, OSError("changed")))
+    pool.calibrate = lambda worker, spans: pool.at(
+        1.0, CallFailed(worker, None, OSError("changed"))
+    )
     sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
     with pytest.raises(GivenUp, match="3 workers in a row died while starting: OSError: changed"):
         Harness(tmp_path, pool).driver.calibrate(sample)
@@ -400,7 +411,7 @@ def test_a_shard_that_was_not_begun_is_no_worse_for_it(tmp_path: Path) -> None:
         if worker < 4:
             mate = make_plan().shards[1].sid
             waiting.append(mate)
-            pool.at(5.0, Died(worker, "killed", in_hand={mate: ()} if worker == 1 else {}))
+            pool.at(5.0, WorkerDied(worker, "killed", in_hand={mate: ()} if worker == 1 else {}))
         return worker
 
     pool.start = dying
@@ -445,7 +456,7 @@ def test_workers_that_find_no_room_join_later(tmp_path: Path) -> None:
     def start() -> int:
         worker = late()
         if worker == 2:
-            pool.at(120.0, Placed(2))
+            pool.at(120.0, WorkerPlaced(2))
         return worker
 
     pool.start = start
@@ -480,8 +491,8 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more(tmp_path: Path) -> None
 def test_another_starts_while_a_journal_is_read(tmp_path: Path) -> None:
     """The end is known at once, what was in hand a minute later; that minute is not billed."""
     pool = SimulatedPool(lambda w, shard, attempt: "hang" if attempt == 1 else "done")
-    pool.at(10.0, Ended(1))
-    pool.at(70.0, Died(1, "the node is gone", ended=10.0))
+    pool.at(10.0, WorkerExited(1))
+    pool.at(70.0, WorkerDied(1, "the node is gone", ended=10.0))
     harness = Harness(tmp_path, pool, workers=1, stall_seconds=500.0)
     poll = pool.poll
 
@@ -494,27 +505,27 @@ def test_another_starts_while_a_journal_is_read(tmp_path: Path) -> None:
     harness.run(make_plan(rows=10))
     assert harness.finished
     assert min(time for time, number in started if number == 2) < 12.0
-    assert harness.driver.bill().of(Use.DIED) == pytest.approx(8.0, abs=0.1)
+    assert harness.driver.bill().of(UsageKind.DIED) == pytest.approx(8.0, abs=0.1)
 
 
 def test_a_worker_that_has_ended_is_not_killed_again(tmp_path: Path) -> None:
     """Its journal takes longer to read than a stall does to be noticed."""
     pool = SimulatedPool(lambda w, shard, attempt: "hang" if attempt == 1 else "done")
-    pool.at(10.0, Ended(1))
-    pool.at(200.0, Died(1, "the node is gone", ended=10.0))
+    pool.at(10.0, WorkerExited(1))
+    pool.at(200.0, WorkerDied(1, "the node is gone", ended=10.0))
     harness = Harness(tmp_path, pool, workers=1, stall_seconds=100.0)
     harness.run(make_plan(rows=10))
     assert harness.finished
     assert pool.killed == []
-    assert harness.driver.bill().of(Use.STALLED) == 0.0
+    assert harness.driver.bill().of(UsageKind.STALLED) == 0.0
 
 
 def test_an_idle_worker_that_has_ended_is_not_dropped(tmp_path: Path) -> None:
     """The second is idle when it ends; then the first is, too, and there is one too many."""
     seconds = (20.0, 5.0, 50.0)
     pool = SimulatedPool(service_seconds=lambda handout: seconds[handout.shard.index])
-    pool.at(10.0, Ended(2))
-    pool.at(100.0, Died(2, "the node is gone", ended=10.0))
+    pool.at(10.0, WorkerExited(2))
+    pool.at(100.0, WorkerDied(2, "the node is gone", ended=10.0))
     harness = Harness(tmp_path, pool, workers=3)
     harness.run(make_plan(rows=30))
     assert len(harness.finished) == 3
@@ -526,7 +537,7 @@ def test_workers_that_go_with_their_nodes_do_not_end_the_run(tmp_path: Path) -> 
     """Five nodes take a worker each that has just started."""
     pool = SimulatedPool(load_goes=lambda worker: "hang" if worker <= 5 else "done")
     for worker in range(1, 6):
-        pool.at(worker + 0.5, Died(worker, "its node is gone", node_lost=True))
+        pool.at(worker + 0.5, WorkerDied(worker, "its node is gone", node_lost=True))
     harness = Harness(tmp_path, pool, workers=1)
     harness.run(make_plan(rows=10))
     assert len(harness.finished) == 1
@@ -537,9 +548,9 @@ def test_a_worker_that_has_ended_does_not_calibrate(tmp_path: Path) -> None:
     pool = SimulatedPool(seconds_per_row=0.5)
     original = pool.calibrate
     pool.calibrate = lambda worker, spans: original(worker, spans) if worker != 1 else None
-    pool.at(2.5, Ended(2))
-    pool.at(2.6, Died(1, "the process ended"))
-    pool.at(50.0, Died(2, "the node is gone", ended=2.5))
+    pool.at(2.5, WorkerExited(2))
+    pool.at(2.6, WorkerDied(1, "the process ended"))
+    pool.at(50.0, WorkerDied(2, "the node is gone", ended=2.5))
     sample = first_spans([SourceFile("a.parquet", "f", (1000,))], CALIBRATION_ROWS)
     assert Harness(tmp_path, pool).driver.calibrate(sample) == 0.5
     assert pool.calibrated == [3]
@@ -547,7 +558,7 @@ def test_a_worker_that_has_ended_does_not_calibrate(tmp_path: Path) -> None:
 
 def test_an_idle_worker_whose_node_goes_is_dropped_at_once(tmp_path: Path) -> None:
     pool = SimulatedPool(lambda w, s, a: "hang" if s.index == 0 else "done")
-    pool.at(50.0, Leaving(2))
+    pool.at(50.0, WorkerDraining(2))
     Harness(tmp_path, pool, tries=1).run(make_plan(rows=20))
     assert pool.dropped[0] == 2
 
@@ -601,8 +612,8 @@ def test_the_bill_of_a_smooth_run(tmp_path: Path) -> None:
     harness = Harness(tmp_path, SimulatedPool(), gpus_per_worker=2.0)
     harness.run(make_plan())
     bill = harness.driver.bill()
-    assert bill.of(Use.USEFUL) == 200.0
-    assert bill.of(Use.LOADING) == 4.0
+    assert bill.of(UsageKind.USEFUL) == 200.0
+    assert bill.of(UsageKind.LOADING) == 4.0
     assert bill.total_seconds == pytest.approx(204.0, abs=3.0)
 
 
@@ -616,7 +627,7 @@ def test_the_bill_names_every_waste(tmp_path: Path) -> None:
     def lose_one(seconds: float) -> list[Event]:
         return [
             replace(event, result=done(event.shard, Commit.LOST_RACE))
-            if isinstance(event, Done) and event.shard.index == 9
+            if isinstance(event, ShardFinished) and event.shard.index == 9
             else event
             for event in poll(seconds)
         ]
@@ -624,12 +635,12 @@ def test_the_bill_names_every_waste(tmp_path: Path) -> None:
     pool.poll = lose_one
     harness.run(make_plan())
     bill = harness.driver.bill()
-    assert bill.of(Use.USEFUL) == pytest.approx(90.0, abs=1.0)
-    assert bill.of(Use.LOST_RACE) == pytest.approx(10.0, abs=0.5)
-    assert bill.of(Use.STALLED) == pytest.approx(100.0, abs=2.0)
-    assert 0 < bill.of(Use.DIED) < 12.0
-    assert 0 < bill.of(Use.FAILED) < 12.0
-    assert bill.of(Use.LOADING) == 3.0
+    assert bill.of(UsageKind.USEFUL) == pytest.approx(90.0, abs=1.0)
+    assert bill.of(UsageKind.LOST_RACE) == pytest.approx(10.0, abs=0.5)
+    assert bill.of(UsageKind.STALLED) == pytest.approx(100.0, abs=2.0)
+    assert 0 < bill.of(UsageKind.DIED) < 12.0
+    assert 0 < bill.of(UsageKind.FAILED) < 12.0
+    assert bill.of(UsageKind.LOADING) == 3.0
     assert harness.driver.lost_races == 1
 
 
@@ -664,7 +675,7 @@ def test_a_last_shard_that_is_refused_is_told_too(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_noted_is_loaded_once(tmp_path: Path) -> None:
     pool = SimulatedPool(load_goes=lambda w: "hang")
     load = pool.load
-    refused = Failed(1, None, StorageRefused("s3://out refused model.json"))
+    refused = CallFailed(1, None, StorageRefused("s3://out refused model.json"))
     pool.load = lambda worker: (load(worker), pool.at(1.0, replace(refused, worker=worker)))
     harness = Harness(tmp_path, pool, workers=1)
     with pytest.raises(GivenUp, match=r"refused model\.json; nothing was answered yet"):
@@ -696,10 +707,10 @@ def test_a_part_that_can_never_be_written_is_answered_once(tmp_path: Path) -> No
     unwritable = UnwritableShard("its answers do not fit into Parquet: column 'emb'")
     submit = pool.submit
 
-    def fails(worker: int, handout: Handout) -> None:
+    def fails(worker: int, handout: ShardAssignment) -> None:
         submit(worker, handout)
         if handout.shard.index == 1:
-            pool.at(30.0, Failed(worker, handout.shard, unwritable))
+            pool.at(30.0, CallFailed(worker, handout.shard, unwritable))
 
     pool.submit = fails
     harness = Harness(tmp_path, pool, tries=3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Shards, SourceFile, cut_shards
-from gc2ray.runner.handout import GROUPED_FROM, Handout, Poison
+from gc2ray.runner.handout import GROUPED_FROM, PoisonRow, ShardAssignment
 from gc2ray.runner.shard_queue import SEARCHES_A_TRY, Limits, Loss, ShardQueue
 
 LIMITS = Limits(tries=3, poison_rows=2)
@@ -29,7 +29,7 @@ def make_queue(
     return ShardQueue(shards, np.isin(np.arange(len(shards)), done), limits)
 
 
-def take(queue: ShardQueue, worker: int, *, alone: bool = True) -> Handout:
+def take(queue: ShardQueue, worker: int, *, alone: bool = True) -> ShardAssignment:
     handout = queue.take(worker, alone=alone)
     assert handout is not None
     return handout
@@ -109,7 +109,7 @@ def test_every_wanted_shard_is_taken_once(
 def test_a_lost_shard_goes_to_a_worker_that_is_alone() -> None:
     queue = make_queue([10] * 3)
     first = take(queue, 1)
-    assert first == Handout(first.shard)
+    assert first == ShardAssignment(first.shard)
     assert queue.lost(first.shard, Loss("died")) is None
     assert len(queue) == 3
     assert take(queue, 1, alone=False).shard.index == 1
@@ -134,13 +134,15 @@ def test_a_shard_that_is_done_is_no_trouble_any_more() -> None:
     assert queue.tries(shard) == 0
 
 
-def die(queue: ShardQueue, in_hand: tuple[int, ...], *, is_stall: bool = False) -> Handout | str:
+def die(
+    queue: ShardQueue, in_hand: tuple[int, ...], *, is_stall: bool = False
+) -> ShardAssignment | str:
     """Lose the next shard, and what it is handed out as next, or why not."""
     shard = take(queue, 1).shard
     return queue.lost(shard, Loss("died", in_hand, is_stall)) or peek(queue)
 
 
-def peek(queue: ShardQueue) -> Handout:
+def peek(queue: ShardQueue) -> ShardAssignment:
     handout = take(queue, 1)
     queue._again.appendleft(handout.shard.index)
     queue._waiting += 1
@@ -177,7 +179,9 @@ def test_many_suspects_are_narrowed_by_groups_first() -> None:
 
 def test_few_suspects_are_answered_alone() -> None:
     shard = make_shards([100], 100)[0]
-    handout = Handout(shard, 2, tuple(range(GROUPED_FROM)), {5: Poison(Status.TIMEOUT, "x")})
+    handout = ShardAssignment(
+        shard, 2, tuple(range(GROUPED_FROM)), {5: PoisonRow(Status.TIMEOUT, "x")}
+    )
     assert [*handout.suspect_groups()] == [(row,) for row in range(GROUPED_FROM) if row != 5]
 
 
@@ -254,7 +258,7 @@ def test_every_way_ends(data: st.DataObject, tries: int, poison_rows: int) -> No
     assert len(queue) == 0
 
 
-def steps_of(handout: Handout, rows: int, window: int) -> list[tuple[int, ...]]:
+def steps_of(handout: ShardAssignment, rows: int, window: int) -> list[tuple[int, ...]]:
     """What a worker has in hand while it answers: the suspects, group by group, then the others."""
     groups = list(handout.suspect_groups())
     alone = {row for group in groups for row in group} | {*handout.poison}

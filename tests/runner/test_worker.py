@@ -35,7 +35,7 @@ from gc2ray.data.store import Commit, Store
 from gc2ray.models.shape import LLAVA_7B, ModelShape
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import committed_parts, outcome
-from gc2ray.runner.handout import Handout, Poison
+from gc2ray.runner.handout import PoisonRow, ShardAssignment
 from gc2ray.runner.journal import taken_over
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
@@ -82,7 +82,7 @@ def test_parts_hold_every_row_in_input_order(job: Job) -> None:
     worker = make_worker(job, EchoEngine(buffered=4))  # answers come back out of order
     shards = shards_of(job)
     with ThreadPoolExecutor(2) as callers:
-        results = list(callers.map(lambda shard: worker.process(Handout(shard)), shards))
+        results = list(callers.map(lambda shard: worker.process(ShardAssignment(shard)), shards))
     assert [result.commit for result in results] == [Commit.WON] * len(shards)
     store = Store(job.output)
     tables = [pq.read_table(Path(job.output) / name) for name in store.names("data")]
@@ -99,7 +99,7 @@ def test_parts_hold_every_row_in_input_order(job: Job) -> None:
 
 def test_pages_of_a_part_have_checksums(job: Job) -> None:
     shard = shards_of(job)[0]
-    make_worker(job).process(Handout(shard))
+    make_worker(job).process(ShardAssignment(shard))
     part = (Path(job.output) / shard.part_name).read_bytes()
     column = pq.read_metadata(pa.BufferReader(part)).row_group(0).column(0)
     place = column.data_page_offset + column.total_compressed_size // 2
@@ -119,7 +119,7 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
     worker = make_worker(listed, EchoEngine(buffered=buffered))
     shards, started = shards_of(listed), datetime.now(UTC)
     with ThreadPoolExecutor(2) as callers:
-        results = list(callers.map(lambda shard: worker.process(Handout(shard)), shards))
+        results = list(callers.map(lambda shard: worker.process(ShardAssignment(shard)), shards))
     store = Store(listed.output)
     rows = [
         row
@@ -174,7 +174,7 @@ def test_a_prompt_that_is_not_read_fails_the_shard(
     shard = shards_of(listed, rows=12)[0]
     monkeypatch.setattr(Source, "read", losing)
     with pytest.raises(ShardError, match=message):
-        make_worker(listed).process(Handout(shard))
+        make_worker(listed).process(ShardAssignment(shard))
     assert Store(listed.output).committed() == {}
 
 
@@ -187,7 +187,7 @@ def test_a_row_that_is_not_planned_fails_the_shard(
     short = replace(shard, spans=(replace(wider, stop=9),))
     monkeypatch.setattr(Source, "read", lambda self, _, memory: read(self, wider, memory))
     with pytest.raises(ShardError, match=r"a\.parquet#9#0 was read, but is not planned"):
-        make_worker(listed).process(Handout(short))
+        make_worker(listed).process(ShardAssignment(short))
 
 
 def test_a_prompt_that_is_read_twice_fails_the_shard(
@@ -198,7 +198,7 @@ def test_a_prompt_that_is_read_twice_fails_the_shard(
         Source, "read", lambda *a: (r for r in read(*a) for _ in range(1 + (r.row == 4)))
     )
     with pytest.raises(ShardError, match=r"a\.parquet#4#0 was read twice"):
-        make_worker(listed).process(Handout(shards_of(listed, rows=12)[0]))
+        make_worker(listed).process(ShardAssignment(shards_of(listed, rows=12)[0]))
 
 
 def test_an_answer_that_the_engine_loses_commits_nothing(listed: Job) -> None:
@@ -212,7 +212,7 @@ def test_an_answer_that_the_engine_loses_commits_nothing(listed: Job) -> None:
 
     worker = make_worker(listed, Losing())
     with ThreadPoolExecutor(1) as caller:
-        call = caller.submit(worker.process, Handout(shards_of(listed, rows=12)[0]))
+        call = caller.submit(worker.process, ShardAssignment(shards_of(listed, rows=12)[0]))
         with pytest.raises(TimeoutError):
             call.result(timeout=1.0)
         assert Store(listed.output).committed() == {}
@@ -235,7 +235,7 @@ def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
     engine = Waiting(buffered=8)
     worker = make_worker(job, engine, metrics=lambda step, sid: steps.append((step, sid)))
     with ThreadPoolExecutor(2) as callers:
-        calls = [callers.submit(worker.process, Handout(shard)) for shard in shards[:2]]
+        calls = [callers.submit(worker.process, ShardAssignment(shard)) for shard in shards[:2]]
         while worker._queue.qsize() < 2:
             time.sleep(0.01)
         both_queued.set()
@@ -250,8 +250,8 @@ def test_a_shard_that_cannot_be_read_fails_alone(job: Job, tmp_path: Path) -> No
     (tmp_path / "in" / "a.parquet").unlink()
     worker = make_worker(job)
     with pytest.raises(ShardError, match=r"a\.parquet"):
-        worker.process(Handout(shards[0]))
-    assert worker.process(Handout(shards[1])).stats.rows == 8
+        worker.process(ShardAssignment(shards[0]))
+    assert worker.process(ShardAssignment(shards[1])).stats.rows == 8
     assert len(Store(job.output).committed()) == 1
 
 
@@ -268,8 +268,8 @@ def test_a_row_whose_storage_failed_fails_its_shard(job: Job) -> None:
     worker = make_worker(job, Outage(buffered=2))
     first, second = shards_of(job, rows=12)
     with pytest.raises(ShardError, match=r"a\.parquet#3: 503"):
-        worker.process(Handout(first))
-    assert worker.process(Handout(second)).commit == Commit.WON
+        worker.process(ShardAssignment(first))
+    assert worker.process(ShardAssignment(second)).commit == Commit.WON
     assert list(Store(job.output).committed()) == [second.sid]
 
 
@@ -277,7 +277,7 @@ def test_a_changed_input_is_an_error(job: Job, tmp_path: Path) -> None:
     shards = shards_of(job, rows=12)
     write_rows(tmp_path / "in" / "a.parquet", 12, row_group=6)
     with pytest.raises(ShardError, match="changed since the run was planned"):
-        make_worker(job).process(Handout(shards[0]))
+        make_worker(job).process(ShardAssignment(shards[0]))
 
 
 def test_a_broken_engine_fails_every_shard(job: Job) -> None:
@@ -287,7 +287,7 @@ def test_a_broken_engine_fails_every_shard(job: Job) -> None:
     worker = make_worker(job, EchoEngine(on_row=on_row))
     for shard in shards_of(job)[:2]:
         with pytest.raises(EngineDead, match="the engine breaks"):
-            worker.process(Handout(shard))
+            worker.process(ShardAssignment(shard))
     assert Store(job.output).committed() == {}
 
 
@@ -301,7 +301,7 @@ def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
     worker = make_worker(job, Losing())
     shards = shards_of(job)
     with ThreadPoolExecutor(1) as caller:
-        call = caller.submit(worker.process, Handout(shards[0]))
+        call = caller.submit(worker.process, ShardAssignment(shards[0]))
         with pytest.raises(TimeoutError):
             call.result(timeout=1.0)  # it waits for the row; the driver's stall clock ends it
         assert Store(job.output).committed() == {}
@@ -312,9 +312,9 @@ def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
 
 def test_the_second_try_of_a_committed_shard_loses_the_race(job: Job) -> None:
     shard = shards_of(job)[0]
-    assert make_worker(job).process(Handout(shard)).commit == Commit.WON
+    assert make_worker(job).process(ShardAssignment(shard)).commit == Commit.WON
     before = (Path(job.output) / shard.part_name).read_bytes()
-    assert make_worker(job).process(Handout(shard, 2)).commit == Commit.LOST_RACE
+    assert make_worker(job).process(ShardAssignment(shard, 2)).commit == Commit.LOST_RACE
     assert (Path(job.output) / shard.part_name).read_bytes() == before
 
 
@@ -340,7 +340,7 @@ def test_a_broken_image_is_a_bad_answer_to_every_prompt(
     worker = Worker(job, CARRIED)
     worker.load()
     (shard,) = shards_of(job)
-    worker.process(Handout(shard))
+    worker.process(ShardAssignment(shard))
     rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
     assert [(row["row"], row["prompt_index"], row["status"], row["id"]) for row in rows] == [
         (0, 0, "ok", 0),
@@ -369,7 +369,7 @@ def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None
     schema = pq.read_schema(tmp_path / "in" / "a.parquet")
     pq.write_table(pa.table(table, schema=schema), tmp_path / "in" / "a.parquet")
     worker = make_worker(job)
-    worker.process(Handout(shards_of(job, rows=12)[0]))
+    worker.process(ShardAssignment(shards_of(job, rows=12)[0]))
     progress = worker.progress()
     assert (progress.rows, progress.answers, progress.bad_answers) == (12, 12, 6)
     assert len(progress.errors) == 3
@@ -427,8 +427,8 @@ def test_a_worker_with_another_model_is_refused(job: Job) -> None:
     assert json.loads(Store(job.output).read("model.json") or b"")["digest"] == "no model"
 
 
-def hand(shard: Shard, **known: object) -> Handout:
-    return Handout(shard, 2, **known)
+def hand(shard: Shard, **known: object) -> ShardAssignment:
+    return ShardAssignment(shard, 2, **known)
 
 
 class Watching(EchoEngine):
@@ -479,7 +479,7 @@ def test_poison_is_written_and_never_tried(job: Job) -> None:
     tried: list[int] = []
     worker = make_worker(job, EchoEngine(on_row=lambda request: tried.append(request.row)))
     shard = shards_of(job, rows=12)[0]
-    poison = {5: Poison(Status.KILLED_WORKER, "why"), 6: Poison(Status.TIMEOUT, "why")}
+    poison = {5: PoisonRow(Status.KILLED_WORKER, "why"), 6: PoisonRow(Status.TIMEOUT, "why")}
     worker.process(hand(shard, suspects=(5, 7), poison=poison))
     assert sorted(tried) == [row for row in range(12) if row not in poison]
     rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
@@ -502,7 +502,7 @@ def test_the_journal_names_what_is_in_hand(job: Job, tmp_path: Path) -> None:
     worker = make_worker(job, EchoEngine(on_row=on_row))
     shard = shards_of(job, rows=12)[0]
     with ThreadPoolExecutor(1) as caller:
-        call = caller.submit(worker.process, Handout(shard))
+        call = caller.submit(worker.process, ShardAssignment(shard))
         assert stuck.wait(10)
         (page,) = worker.journal.parent.glob(f"{worker.journal.name}.*")
         counters = np.fromfile(page, np.uint32)
@@ -526,7 +526,7 @@ def test_rows_with_a_fault_are_not_in_hand(listed: Job) -> None:
                 yield answer
 
     worker = make_worker(listed, Looking(buffered=100))
-    worker.process(Handout(shards_of(listed, rows=12)[0]))
+    worker.process(ShardAssignment(shards_of(listed, rows=12)[0]))
     assert 4 in seen
     assert not {3, 10} & {*seen}, "their lists are null"
 
@@ -568,7 +568,7 @@ def test_a_storage_that_refuses_would_refuse_any_shard(job: Job, error: Exceptio
     worker, (shard, *_) = make_worker(job), shards_of(job)
     refusing(worker, error)
     with pytest.raises(StorageRefused) as refused:
-        worker.process(Handout(shard))
+        worker.process(ShardAssignment(shard))
     assert str(error) in str(refused.value)
     assert f"{job.output} refused {shard.part_name}" in str(refused.value)
     assert pickle.loads(pickle.dumps(refused.value)).args == refused.value.args, "it travels"
@@ -588,7 +588,7 @@ def test_what_may_fare_better_is_the_shards_own_trouble(
     worker = make_worker(job)
     refusing(worker, error)
     with pytest.raises(ShardError) as failed:
-        worker.process(Handout(shards_of(job)[0]))
+        worker.process(ShardAssignment(shards_of(job)[0]))
     assert type(failed.value) is kind
 
 
@@ -596,14 +596,14 @@ def test_something_else_under_a_parts_name_is_not_answered_again(job: Job) -> No
     shard = shards_of(job)[0]
     Store(job.output).create(shard.part_name, b"not a part")
     with pytest.raises(UnwritableShard, match="is not a part that gc2ray wrote; move it away"):
-        make_worker(job).process(Handout(shard))
+        make_worker(job).process(ShardAssignment(shard))
 
 
 def test_answers_that_do_not_fit_into_parquet_are_not_asked_for_again(job: Job) -> None:
     worker = make_worker(job)
     worker._carried = pa.schema([pa.field("id", pa.binary())])
     with pytest.raises(UnwritableShard, match="its answers do not fit into Parquet: Arrow"):
-        worker.process(Handout(shards_of(job)[0]))
+        worker.process(ShardAssignment(shards_of(job)[0]))
 
 
 def test_rows_that_cannot_be_noted_are_told_with_the_folder(
@@ -614,7 +614,7 @@ def test_rows_that_cannot_be_noted_are_told_with_the_folder(
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(worker._journal, "page", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(StorageRefused, match=r"cannot note rows in /\S+: OSError: .*No space left"):
-        worker.process(Handout(shards_of(job)[0]))
+        worker.process(ShardAssignment(shards_of(job)[0]))
 
 
 def test_a_shard_that_waits_is_not_begun(job: Job) -> None:
@@ -634,9 +634,9 @@ def test_a_shard_that_waits_is_not_begun(job: Job) -> None:
 
     worker, (first, second, *_) = make_worker(job, Slow(buffered=100)), shards_of(job)
     with ThreadPoolExecutor(2) as callers:
-        calls = [callers.submit(worker.process, Handout(first))]
+        calls = [callers.submit(worker.process, ShardAssignment(first))]
         assert reading.wait(10)
-        calls.append(callers.submit(worker.process, Handout(second)))
+        calls.append(callers.submit(worker.process, ShardAssignment(second)))
         while worker._queue.qsize() < 1:
             time.sleep(0.01)
         pages = worker.journal.parent.glob(f"{worker.journal.name}.*")

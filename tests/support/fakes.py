@@ -17,7 +17,7 @@ from gc2ray.core.config.job import Job
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.stats import RunStats
-from gc2ray.engine.prefetch import Feed
+from gc2ray.engine.prefetch import Prefetcher
 from gc2ray.models.shape import ModelShape
 from gc2ray.runner.worker import Worker
 
@@ -56,7 +56,7 @@ class EchoEngine:
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         held: list[Request] = []
-        with Feed(requests, lambda request: request, threads=1, ahead=9) as feed:
+        with Prefetcher(requests, lambda request: request, threads=1, ahead=9) as feed:
             self._feed = feed
             while held or not feed.ended:
                 request = feed.take()
@@ -80,10 +80,10 @@ class EchoEngine:
             return echo(row, status=row.fault.status, answer=None, error=row.fault.message)
         return echo(row)
 
-    def again(self, request: Request) -> None:
+    def requeue(self, request: Request) -> None:
         self._feed.add(request)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         self.forgot += 1
 
     def totals(self) -> RunStats:

@@ -16,10 +16,10 @@ from collections import Counter
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 
-from gc2ray.data.retries import Patience
+from gc2ray.data.retries import RetryPolicy
 from tests.support.loopback import LoopbackServer, send
 
-PATIENT = Patience(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
+PATIENT = RetryPolicy(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
 """With faults that pass."""
 ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>"
 

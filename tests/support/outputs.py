@@ -23,7 +23,7 @@ from gc2ray.data.store import PartFooter, Store
 from gc2ray.output.parts import part_bytes
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
-from gc2ray.output.run_directory import generation_store
+from gc2ray.output.run_directory import round_store
 from tests.support.rows import make_recipe
 
 RECIPE = make_recipe("model")
@@ -113,7 +113,7 @@ def write_generation(
     changed: Callable[[Answer], Answer] = lambda answer: answer,
 ) -> Store:
     """A generation whose rows come out as told; shards with a row that is not answered are dead."""
-    store = generation_store(str(output), number)
+    store = round_store(str(output), number)
     store_plan(store, Job(output=store.uri, recipe=RECIPE), plan)
     for shard in plan.shards:
         answers = answers_of(shard, outcome, number, listed=listed)

@@ -26,7 +26,7 @@ from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)
-class Pool(MaskCompressor):
+class AveragePool(MaskCompressor):
     """Average neighbouring tokens until the budget holds."""
 
     name: ClassVar[str] = "pool"

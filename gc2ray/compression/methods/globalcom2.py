@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from gc2ray.compression.base import MaskCompressor, ViewBatch
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.canvas_index import canvas_plan
+from gc2ray.compression.canvas_index import canvas_index
 from gc2ray.compression.selection import share_of, top_k_mask
 
 EPSILON = 1e-8
@@ -102,7 +102,7 @@ def crop_scales(batch: ViewBatch, retention: float, temperature: float) -> Tenso
     images, crops = len(batch.images), len(batch.crops)
     region, first = [], 0
     for image in batch.images:
-        plan = canvas_plan(image.canvas, image.thumbnail, image.scores.device)
+        plan = canvas_index(image.canvas, image.thumbnail, image.scores.device)
         region.append(plan.region_of + first)
         first += image.canvas.crops
     sums = thumbnails.new_zeros(crops, dtype=torch.float64)
@@ -125,7 +125,7 @@ def combined_scores(batch: ViewBatch) -> Tensor:
     thumbnail's, resampled bilinearly to the covered canvas.
     """
     images = batch.images
-    plans = [canvas_plan(image.canvas, image.thumbnail, image.scores.device) for image in images]
+    plans = [canvas_index(image.canvas, image.thumbnail, image.scores.device) for image in images]
     rows = torch.cat([plan.row_weights for plan in plans])
     columns = torch.cat([plan.column_weights for plan in plans])
     thumbnails = _thumbnails(batch)[batch.crop_owner].view(-1, *images[0].canvas.side)

@@ -20,7 +20,7 @@ import torch
 
 from gc2ray.compression.base import Compressor, ViewBatch
 from gc2ray.compression.canvas import NEWLINE, Canvas
-from gc2ray.compression.canvas_index import canvas_plan
+from gc2ray.compression.canvas_index import canvas_index
 from gc2ray.compression.methods.globalcom2 import GlobalCom2, combined_scores, crop_scales
 from gc2ray.compression.selection import Selection, top_k_mask
 from gc2ray.compression.views import Views
@@ -70,7 +70,7 @@ class GlobalCom2Reference(Compressor):
 def _crops(image: Views, written: torch.Tensor, true_place: torch.Tensor) -> torch.Tensor:
     """Emit written places row by row, each standing for a token elsewhere; all rows' newlines."""
     tokens = image.tokens_per_view
-    order = canvas_plan(image.canvas, image.thumbnail, image.scores.device).order[tokens:].long()
+    order = canvas_index(image.canvas, image.thumbnail, image.scores.device).order[tokens:].long()
     place = (order - tokens).clamp_min(0)
     newline = order == NEWLINE
     source = true_place.flatten()[place] + (place // tokens + 1) * tokens

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.data.parquet_footer import parse_footer
-from gc2ray.data.remote_file import PatientFile
+from gc2ray.data.remote_file import RetryingFile
 
 MAX_BATCH_ROWS = 256
 MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 256 << 10, 4 << 20
@@ -39,7 +39,7 @@ class ParquetRows:
         OSError, pa.ArrowException: It is none.
     """
 
-    def __init__(self, footer: bytes, opened: Callable[[int], PatientFile]) -> None:
+    def __init__(self, footer: bytes, opened: Callable[[int], RetryingFile]) -> None:
         self._opened = opened
         self._metadata = parse_footer(footer)
         self.schema: pa.Schema = self._metadata.schema.to_arrow_schema()

@@ -1,7 +1,7 @@
 """Continuous batching over prompt embeddings: rows enter and leave while others go on.
 
 Every step runs one packed forward over all live rows' next token and over whole prompts that are
-let in, without padding. A row is let in when the `KvPool` has room for its prompt and its answer,
+let in, without padding. A row is let in when the `KvCache` has room for its prompt and its answer,
 counted in tokens; it leaves at its own limit or end, and its room goes to the next. Nothing waits
 for the slowest row, and nothing is computed for padding.
 
@@ -32,11 +32,11 @@ from torch import Tensor
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Sampling
 from gc2ray.core.stats import apportion
-from gc2ray.engine.decoding.cuda_graph import Burst, BurstRow, BurstShape
+from gc2ray.engine.decoding.cuda_graph import CudaGraphRunner, GraphRow, GraphShape
 from gc2ray.engine.decoding.decoder import Completion, end_reason, not_finite
-from gc2ray.engine.decoding.kv_cache import Extent, KvPool
-from gc2ray.engine.decoding.prefix_cache import Prefixes
-from gc2ray.engine.decoding.sampler import Drawing, Repetition, row_numbers
+from gc2ray.engine.decoding.kv_cache import KvCache, SlotRange
+from gc2ray.engine.decoding.prefix_cache import PrefixCache
+from gc2ray.engine.decoding.sampler import Repetition, Sampler, row_numbers
 from gc2ray.models.base import Prompt
 from gc2ray.models.layers.attention import Attend, Chunk, Step
 from gc2ray.models.layers.attention_backends import chosen
@@ -47,7 +47,7 @@ FAILURES = (RuntimeError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
-class Room:
+class DecodeLimits:
     """How much may be going on at a time.
 
     Attributes:
@@ -86,12 +86,12 @@ class _Row:
     sampling: Sampling
     numbers: list[float]
     next_position: int
-    extent: Extent | None = None
+    extent: SlotRange | None = None
     cached: int = 0
     shared: int = 0
     owns: bool = False
     alone: bool = False
-    halvings: int = 0
+    oom_splits: int = 0
     tokens: list[int] = field(default_factory=list)
     prefill_ns: int = 0
     generate_ns: int = 0
@@ -127,7 +127,7 @@ class _Row:
         new = 1 if self.tokens else len(self.prompt) - self.cached
         return Chunk(self.extent.start, self.cached + new, new)
 
-    def before_burst(self) -> BurstRow:
+    def before_burst(self) -> GraphRow:
         """What a burst needs to know of it.
 
         Raises:
@@ -136,7 +136,7 @@ class _Row:
         if self.extent is None:
             raise ValueError(f"row {self.tag} is not live")
         done = len(self.tokens)
-        return BurstRow(
+        return GraphRow(
             token=self.tokens[-1],
             position=self.next_position + done - 1,
             start=self.extent.start,
@@ -147,7 +147,7 @@ class _Row:
         )
 
 
-class NativeDecoder:
+class ContinuousBatchDecoder:
     """A `Decoder` with continuous batching; see the module.
 
     Args:
@@ -164,7 +164,7 @@ class NativeDecoder:
     def __init__(
         self,
         model: LanguageModel,
-        room: Room,
+        room: DecodeLimits,
         *,
         eos: Iterable[int],
         attend: Attend | None = None,
@@ -174,23 +174,23 @@ class NativeDecoder:
         self._eos = frozenset(eos)
         self._attend = attend or chosen(model.kv_shape, model.heads, model.dtype, model.device)
         tokens = room.kv_tokens + (room.burst > 1)
-        self._pool = KvPool(model.kv_shape, tokens, dtype=model.dtype, device=model.device)
-        self._prefixes = Prefixes(self._pool)
+        self._pool = KvCache(model.kv_shape, tokens, dtype=model.dtype, device=model.device)
+        self._prefixes = PrefixCache(self._pool)
         self._waiting: list[_Row] = []
         self._live: list[_Row] = []
         self._limits = (room.live_rows, room.prefill_tokens)
-        self._bursts: dict[BurstShape, Burst] = {}
+        self._bursts: dict[GraphShape, CudaGraphRunner] = {}
         on_gpu = model.device.type == "cuda"
         self._graph_pool = torch.cuda.graph_pool_handle() if on_gpu else None
         if room.burst > 1:
             self._pool.admit(1)  # the place that bursts write to for rows that are missing
-        self.halvings = self.steps = 0
+        self.oom_splits = self.steps = 0
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._live)
 
     @property
-    def hungry(self) -> bool:
+    def wants_more(self) -> bool:
         """Nothing waits for room."""
         return not self._waiting
 
@@ -211,7 +211,7 @@ class NativeDecoder:
         self._waiting.append(_Row(tag, prompt, sampling, numbers, _next_position(prompt)))
         return True
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop the prefixes that no live row holds."""
         while self._prefixes.drop_oldest():
             pass
@@ -245,7 +245,7 @@ class NativeDecoder:
         hidden, positions = self._inputs(rows)
         logits = self._model.logits(hidden, positions, step, self._attend)
         samplings, numbers = [row.sampling for row in rows], [row.number for row in rows]
-        drawing = Drawing.of(samplings, numbers, self._model.device)
+        drawing = Sampler.of(samplings, numbers, self._model.device)
         tokens = drawing.tokens(_penalised(rows, logits)).tolist()
         passed = time.perf_counter_ns() - started
         self.steps += 1
@@ -265,14 +265,14 @@ class NativeDecoder:
             self._room.burst,
             max(row.sampling.max_new_tokens - len(row.tokens) for row in rows),
         )
-        shape = BurstShape.of(
+        shape = GraphShape.of(
             len(rows),
             self._reserve(max(row.tokens_at_most for row in rows)),
             draws=any(row.numbers for row in rows),
             penalises=any(row.penalised for row in rows),
         )
         if shape not in self._bursts:
-            self._bursts[shape] = Burst(
+            self._bursts[shape] = CudaGraphRunner(
                 self._model,
                 self._pool.arena,
                 self._attend,
@@ -358,7 +358,7 @@ class NativeDecoder:
         row.extent = extent
         prefix = self._prefixes.find(key)
         if prefix is not None:
-            into = self._pool.places(Extent(extent.start, extent.start + len(prefix)))
+            into = self._pool.places(SlotRange(extent.start, extent.start + len(prefix)))
             into.copy_(self._pool.places(prefix))
             row.cached = row.shared = len(prefix)
         return True
@@ -367,7 +367,7 @@ class NativeDecoder:
         key = row.prompt.prefix_key
         if key is not None and row.extent is not None and key not in self._prefixes:
             start = row.extent.start
-            self._prefixes.remember(key, Extent(start, start + row.prompt.prefix))
+            self._prefixes.remember(key, SlotRange(start, start + row.prompt.prefix))
             row.owns = True
 
     def _finished(self, row: _Row, reason: str) -> Completion:
@@ -381,7 +381,7 @@ class NativeDecoder:
             row.generate_ns,
             error=not_finite(len(row.tokens) - 1) if failed else None,
             shared=row.shared,
-            halvings=row.halvings,
+            oom_splits=row.oom_splits,
         )
 
     def _vacate(self, row: _Row) -> None:
@@ -392,7 +392,7 @@ class NativeDecoder:
         key = row.prompt.prefix_key
         if row.owns and key is not None:
             self._prefixes.leave(key)
-            extent = Extent(extent.start + row.prompt.prefix, extent.stop)
+            extent = SlotRange(extent.start + row.prompt.prefix, extent.stop)
         self._pool.release(extent)
         row.extent, row.owns = None, False
 
@@ -407,9 +407,9 @@ class NativeDecoder:
         if len(rows) == 1:
             return [self._blame(rows[0], error)]
         if memory:
-            self.halvings += 1
+            self.oom_splits += 1
             for row in rows:
-                row.halvings += 1
+                row.oom_splits += 1
             self._limits = (max(1, len(rows) // 2), max(1, self._limits[1] // 2))
         back = list(admitted) or self._live[len(self._live) // 2 :]
         self._live = [row for row in self._live if row not in back]
@@ -426,7 +426,7 @@ class NativeDecoder:
         self._live = []
         self._limits = (self._room.live_rows, self._room.prefill_tokens)
         times = (row.prefill_ns, row.generate_ns)
-        return Completion(row.tag, (), "error", *times, error, halvings=row.halvings)
+        return Completion(row.tag, (), "error", *times, error, oom_splits=row.oom_splits)
 
 
 def _penalised(rows: Sequence[_Row], logits: Tensor) -> Tensor:

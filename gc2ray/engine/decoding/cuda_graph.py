@@ -1,4 +1,4 @@
-"""`Burst`: several decode steps of the same rows, without a word between device and host.
+"""`CudaGraphRunner`: several decode steps of the same rows, without a word between device and host.
 
 On a GPU a step of decoding is many small kernels. Launching them from Python takes longer than they
 run, and asking after every step which rows have ended stops the device each time. So a burst keeps
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gc2ray.core.records import Sampling
-from gc2ray.engine.decoding.sampler import NOT_FINITE, Repetition, drawn, most_likely
+from gc2ray.engine.decoding.sampler import NOT_FINITE, Repetition, most_likely, sample
 from gc2ray.models.layers.attention import Attend
 from gc2ray.models.llama import LanguageModel
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BurstRow:
+class GraphRow:
     """A row as the host knows it before a burst.
 
     Attributes:
@@ -56,7 +56,7 @@ class BurstRow:
 
 
 @dataclass(frozen=True)
-class BurstShape:
+class GraphShape:
     """What a recorded step is made for: at most so many rows and tokens of a row.
 
     Attributes:
@@ -72,9 +72,9 @@ class BurstShape:
     penalises: bool = False
 
     @staticmethod
-    def of(rows: int, longest: int, *, draws: bool, penalises: bool = False) -> BurstShape:
+    def of(rows: int, longest: int, *, draws: bool, penalises: bool = False) -> GraphShape:
         """The next larger one of a few, so that few are recorded."""
-        return BurstShape(_rounded(rows, 1), _rounded(longest, 512), draws, penalises)
+        return GraphShape(_rounded(rows, 1), _rounded(longest, 512), draws, penalises)
 
 
 def _rounded(number: int, least: int) -> int:
@@ -87,10 +87,10 @@ def _rounded(number: int, least: int) -> int:
     return size
 
 
-class _Slots:
+class _GraphBatch:
     """The rows of a burst as attention sees them; see `attention.Sequences`."""
 
-    def __init__(self, arena: Tensor, shape: BurstShape) -> None:
+    def __init__(self, arena: Tensor, shape: GraphShape) -> None:
         device, rows = arena.device, shape.rows
         self.arena = arena
         self.places = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -102,11 +102,11 @@ class _Slots:
         self.most_used = shape.longest
 
     @property
-    def only_last(self) -> _Slots:
+    def only_last(self) -> _GraphBatch:
         return self
 
 
-class Burst:
+class CudaGraphRunner:
     """Steps of up to `shape.rows` rows.
 
     Args:
@@ -124,14 +124,14 @@ class Burst:
         model: LanguageModel,
         arena: Tensor,
         attend: Attend,
-        shape: BurstShape,
+        shape: GraphShape,
         steps: int,
         graph_pool: Any = None,
     ) -> None:
         device, rows = arena.device, shape.rows
         self._graph_pool = graph_pool
         self._model, self._attend, self._shape = model, attend, shape
-        self._slots = _Slots(arena, shape)
+        self._slots = _GraphBatch(arena, shape)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self._sampled = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -145,7 +145,7 @@ class Burst:
         self._tried = False
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[BurstRow], steps: int) -> list[list[int]]:
+    def run(self, rows: Sequence[GraphRow], steps: int) -> list[list[int]]:
         """The next `steps` tokens of every row; what follows a `NOT_FINITE` means nothing."""
         self._load(rows, steps)
         for _ in range(steps):
@@ -153,7 +153,7 @@ class Burst:
         written: list[list[int]] = self._written[:steps, : len(rows)].T.tolist()
         return written
 
-    def _load(self, rows: Sequence[BurstRow], steps: int) -> None:
+    def _load(self, rows: Sequence[GraphRow], steps: int) -> None:
         if self._slots.arena.is_cuda and not self._tried:
             self._record()
             self._tried = True  # not before: what was short of memory may be recorded next time
@@ -173,7 +173,7 @@ class Burst:
         if self._shape.penalises:
             self._repetition.load([row.sampling for row in rows], [row.had for row in rows])
 
-    def _load_drawing(self, rows: Sequence[BurstRow], steps: int) -> None:
+    def _load_drawing(self, rows: Sequence[GraphRow], steps: int) -> None:
         for index, row in enumerate(rows):
             hot = row.sampling.temperature > 0
             self._sampled[index] = hot
@@ -200,7 +200,7 @@ class Burst:
         if self._shape.draws:
             numbers = self._numbers.index_select(0, self._step)[0]
             heat, top_p = self._heat[0], self._heat[1]
-            tokens = torch.where(self._sampled, drawn(logits, heat, top_p, numbers), tokens)
+            tokens = torch.where(self._sampled, sample(logits, heat, top_p, numbers), tokens)
         self._tokens.copy_(tokens)
         if self._shape.penalises:
             self._repetition.add(tokens)

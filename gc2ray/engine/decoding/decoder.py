@@ -41,7 +41,7 @@ class Completion:
     generate_ns: int
     error: Exception | None = None
     shared: int = 0
-    halvings: int = 0
+    oom_splits: int = 0
 
 
 class Decoder(Protocol):
@@ -55,7 +55,7 @@ class Decoder(Protocol):
         steps: Forwards so far, each over all prompts that were live.
     """
 
-    halvings: int
+    oom_splits: int
     steps: int
 
     def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
@@ -65,10 +65,10 @@ class Decoder(Protocol):
         """Do some work, and say what it finished, which may be nothing."""
 
     @property
-    def hungry(self) -> bool:
+    def wants_more(self) -> bool:
         """Whether it has no prompt in store: a small batch now is better than a large one later."""
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Forget what it keeps of finished prompts for others that begin alike."""
 
     def __len__(self) -> int:

@@ -1,10 +1,10 @@
 """Our logits along tokens that somebody else chose: what a check compares with another's.
 
-`Dictation` has a decoder read a prompt and then write what it is told, and keeps the logits that it
-had at every step. It is the `NativeDecoder` itself that runs: its way of letting prompts in, its
-positions, its KV cache, its attention. Only the logits that it draws from are exchanged, for ones
-that leave the dictated token. Where the decoder is stock `generate`, which has no step of ours in
-it, the model reads prompt and tokens in one go.
+`ForcedDecoder` has a decoder read a prompt and then write what it is told, and keeps the logits
+that it had at every step. It is the `ContinuousBatchDecoder` itself that runs: its way of letting
+prompts in, its positions, its KV cache, its attention. Only the logits that it draws from are
+exchanged, for ones that leave the dictated token. Where the decoder is stock `generate`, which has
+no step of ours in it, the model reads prompt and tokens in one go.
 
 Not covered: bursts; the tokens that they give are compared by whoever compares answers.
 """
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from gc2ray.core.records import Sampling
-from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
 from gc2ray.models.base import Prompt
 from gc2ray.models.llama import LanguageModel, unsupported
 
 
-class Dictation:
+class ForcedDecoder:
     """Dictates to the decoder that a model would get.
 
     Args:
@@ -43,9 +43,11 @@ class Dictation:
         """
         if self._language is None:
             return self._in_one_go(prompt, tokens)
-        dictated = _Dictated(self._language, tokens)
+        dictated = _ForcedModel(self._language, tokens)
         wanted = Sampling(max_new_tokens=1 + len(tokens))
-        decoder = NativeDecoder(dictated, Room(len(prompt) + wanted.max_new_tokens), eos=())
+        decoder = ContinuousBatchDecoder(
+            dictated, DecodeLimits(len(prompt) + wanted.max_new_tokens), eos=()
+        )
         decoder.submit(0, prompt, wanted)
         while len(decoder):
             for done in decoder.step():
@@ -62,7 +64,7 @@ class Dictation:
         return logits
 
 
-class _Dictated(LanguageModel):
+class _ForcedModel(LanguageModel):
     """A language model whose logits are kept, and exchanged for ones that leave the next token.
 
     It shares everything with the model that it stands for.

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from gc2ray.core.records import Sampling
 from gc2ray.core.stats import apportion
 from gc2ray.engine.decoding.decoder import Completion, end_reason, not_finite
-from gc2ray.engine.decoding.sampler import NOT_FINITE, Drawing, Repetition, row_numbers
+from gc2ray.engine.decoding.sampler import NOT_FINITE, Repetition, Sampler, row_numbers
 from gc2ray.models.base import Prompt
 
 _Item = tuple[int, Prompt, Sampling]
@@ -44,7 +44,7 @@ class GenerateDecoder:
         self._model = model
         self._max_tokens = max_tokens
         self._waiting: list[_Item] = []
-        self.halvings = self.steps = 0
+        self.oom_splits = self.steps = 0
         self._eos = list(eos)
         pad = model.generation_config.pad_token_id
         self._pad = pad if pad is not None else (self._eos or [0])[0]
@@ -53,7 +53,7 @@ class GenerateDecoder:
         return len(self._waiting)
 
     @property
-    def hungry(self) -> bool:
+    def wants_more(self) -> bool:
         """Nothing waits to be generated."""
         return not self._waiting
 
@@ -72,7 +72,7 @@ class GenerateDecoder:
         self._waiting.append(item)
         return True
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """There is nothing: `generate` starts anew each time."""
 
     def step(self) -> list[Completion]:
@@ -86,29 +86,29 @@ class GenerateDecoder:
         del self._waiting[-rows:]
         return self._run_halving(batch, 0)
 
-    def _run_halving(self, batch: list[_Item], halvings: int) -> list[Completion]:
+    def _run_halving(self, batch: list[_Item], oom_splits: int) -> list[Completion]:
         """A batch, or what is left of one that was halved so often for want of memory."""
         try:
-            return [replace(done, halvings=halvings) for done in self._run(batch)]
+            return [replace(done, oom_splits=oom_splits) for done in self._run(batch)]
         except torch.AcceleratorError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:  # the first covers out of memory
             if len(batch) == 1:
-                return [Completion(batch[0][0], (), "error", 0, 0, error, halvings=halvings)]
+                return [Completion(batch[0][0], (), "error", 0, 0, error, oom_splits=oom_splits)]
             short = isinstance(error, torch.OutOfMemoryError)
-            self.halvings += short
-            halvings += short
+            self.oom_splits += short
+            oom_splits += short
         torch.cuda.empty_cache()
         half = len(batch) // 2
         return [
-            *self._run_halving(batch[:half], halvings),
-            *self._run_halving(batch[half:], halvings),
+            *self._run_halving(batch[:half], oom_splits),
+            *self._run_halving(batch[half:], oom_splits),
         ]
 
     @torch.inference_mode()
     def _run(self, batch: list[_Item]) -> list[Completion]:
         embeds, mask = _left_padded([prompt.embeds for _, prompt, _ in batch])
-        drawing = _Drawing(
+        drawing = _RowSampler(
             [sampling for _, _, sampling in batch], [prompt.token_ids for _, prompt, _ in batch]
         )
         config = GenerationConfig(
@@ -152,7 +152,7 @@ class GenerateDecoder:
         raise RuntimeError(f"generate stopped after {len(row)} tokens, without an end")
 
 
-class _Drawing(LogitsProcessor):
+class _RowSampler(LogitsProcessor):
     """Draws the rows' tokens, each with its own numbers, and notes when the first logits came.
 
     `generate` runs greedily; a sampled row's logits are replaced by ones that leave only the drawn
@@ -182,7 +182,7 @@ class _Drawing(LogitsProcessor):
         # A row that is at its limit, in a batch that is not, draws its last number again.
         numbers = [row[min(self._step, len(row) - 1)] for row in self._numbers]
         self._step += 1
-        drawing = Drawing.of(self._samplings, numbers, scores.device)
+        drawing = Sampler.of(self._samplings, numbers, scores.device)
         scores = self._penalised(input_ids, scores)
         tokens = drawing.tokens(scores)
         self._finite.append(tokens >= 0)

@@ -1,4 +1,4 @@
-"""`KvPool`: the KV cache of all rows in one arena, given out by tokens.
+"""`KvCache`: the KV cache of all rows in one arena, given out by tokens.
 
 A row gets one contiguous extent for all the tokens that it may ever have, so that its keys are a
 plain slice: no pages to gather on a CPU, and on a GPU what variable-length attention takes as it is
@@ -21,7 +21,7 @@ from gc2ray.models.layers.attention import KvShape
 
 
 @dataclass(frozen=True, order=True)
-class Extent:
+class SlotRange:
     """Token places `start` to `stop` of the arena."""
 
     start: int
@@ -31,7 +31,7 @@ class Extent:
         return self.stop - self.start
 
 
-class KvPool:
+class KvCache:
     """An arena of token places.
 
     Attributes:
@@ -46,9 +46,9 @@ class KvPool:
         size = (shape.layers, 2, shape.heads, tokens, shape.head_size)
         self.arena: Tensor = torch.empty(size, dtype=dtype, device=device)
         self.tokens = tokens
-        self._free = [Extent(0, tokens)]
+        self._free = [SlotRange(0, tokens)]
 
-    def places(self, extent: Extent) -> Tensor:
+    def places(self, extent: SlotRange) -> Tensor:
         """The keys and values of an extent, (layers, 2, heads, tokens of it, head size), a view."""
         return self.arena[:, :, :, extent.start : extent.stop]
 
@@ -57,7 +57,7 @@ class KvPool:
         """Places that nobody has."""
         return sum(len(extent) for extent in self._free)
 
-    def admit(self, tokens: int) -> Extent | None:
+    def admit(self, tokens: int) -> SlotRange | None:
         """Places for a row, or None where no free piece is long enough.
 
         Raises:
@@ -67,13 +67,13 @@ class KvPool:
             raise ValueError(f"a row needs at least one token place, not {tokens}")
         for index, free in enumerate(self._free):
             if len(free) >= tokens:
-                taken = Extent(free.start, free.start + tokens)
-                rest = Extent(taken.stop, free.stop)
+                taken = SlotRange(free.start, free.start + tokens)
+                rest = SlotRange(taken.stop, free.stop)
                 self._free[index : index + 1] = [rest] if len(rest) else []
                 return taken
         return None
 
-    def release(self, extent: Extent) -> None:
+    def release(self, extent: SlotRange) -> None:
         """Take places back.
 
         Raises:
@@ -88,7 +88,7 @@ class KvPool:
             raise ValueError(f"places {extent.start} to {extent.stop} are free already")
         first, last = at, at
         if before and before.stop == extent.start:
-            first, extent = at - 1, Extent(before.start, extent.stop)
+            first, extent = at - 1, SlotRange(before.start, extent.stop)
         if after and after.start == extent.stop:
-            last, extent = at + 1, Extent(extent.start, after.stop)
+            last, extent = at + 1, SlotRange(extent.start, after.stop)
         self._free[first:last] = [extent]

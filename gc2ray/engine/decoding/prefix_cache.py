@@ -1,4 +1,4 @@
-"""`Prefixes`: keys and values that several prompts begin with, kept while there is room.
+"""`PrefixCache`: keys and values that several prompts begin with, kept while there is room.
 
 A prefix lies where the row that computed it had it: at the beginning of that row's extent. While
 the row is live it needs those places itself; when it ends they stay behind as the prefix, until
@@ -12,25 +12,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gc2ray.engine.decoding.kv_cache import Extent, KvPool
+from gc2ray.engine.decoding.kv_cache import KvCache, SlotRange
 
 
 @dataclass
 class _Prefix:
     """Where a prefix is, and whether the row that computed it is still live."""
 
-    extent: Extent
+    extent: SlotRange
     held: bool = True
 
 
-class Prefixes:
+class PrefixCache:
     """Prefixes in a pool, by key."""
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvCache) -> None:
         self._pool = pool
         self._known: dict[str, _Prefix] = {}  # used longest ago first
 
-    def find(self, key: str | None) -> Extent | None:
+    def find(self, key: str | None) -> SlotRange | None:
         """Where a prefix is, or None; it counts as used now."""
         if key is None or key not in self._known:
             return None
@@ -40,7 +40,7 @@ class Prefixes:
     def __contains__(self, key: str | None) -> bool:
         return key in self._known
 
-    def remember(self, key: str, extent: Extent) -> None:
+    def remember(self, key: str, extent: SlotRange) -> None:
         """A live row has computed a prefix, at the beginning of its extent.
 
         Raises:

@@ -29,7 +29,7 @@ def row_numbers(sampling: Sampling) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class Sampler:
     """How the rows of a batch draw their next token.
 
     Attributes:
@@ -47,19 +47,19 @@ class Drawing:
     @staticmethod
     def of(
         samplings: Sequence[Sampling], numbers: Sequence[float], device: torch.device
-    ) -> Drawing:
+    ) -> Sampler:
         """The next token of each row; `numbers` of greedy rows are not read."""
         rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
         values = [[samplings[r].temperature, samplings[r].top_p, numbers[r]] for r in rows]
         table = torch.tensor(values, dtype=torch.float64).view(len(rows), 3).to(device)
         columns = table.split(1, dim=1)  # type: ignore[no-untyped-call]  # torch's split is
-        return Drawing(torch.tensor(rows, dtype=torch.int64).to(device), *columns)
+        return Sampler(torch.tensor(rows, dtype=torch.int64).to(device), *columns)
 
     def tokens(self, logits: Tensor) -> Tensor:
         """The next tokens or `NOT_FINITE`, int64 (B,), of logits (B, vocabulary)."""
         best, finite = most_likely(logits)
         if len(self.rows) > 0:
-            sampled = drawn(logits[self.rows], self.temperature, self.top_p, self.numbers)
+            sampled = sample(logits[self.rows], self.temperature, self.top_p, self.numbers)
             best = best.index_copy(0, self.rows, sampled)
         return best.where(finite, NOT_FINITE)
 
@@ -119,7 +119,7 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, most.isfinite() & logits.amin(dim=-1).isfinite()
 
 
-def drawn(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:
     """One token a row from the smallest set of tokens whose probability reaches `top_p`.
 
     Args:

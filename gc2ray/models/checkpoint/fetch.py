@@ -1,4 +1,4 @@
-"""`stage`: a model on this node's disk, and the digest that says which model it is.
+"""`fetch_model`: a model on this node's disk, and the digest that says which model it is.
 
 A directory is used where it is. A hub id goes through the hub's own cache, a URL into
 `~/.cache/gc2ray/models` (`GC2RAY_CACHE` in the environment names another place than
@@ -56,7 +56,7 @@ from gc2ray.models.checkpoint.fetch_url import (
     from_url,
 )
 
-OUTLINE = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
+METADATA_FILES = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
 """What describes a model: all but its weights."""
 DIGESTED = (
     "config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json",
@@ -75,7 +75,7 @@ MAX_HEADER_BYTES = 100_000_000  # more is refused when it is loaded
 
 
 @dataclass(frozen=True)
-class StagedModel:
+class FetchedModel:
     """A model that can be loaded.
 
     Attributes:
@@ -87,9 +87,9 @@ class StagedModel:
     digest: str
 
 
-def stage(
+def fetch_model(
     model: ModelConfig, *, tick: Tick = lambda: None, jitter_seconds: float = JITTER_SECONDS
-) -> StagedModel:
+) -> FetchedModel:
     """Have a model on this node's disk.
 
     Args:
@@ -104,21 +104,21 @@ def stage(
     model.check()
     if model.is_url or not (model.is_local or constants.is_offline_mode()):
         pause(jitter_seconds)
-    directory = _staged(model, FETCHED, tick)
-    return StagedModel(directory, digest(directory))
+    directory = _fetched(model, FETCHED, tick)
+    return FetchedModel(directory, digest(directory))
 
 
-def stage_outline(model: ModelConfig) -> Path:
+def fetch_metadata(model: ModelConfig) -> Path:
     """Have what describes a model on this node's disk: config, tokenizer, processor, no weights.
 
     Raises:
-        ConfigError, OSError: As `stage`.
+        ConfigError, OSError: As `fetch_model`.
     """
     model.check()
-    return _staged(model, OUTLINE, lambda: None)
+    return _fetched(model, METADATA_FILES, lambda: None)
 
 
-def _staged(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
+def _fetched(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
     if model.is_local:
         return Path(model.path).expanduser()
     if model.is_url:
@@ -151,7 +151,7 @@ def check_model(model: ModelConfig, taken_over: TakenOver = NOTHING) -> None:
                 f"recipe.model.path: {model.path} has no weights in safetensors; others, such as "
                 "pickles, are never loaded"
             )
-        check_directory(stage_outline(model), taken_over, name=model.path, weights=False)
+        check_directory(fetch_metadata(model), taken_over, name=model.path, weights=False)
     elif (snapshot := _snapshot_here(model)) is not None:
         offline = constants.is_offline_mode()  # else what is missing may still be fetched
         check_directory(snapshot, taken_over, name=model.path, weights=offline)

@@ -18,7 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # in its `__i
 )
 
 from gc2ray.core.errors import ConfigError
-from gc2ray.data.retries import PATIENCE
+from gc2ray.data.retries import RETRY_POLICY
 from gc2ray.data.storage import storage_of
 from gc2ray.models.checkpoint.cache import (
     CACHE_VARIABLE,
@@ -68,7 +68,7 @@ def files_behind(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list
     """
     try:
         filesystem, root = storage_of(url, use_listings_cache=False)
-        found = PATIENCE.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
+        found = RETRY_POLICY.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
         return filesystem, _listed(url, root.rstrip("/"), found, patterns)
     except (ImportError, ValueError, *UNREADABLE) as error:
         raise unreadable(url, error) from error
@@ -133,7 +133,9 @@ def _fetch(filesystem: Any, files: Sequence[_File], partial: Path, tick: Tick) -
         target.parent.mkdir(parents=True, exist_ok=True)
         told = Callback(hooks={"tick": lambda *_args, **_told: tick()})
         get = filesystem.get_file
-        PATIENCE.call(f"fetching {file.path}", lambda: get(file.path, str(target), callback=told))
+        RETRY_POLICY.call(
+            f"fetching {file.path}", lambda: get(file.path, str(target), callback=told)
+        )
         with target.open("rb+") as written:
             os.fsync(written.fileno())
             size = written.seek(0, os.SEEK_END)

@@ -33,12 +33,12 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from gc2ray.compression.canvas import NEWLINE, Canvas
-from gc2ray.compression.selection import Places, Selection
+from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.models.base import Outline, Prompt
+from gc2ray.models.base import ModelMetadata, Prompt
 from gc2ray.models.image_processor import AnyRes, Tiles, anyres_of
-from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, found_for
+from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, kernel_for
 from gc2ray.models.layers.linear import Linear, packed_module
 from gc2ray.models.shape import ModelShape, Needs
 
@@ -53,7 +53,7 @@ QUICK_GELU = 1.702
 
 
 class LlavaNext:
-    """A loaded `LlavaNextForConditionalGeneration`; see `gc2ray.models.base.Family`."""
+    """A loaded `LlavaNextForConditionalGeneration`; see `gc2ray.models.base.ModelAdapter`."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         inner, config = model.model, model.config
@@ -74,7 +74,7 @@ class LlavaNext:
         self.kv_bytes_per_token = self.shape.kv_bytes_per_token
 
     @staticmethod
-    def outline(config: Any, processor: Any, itemsize: int) -> Outline:
+    def outline(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
         """What is known of a model without its weights.
 
         Args:
@@ -86,7 +86,7 @@ class LlavaNext:
         side = vision.image_size // vision.patch_size
         anyres = anyres_of(processor.image_processor, config)
         shape, token = ModelShape.of(config, itemsize), int(config.image_token_id)
-        return Outline(shape, anyres, (side, side), processor, token)
+        return ModelMetadata(shape, anyres, (side, side), processor, token)
 
     def needs(self) -> Needs:
         """How much memory the model takes; weights as they are, which may be of several types."""
@@ -152,7 +152,7 @@ class LlavaNext:
         self,
         token_ids: Sequence[int],
         images: Sequence[Tensor],
-        places: Sequence[Places | None] = (),
+        places: Sequence[OriginalPositions | None] = (),
     ) -> Prompt:
         """Text embeddings with each placeholder replaced by its packed image.
 
@@ -227,7 +227,7 @@ def _replacement(module: nn.Module) -> nn.Module | None:
         return _FeedForward(module)
     if isinstance(module, CLIPAttention):
         weight = module.q_proj.weight
-        compiled = found_for(module.head_dim, weight.dtype, weight.device)
+        compiled = kernel_for(module.head_dim, weight.dtype, weight.device)
         return None if compiled is None else _ViewAttention(module, compiled)
     return None
 
@@ -250,7 +250,7 @@ def class_token_scores(layer: Any, state: Tensor) -> Tensor:
 
 
 def _positions(
-    embeds: Tensor, visual: Sequence[tuple[int, int]], places: Sequence[Places | None]
+    embeds: Tensor, visual: Sequence[tuple[int, int]], places: Sequence[OriginalPositions | None]
 ) -> Tensor | None:
     """Positions of a prompt (T,) in which images have their uncompressed lengths."""
     if all(known is None for known in places):

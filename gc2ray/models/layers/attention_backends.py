@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gc2ray.models.layers.attention import Attend, Chunk, KvShape, Sequences, Step
-from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, found_for
+from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, kernel_for
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def chosen(shape: KvShape, heads: int, dtype: torch.dtype, device: torch.device)
         dtype: Of queries, keys and values.
         device: Where they are.
     """
-    compiled = found_for(shape.head_size, dtype, device)
+    compiled = kernel_for(shape.head_size, dtype, device)
     if compiled is not None:
         return Compiled(compiled)
     if device.type == "cpu":

@@ -8,8 +8,8 @@ attention`): 1.3x for views of 577 tokens, 2.1x for prompts of 300 tokens and 1.
 for 32 rows that decode. Answering end to end at retention 0.1 takes 0.88 of the time (7 pairs).
 
 `compiled_attention.c` says how. It is built when gc2ray is installed, if there is a compiler;
-`found` is None where it was not, and the callers have torch's attention instead. Threads are
-OpenMP's, which torch has loaded already, so both use the same ones.
+`compiled_kernel` is None where it was not, and the callers have torch's attention instead. Threads
+are OpenMP's, which torch has loaded already, so both use the same ones.
 
 Not covered: other dtypes, devices and processors, masks other than causal and a window, dropout.
 With AVX-512 torch's own kernels are wider: on an Intel Xeon (Sapphire Rapids, one thread,
@@ -123,7 +123,7 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class CompiledAttention:
-    """The compiled function; `found` has it."""
+    """The compiled function; `compiled_kernel` has it."""
 
     library: ctypes.CDLL
 
@@ -176,12 +176,12 @@ class CompiledAttention:
         return out
 
 
-def found() -> CompiledAttention | None:
+def compiled_kernel() -> CompiledAttention | None:
     """The compiled attention, or None where it was not built or the processor has no use for it."""
     return _loaded(torch.backends.cpu.get_cpu_capability(), LIBRARY)
 
 
-def found_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledAttention | None:
+def kernel_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledAttention | None:
     """The compiled attention if it takes heads of so many features, or None.
 
     Args:
@@ -190,7 +190,7 @@ def found_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledAt
         device: Where they are.
     """
     suits = device.type == "cpu" and dtype == torch.float32 and size % TILE == 0
-    return found() if suits else None
+    return compiled_kernel() if suits else None
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gc2ray.models import loading
-from gc2ray.models.base import Loaded
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from jobs.support.photos import jpeg, opened_photos
 
@@ -50,13 +50,13 @@ def photographs(size: tuple[int, int] | None = None) -> list[bytes]:
 
 
 @cache
-def tiny_model() -> Loaded:
+def tiny_model() -> LoadedModel:
     """A random LLaVA-NeXT: real geometry, tiny widths."""
     return _loaded(REAL_GEOMETRY)
 
 
 @cache
-def model_in_proportion() -> Loaded:
+def model_in_proportion() -> LoadedModel:
     """A random LLaVA-NeXT with real geometry, whose parts cost what a 7B's do in proportion.
 
     It never ends an answer by itself.
@@ -72,7 +72,7 @@ def conditions(model: Any) -> str:
     return f"{dtype}, {attention}, torch threads: {torch.get_num_threads()}"
 
 
-def _loaded(spec: TinySpec) -> Loaded:
+def _loaded(spec: TinySpec) -> LoadedModel:
     with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
         path = build_tiny(Path(directory), spec)
         return loading.load(str(path), revision=None, dtype="float32", device="cpu")

@@ -1,8 +1,8 @@
 """`SimulatedPool`: workers of a cluster that does not exist, on a clock of its own.
 
-It is a `gc2ray.runner.messages.Pool`, so the driver that runs on it is the real one. Nothing waits:
-time is what the next event says. How each shard goes is the caller's to say; the tests use it for
-single decisions, the benchmark for a million shards.
+It is a `gc2ray.runner.messages.WorkerPool`, so the driver that runs on it is the real one. Nothing
+waits: time is what the next event says. How each shard goes is the caller's to say; the tests use
+it for single decisions, the benchmark for a million shards.
 
 Not covered: what workers really do; events that come late.
 """
@@ -18,18 +18,18 @@ from gc2ray.core.errors import StorageRefused
 from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.data.store import Commit
-from gc2ray.runner.handout import Handout
+from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.messages import (
     Calibrated,
-    Died,
-    Done,
-    Ended,
+    CallFailed,
     Event,
-    Failed,
-    Leaving,
-    Loaded,
-    Placed,
+    ModelLoaded,
     Progressed,
+    ShardFinished,
+    WorkerDied,
+    WorkerDraining,
+    WorkerExited,
+    WorkerPlaced,
 )
 from gc2ray.runner.progress import Progress
 from gc2ray.runner.worker import ShardDone
@@ -65,9 +65,9 @@ class SimulatedPool:
     """
 
     behave: Callable[[int, Shard, int], str] = lambda *_: "done"
-    in_hand: Callable[[Handout], tuple[int, ...]] = lambda *_: ()
-    service_seconds: Callable[[Handout], float] | None = None
-    death_seconds: Callable[[Handout], float] = lambda *_: FAULT_SECONDS
+    in_hand: Callable[[ShardAssignment], tuple[int, ...]] = lambda *_: ()
+    service_seconds: Callable[[ShardAssignment], float] | None = None
+    death_seconds: Callable[[ShardAssignment], float] = lambda *_: FAULT_SECONDS
     seconds_per_row: float = 1.0
     load_seconds: float = STEP_SECONDS
     placed: int = 100
@@ -80,7 +80,7 @@ class SimulatedPool:
     dropped: list[int] = field(default_factory=list)
     calibrated: list[int] = field(default_factory=list)
     submitted: list[tuple[int, Shard, int]] = field(default_factory=list)
-    handouts: list[Handout] = field(default_factory=list)
+    handouts: list[ShardAssignment] = field(default_factory=list)
     most_in_flight: int = 0
     on_done: Callable[[Shard], None] = lambda *_: None
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
@@ -88,7 +88,7 @@ class SimulatedPool:
     _gone: set[int] = field(default_factory=set)
     _busy_until: dict[int, float] = field(default_factory=dict)
     _rows: dict[int, int] = field(default_factory=dict)
-    _flying: dict[int, dict[str, Handout]] = field(default_factory=dict)
+    _flying: dict[int, dict[str, ShardAssignment]] = field(default_factory=dict)
 
     def default_workers(self) -> int:
         return 2
@@ -96,29 +96,29 @@ class SimulatedPool:
     def start(self) -> int:
         self.started += 1
         if self.started - len(self._gone) <= self.placed:
-            self.at(STEP_SECONDS, Placed(self.started))
+            self.at(STEP_SECONDS, WorkerPlaced(self.started))
         return self.started
 
     def load(self, worker: int) -> None:
         self._check_alive(worker)
         goes = self.load_goes(worker)
         if goes == "die":
-            self.at(STEP_SECONDS, Died(worker, "died while loading"))
+            self.at(STEP_SECONDS, WorkerDied(worker, "died while loading"))
         elif goes == "slow":
             for step in range(1, 100):
                 self.at(10.0 * step, Progressed(worker, Progress(ticks=step)))
-            self.at(1000.0, Loaded(worker, "fake"))
+            self.at(1000.0, ModelLoaded(worker, "fake"))
         elif goes == "done":
-            self.at(self.load_seconds, Loaded(worker, "fake"))
+            self.at(self.load_seconds, ModelLoaded(worker, "fake"))
         elif goes != "hang":
-            self.at(STEP_SECONDS, Failed(worker, None, RuntimeError(goes)))
+            self.at(STEP_SECONDS, CallFailed(worker, None, RuntimeError(goes)))
 
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:  # noqa: ARG002 - a Pool's
         self._check_alive(worker)
         self.calibrated.append(worker)
         self.at(STEP_SECONDS, Calibrated(worker, self.seconds_per_row))
 
-    def submit(self, worker: int, handout: Handout) -> None:
+    def submit(self, worker: int, handout: ShardAssignment) -> None:
         self._check_alive(worker)
         shard = handout.shard
         if self.remembers:
@@ -133,22 +133,22 @@ class SimulatedPool:
         goes = self.behave(worker, shard, handout.attempt)
         if goes in ("done", "leave"):
             if goes == "leave":
-                self.at(start + FAULT_SECONDS, Leaving(worker))
+                self.at(start + FAULT_SECONDS, WorkerDraining(worker))
             self._busy_until[worker] = self.time + end
             self.at(end, Progressed(worker, self._progress(worker, shard)))
-            self.at(end, Done(worker, shard, done(shard)))
+            self.at(end, ShardFinished(worker, shard, done(shard)))
         elif goes == "die":
-            self.at(start + self.death_seconds(handout), Died(worker, "the process ended"))
+            self.at(start + self.death_seconds(handout), WorkerDied(worker, "the process ended"))
         elif goes == "fail":
-            self.at(start + FAULT_SECONDS, Failed(worker, shard, OSError("no such file")))
+            self.at(start + FAULT_SECONDS, CallFailed(worker, shard, OSError("no such file")))
         elif goes == "refuse":  # when all is answered
-            self.at(end, Failed(worker, shard, StorageRefused("s3://out refused data/part")))
+            self.at(end, CallFailed(worker, shard, StorageRefused("s3://out refused data/part")))
 
     def kill(self, worker: int, reason: str) -> None:
         self._check_alive(worker)
         self.killed.append(worker)
         self._gone.add(worker)
-        self.at(BURIAL_SECONDS, self._died(Died(worker, reason)))
+        self.at(BURIAL_SECONDS, self._died(WorkerDied(worker, reason)))
 
     def drop(self, worker: int) -> None:
         self._check_alive(worker)
@@ -190,24 +190,24 @@ class SimulatedPool:
             heapq.heappop(self._due)
 
     def _is_void(self, event: Event) -> bool:
-        return event.worker in self._gone and not isinstance(event, Died)
+        return event.worker in self._gone and not isinstance(event, WorkerDied)
 
     def _told(self, event: Event) -> Event | None:
         if self._is_void(event):
             return None
-        if isinstance(event, Died):
+        if isinstance(event, WorkerDied):
             told = event if event.worker in self._gone else self._died(event)
             self._forget(event.worker)
             return told
-        if isinstance(event, Ended):
+        if isinstance(event, WorkerExited):
             self._gone.add(event.worker)
-        if isinstance(event, Done):
+        if isinstance(event, ShardFinished):
             self.on_done(event.shard)
-        if isinstance(event, Done | Failed) and event.shard is not None:
+        if isinstance(event, ShardFinished | CallFailed) and event.shard is not None:
             self._flying[event.worker].pop(event.shard.sid, None)
         return event
 
-    def _died(self, event: Died) -> Died:
+    def _died(self, event: WorkerDied) -> WorkerDied:
         flying = self._flying.get(event.worker, {})
         rows = {sid: self.in_hand(handout) for sid, handout in flying.items()}
         return replace(event, in_hand={sid: found for sid, found in rows.items() if found})

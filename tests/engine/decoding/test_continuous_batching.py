@@ -27,14 +27,14 @@ from transformers import (
 
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Sampling
-from gc2ray.engine.decoding.continuous_batching import NativeDecoder, Room
-from gc2ray.engine.decoding.cuda_graph import Burst, BurstRow, BurstShape
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
+from gc2ray.engine.decoding.cuda_graph import CudaGraphRunner, GraphRow, GraphShape
 from gc2ray.engine.decoding.decoder import Completion
-from gc2ray.engine.decoding.kv_cache import Extent, KvPool
-from gc2ray.engine.decoding.prefix_cache import Prefixes
+from gc2ray.engine.decoding.kv_cache import KvCache, SlotRange
+from gc2ray.engine.decoding.prefix_cache import PrefixCache
 from gc2ray.engine.decoding.sampler import Repetition
 from gc2ray.models import loading
-from gc2ray.models.base import Loaded, Prompt
+from gc2ray.models.base import LoadedModel, Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_generate
 from gc2ray.models.layers.attention import Chunk, KvShape, Step, write
@@ -63,12 +63,12 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     ),
 }
-PLENTY = Room(20_000)
+PLENTY = DecodeLimits(20_000)
 ROOMS = {
-    "one slot": Room(20_000, live_rows=1),
-    "five slots": Room(20_000, live_rows=5),
-    "few tokens": Room(150),
-    "small steps": Room(20_000, prefill_tokens=1),
+    "one slot": DecodeLimits(20_000, live_rows=1),
+    "five slots": DecodeLimits(20_000, live_rows=5),
+    "few tokens": DecodeLimits(150),
+    "small steps": DecodeLimits(20_000, prefill_tokens=1),
     "plenty": PLENTY,
 }
 Submitted = tuple[int, Prompt, Sampling]
@@ -120,7 +120,7 @@ def worded(model: Any, requests: int = REQUESTS, **changes: Any) -> list[Submitt
     return made
 
 
-def run(decoder: NativeDecoder, requests: Iterable[Submitted]) -> dict[int, Completion]:
+def run(decoder: ContinuousBatchDecoder, requests: Iterable[Submitted]) -> dict[int, Completion]:
     """Everything, by tag."""
     done: list[Completion] = []
     for request in requests:
@@ -134,9 +134,9 @@ def run(decoder: NativeDecoder, requests: Iterable[Submitted]) -> dict[int, Comp
 
 
 def decode(
-    model: Any, requests: Sequence[Submitted], room: Room = PLENTY, eos: Iterable[int] = ()
+    model: Any, requests: Sequence[Submitted], room: DecodeLimits = PLENTY, eos: Iterable[int] = ()
 ) -> dict[int, Completion]:
-    return run(NativeDecoder(LanguageModel(model), room, eos=eos), requests)
+    return run(ContinuousBatchDecoder(LanguageModel(model), room, eos=eos), requests)
 
 
 def tokens(done: dict[int, Completion]) -> dict[int, tuple[int, ...]]:
@@ -182,7 +182,7 @@ def expected(models: dict[str, Any]) -> Expected:
 @pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_generate(
-    models: dict[str, Any], expected: Expected, kind: str, room: Room
+    models: dict[str, Any], expected: Expected, kind: str, room: DecodeLimits
 ) -> None:
     model = models[kind]
     assert tokens(decode(model, ragged(model), room)) == expected[kind]
@@ -195,7 +195,7 @@ def test_the_order_of_arrival_changes_nothing(
     requests = ragged(models[kind])
     for seed in range(3):
         random.Random(seed).shuffle(requests)
-        assert tokens(decode(models[kind], requests, Room(700))) == expected[kind]
+        assert tokens(decode(models[kind], requests, DecodeLimits(700))) == expected[kind]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2"])
@@ -207,7 +207,7 @@ def test_sampled_tokens_are_those_of_one_slot(models: dict[str, Any], kind: str)
     for name in ("five slots", "few tokens", "plenty"):
         assert tokens(decode(model, requests, ROOMS[name])) == alone
     random.Random(1).shuffle(requests)
-    assert tokens(decode(model, requests, Room(700))) == alone
+    assert tokens(decode(model, requests, DecodeLimits(700))) == alone
 
 
 def test_greedy_and_sampled_rows_share_steps(models: dict[str, Any], expected: Expected) -> None:
@@ -235,7 +235,7 @@ def test_attention_of_torch_and_compiled_decode_the_same(
 ) -> None:
     """Where nothing was compiled torch's attention is used, and nobody notices."""
     model = models[kind]
-    decoder = NativeDecoder(LanguageModel(model), PLENTY, eos=(), attend=attend_by_row)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), PLENTY, eos=(), attend=attend_by_row)
     assert tokens(run(decoder, ragged(model))) == expected[kind]
 
 
@@ -259,7 +259,7 @@ def test_rows_end_at_their_own_end(models: dict[str, Any], expected: Expected) -
         (tag, prompt, replace(sampling, stop_token_ids=(own,) if tag % 2 else ()))
         for tag, prompt, sampling in ragged(models["llama"])
     ]
-    done = decode(models["llama"], requests, Room(700), eos=[eos])
+    done = decode(models["llama"], requests, DecodeLimits(700), eos=[eos])
     stopped = 0
     for tag, row in full.items():
         ends = {eos, own} if tag % 2 else {eos}
@@ -275,7 +275,9 @@ def test_a_row_that_loops_is_cut_if_asked(models: dict[str, Any]) -> None:
     model = models["llama"]
     requests = [(t, p, replace(s, max_new_tokens=200)) for t, p, s in ragged(model, 20)]
     free = decode(model, requests)
-    guarded = decode(model, [(t, p, replace(s, max_repeats=3)) for t, p, s in requests], Room(2000))
+    guarded = decode(
+        model, [(t, p, replace(s, max_repeats=3)) for t, p, s in requests], DecodeLimits(2000)
+    )
     cut = [tag for tag in free if guarded[tag].finish_reason == "repetition"]
     assert cut, "no row loops: nothing is tested"
     for tag in free:
@@ -292,7 +294,9 @@ def test_rows_come_back_as_they_finish(models: dict[str, Any]) -> None:
     """A short row does not wait for a long one, and its room goes to the next."""
     model = models["llama"]
     prompt = ragged(model, 1)[0][1]
-    decoder = NativeDecoder(LanguageModel(model), Room(20_000, live_rows=2), eos=())
+    decoder = ContinuousBatchDecoder(
+        LanguageModel(model), DecodeLimits(20_000, live_rows=2), eos=()
+    )
     for tag, limit in enumerate([40, 2, 2, 2]):
         assert decoder.submit(tag, prompt, Sampling(limit))
     order = []
@@ -308,10 +312,14 @@ def test_back_pressure_counts_tokens_and_never_rows(models: dict[str, Any]) -> N
     model = models["llama"]
     table = model.get_input_embeddings()
     long, short = (Prompt(table(torch.ones(n, dtype=torch.long)).detach()) for n in (40, 1))
-    decoder = NativeDecoder(LanguageModel(model), Room(1000, prefill_tokens=50), eos=())
+    decoder = ContinuousBatchDecoder(
+        LanguageModel(model), DecodeLimits(1000, prefill_tokens=50), eos=()
+    )
     taken = [decoder.submit(tag, long, Sampling(2)) for tag in range(4)]
     assert taken == [True, True, False, False]
-    decoder = NativeDecoder(LanguageModel(model), Room(1000, prefill_tokens=50), eos=())
+    decoder = ContinuousBatchDecoder(
+        LanguageModel(model), DecodeLimits(1000, prefill_tokens=50), eos=()
+    )
     taken = [decoder.submit(tag, short, Sampling(2)) for tag in range(101)]
     assert taken == [True] * 100 + [False]
     assert len(decoder) == 100
@@ -324,7 +332,7 @@ def test_a_long_row_sets_no_stride_for_short_ones(models: dict[str, Any]) -> Non
     model = models["llama"]
     table = model.get_input_embeddings()
     long, short = (Prompt(table(torch.ones(n, dtype=torch.long)).detach()) for n in (80, 4))
-    decoder = NativeDecoder(LanguageModel(model), Room(130), eos=())
+    decoder = ContinuousBatchDecoder(LanguageModel(model), DecodeLimits(130), eos=())
     assert decoder.submit(0, long, Sampling(10))
     for tag in range(1, 8):
         assert decoder.submit(tag, short, Sampling(4))
@@ -336,7 +344,9 @@ def test_a_long_row_is_not_overtaken_for_ever(models: dict[str, Any]) -> None:
     model = models["llama"]
     table = model.get_input_embeddings()
     long, short = (Prompt(table(torch.ones(n, dtype=torch.long)).detach()) for n in (80, 4))
-    decoder = NativeDecoder(LanguageModel(model), Room(100, prefill_tokens=60), eos=())
+    decoder = ContinuousBatchDecoder(
+        LanguageModel(model), DecodeLimits(100, prefill_tokens=60), eos=()
+    )
     order: list[int] = []
     for tag in range(60):
         request = (tag, long if tag == 10 else short, Sampling(6))
@@ -348,7 +358,7 @@ def test_a_long_row_is_not_overtaken_for_ever(models: dict[str, Any]) -> None:
 
 
 def test_a_row_that_can_never_fit_is_refused(models: dict[str, Any]) -> None:
-    decoder = NativeDecoder(LanguageModel(models["llama"]), Room(30), eos=())
+    decoder = ContinuousBatchDecoder(LanguageModel(models["llama"]), DecodeLimits(30), eos=())
     prompt = Prompt(torch.zeros(28, 64))
     with pytest.raises(BadRow, match=r"33 tokens .* room for 30 \(cluster.kv_tokens\)") as caught:
         decoder.submit(0, prompt, Sampling(5))
@@ -360,7 +370,7 @@ def test_a_row_that_can_never_fit_is_refused(models: dict[str, Any]) -> None:
 def test_room_is_not_nothing() -> None:
     for settings_ in ({"kv_tokens": 0}, {"kv_tokens": 9, "prefill_tokens": 0}):
         with pytest.raises(ValueError, match="at least 1"):
-            Room(**settings_)
+            DecodeLimits(**settings_)
 
 
 def test_time_is_shared_out(models: dict[str, Any]) -> None:
@@ -397,12 +407,12 @@ def test_too_little_memory_halves_the_live_rows(
 ) -> None:
     scarce = Scarce(rows)
     model = models["llama"]
-    decoder = NativeDecoder(LanguageModel(model), PLENTY, eos=(), attend=scarce)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), PLENTY, eos=(), attend=scarce)
     done = run(decoder, ragged(model))
     assert tokens(done) == expected["llama"]
-    assert decoder.halvings > 0
-    assert 0 < max(item.halvings for item in done.values()) <= decoder.halvings
-    assert sum(item.halvings for item in done.values()) >= (rows + 1) * decoder.halvings
+    assert decoder.oom_splits > 0
+    assert 0 < max(item.oom_splits for item in done.values()) <= decoder.oom_splits
+    assert sum(item.oom_splits for item in done.values()) >= (rows + 1) * decoder.oom_splits
     assert scarce.most >= max(1, rows // 2)
 
 
@@ -415,7 +425,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error_and_costs_nobody(
     scarce = Scarce(REQUESTS)
     scarce.poison = len(longest[1])
     same = [r[0] for r in requests if len(r[1]) <= scarce.poison < len(r[1]) + r[2].max_new_tokens]
-    decoder = NativeDecoder(LanguageModel(model), PLENTY, eos=(), attend=scarce)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), PLENTY, eos=(), attend=scarce)
     done = run(decoder, requests)
     failed = [tag for tag, item in done.items() if item.error]
     assert sorted(failed) == same
@@ -438,19 +448,19 @@ def test_what_breaks_a_step_breaks_one_row_only(models: dict[str, Any], expected
         for tag, prompt, sampling in requests
         if len(prompt) <= scarce.poison < len(prompt) + sampling.max_new_tokens
     ]
-    decoder = NativeDecoder(LanguageModel(model), PLENTY, eos=(), attend=scarce)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), PLENTY, eos=(), attend=scarce)
     done = run(decoder, requests)
     assert sorted(tag for tag, item in done.items() if item.error) == broken
     assert {str(done[tag].error) for tag in broken} == {"this one breaks it"}
     good = [tag for tag in done if tag not in broken]
     assert len(good) > 3
     assert all(done[tag].token_ids == expected["llama"][tag] for tag in good)
-    assert decoder.halvings == 0
+    assert decoder.oom_splits == 0
 
 
 def test_a_lost_device_is_no_rows_error(models: dict[str, Any]) -> None:
     scarce = Scarce(0, torch.AcceleratorError)
-    decoder = NativeDecoder(LanguageModel(models["llama"]), PLENTY, eos=(), attend=scarce)
+    decoder = ContinuousBatchDecoder(LanguageModel(models["llama"]), PLENTY, eos=(), attend=scarce)
     decoder.submit(*ragged(models["llama"], 1)[0])
     with pytest.raises(torch.AcceleratorError):
         decoder.step()
@@ -471,7 +481,7 @@ def test_positions_may_have_gaps(models: dict[str, Any], kind: str) -> None:
         wanted[tag] = tuple(
             plain_greedy(model, prompt.embeds, positions, sampling.max_new_tokens, ())
         )
-    found = tokens(decode(model, requests, Room(400)))
+    found = tokens(decode(model, requests, DecodeLimits(400)))
     assert found == wanted
     assert found != tokens(decode(model, ragged(model, 16))), "positions change nothing"
 
@@ -504,7 +514,7 @@ def alone(requests: Sequence[Submitted]) -> list[Submitted]:
 @pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
 @pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2"])
 def test_prompts_that_begin_alike_share_it_and_answer_the_same(
-    models: dict[str, Any], kind: str, room: Room
+    models: dict[str, Any], kind: str, room: DecodeLimits
 ) -> None:
     requests = families_of(models[kind], [6, 1, 9, 2])
     done = decode(models[kind], requests, room)
@@ -518,7 +528,7 @@ def test_a_prefix_is_computed_once(models: dict[str, Any]) -> None:
     """Also where its rows come one after the other, with other rows between them."""
     requests = families_of(models["llama"], [5, 5])
     mixed = [request for pair in zip(requests[:5], requests[5:], strict=True) for request in pair]
-    for room in (PLENTY, Room(20_000, live_rows=1)):
+    for room in (PLENTY, DecodeLimits(20_000, live_rows=1)):
         done = decode(models["llama"], mixed, room)
         assert sorted(item.shared > 0 for item in done.values()) == [False] * 2 + [True] * 8
 
@@ -527,19 +537,19 @@ def test_prefixes_give_way_to_rows(models: dict[str, Any]) -> None:
     """Prefixes nobody reads are dropped when their room is wanted; even a row's own."""
     model = models["llama"]
     requests = families_of(model, [2] * 6)
-    done = decode(model, requests, Room(80))
+    done = decode(model, requests, DecodeLimits(80))
     assert tokens(done) == tokens(decode(model, alone(requests)))
     two = families_of(model, [2])
-    tight = Room(max(len(prompt) + sampling.max_new_tokens for _, prompt, sampling in two))
+    tight = DecodeLimits(max(len(prompt) + sampling.max_new_tokens for _, prompt, sampling in two))
     assert tokens(decode(model, two, tight)) == tokens(decode(model, alone(two)))
 
 
 def test_sharing_survives_too_little_memory(models: dict[str, Any]) -> None:
     model = models["llama"]
     requests = families_of(model, [6, 6])
-    decoder = NativeDecoder(LanguageModel(model), PLENTY, eos=(), attend=Scarce(2))
+    decoder = ContinuousBatchDecoder(LanguageModel(model), PLENTY, eos=(), attend=Scarce(2))
     assert tokens(run(decoder, requests)) == tokens(decode(model, alone(requests)))
-    assert decoder.halvings > 0
+    assert decoder.oom_splits > 0
 
 
 # The pool
@@ -548,15 +558,15 @@ def test_sharing_survives_too_little_memory(models: dict[str, Any]) -> None:
 SHAPE = KvShape(layers=2, heads=3, head_size=4)
 
 
-def make_pool(tokens_: int) -> KvPool:
-    return KvPool(SHAPE, tokens_, dtype=torch.float32, device=torch.device("cpu"))
+def make_pool(tokens_: int) -> KvCache:
+    return KvCache(SHAPE, tokens_, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), max_size=60))
 def test_extents_never_overlap_and_all_room_comes_back(asked: list[tuple[int, int]]) -> None:
     pool = make_pool(100)
-    held: list[Extent] = []
+    held: list[SlotRange] = []
     for size, which in asked:
         extent = pool.admit(size)
         if extent is None:
@@ -572,7 +582,7 @@ def test_extents_never_overlap_and_all_room_comes_back(asked: list[tuple[int, in
         assert pool.free_tokens == 100 - sum(len(extent) for extent in held)
     for extent in held:
         pool.release(extent)
-    assert pool.admit(100) == Extent(0, 100)
+    assert pool.admit(100) == SlotRange(0, 100)
 
 
 def test_room_is_not_given_back_twice() -> None:
@@ -584,7 +594,7 @@ def test_room_is_not_given_back_twice() -> None:
     with pytest.raises(ValueError, match="free already"):
         pool.release(a)
     with pytest.raises(ValueError, match="free already"):
-        pool.release(Extent(3, 6))
+        pool.release(SlotRange(3, 6))
     pool.release(b)
     assert pool.free_tokens == 10
     with pytest.raises(ValueError, match="at least one"):
@@ -594,22 +604,22 @@ def test_room_is_not_given_back_twice() -> None:
 def test_a_pool_is_as_large_as_it_says() -> None:
     pool = make_pool(10)
     assert pool.arena.nbytes == 10 * SHAPE.bytes_per_token(torch.float32) == 10 * 2 * 2 * 3 * 4 * 4
-    assert pool.places(Extent(2, 5)).shape == (2, 2, 3, 3, 4)
+    assert pool.places(SlotRange(2, 5)).shape == (2, 2, 3, 3, 4)
 
 
 def test_prefixes_stay_until_room_is_wanted() -> None:
     pool = make_pool(10)
-    prefixes = Prefixes(pool)
+    prefixes = PrefixCache(pool)
     for key in ("a", "b"):
         extent = pool.admit(4)
         assert extent is not None
         prefixes.remember(key, extent)
     with pytest.raises(ValueError, match="known already"):
-        prefixes.remember("a", Extent(0, 1))
+        prefixes.remember("a", SlotRange(0, 1))
     assert not prefixes.drop_oldest(), "their rows are live"
     prefixes.leave("a")
     prefixes.leave("b")
-    assert prefixes.find("a") == Extent(0, 4)  # and so used after b
+    assert prefixes.find("a") == SlotRange(0, 4)  # and so used after b
     assert prefixes.find(None) is None
     assert prefixes.drop_oldest()
     assert ("a" in prefixes, "b" in prefixes) == (True, False)
@@ -621,16 +631,18 @@ def test_prefixes_stay_until_room_is_wanted() -> None:
 # Bursts: what GPUs do, without the GPU
 
 
-BURSTS = Room(20_000, burst=4)
+BURSTS = DecodeLimits(20_000, burst=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("room", [BURSTS, Room(400, burst=7), Room(20_000, live_rows=3, burst=16)])
+@pytest.mark.parametrize(
+    "room", [BURSTS, DecodeLimits(400, burst=7), DecodeLimits(20_000, live_rows=3, burst=16)]
+)
 def test_bursts_give_the_tokens_of_generate(
-    models: dict[str, Any], expected: Expected, kind: str, room: Room
+    models: dict[str, Any], expected: Expected, kind: str, room: DecodeLimits
 ) -> None:
     model = models[kind]
-    decoder = NativeDecoder(LanguageModel(model), room, eos=(), attend=attend_padded)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), room, eos=(), attend=attend_padded)
     assert tokens(run(decoder, ragged(model))) == expected[kind]
 
 
@@ -640,7 +652,7 @@ def test_bursts_draw_as_steps_do(models: dict[str, Any]) -> None:
         (tag, prompt, replace(sampling, temperature=1.3 * (tag % 3 > 0), top_p=0.9))
         for tag, prompt, sampling in ragged(model)
     ]
-    decoder = NativeDecoder(LanguageModel(model), BURSTS, eos=(), attend=attend_padded)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), BURSTS, eos=(), attend=attend_padded)
     assert tokens(run(decoder, mixed)) == tokens(decode(model, mixed))
 
 
@@ -650,7 +662,7 @@ def test_what_a_row_wrote_behind_its_end_is_thrown_away(
     full = expected["llama"]
     eos = next(row for row in full.values() if len(row) > 6)[2]
     model = models["llama"]
-    decoder = NativeDecoder(LanguageModel(model), BURSTS, eos=[eos], attend=attend_padded)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), BURSTS, eos=[eos], attend=attend_padded)
     done = run(decoder, ragged(model))
     stepped = decode(model, ragged(model), eos=[eos])
     assert tokens(done) == tokens(stepped)
@@ -669,24 +681,24 @@ def test_bursts_share_prefixes_and_survive_too_little_memory(models: dict[str, A
 
     model = models["llama"]
     requests = families_of(model, [6, 6])
-    decoder = NativeDecoder(LanguageModel(model), BURSTS, eos=(), attend=ScarcePadded(2))
+    decoder = ContinuousBatchDecoder(LanguageModel(model), BURSTS, eos=(), attend=ScarcePadded(2))
     assert tokens(run(decoder, requests)) == tokens(decode(model, alone(requests)))
-    assert decoder.halvings > 0
+    assert decoder.oom_splits > 0
 
 
 def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
     """As many looks at values for one step as for eight: a graph could not hold any."""
     model = LanguageModel(models["llama"])
-    pool = KvPool(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
+    pool = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
     rows = [
-        BurstRow(5, 3, 10, 3, Sampling(9)),
-        BurstRow(6, 9, 100, 9, Sampling(9, 1.0), (0.3,) * 9),
+        GraphRow(5, 3, 10, 3, Sampling(9)),
+        GraphRow(6, 9, 100, 9, Sampling(9, 1.0), (0.3,) * 9),
     ]
     pool.arena.normal_()
     counts = []
     for steps in (1, 8):
-        shape = BurstShape(3, 512, draws=True, penalises=True)
-        burst = Burst(model, pool.arena, attend_padded, shape, 8)
+        shape = GraphShape(3, 512, draws=True, penalises=True)
+        burst = CudaGraphRunner(model, pool.arena, attend_padded, shape, 8)
         with torch.profiler.profile() as profile:
             burst.run(rows, steps)
         counts.append(sum(e.count for e in profile.key_averages() if "_local_scalar" in e.key))
@@ -695,10 +707,10 @@ def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
 
 def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) -> None:
     model = LanguageModel(models["llama"])
-    pool = KvPool(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
+    pool = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
     pool.arena.zero_()
-    burst = Burst(model, pool.arena, attend_padded, BurstShape(4, 512, draws=False), 3)
-    burst.run([BurstRow(5, 3, 10, 3, Sampling(9))], 3)
+    burst = CudaGraphRunner(model, pool.arena, attend_padded, GraphShape(4, 512, draws=False), 3)
+    burst.run([GraphRow(5, 3, 10, 3, Sampling(9))], 3)
     touched = pool.arena.abs().sum(dim=(0, 1, 2, 4)).nonzero().flatten().tolist()
     assert touched == [0, 13, 14, 15]
 
@@ -707,38 +719,38 @@ def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) 
     ("asked", "made"), [(1, 1), (3, 4), (9, 12), (13, 16), (17, 24), (200, 256)]
 )
 def test_few_shapes_are_recorded(asked: int, made: int) -> None:
-    assert BurstShape.of(asked, 1, draws=False) == BurstShape(made, 512, draws=False)
-    assert BurstShape.of(1, 513, draws=True) == BurstShape(1, 768, draws=True)
+    assert GraphShape.of(asked, 1, draws=False) == GraphShape(made, 512, draws=False)
+    assert GraphShape.of(1, 513, draws=True) == GraphShape(1, 768, draws=True)
 
 
 # Numbers that are no numbers
 
-WAYS: dict[str, tuple[Room, Any]] = {
+MODES: dict[str, tuple[DecodeLimits, Any]] = {
     "steps": (PLENTY, None),
-    "few slots": (Room(20_000, live_rows=5), None),
+    "few slots": (DecodeLimits(20_000, live_rows=5), None),
     "attention of torch": (PLENTY, attend_by_row),
     "bursts": (BURSTS, attend_padded),
-    "long bursts": (Room(20_000, burst=16), attend_padded),
+    "long bursts": (DecodeLimits(20_000, burst=16), attend_padded),
 }
 
 
 @pytest.mark.parametrize(
-    ("way", "value"),
-    [*((way, torch.nan) for way in WAYS), ("steps", torch.inf), ("bursts", -torch.inf)],
+    ("mode", "value"),
+    [*((mode, torch.nan) for mode in MODES), ("steps", torch.inf), ("bursts", -torch.inf)],
 )
 def test_a_row_whose_logits_are_not_finite_fails_alone(
-    models: dict[str, Any], expected: Expected, way: str, value: float
+    models: dict[str, Any], expected: Expected, mode: str, value: float
 ) -> None:
     """One from its prompt on, others from a token on that they wrote; nobody else notices."""
     model, full = models["llama"], expected["llama"]
-    room, attend = WAYS[way]
+    room, attend = MODES[mode]
     requests = ragged(model)
     requests[5][1].embeds[-1, 7] = value
     often = Counter(token for row in full.values() for token in {*row[:-1]})
     fatal = next(token for token, rows in often.items() if rows == 2)
     language = LanguageModel(model)
     language.embed = poisoned(language.embed, fatal, value)  # type: ignore[method-assign]
-    done = run(NativeDecoder(language, room, eos=(), attend=attend), requests)
+    done = run(ContinuousBatchDecoder(language, room, eos=(), attend=attend), requests)
     lost = {tag: row.index(fatal) + 1 for tag, row in full.items() if fatal in row[:-1]} | {5: 0}
     assert len(lost) == 3
     for tag, item in done.items():
@@ -754,15 +766,15 @@ def poisoned(embed: Callable[[Tensor], Tensor], fatal: int, value: float) -> Any
     return lambda ids: embed(ids).masked_fill((ids == fatal)[:, None], value)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_nor_does_drawing_stop_at_them(models: dict[str, Any], way: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_nor_does_drawing_stop_at_them(models: dict[str, Any], mode: str) -> None:
     """A sampled row whose logits are not finite draws nothing, within bounds."""
     model = models["llama"]
-    room, attend = WAYS[way]
+    room, attend = MODES[mode]
     requests = ragged(model, 6, temperature=1.3, top_p=0.9)
     wanted = tokens(decode(model, requests))
     requests[2] = (2, replace(requests[2][1], embeds=requests[2][1].embeds * torch.nan), REPEATED)
-    done = run(NativeDecoder(LanguageModel(model), room, eos=(), attend=attend), requests)
+    done = run(ContinuousBatchDecoder(LanguageModel(model), room, eos=(), attend=attend), requests)
     assert [tag for tag, item in done.items() if item.error] == [2]
     assert {tag: done[tag].token_ids for tag in wanted if tag != 2} == {
         tag: row for tag, row in wanted.items() if tag != 2
@@ -775,18 +787,20 @@ REPEATED = Sampling(16, temperature=1.3, repetition_penalty=1.4)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 def test_penalised_tokens_are_those_of_generate(
-    models: dict[str, Any], expected: Expected, way: str, penalty: float
+    models: dict[str, Any], expected: Expected, mode: str, penalty: float
 ) -> None:
     """The prompt's tokens and the answer's; rows without a penalty share steps with the others."""
     model = models["llama"]
-    room, attend = WAYS[way]
+    room, attend = MODES[mode]
     requests = [
         (tag, prompt, replace(sampling, repetition_penalty=penalty if tag % 4 else 1.0))
         for tag, prompt, sampling in worded(model, 20)
     ]
-    found = tokens(run(NativeDecoder(LanguageModel(model), room, eos=(), attend=attend), requests))
+    found = tokens(
+        run(ContinuousBatchDecoder(LanguageModel(model), room, eos=(), attend=attend), requests)
+    )
     changed = 0
     for tag, prompt, sampling in requests:
         ids = torch.tensor([prompt.token_ids])
@@ -802,14 +816,14 @@ def test_penalised_tokens_are_those_of_generate(
     assert changed > 5, "the penalty changes nothing: this test could not fail"
 
 
-@pytest.mark.parametrize("way", ["few slots", "bursts"])
-def test_penalised_rows_draw_what_they_draw_alone(models: dict[str, Any], way: str) -> None:
+@pytest.mark.parametrize("mode", ["few slots", "bursts"])
+def test_penalised_rows_draw_what_they_draw_alone(models: dict[str, Any], mode: str) -> None:
     model = models["llama"]
-    room, attend = WAYS[way]
+    room, attend = MODES[mode]
     requests = worded(model, 24, temperature=1.3, top_p=0.9, repetition_penalty=1.3)
     alone = tokens(decode(model, requests, ROOMS["one slot"]))
     assert alone != tokens(decode(model, worded(model, 24, temperature=1.3, top_p=0.9)))
-    decoder = NativeDecoder(LanguageModel(model), room, eos=(), attend=attend)
+    decoder = ContinuousBatchDecoder(LanguageModel(model), room, eos=(), attend=attend)
     assert tokens(run(decoder, requests)) == alone
 
 
@@ -820,7 +834,9 @@ def test_without_a_penalty_nobody_counts(
     monkeypatch.setattr(Repetition, "applied", None)
     requests = worded(models["llama"], 5)
     assert len(tokens(decode(models["llama"], requests))) == 5
-    decoder = NativeDecoder(LanguageModel(models["llama"]), BURSTS, eos=(), attend=attend_padded)
+    decoder = ContinuousBatchDecoder(
+        LanguageModel(models["llama"]), BURSTS, eos=(), attend=attend_padded
+    )
     assert len(tokens(run(decoder, requests))) == 5
 
 
@@ -1027,7 +1043,7 @@ def test_a_packed_twin_of_a_whole_model_generates(
 
 
 def test_unknown_models_are_told_apart(
-    models: dict[str, Any], loaded_models: dict[str, Loaded]
+    models: dict[str, Any], loaded_models: dict[str, LoadedModel]
 ) -> None:
     assert all(unsupported(model) is None for model in models.values())
     assert all(unsupported(loaded.model) is None for loaded in loaded_models.values())

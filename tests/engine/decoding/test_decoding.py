@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.decoder import Completion, end_reason, end_tokens, loops
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
-from gc2ray.engine.decoding.sampler import NOT_FINITE, Drawing, drawn, most_likely, row_numbers
-from gc2ray.models.base import Loaded, Prompt
+from gc2ray.engine.decoding.sampler import NOT_FINITE, Sampler, most_likely, row_numbers, sample
+from gc2ray.models.base import LoadedModel, Prompt
 
 NEW = 12
 LENGTHS = (5, 17, 9, 30, 9)
@@ -27,7 +27,7 @@ ROOM = 10_000
 
 
 @pytest.fixture
-def model(loaded_models: dict[str, Loaded]) -> Any:
+def model(loaded_models: dict[str, LoadedModel]) -> Any:
     return loaded_models["mistral"].model
 
 
@@ -295,8 +295,8 @@ def test_only_what_does_not_fit_alone_is_out_of_memory(model: Any) -> None:
     assert [item.finish_reason for item in done] == [
         "error" if length == 30 else "length" for length in LENGTHS
     ]
-    assert replace(done[3], error=None) == Completion(3, (), "error", 0, 0, halvings=3)
-    assert [item.halvings for item in done] == [1, 3, 1, 3, 2]
+    assert replace(done[3], error=None) == Completion(3, (), "error", 0, 0, oom_splits=3)
+    assert [item.oom_splits for item in done] == [1, 3, 1, 3, 2]
     assert isinstance(done[3].error, torch.OutOfMemoryError)
     expected = tokens_alone(model, prompts, Sampling(NEW))
     assert [item.token_ids for item in done[:3]] == expected[:3]
@@ -353,7 +353,7 @@ def draws(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     numbers = row_numbers(sampling)[:, None]
     many = logits.expand(len(numbers), -1)
     temperature, top_p = sampling.temperature, sampling.top_p
-    return drawn(
+    return sample(
         many, torch.full_like(numbers, temperature), torch.full_like(numbers, top_p), numbers
     )
 
@@ -399,7 +399,7 @@ def test_half_precision_and_masked_logits_are_drawn_from(dtype: torch.dtype) -> 
 
 def test_greedy_rows_are_not_drawn() -> None:
     greedy, hot = Sampling(1), Sampling(1, temperature=9.0)
-    drawing = Drawing.of([greedy, hot, greedy], [0.99, 0.99, 0.99], torch.device("cpu"))
+    drawing = Sampler.of([greedy, hot, greedy], [0.99, 0.99, 0.99], torch.device("cpu"))
     tokens = drawing.tokens(LOGITS.expand(3, -1))
     assert (tokens[0], tokens[2]) == (2, 2)
     assert tokens[1] == 4
@@ -452,12 +452,12 @@ def test_a_row_is_finite_or_draws_nothing(value: float, place: int) -> None:
     logits = torch.randn(3, 7)
     logits[1, place] = value
     samplings = [Sampling(4), Sampling(4, 1.2, 0.7), Sampling(4, 1.2, 0.7)]
-    drawing = Drawing.of(samplings, [0.1, 0.9999, 0.5], logits.device)
+    drawing = Sampler.of(samplings, [0.1, 0.9999, 0.5], logits.device)
     found = drawing.tokens(logits).tolist()
     assert [token == NOT_FINITE for token in found] == [False, True, False]
     whole = torch.full((1, 7), value)
     heat = torch.ones(1, 1, dtype=torch.float64)
-    assert 0 <= int(drawn(whole, heat, heat, 0.99 * heat)) < 7
+    assert 0 <= int(sample(whole, heat, heat, 0.99 * heat)) < 7
 
 
 def test_the_largest_numbers_are_finite() -> None:
