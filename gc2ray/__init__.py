@@ -1,3 +1,3 @@
 """gc2ray: offline captioning and question answering with compressed high-resolution VLMs on Ray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

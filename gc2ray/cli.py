@@ -300,7 +300,7 @@ def retry(
     ] = None,
     address: Address = None,
 ) -> None:
-    """Answer anew the rows that failed, into retries/gN; run again to go on where it was left."""
+    """Answer the rows that failed again, into retry_rounds/N; run the command again to resume."""
     with _exit_codes():
         from gc2ray.core.config.job import load_cluster
         from gc2ray.output.planner import Judged

@@ -23,7 +23,7 @@ from gc2ray import __version__
 from gc2ray.cli import app
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.object_servers import a_bucket
-from tests.support.outputs import first_plan, parts, write_generation
+from tests.support.outputs import first_plan, parts, write_round
 from tests.support.rows import job_data, prompts_of, question_list, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +142,7 @@ def test_status_without_a_run(tmp_path: Path) -> None:
 
 
 def test_verify(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     for words in (["verify", tmp_path], ["verify", tmp_path, "--deep"]):
         result = here(*words)
         assert (result.exit_code, result.stderr) == (0, "")
@@ -157,7 +157,7 @@ def test_verify(tmp_path: Path) -> None:
 
 
 def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     parts(tmp_path)[1].unlink()
     result = here("verify", tmp_path)
     assert result.exit_code == 1
@@ -168,7 +168,7 @@ def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> N
 
 
 def test_compact(tmp_path: Path) -> None:
-    write_generation(tmp_path / "out", 0, first_plan())
+    write_round(tmp_path / "out", 0, first_plan())
     result = here("compact", tmp_path / "out", tmp_path / "dest", "--file-mb", "1")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == (
@@ -183,7 +183,7 @@ def test_compact(tmp_path: Path) -> None:
 
 
 def test_compact_of_an_incomplete_run(tmp_path: Path) -> None:
-    write_generation(tmp_path / "out", 0, first_plan())
+    write_round(tmp_path / "out", 0, first_plan())
     parts(tmp_path / "out")[1].unlink()
     result = here("compact", tmp_path / "out", tmp_path / "dest")
     assert result.exit_code == 2

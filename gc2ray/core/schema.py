@@ -21,7 +21,7 @@ from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer, Audit
 from gc2ray.core.stats import STAGES, RunStats, merged, retention_bucket, top
 
-SCHEMA_VERSION, SCHEMA_KEY = 3, "gc2ray.schema_version"
+SCHEMA_VERSION, SCHEMA_KEY = 4, "gc2ray.schema_version"
 """Of the answer columns, and where a part's metadata says it."""
 MILLION = 1_000_000
 _AUDIT = pa.struct(
@@ -55,9 +55,9 @@ ANSWER_FIELDS: tuple[pa.Field, ...] = (
     pa.field("kv_bytes", pa.int64()),
     pa.field("kv_bytes_full", pa.int64()),
     *(pa.field(f"{stage}_ns", pa.int64(), nullable=False) for stage in STAGES),
-    pa.field("halvings", pa.int32(), nullable=False),
+    pa.field("oom_splits", pa.int32(), nullable=False),
     pa.field("attempt", pa.int32(), nullable=False),
-    pa.field("generation", pa.int32(), nullable=False),
+    pa.field("retry_round", pa.int32(), nullable=False),
     pa.field("device", pa.string(), nullable=False),
     pa.field("worker", pa.string(), nullable=False),
     pa.field("audit", _AUDIT),
@@ -82,11 +82,11 @@ UNWRITTEN_STATS = frozenset(
         "cache_read_bytes_full",
         "decode_steps",
         "energy_millijoules",
-        "audit_ns",
-        "audited_ns",
+        "audit_uncompressed_ns",
+        "audit_compressed_ns",
         "escalation_ns",
-        "starved_ns",
-        "halvings",
+        "input_starved_ns",
+        "oom_splits",
         "peak_device_bytes",
         "peak_host_bytes",
     }
@@ -174,7 +174,7 @@ class Provenance:
     """Who wrote a part: the columns that are the same for all its rows."""
 
     attempt: int
-    generation: int
+    retry_round: int
     worker: str
 
 
@@ -274,7 +274,7 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "answer", "error", "finish_reason", "prompt_tokens", "output_tokens", "visual_tokens_full",
         "visual_tokens_kept", "newline_tokens", "newline_tokens_full", "kept_per_view", "method",
         "retention_requested", "retention_actual", "kv_bytes", "kv_bytes_full", "device",
-        "halvings", "kept_mask",
+        "oom_splits", "kept_mask",
     )  # fmt: skip
     return {
         "row_key": request.row_key,
@@ -285,7 +285,7 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         **{name: getattr(answer, name) for name in direct},
         **{f"{stage}_ns": answer.stage_ns.get(stage, 0) for stage in STAGES},
         "attempt": provenance.attempt,
-        "generation": provenance.generation,
+        "retry_round": provenance.retry_round,
         "worker": provenance.worker,
         "audit": None if answer.audit is None else _audit_cell(answer.audit),
     }

@@ -92,15 +92,16 @@ class RunStats:
         audits: Answers that were compared with uncompressed ones.
         audits_agreed: Those of them that said the same.
         agreement_millionths: Sum of their similarities, in millionths.
-        audit_ns: Busy nanoseconds of the uncompressed answers, by stage; in no other number.
-        audited_ns: The same of the answers that they were compared with.
+        audit_uncompressed_ns: Busy nanoseconds of the uncompressed answers, by stage; in no other
+            number.
+        audit_compressed_ns: The same of the answers that they were compared with.
         escalated: Audited answers that were given anew, by the retention of what they are now.
         escalated_agreed: Those of them that now say the same.
         escalation_ns: Busy nanoseconds of what those replaced, by stage; in no other number.
         least_agreed: Audited rows that differed most, as (difference in millionths, row key).
         stage_ns: Busy nanoseconds by stage (`STAGES`).
-        starved_ns: Time in which a worker had nothing to do, and rows were still to come.
-        halvings: Times that device memory was short, and fewer rows were decoded together.
+        input_starved_ns: Time in which a worker had nothing to do, and rows were still to come.
+        oom_splits: Times that device memory was short, and fewer rows were decoded together.
         retention: Rows by actual retention, see `RETENTION_BUCKETS`.
         peak_device_bytes: Largest device memory seen; 0 where the device does not tell.
         peak_host_bytes: Largest resident set of a worker process.
@@ -139,7 +140,7 @@ class RunStats:
     escalated_agreed: dict[str, int] = field(default_factory=dict)
     escalation_ns: dict[str, int] = field(default_factory=dict)
     stage_ns: dict[str, int] = field(default_factory=dict)
-    starved_ns: int = 0
+    input_starved_ns: int = 0
     oom_splits: int = 0
     retention: dict[str, int] = field(default_factory=dict)
     peak_device_bytes: int = 0
@@ -164,7 +165,7 @@ class RunStats:
 
     def since(self, before: RunStats) -> RunStats:
         """What came on top of an earlier state of the same totals; peaks stay peaks."""
-        names = ("starved_ns", "halvings", "decode_steps", "energy_millijoules")
+        names = ("input_starved_ns", "oom_splits", "decode_steps", "energy_millijoules")
         return replace(
             self, **{name: getattr(self, name) - getattr(before, name) for name in names}
         )

@@ -117,7 +117,7 @@ class PartFooter:
         if version != str(SCHEMA_VERSION):
             raise ConfigError(
                 f"written by another version of gc2ray (schema {version or 'unknown'}, this one "
-                f"has {SCHEMA_VERSION}); choose a new output, or go on with that version"
+                f"has {SCHEMA_VERSION}); choose a new output, or resume with that version"
             )
         if stats.rows != metadata.num_rows:
             raise ValueError(f"{metadata.num_rows} answers, statistics of {stats.rows}")

@@ -93,7 +93,7 @@ class Engine:
         self.device = device_name(self._family.device)
         self.model_digest = loaded.digest
         self.model_shape = self._family.shape
-        self._starved_ns = 0
+        self._input_starved_ns = 0
         self._energy = EnergyMeter(gpu_uuid(self._family.device))
 
     @cached_property
@@ -180,7 +180,7 @@ class Engine:
         before = feed.waited_ns
         feed.wait()
         if self._tags and not feed.ended:
-            self._starved_ns += feed.waited_ns - before
+            self._input_starved_ns += feed.waited_ns - before
 
     def _check_nothing_lost(self) -> None:
         """Open rows are in the decoder, or they will never come out."""
@@ -216,7 +216,7 @@ class Engine:
         device = self._family.device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return RunStats(
-            starved_ns=self._starved_ns,
+            input_starved_ns=self._input_starved_ns,
             oom_splits=self._decoder.oom_splits,
             decode_steps=self._decoder.steps,
             energy_millijoules=int(self._energy.millijoules() * self._sizes.gpu_share),

@@ -39,7 +39,7 @@ class CachedImage:
         way: How it is to be compressed.
         mask: Which tokens were kept, a bitmap for each view.
         trouble: Why it cannot be used.
-        halvings: Times that memory was short for it and others, which were halved.
+        oom_splits: Times that memory was short for it and others, which were halved.
         rows: Rows that showed it so far.
     """
 

@@ -27,7 +27,7 @@ class FailedCall(Protocol):
     Attributes:
         trouble: Why it cannot be answered, or used.
         retry: Another time it may.
-        halvings: Times that memory was short for it and others, which were halved.
+        oom_splits: Times that memory was short for it and others, which were halved.
     """
 
     trouble: BadRow | None
@@ -50,7 +50,7 @@ class RequestState:
         prompt: What the language model is to read, until the decoder has it.
         trouble: Why it cannot be answered.
         retry: The trouble may pass: its shard is to be tried again.
-        halvings: Times that memory was short for it and others before the decoder had it.
+        oom_splits: Times that memory was short for it and others before the decoder had it.
         stage_ns: Time by stage so far.
     """
 

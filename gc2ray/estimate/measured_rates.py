@@ -55,7 +55,7 @@ class MeasuredRates:
 
     @staticmethod
     def of(ledger: RunTotals) -> MeasuredRates:
-        """The pace of an output's first generation.
+        """The pace of an output's first round.
 
         Raises:
             ConfigError: Nothing was answered, or on devices of several kinds.

@@ -1,7 +1,7 @@
 """The latest answers of an output as a plain dataset: few files, in input order, `_SUCCESS` last.
 
 A file is written to a temporary folder of this machine first and then made under its name as a
-whole, so that nothing half written is ever seen. In memory are one part of each generation and one
+whole, so that nothing half written is ever seen. In memory are one part of each round and one
 row group. What was cut short has no `_SUCCESS`, and is begun anew in an empty place.
 
 Not covered: going on with what was cut short; partitions.
@@ -62,7 +62,7 @@ class Dataset:
         failed: Answer rows that are not `ok`.
         files: In input order.
         run: Fingerprint of the recipe.
-        generations: Whose answers they are.
+        rounds: Whose answers they are.
         version: Of gc2ray.
     """
 
@@ -71,7 +71,7 @@ class Dataset:
     failed: int
     files: tuple[DataFile, ...]
     run: str
-    generations: tuple[int, ...]
+    rounds: tuple[int, ...]
     version: str = __version__
 
 
@@ -101,7 +101,7 @@ def compact(
             f"{output}: {verdict.missing[0]}; --incomplete takes what there is without it"
         )
     _check_empty(target)
-    first = verdict.generations[0].generation
+    first = verdict.rounds[0].retry_round
     files = tuple(_write(_answers(verdict), _schema(first), target, file_bytes))
     dataset = Dataset(
         rows=verdict.rows,
@@ -109,7 +109,7 @@ def compact(
         failed=sum(file.failed for file in files),
         files=files,
         run=first.plan.recipe_fingerprint,
-        generations=tuple(checked.generation.number for checked in verdict.generations),
+        rounds=tuple(checked.retry_round.number for checked in verdict.rounds),
     )
     told = (json.dumps(asdict(dataset), indent=2) + "\n").encode()
     if not target.create(SUCCESS_NAME, told):
@@ -151,7 +151,7 @@ def _schema(first: RetryRound) -> pa.Schema:
 def _answers(verdict: Verdict) -> Iterator[pa.Table]:
     """The latest answers, in input order."""
     latest = verdict.latest()
-    for index in range(len(verdict.generations[0].committed)):
+    for index in range(len(verdict.rounds[0].committed)):
         table = latest.answers(index)
         if table is not None:
             yield table

@@ -1,8 +1,8 @@
-"""The latest answers of an output, over its generations.
+"""The latest answers of an output, over its rounds.
 
 Of the answers to a prompt one that is `ok` comes before one that failed, and of two equals the
-later generation's. They are told shard by shard of generation 0, in input order, with no more in
-memory than a part of each generation.
+later round's. They are told shard by shard of round 0, in input order, with no more in
+memory than a part of each round.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from gc2ray.core.errors import Status
 from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, runs
 from gc2ray.output.run_directory import RetryRound
 
-MERGED_BY = ("source", "row", "prompt_index", "status", "generation")
+MERGED_BY = ("source", "row", "prompt_index", "status", "retry_round")
 """Columns that tell which answer is the latest."""
 _ROW_BITS = 40
 """A file has fewer rows than these bits count, and an input fewer files than the others do."""
 
 
 class Latest:
-    """The latest answers of generations.
+    """The latest answers of rounds.
 
     Args:
-        generations: Generation 0 and its retries, in order, and which of their shards are
+        rounds: Round 0 and its retries, in order, and which of their shards are
             committed, (shards,).
     """
 
-    def __init__(self, generations: Sequence[tuple[RetryRound, Booleans]]) -> None:
-        (first, self._committed), *retries = generations
+    def __init__(self, rounds: Sequence[tuple[RetryRound, Booleans]]) -> None:
+        (first, self._committed), *retries = rounds
         self._first = first
         self._retries = [_Retried.of(first, retry, done) for retry, done in retries]
         self._read: dict[int, tuple[int, Sequence[str] | None, pa.Table]] = {}
 
     def retried(self) -> Booleans:
-        """Which shards of generation 0 have answers in later ones, (shards,)."""
+        """Which shards of round 0 have answers in later ones, (shards,)."""
         found = np.zeros(len(self._committed), np.bool_)
         for retry in self._retries:
             found[retry.owners] = True
         return found
 
     def unanswered(self, index: int) -> Booleans:
-        """Which rows of a shard of generation 0 no generation has answered, (rows,)."""
+        """Which rows of a shard of round 0 no round has answered, (rows,)."""
         shard = self._first.plan.shards[index]
         missing = np.full(shard.rows, not self._committed[index])
         for retry in self._retries:
             for number in retry.shards_of(index):
-                for span in retry.generation.plan.shards[number].spans:
+                for span in retry.retry_round.plan.shards[number].spans:
                     missing[_places(shard, span)] = False
         return missing
 
     def answers(self, index: int, columns: Sequence[str] | None = None) -> pa.Table | None:
-        """The latest answers to the rows of a shard of generation 0, in input order.
+        """The latest answers to the rows of a shard of round 0, in input order.
 
         Args:
             index: The shard's.
-            columns: Which columns; with several generations `MERGED_BY` must be among them. None:
+            columns: Which columns; with several rounds `MERGED_BY` must be among them. None:
                 all of them.
 
         Returns:
-            None where no generation has any.
+            None where no round has any.
 
         Raises:
             OSError: A part cannot be read.
@@ -82,23 +82,23 @@ class Latest:
 
     def _retried(self, retry: _Retried, index: int, columns: Sequence[str] | None) -> pa.Table:
         """A part of a retry; the last one is kept, for it has rows of several shards."""
-        number = retry.generation.number
+        number = retry.retry_round.number
         known = self._read.get(number)
         if known is None or known[:2] != (index, columns):
-            part = retry.generation.plan.shards[index].part_name
+            part = retry.retry_round.plan.shards[index].part_name
             known = self._read[number] = (
                 index,
                 columns,
-                retry.generation.store.table(part, columns),
+                retry.retry_round.store.table(part, columns),
             )
         return known[2]
 
 
 class _Retried(NamedTuple):
-    """Which committed shards of a retry have rows of which shards of generation 0, in pairs."""
+    """Which committed shards of a retry have rows of which shards of round 0, in pairs."""
 
-    generation: RetryRound
-    owners: Integers  # of generation 0, ascending
+    retry_round: RetryRound
+    owners: Integers  # of round 0, ascending
     shards: Integers  # of the retry
 
     @staticmethod
@@ -110,7 +110,7 @@ class _Retried(NamedTuple):
         return _Retried(retry, *found)
 
     def shards_of(self, owner: int) -> list[int]:
-        """The retry's shards that have rows of a shard of generation 0."""
+        """The retry's shards that have rows of a shard of round 0."""
         first, stop = np.searchsorted(self.owners, [owner, owner + 1])
         return [int(shard) for shard in self.shards[first:stop]]
 
@@ -175,7 +175,7 @@ def _merged(shard: Shard, tables: Sequence[pa.Table]) -> pa.Table:
     table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
     place, prompt = places(shard, table), table["prompt_index"].to_numpy()
     failed = pc.not_equal(table["status"], str(Status.OK)).to_numpy()
-    order = np.lexsort((-table["generation"].to_numpy(), failed, prompt, place))
+    order = np.lexsort((-table["retry_round"].to_numpy(), failed, prompt, place))
     order = order[place[order] >= 0]
     prompts = np.stack([place[order], prompt[order]])
     latest = np.diff(prompts, axis=1, prepend=-1).any(axis=0)

@@ -36,11 +36,11 @@ class PartCheck:
     problem: str | None = None
 
 
-def check_part(generation: RetryRound, index: int, *, deep: bool) -> PartCheck:
+def check_part(retry_round: RetryRound, index: int, *, deep: bool) -> PartCheck:
     """Hold a shard's part against the plan.
 
     Args:
-        generation: Whose shard.
+        retry_round: Whose shard.
         index: The shard's.
         deep: Read its rows too, not only its footer.
 
@@ -48,30 +48,30 @@ def check_part(generation: RetryRound, index: int, *, deep: bool) -> PartCheck:
         ConfigError: The part is one of another version.
         OSError: The storage does not answer.
     """
-    shard = generation.plan.shards[index]
+    shard = retry_round.plan.shards[index]
     try:
-        metadata = generation.store.metadata(shard.part_name)
+        metadata = retry_round.store.metadata(shard.part_name)
         footer = PartFooter.of(metadata)
     except ConfigError as error:
-        raise ConfigError(f"{generation.name(shard.part_name)}: {error}") from error
+        raise ConfigError(f"{retry_round.name(shard.part_name)}: {error}") from error
     except ValueError:
-        return _bad(generation, shard, "not a part that gc2ray wrote, or cut short")
-    problem = next(_footer_problems(generation, shard, footer, metadata), None)
+        return _bad(retry_round, shard, "not a part that gc2ray wrote, or cut short")
+    problem = next(_footer_problems(retry_round, shard, footer, metadata), None)
     if deep and problem is None:
-        problem = next(_content_problems(generation, shard, footer), None)
-    return _bad(generation, shard, problem) if problem else PartCheck(footer.rows, footer.stats)
+        problem = next(_content_problems(retry_round, shard, footer), None)
+    return _bad(retry_round, shard, problem) if problem else PartCheck(footer.rows, footer.stats)
 
 
-def _bad(generation: RetryRound, shard: Shard, problem: str) -> PartCheck:
-    name = generation.name(shard.part_name)
-    again = "run again" if generation.number == 0 else "retry again"
+def _bad(retry_round: RetryRound, shard: Shard, problem: str) -> PartCheck:
+    name = retry_round.name(shard.part_name)
+    again = "run again" if retry_round.number == 0 else "retry again"
     return PartCheck(problem=f"{name}: {problem}; move it away, and {again}")
 
 
 def _footer_problems(
-    generation: RetryRound, shard: Shard, footer: PartFooter, metadata: pq.FileMetaData
+    retry_round: RetryRound, shard: Shard, footer: PartFooter, metadata: pq.FileMetaData
 ) -> Iterator[str]:
-    plan = generation.plan
+    plan = retry_round.plan
     if footer.sid != shard.sid:
         yield f"its footer is of shard {footer.sid}"
     if footer.run != plan.recipe_fingerprint:
@@ -97,18 +97,18 @@ def _shown(item: pa.Field) -> str:
     return f"{item.name!r} {item.type}{'' if item.nullable else ' not null'}"
 
 
-def _content_problems(generation: RetryRound, shard: Shard, footer: PartFooter) -> Iterator[str]:
-    data = generation.store.read(shard.part_name)
+def _content_problems(retry_round: RetryRound, shard: Shard, footer: PartFooter) -> Iterator[str]:
+    data = retry_round.store.read(shard.part_name)
     if data is None:
         yield "vanished while it was read"
         return
     try:
-        table = _readable(data, generation.plan.carried)
+        table = _readable(data, retry_round.plan.carried)
     except (OSError, pa.ArrowException) as error:
         yield f"cannot be read: {' '.join(str(error).split())}"
         return
     yield from _row_problems(table, shard)
-    yield from _value_problems(table, generation.number, footer)
+    yield from _value_problems(table, retry_round.number, footer)
     yield from _count_problems(footer.stats, table_stats(table))
 
 
@@ -174,7 +174,7 @@ def _key_problems(
 def _value_problems(table: pa.Table, number: int, footer: PartFooter) -> Iterator[str]:
     allowed: dict[str, set[Any]] = {
         "status": {*Status},
-        "generation": {number},
+        "retry_round": {number},
         "worker": {footer.worker},
     }
     for column, values in allowed.items():

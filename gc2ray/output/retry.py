@@ -2,7 +2,7 @@
 
 A row is answered anew, with all its prompts, where the latest answer to one of them failed, and
 where it has no answer because its shard was given up. The plan is frozen like any other, as the
-plan of a generation of its own.
+plan of a round of its own.
 
 Not covered: running it, which is the driver's.
 """
@@ -40,7 +40,7 @@ class Retry:
 
     Attributes:
         output: Directory or URL of the run.
-        number: Of its generation.
+        number: Of its round.
         store: Its directory.
         recipe: The output's.
         plan: Of the rows that are answered anew.
@@ -78,13 +78,13 @@ def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | Non
     verdict = verify(output)
     if verdict.damage:
         raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
-    first, newest = verdict.generations[0], verdict.generations[-1]
+    first, newest = verdict.rounds[0], verdict.rounds[-1]
     waiting = int(first.waiting.sum())
     if waiting:
         raise ConfigError(f"{output}: {waiting} shards are not answered yet; run again, then retry")
-    recipe, number = first.generation.run.recipe, newest.generation.number
+    recipe, number = first.retry_round.run.recipe, newest.retry_round.number
     if number and newest.waiting.any():
-        store, plan = newest.generation.store, newest.generation.plan
+        store, plan = newest.retry_round.store, newest.retry_round.plan
         return Retry(output, number, store, recipe, plan, begun=True)
     wanted = retry_plan(verdict, failures)
     if wanted is None:
@@ -105,8 +105,8 @@ def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan |
         verdict: The output, without damage.
         failures: As for `next_retry`.
     """
-    first, latest = verdict.generations[0], verdict.latest()
-    plan = first.generation.plan
+    first, latest = verdict.rounds[0], verdict.latest()
+    plan = first.retry_round.plan
     numbers = {file: number for number, file in enumerate(plan.shards.files)}
     found = array("q")  # file, first, stop of each span: a million of them may be failed rows
     for index in _doubtful(first, latest):
@@ -132,7 +132,7 @@ def latest_failures(output: str) -> tuple[int, int]:
     verdict = verify(output)
     if verdict.damage:
         raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
-    first, latest = verdict.generations[0], verdict.latest()
+    first, latest = verdict.rounds[0], verdict.latest()
     answers, failed = first.stats.rows, 0
     for index in _doubtful(first, latest):
         found = latest.answers(int(index), MERGED_BY)
@@ -144,7 +144,7 @@ def latest_failures(output: str) -> tuple[int, int]:
 
 
 def _doubtful(first: Checked, latest: Latest) -> Integers:
-    """Shards of generation 0 whose answers are not all its own, and good."""
+    """Shards of round 0 whose answers are not all its own, and good."""
     return np.flatnonzero((first.failed > 0) | latest.retried() | ~first.committed)
 
 

@@ -1,9 +1,9 @@
 """The output directory: the `Run` that it is of (`run.json`), and the retries of its failed rows.
 
-Generation 0 is the output; generation N is `retries/gN` in it, a run like it: `run.json`, `plan/`,
-`data/`, `dead/`, `workers/`, `model.json`. No generation edits another.
+Round 0 is the output; round N is `retry_rounds/N` in it, a run like it: `run.json`, `plan/`,
+`data/`, `dead/`, `workers/`, `model.json`. No round edits another.
 
-Not covered: which generation's answer counts (`gc2ray.output.latest`).
+Not covered: which round's answer counts (`gc2ray.output.latest`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from gc2ray.core.shards import digest
 from gc2ray.data.store import Store
 from gc2ray.output.plan import PLAN_NAME, Plan, follows, plan_name
 
-FORMAT = 2
+FORMAT = 3
 """Of a run and its plan; raised whenever this version would go on otherwise with an older one's.
 
-2: kept columns are carried as they come back from Parquet."""
+2: kept columns are carried as they come back from Parquet. 3: retries lie in `retry_rounds/N`."""
 VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
 RUN_NAME = "run.json"
 
-RETRIES = "retries"
+RETRY_ROUNDS = "retry_rounds"
 MODEL_NAME = "model.json"
 """Digest of the model that the first worker had."""
-_RETRY = re.compile(rf"{RETRIES}/g([1-9]\d*)$")
+_RETRY = re.compile(rf"{RETRY_ROUNDS}/([1-9]\d*)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +60,18 @@ class RetryRound:
 
 
 def object_name(number: int, name: str = "") -> str:
-    """The name, relative to the output, of an object of a generation, or of its directory."""
-    folder = f"{RETRIES}/g{number}" if number else ""
+    """The name, relative to the output, of an object of a round, or of its directory."""
+    folder = f"{RETRY_ROUNDS}/{number}" if number else ""
     return "/".join(part for part in (folder, name) if part)
 
 
 def round_store(output: str, number: int) -> Store:
-    """The directory of a generation of an output."""
+    """The directory of a round of an output."""
     return Store(f"{output.rstrip('/')}/{object_name(number)}" if number else output)
 
 
 def retry_numbers(names: Iterable[str]) -> list[int]:
-    """Numbers of the retries among the names in `retries/`, in order."""
+    """Numbers of the retries among the names in `retry_rounds/`, in order."""
     matches = [_RETRY.match(name) for name in names]
     return sorted(int(match.group(1)) for match in matches if match)
 
@@ -100,7 +100,7 @@ def stored_digest(store: Store) -> str | None:
 
 
 def open_round(output: str, number: int) -> RetryRound | None:
-    """A generation of an output; None where it was not begun.
+    """A round of an output; None where it was not begun.
 
     Raises:
         ConfigError: `run.json`, the plan or `model.json` is damaged; the message begins with its
@@ -228,5 +228,5 @@ def _other_format(content: dict[str, Any]) -> ConfigError:
     age = "an older" if found < FORMAT else "a newer"
     return ConfigError(
         f"{RUN_NAME}: begun by {age} gc2ray, {by} (format {found}); this is {__version__} (format "
-        f"{FORMAT}): choose a new output, or go on with that version"
+        f"{FORMAT}): choose a new output, or resume with that version"
     )

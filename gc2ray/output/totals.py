@@ -5,7 +5,7 @@ that they tell their spread, and over time in buckets that widen. Runs of any si
 
 Workers that were killed say when they were last seen, half a minute at most before their end.
 
-Not covered: answers themselves; which of several generations' answers counts
+Not covered: answers themselves; which of several rounds' answers counts
 (`gc2ray.output.latest`).
 """
 
@@ -25,7 +25,14 @@ from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
 from gc2ray.data.store import READ_THREADS, PartFooter, Store
 from gc2ray.output.heartbeats import DriverRecord, WorkerRecord, driver_records
-from gc2ray.output.run_directory import RUN_NAME, Run, retry_numbers, round_store, stored_run
+from gc2ray.output.run_directory import (
+    RETRY_ROUNDS,
+    RUN_NAME,
+    Run,
+    retry_numbers,
+    round_store,
+    stored_run,
+)
 
 GROUPS = 64
 """Parts are added up in so many groups, in turn: enough for a bootstrap."""
@@ -43,18 +50,18 @@ class Moment:
 
     Attributes:
         answers: Answer rows.
-        starved_ns: Of the parts' workers.
+        input_starved_ns: Of the parts' workers.
         busy_ns: Of their stages.
     """
 
     answers: int = 0
-    starved_ns: int = 0
+    input_starved_ns: int = 0
     busy_ns: int = 0
 
     def __add__(self, other: Moment) -> Moment:
         return Moment(
             self.answers + other.answers,
-            self.starved_ns + other.starved_ns,
+            self.input_starved_ns + other.input_starved_ns,
             self.busy_ns + other.busy_ns,
         )
 
@@ -95,7 +102,7 @@ class Timeline:
 
 @dataclass(frozen=True, eq=False)
 class RoundTotals:
-    """A generation in the ledger.
+    """A round in the ledger.
 
     Attributes:
         number: 0, or that of a retry.
@@ -135,7 +142,7 @@ class RunTotals:
 
     Attributes:
         output: Directory or URL.
-        entries: Its generations that were begun, in order.
+        entries: Its rounds that were begun, in order.
     """
 
     output: str
@@ -148,17 +155,17 @@ class RunTotals:
 
     @property
     def stats(self) -> RunStats:
-        """Of the answers of all generations."""
+        """Of the answers of all rounds."""
         return sum((entry.stats for entry in self.entries), RunStats())
 
     @property
     def bill(self) -> Usage:
-        """Of all generations."""
+        """Of all rounds."""
         return sum((entry.bill for entry in self.entries), Usage())
 
     @property
     def workers(self) -> tuple[WorkerRecord, ...]:
-        """Of all generations."""
+        """Of all rounds."""
         return tuple(worker for entry in self.entries for worker in entry.workers)
 
     @property
@@ -182,7 +189,7 @@ def read_totals(output: str, tick: Callable[[int], None] = lambda _: None) -> Ru
     first.check_usable(writing=False)
     if stored_run(first) is None:
         raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
-    numbers = [0, *retry_numbers(first.names("retries"))]
+    numbers = [0, *retry_numbers(first.names(RETRY_ROUNDS))]
     found = (_entry(round_store(output, number), number, tick) for number in numbers)
     return RunTotals(output, tuple(entry for entry in found if entry is not None))
 
@@ -203,7 +210,7 @@ def _entry(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotal
         groups[index % GROUPS] += stats
         rows += footer.rows
         if footer.written is not None:
-            moment = Moment(stats.rows, stats.starved_ns, sum(stats.stage_ns.values()))
+            moment = Moment(stats.rows, stats.input_starved_ns, sum(stats.stage_ns.values()))
             timeline.add(footer.written, moment)
         tick(1)
     letters = store.names("dead")

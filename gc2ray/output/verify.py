@@ -2,7 +2,7 @@
 
 Quick: digests of run and plan, the listing of `data/` against the plan, every part's footer. Deep:
 every part is read, and its rows held against the plan and its footer, one part a thread. Of a
-retry the same is looked at, and that it plans rows of generation 0 only.
+retry the same is looked at, and that it plans rows of round 0 only.
 
 Not covered: the input, which is not read; whether answers are right.
 """
@@ -24,7 +24,7 @@ from gc2ray.output.part_checks import PartCheck, check_part
 from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.run_directory import (
     MODEL_NAME,
-    RETRIES,
+    RETRY_ROUNDS,
     RUN_NAME,
     RetryRound,
     object_name,
@@ -41,10 +41,10 @@ AT_A_TIME = 1024
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """A generation, looked at.
+    """A round, looked at.
 
     Attributes:
-        generation: Which.
+        retry_round: Which.
         committed: Whether each of its shards has a part, (shards,).
         given_up: Whether it has none, and a dead letter, (shards,).
         failed: Answers of each that failed, (shards,).
@@ -54,7 +54,7 @@ class Checked:
         notes: What is worth knowing, and not wrong.
     """
 
-    generation: RetryRound
+    retry_round: RetryRound
     committed: Booleans
     given_up: Booleans
     failed: Integers
@@ -74,15 +74,15 @@ class Verdict:
     """What an output is found to be.
 
     Attributes:
-        generations: Those that could be looked at, in order; none without generation 0.
-        rows: Input rows that have answers, in whatever generation.
-        planned_rows: Of generation 0.
+        rounds: Those that could be looked at, in order; none without round 0.
+        rows: Input rows that have answers, in whatever round.
+        planned_rows: Of round 0.
         damage: What is wrong, a line each.
         missing: What is not answered, a line each.
         notes: What is worth knowing, and not wrong.
     """
 
-    generations: tuple[Checked, ...]
+    rounds: tuple[Checked, ...]
     rows: int
     planned_rows: int
     damage: tuple[str, ...]
@@ -101,7 +101,7 @@ class Verdict:
 
     def latest(self) -> Latest:
         """The latest answers."""
-        return latest_of(self.generations)
+        return latest_of(self.rounds)
 
 
 def verify(output: str, *, deep: bool = False) -> Verdict:
@@ -119,33 +119,33 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
     store.check_usable(writing=False)
     if stored_run(store) is None:
         raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
-    names = store.names(RETRIES)
+    names = store.names(RETRY_ROUNDS)
     numbers = retry_numbers(names)
     known = {object_name(number) for number in numbers}
-    damage = [f"{name}: is no generation; move it away" for name in names if name not in known]
+    damage = [f"{name}: is no retry round; move it away" for name in names if name not in known]
     notes: list[str] = []
     checked: list[Checked] = []
     for number in (0, *numbers):
         try:
-            generation = open_round(output, number)
+            retry_round = open_round(output, number)
         except ConfigError as error:
             damage.append(object_name(number, str(error)))
             if number == 0:
                 return Verdict((), 0, 0, tuple(damage), (), ())
             continue
-        if generation is None:
+        if retry_round is None:
             notes.append(f"{object_name(number, RUN_NAME)}: not there yet; retry again to begin")
             continue
-        damage += _strayed(checked[0].generation, generation) if checked else ()
-        checked.append(_check(generation, deep=deep))
+        damage += _strayed(checked[0].retry_round, retry_round) if checked else ()
+        checked.append(_check(retry_round, deep=deep))
     return _verdict(checked, damage, notes)
 
 
 def _verdict(checked: Sequence[Checked], damage: Sequence[str], notes: Sequence[str]) -> Verdict:
     unanswered = _unanswered(checked)
-    planned = checked[0].generation.plan.rows
+    planned = checked[0].retry_round.plan.rows
     return Verdict(
-        generations=tuple(checked),
+        rounds=tuple(checked),
         rows=planned - int(unanswered.sum()),
         planned_rows=planned,
         damage=(*damage, *(line for found in checked for line in found.problems)),
@@ -154,13 +154,13 @@ def _verdict(checked: Sequence[Checked], damage: Sequence[str], notes: Sequence[
     )
 
 
-def latest_of(generations: Sequence[Checked]) -> Latest:
-    """The latest answers of generations that were looked at."""
-    return Latest([(found.generation, found.committed) for found in generations])
+def latest_of(rounds: Sequence[Checked]) -> Latest:
+    """The latest answers of rounds that were looked at."""
+    return Latest([(found.retry_round, found.committed) for found in rounds])
 
 
 def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
-    """What a retry has that is not of generation 0."""
+    """What a retry has that is not of round 0."""
     run = retry.name(RUN_NAME)
     if retry.plan.recipe_fingerprint != first.plan.recipe_fingerprint:
         yield f"{run}: its recipe is not the output's; move {retry.name('')} away"
@@ -170,42 +170,42 @@ def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
         yield f"{retry.name(PLAN_NAME)}: plans rows that {PLAN_NAME} does not; move it away"
 
 
-def _check(generation: RetryRound, *, deep: bool) -> Checked:
-    shards = generation.plan.shards
-    problems = list(_plan_problems(generation))
+def _check(retry_round: RetryRound, *, deep: bool) -> Checked:
+    shards = retry_round.plan.shards
+    problems = list(_plan_problems(retry_round))
     parts: list[int] = []
-    for name in generation.store.names("data"):
-        index = _planned(generation, name)
+    for name in retry_round.store.names("data"):
+        index = _planned(retry_round, name)
         if index is None:
-            problems.append(f"{generation.name(name)}: is no planned shard's part; move it away")
+            problems.append(f"{retry_round.name(name)}: is no planned shard's part; move it away")
         else:
             parts.append(index)
     failed, rows, stats = np.zeros(len(shards), np.int64), 0, RunStats()
-    for index, found in _inspected(generation, parts, deep=deep):
+    for index, found in _inspected(retry_round, parts, deep=deep):
         problems += [found.problem] if found.problem else []
         rows, stats = rows + found.rows, stats + found.stats
         failed[index] = found.stats.bad_rows
     committed = np.zeros(len(shards), np.bool_)
     committed[parts] = True
-    letters = [name.split("/")[1].split(".")[0] for name in generation.store.names("dead")]
+    letters = [name.split("/")[1].split(".")[0] for name in retry_round.store.names("dead")]
     dead = np.isin(shards.sids, np.array([int(sid, 16) for sid in letters], np.uint64))
     return Checked(
-        generation=generation,
+        retry_round=retry_round,
         committed=committed,
         given_up=dead & ~committed,
         failed=failed,
         rows=rows,
         stats=stats,
         problems=tuple(problems),
-        notes=tuple(_notes(generation, int((dead & committed).sum()))),
+        notes=tuple(_notes(retry_round, int((dead & committed).sum()))),
     )
 
 
-def _plan_problems(generation: RetryRound) -> Iterator[str]:
+def _plan_problems(retry_round: RetryRound) -> Iterator[str]:
     """What a plan with the right digest may still have."""
-    plan, run = generation.plan, generation.run
+    plan, run = retry_round.plan, retry_round.run
     if run.recipe.fingerprint() != plan.recipe_fingerprint:
-        yield f"{generation.name(PLAN_NAME)}: of another recipe than {RUN_NAME}"
+        yield f"{retry_round.name(PLAN_NAME)}: of another recipe than {RUN_NAME}"
     spans, sources = plan.shards.spans, [source for source, _ in plan.shards.files]
     source = np.unique(sources, return_inverse=True)[1].astype(np.int64)[spans.file]
     order = np.lexsort((spans.first, source))
@@ -214,12 +214,12 @@ def _plan_problems(generation: RetryRound) -> Iterator[str]:
     )
     for at in order[1:][overlap]:
         name = f"{sources[spans.file[at]]}#{spans.first[at]}"
-        yield f"{generation.name(PLAN_NAME)}: {name} is planned twice"
+        yield f"{retry_round.name(PLAN_NAME)}: {name} is planned twice"
 
 
-def _planned(generation: RetryRound, name: str) -> int | None:
+def _planned(retry_round: RetryRound, name: str) -> int | None:
     """The index of the shard whose part has a name; None if none has."""
-    shards = generation.plan.shards
+    shards = retry_round.plan.shards
     try:
         index = part_index(name)
     except ValueError:
@@ -228,31 +228,31 @@ def _planned(generation: RetryRound, name: str) -> int | None:
 
 
 def _inspected(
-    generation: RetryRound, parts: Sequence[int], *, deep: bool
+    retry_round: RetryRound, parts: Sequence[int], *, deep: bool
 ) -> Iterator[tuple[int, PartCheck]]:
     """Inspections of parts, in their order."""
     threads = READ_THREADS if deep else FOOTER_THREADS
     with ThreadPoolExecutor(threads, "gc2ray-verify") as pool:
         for start in range(0, len(parts), AT_A_TIME):
             some = parts[start : start + AT_A_TIME]
-            found = pool.map(lambda index: check_part(generation, index, deep=deep), some)
+            found = pool.map(lambda index: check_part(retry_round, index, deep=deep), some)
             yield from zip(some, found, strict=True)
 
 
-def _notes(generation: RetryRound, revived: int) -> Iterator[str]:
+def _notes(retry_round: RetryRound, revived: int) -> Iterator[str]:
     if revived:
-        name = generation.name("dead")
+        name = retry_round.name("dead")
         yield f"{name}: {revived} shards were given up, and committed later"
-    left = len(generation.store.names("_tmp"))
+    left = len(retry_round.store.names("_tmp"))
     if left:
-        name = generation.name("_tmp")
+        name = retry_round.name("_tmp")
         yield f"{name}: {left} leftovers of processes that were killed; a later run removes them"
 
 
 def _unanswered(checked: Sequence[Checked]) -> Integers:
-    """Rows of each shard of generation 0 that no generation has answered, (shards,)."""
+    """Rows of each shard of round 0 that no round has answered, (shards,)."""
     first, latest = checked[0], latest_of(checked)
-    rows = np.where(first.committed, 0, first.generation.plan.shards.rows_each)
+    rows = np.where(first.committed, 0, first.retry_round.plan.shards.rows_each)
     for index in np.flatnonzero(latest.retried() & ~first.committed):
         rows[index] = latest.unanswered(int(index)).sum()
     return rows
@@ -268,13 +268,13 @@ def _missing(checked: Sequence[Checked], unanswered: Integers) -> Iterator[str]:
             "dead/ says why; run again, or `gc2ray retry`"
         )
     if newest is not first:
-        rows = newest.generation.plan.shards.rows_each
+        rows = newest.retry_round.plan.shards.rows_each
         yield from _waiting(newest, rows, "retry again")
 
 
 def _waiting(checked: Checked, rows: Integers, remedy: str) -> Iterator[str]:
     for shards in runs(checked.waiting):
-        name = checked.generation.name(_named(shards))
+        name = checked.retry_round.name(_named(shards))
         yield f"{name} ({rows[shards].sum()} rows): not answered yet; {remedy}"
 
 

@@ -62,7 +62,7 @@ def card(summary: Summary) -> str:
             kept=f"{1.0 if share is None else share:.1%}",
             facts=list(_facts(summary)),
             statuses=sorted(summary.by_status.items(), key=lambda item: -item[1]),
-            retries=len(summary.generations) > 1,
+            retries=len(summary.rounds) > 1,
             costs=list(_costs(summary)),
             recipe=yaml.safe_dump(recipe, sort_keys=False).strip().replace("```", "~~~"),
         )
@@ -76,7 +76,7 @@ def _public(path: str) -> str:
 
 def _head(summary: Summary) -> dict[str, object]:
     """What the hub reads."""
-    first = summary.generations[0]
+    first = summary.rounds[0]
     answers = sum(first.by_status.values())
     size = next((name for below, name in SIZES if answers < below), "10B<n<100B")
     return {
@@ -93,7 +93,7 @@ def _head(summary: Summary) -> dict[str, object]:
 
 
 def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
-    model, first = summary.recipe["model"], summary.generations[0]
+    model, first = summary.recipe["model"], summary.rounds[0]
     revision = f" at {model['revision']}" if model["revision"] else ""
     yield "model", f"{_public(model['path'])}{revision}, {model['dtype']}"
     yield "compression", f"{summary.method}, retention {summary.retention_requested:g}"

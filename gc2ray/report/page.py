@@ -193,7 +193,7 @@ def _when(summary: Summary) -> str:
 
 
 def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
-    first = summary.generations[0]
+    first = summary.rounds[0]
     yield "rows committed", f"{first.rows:,} of {first.planned_rows:,}"
     share = summary.errors / summary.answers if summary.answers else 0.0
     yield f"errors among {summary.answers:,} answers", f"{summary.errors:,} ({share:.2%})"
@@ -214,7 +214,7 @@ def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
 
 
 def _verdicts(summary: Summary) -> Iterator[Line]:
-    first = summary.generations[0]
+    first = summary.rounds[0]
     missing = first.planned_rows - first.rows
     if missing:
         yield Line(f"{missing:,} planned rows are not committed; run again to go on.", "bad")

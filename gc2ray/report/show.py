@@ -32,7 +32,7 @@ from gc2ray.models.base import LoadedModel
 from gc2ray.models.image_processor import tile
 from gc2ray.output.latest import MERGED_BY, Latest
 from gc2ray.output.run_directory import (
-    RETRIES,
+    RETRY_ROUNDS,
     RUN_NAME,
     RetryRound,
     open_round,
@@ -76,9 +76,9 @@ def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
         yield _looked(loaded, recipe, request, captions)
 
 
-def _place(generation: RetryRound, key: str) -> RowLocation:
+def _place(retry_round: RetryRound, key: str) -> RowLocation:
     """A source may have any name, so its row, and its prompt, are what stands behind it."""
-    fingerprints = dict(generation.plan.shards.files)
+    fingerprints = dict(retry_round.plan.shards.files)
     for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
         source, row = parts[0], parts[-1]
         if source in fingerprints and row.isdigit():
@@ -129,16 +129,16 @@ def _looked(loaded: LoadedModel, recipe: Recipe, request: Request, captions: lis
 
 def _latest(output: str, first: RetryRound) -> Latest:
     """The latest answers of an output, by what is committed now."""
-    numbers = retry_numbers(first.store.names(RETRIES))
+    numbers = retry_numbers(first.store.names(RETRY_ROUNDS))
     retries = (open_round(output, number) for number in numbers)
     found = [first, *(retry for retry in retries if retry is not None)]
-    return Latest([(generation, _committed(generation)) for generation in found])
+    return Latest([(retry_round, _committed(retry_round)) for retry_round in found])
 
 
-def _committed(generation: RetryRound) -> Booleans:
-    """Which shards of a generation are, (shards,)."""
-    sids = np.array([int(sid, 16) for sid in generation.store.committed()], np.uint64)
-    return np.isin(generation.plan.shards.sids, sids)
+def _committed(retry_round: RetryRound) -> Booleans:
+    """Which shards of a round are, (shards,)."""
+    sids = np.array([int(sid, 16) for sid in retry_round.store.committed()], np.uint64)
+    return np.isin(retry_round.plan.shards.sids, sids)
 
 
 def _answer(latest: Latest, shards: Shards, place: RowLocation, key: str) -> dict[str, Any] | None:

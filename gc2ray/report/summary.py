@@ -1,6 +1,6 @@
 """`Summary`: the numbers of a report, all of them derived from a `RunTotals` and a table of prices.
 
-Whatever a page, a text or a program is told comes from here. Costs are those of all generations;
+Whatever a page, a text or a program is told comes from here. Costs are those of all rounds;
 what was saved is an estimate from operations, and says so.
 
 Not covered: quality, which footers cannot tell.
@@ -116,7 +116,7 @@ class Summary:
         versions: Of libraries, when the run began.
         started: When its first driver began; None where none tells.
         ended: When its last one was seen.
-        generations: The run and its retries.
+        rounds: The run and its retries.
         by_status: Answers of all of them.
         empty_answers: Those that are `ok`, and blank.
         images: That were encoded.
@@ -160,7 +160,7 @@ class Summary:
     versions: Mapping[str, str]
     started: datetime | None
     ended: datetime | None
-    generations: tuple[RoundSummary, ...]
+    rounds: tuple[RoundSummary, ...]
     by_status: Mapping[str, int]
     empty_answers: int
     images: int
@@ -175,7 +175,7 @@ class Summary:
     kv_bytes: BeforeAfter
     flops: Mapping[str, BeforeAfter]
     stage_seconds: Mapping[str, float]
-    starved_seconds: float
+    input_starved_seconds: float
     rows_a_step: float | None
     peak_device_bytes: int
     peak_host_bytes: int
@@ -251,7 +251,7 @@ def summarise(ledger: RunTotals, prices: Prices) -> Summary:
         versions=first.run.versions,
         started=min((driver.started for driver in drivers), default=None),
         ended=max((driver.last_seen for driver in drivers), default=None),
-        generations=tuple(_round_summary(entry) for entry in ledger.entries),
+        rounds=tuple(_round_summary(entry) for entry in ledger.entries),
         by_status=stats.by_status,
         empty_answers=stats.empty_answers,
         images=stats.images,
@@ -272,7 +272,7 @@ def summarise(ledger: RunTotals, prices: Prices) -> Summary:
             if stage in stats.flops_full
         },
         stage_seconds={stage: stats.stage_ns.get(stage, 0) / 1e9 for stage in STAGES},
-        starved_seconds=stats.starved_ns / 1e9,
+        input_starved_seconds=stats.input_starved_ns / 1e9,
         rows_a_step=stats.output_tokens / stats.decode_steps if stats.decode_steps else None,
         peak_device_bytes=stats.peak_device_bytes,
         peak_host_bytes=stats.peak_host_bytes,
@@ -333,7 +333,7 @@ def _throughput(entry: RoundTotals) -> tuple[tuple[datetime, float, float], ...]
         (
             when,
             moment.answers / width,
-            moment.starved_ns / max(1, moment.starved_ns + moment.busy_ns),
+            moment.input_starved_ns / max(1, moment.input_starved_ns + moment.busy_ns),
         )
         for when, moment in entry.timeline.moments()
     )

@@ -91,9 +91,9 @@ def _round_table(summary: Summary) -> Table:
             f"{one.by_status.get('ok', 0):,}",
             f"{sum(one.by_status.values()) - one.by_status.get('ok', 0):,}",
         ]
-        for one in summary.generations
+        for one in summary.rounds
     ]
-    head = ["generation", "rows", "parts", "ok", "errors"]
+    head = ["round", "rows", "parts", "ok", "errors"]
     return Table("Generations", head, found if len(found) > 1 else [])
 
 
@@ -146,7 +146,9 @@ def _memory_table(summary: Summary) -> Table:
 def _time_table(summary: Summary) -> Table:
     seconds = summary.stage_seconds
     rows = [[STAGES[stage], duration(spent / HOUR)] for stage, spent in seconds.items()]
-    rows.append(["starved: nothing to do, rows to come", duration(summary.starved_seconds / HOUR)])
+    rows.append(
+        ["starved: nothing to do, rows to come", duration(summary.input_starved_seconds / HOUR)]
+    )
     note = "Busy time of all workers; stages overlap on a GPU."
     if summary.rows_a_step:
         note += f" {precise(summary.rows_a_step)} rows were decoded together on average."

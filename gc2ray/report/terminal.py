@@ -130,16 +130,16 @@ class Counted(_Shown):
         self._bar.advance(self._task, count)
 
 
-def print_outcome(console: Console, outcome: Outcome, output: str, generation: int = 0) -> None:
+def print_outcome(console: Console, outcome: Outcome, output: str, retry_round: int = 0) -> None:
     """The table at the end of a run, what was given up, what failed, and what to do about it.
 
     Args:
         console: Where to.
         outcome: How it ended.
         output: Directory or URL.
-        generation: 0, or the number of the retry in it whose end it is.
+        retry_round: 0, or the number of the retry in it whose end it is.
     """
-    title = "/".join(filter(None, (output.rstrip("/"), object_name(generation))))
+    title = "/".join(filter(None, (output.rstrip("/"), object_name(retry_round))))
     table = Table("", "", title=escape(f"gc2ray: {title}"), show_header=False)
     lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_bill_lines(outcome.bill))
     for name, value in lines:
@@ -175,12 +175,12 @@ def _plain(text: str) -> str:
 
 def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
     """What an output holds, and what is wrong with it."""
-    table = Table("generation", "shards", "rows", "answers", "of them errors")
+    table = Table("round", "shards", "rows", "answers", "of them errors")
     table.title = escape(output)
-    for checked in verdict.generations:
-        plan, stats = checked.generation.plan, checked.stats
+    for checked in verdict.rounds:
+        plan, stats = checked.retry_round.plan, checked.stats
         table.add_row(
-            str(checked.generation.number),
+            str(checked.retry_round.number),
             f"{checked.committed.sum():,} of {len(plan.shards):,}",
             f"{checked.rows:,} of {plan.rows:,}",
             f"{stats.rows:,}",
@@ -222,7 +222,7 @@ def _cost_lines(stats: RunStats) -> list[tuple[str, str]]:
     lines += [
         (f"seconds, {stage}", f"{stats.stage_ns.get(stage, 0) / 1e9:.2f}") for stage in STAGES
     ]
-    lines.append(("seconds, starved", f"{stats.starved_ns / 1e9:.2f}"))
+    lines.append(("seconds, starved", f"{stats.input_starved_ns / 1e9:.2f}"))
     if stats.images_shared:
         lines.append(("images shared", f"{stats.images_shared:,}"))
         lines.append(("prompt tokens shared", f"{stats.prompt_tokens_shared:,}"))

@@ -34,15 +34,15 @@ class RunMetrics:
         )
         self._output = _counter("output_tokens", "Tokens that were written.")
         self._stages = _counter("stage_seconds", "Busy time by stage.", "stage")
-        self._starved = _counter(
-            "starved_seconds", "Time without anything to do while rows were still to come."
+        self._input_starved = _counter(
+            "input_starved_seconds", "Time without anything to do while rows were still to come."
         )
 
     def count(self, stats: RunStats) -> None:
         """A part was committed."""
         self._add(self._shards, 1)
         self._add(self._output, stats.output_tokens)
-        self._add(self._starved, stats.starved_ns / SECOND)
+        self._add(self._input_starved, stats.input_starved_ns / SECOND)
         kept = stats.visual_tokens_kept
         self._add(self._visual, kept, fate="kept")
         self._add(self._visual, stats.visual_tokens_full - kept, fate="saved")

@@ -39,7 +39,7 @@ from gc2ray.output.planner import (
     stored_plan,
 )
 from gc2ray.output.retry import Retry, freeze, latest_failures
-from gc2ray.output.run_directory import RETRIES, object_name, retry_numbers
+from gc2ray.output.run_directory import RETRY_ROUNDS, object_name, retry_numbers
 from gc2ray.runner import ray_pool
 from gc2ray.runner.driver import Display, Driver
 from gc2ray.runner.worker import Worker
@@ -132,7 +132,7 @@ def run_retry(
         cluster: How.
         address: As for `run_job`; and so the others.
         display: As there.
-        make_worker: Is told the `generation`, too.
+        make_worker: Is told the `retry_round`, too.
 
     Returns:
         How it ended. Whether too many answers failed is judged by the latest answers of the whole
@@ -146,7 +146,7 @@ def run_retry(
         retry.job(cluster.model_copy(update={"max_bad_rows": 1.0})),
         address=address,
         display=display,
-        make_worker=partial(make_worker, generation=retry.number),
+        make_worker=partial(make_worker, retry_round=retry.number),
         tell_new=False,
     )
     judged = Judged(*latest_failures(retry.output), cluster.max_bad_rows)
@@ -156,7 +156,7 @@ def run_retry(
 def _judged(found: Outcome, job: Job) -> Outcome:
     """The same, and whether too many answers failed; those that retries have mended did not."""
     counts = found.stats.rows, found.stats.bad_rows
-    if retry_numbers(Store(job.output).names(RETRIES)):
+    if retry_numbers(Store(job.output).names(RETRY_ROUNDS)):
         try:
             counts = latest_failures(job.output)
         except ConfigError as error:  # no reason to keep quiet about the run

@@ -116,7 +116,7 @@ class Worker:
     Args:
         job: The job.
         carried: Schema of the input columns that are written back.
-        generation: 0, or that of the retry whose rows these are.
+        retry_round: 0, or that of the retry whose rows these are.
         load: Makes the engine; the default loads the recipe's model.
         metrics: Told every step of a shard.
 
@@ -130,7 +130,7 @@ class Worker:
         job: Job,
         carried: pa.Schema,
         *,
-        generation: int = 0,
+        retry_round: int = 0,
         load: Callable[[Job], Answering] | None = None,
         metrics: StepHook | None = None,
     ) -> None:
@@ -138,7 +138,7 @@ class Worker:
         self.run = job.recipe.fingerprint()
         self._job = job
         self._carried = carried
-        self._generation = generation
+        self._retry_round = retry_round
         self._load = load or self._load_engine
         self._metrics = metrics or (lambda step, sid: log.debug("%s %s", step, sid))
         self._store = Store(job.output)
@@ -439,7 +439,7 @@ class Worker:
             stats=self._part_stats(answers),
             written=datetime.now(UTC),
         )
-        provenance = Provenance(work.handout.attempt, self._generation, self.uuid)
+        provenance = Provenance(work.handout.attempt, self._retry_round, self.uuid)
         part = self._part(answers, provenance, footer)
         self._metrics("written", shard.sid)
         commit = self._committed(shard, part, footer.token)

@@ -40,7 +40,7 @@ class SteadyEngine:
     model_shape = None
 
     def __init__(self) -> None:
-        self.starved_ns = 0
+        self.input_starved_ns = 0
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         answered = 0
@@ -50,7 +50,7 @@ class SteadyEngine:
                 if row is None:
                     before = feed.waited_ns
                     feed.wait()
-                    self.starved_ns += (feed.waited_ns - before) if answered else 0
+                    self.input_starved_ns += (feed.waited_ns - before) if answered else 0
                     continue
                 time.sleep(ROW_SECONDS)
                 answered += 1
@@ -60,7 +60,7 @@ class SteadyEngine:
         pass
 
     def totals(self) -> RunStats:
-        return RunStats(starved_ns=self.starved_ns)
+        return RunStats(input_starved_ns=self.input_starved_ns)
 
 
 def run() -> list[Line]:
@@ -84,7 +84,7 @@ def run() -> list[Line]:
         passed = time.perf_counter() - started
     total = sum(stats, RunStats())
     busy = total.rows * ROW_SECONDS
-    starved = total.starved_ns / 1e9
+    starved = total.input_starved_ns / 1e9
     figures = {
         "starved_share_percent": 100 * starved / (starved + busy),
         "starved_ms_per_border": 1000 * starved / SHARDS,

@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, RaySystemError
 from gc2ray.core.errors import ConfigError, GivenUp
 from gc2ray.core.process import INTERRUPTED, STOP_SIGNALS
 from gc2ray.runner.ray_pool import _cause, connected
-from tests.support.outputs import first_plan, write_generation
+from tests.support.outputs import first_plan, write_round
 from tests.support.rows import job_data
 from tests.test_cli import ROOT, here
 
@@ -92,7 +92,7 @@ import atexit
 if moment == "behind": atexit.register(hit)
 ending.run_process(command)
 """
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     done = subprocess.run(
         [sys.executable, "-c", script, moment, str(tmp_path)],
         capture_output=True,
@@ -296,7 +296,7 @@ def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
 
 
 def test_nobody_need_read_what_is_printed(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     process = start("verify", tmp_path)
     assert process.stdout is not None
     process.stdout.close()
@@ -307,7 +307,7 @@ def test_nobody_need_read_what_is_printed(tmp_path: Path) -> None:
 
 def test_status_in_a_log_that_knows_few_characters(tmp_path: Path) -> None:
     """Nothing is cut, so that times can be read; torn records are told."""
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     time_ = "2026-11-29T19:04:05.123456+00:00"
     record = {"node": "a-node-with-a-long-name-of-its-own.example.com", "pid": 4711, "loaded": None}
     (tmp_path / "workers").mkdir()
@@ -328,7 +328,7 @@ def test_status_in_a_log_that_knows_few_characters(tmp_path: Path) -> None:
 
 def test_a_dead_letter_that_is_torn_is_told(tmp_path: Path) -> None:
     plan = first_plan()
-    write_generation(tmp_path, 0, plan, lambda source, row: None if row == 0 else ["ok"])
+    write_round(tmp_path, 0, plan, lambda source, row: None if row == 0 else ["ok"])
     for letter, text in zip(sorted((tmp_path / "dead").iterdir()), ("", "[1]"), strict=True):
         letter.write_text(text)
     result = here("status", tmp_path)
@@ -338,7 +338,7 @@ def test_a_dead_letter_that_is_torn_is_told(tmp_path: Path) -> None:
 
 def test_brackets_in_a_path_are_shown(tmp_path: Path) -> None:
     output = tmp_path / "run [v2]"
-    write_generation(output, 0, first_plan())
+    write_round(output, 0, first_plan())
     for command in ("status", "verify"):
         assert "run [v2]" in here(command, output).stdout
 
@@ -347,7 +347,7 @@ def test_brackets_in_a_path_are_shown(tmp_path: Path) -> None:
     "words", [["compact", "OUT", "s3:/b/x"], ["report", "OUT", "--to", "$X/r"]]
 )
 def test_what_is_written_elsewhere_goes_where_it_is_meant(tmp_path: Path, words: list[str]) -> None:
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     result = here(*(str(tmp_path) if word == "OUT" else word for word in words))
     assert result.exit_code == 2
     assert "did you mean 's3://b/x'?" in result.stderr or "names a variable" in result.stderr

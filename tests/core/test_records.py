@@ -27,14 +27,14 @@ from gc2ray.core.schema import (
 from gc2ray.core.stats import STAGES, RunStats
 from tests.support.rows import request
 
-PROVENANCE = Provenance(attempt=2, generation=0, worker="w1")
+PROVENANCE = Provenance(attempt=2, retry_round=0, worker="w1")
 CARRIED = pa.schema([("id", pa.int64()), ("tags", pa.list_(pa.string()))])
 COLUMNS = [
     "row_key", "source", "row", "prompt_index", "answer", "status", "error", "finish_reason",
     "prompt_tokens", "output_tokens", "visual_tokens_full", "visual_tokens_kept", "newline_tokens",
     "newline_tokens_full", "kept_per_view", "method", "retention_requested", "retention_actual",
     "kv_bytes", "kv_bytes_full", "image_ns", "encode_ns", "compress_ns", "prefill_ns",
-    "generate_ns", "halvings", "attempt", "generation", "device", "worker", "audit", "kept_mask",
+    "generate_ns", "oom_splits", "attempt", "retry_round", "device", "worker", "audit", "kept_mask",
 ]  # fmt: skip
 UNMEASURED = [
     "answer", "finish_reason", "prompt_tokens", "output_tokens", "visual_tokens_full",
@@ -111,7 +111,7 @@ def test_an_answered_row() -> None:
         "kept_per_view": [[9, 11], [], [3]], "method": "globalcom2",
         "retention_requested": 0.25, "retention_actual": 0.25, "kv_bytes": 430,
         "kv_bytes_full": 1000, "image_ns": 1000, "encode_ns": 1000, "compress_ns": 1000,
-        "prefill_ns": 1000, "generate_ns": 1000, "halvings": 0, "attempt": 2, "generation": 0,
+        "prefill_ns": 1000, "generate_ns": 1000, "oom_splits": 0, "attempt": 2, "retry_round": 0,
         "device": "cpu", "worker": "w1", "audit": None, "kept_mask": None,
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from gc2ray.output.compact import compact
 from tests.data.test_store import RECIPE, a_part
 from tests.support.fault_proxy import PATIENT, FaultProxy, Faults
 from tests.support.object_servers import SECRET, a_bucket
-from tests.support.outputs import first_plan, write_generation
+from tests.support.outputs import first_plan, write_round
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -92,7 +92,7 @@ def test_nothing_is_lost_or_doubled(
 def test_a_dataset_is_written_though_acknowledgements_get_lost(
     proxy: FaultProxy, output: str, tmp_path: Path
 ) -> None:
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     proxy.faults = Faults(lost=0.5)
     dataset = compact(str(tmp_path), f"{output}/dataset", file_bytes=1000)
     proxy.faults = Faults()

@@ -387,7 +387,7 @@ def test_rows_are_answered_while_the_reader_waits(loaded: LoadedModel) -> None:
     for answer in engine.stream(feed()):
         seen.append(answer.request.row)
     assert waiting == [[0, 1], [0, 1, 2]]
-    assert engine.totals().starved_ns > 0
+    assert engine.totals().input_starved_ns > 0
 
 
 @pytest.mark.parametrize("error", [ValueError("odd image"), torch.OutOfMemoryError("no room")])

@@ -231,8 +231,8 @@ def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_
     rows = pq.read_table(tmp_path / "compacted").to_pylist()
     assert (dataset.rows, dataset.failed) == (ROWS, 0)
     assert [row["row"] for row in rows] == list(range(ROWS))
-    assert {row["generation"] for row in rows if 60 <= row["row"] < 75} == {1}
-    assert {row["generation"] for row in rows if not 60 <= row["row"] < 75} == {0}
+    assert {row["retry_round"] for row in rows if 60 <= row["row"] < 75} == {1}
+    assert {row["retry_round"] for row in rows if not 60 <= row["row"] < 75} == {0}
 
 
 def test_a_shard_that_hangs_once(job_file: Path, marks: Path) -> None:

@@ -39,7 +39,7 @@ from tests.support.outputs import (
     flip_a_bit,
     latest_answers,
     parts,
-    write_generation,
+    write_round,
 )
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -56,12 +56,12 @@ def readme_query(output: Path) -> str:
 def retried(output: Path, seed: int, retries: int, *, listed: bool, shard_rows: int = 4) -> None:
     """A run and some retries, each with failures and dead shards."""
     plan = first_plan(shard_rows=shard_rows)
-    write_generation(output, 0, plan, drawn(seed, 0, listed=listed), listed=listed)
+    write_round(output, 0, plan, drawn(seed, 0, listed=listed), listed=listed)
     for _ in range(retries):
         retry = next_retry(str(output))
         if retry is not None:
             outcome = drawn(seed, retry.number, listed=listed)
-            write_generation(output, retry.number, freeze(retry), outcome, listed=listed)
+            write_round(output, retry.number, freeze(retry), outcome, listed=listed)
 
 
 def keyed(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -109,7 +109,7 @@ def test_compact_duckdb_and_plain_loops_agree(
 
 
 def many(output: Path, rows: int = 400, shard_rows: int = 10) -> None:
-    write_generation(output, 0, first_plan([SourceFile("a.parquet", "f", (rows,))], shard_rows))
+    write_round(output, 0, first_plan([SourceFile("a.parquet", "f", (rows,))], shard_rows))
 
 
 def test_files_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_success_says_what_there_is(tmp_path: Path) -> None:
     dataset = compact(str(output), str(dest), file_bytes=2_000, incomplete=True)
     told = json.loads((dest / "_SUCCESS").read_text())
     assert told["rows"] == dataset.rows
-    assert (told["run"], told["generations"]) == (RECIPE.fingerprint(), [0, 1])
+    assert (told["run"], told["retry_rounds"]) == (RECIPE.fingerprint(), [0, 1])
     assert len(told["files"]) > 1
     for file in told["files"]:
         data = (dest / file["name"]).read_bytes()
@@ -194,21 +194,21 @@ def test_any_kept_columns(tmp_path: Path) -> None:
 
     output, dest = tmp_path / "out", tmp_path / "dest"
     outcome = drawn(4, 0, listed=False)
-    write_generation(output, 0, replace(first_plan(), carried=carried), outcome, changed=changed)
+    write_round(output, 0, replace(first_plan(), carried=carried), outcome, changed=changed)
     retry = next_retry(str(output))
     assert retry is not None
-    write_generation(output, 1, freeze(retry), changed=changed)
+    write_round(output, 1, freeze(retry), changed=changed)
     assert verify(str(output), deep=True).problems == ()
     compact(str(output), str(dest))
     table = read(dest)
     assert table.schema.field("id").type == names
     assert table["id"].to_pylist() == [f"row {row}" for row in table["row"].to_pylist()]
     assert table["tag"].to_pylist() == [[{"a": source}] for source in table["source"].to_pylist()]
-    assert set(table["generation"].to_pylist()) == {0, 1}
+    assert set(table["retry_round"].to_pylist()) == {0, 1}
 
 
 def test_no_rows_are_a_file_with_the_schema(tmp_path: Path) -> None:
-    write_generation(tmp_path / "out", 0, first_plan(files=[]))
+    write_round(tmp_path / "out", 0, first_plan(files=[]))
     dataset = compact(str(tmp_path / "out"), str(tmp_path / "dest"))
     assert (dataset.rows, dataset.answers, len(dataset.files)) == (0, 0, 1)
     assert read(tmp_path / "dest").schema.equals(answer_schema(CARRIED))
@@ -246,7 +246,7 @@ def test_a_part_whose_rows_are_damaged_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "dest/_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("dest", ["out", "out/data", "out/new", "out/retries/g1"])
+@pytest.mark.parametrize("dest", ["out", "out/data", "out/new", "out/retry_rounds/1"])
 def test_a_place_in_the_output_is_refused(tmp_path: Path, dest: str) -> None:
     many(tmp_path / "out", rows=40)
     with pytest.raises(ConfigError, match="choose a place of its own"):
@@ -312,10 +312,10 @@ def test_somebody_else_who_writes_there_is_noticed(
 def test_from_and_to_elsewhere(tmp_path: Path) -> None:
     """As URLs: nothing is a path."""
     output = "memory://compacted/out"
-    store = write_generation(output, 0, first_plan(), drawn(1, 0, listed=False))
+    store = write_round(output, 0, first_plan(), drawn(1, 0, listed=False))
     retry = next_retry(output)
     assert retry is not None
-    write_generation(output, 1, freeze(retry), all_ok)
+    write_round(output, 1, freeze(retry), all_ok)
     dataset: Dataset = compact(output, "memory://compacted/dest", file_bytes=2_000)
     target = Store("memory://compacted/dest")
     assert target.names("")[0] == "/_SUCCESS"

@@ -17,14 +17,14 @@ from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.planner import extend_plan, store_plan, stored_plan
 from gc2ray.output.run_directory import frozen_plan, stored_run
 from gc2ray.output.verify import verify
-from tests.support.outputs import CARRIED, FILES, RECIPE, first_plan, write_generation
+from tests.support.outputs import CARRIED, FILES, RECIPE, first_plan, write_round
 
 NEW = (SourceFile("e.parquet", "fe", (4,)), SourceFile("f.parquet", "ff", (0,)))
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Store:
-    return write_generation(tmp_path, 0, first_plan())
+    return write_round(tmp_path, 0, first_plan())
 
 
 def job_of(store: Store, **cluster: object) -> Job:

@@ -25,7 +25,7 @@ from tests.support.outputs import (
     an_answer,
     first_plan,
     parts,
-    write_generation,
+    write_round,
 )
 from tests.test_cli import here
 
@@ -55,7 +55,7 @@ def test_too_many_failures_are_no_success_however_few_rows_there_are(
     tmp_path: Path, failed: int
 ) -> None:
     """One of 17 is more than 5 %. A rerun says the same, and `status` tells completeness alone."""
-    write_generation(tmp_path / "out", 0, first_plan(), bad(range(failed)))
+    write_round(tmp_path / "out", 0, first_plan(), bad(range(failed)))
     first, again = run(tmp_path), run(tmp_path)
     assert (first.exit_code, first.stdout) == (again.exit_code, again.stdout)
     assert first.exit_code == (1 if failed else 0)
@@ -72,7 +72,7 @@ def test_the_first_failures_and_the_next_command_are_told(tmp_path: Path) -> Non
     def shown(answer: Answer) -> Answer:
         return replace(answer, error=answer.error and f"\x1b[31m[red]{answer.error}\n" + "x" * 500)
 
-    write_generation(tmp_path / "out", 0, first_plan(), bad((1, 4, 5, 8)), changed=shown)
+    write_round(tmp_path / "out", 0, first_plan(), bad((1, 4, 5, 8)), changed=shown)
     for result in (run(tmp_path), here("status", tmp_path / "out")):
         lines = result.stdout.splitlines()
         at = lines.index("the first answers that failed:")
@@ -84,7 +84,7 @@ def test_the_first_failures_and_the_next_command_are_told(tmp_path: Path) -> Non
 
 
 def test_an_incomplete_run_is_gone_on_with_first(tmp_path: Path) -> None:
-    write_generation(tmp_path / "out", 0, first_plan(), bad((1,)))
+    write_round(tmp_path / "out", 0, first_plan(), bad((1,)))
     parts(tmp_path / "out")[2].unlink()
     status = here("status", tmp_path / "out")
     assert status.exit_code == 1
@@ -95,7 +95,7 @@ def test_an_incomplete_run_is_gone_on_with_first(tmp_path: Path) -> None:
 
 def test_a_part_that_cannot_be_read_costs_no_outcome(tmp_path: Path) -> None:
     """Its footer is whole; what it says of errors is what is missing."""
-    write_generation(tmp_path / "out", 0, first_plan(), bad((1,)))
+    write_round(tmp_path / "out", 0, first_plan(), bad((1,)))
     part = parts(tmp_path / "out")[0]
     data = part.read_bytes()
     column = pq.read_metadata(part).row_group(0).column(7)
@@ -113,10 +113,10 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
 ) -> None:
     """Ten of 17 had failed; and so is a rerun of the run, and a retry with nothing to do."""
     output = str(tmp_path / "out")
-    write_generation(output, 0, first_plan(), bad(range(10)))
+    write_round(output, 0, first_plan(), bad(range(10)))
     retry = next_retry(output)
     assert retry is not None
-    write_generation(output, 1, freeze(retry), bad(range(mended, 10)))
+    write_round(output, 1, freeze(retry), bad(range(mended, 10)))
     found = run_retry(retry, Cluster(max_bad_rows=0.1))
     assert found.judged is not None
     assert (found.judged.answers, found.judged.failed) == (ROWS, 10 - mended)
@@ -131,10 +131,10 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
 
 def test_a_run_whose_output_is_damaged_is_told_all_the_same(tmp_path: Path) -> None:
     output = str(tmp_path / "out")
-    write_generation(output, 0, first_plan(), bad(range(10)))
+    write_round(output, 0, first_plan(), bad(range(10)))
     retry = next_retry(output)
     assert retry is not None
-    write_generation(output, 1, freeze(retry))
+    write_round(output, 1, freeze(retry))
     (tmp_path / "out/data/notes.txt").touch()
     result = run(tmp_path)
     assert result.exit_code == 1
@@ -150,7 +150,7 @@ def test_blank_answers_are_counted_and_told(tmp_path: Path) -> None:
     def blank(answer: Answer) -> Answer:
         return replace(answer, answer=next(texts)) if answer.answer is not None else answer
 
-    write_generation(tmp_path / "out", 0, first_plan(), bad((5,)), changed=blank)
+    write_round(tmp_path / "out", 0, first_plan(), bad((5,)), changed=blank)
     result = run(tmp_path, "cluster.max_bad_rows=1")
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["│", "of", "them", "blank", "│", "3", "│"] in lines
@@ -162,7 +162,7 @@ def test_blank_answers_are_counted_and_told(tmp_path: Path) -> None:
 
 
 def test_a_blank_answer_is_the_same_to_rows_and_footers(tmp_path: Path) -> None:
-    write_generation(
+    write_round(
         tmp_path,
         0,
         first_plan(),

@@ -1,4 +1,4 @@
-"""Retries: exactly the rows that failed, each once, and nothing of generation 0 is touched."""
+"""Retries: exactly the rows that failed, each once, and nothing of round 0 is touched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.outputs import (
     first_plan,
     latest_answers,
     parts,
-    write_generation,
+    write_round,
 )
 from tests.support.rows import make_job, question_list, write_rows
 
@@ -68,7 +68,7 @@ def test_a_retry_plans_the_rows_whose_latest_answer_failed(
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         plan, outcome = first_plan(shard_rows=shard_rows), drawn(seed, 0, listed=listed)
-        write_generation(output, 0, plan, outcome, listed=listed)
+        write_round(output, 0, plan, outcome, listed=listed)
         for failures in chosen:
             expected = failed(output, tuple(failures))
             retry = next_retry(str(output), failures)
@@ -77,7 +77,7 @@ def test_a_retry_plans_the_rows_whose_latest_answer_failed(
                 continue
             assert places(retry.plan) == expected
             outcome = drawn(seed, retry.number, listed=listed)
-            write_generation(output, retry.number, freeze(retry), outcome, listed=listed)
+            write_round(output, retry.number, freeze(retry), outcome, listed=listed)
             assert verify(str(output), deep=True).damage == ()
             latest = latest_answers(output).values()
             bad = sum(answer["status"] != "ok" for answer in latest)
@@ -92,7 +92,7 @@ def some_fail(source: str, row: int) -> list[Status] | None:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    write_generation(tmp_path, 0, first_plan(), some_fail)
+    write_round(tmp_path, 0, first_plan(), some_fail)
     return tmp_path
 
 
@@ -123,7 +123,7 @@ def test_the_failures_that_are_asked_for(
 
 
 def test_nothing_failed(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan())
+    write_round(tmp_path, 0, first_plan())
     assert next_retry(str(tmp_path)) is None
 
 
@@ -167,27 +167,27 @@ def test_generation_0_stays_as_it_was(output: Path) -> None:
     before = digests(output)
     for _ in range(2):
         retry = begun(output)
-        write_generation(output, retry.number, freeze(retry), some_fail)
+        write_round(output, retry.number, freeze(retry), some_fail)
     after = digests(output)
     assert {name: after[name] for name in before} == before
-    assert all(name.startswith("retries/g") for name in after.keys() - before.keys())
+    assert all(name.startswith("retry_rounds/") for name in after.keys() - before.keys())
     assert begun(output).number == 3
 
 
 def test_a_retry_that_is_not_finished_is_gone_on_with(output: Path) -> None:
     retry = begun(output)
     frozen = freeze(retry)
-    assert (output / "retries/g1" / RUN_NAME).exists()
+    assert (output / "retry_rounds/1" / RUN_NAME).exists()
     again = begun(output, failures=("too_long",))
     assert (again.number, again.begun, again.plan) == (1, True, frozen)
     assert freeze(again) == frozen
-    write_generation(output, 1, frozen, all_ok)
+    write_round(output, 1, frozen, all_ok)
     assert next_retry(str(output)) is None
 
 
 def test_a_retry_whose_shards_are_dead_is_finished(output: Path) -> None:
     retry = begun(output, failures=("failed",))
-    write_generation(output, 1, freeze(retry), lambda source, row: None)
+    write_round(output, 1, freeze(retry), lambda source, row: None)
     again = begun(output, failures=("failed",))
     assert (again.number, again.begun, places(again.plan)) == (2, False, places(retry.plan))
 
@@ -195,8 +195,8 @@ def test_a_retry_whose_shards_are_dead_is_finished(output: Path) -> None:
 def test_a_plan_that_was_left_without_its_run_is_taken(output: Path) -> None:
     """The process was killed between the two; or another start was faster."""
     left = begun(output, failures=("failed",)).plan
-    (output / "retries/g1/plan").mkdir(parents=True)
-    (output / "retries/g1" / PLAN_NAME).write_bytes(left.to_bytes())
+    (output / "retry_rounds/1/plan").mkdir(parents=True)
+    (output / "retry_rounds/1" / PLAN_NAME).write_bytes(left.to_bytes())
     retry = begun(output)
     assert (retry.number, retry.begun) == (1, False)
     assert retry.plan != left
@@ -213,7 +213,7 @@ def test_shards_are_small_where_few_rows_failed(
 ) -> None:
     """And never larger than those of the run."""
     plan = first_plan([SourceFile("a.parquet", "fa", (10,) * 50)], 10)
-    write_generation(
+    write_round(
         tmp_path, 0, plan, lambda source, row: [Status.FAILED if row < failing else Status.OK]
     )
     assert begun(tmp_path).plan.shards.rows_each.tolist() == sizes
@@ -222,15 +222,15 @@ def test_shards_are_small_where_few_rows_failed(
 def test_an_output_elsewhere() -> None:
     """As a URL: nothing is a path."""
     output = "memory://retried/out"
-    write_generation(output, 0, first_plan(), some_fail)
+    write_round(output, 0, first_plan(), some_fail)
     retry = next_retry(output + "/")
     assert retry is not None
-    assert retry.store.uri == "memory://retried/out/retries/g1"
-    write_generation(output, 1, freeze(retry))
+    assert retry.store.uri == "memory://retried/out/retry_rounds/1"
+    write_round(output, 1, freeze(retry))
     verdict = verify(output, deep=True)
     assert (verdict.problems, verdict.rows) == ((), 17)
     assert next_retry(output) is None
-    verdict.generations[0].generation.store._fs.store.clear()
+    verdict.rounds[0].retry_round.store._fs.store.clear()
 
 
 def test_workers_answer_a_retry(tmp_path: Path) -> None:
@@ -248,9 +248,9 @@ def test_workers_answer_a_retry(tmp_path: Path) -> None:
     assert places(retry.plan) == [("a.parquet", row) for row in bad]
     again = retry.job(Cluster())
     assert again.recipe == job.recipe
-    answer(Worker(again, carried, generation=1, load=lambda job: EchoEngine()), freeze(retry))
+    answer(Worker(again, carried, retry_round=1, load=lambda job: EchoEngine()), freeze(retry))
     verdict = verify(job.output, deep=True)
-    assert (verdict.problems, [found.rows for found in verdict.generations]) == ((), [20, len(bad)])
+    assert (verdict.problems, [found.rows for found in verdict.rounds]) == ((), [20, len(bad)])
     assert begun(tmp_path / "out").plan == retry.plan, "null prompts are bad for ever"
 
 

@@ -20,7 +20,7 @@ from gc2ray.data.store import Store
 from gc2ray.models.shape import LLAVA_7B
 from gc2ray.output.heartbeats import DriverRecord
 from gc2ray.output.totals import BUCKETS, GROUPS, Moment, Timeline, read_totals
-from tests.support.outputs import first_plan, retry_of, write_generation
+from tests.support.outputs import first_plan, retry_of, write_round
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -47,7 +47,7 @@ def fails_at(bad: set[int]):
 
 def test_footers_add_up_to_the_ledger_exactly(tmp_path: Path) -> None:
     plan = first_plan()
-    store = write_generation(tmp_path, 0, plan, fails_at({1, 6}))  # rows of both files
+    store = write_round(tmp_path, 0, plan, fails_at({1, 6}))  # rows of both files
     names = store.names("data")
     ticks: list[int] = []
     ledger = read_totals(str(tmp_path), ticks.append)
@@ -61,8 +61,8 @@ def test_footers_add_up_to_the_ledger_exactly(tmp_path: Path) -> None:
 
 
 def test_generations_are_told_apart(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan(), fails_at({1}))
-    write_generation(tmp_path, 2, retry_of([Span("a.parquet", "fa", 1, 2)]))
+    write_round(tmp_path, 0, first_plan(), fails_at({1}))
+    write_round(tmp_path, 2, retry_of([Span("a.parquet", "fa", 1, 2)]))
     ledger = read_totals(str(tmp_path))
     assert [entry.number for entry in ledger.entries] == [0, 2]
     assert ledger.stats.rows == first_plan().rows + 1
@@ -73,7 +73,7 @@ def test_parts_are_grouped_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gc2ray.output.totals.GROUPS", 3)
-    write_generation(tmp_path, 0, first_plan(shard_rows=1))
+    write_round(tmp_path, 0, first_plan(shard_rows=1))
     (entry,) = read_totals(str(tmp_path)).entries
     assert (entry.parts, len(entry.groups)) == (17, 3)
     assert [group.rows for group in entry.groups] == [6, 6, 5]
@@ -83,9 +83,7 @@ def test_parts_are_grouped_in_bounded_memory(
 def test_records_are_read_and_strangers_are_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_generation(
-        tmp_path, 0, first_plan(), lambda source, row: None if row == 9 else [Status.OK]
-    )
+    write_round(tmp_path, 0, first_plan(), lambda source, row: None if row == 9 else [Status.OK])
     store = Store(str(tmp_path))
     store.create("workers/a.json", worker_record())
     store.create("workers/b.json", worker_record(device="NVIDIA H200", loaded=None, gpus=0.0))
@@ -116,7 +114,7 @@ def test_an_output_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_part_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = write_generation(tmp_path, 0, first_plan())
+    store = write_round(tmp_path, 0, first_plan())
     footer = store.footer(store.names("data")[2])
     foreign = replace(footer, run="another")
     monkeypatch.setattr(

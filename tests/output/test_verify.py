@@ -35,7 +35,7 @@ from tests.support.outputs import (
     rewrite,
     with_column,
     with_footer,
-    write_generation,
+    write_round,
 )
 
 PLAN = first_plan()
@@ -52,7 +52,7 @@ def mixed(source: str, row: int) -> list[Status]:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    write_generation(tmp_path / "out", 0, PLAN)
+    write_round(tmp_path / "out", 0, PLAN)
     return tmp_path / "out"
 
 
@@ -64,11 +64,11 @@ def second(output: Path) -> Path:
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_good_output_is_found_good(tmp_path: Path, *, deep: bool, listed: bool) -> None:
     outcome = mixed if listed else (lambda source, row: mixed(source, row)[:1])
-    write_generation(tmp_path, 0, PLAN, outcome, listed=listed)
+    write_round(tmp_path, 0, PLAN, outcome, listed=listed)
     verdict = verify(str(tmp_path), deep=deep)
     assert (verdict.problems, verdict.notes, verdict.exit_code) == ((), (), 0)
     assert (verdict.rows, verdict.planned_rows) == (17, 17)
-    (checked,) = verdict.generations
+    (checked,) = verdict.rounds
     answers = [mixed(file.source, row) for file in FILES for row in range(file.rows)]
     statuses = [status for row in answers for status in (row if listed else row[:1])]
     assert checked.stats.rows == len(statuses)
@@ -316,7 +316,7 @@ def test_a_prompt_that_is_not_as_planned_is_seen_deep_down(tmp_path: Path, kind:
     def outcome(source: str, row: int) -> list[Status]:
         return [Status.OK] * (1 if row else 3)
 
-    write_generation(tmp_path, 0, plan, outcome, listed=True)
+    write_round(tmp_path, 0, plan, outcome, listed=True)
     order, what = PROMPTS[kind]
     part = tmp_path / plan.shards[0].part_name
     rewrite(part, lambda table: table.take(order), lambda stats: replace(stats, rows=len(order)))
@@ -353,7 +353,7 @@ def test_files_with_lists_and_without_are_good_in_one_part(tmp_path: Path, shard
 
 VALUES = {
     "status": (["ok", "good", "ok"], "has answers of status 'good'"),
-    "generation": ([0, 1, 0], "has answers of generation 1"),
+    "retry_round": ([0, 1, 0], "has answers of round 1"),
     "worker": (["w", "w", "other"], "has answers of worker 'other'"),
     "prompt_tokens": ([42, 44, 44], "prompt_tokens is 129 by its footer, 130 by its rows"),
     "output_tokens": ([3, 3, None], "output_tokens is 9 by its footer, 6 by its rows"),
@@ -373,7 +373,7 @@ def test_an_edited_value_is_seen_deep_down(output: Path, column: str) -> None:
 
 def test_an_edited_statistic_is_seen_deep_down(output: Path) -> None:
     """What rows do not tell, such as peaks, may be anything."""
-    stats = RunStats(images_shared=3, starved_ns=8, oom_splits=1, peak_device_bytes=4)
+    stats = RunStats(images_shared=3, input_starved_ns=8, oom_splits=1, peak_device_bytes=4)
     rewrite(second(output), lambda table: table, lambda own: own + stats)
     assert found(output, deep=True) == ()
     rewrite(second(output), lambda table: table, lambda own: own + RunStats(stage_ns={"image": 1}))
@@ -416,21 +416,23 @@ def test_an_edited_recipe_of_the_run(output: Path) -> None:
 
 
 def test_a_retry_with_another_model(output: Path) -> None:
-    write_generation(output, 1, retry_of([Span("a.parquet", "fa", 0, 2)]))
+    write_round(output, 1, retry_of([Span("a.parquet", "fa", 0, 2)]))
     assert found(output, deep=False) == ()
     (output / "model.json").write_text('{"digest": "a"}')
     assert found(output, deep=False) == ()
-    (output / "retries/g1/model.json").write_text('{"digest": "b"}')
+    (output / "retry_rounds/1/model.json").write_text('{"digest": "b"}')
     (problem,) = found(output, deep=False)
-    assert problem == ("retries/g1/model.json: its model is not the output's; move retries/g1 away")
-    (output / "retries/g1/model.json").write_text("b")
+    assert problem == (
+        "retry_rounds/1/model.json: its model is not the output's; move retry_rounds/1 away"
+    )
+    (output / "retry_rounds/1/model.json").write_text("b")
     (problem,) = found(output, deep=False)
-    assert problem == "retries/g1/model.json: not written by gc2ray, or damaged"
+    assert problem == "retry_rounds/1/model.json: not written by gc2ray, or damaged"
 
 
 def test_a_plan_that_has_a_row_twice(tmp_path: Path) -> None:
     spans = [Span("a", "f", 0, 4), Span("b", "f", 0, 4), Span("a", "f", 3, 5)]
-    write_generation(tmp_path, 0, retry_of(spans))
+    write_round(tmp_path, 0, retry_of(spans))
     assert found(tmp_path, deep=False) == ("plan/0000.parquet: a#3 is planned twice",)
 
 
@@ -462,7 +464,7 @@ def test_a_part_that_another_driver_put_in_its_place_is_as_good(output: Path) ->
 
 
 def test_an_empty_plan_is_complete(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan(files=[]))
+    write_round(tmp_path, 0, first_plan(files=[]))
     assert found(tmp_path, deep=True) == ()
 
 
@@ -476,9 +478,9 @@ def row_three_fails(source: str, row: int) -> list[Status]:
 @pytest.fixture
 def retried(tmp_path: Path) -> Path:
     """Row 3 of both files failed, and was answered in retry 1."""
-    write_generation(tmp_path, 0, PLAN, row_three_fails)
+    write_round(tmp_path, 0, PLAN, row_three_fails)
     plan = retry_of([Span("a.parquet", "fa", 3, 4), Span("d/b.parquet", "fb", 3, 4)], 1)
-    write_generation(tmp_path, 1, plan)
+    write_round(tmp_path, 1, plan)
     return tmp_path
 
 
@@ -486,13 +488,13 @@ def retried(tmp_path: Path) -> Path:
 def test_a_good_retry_is_found_good(retried: Path, *, deep: bool) -> None:
     verdict = verify(str(retried), deep=deep)
     assert (verdict.problems, verdict.notes) == ((), ())
-    assert [checked.rows for checked in verdict.generations] == [17, 2]
+    assert [checked.rows for checked in verdict.rounds] == [17, 2]
     assert (verdict.rows, verdict.planned_rows) == (17, 17)
 
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_damaged_part_of_a_retry(retried: Path, *, deep: bool) -> None:
-    part = parts(retried / "retries/g1")[0]
+    part = parts(retried / "retry_rounds/1")[0]
     part.write_bytes(b"garbage")
     name = part.relative_to(retried)
     assert found(retried, deep=deep) == (
@@ -500,15 +502,15 @@ def test_a_damaged_part_of_a_retry(retried: Path, *, deep: bool) -> None:
     )
     part.unlink()
     assert found(retried, deep=deep) == (
-        "retries/g1/shard 0 (1 rows): not answered yet; retry again",
+        "retry_rounds/1/shard 0 (1 rows): not answered yet; retry again",
     )
 
 
 def test_answers_of_another_generation_in_a_retry(retried: Path) -> None:
-    part = parts(retried / "retries/g1")[0]
-    rewrite(part, lambda table: with_column(table, "generation", [0]))
+    part = parts(retried / "retry_rounds/1")[0]
+    rewrite(part, lambda table: with_column(table, "retry_round", [0]))
     assert found(retried, deep=True) == (
-        f"{part.relative_to(retried)}: has answers of generation 0; move it away, and retry again",
+        f"{part.relative_to(retried)}: has answers of round 0; move it away, and retry again",
     )
 
 
@@ -516,46 +518,48 @@ def test_a_retry_of_rows_that_were_never_planned(retried: Path) -> None:
     for number, span in enumerate(
         [Span("a.parquet", "fa", 1, 3), Span("a.parquet", "changed", 0, 1)]
     ):
-        write_generation(retried, 2 + number, retry_of([span]))
+        write_round(retried, 2 + number, retry_of([span]))
         line = (
-            f"retries/g{2 + number}/plan/0000.parquet: plans rows that plan/0000.parquet does not; "
-            "move it away"
+            f"retry_rounds/{2 + number}/plan/0000.parquet: plans rows that plan/0000.parquet does "
+            "not; move it away"
         )
         assert line in found(retried, deep=False)
 
 
 def test_a_damaged_plan_of_a_retry(retried: Path) -> None:
-    (retried / "retries/g1" / PLAN_NAME).unlink()
+    (retried / "retry_rounds/1" / PLAN_NAME).unlink()
     assert found(retried, deep=False) == (
-        "retries/g1/plan/0000.parquet: missing, and run.json names it",
+        "retry_rounds/1/plan/0000.parquet: missing, and run.json names it",
     )
-    (retried / "retries/g1" / RUN_NAME).write_text("no json")
-    assert found(retried, deep=False) == ("retries/g1/run.json: not written by gc2ray, or damaged",)
+    (retried / "retry_rounds/1" / RUN_NAME).write_text("no json")
+    assert found(retried, deep=False) == (
+        "retry_rounds/1/run.json: not written by gc2ray, or damaged",
+    )
 
 
 def test_what_is_no_retry(retried: Path) -> None:
-    (retried / "retries/old").mkdir()
-    (retried / "retries/g2").mkdir()
+    (retried / "retry_rounds/old").mkdir()
+    (retried / "retry_rounds/2").mkdir()
     verdict = verify(str(retried))
-    assert verdict.problems == ("retries/old: is no generation; move it away",)
-    assert verdict.notes == ("retries/g2/run.json: not there yet; retry again to begin",)
+    assert verdict.problems == ("retry_rounds/old: is no retry round; move it away",)
+    assert verdict.notes == ("retry_rounds/2/run.json: not there yet; retry again to begin",)
 
 
 def test_rows_of_a_dead_shard_that_a_retry_answered_are_not_missing(tmp_path: Path) -> None:
     def dies(source: str, row: int) -> list[Status] | None:
         return None if (source, row) == ("a.parquet", 3) else [Status.OK]
 
-    write_generation(tmp_path, 0, PLAN, dies)
+    write_round(tmp_path, 0, PLAN, dies)
     lost = SECOND.spans[0]
     verdict = verify(str(tmp_path))
     assert (verdict.rows, verdict.planned_rows) == (14, 17)
-    assert np.flatnonzero(verdict.generations[0].given_up).tolist() == [1]
-    write_generation(tmp_path, 1, retry_of([lost], 1), dies)
+    assert np.flatnonzero(verdict.rounds[0].given_up).tolist() == [1]
+    write_round(tmp_path, 1, retry_of([lost], 1), dies)
     verdict = verify(str(tmp_path), deep=True)
     assert verdict.problems == (
         "shard 1 (1 rows without an answer): given up, dead/ says why; run again, or "
         "`gc2ray retry`",
     )
     assert (verdict.rows, verdict.planned_rows) == (16, 17)
-    write_generation(tmp_path, 2, retry_of([replace(lost, first=3, stop=4)]))
+    write_round(tmp_path, 2, retry_of([replace(lost, first=3, stop=4)]))
     assert found(tmp_path, deep=True) == ()

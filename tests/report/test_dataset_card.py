@@ -16,7 +16,7 @@ from gc2ray.report.dataset_card import CARD_NAME, MARKER, card, write_card
 from gc2ray.report.summary import AuditSummary, EscalationStep, Summary, summarise
 from tests.output.test_totals import worker_record
 from tests.report.test_report import PRICES, a_run, evil_run
-from tests.support.outputs import first_plan, write_generation
+from tests.support.outputs import first_plan, write_round
 from tests.test_cli import here
 
 
@@ -49,7 +49,7 @@ def test_an_output_with_its_card_is_a_dataset(
     summary = summary_of(output)
     assert write_card(Store(str(output)), summary)
     loaded = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(loaded) == sum(summary.generations[0].by_status.values())
+    assert len(loaded) == sum(summary.rounds[0].by_status.values())
     assert {"row_key", "answer", "visual_tokens_kept"} <= set(loaded.column_names)
 
 
@@ -85,7 +85,7 @@ def test_an_audit_is_told(tmp_path: Path) -> None:
 
 
 def test_an_uncompressed_run_without_records_has_a_short_one(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan(), lambda source, row: [Status.FAILED])
+    write_round(tmp_path, 0, first_plan(), lambda source, row: [Status.FAILED])
     text = card(summary_of(tmp_path))
     assert "not compressed." in text
     assert "Not known." in text
@@ -140,7 +140,7 @@ def test_the_command_writes_report_and_card(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["nowhere"], ["OUT", "--hardware", "nowhere.yaml"]])
 def test_what_cannot_be_reported_is_refused(tmp_path: Path, words: list[str]) -> None:
-    write_generation(tmp_path / "run", 0, first_plan())
+    write_round(tmp_path / "run", 0, first_plan())
     Store(str(tmp_path / "run")).create("workers/w.json", worker_record())
     result = here("report", *(str(tmp_path / "run") if w == "OUT" else w for w in words))
     assert result.exit_code == 2

@@ -33,7 +33,7 @@ from gc2ray.report.page import Picture, Report, markdown_text, report
 from gc2ray.report.summary import AuditSummary, BeforeAfter, EscalationStep, Summary, summarise
 from tests.estimate.test_device_estimate import BIG
 from tests.output.test_totals import driver_record, worker_record
-from tests.support.outputs import FILES, first_plan, retry_of, write_generation
+from tests.support.outputs import FILES, first_plan, retry_of, write_round
 
 EVIL = '<script>document.title="taken"</script><img src=https://evil.test/x onerror=alert(1)>'
 PRICES = Prices((BIG,))
@@ -61,9 +61,9 @@ def a_run(folder: Path, bad: tuple[int, ...] = (1,), *, device: str = "NVIDIA Bi
             return None
         return [Status.FAILED if row in bad and source == "a.parquet" else Status.OK]
 
-    store = write_generation(folder, 0, first_plan(), outcome, changed=measured)
+    store = write_round(folder, 0, first_plan(), outcome, changed=measured)
     retry = retry_of([Span("a.parquet", "fa", 1, 2)])
-    write_generation(folder, 1, retry, changed=measured)
+    write_round(folder, 1, retry, changed=measured)
     for name in ("one", "two"):
         store.create(f"workers/{name}.json", worker_record(device=device, gpus=1.0))
     bill = Usage({UsageKind.USEFUL: 150.0, UsageKind.LOADING: 60.0, UsageKind.IDLE: 20.0})
@@ -92,7 +92,7 @@ def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
     assert sum(view.kept for view in summary.views) == stats.visual_tokens_kept
     assert sum(view.full for view in summary.views) == stats.visual_tokens_full
     assert sum(summary.retention) == stats.by_status["ok"]
-    assert summary.starved_seconds == stats.starved_ns / 1e9
+    assert summary.input_starved_seconds == stats.input_starved_ns / 1e9
     assert (summary.prompt_tokens, summary.output_tokens) == (
         stats.prompt_tokens, stats.output_tokens
     )  # fmt: skip
@@ -153,7 +153,7 @@ def test_the_same_work_elsewhere(tmp_path: Path) -> None:
 
 def test_all_three_forms_tell_the_same(tmp_path: Path) -> None:
     summary, found = told(a_run(tmp_path))
-    first = summary.generations[0]
+    first = summary.rounds[0]
     committed = f"{first.rows} of {first.planned_rows}"
     assert first.rows < first.planned_rows == 17
     for text in (committed, "it died", "retry 1", "unaccounted", "$0.13", "big", "loading"):
@@ -179,7 +179,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
-    write_generation(tmp_path, 0, first_plan(), lambda source, row: None)
+    write_round(tmp_path, 0, first_plan(), lambda source, row: None)
     summary, found = told(tmp_path)
     assert (summary.answers, summary.usd, summary.saved_seconds) == (0, None, None)
     assert "0 of 17" in found.html
@@ -209,7 +209,7 @@ def evil_run(folder: Path) -> Path:
     """Keys, reasons and statuses that would rather be code."""
     files = [replace(FILES[0], source=f"{EVIL}.parquet"), SourceFile("b.parquet", "fb", (3,))]
     plan = first_plan(files)
-    store = write_generation(
+    store = write_round(
         folder, 0, plan, lambda s, row: None if s == "b.parquet" else [Status.OK], changed=measured
     )
     letter = store.names("dead")[0]
@@ -294,7 +294,7 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
         audit = Audit("x", 1.0 if same else 0.25, spent, answer.stage_ns, anew)
         return replace(answer, audit=audit, retention_requested=0.25 if same else 0.5)
 
-    write_generation(tmp_path, 0, first_plan(), changed=looked_at)
+    write_round(tmp_path, 0, first_plan(), changed=looked_at)
     Store(str(tmp_path)).create("workers/w.json", worker_record(device="NVIDIA Big", gpus=1.0))
     record = driver_record(60.0, Usage({UsageKind.USEFUL: 14.0}))
     Store(str(tmp_path)).create(record.name, record.to_bytes())
@@ -369,7 +369,7 @@ def test_without_an_audit_quality_is_not_known(tmp_path: Path) -> None:
 
 def test_old_outputs_have_a_report(tmp_path: Path) -> None:
     """From before operations were counted: what is not known is left out."""
-    store = write_generation(tmp_path, 0, first_plan())
+    store = write_round(tmp_path, 0, first_plan())
     store.create("workers/w.json", worker_record(model_shape=None))
     summary, found = told(tmp_path)
     assert (dict(summary.flops), summary.what_if, summary.saved_seconds) == ({}, (), None)

@@ -28,7 +28,7 @@ from gc2ray.report.heat_map import TokenMap, heat_map, panels
 from gc2ray.report.show import map_tokens, picture_name, told_of
 from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.worker import Worker
-from tests.support.outputs import retry_of, write_generation
+from tests.support.outputs import retry_of, write_round
 from tests.support.rows import SIZES, encoded, make_job, picture
 from tests.support.views import random_views
 from tests.test_cli import here
@@ -132,7 +132,7 @@ def test_the_latest_answer_is_told(answered: Job) -> None:
     assert first is not None
     ((source, fingerprint),) = first.plan.shards.files
     outcomes = {2: Status.FAILED, 3: Status.OK}
-    write_generation(
+    write_round(
         answered.output,
         1,
         retry_of([Span(source, fingerprint, row, row + 1) for row in outcomes], 1),

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from gc2ray import __version__
 from gc2ray.cli import app
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError
@@ -91,22 +92,27 @@ def test_a_column_that_cannot_be_written_is_refused(job: Job, tmp_path: Path) ->
         run_job(other)
 
 
-def older_run(output: Path) -> str:
+def of_another_version(output: Path, version: str, run_format: int) -> None:
     run = output / RUN_NAME
-    run.write_text(json.dumps({**json.loads(run.read_text()), "format": 1}))
-    return "begun by an older gc2ray, 0.1.0 (format 1); this is 0.1.0 (format 2)"
+    content = json.loads(run.read_text())
+    content["versions"]["gc2ray"] = version
+    run.write_text(json.dumps({**content, "format": run_format}))
+
+
+def older_run(output: Path) -> str:
+    of_another_version(output, "0.1.0", 2)
+    return f"begun by an older gc2ray, 0.1.0 (format 2); this is {__version__} (format 3)"
 
 
 def newer_run(output: Path) -> str:
-    run = output / RUN_NAME
-    run.write_text(json.dumps({**json.loads(run.read_text()), "format": 9}))
-    return "begun by a newer gc2ray, 0.1.0 (format 9); this is 0.1.0 (format 2)"
+    of_another_version(output, "9.0.0", 9)
+    return f"begun by a newer gc2ray, 9.0.0 (format 9); this is {__version__} (format 3)"
 
 
 def older_part(output: Path) -> str:
     part = sorted(output.glob("data/*"))[1]
     with_footer(part, {b"gc2ray.schema_version": b"1"})
-    return f"{part.name}: written by another version of gc2ray (schema 1, this one has 3)"
+    return f"{part.name}: written by another version of gc2ray (schema 1, this one has 4)"
 
 
 def part_before_versions(output: Path) -> str:
@@ -115,7 +121,7 @@ def part_before_versions(output: Path) -> str:
     metadata = dict(table.schema.metadata)
     del metadata[b"gc2ray.schema_version"]
     pq.write_table(table.replace_schema_metadata(metadata), part)
-    return f"{part.name}: written by another version of gc2ray (schema unknown, this one has 3)"
+    return f"{part.name}: written by another version of gc2ray (schema unknown, this one has 4)"
 
 
 @pytest.mark.parametrize("change", [older_run, newer_run, older_part, part_before_versions])

@@ -284,7 +284,7 @@ def told_by_footers(store: Store) -> dict[tuple[str, str], float]:
     told = {
         ("shards", ""): len(names),
         ("output_tokens", ""): stats.output_tokens,
-        ("starved_seconds", ""): stats.starved_ns / 1e9,
+        ("input_starved_seconds", ""): stats.input_starved_ns / 1e9,
         ("visual_tokens", "kept"): kept,
         ("visual_tokens", "saved"): stats.visual_tokens_full - kept,
         **{("answers", status): rows for status, rows in stats.by_status.items()},

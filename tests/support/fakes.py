@@ -52,7 +52,7 @@ class EchoEngine:
         buffered: int = 0,
     ) -> None:
         self._seconds, self._on_row, self._buffered = seconds, on_row, buffered
-        self.starved_ns = self.forgot = 0
+        self.input_starved_ns = self.forgot = 0
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         held: list[Request] = []
@@ -70,7 +70,7 @@ class EchoEngine:
                     continue
                 while held and (request is None or len(held) > self._buffered):
                     yield self._answer(held.pop())
-                self.starved_ns = feed.waited_ns
+                self.input_starved_ns = feed.waited_ns
 
     def _answer(self, row: Request) -> Answer:
         if self._on_row and row.fault is None:
@@ -87,7 +87,7 @@ class EchoEngine:
         self.forgot += 1
 
     def totals(self) -> RunStats:
-        return RunStats(starved_ns=self.starved_ns)
+        return RunStats(input_starved_ns=self.input_starved_ns)
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ def _load_echo(fault: Fault | None, seconds: float, job: Job) -> EchoEngine:
 
 
 def faulty_worker(
-    job: Job, carried: pa.Schema, fault: Fault | None = None, generation: int = 0
+    job: Job, carried: pa.Schema, fault: Fault | None = None, retry_round: int = 0
 ) -> Worker:
     """A worker with an echo engine and at most one fault."""
     return Worker(
         job,
         carried,
-        generation=generation,
+        retry_round=retry_round,
         load=partial(_load_echo, fault, 0.002),
         metrics=fault.on_step if fault else None,
     )

@@ -1,4 +1,4 @@
-"""Outputs made by hand: any generations, any answers, real parts."""
+"""Outputs made by hand: any rounds, any answers, real parts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def retry_of(spans: Iterable[Span], shard_rows: int = 3) -> Plan:
 
 
 def an_answer(
-    source: str, row: int, prompt: int | None, status: Status, generation: int = 0
+    source: str, row: int, prompt: int | None, status: Status, retry_round: int = 0
 ) -> Answer:
     """Measured numbers differ between answers; a failed one has few."""
     index = prompt or 0
@@ -67,10 +67,10 @@ def an_answer(
     )
     stages = {stage: 100 * row + place for place, stage in enumerate(STAGES)}
     if status != Status.OK:
-        return Answer(request, status, "none", 0.5, error=f"bad in {generation}", stage_ns=stages)
+        return Answer(request, status, "none", 0.5, error=f"bad in {retry_round}", stage_ns=stages)
     return Answer(
         request, status, "none", 0.5,
-        answer=f"{source} {row} {index} of {generation}",
+        answer=f"{source} {row} {index} of {retry_round}",
         prompt_tokens=40 + row, output_tokens=3 + index, visual_tokens_full=20 + row % 3,
         visual_tokens_kept=row % 7, newline_tokens=2, newline_tokens_full=4,
         kept_per_view=((row % 7,),), kv_bytes=1000 - row, kv_bytes_full=2000, stage_ns=stages,
@@ -78,7 +78,7 @@ def an_answer(
 
 
 def answers_of(
-    shard: Shard, outcome: Outcome, generation: int, *, listed: bool = False
+    shard: Shard, outcome: Outcome, retry_round: int, *, listed: bool = False
 ) -> list[Answer] | None:
     """The answers of a shard; None if one of its rows has none."""
     found = []
@@ -87,23 +87,23 @@ def answers_of(
         if statuses is None:
             return None
         found += [
-            an_answer(source, row, index if listed else None, status, generation)
+            an_answer(source, row, index if listed else None, status, retry_round)
             for index, status in enumerate(statuses)
         ]
     return found
 
 
 def part_of(
-    shard: Shard, answers: Sequence[Answer], generation: int = 0, carried: pa.Schema = CARRIED
+    shard: Shard, answers: Sequence[Answer], retry_round: int = 0, carried: pa.Schema = CARRIED
 ) -> bytes:
-    own = RunStats(starved_ns=7, peak_host_bytes=5)
+    own = RunStats(input_starved_ns=7, peak_host_bytes=5)
     stats = stats_of(answers) + own
     written = WRITTEN + timedelta(minutes=shard.index)
     footer = PartFooter(shard.sid, RECIPE.fingerprint(), "token", "w", shard.rows, stats, written)
-    return part_bytes(answers, carried, Provenance(1, generation, "w"), footer)
+    return part_bytes(answers, carried, Provenance(1, retry_round, "w"), footer)
 
 
-def write_generation(
+def write_round(
     output: Path | str,
     number: int,
     plan: Plan,
@@ -112,7 +112,7 @@ def write_generation(
     listed: bool = False,
     changed: Callable[[Answer], Answer] = lambda answer: answer,
 ) -> Store:
-    """A generation whose rows come out as told; shards with a row that is not answered are dead."""
+    """A round whose rows come out as told; shards with a row that is not answered are dead."""
     store = round_store(str(output), number)
     store_plan(store, Job(output=store.uri, recipe=RECIPE), plan)
     for shard in plan.shards:
@@ -154,11 +154,11 @@ def parts(output: Path) -> list[Path]:
     return sorted((output / "data").iterdir())
 
 
-def drawn(seed: int, generation: int, *, listed: bool, dead: float = 0.1) -> Outcome:
+def drawn(seed: int, retry_round: int, *, listed: bool, dead: float = 0.1) -> Outcome:
     """Rows come out at random, the same for the same seed; a row has as many prompts every time."""
 
     def outcome(source: str, row: int) -> list[Status] | None:
-        draw = random.Random(f"{seed} {generation} {source} {row}")
+        draw = random.Random(f"{seed} {retry_round} {source} {row}")
         if draw.random() < dead:
             return None
         return [
@@ -170,8 +170,8 @@ def drawn(seed: int, generation: int, *, listed: bool, dead: float = 0.1) -> Out
 
 
 def all_answers(output: Path) -> list[dict[str, Any]]:
-    """Every answer of every generation, in no order that means anything."""
-    files = sorted(output.glob("data/*")) + sorted(output.glob("retries/*/data/*"))
+    """Every answer of every round, in no order that means anything."""
+    files = sorted(output.glob("data/*")) + sorted(output.glob("retry_rounds/*/data/*"))
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
@@ -186,7 +186,7 @@ def latest_answers(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rank(answer: Mapping[str, Any]) -> tuple[bool, int]:
-    return answer["status"] == "ok", answer["generation"]
+    return answer["status"] == "ok", answer["retry_round"]
 
 
 def flip_a_bit(part: Path) -> None:

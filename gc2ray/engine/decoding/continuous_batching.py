@@ -78,7 +78,7 @@ class _Row:
         shared: Those of them that were copied from another row's prefix.
         owns: It computed a prefix that others may copy.
         alone: It was part of a step that failed: it now runs with no other row.
-        halvings: Times that memory was short for it and others.
+        oom_splits: Times that memory was short for it and others.
     """
 
     tag: int
@@ -157,7 +157,7 @@ class ContinuousBatchDecoder:
         attend: How attention is computed; None for what suits the device.
 
     Attributes:
-        halvings: Times that the device's memory was short and live rows were halved.
+        oom_splits: Times that the device's memory was short and live rows were halved.
         steps: Forwards so far.
     """
 

@@ -31,7 +31,7 @@ class Completion:
         generate_ns: Its share of the time after the first token, by output tokens.
         error: What this prompt raises even alone; there are no tokens then.
         shared: Prompt tokens whose keys and values another prompt had computed.
-        halvings: Times that the device's memory was short for it and others, which were halved.
+        oom_splits: Times that the device's memory was short for it and others, which were halved.
     """
 
     tag: int
@@ -51,7 +51,7 @@ class Decoder(Protocol):
     caller then calls `step`.
 
     Attributes:
-        halvings: Times that the device's memory was short, and fewer prompts went on together.
+        oom_splits: Times that the device's memory was short, and fewer prompts went on together.
         steps: Forwards so far, each over all prompts that were live.
     """
 
