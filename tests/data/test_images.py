@@ -551,7 +551,7 @@ def test_http_is_read_under_its_root_only_and_redirects_are_not_followed(site):
 @pytest.fixture
 def impatient(monkeypatch):
     short = RetryPolicy(total_seconds=1.0, first_seconds=0.01, longest_seconds=0.1)
-    monkeypatch.setattr(images, "WEB_PATIENCE", short)
+    monkeypatch.setattr(images, "WEB_RETRY_POLICY", short)
     monkeypatch.setattr(images, "RETRY_POLICY", short)
 
 

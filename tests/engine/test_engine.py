@@ -856,7 +856,7 @@ def test_a_picture_in_use_is_found_and_a_forgotten_one_is_not() -> None:
     held, _ = pictures.find("a")
     assert pictures.find("a") == (held, False)
     assert held.rows == 2
-    pictures.clear_cache(held)
+    pictures.discard(held)
     assert pictures.find("a")[1]
 
 

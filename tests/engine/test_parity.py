@@ -508,7 +508,7 @@ def test_a_near_tie_of_a_batch_is_of_our_logits_alone(
         def prompts(self, requests: list[Request]) -> list[Any]:
             return [Prompt(torch.zeros(2, 1), token_ids=(1, 2))]
 
-    monkeypatch.setattr(parity, "Dictation", Said)
+    monkeypatch.setattr(parity, "ForcedDecoder", Said)
     monkeypatch.setattr(parity, "Engine", Reader)
     loaded: Any = SimpleNamespace(model=None)
     ours = parity._Ours(make_job("model", model__dtype="bfloat16"), loaded, parity._Stock())

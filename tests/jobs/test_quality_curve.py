@@ -12,7 +12,8 @@ import torch
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
-from gc2ray.compression.packing import CompressionPolicy, Packing
+from gc2ray.compression.packing import Packing
+from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.compression.views import Views
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.demo.rows import Split

@@ -146,7 +146,7 @@ def test_success_says_what_there_is(tmp_path: Path) -> None:
     dataset = compact(str(output), str(dest), file_bytes=2_000, incomplete=True)
     told = json.loads((dest / "_SUCCESS").read_text())
     assert told["rows"] == dataset.rows
-    assert (told["run"], told["retry_rounds"]) == (RECIPE.fingerprint(), [0, 1])
+    assert (told["run"], told["rounds"]) == (RECIPE.fingerprint(), [0, 1])
     assert len(told["files"]) > 1
     for file in told["files"]:
         data = (dest / file["name"]).read_bytes()

@@ -353,7 +353,7 @@ def test_files_with_lists_and_without_are_good_in_one_part(tmp_path: Path, shard
 
 VALUES = {
     "status": (["ok", "good", "ok"], "has answers of status 'good'"),
-    "retry_round": ([0, 1, 0], "has answers of round 1"),
+    "retry_round": ([0, 1, 0], "has answers of retry_round 1"),
     "worker": (["w", "w", "other"], "has answers of worker 'other'"),
     "prompt_tokens": ([42, 44, 44], "prompt_tokens is 129 by its footer, 130 by its rows"),
     "output_tokens": ([3, 3, None], "output_tokens is 9 by its footer, 6 by its rows"),
@@ -510,7 +510,7 @@ def test_answers_of_another_generation_in_a_retry(retried: Path) -> None:
     part = parts(retried / "retry_rounds/1")[0]
     rewrite(part, lambda table: with_column(table, "retry_round", [0]))
     assert found(retried, deep=True) == (
-        f"{part.relative_to(retried)}: has answers of round 0; move it away, and retry again",
+        f"{part.relative_to(retried)}: has answers of retry_round 0; move it away, and retry again",
     )
 
 

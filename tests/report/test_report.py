@@ -80,7 +80,7 @@ def told(folder: Path, prices: Prices = PRICES) -> tuple[Summary, Report]:
 def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
     summary, found = told(a_run(tmp_path))
     names = [(Store(str(tmp_path)), n) for n in Store(str(tmp_path)).names("data")]
-    retry = Store(str(tmp_path / "retries" / "g1"))
+    retry = Store(str(tmp_path / "retry_rounds" / "1"))
     names += [(retry, n) for n in retry.names("data")]
     stats = sum((store.footer(name).stats for store, name in names), RunStats())
     assert summary.by_status == stats.by_status

@@ -390,7 +390,7 @@ def test_a_model_that_gets_on_renews_the_load_clock(
             tick()
         raise OSError("the network failed")
 
-    monkeypatch.setattr("gc2ray.engine.engine.stage", slow_stage)
+    monkeypatch.setattr("gc2ray.engine.engine.fetch_model", slow_stage)
     worker = Worker(job, CARRIED)
     with pytest.raises(OSError, match="the network failed"):
         worker.load()
