@@ -61,7 +61,7 @@ format: setup ## Format the code and fix what the linter can fix
 bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of them, THREADS=n has n torch threads
 	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY)) $(if $(THREADS),--threads $(THREADS))
 
-quality: setup ## Measure accuracy against visual tokens; rewrites README's tables and docs/quality.*
+quality: setup ## Measure accuracy against visual tokens; rewrites docs/quality.*
 	$(PY) -m jobs.quality
 
 pocket: setup ## Train the pocket model anew into pocket-training/ (hours on a CPU; may be stopped)

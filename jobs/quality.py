@@ -2,8 +2,8 @@
 
 Answers the test rows with every method at every retention, with controls, and with GlobalCom²
 packed in other ways; chooses the softmax temperature on validation rows first. Writes
-`docs/quality.json`, the plot, and the part of the README between its marks; prints what it measures
-as it goes. Nothing is tuned on test rows.
+`docs/quality.json`, the plot, and the part of `docs/quality.md` between its marks; prints what it
+measures as it goes. Nothing is tuned on test rows.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--validation-rows", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--into", type=Path, default=ROOT, help="folder with README.md and docs/")
+    parser.add_argument("--into", type=Path, default=ROOT, help="folder with docs/")
     parser.add_argument(
         "--packings", action="store_true", help="measure policies of packing only; writes nothing"
     )
@@ -274,8 +274,8 @@ def _write(document: Mapping[str, Any], into: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(document, indent=1) + "\n")
     page.plot(document, folder / "quality.svg")
-    readme = into / "README.md"
-    readme.write_text(page.inserted(readme.read_text(), document))
+    text = folder / "quality.md"
+    text.write_text(page.inserted(text.read_text(), document))
 
 
 if __name__ == "__main__":

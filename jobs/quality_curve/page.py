@@ -1,7 +1,7 @@
-"""The measured curve as Markdown for the README, and as a plot.
+"""The measured curve as Markdown for `docs/quality.md`, and as a plot.
 
 Everything is rendered from one JSON document (`docs/quality.json`), so that a test can tell whether
-the README still says what was measured.
+the page still says what was measured.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TICKS = (10, 20, 40, 80, 160, 320)
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """Everything between the README's marks."""
+    """Everything between the page's marks."""
     parts = [
         BEGIN,
         _heading(document),
-        "![Exact match against visual tokens a row](docs/quality.svg)",
+        "![Exact match against visual tokens a row](quality.svg)",
         _curve(document["points"]),
         _differences(document["differences"]),
         _topics(document["topics"]),
@@ -35,16 +35,16 @@ def render(document: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def inserted(readme: str, document: Mapping[str, Any]) -> str:
-    """A README with the rendered document in place of what is between its marks.
+def inserted(text: str, document: Mapping[str, Any]) -> str:
+    """The page with the rendered document in place of what is between its marks.
 
     Raises:
         ValueError: It has no marks.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README lacks the lines {BEGIN} and {END}")
+        raise ValueError(f"docs/quality.md lacks the lines {BEGIN} and {END}")
     return before + render(document) + after
 
 

@@ -1,4 +1,4 @@
-"""`make quality`: the rule for the temperature, the controls, and what the README is made of."""
+"""`make quality`: the rule for the temperature, the controls, and what the page is made of."""
 
 from __future__ import annotations
 
@@ -181,10 +181,10 @@ def test_the_table_of_packings_is_there_once_it_was_measured() -> None:
     ]
 
 
-def test_the_readme_says_what_was_measured() -> None:
+def test_the_page_says_what_was_measured() -> None:
     document = json.loads((ROOT / "docs" / "quality.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert page.inserted(readme, document) == readme, "run `make quality`"
+    text = (ROOT / "docs" / "quality.md").read_text()
+    assert page.inserted(text, document) == text, "run `make quality`"
     assert (ROOT / "docs" / "quality.svg").exists()
 
 
@@ -193,7 +193,7 @@ def test_a_difference_beyond_doubt_is_bold() -> None:
     assert page._points({"mean": 0.1, "low": -0.05, "high": 0.2}) == "+10.0 [-5.0, +20.0]"
 
 
-def test_a_readme_without_marks_is_left_alone() -> None:
+def test_a_page_without_marks_is_left_alone() -> None:
     document = json.loads((ROOT / "docs" / "quality.json").read_text())
     with pytest.raises(ValueError, match="lacks the lines"):
         page.inserted("# nothing here\n", document)

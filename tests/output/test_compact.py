@@ -42,14 +42,12 @@ from tests.support.outputs import (
     write_round,
 )
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "output.md").read_text(encoding="utf-8")
 
 
-def readme_query(output: Path) -> str:
-    """The one line of SQL in the README, as it stands there."""
-    (line,) = [
-        line for line in README.splitlines() if line.startswith("SELECT * FROM read_parquet")
-    ]
+def documented_query(output: Path) -> str:
+    """The one line of SQL in docs/output.md, as it stands there."""
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("SELECT * FROM read_parquet")]
     return line.replace("OUTPUT", str(output))
 
 
@@ -99,7 +97,7 @@ def test_compact_duckdb_and_plain_loops_agree(
         assert len(order) == dataset.answers
         assert keyed(found) == latest
         if order:
-            queried = duckdb.sql(readme_query(output)).to_arrow_table().to_pylist()
+            queried = duckdb.sql(documented_query(output)).to_arrow_table().to_pylist()
             assert len(queried) == len(order)
             assert keyed(queried) == latest
         assert dataset.failed == sum(answer["status"] != "ok" for answer in latest.values())
