@@ -15,7 +15,7 @@ PARALLEL := --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
 PROCESSES ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-ci chaos soak check format bench quality pocket clean
+.PHONY: help setup demo test test-all test-ci chaos soak check format docs bench quality pocket clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,7 +49,7 @@ chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=2
 soak: setup ## Answer 100,000 rows while KILLS=66 workers are killed at random; at least ten minutes
 	$(PY) -m pytest tests/faults/test_soak.py --rows 100000 --seconds 660 --kills $(if $(filter file,$(origin KILLS)),66,$(KILLS))
 
-check: setup ## Lint, format check, strict types
+check: setup docs ## Lint, format check, strict types, documentation
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -57,6 +57,9 @@ check: setup ## Lint, format check, strict types
 format: setup ## Format the code and fix what the linter can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: setup ## Build the documentation into site/; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of them, THREADS=n has n torch threads
 	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY)) $(if $(THREADS),--threads $(THREADS))
@@ -68,5 +71,5 @@ pocket: setup ## Train the pocket model anew into pocket-training/ (hours on a C
 	$(PY) -m jobs.train_pocket pocket-training --processes $(PROCESSES)
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) demo-output build *.egg-info gc2ray/models/layers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output build site *.egg-info gc2ray/models/layers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
