@@ -23,11 +23,17 @@ Newlines = Literal["kept_rows", "all", "none"]
 
 
 class CompressionConfig(Frozen):
-    """The compression method and its settings; `retention` is the fraction KEPT.
+    """The compression method and its settings.
 
-    `positions` and `newlines` name the packing (`gc2ray.compression.packing.Packing`). By default
-    tokens are numbered as they are read, and every canvas row that keeps a token ends in a newline,
-    as in the paper.
+    Attributes:
+        method: Name of the method.
+        retention: Fraction of visual tokens that is KEPT.
+        temperature: Of the softmax by which the thumbnail sets the crops' budgets; the higher, the
+            more alike they are. Only methods that use the thumbnail's scores read it.
+        positions: Whether kept tokens are numbered as they are read (`compact`), or keep the
+            positions that they have without compression (`original`).
+        newlines: Which canvas rows end in a newline token: those that keep a token, as in the
+            paper, all, or none.
     """
 
     method: str = "globalcom2"

@@ -53,20 +53,20 @@ OTHER_SETTINGS = frozenset({
 
 
 class GenerationConfig(Frozen):
-    """How answers are drawn, and where they end.
+    """How answers are sampled, and where they end.
 
     Attributes:
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy.
-        top_p: Tokens are drawn from the fewest whose probability reaches this.
-        seed: Mixed with each row's own.
-        stop_token_ids: Tokens that end an answer, beside the model's own.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Tokens are sampled from the fewest whose probabilities add up to this.
+        seed: Seed of the run, combined with each row's own.
+        stop_token_ids: Ids of tokens that end an answer, in addition to the model's own.
         max_repeats: An answer whose last tokens (a run of up to 64, at least 16 in all) repeat
             more often than this is cut there; its `finish_reason` is `repetition`. None: never.
-        repetition_penalty: What logits of tokens that prompt or answer already have are divided by
-            (multiplied with where they are negative), as in transformers. None: 1, which is none.
-        ignore_model_rules: Rules of the model's generation_config.json, by name, that answers are
-            not to follow. Any other that gc2ray does not follow is refused.
+        repetition_penalty: Divides the logits of tokens that are already in prompt or answer
+            (multiplies negative ones), as in transformers. None is 1, no penalty.
+        ignore_model_rules: Names of rules in the model's generation_config.json that answers need
+            not follow. Any other rule that gc2ray does not follow is refused.
     """
 
     max_new_tokens: int = Field(default=64, gt=0)

@@ -37,9 +37,12 @@ MIB = 1024 * 1024
 
 
 class PromptConfig(Frozen):
-    """Exactly one of a column, a template over columns (`"{question}"`), or a constant.
+    """Where a prompt's text comes from: exactly one of the three.
 
-    A column of lists gives each row several prompts, and an answer to each.
+    Attributes:
+        column: Column of texts, or of lists of texts: several prompts, with an answer to each.
+        template: Text with names of columns in braces, as `"{question} Be brief."`.
+        constant: The same text for every row.
     """
 
     column: str | None = None
@@ -64,11 +67,11 @@ class InputConfig(Frozen):
             has saved; `hf:OWNER/NAME?split=SPLIT`; or a list of these.
         image: Column of images: struct of bytes and path, binary, or path.
         prompt: Where the prompt comes from.
-        keep: Input columns written back with the answers; `{answer: reference}` is one that is
-            written under another name, here the input's `answer` as `reference`.
+        keep: Input columns to copy to the answers; `{answer: reference}` copies the input's
+            column `answer` under the name `reference`.
         image_roots: Directories or URL prefixes under which image paths may be read.
-        max_image_bytes: Larger files are refused, row by row.
-        max_image_pixels: Larger images are refused by their header.
+        max_image_bytes: Largest image file; rows with a larger one are `bad_image`.
+        max_image_pixels: Most pixels of an image, by its header; rows with more are `bad_image`.
     """
 
     uri: str | Annotated[tuple[str, ...], Field(min_length=1)]

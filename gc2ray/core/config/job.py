@@ -33,11 +33,11 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class WorkerRange(Frozen):
-    """How many workers: more are added while shards wait, fewer are kept when none do.
+    """How many workers: more are added while shards wait, and removed when none do.
 
     Attributes:
-        min: The run gives up where there is no room for so many.
-        max: Never more.
+        min: The run is given up if the cluster has no room for this many.
+        max: Most workers at a time.
     """
 
     min: int = Field(default=1, gt=0)
@@ -54,29 +54,31 @@ class Cluster(Frozen):
     """How it is computed; may change between a run and its rerun.
 
     Attributes:
-        workers: Worker processes, or {min, max}; None is one per GPU share, or one without GPUs.
+        workers: Number of worker processes, or {min, max}; None is one per GPU share, or one
+            without GPUs.
         gpus_per_worker: Share of a GPU; None is 1 where the cluster has GPUs and 0 where not.
         cpus_per_worker: Ray's CPU reservation, and the torch threads of a CPU worker.
-        image_threads: Threads of a worker that decode images. This and the four below are derived
-            from model, memory and cores where they are None, see `gc2ray.engine.batch_sizes`.
+        image_threads: Threads of a worker that decode images. If null, this and the four settings
+            below are derived from model, memory and cores.
         views_per_batch: Views encoded and compressed together.
         kv_tokens: Tokens of prompts and answers that may be in the KV cache together.
         prefill_tokens: Prompt tokens that are read together.
         live_rows: Rows that are decoded together; None is as many as their tokens allow.
-        host_memory_bytes: Undecoded input that a worker may hold, beside the pages it is read from
-            (see `gc2ray.data.formats.parquet`).
+        host_memory_bytes: Undecoded input that a worker may hold, besides the Parquet pages that it
+            is read from.
         shard_rows: Rows of a shard; None sizes shards by calibration.
-        shard_seconds: The calibrated size.
-        tries: Losses of a shard that taught nothing before it is given up; four deaths of its
-            workers in which no row is found guilty count as one.
-        max_poison_rows: Rows of a shard that may kill a worker, or hang, before it is given up.
-        max_bad_rows: Share of answers that may fail. More of them stop a run, from 200 answers on,
-            and however few it has, it ends with exit code 1. 1 accepts any.
+        shard_seconds: Work in a shard, by calibration.
+        tries: Failed attempts after which a shard is given up; four deaths of its workers without
+            a known cause count as one.
+        max_poison_rows: Rows of a shard that may kill a worker, or hang, before the shard is given
+            up.
+        max_bad_rows: Share of answers that may fail. If more do, a run stops once it has 200
+            answers, and in any case ends with exit code 1. 1 accepts any share.
         stall_seconds: A worker that gives no answer for so long is killed.
         place_seconds: Time to find room for a worker in the cluster.
-        load_seconds: Time to load the model, counted anew whenever it reads on.
-        drain_seconds: Time for shards in flight to be committed when the run is told to stop; Ray
-            kills a job 3 s after it asked it to.
+        load_seconds: Time to load the model, counted from the last progress.
+        drain_seconds: Time for shards in flight to be committed when the run has to stop; Ray
+            kills a job 3 s after asking it to stop.
     """
 
     workers: WorkerRange | None = None
@@ -112,7 +114,13 @@ class _ClusterOnly(Frozen):
 
 
 class Job(Frozen):
-    """A recipe, a cluster, and where the answers go: a directory or any fsspec URL."""
+    """A recipe, a cluster, and where the answers go.
+
+    Attributes:
+        output: Directory or any fsspec URL of the answers.
+        recipe: What is computed.
+        cluster: How it is computed.
+    """
 
     output: str
     recipe: Recipe

@@ -24,9 +24,14 @@ from gc2ray.core.errors import ConfigError
 
 
 class ModelConfig(Frozen):
-    """The model: directory, hub id or any fsspec URL.
+    """The model that answers.
 
     `adapter` and `quantization` are not supported yet.
+
+    Attributes:
+        path: Directory, hub id or any fsspec URL.
+        revision: Branch, tag or commit of a hub id; null is the hub's default branch.
+        dtype: Precision of weights and activations.
     """
 
     path: str
@@ -57,13 +62,13 @@ class ModelConfig(Frozen):
 
 
 class AuditConfig(Frozen):
-    """A second look at some rows, which are answered uncompressed, too.
+    """Audits: some prompts are answered a second time, uncompressed, and both answers compared.
 
     Attributes:
-        share: Of the prompts; which ones, depends on their keys alone.
-        escalate: Retentions, rising, at which one whose answers disagree is answered anew, until
-            one agrees: that, or else the last, is the row's answer. Empty: none is.
-        min_agreement: Answers that are less alike disagree.
+        share: Share of the prompts to audit; which ones depends on their keys alone.
+        escalate: Rising retentions at which a row whose answers disagree is answered again, until
+            one agrees; that answer, or else the last, is the row's. Empty: no row is.
+        min_agreement: Answers that are less similar than this disagree.
     """
 
     share: float = Field(default=0.0, ge=0, le=1)
@@ -80,7 +85,7 @@ class AuditConfig(Frozen):
 
 
 class Recipe(Frozen):
-    """What is computed. Two runs into one output must have the same."""
+    """What is computed. All runs into one output must have the same recipe."""
 
     model: ModelConfig
     compression: CompressionConfig = CompressionConfig()
