@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +22,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from gc2ray.core.errors import ConfigError
+from gc2ray.core.errors import ConfigError, GivenUp
 from gc2ray.core.usage import UsageKind
 from gc2ray.data.store import Store
 from gc2ray.output.compact import compact
@@ -263,7 +262,10 @@ def test_an_engine_that_breaks_once(job_file: Path, marks: Path) -> None:
 @pytest.mark.alone
 def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     """Five kills; useful and wasted device-seconds within 5% of the test's own count."""
-    counted = Counted(marks, frozenset({9, 52, 99, 144, 190}), row_seconds=0.25, load_seconds=3.0)
+    data = json.loads(job_file.read_text())
+    data["cluster"]["workers"] = 4
+    job_file.write_text(json.dumps(data))
+    counted = Counted(marks, frozenset({9, 52, 99, 144, 190}), row_seconds=0.25, load_seconds=2.0)
     result = run_job(load(job_file), make_worker=partial(counted_worker, counted=counted))
     assert (result.exit_code, result.rows) == (0, ROWS)
     assert_exactly_once(job_file)
@@ -294,28 +296,21 @@ from gc2ray.core.config.job import load_job
 from gc2ray.runner.run import run_job
 from tests.support.fakes import Fault, faulty_worker
 import os
-job_file, marks, step = sys.argv[1:4]
+job_file, marks, step, address = sys.argv[1:5]
 fault = Fault("kill_driver", Path(marks), step=step, driver_pid=os.getpid(), seconds=0.01)
-run_job(load_job(Path(job_file)), make_worker=partial(faulty_worker, fault=fault))
+make_worker = partial(faulty_worker, fault=fault)
+run_job(load_job(Path(job_file)), address=address, make_worker=make_worker)
 """
 
 
-@pytest.fixture
-def leftovers() -> Iterator[None]:
-    """A driver that is killed leaves its local Ray to end by itself; wait for the workers."""
-    yield
-    time.sleep(0.5)
+def test_a_killed_driver(job_file: Path, marks: Path) -> None:
+    """Killed by a worker that has just read a shard; it lives on a little, and the rerun overlaps.
 
-
-@pytest.mark.usefixtures("leftovers")
-@pytest.mark.parametrize(
-    "step",
-    ["read", *(pytest.param(step, marks=pytest.mark.slow) for step in ("written", "committed"))],
-)
-def test_a_killed_driver(job_file: Path, marks: Path, step: str) -> None:
-    """Killed by a worker at a known step; the worker lives on a little, and the rerun overlaps."""
+    Those of later steps, and of many drivers in a row, are in `test_chaos`.
+    """
+    step, address = "read", ray.get_runtime_context().gcs_address
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", DRIVER, str(job_file), str(marks), step]
+    command = [sys.executable, "-c", DRIVER, str(job_file), str(marks), step, address]
     driver = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -395,6 +390,15 @@ def test_a_garbage_part_is_named(job_file: Path) -> None:
     part = sorted((Path(load(job_file).output) / "data").iterdir())[0]
     part.write_bytes(b"garbage")
     with pytest.raises(ConfigError, match=part.name):
+        run(job_file)
+
+
+def test_no_room_says_what_is_lacking(job_file: Path) -> None:
+    data = json.loads(job_file.read_text())
+    data["cluster"] |= {"cpus_per_worker": 1, "gpus_per_worker": 4, "place_seconds": 2}
+    job_file.write_text(json.dumps(data))
+    lacking = "no room for a worker within 2 s: a worker asks for 1 CPU, 4 GPU"
+    with pytest.raises(GivenUp, match=lacking):
         run(job_file)
 
 
