@@ -261,7 +261,7 @@ ANSWERS = st.builds(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(ANSWERS, min_size=1, max_size=30))
 def test_columns_tell_the_statistics_of_their_rows(answers: list[Answer]) -> None:
     """Those that are written; whatever was not measured counts nothing."""

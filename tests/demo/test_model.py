@@ -49,13 +49,19 @@ def model() -> LoadedModel:
 
 
 @cache
+def quick() -> LoadedModel:
+    """The same, and rows that it has seen are not encoded again; see the test of that."""
+    return replace(model(), family=cast(ModelAdapter, RememberedViews(model().family)))
+
+
+@cache
 def rows() -> tuple[PocketRow, ...]:
     return tuple(pocket_rows(Split.VALIDATION, ROWS, opened_photos()))
 
 
 @cache
 def right(point: Point) -> np.ndarray:
-    answers = answer(model(), str(MODEL), rows(), point)
+    answers = answer(quick(), str(MODEL), rows(), point)
     return score("exact_match", [a.answer for a in answers], [[r.question.answer] for r in rows()])
 
 
@@ -128,9 +134,9 @@ def test_remembered_views_change_nothing() -> None:
     """What `make quality` does to be quick, against encoding afresh."""
     some, point = rows()[:35], Point("random", 0.25)
     fresh = [a.token_ids for a in answer(model(), str(MODEL), some, point)]
-    quick = replace(model(), family=cast(ModelAdapter, RememberedViews(model().family)))
+    remembering = replace(model(), family=cast(ModelAdapter, RememberedViews(model().family)))
     for _ in range(2):
-        assert [a.token_ids for a in answer(quick, str(MODEL), some, point)] == fresh
+        assert [a.token_ids for a in answer(remembering, str(MODEL), some, point)] == fresh
 
 
 def test_the_commander_commands() -> None:

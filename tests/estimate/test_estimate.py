@@ -38,12 +38,14 @@ def demo(tmp_path: Path) -> Path:
     data["output"] = str(tmp_path / "out")
     data["recipe"]["model"]["path"] = str(MODEL)
     data["recipe"]["input"]["uri"] = str(tmp_path / "questions.parquet")
-    data["cluster"] |= {"shard_rows": 8}
+    data["cluster"] |= {"shard_rows": 8, "workers": 1}
     path = tmp_path / "demo.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(240)
 def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> None:
     result = here("estimate", demo, "--json")
     assert result.exit_code == 0, result.stderr

@@ -52,7 +52,7 @@ def failed(output: Path, failures: tuple[str, ...] = FAILURES) -> list[tuple[str
     ]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     seed=st.integers(0, 10**6),
     listed=st.booleans(),

@@ -172,7 +172,7 @@ def test_the_script_runs_a_job_and_ends_what_it_started(
     slurm: dict[str, str], tmp_path: Path, tiny_paths: dict[str, Path], *, stopped: bool
 ) -> None:
     """Slurm's signal before the time is up lets the driver drain; the exit code is the driver's."""
-    write_rows(tmp_path / "in" / "a.parquet", 1200 if stopped else 24, row_group=6)
+    write_rows(tmp_path / "in" / "a.parquet", 600 if stopped else 24, row_group=6)
     data = job_data(tiny_paths["vicuna"], tmp_path / "in", tmp_path / "out")
     data["cluster"] = {"workers": 2, "shard_rows": 6}
     (tmp_path / "job.yaml").write_text(json.dumps(data))
