@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +196,22 @@ def test_a_large_object_is_whole_on_s3(s3: str) -> None:
     assert store.read("data/a") == data
 
 
-def test_only_old_leftovers_are_swept(store: Store) -> None:
+def test_only_old_leftovers_are_swept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_tmp/a", "_tmp/b", "data/c"):
         store.replace(name, b"x")
     store.sweep()
     assert len(store.names("_tmp")) == 2
     time.sleep(2.0)
     store.replace("_tmp/young", b"x")
-    store.sweep(2.0)  # S3 tells whole seconds: the young one may seem older by one
+    young = store._fs.modified(store._path("_tmp/young"))  # S3 tells whole seconds
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return young + timedelta(seconds=0.5)
+
+    monkeypatch.setattr("gc2ray.data.store.datetime", Clock)
+    store.sweep(1.0)
     assert store.names("_tmp") == ["_tmp/young"]
     assert store.names("data") == ["data/c"]
 
