@@ -124,7 +124,7 @@ class Shards(Sequence[Shard]):
         self._edges = np.searchsorted(self.spans.shard, np.arange(len(sids) + 1))
 
     @staticmethod
-    def of(shards: Iterable[Shard]) -> Shards:
+    def from_shards(shards: Iterable[Shard]) -> Shards:
         """Shards one after the other, whatever their index was."""
         files: dict[tuple[str, str], int] = {}
         spans, sids, continues = array("q"), array("Q"), bytearray()

@@ -76,7 +76,7 @@ class Source:
     @cached_property
     def _listing(self) -> Listing:
         """Where the input is: asking which entries are files costs a call each."""
-        return Listing.of(self.config.uris(), self._retry_policy)
+        return Listing.from_uris(self.config.uris(), self._retry_policy)
 
     def scan(self) -> tuple[list[SourceFile], pa.Schema]:
         """Every file in order, and the schema of the columns that are written back.

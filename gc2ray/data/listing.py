@@ -55,13 +55,13 @@ class Listing:
     queries: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(uris: Sequence[str], retry_policy: RetryPolicy) -> Listing:
+    def from_uris(uris: Sequence[str], retry_policy: RetryPolicy) -> Listing:
         """Where an input is; nothing is listed yet.
 
         Raises:
             ConfigError: There is no such storage, or several.
         """
-        places = tuple(Place.of(uri, retry_policy) for uri in uris)
+        places = tuple(Place.from_uri(uri, retry_policy) for uri in uris)
         first = places[0].filesystem
         if any(place.filesystem != first for place in places):
             raise ConfigError(

@@ -129,7 +129,7 @@ class Place:
     pattern: Pattern = EVERYTHING
 
     @staticmethod
-    def of(uri: str, retry_policy: RetryPolicy) -> Place:
+    def from_uri(uri: str, retry_policy: RetryPolicy) -> Place:
         """Where an entry is.
 
         Raises:

@@ -100,7 +100,7 @@ class PartFooter:
         }
 
     @staticmethod
-    def of(metadata: pq.FileMetaData) -> PartFooter:
+    def from_metadata(metadata: pq.FileMetaData) -> PartFooter:
         """The footer of a Parquet file.
 
         Raises:
@@ -322,7 +322,7 @@ class Store:
             OSError: The storage does not answer.
         """
         try:
-            return PartFooter.of(self.metadata(name))
+            return PartFooter.from_metadata(self.metadata(name))
         except ConfigError as error:
             raise ConfigError(f"{self.uri}: {name}: {error}") from error
         except ValueError as error:

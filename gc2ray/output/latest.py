@@ -35,7 +35,7 @@ class Latest:
     def __init__(self, rounds: Sequence[tuple[RetryRound, Booleans]]) -> None:
         (first, self._committed), *retries = rounds
         self._first = first
-        self._retries = [_Retried.of(first, retry, done) for retry, done in retries]
+        self._retries = [_Retried.from_rounds(first, retry, done) for retry, done in retries]
         self._read: dict[int, tuple[int, Sequence[str] | None, pa.Table]] = {}
 
     def retried(self) -> Booleans:
@@ -102,7 +102,7 @@ class _Retried(NamedTuple):
     shards: Integers  # of the retry
 
     @staticmethod
-    def of(first: RetryRound, retry: RetryRound, committed: Booleans) -> _Retried:
+    def from_rounds(first: RetryRound, retry: RetryRound, committed: Booleans) -> _Retried:
         """The pairs of a retry."""
         spans = retry.plan.shards.spans
         found = np.stack([owners(first.plan.shards, retry.plan.shards), spans.shard])

@@ -51,7 +51,7 @@ def check_part(retry_round: RetryRound, index: int, *, deep: bool) -> PartCheck:
     shard = retry_round.plan.shards[index]
     try:
         metadata = retry_round.store.metadata(shard.part_name)
-        footer = PartFooter.of(metadata)
+        footer = PartFooter.from_metadata(metadata)
     except ConfigError as error:
         raise ConfigError(f"{retry_round.name(shard.part_name)}: {error}") from error
     except ValueError:

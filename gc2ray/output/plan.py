@@ -59,7 +59,9 @@ class Plan:
     ) -> Plan:
         """The plan of a recipe's input files."""
         fingerprint = recipe.fingerprint()
-        return Plan(fingerprint, Shards.of(cut_shards(files, shard_rows, fingerprint)), carried)
+        return Plan(
+            fingerprint, Shards.from_shards(cut_shards(files, shard_rows, fingerprint)), carried
+        )
 
     @property
     def rows(self) -> int:

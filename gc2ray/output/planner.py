@@ -191,7 +191,7 @@ def store_plan(store: Store, job: Job, plan: Plan) -> Plan:
             f"{job.output}: {PLAN_NAME} was left by a start with another recipe; choose a new "
             "output, or delete that file"
         )
-    store.create(RUN_NAME, Run.of(job.recipe, frozen, data).to_bytes())
+    store.create(RUN_NAME, Run.from_plan(job.recipe, frozen, data).to_bytes())
     return stored_plan(store, job) or frozen
 
 

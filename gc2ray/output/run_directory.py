@@ -169,7 +169,7 @@ class Run:
     format: int = FORMAT
 
     @staticmethod
-    def of(recipe: Recipe, plan: Plan, plan_data: bytes) -> Run:
+    def from_plan(recipe: Recipe, plan: Plan, plan_data: bytes) -> Run:
         """The run of a stored plan, with this process's versions."""
         versions = {name: importlib.metadata.version(name) for name in VERSIONED}
         versions |= {"gc2ray": __version__, "python": sys.version.split()[0]}

@@ -162,7 +162,7 @@ class Driver:
         self._stop = stop or threading.Event()
         self._range = cluster.workers or WorkerRange(max=pool.default_workers())
         self._limits = Limits(cluster.tries, cluster.max_poison_rows)
-        self._queue = ShardQueue(Shards.of([]), np.zeros(0, np.bool_), self._limits)
+        self._queue = ShardQueue(Shards.from_shards([]), np.zeros(0, np.bool_), self._limits)
         self._workers: dict[int, _WorkerState] = {}
         self._setting_up: set[int] = set()  # of the workers those that are not loaded
         self._leaving: set[int] = set()  # those whose node is about to go

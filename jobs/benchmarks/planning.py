@@ -57,7 +57,7 @@ def run() -> list[Line]:
     )  # thousands of workers are gone
     before = resident_bytes()
     started = time.perf_counter()
-    shards = Shards.of(cut_shards(_footers(), SHARD_ROWS, "recipe"))
+    shards = Shards.from_shards(cut_shards(_footers(), SHARD_ROWS, "recipe"))
     took = time.perf_counter() - started
     plan = Plan("recipe", shards, pa.schema([]))
     lines = [
@@ -80,7 +80,7 @@ def _footers() -> Iterator[SourceFile]:
 def _part_of(plan: Plan, count: int) -> Plan:
     if count >= len(plan.shards):
         return plan
-    return Plan(plan.recipe_fingerprint, Shards.of(plan.shards[:count]), plan.carried)
+    return Plan(plan.recipe_fingerprint, Shards.from_shards(plan.shards[:count]), plan.carried)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def test_spans_are_cut_into_shards_of_the_same_rows(spans: list[Span], shard_row
 @given(some_files(), st.integers(1, 50))
 def test_columns_give_back_every_shard(files: list[SourceFile], shard_rows: int) -> None:
     cut = list(cut_shards(files, shard_rows, FINGERPRINT))
-    shards = Shards.of(cut)
+    shards = Shards.from_shards(cut)
     assert list(shards) == cut
     assert shards[2:5] == tuple(cut[2:5])
     assert [shards.sid(shard.index) for shard in cut] == [shard.sid for shard in cut]
@@ -178,7 +178,7 @@ def test_shards_within_a_row_group_continue_the_one_before() -> None:
 
 def test_a_shard_costs_few_bytes() -> None:
     files = [a_file([1000] * 100, f"{number}.parquet") for number in range(50)]
-    shards = Shards.of(cut_shards(files, 1000, FINGERPRINT))
+    shards = Shards.from_shards(cut_shards(files, 1000, FINGERPRINT))
     arrays = [*shards.spans, shards.sids, shards.continues, shards._edges]
     assert len(shards) == 5000
     assert sum(array.nbytes for array in arrays) <= 50 * len(shards)

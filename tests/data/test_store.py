@@ -390,7 +390,7 @@ def test_a_footer_from_before_lists_of_prompts_has_a_row_per_answer(local: Store
     local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": None}))
     footer = local.footer(shard.part_name)
     assert (footer.rows, footer.answers) == (3, 3)
-    plan = Plan(RECIPE.fingerprint(), Shards.of([shard]), pa.schema([]))
+    plan = Plan(RECIPE.fingerprint(), Shards.from_shards([shard]), pa.schema([]))
     assert outcome(local, plan, committed_parts(local, plan)).exit_code == 0
 
 
@@ -400,7 +400,7 @@ def test_a_part_of_fewer_or_more_rows_than_planned_is_not_of_this_run(
 ) -> None:
     shard = a_shard()
     local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": rows}))
-    plan = Plan(RECIPE.fingerprint(), Shards.of([shard]), pa.schema([]))
+    plan = Plan(RECIPE.fingerprint(), Shards.from_shards([shard]), pa.schema([]))
     with pytest.raises(ConfigError, match="is not a part of this run"):
         committed_parts(local, plan)
 

@@ -141,10 +141,10 @@ def test_an_extension_of_another_recipe_is_damage(output: Store) -> None:
 @given(st.lists(st.lists(st.integers(1, 9), max_size=4), max_size=4), st.integers(1, 5))
 def test_columns_join_as_objects_do(groups: list[list[int]], shard_rows: int) -> None:
     """Any pieces put together are the shards of all of them, numbered on."""
-    whole, expected = Shards.of([]), []
+    whole, expected = Shards.from_shards([]), []
     for number, rows in enumerate(groups):
         file = SourceFile(f"{number}.parquet", "f", tuple(rows))
-        piece = Shards.of(cut_shards([file], shard_rows, "r"))
+        piece = Shards.from_shards(cut_shards([file], shard_rows, "r"))
         whole = whole.followed_by(piece)
         expected += list(piece)
     assert [(shard.sid, shard.spans, shard.continues) for shard in whole] == [

@@ -121,7 +121,7 @@ def test_what_is_kept_is_what_was_planned(tmp_path: Path, cells: pa.Array) -> No
     carried = as_written(found)
     job = make_job("model", tmp_path / "a.arrow", tmp_path / "out", input__keep=["kept"])
     fingerprint = job.recipe.fingerprint()
-    shards = Shards.of(cut_shards(files, 3, fingerprint))
+    shards = Shards.from_shards(cut_shards(files, 3, fingerprint))
     store = Store(job.output)
     plan = store_plan(store, job, Plan(fingerprint, shards, carried))
     answers = [Answer(row, Status.OK, "m", 1.0, answer="a") for row in rows_of(source)]

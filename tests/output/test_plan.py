@@ -38,7 +38,7 @@ def test_a_plan_survives_its_file(shard_rows: int) -> None:
 
 
 def test_an_empty_plan_survives_its_file() -> None:
-    plan = Plan("f", Shards.of([]), pa.schema([]))
+    plan = Plan("f", Shards.from_shards([]), pa.schema([]))
     assert Plan.from_bytes(plan.to_bytes()) == plan
 
 
@@ -50,7 +50,7 @@ def test_a_plan_of_more_than_ten_shards_keeps_their_order() -> None:
 
 def test_a_run_survives_its_file() -> None:
     plan = a_plan()
-    run = Run.of(RECIPE, plan, plan.to_bytes())
+    run = Run.from_plan(RECIPE, plan, plan.to_bytes())
     assert Run.from_bytes(run.to_bytes()) == run
     assert (run.shards, run.rows) == (len(plan.shards), 48)
     assert run.plan_digest == digest(plan.to_bytes())
@@ -58,14 +58,14 @@ def test_a_run_survives_its_file() -> None:
 
 
 def test_a_run_says_its_recipe_to_people() -> None:
-    content = json.loads(Run.of(RECIPE, a_plan(), b"").to_bytes())
+    content = json.loads(Run.from_plan(RECIPE, a_plan(), b"").to_bytes())
     assert content["recipe"]["compression"]["retention"] == 0.25
     assert content["recipe_fingerprint"] == RECIPE.fingerprint()
     assert content["plan"] == {"file": "plan/0000.parquet", "sha256": digest(b"")}
 
 
 def test_another_recipe_is_refused_with_every_difference() -> None:
-    run = Run.of(RECIPE, a_plan(), b"")
+    run = Run.from_plan(RECIPE, a_plan(), b"")
     run.check(make_recipe("model"))
     other = make_recipe("model", compression__retention=0.5, generation__seed=3)
     with pytest.raises(ConfigError) as caught:
@@ -77,7 +77,7 @@ def test_another_recipe_is_refused_with_every_difference() -> None:
 
 
 def damaged(**changes: object) -> bytes:
-    content = json.loads(Run.of(RECIPE, a_plan(), b"").to_bytes())
+    content = json.loads(Run.from_plan(RECIPE, a_plan(), b"").to_bytes())
     return json.dumps({**content, **changes}).encode()
 
 

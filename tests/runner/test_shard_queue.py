@@ -19,7 +19,9 @@ LIMITS = Limits(tries=3, poison_rows=2)
 
 
 def make_shards(groups: list[int], shard_rows: int) -> Shards:
-    return Shards.of(cut_shards([SourceFile("a.parquet", "f", tuple(groups))], shard_rows, "r"))
+    return Shards.from_shards(
+        cut_shards([SourceFile("a.parquet", "f", tuple(groups))], shard_rows, "r")
+    )
 
 
 def make_queue(

@@ -147,7 +147,7 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
     assert all(f.written and started < f.written < datetime.now(UTC) for f in footers)
     progress = worker.progress()
     assert (progress.rows, progress.answers) == (20, len(expected))
-    plan = Plan(listed.recipe.fingerprint(), Shards.of(shards), CARRIED)
+    plan = Plan(listed.recipe.fingerprint(), Shards.from_shards(shards), CARRIED)
     state = outcome(store, plan, committed_parts(store, plan))
     assert (state.rows, state.planned_rows, state.exit_code) == (20, 20, 0)
     assert state.stats.rows == len(expected)
