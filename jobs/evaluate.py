@@ -32,6 +32,7 @@ from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import Interval, interval
 from gc2ray.core.metrics.scores import METRICS, score
 from gc2ray.data.store import Store
+from gc2ray.output.parts import read_all_parts
 from gc2ray.report.evaluation import ALL, agreement, evaluate
 
 
@@ -98,7 +99,7 @@ def read_run(
     """
     columns = ["row_key", "prompt_index", "status", "answer", "visual_tokens_kept"]
     columns += ["newline_tokens", reference, *([group] if group else [])]
-    table = Store(output).answers(columns).to_pydict()
+    table = read_all_parts(Store(output), columns).to_pydict()
     prompts, values = table["prompt_index"], table[reference]
     if lists is None and any(prompts) and any(isinstance(value, list) for value in values):
         raise ConfigError(

@@ -11,13 +11,16 @@ import gc
 import logging
 import random
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
+from gc2ray.data.store import Store
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.tiny import TinySpec, build_tiny
@@ -181,3 +184,27 @@ def pytest_terminal_summary(
         terminalreporter.section("soak")
         for name, value in soaked.items():
             terminalreporter.write_line(f"{name}: {value}")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "run"))
+
+
+@pytest.fixture(params=["local", "memory", "s3", "rclone"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    if request.param in ("s3", "rclone"):
+        yield Store(f"{request.getfixturevalue(request.param)}/run")
+    elif request.param == "memory":
+        yield Store(f"memory://run-{uuid.uuid4().hex}")
+        fsspec.filesystem("memory").store.clear()
+    else:
+        yield Store(str(tmp_path / "run"))
+
+
+@pytest.fixture(params=["local", "s3"])
+def racy(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A store on which several writers may meet."""
+    if request.param == "s3":
+        return Store(f"{request.getfixturevalue('s3')}/run")
+    return Store(str(tmp_path / "run"))

@@ -83,7 +83,7 @@ class Shard:
     @property
     def part_name(self) -> str:
         """Where its answers are committed."""
-        return f"data/part-{self.index:07d}-{self.sid}.parquet"
+        return part_name(self.index, self.sid)
 
 
 class SpanColumns(NamedTuple):
@@ -188,6 +188,10 @@ class Shards(Sequence[Shard]):
         """The sid of a shard."""
         return f"{int(self.sids[index]):016x}"
 
+    def part_name(self, index: int) -> str:
+        """The `part_name` of a shard."""
+        return part_name(index, self.sid(index))
+
     @property
     def rows(self) -> int:
         """Rows of all shards."""
@@ -199,6 +203,11 @@ class Shards(Sequence[Shard]):
         rows = np.zeros(len(self), np.int64)
         np.add.at(rows, self.spans.shard, self.spans.stop - self.spans.first)
         return rows
+
+
+def part_name(index: int, sid: str) -> str:
+    """The name of a shard's part, relative to the directory of its round."""
+    return f"data/part-{index:07d}-{sid}.parquet"
 
 
 def row_key(source: str, row: int, prompt_index: int | None = None) -> str:

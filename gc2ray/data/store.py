@@ -1,15 +1,13 @@
-"""The output directory: create-if-absent objects, on local disks and any fsspec filesystem.
+"""`Store`: objects that are created whole or not at all, on local disks and any fsspec filesystem.
 
-A part is committed by one atomic create under its final name; that object is the commit marker.
-Locally: temporary file, fsync, hard link (which fails if the name is taken), fsync of the folder;
-where links are missing, an exclusive create. Elsewhere: one conditional put (`mode="create"`).
-Whoever comes second finds the name taken and looks whether it was himself, by a token in the
-part's footer: an acknowledgement that got lost is a success, another's part is a lost race.
+On a local disk, `create` writes a temporary file, syncs it, links it to the final name (which fails
+if the name is taken) and syncs the folder; where the disk has no hard links, it creates the file
+exclusively. Elsewhere it makes one conditional put (`mode="create"`).
 
-Trouble of a remote storage that may pass is waited out (`gc2ray.data.retries`).
+Temporary trouble of a remote storage is waited out (`gc2ray.data.retries`).
 
-Not covered: two writers in the same moment on a store that ignores the condition, which is told at
-the start: there the last one wins, whole.
+Not covered: two writers at the same moment on a store that ignores the condition. The last one
+wins, with whole objects; a warning at the start says so.
 """
 
 from __future__ import annotations
@@ -20,15 +18,11 @@ import io
 import logging
 import os
 import posixpath
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import IO
 
@@ -36,101 +30,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gc2ray.core.errors import STORAGE_ERRORS, ConfigError
-from gc2ray.core.schema import SCHEMA_KEY, SCHEMA_VERSION
-from gc2ray.core.shards import Shard
-from gc2ray.core.stats import RunStats
-from gc2ray.data.parquet_footer import open_parquet, parse_footer, read_footer
+from gc2ray.data.parquet_footer import parse_footer, read_footer
 from gc2ray.data.remote_file import RetryingFile
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
-READ_THREADS = 16
 AT_START = RetryPolicy(total_seconds=15.0)
 """While somebody waits for the first word: an address may be wrong."""
 COPY_BYTES = 1 << 20
 LEFTOVER_SECONDS = 3600.0
 """A temporary file of that age belongs to nobody: a part is written in seconds."""
-_PART = re.compile(r"part-(\d{7})-([0-9a-f]{16})\.parquet$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 log = logging.getLogger(__name__)
-
-
-class Commit(StrEnum):
-    """How a commit ended."""
-
-    WON = "won"
-    LOST_RACE = "lost_race"
-
-
-@dataclass(frozen=True)
-class PartFooter:
-    """What the footer of a part says beside its schema.
-
-    Attributes:
-        sid: The shard.
-        run: Fingerprint of the recipe.
-        token: Of the try that wrote it.
-        worker: Who wrote it.
-        rows: Input rows that it answers.
-        stats: Of its answers.
-        written: When; None in parts from before that was noted.
-    """
-
-    sid: str
-    run: str
-    token: str
-    worker: str
-    rows: int
-    stats: RunStats
-    written: datetime | None = None
-
-    def metadata(self) -> dict[str, str]:
-        """As schema metadata."""
-        written = {"gc2ray.written": self.written.isoformat()} if self.written else {}
-        return {
-            "gc2ray.sid": self.sid,
-            "gc2ray.run": self.run,
-            "gc2ray.token": self.token,
-            "gc2ray.worker": self.worker,
-            "gc2ray.rows": str(self.rows),
-            "gc2ray.stats": self.stats.to_json(),
-            **written,
-        }
-
-    @staticmethod
-    def from_metadata(metadata: pq.FileMetaData) -> PartFooter:
-        """The footer of a Parquet file.
-
-        Raises:
-            ValueError: It is not a part's.
-            ConfigError: It is one of another version, with other columns.
-        """
-        found = metadata.metadata or {}
-        try:
-            values = {key: found[f"gc2ray.{key}".encode()].decode() for key in _FOOTER_KEYS}
-            stats = RunStats.from_json(values.pop("stats"))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a part's footer: {error}") from error
-        version = found.get(SCHEMA_KEY.encode(), b"").decode()
-        if version != str(SCHEMA_VERSION):
-            raise ConfigError(
-                f"written by another version of gc2ray (schema {version or 'unknown'}, this one "
-                f"has {SCHEMA_VERSION}); choose a new output, or resume with that version"
-            )
-        if stats.rows != metadata.num_rows:
-            raise ValueError(f"{metadata.num_rows} answers, statistics of {stats.rows}")
-        # Parts from before there were several prompts per row have an answer per row.
-        rows = int(found.get(b"gc2ray.rows", metadata.num_rows))
-        when = found.get(b"gc2ray.written")
-        written = datetime.fromisoformat(when.decode()) if when else None
-        return PartFooter(rows=rows, stats=stats, written=written, **values)
-
-    @property
-    def answers(self) -> int:
-        """Answer rows of the part: one for each prompt of a row."""
-        return self.stats.rows
 
 
 class Store:
@@ -262,7 +175,7 @@ class Store:
             OSError: There is none, or the storage does not answer.
         """
         digest = hashlib.sha256()
-        with self._open(name) as handle:
+        with self.open(name) as handle:
             while piece := handle.read(COPY_BYTES):
                 digest.update(piece)
         return digest.hexdigest()
@@ -277,26 +190,6 @@ class Store:
             return []
         return sorted(f"{folder}/{posixpath.basename(path)}" for path in found)
 
-    def commit(self, shard: Shard, part: bytes, token: str) -> Commit:
-        """Publish a shard's part.
-
-        Args:
-            shard: The shard.
-            part: A Parquet file whose footer holds `token`.
-            token: Unique to this try.
-
-        Raises:
-            OSError: It could not be written.
-        """
-        if self.create(shard.part_name, part):
-            return Commit.WON
-        return Commit.WON if self.footer(shard.part_name).token == token else Commit.LOST_RACE
-
-    def committed(self) -> dict[str, str]:
-        """Committed shards: sid to part name."""
-        matches = [(_PART.search(name), name) for name in self.names("data")]
-        return {match.group(2): name for match, name in matches if match}
-
     def metadata(self, name: str) -> pq.FileMetaData:
         """What the end of a Parquet file says of it.
 
@@ -304,81 +197,20 @@ class Store:
             ValueError: It is not Parquet.
             OSError: The storage does not answer.
         """
-        with self._open(name) as handle:
+        with self.open(name) as handle:
             tail = read_footer(handle)
         try:
             return parse_footer(tail)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"not Parquet: {error}") from error
 
-    def _open(self, name: str) -> RetryingFile:
+    def open(self, name: str) -> RetryingFile:
+        """An object, open for reading.
+
+        Raises:
+            OSError: There is none, or the storage does not answer.
+        """
         return RetryingFile(self._fs, self._path(name), self._retry_policy)
-
-    def footer(self, name: str) -> PartFooter:
-        """The footer of a part.
-
-        Raises:
-            ConfigError: It is not a part, or one of another version.
-            OSError: The storage does not answer.
-        """
-        try:
-            return PartFooter.from_metadata(self.metadata(name))
-        except ConfigError as error:
-            raise ConfigError(f"{self.uri}: {name}: {error}") from error
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.uri}: {name} is not a part that gc2ray wrote; move it away, and rerun"
-            ) from error
-
-    def footers(self, names: Sequence[str]) -> list[PartFooter]:
-        """The footers of parts, in order.
-
-        Raises:
-            ConfigError, OSError: As `footer`.
-        """
-        with ThreadPoolExecutor(READ_THREADS, "gc2ray-footer") as pool:
-            return list(pool.map(self.footer, names))
-
-    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns of a part, or all of them.
-
-        Raises:
-            OSError: It cannot be read; the message names it.
-        """
-        wanted = None if columns is None else list(columns)
-        try:
-            with self._open(name) as handle:
-                part = open_parquet(handle, check_pages=True)
-                return part.read(columns=wanted, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            said = " ".join(str(error).split())
-            raise OSError(
-                f"{self.uri}: {name} cannot be read: {said}; `gc2ray verify --deep` tells if it is "
-                "damaged"
-            ) from error
-
-    def answers(self, columns: Sequence[str]) -> pa.Table:
-        """Columns of all committed answer rows, part by part.
-
-        Raises:
-            ConfigError: There are no answers, or a column is not among them.
-            OSError: The storage does not answer.
-        """
-        names = sorted(self.committed().values())
-        if not names:
-            raise ConfigError(f"{self.uri}: holds no answers")
-        tables = []
-        for name in names:
-            with self._open(name) as handle:
-                part = open_parquet(handle)
-                missing = sorted(set(columns) - set(part.schema_arrow.names))
-                if missing:
-                    raise ConfigError(
-                        f"{self.uri}: has no column {missing[0]!r}; input columns are written back "
-                        "if recipe.input.keep names them"
-                    )
-                tables.append(part.read(columns=list(columns), use_threads=False))
-        return pa.concat_tables(tables)
 
     def tidy(self) -> None:
         """Remove the empty folder of temporary files; only where nobody writes any more."""
@@ -458,21 +290,6 @@ class Store:
         finally:
             temporary.unlink()
         _sync_folder(target.parent)
-
-
-def part_index(name: str) -> int:
-    """The index of the shard that a part is named for.
-
-    Raises:
-        ValueError: It is no part's name.
-    """
-    match = _PART.search(name)
-    if match is None:
-        raise ValueError(f"{name} is not the name of a part")
-    return int(match.group(1))
-
-
-_FOOTER_KEYS = ("sid", "run", "token", "worker", "stats")
 
 
 def _write_new(path: Path, content: IO[bytes]) -> None:

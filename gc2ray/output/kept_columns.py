@@ -17,8 +17,7 @@ from gc2ray.core.errors import ConfigError, Status, first_line
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.data.parquet_footer import open_parquet
-from gc2ray.data.store import PartFooter
-from gc2ray.output.parts import part_bytes
+from gc2ray.output.parts import PartFooter, part_bytes
 
 ROUNDS = 4
 """After so many, at most, a type comes back as itself; two are the rule."""

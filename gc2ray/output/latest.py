@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, runs
+from gc2ray.output.parts import read_part
 from gc2ray.output.run_directory import RetryRound
 
 MERGED_BY = ("source", "row", "prompt_index", "status", "retry_round")
@@ -75,7 +76,11 @@ class Latest:
             for retry in self._retries
             for number in retry.shards_of(index)
         ]
-        own = [self._first.store.table(shard.part_name, columns)] if self._committed[index] else []
+        own = (
+            [read_part(self._first.store, shard.part_name, columns)]
+            if self._committed[index]
+            else []
+        )
         if not later:
             return own[0] if own else None
         return _merged(shard, [*own, *later])
@@ -89,7 +94,7 @@ class Latest:
             known = self._read[number] = (
                 index,
                 columns,
-                retry.retry_round.store.table(part, columns),
+                read_part(retry.retry_round.store, part, columns),
             )
         return known[2]
 

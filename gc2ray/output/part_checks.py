@@ -23,7 +23,7 @@ from gc2ray.core.schema import ANSWER_FIELDS, UNWRITTEN_STATS, answer_schema, ta
 from gc2ray.core.shards import Integers, Shard, row_key
 from gc2ray.core.stats import RunStats
 from gc2ray.data.parquet_footer import open_parquet
-from gc2ray.data.store import PartFooter
+from gc2ray.output.parts import PartFooter
 from gc2ray.output.run_directory import RetryRound
 
 

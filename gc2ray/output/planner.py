@@ -22,8 +22,9 @@ from gc2ray.core.shards import Booleans, SourceFile, digest
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
 from gc2ray.data.column_types import holds
-from gc2ray.data.store import Store, part_index
+from gc2ray.data.store import Store
 from gc2ray.output.heartbeats import driver_records
+from gc2ray.output.parts import planned_parts, read_part, read_part_footers
 from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.run_directory import RUN_NAME, Run, frozen_plan, stored_run
 
@@ -216,25 +217,21 @@ def committed_parts(store: Store, plan: Plan, known: Committed | None = None) ->
         ConfigError: A part is damaged, or not of this plan.
     """
     known = known or Committed.nothing(plan)
-    shards, new = known.shards.copy(), []
-    for sid, name in store.committed().items():
-        index = part_index(name)
-        if index >= len(plan.shards) or plan.shards.sid(index) != sid:
-            raise _foreign(store, name)
-        if not shards[index]:
-            shards[index] = True
-            new.append(name)
+    listed = planned_parts(store, plan.shards)
+    if listed.foreign:
+        raise _foreign(store, listed.foreign[0])
+    new: list[int] = np.flatnonzero(listed.committed & ~known.shards).tolist()
+    names = [plan.shards.part_name(index) for index in new]
     rows, stats, failed = known.rows, known.stats, list(known.failed)
     planned = plan.shards.rows_each
-    for name, footer in zip(new, store.footers(new), strict=True):
-        index = part_index(name)
+    for index, name, footer in zip(new, names, read_part_footers(store, names), strict=True):
         fits = footer.rows == planned[index] and footer.sid == plan.shards.sid(index)
         if not fits or footer.run != plan.recipe_fingerprint:
             raise _foreign(store, name)
         rows, stats = rows + footer.rows, stats + footer.stats
         if footer.stats.bad_rows and len(failed) < FIRST_ERRORS:
             failed.append(name)
-    return Committed(shards, rows, stats, tuple(failed))
+    return Committed(known.shards | listed.committed, rows, stats, tuple(failed))
 
 
 def _foreign(store: Store, name: str) -> ConfigError:
@@ -260,7 +257,7 @@ def _errors(store: Store, names: Iterable[str]) -> Iterator[str]:
     """Answers of some parts that failed, as `row_key: status: error`."""
     for name in names:
         try:
-            table = store.table(name, ["row_key", "status", "error"])
+            table = read_part(store, name, ["row_key", "status", "error"])
         except OSError as error:  # the rest of the outcome is known without it
             yield str(error)
             continue

@@ -23,8 +23,9 @@ from typing import Any
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
-from gc2ray.data.store import READ_THREADS, PartFooter, Store
+from gc2ray.data.store import Store
 from gc2ray.output.heartbeats import DriverRecord, WorkerRecord, driver_records
+from gc2ray.output.parts import FOOTER_THREADS, PartFooter, list_parts, read_part_footer
 from gc2ray.output.run_directory import (
     RETRY_ROUNDS,
     RUN_NAME,
@@ -37,7 +38,7 @@ from gc2ray.output.run_directory import (
 GROUPS = 64
 """Parts are added up in so many groups, in turn: enough for a bootstrap."""
 BUCKETS = 200
-AHEAD = 4 * READ_THREADS
+AHEAD = 4 * FOOTER_THREADS
 MOST_DEAD_LETTERS = 20
 """Dead letters that are read; the others are counted."""
 
@@ -198,7 +199,7 @@ def _entry(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotal
     run = stored_run(store)
     if run is None:
         return None
-    names = sorted(store.committed().values())
+    names = sorted(list_parts(store).values())
     groups = [RunStats()] * min(GROUPS, len(names))
     rows, timeline, fingerprint = 0, Timeline(), run.recipe.fingerprint()
     for index, footer in enumerate(_footers(store, names)):
@@ -232,9 +233,9 @@ def _entry(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotal
 def _footers(store: Store, names: Sequence[str]) -> Iterator[PartFooter]:
     """Footers in order, some read ahead, none kept."""
     ahead: deque[Future[PartFooter]] = deque()
-    with ThreadPoolExecutor(READ_THREADS, "gc2ray-footer") as pool:
+    with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
         for name in names:
-            ahead.append(pool.submit(store.footer, name))
+            ahead.append(pool.submit(read_part_footer, store, name))
             if len(ahead) > AHEAD:
                 yield ahead.popleft().result()
         while ahead:

@@ -18,9 +18,10 @@ import numpy as np
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Booleans, Integers, runs
 from gc2ray.core.stats import RunStats
-from gc2ray.data.store import Store, part_index
+from gc2ray.data.store import Store
 from gc2ray.output.latest import Latest, owners
 from gc2ray.output.part_checks import PartCheck, check_part
+from gc2ray.output.parts import FOOTER_THREADS, planned_parts
 from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.run_directory import (
     MODEL_NAME,
@@ -33,8 +34,8 @@ from gc2ray.output.run_directory import (
     stored_run,
 )
 
-FOOTER_THREADS = 16
-READ_THREADS = 2
+DEEP_THREADS = 2
+"""Threads that read whole parts: each holds one in memory."""
 AT_A_TIME = 1024
 """Parts whose inspections are held at a time."""
 
@@ -173,20 +174,14 @@ def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
 def _check(retry_round: RetryRound, *, deep: bool) -> Checked:
     shards = retry_round.plan.shards
     problems = list(_plan_problems(retry_round))
-    parts: list[int] = []
-    for name in retry_round.store.names("data"):
-        index = _planned(retry_round, name)
-        if index is None:
-            problems.append(f"{retry_round.name(name)}: is no planned shard's part; move it away")
-        else:
-            parts.append(index)
+    committed, foreign, others = planned_parts(retry_round.store, shards)
+    for name in sorted([*foreign, *others]):
+        problems.append(f"{retry_round.name(name)}: is no planned shard's part; move it away")
     failed, rows, stats = np.zeros(len(shards), np.int64), 0, RunStats()
-    for index, found in _inspected(retry_round, parts, deep=deep):
+    for index, found in _inspected(retry_round, np.flatnonzero(committed), deep=deep):
         problems += [found.problem] if found.problem else []
         rows, stats = rows + found.rows, stats + found.stats
         failed[index] = found.stats.bad_rows
-    committed = np.zeros(len(shards), np.bool_)
-    committed[parts] = True
     letters = [name.split("/")[1].split(".")[0] for name in retry_round.store.names("dead")]
     dead = np.isin(shards.sids, np.array([int(sid, 16) for sid in letters], np.uint64))
     return Checked(
@@ -217,26 +212,16 @@ def _plan_problems(retry_round: RetryRound) -> Iterator[str]:
         yield f"{retry_round.name(PLAN_NAME)}: {name} is planned twice"
 
 
-def _planned(retry_round: RetryRound, name: str) -> int | None:
-    """The index of the shard whose part has a name; None if none has."""
-    shards = retry_round.plan.shards
-    try:
-        index = part_index(name)
-    except ValueError:
-        return None
-    return index if index < len(shards) and shards[index].part_name == name else None
-
-
 def _inspected(
-    retry_round: RetryRound, parts: Sequence[int], *, deep: bool
+    retry_round: RetryRound, parts: Integers, *, deep: bool
 ) -> Iterator[tuple[int, PartCheck]]:
     """Inspections of parts, in their order."""
-    threads = READ_THREADS if deep else FOOTER_THREADS
+    threads = DEEP_THREADS if deep else FOOTER_THREADS
     with ThreadPoolExecutor(threads, "gc2ray-verify") as pool:
         for start in range(0, len(parts), AT_A_TIME):
-            some = parts[start : start + AT_A_TIME]
-            found = pool.map(lambda index: check_part(retry_round, index, deep=deep), some)
-            yield from zip(some, found, strict=True)
+            indices = parts[start : start + AT_A_TIME].tolist()
+            checks = pool.map(lambda index: check_part(retry_round, index, deep=deep), indices)
+            yield from zip(indices, checks, strict=True)
 
 
 def _notes(retry_round: RetryRound, revived: int) -> Iterator[str]:

@@ -22,7 +22,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.core.records import Request
-from gc2ray.core.shards import Booleans, Shards, Span
+from gc2ray.core.shards import Shards, Span
 from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
@@ -31,6 +31,7 @@ from gc2ray.engine.image_cache import CachedImage, image_key
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.image_processor import tile
 from gc2ray.output.latest import MERGED_BY, Latest
+from gc2ray.output.parts import planned_parts
 from gc2ray.output.run_directory import (
     RETRY_ROUNDS,
     RUN_NAME,
@@ -132,13 +133,7 @@ def _latest(output: str, first: RetryRound) -> Latest:
     numbers = retry_numbers(first.store.names(RETRY_ROUNDS))
     retries = (open_round(output, number) for number in numbers)
     found = [first, *(retry for retry in retries if retry is not None)]
-    return Latest([(retry_round, _committed(retry_round)) for retry_round in found])
-
-
-def _committed(retry_round: RetryRound) -> Booleans:
-    """Which shards of a round are, (shards,)."""
-    sids = np.array([int(sid, 16) for sid in retry_round.store.committed()], np.uint64)
-    return np.isin(retry_round.plan.shards.sids, sids)
+    return Latest([(each, planned_parts(each.store, each.plan.shards).committed) for each in found])
 
 
 def _answer(latest: Latest, shards: Shards, place: RowLocation, key: str) -> dict[str, Any] | None:

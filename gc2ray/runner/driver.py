@@ -40,7 +40,8 @@ from gc2ray.core.errors import (
 )
 from gc2ray.core.shards import Shard, Shards, Span
 from gc2ray.core.usage import Usage, UsageKind, UsageMeter
-from gc2ray.data.store import Commit, Store
+from gc2ray.data.store import Store
+from gc2ray.output.parts import Commit
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import Committed
 from gc2ray.runner.handout import ShardAssignment

@@ -31,7 +31,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError, EngineDead, GivenUp
 from gc2ray.core.logs import LogForm, set_up
 from gc2ray.core.shards import Shard, Span
-from gc2ray.data.store import Commit
+from gc2ray.output.parts import Commit
 from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.journal import InHand, taken_over
 from gc2ray.runner.knock import check_port

@@ -52,9 +52,9 @@ from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source
 from gc2ray.data.retries import is_transient
-from gc2ray.data.store import Commit, PartFooter, Store
+from gc2ray.data.store import Store
 from gc2ray.engine.audit import Answering, Audited
-from gc2ray.output.parts import in_order, part_bytes
+from gc2ray.output.parts import Commit, PartFooter, commit_part, in_order, part_bytes
 from gc2ray.output.run_directory import MODEL_NAME, stored_digest
 from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.journal import Journal, Page
@@ -458,7 +458,7 @@ class Worker:
     def _committed(self, shard: Shard, part: bytes, token: str) -> Commit:
         try:
             with self._writing(shard.part_name):
-                return self._store.commit(shard, part, token)
+                return commit_part(self._store, shard, part, token)
         except ConfigError as error:  # something else has the part's name
             raise UnwritableShard(str(error)) from error
         except STORAGE_ERRORS as error:

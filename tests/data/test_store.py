@@ -5,15 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Iterator
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -21,23 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.records import Answer
-from gc2ray.core.schema import Provenance, answer_schema, answer_table, stats_of
-from gc2ray.core.shards import Shard, Shards, SourceFile, Span, cut_shards
-from gc2ray.core.stats import RunStats
+from gc2ray.core.errors import ConfigError
+from gc2ray.core.shards import Span
 from gc2ray.data.dataset import Source
-from gc2ray.data.remote_file import RetryingFile
-from gc2ray.data.retries import RetryPolicy
-from gc2ray.data.store import Commit, PartFooter, Store
-from gc2ray.output.parts import part_bytes
-from gc2ray.output.plan import Plan
-from gc2ray.output.planner import committed_parts, outcome
+from gc2ray.data.store import Store
+from gc2ray.output.parts import (
+    list_parts,
+)
 from tests.support.object_servers import SECRET, hasty_clients
-from tests.support.rows import make_recipe, request
+from tests.support.rows import make_recipe
+from tests.support.stores import THREADS, race
 
 RECIPE = make_recipe("model")
-THREADS = 8
 
 
 @pytest.fixture
@@ -48,72 +38,8 @@ def new_s3_instances() -> Iterator[None]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.fixture
-def local(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "run"))
-
-
-@pytest.fixture(params=["local", "memory", "s3", "rclone"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param in ("s3", "rclone"):
-        yield Store(f"{request.getfixturevalue(request.param)}/run")
-    elif request.param == "memory":
-        yield Store(f"memory://run-{uuid.uuid4().hex}")
-        fsspec.filesystem("memory").store.clear()
-    else:
-        yield Store(str(tmp_path / "run"))
-
-
-@pytest.fixture(params=["local", "s3"])
-def racy(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A store on which several writers may meet."""
-    if request.param == "s3":
-        return Store(f"{request.getfixturevalue('s3')}/run")
-    return Store(str(tmp_path / "run"))
-
-
-def a_shard(rows: int = 3) -> Shard:
-    (shard,) = cut_shards([SourceFile("rows.parquet", "f", (rows,))], rows, RECIPE.fingerprint())
-    return shard
-
-
-def a_part(shard: Shard, token: str) -> bytes:
-    """A real part, one row answered and the others failed."""
-    good = Answer(request(seed=0), Status.OK, "globalcom2", 0.25, answer="yes", kv_bytes=7)
-    bad = [
-        Answer(request(seed=row), Status.BAD_IMAGE, "globalcom2", 0.25, error="no image")
-        for row in range(1, shard.rows)
-    ]
-    answers = [good, *bad]
-    stats = stats_of(answers) + RunStats(peak_host_bytes=5)
-    footer = PartFooter(shard.sid, RECIPE.fingerprint(), token, "w1", len(answers), stats)
-    return part_bytes(answers, pa.schema([]), Provenance(1, 0, "w1"), footer)
-
-
-def with_metadata(part: bytes, changes: dict[bytes, bytes | None]) -> bytes:
-    """The same part with other footer entries; None removes one."""
-    table = pq.read_table(pa.BufferReader(part))
-    metadata = {**table.schema.metadata, **changes}
-    kept = {key: value for key, value in metadata.items() if value is not None}
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(kept), sink)
-    return sink.getvalue().to_pybytes()
-
-
 def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def race(work: Callable[[int], object]) -> list[object]:
-    """The same work by several threads at the same moment."""
-    barrier = threading.Barrier(THREADS)
-
-    def start(number: int) -> object:
-        barrier.wait()
-        return work(number)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(start, range(THREADS)))
 
 
 def test_the_first_to_create_wins(store: Store) -> None:
@@ -167,7 +93,7 @@ def test_an_object_may_be_replaced(store: Store) -> None:
 def test_what_is_not_there(store: Store) -> None:
     assert store.read("run.json") is None
     assert store.names("data") == []
-    assert store.committed() == {}
+    assert list_parts(store) == {}
     store.check_usable(writing=False)
     assert store.names("_tmp") == []
 
@@ -338,161 +264,6 @@ def test_without_links_a_failing_write_leaves_no_object(
     assert files_in(tmp_path) == []
 
 
-def test_a_commit_is_won_once(store: Store) -> None:
-    shard = a_shard()
-    mine, theirs = a_part(shard, "mine"), a_part(shard, "theirs")
-    assert store.commit(shard, mine, "mine") is Commit.WON
-    assert store.commit(shard, theirs, "theirs") is Commit.LOST_RACE
-    assert store.read(shard.part_name) == mine
-    assert store.committed() == {shard.sid: shard.part_name}
-
-
-def test_a_lost_acknowledgement_is_a_success(store: Store) -> None:
-    """The first put went through, its answer did not: the second finds its own token."""
-    shard = a_shard()
-    part = a_part(shard, "mine")
-    assert store.create(shard.part_name, part) is True
-    assert store.commit(shard, part, "mine") is Commit.WON
-
-
-def test_racing_commits_agree_on_the_winner(racy: Store) -> None:
-    shard = a_shard()
-    parts = [a_part(shard, f"token-{number}") for number in range(THREADS)]
-    ends = race(lambda number: racy.commit(shard, parts[number], f"token-{number}"))
-    assert sorted(map(str, ends)) == ["lost_race"] * (THREADS - 1) + ["won"]
-    winner = ends.index(Commit.WON)
-    assert racy.read(shard.part_name) == parts[winner]
-    assert racy.footer(shard.part_name).token == f"token-{winner}"
-
-
-def test_a_footer_survives_its_part(store: Store) -> None:
-    shard = a_shard()
-    store.commit(shard, a_part(shard, "mine"), "mine")
-    footer = store.footer(shard.part_name)
-    assert footer.sid == shard.sid
-    assert footer.run == RECIPE.fingerprint()
-    assert (footer.token, footer.worker, footer.rows) == ("mine", "w1", 3)
-    assert footer.stats.by_status == {"ok": 1, "bad_image": 2}
-    assert (footer.stats.kv_bytes, footer.stats.peak_host_bytes) == (7, 5)
-    assert store.footers([shard.part_name] * 3) == [footer] * 3
-    assert store.footers([]) == []
-
-
-def test_a_footer_tells_input_rows_from_answers(local: Store) -> None:
-    shard = a_shard()
-    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": b"2"}))
-    footer = local.footer(shard.part_name)
-    assert (footer.rows, footer.answers) == (2, 3)
-
-
-def test_a_footer_from_before_lists_of_prompts_has_a_row_per_answer(local: Store) -> None:
-    shard = a_shard()
-    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": None}))
-    footer = local.footer(shard.part_name)
-    assert (footer.rows, footer.answers) == (3, 3)
-    plan = Plan(RECIPE.fingerprint(), Shards.from_shards([shard]), pa.schema([]))
-    assert outcome(local, plan, committed_parts(local, plan)).exit_code == 0
-
-
-@pytest.mark.parametrize("rows", [b"2", b"4"])
-def test_a_part_of_fewer_or_more_rows_than_planned_is_not_of_this_run(
-    local: Store, rows: bytes
-) -> None:
-    shard = a_shard()
-    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": rows}))
-    plan = Plan(RECIPE.fingerprint(), Shards.from_shards([shard]), pa.schema([]))
-    with pytest.raises(ConfigError, match="is not a part of this run"):
-        committed_parts(local, plan)
-
-
-@pytest.mark.parametrize(
-    "changes", [{b"gc2ray.rows": b"x"}, {b"gc2ray.stats": None}, {b"gc2ray.written": b"x"}]
-)
-def test_a_footer_that_makes_no_sense_is_no_part(
-    local: Store, changes: dict[bytes, bytes | None]
-) -> None:
-    shard = a_shard()
-    stats = RunStats(rows=2).to_json().encode()  # of three answers
-    for change in (changes, {b"gc2ray.stats": stats}):
-        local.replace(shard.part_name, with_metadata(a_part(shard, "mine"), change))
-        with pytest.raises(ConfigError, match="is not a part that gc2ray wrote"):
-            local.footer(shard.part_name)
-
-
-def test_a_part_is_a_table_with_the_answer_schema(tmp_path: Path) -> None:
-    shard = a_shard()
-    (tmp_path / "p.parquet").write_bytes(a_part(shard, "t"))
-    table = pq.read_table(tmp_path / "p.parquet")
-    assert table.schema.names == answer_schema(pa.schema([])).names
-    assert table["row"].to_pylist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("read", [lambda s, n: s.table(n), lambda s, _: s.answers(["answer"])])
-def test_a_part_is_read_by_the_thread_that_asks(
-    local: Store, monkeypatch: pytest.MonkeyPatch, read: Callable[[Store, str], pa.Table]
-) -> None:
-    """A thread of pyarrow that lets a buffer of Python go while the interpreter ends aborts it."""
-    shard = a_shard()
-    local.create(shard.part_name, a_part(shard, "mine"))
-    readers: set[int] = set()
-    original = RetryingFile.read
-
-    def noting(file: RetryingFile, size: int = -1) -> bytes:
-        readers.add(threading.get_ident())
-        return original(file, size)
-
-    monkeypatch.setattr(RetryingFile, "read", noting)
-    assert read(local, shard.part_name).num_rows == 3
-    assert readers == {threading.get_ident()}
-
-
-def plain_parquet() -> bytes:
-    """An answer table that nobody committed: no footer of ours."""
-    sink = pa.BufferOutputStream()
-    answer = Answer(request(), Status.FAILED, "m", 1.0)
-    pq.write_table(answer_table([answer], pa.schema([]), Provenance(1, 0, "w")), sink)
-    return sink.getvalue().to_pybytes()
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage" * 10, b"PAR1" * 20, plain_parquet()])
-def test_garbage_is_a_configuration_error_that_names_it(store: Store, content: bytes) -> None:
-    shard = a_shard()
-    store.create(shard.part_name, content)
-    with pytest.raises(ConfigError, match=f"{shard.sid}.*is not a part that gc2ray wrote"):
-        store.footer(shard.part_name)
-    with pytest.raises(ConfigError):
-        store.commit(shard, a_part(shard, "mine"), "mine")
-    assert store.read(shard.part_name) == content
-
-
-def test_a_truncated_part_is_a_configuration_error(store: Store) -> None:
-    shard = a_shard()
-    store.create(shard.part_name, a_part(shard, "mine")[:-20])
-    with pytest.raises(ConfigError, match="is not a part"):
-        store.footers([shard.part_name])
-
-
-@pytest.mark.parametrize("stats", [b"{}", b"no json", b'{"slowest": [], "largest": [], "new": 1}'])
-def test_statistics_of_another_version_are_a_configuration_error(
-    local: Store, stats: bytes
-) -> None:
-    shard = a_shard()
-    part = with_metadata(a_part(shard, "mine"), {b"gc2ray.stats": stats})
-    local.create(shard.part_name, part)
-    with pytest.raises(ConfigError, match="is not a part"):
-        local.footer(shard.part_name)
-
-
-def test_only_parts_are_committed(store: Store) -> None:
-    shards = [replace(a_shard(), index=index, sid=f"{index:016x}") for index in (12, 3)]
-    for shard in shards:
-        store.create(shard.part_name, b"x")
-    for name in ("data/part-12-abc.parquet", "data/notes.txt", f"data/{shards[0].sid}.parquet"):
-        store.create(name, b"x")
-    assert store.committed() == {shard.sid: shard.part_name for shard in shards}
-    assert list(store.committed()) == [shards[1].sid, shards[0].sid]
-
-
 def test_an_unknown_filesystem_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="output: Protocol not known: nosuch"):
         Store("nosuch://bucket/run")
@@ -520,66 +291,6 @@ def test_a_usable_output_is_left_as_it_was(store: Store) -> None:
     store.check_usable(writing=True)
     assert store.names("_tmp") == []
     assert store.names("data") == ["data/a"]
-
-
-def test_a_storage_that_does_not_answer_is_not_taken_for_a_bad_part(
-    local: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody is to be told to move a good part away."""
-    shard = a_shard()
-    local.create(shard.part_name, a_part(shard, "mine"))
-
-    def no_answer(*_: object, **__: object) -> None:
-        raise OSError("503")
-
-    monkeypatch.setattr(local._fs, "open", no_answer)
-    with pytest.raises(OSError, match="503"):
-        local.footer(shard.part_name)
-
-
-def test_a_part_is_read_whatever_fails_for_a_moment(
-    local: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opening it and every read fail, the first time."""
-    shard = a_shard()
-    local.create(shard.part_name, a_part(shard, "mine"))
-    store = Store(local.uri, RetryPolicy(total_seconds=20.0, first_seconds=0.001))
-    failed: set[object] = set()
-
-    def once(what: object) -> None:
-        if what not in failed:
-            failed.add(what)
-            raise ConnectionResetError("reset by peer")
-
-    class Unsteady:
-        def __init__(self, opened: Any) -> None:
-            self._opened = opened
-
-        def read(self, size: int = -1) -> bytes:
-            place = self._opened.tell()
-            content: bytes = self._opened.read(size)
-            once((place, size))
-            return content
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._opened, name)
-
-    whole = store._fs.open
-
-    def unsteady(path: str, *rest: object, **named: object) -> Unsteady:
-        once(path)
-        return Unsteady(whole(path, *rest, **named))
-
-    monkeypatch.setattr(store._fs, "open", unsteady)
-    assert len(store.table(shard.part_name)) == shard.rows
-    assert len(store.answers(["row_key"])) == shard.rows
-    assert len(failed) > 3
-
-
-def test_a_long_footer_is_read_whole(local: Store) -> None:
-    shard = a_shard()
-    local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"filler": bytes(200_000)}))
-    assert local.footer(shard.part_name).token == "mine"
 
 
 @pytest.mark.usefixtures("new_s3_instances")

@@ -32,6 +32,7 @@ from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
 from gc2ray.output.heartbeats import driver_records
+from gc2ray.output.parts import list_parts, read_part
 from gc2ray.output.planner import Outcome
 from gc2ray.output.verify import verify
 from gc2ray.runner.run import run_job
@@ -133,7 +134,7 @@ def assert_survived(
     assert len({kill.pid for kill in happened}) == len(happened)
     until(lambda: all(has_ended(kill.pid) for kill in happened), GONE_SECONDS)
     store = Store(job.output)
-    rows = [row for part in store.names("data") for row in store.table(part).to_pylist()]
+    rows = [row for part in store.names("data") for row in read_part(store, part).to_pylist()]
     planned = {f"a.parquet#{row}" for row in range((kills + SPARE_SHARDS) * SHARD_ROWS)}
     found = [row["row_key"] for row in rows]
     lost, doubled = len(planned - {*found}), len(found) - len({*found})
@@ -296,18 +297,18 @@ def test_a_node_that_is_about_to_go_loses_nothing(cluster: LocalCluster, slow_jo
     store = Store(slow_job.output)
     with ThreadPoolExecutor(1) as beside:
         run = beside.submit(run_job, slow_job, make_worker=slow_worker)
-        until(lambda: len(store.committed()) >= 4)
+        until(lambda: len(list_parts(store)) >= 4)
         alive = ray._private.state.actors(actor_state_name="ALIVE").values()
         used = {actor["Address"]["NodeID"] for actor in alive}
         (node, *_) = [node for node in cluster.worker_nodes if node.node_id in used]
         told = drain(cluster, node.node_id)
-        committed = until(lambda: gone_from(node.node_id) and len(store.committed()))
+        committed = until(lambda: gone_from(node.node_id) and len(list_parts(store)))
         assert time.monotonic() - told < DRAIN_SECONDS
         assert not run.done()
         cluster.remove_node(node, allow_graceful=False)
         add_node(cluster)
     assert run.result().exit_code == 0
-    rows = [row for part in store.names("data") for row in store.table(part).to_pylist()]
+    rows = [row for part in store.names("data") for row in read_part(store, part).to_pylist()]
     assert len(rows) == len({row["row_key"] for row in rows}) == SLOW_ROWS
     assert {row["attempt"] for row in rows} == {1}, "nothing was answered twice"
     assert committed < SLOW_ROWS / SHARD_ROWS

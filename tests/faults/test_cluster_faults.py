@@ -15,6 +15,7 @@ from ray._private.utils import get_used_memory
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gc2ray.data.store import Store
+from gc2ray.output.parts import list_parts, read_part
 from gc2ray.output.verify import verify
 from tests.support.fault_proxy import EVERYTHING, FaultProxy, Faults
 from tests.support.object_servers import SECRET as STORE_SECRET
@@ -61,7 +62,7 @@ def test_a_stopped_job_goes_on_where_it_was(
     job_file = write_job(tmp_path, tiny_paths["vicuna"], 600)
     store, words = Store(output_of(job_file)), ["submit", job_file, "--address", head.address]
     following = start(head, *words, "--follow", "--id", "stopped")
-    until(lambda: len(store.committed()) >= 3)
+    until(lambda: len(list_parts(store)) >= 3)
     assert client.stop_job("stopped")
     stdout, stderr = following.communicate(timeout=60)
     assert following.returncode == 1, stdout
@@ -69,7 +70,7 @@ def test_a_stopped_job_goes_on_where_it_was(
     assert client.get_job_status("stopped") is JobStatus.STOPPED
     logs = client.get_job_logs("stopped")
     assert "interrupted: " in logs, logs
-    assert len(store.committed()) < 100
+    assert len(list_parts(store)) < 100
     assert gc2ray(head, *words, "--follow").returncode == 0
     assert_whole(output_of(job_file))
 
@@ -88,7 +89,7 @@ def test_a_job_that_does_not_stop_in_time_is_ended_and_loses_what_was_in_flight(
     following.communicate(timeout=60)
     assert client.get_job_status("slow") is JobStatus.STOPPED
     assert "interrupted" not in client.get_job_logs("slow")
-    assert store.committed() == {}
+    assert list_parts(store) == {}
     assert gc2ray(head, *words, "--follow").returncode == 0
     assert_whole(output_of(job_file))
 
@@ -106,7 +107,7 @@ def test_two_drivers_on_one_output_on_s3(
         words = ["submit", job_file, longer, "--address", head.address, "--follow"]
         store = Store(output_of(job_file))
         first = start(head, *words)
-        until(lambda: len(store.committed()) >= 3)
+        until(lambda: len(list_parts(store)) >= 3)
         second = start(head, *words)
         told = [driver.communicate(timeout=200)[0] for driver in (first, second)]
         assert [first.returncode, second.returncode] == [0, 0], told
@@ -130,7 +131,7 @@ def test_credentials_that_expire(
         job_file = write_job(tmp_path, tiny_paths["vicuna"], 600, f"{bucket}/run")
         store = Store(output_of(job_file))
         running = start(None, "run", job_file)
-        until(lambda: len(store.committed()) >= 3)
+        until(lambda: len(list_parts(store)) >= 3)
         proxy.faults = Faults(status=400, refused=EVERYTHING)
         stdout, stderr = running.communicate(timeout=100)
         assert proxy.met["status"] > 0
@@ -139,7 +140,7 @@ def test_credentials_that_expire(
         by_worker = r"^given up: s3://\S+ refused data/part-.*see to the storage .*credentials"
         by_driver = r"^storage: \w+ing .*: OSError: .*are the credentials"
         assert re.search(f"{by_worker}|{by_driver}", stderr, re.M), "whoever is refused first"
-        assert 3 <= len(store.committed()) < 100
+        assert 3 <= len(list_parts(store)) < 100
         again = gc2ray(None, "run", job_file)
         assert again.returncode == 0, again.stderr
         assert_whole(output_of(job_file))
@@ -192,7 +193,7 @@ def test_a_row_that_takes_all_of_the_hosts_memory_costs_only_itself(tmp_path: Pa
     assert driver.returncode == 0, driver.stderr[-2000:]
     assert_whole(output_of(job_file))
     store = Store(output_of(job_file))
-    rows = [row for part in store.names("data") for row in store.table(part).to_pylist()]
+    rows = [row for part in store.names("data") for row in read_part(store, part).to_pylist()]
     assert {row["row"] for row in rows if row["status"] != "ok"} == {7}
     (killed,) = [row for row in rows if row["status"] != "ok"]
     assert killed["status"] == "killed_worker"
@@ -217,7 +218,7 @@ def test_a_head_that_is_killed(tmp_path: Path, tiny_paths: dict[str, Path]) -> N
     with ray_head() as head:
         words = ["submit", job_file, "--address", head.address, "--follow"]
         following = start(head, *words, program=("-c", HASTY))
-        until(lambda: len(store.committed()) >= 3)
+        until(lambda: len(list_parts(store)) >= 3)
         head.kill()
         stdout, stderr = following.communicate(timeout=120)
     assert following.returncode == 1, stdout

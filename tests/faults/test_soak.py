@@ -22,6 +22,7 @@ import ray
 
 from gc2ray.core.config.job import Job, load_job
 from gc2ray.data.store import Store
+from gc2ray.output.parts import list_parts, read_part
 from gc2ray.output.planner import Outcome
 from gc2ray.output.verify import verify
 from gc2ray.runner.run import run_job
@@ -55,7 +56,7 @@ def living_workers() -> list[int]:
 def kill_at_random(run: Future[Outcome], store: Store, kills: int, seconds: float) -> list[float]:
     """Kill a worker in each equal part of the run's life; when each was, from its first part on."""
     draw = random.Random(20)
-    while not store.committed() and not run.done():
+    while not list_parts(store) and not run.done():
         time.sleep(0.1)
     started, times = time.monotonic(), []
     for number in range(kills):
@@ -95,7 +96,7 @@ def test_random_kills_lose_double_and_blame_nothing(
     found: Counter[str] = Counter()
     statuses: Counter[str] = Counter()
     for part in store.names("data"):
-        table = store.table(part, ["row_key", "status"])
+        table = read_part(store, part, ["row_key", "status"])
         found.update(table["row_key"].to_pylist())
         statuses.update(table["status"].to_pylist())
     planned = {f"a.parquet#{row}" for row in range(rows)}

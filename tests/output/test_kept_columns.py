@@ -15,9 +15,9 @@ from gc2ray.core.records import Answer
 from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import Shards, cut_shards
 from gc2ray.data.column_types import holds, in_common
-from gc2ray.data.store import PartFooter, Store
+from gc2ray.data.store import Store
 from gc2ray.output.kept_columns import as_written
-from gc2ray.output.parts import part_bytes
+from gc2ray.output.parts import PartFooter, commit_part, part_bytes
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
 from gc2ray.output.verify import verify
@@ -126,7 +126,9 @@ def test_what_is_kept_is_what_was_planned(tmp_path: Path, cells: pa.Array) -> No
     plan = store_plan(store, job, Plan(fingerprint, shards, carried))
     answers = [Answer(row, Status.OK, "m", 1.0, answer="a") for row in rows_of(source)]
     footer = PartFooter(shards[0].sid, fingerprint, "t", "w", 3, stats_of(answers))
-    store.commit(shards[0], part_bytes(answers, plan.carried, Provenance(1, 0, "w"), footer), "t")
+    commit_part(
+        store, shards[0], part_bytes(answers, plan.carried, Provenance(1, 0, "w"), footer), "t"
+    )
     assert verify(job.output, deep=True).problems == ()
     kept = pq.read_table(tmp_path / "out" / shards[0].part_name)["kept"].combine_chunks()
     assert kept.type.equals(carried.field("kept").type)

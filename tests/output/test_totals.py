@@ -19,6 +19,7 @@ from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.store import Store
 from gc2ray.models.shape import LLAVA_7B
 from gc2ray.output.heartbeats import DriverRecord
+from gc2ray.output.parts import read_part_footer
 from gc2ray.output.totals import BUCKETS, GROUPS, Moment, Timeline, read_totals
 from tests.support.outputs import first_plan, retry_of, write_round
 
@@ -51,7 +52,7 @@ def test_footers_add_up_to_the_ledger_exactly(tmp_path: Path) -> None:
     names = store.names("data")
     ticks: list[int] = []
     ledger = read_totals(str(tmp_path), ticks.append)
-    assert ledger.stats == sum((store.footer(name).stats for name in names), RunStats())
+    assert ledger.stats == sum((read_part_footer(store, name).stats for name in names), RunStats())
     (entry,) = ledger.entries
     assert (entry.parts, entry.rows, entry.stats.rows) == (len(names), plan.rows, plan.rows)
     assert sum(entry.groups, RunStats()) == entry.stats
@@ -115,7 +116,7 @@ def test_an_output_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_part_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = write_round(tmp_path, 0, first_plan())
-    footer = store.footer(store.names("data")[2])
+    footer = read_part_footer(store, store.names("data")[2])
     foreign = replace(footer, run="another")
     monkeypatch.setattr(
         Store, "footer", lambda self, name: foreign if "0000002" in name else footer

@@ -16,6 +16,7 @@ from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.core.stats import RunStats
+from gc2ray.output.parts import commit_part
 from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.planner import store_plan
 from gc2ray.output.run_directory import RUN_NAME, round_store
@@ -341,7 +342,7 @@ def test_files_with_lists_and_without_are_good_in_one_part(tmp_path: Path, shard
             for source, row in shard.places()
             for prompt in (range(1 + row % 2) if source in listed else [None])
         ]
-        store.commit(shard, part_of(shard, answers), "token")
+        commit_part(store, shard, part_of(shard, answers), "token")
     assert found(tmp_path, deep=True) == ()
     part = tmp_path / plan.shards[-1].part_name
     keys = pq.read_table(part)["row_key"].to_pylist()

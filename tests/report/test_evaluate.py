@@ -15,8 +15,8 @@ from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import SourceFile, cut_shards
-from gc2ray.data.store import PartFooter, Store
-from gc2ray.output.parts import part_bytes
+from gc2ray.data.store import Store
+from gc2ray.output.parts import PartFooter, commit_part, part_bytes
 from jobs.evaluate import main
 from tests.support.rows import make_recipe
 
@@ -39,7 +39,7 @@ def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.
         ]
         stats = stats_of(answers)
         footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", len(answers), stats)
-        store.commit(shard, part_bytes(answers, carried, Provenance(1, 0, "w"), footer), "t")
+        commit_part(store, shard, part_bytes(answers, carried, Provenance(1, 0, "w"), footer), "t")
     return str(folder)
 
 
@@ -70,7 +70,7 @@ def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> s
     ]
     stats = stats_of(written)
     footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", 3, stats)
-    store.commit(shard, part_bytes(written, carried, Provenance(1, 0, "w"), footer), "t")
+    commit_part(store, shard, part_bytes(written, carried, Provenance(1, 0, "w"), footer), "t")
     return str(folder)
 
 

@@ -26,6 +26,7 @@ from gc2ray.data.store import Store
 from gc2ray.estimate.hardware import Prices
 from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.shape import LLAVA_7B
+from gc2ray.output.parts import read_part_footer
 from gc2ray.output.totals import read_totals
 from gc2ray.report.charts import over_time
 from gc2ray.report.heat_map import TokenMap
@@ -82,7 +83,7 @@ def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
     names = [(Store(str(tmp_path)), n) for n in Store(str(tmp_path)).names("data")]
     retry = Store(str(tmp_path / "retry_rounds" / "1"))
     names += [(retry, n) for n in retry.names("data")]
-    stats = sum((store.footer(name).stats for store, name in names), RunStats())
+    stats = sum((read_part_footer(store, name).stats for store, name in names), RunStats())
     assert summary.by_status == stats.by_status
     assert summary.visual == BeforeAfter(stats.visual_tokens_full, stats.visual_tokens_kept)
     assert summary.newlines == BeforeAfter(stats.newline_tokens_full, stats.newline_tokens)

@@ -21,6 +21,7 @@ from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import Span
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
+from gc2ray.output.parts import read_part
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
 from gc2ray.output.run_directory import open_round
@@ -107,7 +108,7 @@ def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
 def test_rows_are_looked_at_again(answered: Job) -> None:
     """The same tokens as when it was answered: the mask in the output is the one drawn."""
     store = Store(answered.output)
-    rows = store.table(store.names("data")[0]).to_pylist()
+    rows = read_part(store, store.names("data")[0]).to_pylist()
     unanswered = "odd#1.parquet#3"
     *found, other = map_tokens(
         answered.output, [rows[0]["row_key"], rows[2]["row_key"], unanswered]

@@ -19,6 +19,7 @@ import yaml
 
 from gc2ray.core.config.job import Job, load_job
 from gc2ray.data.store import Store
+from gc2ray.output.parts import list_parts
 from gc2ray.output.verify import verify
 from tests.support.ray_head import has_ended, until
 from tests.support.rows import job_data, write_rows
@@ -185,7 +186,7 @@ def test_the_script_runs_a_job_and_ends_what_it_started(
     )
     store, started = Store(str(tmp_path / "out")), []
     if stopped:
-        until(lambda: len(store.committed()) >= 3, 90.0)
+        until(lambda: len(list_parts(store)) >= 3, 90.0)
         started = psutil.Process(script.pid).children(recursive=True)
         script.send_signal(signal.SIGTERM)
     output, _ = script.communicate(timeout=120)

@@ -24,7 +24,8 @@ from gc2ray.core.errors import (
 from gc2ray.core.shards import SourceFile, first_spans
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import UsageKind
-from gc2ray.data.store import Commit, Store
+from gc2ray.data.store import Store
+from gc2ray.output.parts import Commit
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import CALIBRATION_ROWS, Committed, shard_rows
 from gc2ray.runner.driver import Driver, Snapshot

@@ -19,6 +19,7 @@ from gc2ray.core.config.job import load_job
 from gc2ray.core.errors import ConfigError, GivenUp
 from gc2ray.core.stats import RunStats
 from gc2ray.data.store import Store
+from gc2ray.output.parts import list_parts, read_part_footers
 from gc2ray.output.verify import verify
 from gc2ray.runner import submit as submission
 from gc2ray.runner.submit import JobServer
@@ -118,7 +119,7 @@ def test_logs_carry_run_and_shard(head: RayHead, first: First) -> None:
     ]
     committed = [record for record in records if record.get("commit") == "won"]
     told = {record["shard"]: record["message"].split(":")[0] for record in committed}
-    assert told == store.committed()
+    assert told == list_parts(store)
     assert {f"workers/{record['worker']}.json" for record in committed} <= {*store.names("workers")}
 
 
@@ -278,8 +279,8 @@ def scraped(head: RayHead, run: str) -> dict[tuple[str, str], float]:
 
 def told_by_footers(store: Store) -> dict[tuple[str, str], float]:
     """The same from the footers of the committed parts."""
-    names = sorted(store.committed().values())
-    stats = sum((footer.stats for footer in store.footers(names)), RunStats())
+    names = sorted(list_parts(store).values())
+    stats = sum((footer.stats for footer in read_part_footers(store, names)), RunStats())
     kept = stats.visual_tokens_kept
     told = {
         ("shards", ""): len(names),
@@ -304,7 +305,7 @@ def test_metrics_agree_with_the_footers(head: RayHead, job_file: Path, tmp_path:
         text=True,
     )
     try:
-        until(lambda: len(store.committed()) == 3)
+        until(lambda: len(list_parts(store)) == 3)
         told = told_by_footers(store)
         until(lambda: scraped(head, run) == pytest.approx(told), 30.0)
         assert told["answers", "ok"] == 18

@@ -31,8 +31,9 @@ from gc2ray.core.errors import (
 )
 from gc2ray.core.shards import Shard, Shards, cut_shards
 from gc2ray.data.dataset import Source
-from gc2ray.data.store import Commit, Store
+from gc2ray.data.store import Store
 from gc2ray.models.shape import LLAVA_7B, ModelShape
+from gc2ray.output.parts import Commit, list_parts, read_part_footer
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import committed_parts, outcome
 from gc2ray.runner.handout import PoisonRow, ShardAssignment
@@ -92,7 +93,7 @@ def test_parts_hold_every_row_in_input_order(job: Job) -> None:
     assert [row["id"] for row in rows] == [row["row"] for row in rows]
     assert [row["answer"] for row in rows] == [f"Question {row['row']}?" for row in rows]
     assert {row["worker"] for row in rows} == {worker.uuid}
-    footer = store.footer(shards[0].part_name)
+    footer = read_part_footer(store, shards[0].part_name)
     assert (footer.sid, footer.rows, footer.stats.rows) == (shards[0].sid, 5, 5)
     assert footer.stats.peak_host_bytes > 0
 
@@ -140,7 +141,7 @@ def test_parts_hold_every_prompt_of_every_row_in_order(listed: Job, buffered: in
     assert [row["status"] for row in rows] == [
         "bad_prompt" if text is None else "ok" for *_, text in expected
     ]
-    footers = [store.footer(shard.part_name) for shard in shards]
+    footers = [read_part_footer(store, shard.part_name) for shard in shards]
     assert [footer.rows for footer in footers] == [shard.rows for shard in shards]
     assert [footer.answers for footer in footers] == [done.stats.rows for done in results]
     assert sum(footer.answers for footer in footers) == len(expected)
@@ -175,7 +176,7 @@ def test_a_prompt_that_is_not_read_fails_the_shard(
     monkeypatch.setattr(Source, "read", losing)
     with pytest.raises(ShardError, match=message):
         make_worker(listed).process(ShardAssignment(shard))
-    assert Store(listed.output).committed() == {}
+    assert list_parts(Store(listed.output)) == {}
 
 
 def test_a_row_that_is_not_planned_fails_the_shard(
@@ -215,7 +216,7 @@ def test_an_answer_that_the_engine_loses_commits_nothing(listed: Job) -> None:
         call = caller.submit(worker.process, ShardAssignment(shards_of(listed, rows=12)[0]))
         with pytest.raises(TimeoutError):
             call.result(timeout=1.0)
-        assert Store(listed.output).committed() == {}
+        assert list_parts(Store(listed.output)) == {}
         worker._reading[0].fail(EngineDead("ended by the test"))
         with pytest.raises(EngineDead):
             call.result(timeout=5)
@@ -252,7 +253,7 @@ def test_a_shard_that_cannot_be_read_fails_alone(job: Job, tmp_path: Path) -> No
     with pytest.raises(ShardError, match=r"a\.parquet"):
         worker.process(ShardAssignment(shards[0]))
     assert worker.process(ShardAssignment(shards[1])).stats.rows == 8
-    assert len(Store(job.output).committed()) == 1
+    assert len(list_parts(Store(job.output))) == 1
 
 
 def test_a_row_whose_storage_failed_fails_its_shard(job: Job) -> None:
@@ -270,7 +271,7 @@ def test_a_row_whose_storage_failed_fails_its_shard(job: Job) -> None:
     with pytest.raises(ShardError, match=r"a\.parquet#3: 503"):
         worker.process(ShardAssignment(first))
     assert worker.process(ShardAssignment(second)).commit == Commit.WON
-    assert list(Store(job.output).committed()) == [second.sid]
+    assert list(list_parts(Store(job.output))) == [second.sid]
 
 
 def test_a_changed_input_is_an_error(job: Job, tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_a_broken_engine_fails_every_shard(job: Job) -> None:
     for shard in shards_of(job)[:2]:
         with pytest.raises(EngineDead, match="the engine breaks"):
             worker.process(ShardAssignment(shard))
-    assert Store(job.output).committed() == {}
+    assert list_parts(Store(job.output)) == {}
 
 
 def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
@@ -304,7 +305,7 @@ def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
         call = caller.submit(worker.process, ShardAssignment(shards[0]))
         with pytest.raises(TimeoutError):
             call.result(timeout=1.0)  # it waits for the row; the driver's stall clock ends it
-        assert Store(job.output).committed() == {}
+        assert list_parts(Store(job.output)) == {}
         worker._reading[0].fail(EngineDead("ended by the test"))
         with pytest.raises(EngineDead):
             call.result(timeout=5)
@@ -323,7 +324,7 @@ def test_calibration_times_rows_and_commits_nothing(job: Job) -> None:
     worker = make_worker(job, EchoEngine(seconds=0.005, buffered=100))
     assert worker.calibrate(shards_of(job)[0].spans) >= 0.005
     assert worker.progress().rows == 0
-    assert Store(job.output).committed() == {}
+    assert list_parts(Store(job.output)) == {}
 
 
 def test_a_broken_image_is_a_bad_answer_to_every_prompt(
@@ -350,7 +351,7 @@ def test_a_broken_image_is_a_bad_answer_to_every_prompt(
         (1, 2, "bad_image", 1),
         (2, 0, "bad_prompt", 2),
     ]
-    assert Store(job.output).footer(shard.part_name).rows == 3
+    assert read_part_footer(Store(job.output), shard.part_name).rows == 3
 
 
 def test_calibration_counts_the_prompts_of_a_row(listed: Job) -> None:

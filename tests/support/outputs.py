@@ -19,8 +19,8 @@ from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import Shard, SourceFile, Span, cut_shards, cut_spans, row_key
 from gc2ray.core.shards import Shards as ShardColumns
 from gc2ray.core.stats import STAGES, RunStats
-from gc2ray.data.store import PartFooter, Store
-from gc2ray.output.parts import part_bytes
+from gc2ray.data.store import Store
+from gc2ray.output.parts import PartFooter, commit_part, part_bytes
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
 from gc2ray.output.run_directory import round_store
@@ -43,12 +43,12 @@ def all_ok(source: str, row: int) -> list[Status]:
 
 def first_plan(files: Sequence[SourceFile] = FILES, shard_rows: int = 3) -> Plan:
     shards = cut_shards(files, shard_rows, RECIPE.fingerprint())
-    return Plan(RECIPE.fingerprint(), ShardColumns.of(shards), CARRIED)
+    return Plan(RECIPE.fingerprint(), ShardColumns.from_shards(shards), CARRIED)
 
 
 def retry_of(spans: Iterable[Span], shard_rows: int = 3) -> Plan:
     shards = cut_spans(spans, shard_rows, RECIPE.fingerprint())
-    return Plan(RECIPE.fingerprint(), ShardColumns.of(shards), CARRIED)
+    return Plan(RECIPE.fingerprint(), ShardColumns.from_shards(shards), CARRIED)
 
 
 def an_answer(
@@ -121,7 +121,7 @@ def write_round(
             store.create(f"dead/{shard.sid}.3.json", b'{"reason": "it died"}')
         else:
             part = part_of(shard, list(map(changed, answers)), number, plan.carried)
-            store.commit(shard, part, "token")
+            commit_part(store, shard, part, "token")
     return store
 
 

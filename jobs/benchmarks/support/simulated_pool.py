@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from gc2ray.core.errors import StorageRefused
 from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
-from gc2ray.data.store import Commit
+from gc2ray.output.parts import Commit
 from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.messages import (
     Calibrated,

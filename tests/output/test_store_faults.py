@@ -13,9 +13,10 @@ import pytest
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Shard, SourceFile, cut_shards
 from gc2ray.data.retries import RetryPolicy
-from gc2ray.data.store import Commit, Store
+from gc2ray.data.store import Store
 from gc2ray.output.compact import compact
-from tests.data.test_store import RECIPE, a_part
+from gc2ray.output.parts import Commit, commit_part, list_parts, read_part_footer
+from tests.output.test_parts import RECIPE, a_part
 from tests.support.fault_proxy import PATIENT, FaultProxy, Faults
 from tests.support.object_servers import SECRET, a_bucket
 from tests.support.outputs import first_plan, write_round
@@ -49,7 +50,7 @@ def committed_by_two(output: str, *, at_once: bool = True) -> dict[tuple[int, st
     def commit(work: tuple[int, Shard]) -> tuple[tuple[int, str], Commit]:
         driver, shard = work
         token = f"{driver}-{shard.index}"
-        return (driver, shard.sid), stores[driver].commit(shard, part(shard, token), token)
+        return (driver, shard.sid), commit_part(stores[driver], shard, part(shard, token), token)
 
     turns = [[(driver, shard) for shard in shards()] for driver in range(DRIVERS)]
     if at_once:
@@ -80,11 +81,11 @@ def test_nothing_is_lost_or_doubled(
     proxy.faults = Faults()
     assert count > 0, "the fault was not met"
     store = Store(output)
-    names = store.committed()
+    names = list_parts(store)
     assert sorted(names) == sorted(shard.sid for shard in shards())
     assert len(store.names("data")) == SHARDS
     for shard in shards():
-        winner = int(store.footer(names[shard.sid]).token.split("-")[0])
+        winner = int(read_part_footer(store, names[shard.sid]).token.split("-")[0])
         told = {driver: verdicts[driver, shard.sid] for driver in range(DRIVERS)}
         assert told == {winner: Commit.WON, 1 - winner: Commit.LOST_RACE}
 
@@ -109,7 +110,7 @@ def test_an_outage_is_waited_out(proxy: FaultProxy, output: str, requests: int) 
     verdicts = committed_by_two(output)
     assert proxy.met["outage"] == requests
     assert Counter(verdicts.values()) == {Commit.WON: SHARDS, Commit.LOST_RACE: SHARDS}
-    assert len(Store(output).committed()) == SHARDS
+    assert len(list_parts(Store(output))) == SHARDS
 
 
 @pytest.mark.parametrize("status", [403, 400], ids=["denied", "expired"])
@@ -127,11 +128,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(proxy: FaultProxy, output: str) 
     shard, store = shards()[0], Store(output, PATIENT)
     proxy.faults = Faults(status=507)
     with pytest.raises(OSError, match="on purpose") as refused:
-        store.commit(shard, part(shard, "t"), "t")
+        commit_part(store, shard, part(shard, "t"), "t")
     assert "tried for" not in str(refused.value)
     proxy.faults = Faults()
-    assert store.committed() == {}
-    assert store.commit(shard, part(shard, "t"), "t") == Commit.WON
+    assert list_parts(store) == {}
+    assert commit_part(store, shard, part(shard, "t"), "t") == Commit.WON
 
 
 def test_patience_ends(proxy: FaultProxy, output: str) -> None:
