@@ -30,9 +30,8 @@ from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span, digest
 from gc2ray.data.formats.arrow import ArrowRows
 from gc2ray.data.formats.parquet import ParquetRows
-from gc2ray.data.listing import Listing
+from gc2ray.data.listing import Listing, partition_types, partition_values
 from gc2ray.data.parquet_footer import Readable, read_footer
-from gc2ray.data.partitions import kinds_of, values_of
 from gc2ray.data.places import ARROW, URI_KEY, is_web
 from gc2ray.data.remote_file import RetryingFile
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
@@ -139,7 +138,7 @@ class Source:
         Raises:
             ConfigError: One cannot be read, or has not the columns.
         """
-        folders = kinds_of(values_of(self._listing.source(path)) for path in paths)
+        folders = partition_types(partition_values(self._listing.source(path)) for path in paths)
         first = self._look(paths[0], folders)
         with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
             return [first, *pool.map(lambda path: self._look(path, folders), paths[1:])]
@@ -331,7 +330,7 @@ class _Reading:
         with ExitStack() as stack:
             rows = stack.enter_context(opened)
             self._columns = _inside(rows, columns)
-            said = values_of(span.source)
+            said = partition_values(span.source)
             self._said = {
                 name: pa.scalar(said.get(name), pa.string())
                 for name in columns

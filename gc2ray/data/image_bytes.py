@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from fsspec.implementations.local import LocalFileSystem
 
 from gc2ray.core.config.input import (
-    _CONTROL,
+    CONTROL_CHARACTERS,
     ROOTS_KEY,
     ImagePolicy,
 )
@@ -29,7 +29,7 @@ from gc2ray.data.image_decoding import (
     refusal,
 )
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
-from gc2ray.data.storage import storage_of
+from gc2ray.data.storage import storage_of, without_dots
 
 WEB_RETRY_POLICY = RetryPolicy(total_seconds=20.0)
 """With the web, where somebody else's server may fail for good."""
@@ -38,9 +38,6 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.IGNORECASE | re.DOTALL)
 _DOT_SEGMENT = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\?#;])")
 _ROW_ERRNOS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-
-# ---------------------------------------------------------------------------------------- bytes
 
 
 def read_bytes(ref: ImageRef, policy: ImagePolicy) -> bytes:
@@ -88,7 +85,7 @@ def _locations(path: str, policy: ImagePolicy) -> list[str]:
     """
     if not policy.roots:
         raise refusal(f"images by path are off; {ROOTS_KEY} must name their directory", path)
-    if _CONTROL.search(path) or _sneaky(path):
+    if CONTROL_CHARACTERS.search(path) or _sneaky(path):
         raise refusal("the path is refused: control characters, '::', or dots in a URL", path)
     roots = [_resolved(root) for root in policy.roots]
     allowed = [
@@ -130,13 +127,7 @@ def _resolved(location: str) -> str:
     protocol, rest = (url[1].lower(), url[2]) if url else ("file", location)
     if protocol in ("file", "local"):
         return os.path.realpath(rest)
-    parts: list[str] = []
-    for part in rest.rstrip("/").split("/"):
-        if part == "..":
-            parts = parts[:-1]
-        elif part != ".":
-            parts.append(part)
-    return f"{protocol}://{'/'.join(parts)}"
+    return f"{protocol}://{without_dots(rest.rstrip('/'))}"
 
 
 def _lies_under(location: str, root: str) -> bool:
@@ -198,12 +189,3 @@ def _read_at_most(file: IO[bytes], limit: int) -> bytes:
         chunks.append(chunk)
         limit -= len(chunk)
     return b"".join(chunks)
-
-
-# ---------------------------------------------------------------------------------------- pixels
-
-
-# ---------------------------------------------------------------------------------------- tiles
-
-
-# ---------------------------------------------------------------------------------------- messages

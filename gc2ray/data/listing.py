@@ -9,6 +9,11 @@ of a storage are never rewritten: their doubled slashes and dots may be part of 
 behind `?` in a URL of the web, often a signature, is no part of its source's name where that names
 one URL only.
 
+Folders may spell out columns, as Hive and Spark name them: `lang=de/year=2024/a.parquet`. Only
+folders below the root count. Such columns are typed as `pyarrow.dataset` types them, over all files
+(int32 where all values are integers, else text), and written back with that type; prompts take the
+values as they are spelled. Other names of folders, as `2024/05/`, make no columns.
+
 Not covered: datasets of the hub of which it has converted only a part: name their own files, as
 `hf://datasets/OWNER/NAME/data/train-*.parquet`.
 """
@@ -19,19 +24,25 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.places import URI_KEY, Place, is_local, is_web
 from gc2ray.data.retries import RetryPolicy
-from gc2ray.data.storage import protocols, storage_of
+from gc2ray.data.storage import protocols, storage_of, without_dots
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"}
 """Their names are keys, not paths: `..` is part of one."""
+
+NULL_VALUE = "__HIVE_DEFAULT_PARTITION__"
+
+PartitionValues = Mapping[str, str | None]
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +151,9 @@ class Listing:
         if OBJECT_STORES & set(protocols(self.filesystem)):
             return path
         if not is_web(self.filesystem):
-            return _without_dots(path)
+            return without_dots(path)
         url = urlsplit(path)
-        return url._replace(netloc=url.netloc.lower(), path=_without_dots(url.path)).geturl()
+        return url._replace(netloc=url.netloc.lower(), path=without_dots(url.path)).geturl()
 
 
 def _common(roots: Sequence[str]) -> str:
@@ -164,11 +175,38 @@ def _queries(places: Sequence[Place]) -> dict[str, str]:
     return {plain: f"{mark}{query}" for plain, mark, query in split.values() if count[plain] == 1}
 
 
-def _without_dots(path: str) -> str:
-    parts: list[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            parts = parts[:-1]
-        elif part != ".":
-            parts.append(part)
-    return "/".join(parts)
+def partition_values(source: str) -> dict[str, str | None]:
+    """What the folders of a source say, by column."""
+    found: dict[str, str | None] = {}
+    for folder in source.split("/")[:-1]:
+        name, equals, text = folder.partition("=")
+        if equals:
+            value = None if text == NULL_VALUE else _unquoted(text)
+            found.setdefault(_unquoted(name), value)
+    return found
+
+
+def partition_types(sources: Iterable[PartitionValues]) -> dict[str, pa.DataType]:
+    """The type of each column, by the values that it has in all sources."""
+    values: dict[str, set[str | None]] = {}
+    for source in sources:
+        for name, value in source.items():
+            values.setdefault(name, set()).add(value)
+    return {name: _partition_type(known - {None}) for name, known in values.items()}
+
+
+def _partition_type(values: set[str | None]) -> pa.DataType:
+    if not values:
+        return pa.null()
+    try:
+        pa.array(list(values), pa.string()).cast(pa.int32())
+    except pa.ArrowInvalid:
+        return pa.string()
+    return pa.int32()
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        return text

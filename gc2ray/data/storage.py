@@ -37,3 +37,14 @@ def protocols(filesystem: Any) -> tuple[str, ...]:
     """What a filesystem's URLs begin with."""
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def without_dots(path: str) -> str:
+    """A path without its components `.` and `..`; doubled slashes stay."""
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part != ".":
+            parts.append(part)
+    return "/".join(parts)

@@ -8,15 +8,15 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from gc2ray.data.partitions import kinds_of, values_of
+from gc2ray.data.listing import partition_types, partition_values
 from tests.data.test_dataset import refusal, rows_of, source_of, write
 
-NULL = "__HIVE_DEFAULT_PARTITION__"
+NULL_VALUE = "__HIVE_DEFAULT_PARTITION__"
 TREES = [
     ["a=1", "a=2"],
     ["a=01", "a=2"],
     ["a=x", "a=2"],
-    ["a=1", f"a={NULL}"],
+    ["a=1", f"a={NULL_VALUE}"],
     ["a=1", "plain"],
     ["a=", "a=2"],
     ["a=x%20y", "a=%2F", "a=%C3%A9"],
@@ -41,8 +41,8 @@ def test_values_and_types_are_those_of_pyarrow(tmp_path: Path, folders: list[str
         write(tmp_path / folder / f"{number}.parquet", number=[number])
     read = ds.dataset(tmp_path, partitioning="hive").to_table().sort_by("number")
     expected = read.drop_columns(["number"])
-    said = [values_of(f"{folder}/{number}.parquet") for number, folder in enumerate(folders)]
-    kinds = kinds_of(said)
+    said = [partition_values(f"{folder}/{number}.parquet") for number, folder in enumerate(folders)]
+    kinds = partition_types(said)
     assert pa.schema(list(kinds.items())).equals(expected.schema.remove_metadata())
     columns = {
         name: pa.array([values.get(name) for values in said], pa.string()).cast(kind)
@@ -52,9 +52,9 @@ def test_values_and_types_are_those_of_pyarrow(tmp_path: Path, folders: list[str
 
 
 def test_a_column_without_values_is_null() -> None:
-    assert kinds_of([values_of(f"a={NULL}/x")]) == {"a": pa.null()}
-    assert values_of("a=%ff/x") == {"a": "%ff"}, "not text, so it is what it is"
-    assert values_of("a=1.parquet") == {}, "a file is no folder"
+    assert partition_types([partition_values(f"a={NULL_VALUE}/x")]) == {"a": pa.null()}
+    assert partition_values("a=%ff/x") == {"a": "%ff"}, "not text, so it is what it is"
+    assert partition_values("a=1.parquet") == {}, "a file is no folder"
 
 
 def test_folders_are_columns(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ MAX_PIXELS = 89_478_485
 Silencing that would need a global of Pillow's or `warnings.catch_warnings`, and neither is safe
 with threads. Equals `PIL.Image.MAX_IMAGE_PIXELS` as shipped.
 """
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 MIB = 1024 * 1024
 
@@ -220,5 +220,5 @@ class ImagePolicy:
         if not 1 <= self.max_pixels <= MAX_PIXELS:
             raise ConfigError(f"{PIXELS_KEY} is {self.max_pixels}; it must be 1 to {MAX_PIXELS}")
         for root in self.roots:
-            if not root or "::" in root or _CONTROL.search(root):
+            if not root or "::" in root or CONTROL_CHARACTERS.search(root):
                 raise ConfigError(f"{ROOTS_KEY}: {root!r} is neither a directory nor a URL prefix")
