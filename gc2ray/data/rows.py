@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
-from gc2ray.core.config.input import InputConfig, PromptSource
+from gc2ray.core.config.input import InputConfig, PromptConfig
 from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.shards import row_key
@@ -40,7 +40,7 @@ class RowReader:
     def __init__(self, config: InputConfig) -> None:
         self.columns = config.columns()
         self._config = config
-        self._prompt = config.prompt.source()
+        self._prompt = config.prompt
         self._kept = tuple(config.kept().items())
 
     def check(
@@ -136,7 +136,7 @@ def _value(record: Record, name: str, status: Status) -> object:
         raise BadRow(status, f"column {name!r} cannot be read: {error}") from error
 
 
-def _texts(prompt: PromptSource, record: Record) -> Iterator[str | BadRow]:
+def _texts(prompt: PromptConfig, record: Record) -> Iterator[str | BadRow]:
     """The prompts of a row with a list of them: at least one, so that no row is lost."""
     name = str(prompt.column)
     prompts = record[name].values
@@ -151,7 +151,7 @@ def _texts(prompt: PromptSource, record: Record) -> Iterator[str | BadRow]:
             yield BadRow(Status.BAD_PROMPT, f"prompt {index} in column {name!r} is null")
 
 
-def _text(prompt: PromptSource, record: Record) -> str | BadRow:
+def _text(prompt: PromptConfig, record: Record) -> str | BadRow:
     """The text of a prompt, or why there is none."""
     try:
         values = {name: _value(record, name, Status.BAD_PROMPT) for name in prompt.columns()}

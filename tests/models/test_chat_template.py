@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AddedToken
 
-from gc2ray.core.config.input import PromptSource
+from gc2ray.core.config.input import PromptConfig
 from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
@@ -48,26 +48,26 @@ def chat(processor: Any) -> ChatPrompt:
     return ChatPrompt(processor)
 
 
-def status_of(source: PromptSource, row: dict[str, object]) -> Status:
+def status_of(source: PromptConfig, row: dict[str, object]) -> Status:
     with pytest.raises(BadRow) as caught:
         source.render(row)
     return caught.value.status
 
 
 def test_text_from_a_column() -> None:
-    source = PromptSource(column="q")
+    source = PromptConfig(column="q")
     assert source.columns() == ("q",)
     assert source.render({"q": " as it is ", "other": None}) == " as it is "
 
 
 def test_text_from_a_template() -> None:
-    source = PromptSource(template="{{Q}}: {q} ({n}) {q}")
+    source = PromptConfig(template="{{Q}}: {q} ({n}) {q}")
     assert source.columns() == ("q", "n")
     assert source.render({"q": "why {n}?", "n": 3}) == "{Q}: why {n}? (3) why {n}?"
 
 
 def test_text_from_a_constant() -> None:
-    source = PromptSource(constant="Describe {it}.")
+    source = PromptConfig(constant="Describe {it}.")
     assert source.columns() == ()
     assert source.render({}) == "Describe {it}."
 
@@ -75,27 +75,27 @@ def test_text_from_a_constant() -> None:
 @pytest.mark.parametrize("values", [(), ("a", "b"), ("a", None, "c"), ("a", "b", "c")])
 def test_exactly_one_source(values: tuple[str | None, ...]) -> None:
     with pytest.raises(ValueError, match="exactly one"):
-        PromptSource(*values)
+        PromptConfig(column=values[0], template=values[1], constant=values[2])
 
 
 @pytest.mark.parametrize("template", ["{x.__class__}", "{x[0]}", "{}", "{x!r}", "{x:>9}"])
 def test_templates_evaluate_nothing(template: str) -> None:
     with pytest.raises(ValueError, match="only plain column names"):
-        PromptSource(template=template)
+        PromptConfig(template=template)
 
 
 @pytest.mark.parametrize("value", [None, "", "  \n", 3, b"bytes", ["a"]])
 def test_a_column_without_text_is_a_bad_row(value: object) -> None:
-    assert status_of(PromptSource(column="q"), {"q": value}) is Status.BAD_PROMPT
+    assert status_of(PromptConfig(column="q"), {"q": value}) is Status.BAD_PROMPT
 
 
 def test_a_null_in_a_template_is_a_bad_row() -> None:
-    source = PromptSource(template="{q} {r}")
+    source = PromptConfig(template="{q} {r}")
     assert status_of(source, {"q": "a", "r": None}) is Status.BAD_PROMPT
 
 
 def test_a_template_that_renders_nothing_is_a_bad_row() -> None:
-    assert status_of(PromptSource(template="{q} {r}"), {"q": "", "r": " "}) is Status.BAD_PROMPT
+    assert status_of(PromptConfig(template="{q} {r}"), {"q": "", "r": " "}) is Status.BAD_PROMPT
 
 
 @pytest.mark.parametrize("text", TEXTS)

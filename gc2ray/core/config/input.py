@@ -1,7 +1,7 @@
-"""What is read of each row: its columns, its prompt, and where its images may come from.
+"""Settings of the input: which columns are read, how prompts are made, which images are accepted.
 
-`PromptSource` makes a prompt's text from a column, a template over columns, or one constant.
-Templates take plain column names only; nothing is evaluated.
+`InputConfig` is the section `recipe.input` of a job. `PromptConfig` also renders the text of a
+row's prompt, and `ImagePolicy` holds the limits for untrusted images.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ with threads. Equals `PIL.Image.MAX_IMAGE_PIXELS` as shipped.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 MIB = 1024 * 1024
+MAX_IMAGE_BYTES = 64 * MIB
+MAX_IMAGE_PIXELS = 80_000_000
+"""Defaults of the limits for images."""
 
 
 class PromptConfig(Frozen):
@@ -41,7 +44,8 @@ class PromptConfig(Frozen):
 
     Attributes:
         column: Column of texts, or of lists of texts: several prompts, with an answer to each.
-        template: Text with names of columns in braces, as `"{question} Be brief."`.
+        template: Text with plain names of columns in braces, as `"{question} Be brief."`; nothing in
+            it is evaluated.
         constant: The same text for every row.
     """
 
@@ -51,12 +55,46 @@ class PromptConfig(Frozen):
 
     @model_validator(mode="after")
     def _one(self) -> PromptConfig:
-        self.source()
+        if sum(value is not None for value in (self.column, self.template, self.constant)) != 1:
+            raise ValueError("set exactly one of column, template, constant")
+        if self.constant is not None and not self.constant.strip():
+            raise ValueError("the constant is empty")
+        if self.template is not None and not self.template.strip():
+            raise ValueError("the template is empty")
+        self.columns()
         return self
 
-    def source(self) -> PromptSource:
-        """The same as what renders rows."""
-        return PromptSource(self.column, self.template, self.constant)
+    def columns(self) -> tuple[str, ...]:
+        """The input columns that the text needs.
+
+        Raises:
+            ValueError: The template has fields other than plain `{column}` ones.
+        """
+        if self.column is not None:
+            return (self.column,)
+        return () if self.template is None else _fields(self.template)
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The text of a row.
+
+        Raises:
+            BadRow: A needed value is null, NaN or not text (`bad_prompt`).
+        """
+        values = {name: row[name] for name in self.columns()}
+        for name, value in values.items():
+            if value is None:
+                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is null")
+            if value != value:  # what pandas makes of a missing number
+                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is not a number")
+        if self.column is not None:
+            text = values[self.column]
+        else:
+            text = self.constant if self.template is None else self.template.format(**values)
+        if not isinstance(text, str):
+            raise BadRow(Status.BAD_PROMPT, f"prompt column {self.column!r} holds {type(text)}")
+        if not text.strip():
+            raise BadRow(Status.BAD_PROMPT, "the prompt is empty")
+        return text
 
 
 class InputConfig(Frozen):
@@ -79,8 +117,8 @@ class InputConfig(Frozen):
     prompt: PromptConfig
     keep: tuple[str | dict[str, str], ...] = ()
     image_roots: tuple[str, ...] = ()
-    max_image_bytes: int = Field(default=64 * MIB, gt=0)
-    max_image_pixels: int = Field(default=80_000_000, gt=0)
+    max_image_bytes: int = Field(default=MAX_IMAGE_BYTES, gt=0)
+    max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, gt=0)
 
     @model_validator(mode="after")
     def _images(self) -> InputConfig:
@@ -118,7 +156,7 @@ class InputConfig(Frozen):
     def columns(self) -> tuple[str, ...]:
         """The input columns that are read."""
         kept = self.kept().values()
-        return tuple(dict.fromkeys([self.image, *self.prompt.source().columns(), *kept]))
+        return tuple(dict.fromkeys([self.image, *self.prompt.columns(), *kept]))
 
     def kept(self) -> dict[str, str]:
         """Columns that are written back: by the name they are written under, the input's own."""
@@ -131,56 +169,6 @@ def _renamed(kept: str | dict[str, str]) -> tuple[str, str]:
         return kept, kept
     ((column, name),) = kept.items()
     return name, column
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where a prompt's text comes from; exactly one of the three is set."""
-
-    column: str | None = None
-    template: str | None = None
-    constant: str | None = None
-
-    def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.column, self.template, self.constant)) != 1:
-            raise ValueError("set exactly one of column, template, constant")
-        if self.constant is not None and not self.constant.strip():
-            raise ValueError("the constant is empty")
-        if self.template is not None and not self.template.strip():
-            raise ValueError("the template is empty")
-        self.columns()
-
-    def columns(self) -> tuple[str, ...]:
-        """The input columns that the text needs.
-
-        Raises:
-            ValueError: The template holds something else than plain `{column}` fields.
-        """
-        if self.column is not None:
-            return (self.column,)
-        return () if self.template is None else _fields(self.template)
-
-    def render(self, row: Mapping[str, Any]) -> str:
-        """The text of a row.
-
-        Raises:
-            BadRow: A needed value is null, NaN or not text (`bad_prompt`).
-        """
-        values = {name: row[name] for name in self.columns()}
-        for name, value in values.items():
-            if value is None:
-                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is null")
-            if value != value:  # what pandas makes of a missing number
-                raise BadRow(Status.BAD_PROMPT, f"prompt column {name!r} is not a number")
-        if self.column is not None:
-            text = values[self.column]
-        else:
-            text = self.constant if self.template is None else self.template.format(**values)
-        if not isinstance(text, str):
-            raise BadRow(Status.BAD_PROMPT, f"prompt column {self.column!r} holds {type(text)}")
-        if not text.strip():
-            raise BadRow(Status.BAD_PROMPT, "the prompt is empty")
-        return text
 
 
 @lru_cache(maxsize=64)
@@ -210,8 +198,8 @@ class ImagePolicy:
         ConfigError: A limit is out of range, or a root is empty, chained (`::`) or not plain text.
     """
 
-    max_bytes: int = 64 * 1024 * 1024
-    max_pixels: int = 80_000_000
+    max_bytes: int = MAX_IMAGE_BYTES
+    max_pixels: int = MAX_IMAGE_PIXELS
     roots: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
