@@ -20,29 +20,6 @@ RECIPES_POLICY, UNCOMPRESSED = "recipe", "uncompressed"
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn, and where it ends.
-
-    Attributes:
-        max_new_tokens: Its longest.
-        temperature: 0 is greedy.
-        top_p: Probability of the tokens that are drawn from.
-        seed: Belongs to the row.
-        stop_token_ids: Tokens that end it, beside the model's own.
-        max_repeats: It is cut once its last tokens repeat more often, one after the other.
-        repetition_penalty: Of tokens that prompt or answer already have; 1 is none.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    max_repeats: int | None = None
-    repetition_penalty: float = 1.0
-
-
-@dataclass(frozen=True)
 class ImageRef:
     """An image of a row: its encoded bytes, or where they are."""
 

@@ -81,7 +81,7 @@ class Engine:
         if compressor is not None:
             own = self._policies[RECIPES_POLICY]
             self._policies[RECIPES_POLICY] = replace(own, compressor=compressor)
-        self._sampling = recipe.generation.sampling()
+        self._sampling = recipe.generation
         self._model = loaded.model
         self._end_tokens = loaded.end_tokens
         self._prompt_builder = PromptBuilder(
@@ -226,7 +226,7 @@ class Engine:
     def _submitted(self, row: RequestState, prompt: Prompt) -> bool:
         """Whether the decoder took a prompt, or will never take it; then `trouble` says why."""
         seed = self._recipe.generation.mixed(row.request.seed)
-        sampling = replace(self._sampling, seed=seed)
+        sampling = self._sampling.with_seed(seed)
         try:
             if not self._decoder.submit(self._tags + 1, prompt, sampling):
                 return False

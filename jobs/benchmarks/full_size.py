@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe, parse_recipe
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.records import ImageRef, Request, Sampling
+from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.stats import STAGES
 from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
@@ -178,7 +179,7 @@ def _prefill_ms(loaded: LoadedModel, engine: Engine, request: Request) -> float:
     decoder = ContinuousBatchDecoder(model, DecodeLimits(len(prompt) + 1), eos=())
     taken = []
     for tag in range(PREFILLS):
-        decoder.submit(tag, prompt, Sampling(1))
+        decoder.submit(tag, prompt, GenerationConfig(max_new_tokens=1))
         taken += [done.prefill_ns / 1e6 for done in decoder.step()]
     return median(taken)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gc2ray.core.records import Sampling
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
 from gc2ray.engine.decoding.decoder import Completion
 from gc2ray.models.base import Prompt
@@ -116,7 +116,10 @@ class _Ours:
         self.finished.clear()
         table = self.model.get_input_embeddings()
         for tag, request in enumerate(requests):
-            prompt, sampling = Prompt(table(request.prompt)), Sampling(request.new_tokens)
+            prompt, sampling = (
+                Prompt(table(request.prompt)),
+                GenerationConfig(max_new_tokens=request.new_tokens),
+            )
             while not self.decoder.submit(tag, prompt, sampling):
                 self._step()
         while len(self.decoder):

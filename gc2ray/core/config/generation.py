@@ -1,7 +1,8 @@
-"""How answers are generated: `GenerationConfig`, and what a model's own generation config may ask.
+"""`GenerationConfig`: how answers are generated, and which settings of a model's files count.
 
-`RULES` are the settings that change answers. A model that sets one is refused unless the recipe
-follows the rule or takes it over.
+It is the section `recipe.generation` of a job; decoders get it too, with the seed of each answer.
+`RULES` are the settings of a model's `generation_config.json` that change answers. A model that
+sets one is refused unless the recipe follows the rule or overrides it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from gc2ray.core.config.yaml_models import (
     Frozen,
     unknown_key,
 )
-from gc2ray.core.records import Sampling
 
 RULES: dict[str, object] = {
     "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0,
@@ -91,14 +91,18 @@ class GenerationConfig(Frozen):
         own = {"repetition_penalty"} if self.repetition_penalty is not None else set()
         return TakenOver(frozenset(self.ignore_model_rules) | own, self.stop_token_ids)
 
-    def sampling(self) -> Sampling:
-        """How an answer is drawn; its seed is still the recipe's."""
-        settings = self.model_dump(exclude={"ignore_model_rules"}, exclude_none=True)
-        return Sampling(**settings)
+    @property
+    def penalty(self) -> float:
+        """The repetition penalty; 1 if there is none."""
+        return 1.0 if self.repetition_penalty is None else self.repetition_penalty
 
     def mixed(self, seed: int) -> int:
         """A row's or an image's seed, mixed with the recipe's."""
         return seed ^ self.seed
+
+    def with_seed(self, seed: int) -> GenerationConfig:
+        """The same settings with the seed of one answer."""
+        return self.model_copy(update={"seed": seed})
 
 
 @dataclass(frozen=True)

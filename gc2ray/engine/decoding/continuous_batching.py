@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.core.records import Sampling
 from gc2ray.core.stats import apportion
 from gc2ray.engine.decoding.cuda_graph import CudaGraphRunner, GraphRow, GraphShape
 from gc2ray.engine.decoding.decoder import Completion, end_reason, not_finite
@@ -83,7 +83,7 @@ class _Row:
 
     tag: int
     prompt: Prompt
-    sampling: Sampling
+    sampling: GenerationConfig
     numbers: list[float]
     next_position: int
     extent: SlotRange | None = None
@@ -109,7 +109,7 @@ class _Row:
     @property
     def penalised(self) -> bool:
         """Whether it is to repeat itself less."""
-        return self.sampling.repetition_penalty != 1
+        return self.sampling.penalty != 1
 
     @property
     def number(self) -> float:
@@ -194,7 +194,7 @@ class ContinuousBatchDecoder:
         """Nothing waits for room."""
         return not self._waiting
 
-    def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
+    def submit(self, tag: int, prompt: Prompt, sampling: GenerationConfig) -> bool:
         """Take a prompt while two steps' worth of prompt tokens are not yet waiting.
 
         Raises:

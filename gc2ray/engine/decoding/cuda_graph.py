@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gc2ray.core.records import Sampling
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.engine.decoding.sampler import NOT_FINITE, Repetition, most_likely, sample
 from gc2ray.models.layers.attention import Attend
 from gc2ray.models.llama import LanguageModel
@@ -50,7 +50,7 @@ class GraphRow:
     position: int
     start: int
     length: int
-    sampling: Sampling
+    sampling: GenerationConfig
     numbers: tuple[float, ...] = ()
     had: tuple[int, ...] = ()
 

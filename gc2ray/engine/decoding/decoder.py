@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.sampler import NOT_FINITE
 from gc2ray.models.base import Prompt
 
@@ -58,7 +58,7 @@ class Decoder(Protocol):
     oom_splits: int
     steps: int
 
-    def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
+    def submit(self, tag: int, prompt: Prompt, sampling: GenerationConfig) -> bool:
         """Take a prompt, or say that there is no room before the next `step`."""
 
     def step(self) -> list[Completion]:
@@ -81,7 +81,9 @@ def end_tokens(model: Any) -> tuple[int, ...]:
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def end_reason(tokens: Sequence[int], sampling: Sampling, eos: Collection[int]) -> str | None:
+def end_reason(
+    tokens: Sequence[int], sampling: GenerationConfig, eos: Collection[int]
+) -> str | None:
     """Why an answer ends with the last of its tokens, or None where it goes on."""
     if tokens[-1] == NOT_FINITE:
         return "error"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gc2ray.core.records import Sampling
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
 from gc2ray.models.base import Prompt
 from gc2ray.models.llama import LanguageModel, unsupported
@@ -44,7 +44,7 @@ class ForcedDecoder:
         if self._language is None:
             return self._in_one_go(prompt, tokens)
         dictated = _ForcedModel(self._language, tokens)
-        wanted = Sampling(max_new_tokens=1 + len(tokens))
+        wanted = GenerationConfig(max_new_tokens=1 + len(tokens))
         decoder = ContinuousBatchDecoder(
             dictated, DecodeLimits(len(prompt) + wanted.max_new_tokens), eos=()
         )

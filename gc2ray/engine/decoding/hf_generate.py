@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig as HfGenerationConfig
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from gc2ray.core.records import Sampling
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.stats import apportion
 from gc2ray.engine.decoding.decoder import Completion, end_reason, not_finite
 from gc2ray.engine.decoding.sampler import NOT_FINITE, Repetition, Sampler, row_numbers
 from gc2ray.models.base import Prompt
 
-_Item = tuple[int, Prompt, Sampling]
+_Item = tuple[int, Prompt, GenerationConfig]
 
 
 class GenerateDecoder:
@@ -57,7 +58,7 @@ class GenerateDecoder:
         """Nothing waits to be generated."""
         return not self._waiting
 
-    def submit(self, tag: int, prompt: Prompt, sampling: Sampling) -> bool:
+    def submit(self, tag: int, prompt: Prompt, sampling: GenerationConfig) -> bool:
         """Take a prompt while two batches' worth of tokens are not yet waiting.
 
         Raises:
@@ -111,7 +112,7 @@ class GenerateDecoder:
         drawing = _RowSampler(
             [sampling for _, _, sampling in batch], [prompt.token_ids for _, prompt, _ in batch]
         )
-        config = GenerationConfig(
+        config = HfGenerationConfig(
             max_new_tokens=max(sampling.max_new_tokens for _, _, sampling in batch),
             do_sample=False,
             eos_token_id=self._eos or None,
@@ -143,7 +144,7 @@ class GenerateDecoder:
             )
         ]
 
-    def _ended(self, row: Sequence[int], sampling: Sampling) -> tuple[int, str]:
+    def _ended(self, row: Sequence[int], sampling: GenerationConfig) -> tuple[int, str]:
         """How many of a batch row's tokens are its answer, and why it ends there."""
         for length in range(1, len(row) + 1):
             reason = end_reason(row[:length], sampling, self._eos)
@@ -159,11 +160,13 @@ class _RowSampler(LogitsProcessor):
     token. Rows that drew nothing, because their logits were not finite, are noted on the device.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self, samplings: Sequence[GenerationConfig], prompts: Sequence[tuple[int, ...]]
+    ) -> None:
         self.first_token_ns = 0
         self._samplings = samplings
         self._prompts = prompts
-        self._penalises = any(sampling.repetition_penalty != 1 for sampling in samplings)
+        self._penalises = any(sampling.penalty != 1 for sampling in samplings)
         self._repetition: Repetition | None = None
         self._finite: list[Tensor] = []
         self._numbers = [row_numbers(s).tolist() for s in samplings]
@@ -219,7 +222,7 @@ def _settings_of_its_own(model: Any) -> Iterator[None]:
     What a model asks for was followed, refused or taken over by the recipe when it was loaded.
     """
     before = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = HfGenerationConfig()
     try:
         yield
     finally:

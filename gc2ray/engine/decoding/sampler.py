@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gc2ray.core.records import Sampling
+from gc2ray.core.config.generation import GenerationConfig
 
 NOT_FINITE = -1
 """In a token's place: the row's logits were not finite, and nothing can be drawn from them."""
 
 
-def row_numbers(sampling: Sampling) -> Tensor:
+def row_numbers(sampling: GenerationConfig) -> Tensor:
     """A row's numbers in [0, 1), float64 (max_new_tokens,): one for each token it may write."""
     generator = torch.Generator().manual_seed(sampling.seed)
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
@@ -46,7 +46,7 @@ class Sampler:
 
     @staticmethod
     def of(
-        samplings: Sequence[Sampling], numbers: Sequence[float], device: torch.device
+        samplings: Sequence[GenerationConfig], numbers: Sequence[float], device: torch.device
     ) -> Sampler:
         """The next token of each row; `numbers` of greedy rows are not read."""
         rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
@@ -83,7 +83,7 @@ class Repetition:
         had = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         return Repetition(had, torch.ones(rows, 1, device=device))
 
-    def load(self, samplings: Sequence[Sampling], had: Sequence[Sequence[int]]) -> None:
+    def load(self, samplings: Sequence[GenerationConfig], had: Sequence[Sequence[int]]) -> None:
         """Make these the first rows, with the tokens that each has had; the others are as new."""
         counts = torch.tensor([len(row) for row in had])
         owner = torch.arange(len(had)).repeat_interleave(counts)
@@ -91,7 +91,7 @@ class Repetition:
         places = torch.stack([owner, tokens]).to(self.had.device)
         self.had.zero_()
         self.had[places[0], places[1]] = True
-        penalties = torch.tensor([[sampling.repetition_penalty] for sampling in samplings])
+        penalties = torch.tensor([[sampling.penalty] for sampling in samplings])
         self.penalty.fill_(1)
         self.penalty[: len(samplings)] = penalties.to(self.penalty.device)
 

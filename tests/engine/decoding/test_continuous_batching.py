@@ -25,8 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
 from gc2ray.engine.decoding.cuda_graph import CudaGraphRunner, GraphRow, GraphShape
 from gc2ray.engine.decoding.decoder import Completion
@@ -71,7 +71,7 @@ ROOMS = {
     "small steps": DecodeLimits(20_000, prefill_tokens=1),
     "plenty": PLENTY,
 }
-Submitted = tuple[int, Prompt, Sampling]
+Submitted = tuple[int, Prompt, GenerationConfig]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def ragged(model: Any, requests: int = REQUESTS, **changes: Any) -> list[Submitt
     made = []
     for tag in range(requests):
         ids = torch.randint(VOCABULARY, (rng.randint(1, 70),), generator=generator)
-        sampling = Sampling(rng.randint(1, 16), seed=1000 + tag)
+        sampling = GenerationConfig(max_new_tokens=rng.randint(1, 16), seed=1000 + tag)
         with torch.no_grad():
             made.append((tag, Prompt(table(ids)), replace(sampling, **changes)))
     return made
@@ -298,7 +298,7 @@ def test_rows_come_back_as_they_finish(models: dict[str, Any]) -> None:
         LanguageModel(model), DecodeLimits(20_000, live_rows=2), eos=()
     )
     for tag, limit in enumerate([40, 2, 2, 2]):
-        assert decoder.submit(tag, prompt, Sampling(limit))
+        assert decoder.submit(tag, prompt, GenerationConfig(max_new_tokens=limit))
     order = []
     steps = 0
     while len(decoder):
@@ -315,16 +315,16 @@ def test_back_pressure_counts_tokens_and_never_rows(models: dict[str, Any]) -> N
     decoder = ContinuousBatchDecoder(
         LanguageModel(model), DecodeLimits(1000, prefill_tokens=50), eos=()
     )
-    taken = [decoder.submit(tag, long, Sampling(2)) for tag in range(4)]
+    taken = [decoder.submit(tag, long, GenerationConfig(max_new_tokens=2)) for tag in range(4)]
     assert taken == [True, True, False, False]
     decoder = ContinuousBatchDecoder(
         LanguageModel(model), DecodeLimits(1000, prefill_tokens=50), eos=()
     )
-    taken = [decoder.submit(tag, short, Sampling(2)) for tag in range(101)]
+    taken = [decoder.submit(tag, short, GenerationConfig(max_new_tokens=2)) for tag in range(101)]
     assert taken == [True] * 100 + [False]
     assert len(decoder) == 100
     decoder.step()
-    assert decoder.submit(200, short, Sampling(2))
+    assert decoder.submit(200, short, GenerationConfig(max_new_tokens=2))
 
 
 def test_a_long_row_sets_no_stride_for_short_ones(models: dict[str, Any]) -> None:
@@ -333,9 +333,9 @@ def test_a_long_row_sets_no_stride_for_short_ones(models: dict[str, Any]) -> Non
     table = model.get_input_embeddings()
     long, short = (Prompt(table(torch.ones(n, dtype=torch.long)).detach()) for n in (80, 4))
     decoder = ContinuousBatchDecoder(LanguageModel(model), DecodeLimits(130), eos=())
-    assert decoder.submit(0, long, Sampling(10))
+    assert decoder.submit(0, long, GenerationConfig(max_new_tokens=10))
     for tag in range(1, 8):
-        assert decoder.submit(tag, short, Sampling(4))
+        assert decoder.submit(tag, short, GenerationConfig(max_new_tokens=4))
     done = [item.tag for _ in range(4) for item in decoder.step()]
     assert done == [1, 2, 3, 4, 5]
 
@@ -349,7 +349,7 @@ def test_a_long_row_is_not_overtaken_for_ever(models: dict[str, Any]) -> None:
     )
     order: list[int] = []
     for tag in range(60):
-        request = (tag, long if tag == 10 else short, Sampling(6))
+        request = (tag, long if tag == 10 else short, GenerationConfig(max_new_tokens=6))
         while not decoder.submit(*request):
             order += [item.tag for item in decoder.step()]
     while len(decoder):
@@ -361,10 +361,10 @@ def test_a_row_that_can_never_fit_is_refused(models: dict[str, Any]) -> None:
     decoder = ContinuousBatchDecoder(LanguageModel(models["llama"]), DecodeLimits(30), eos=())
     prompt = Prompt(torch.zeros(28, 64))
     with pytest.raises(BadRow, match=r"33 tokens .* room for 30 \(cluster.kv_tokens\)") as caught:
-        decoder.submit(0, prompt, Sampling(5))
+        decoder.submit(0, prompt, GenerationConfig(max_new_tokens=5))
     assert caught.value.status == Status.TOO_LONG
     assert len(decoder) == 0
-    assert decoder.submit(0, prompt, Sampling(2))
+    assert decoder.submit(0, prompt, GenerationConfig(max_new_tokens=2))
 
 
 def test_room_is_not_nothing() -> None:
@@ -503,7 +503,7 @@ def families_of(model: Any, per_group: Sequence[int]) -> list[Submitted]:
         for member in range(members):
             embeds = torch.cat([start, embedded(3 + member)])
             prompt = Prompt(embeds, ((2, len(start)),), prefix_key=f"image {group}")
-            made.append((len(made), prompt, Sampling(5 + member % 4)))
+            made.append((len(made), prompt, GenerationConfig(max_new_tokens=5 + member % 4)))
     return made
 
 
@@ -691,8 +691,8 @@ def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
     model = LanguageModel(models["llama"])
     pool = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
     rows = [
-        GraphRow(5, 3, 10, 3, Sampling(9)),
-        GraphRow(6, 9, 100, 9, Sampling(9, 1.0), (0.3,) * 9),
+        GraphRow(5, 3, 10, 3, GenerationConfig(max_new_tokens=9)),
+        GraphRow(6, 9, 100, 9, GenerationConfig(max_new_tokens=9, temperature=1.0), (0.3,) * 9),
     ]
     pool.arena.normal_()
     counts = []
@@ -710,7 +710,7 @@ def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) 
     pool = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
     pool.arena.zero_()
     burst = CudaGraphRunner(model, pool.arena, attend_padded, GraphShape(4, 512, draws=False), 3)
-    burst.run([GraphRow(5, 3, 10, 3, Sampling(9))], 3)
+    burst.run([GraphRow(5, 3, 10, 3, GenerationConfig(max_new_tokens=9))], 3)
     touched = pool.arena.abs().sum(dim=(0, 1, 2, 4)).nonzero().flatten().tolist()
     assert touched == [0, 13, 14, 15]
 
@@ -783,7 +783,7 @@ def test_nor_does_drawing_stop_at_them(models: dict[str, Any], mode: str) -> Non
 
 # What rows repeat
 
-REPEATED = Sampling(16, temperature=1.3, repetition_penalty=1.4)
+REPEATED = GenerationConfig(max_new_tokens=16, temperature=1.3, repetition_penalty=1.4)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.core.records import Sampling
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.engine.decoding.decoder import Completion, end_reason, end_tokens, loops
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.decoding.sampler import NOT_FINITE, Sampler, most_likely, row_numbers, sample
@@ -48,7 +48,7 @@ def prompts_for(model: Any, lengths: Sequence[int] = LENGTHS) -> list[Prompt]:
 
 
 def decode(
-    decoder: GenerateDecoder, prompts: Sequence[Prompt], samplings: Sequence[Sampling]
+    decoder: GenerateDecoder, prompts: Sequence[Prompt], samplings: Sequence[GenerationConfig]
 ) -> list[Completion]:
     """Run everything; completions in order of the prompts."""
     done: list[Completion] = []
@@ -61,7 +61,7 @@ def decode(
     return sorted(done, key=lambda item: item.tag)
 
 
-def tokens_alone(model: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple]:
+def tokens_alone(model: Any, prompts: Sequence[Prompt], sampling: GenerationConfig) -> list[tuple]:
     return [
         decode(by_generate(model, max_tokens=1), [prompt], [sampling])[0].token_ids
         for prompt in prompts
@@ -114,7 +114,7 @@ class Counting:
 
 
 def test_a_greedy_batch_equals_one_by_one(model: Any) -> None:
-    prompts, sampling = prompts_for(model), Sampling(NEW)
+    prompts, sampling = prompts_for(model), GenerationConfig(max_new_tokens=NEW)
     watched = Watched(model)
     done = decode(by_generate(watched, max_tokens=ROOM), prompts, [sampling] * 5)
     assert [rows for rows, _ in watched.shapes] == [5]
@@ -128,9 +128,9 @@ def test_every_row_has_its_own_limit(model: Any) -> None:
     limits = [3, 1, NEW, 7, 12]
     watched = Watched(model)
     decoder = by_generate(watched, max_tokens=ROOM)
-    done = decode(decoder, prompts, [Sampling(limit) for limit in limits])
+    done = decode(decoder, prompts, [GenerationConfig(max_new_tokens=limit) for limit in limits])
     assert len(watched.shapes) == 1
-    full = tokens_alone(model, prompts, Sampling(NEW))
+    full = tokens_alone(model, prompts, GenerationConfig(max_new_tokens=NEW))
     assert [item.token_ids for item in done] == [
         tokens[:limit] for tokens, limit in zip(full, limits, strict=True)
     ]
@@ -139,7 +139,7 @@ def test_every_row_has_its_own_limit(model: Any) -> None:
 
 @pytest.mark.parametrize("ends", [1, 2])
 def test_a_row_stops_behind_its_first_end(model: Any, ends: int) -> None:
-    prompts, sampling = prompts_for(model), Sampling(NEW)
+    prompts, sampling = prompts_for(model), GenerationConfig(max_new_tokens=NEW)
     free = tokens_alone(model, prompts, sampling)
     eos = [free[0][4], free[1][2]][:ends]
     with ending_at(model, *eos) as decoder:
@@ -153,34 +153,42 @@ def test_a_row_stops_behind_its_first_end(model: Any, ends: int) -> None:
 
 def test_an_end_at_the_limit_is_a_stop(model: Any) -> None:
     prompt = prompts_for(model, [9])[0]
-    tokens = tokens_alone(model, [prompt], Sampling(NEW))[0]
+    tokens = tokens_alone(model, [prompt], GenerationConfig(max_new_tokens=NEW))[0]
     first = tokens.index(tokens[-1])
     with ending_at(model, tokens[-1]) as decoder:
-        (done,) = decode(decoder, [prompt], [Sampling(first + 1)])
+        (done,) = decode(decoder, [prompt], [GenerationConfig(max_new_tokens=first + 1)])
     assert (done.token_ids, done.finish_reason) == (tokens[: first + 1], "stop")
 
 
 def test_an_end_behind_the_limit_is_not_reached(model: Any) -> None:
     prompts = prompts_for(model, [9, 9])
-    tokens = tokens_alone(model, prompts[:1], Sampling(NEW))[0]
+    tokens = tokens_alone(model, prompts[:1], GenerationConfig(max_new_tokens=NEW))[0]
     late = next(token for token in tokens if tokens.index(token) > 3)
     with ending_at(model, late) as decoder:
-        done = decode(decoder, prompts, [Sampling(2), Sampling(NEW)])
+        done = decode(
+            decoder,
+            prompts,
+            [GenerationConfig(max_new_tokens=2), GenerationConfig(max_new_tokens=NEW)],
+        )
     assert (done[0].token_ids, done[0].finish_reason) == (tokens[:2], "length")
 
 
 def test_a_batch_ends_with_its_last_row(model: Any) -> None:
     prompt = prompts_for(model, [9])[0]
-    tokens = tokens_alone(model, [prompt], Sampling(NEW))[0]
+    tokens = tokens_alone(model, [prompt], GenerationConfig(max_new_tokens=NEW))[0]
     with ending_at(model, tokens[2]):
         watched = Watched(model)
-        decode(by_generate(watched, max_tokens=ROOM), [prompt], [Sampling(NEW)])
+        decode(
+            by_generate(watched, max_tokens=ROOM), [prompt], [GenerationConfig(max_new_tokens=NEW)]
+        )
     assert watched.widths == [tokens.index(tokens[2]) + 1]
 
 
 def test_sampling_does_not_depend_on_neighbours(model: Any) -> None:
     prompts = prompts_for(model)
-    samplings = [Sampling(NEW, temperature=1.5, seed=seed) for seed in range(5)]
+    samplings = [
+        GenerationConfig(max_new_tokens=NEW, temperature=1.5, seed=seed) for seed in range(5)
+    ]
     together = decode(by_generate(model, max_tokens=ROOM), prompts, samplings)
     reversed_ = decode(by_generate(model, max_tokens=60), prompts[::-1], samplings[::-1])
     assert [item.token_ids for item in together] == [item.token_ids for item in reversed_[::-1]]
@@ -188,25 +196,38 @@ def test_sampling_does_not_depend_on_neighbours(model: Any) -> None:
 
 def test_seeds_make_the_difference(model: Any) -> None:
     prompt = prompts_for(model, [9])[0]
-    samplings = [Sampling(NEW, temperature=1.5, seed=seed) for seed in (1, 2, 1)]
+    samplings = [
+        GenerationConfig(max_new_tokens=NEW, temperature=1.5, seed=seed) for seed in (1, 2, 1)
+    ]
     done = decode(by_generate(model, max_tokens=ROOM), [prompt] * 3, samplings)
     assert done[0].token_ids == done[2].token_ids
     assert done[0].token_ids != done[1].token_ids
-    assert done[0].token_ids != tokens_alone(model, [prompt], Sampling(NEW))[0]
+    assert (
+        done[0].token_ids != tokens_alone(model, [prompt], GenerationConfig(max_new_tokens=NEW))[0]
+    )
 
 
 def test_a_tiny_nucleus_is_greedy(model: Any) -> None:
     prompts = prompts_for(model)
-    sampling = Sampling(NEW, temperature=1.5, top_p=1e-9, seed=4)
+    sampling = GenerationConfig(max_new_tokens=NEW, temperature=1.5, top_p=1e-9, seed=4)
     done = decode(by_generate(model, max_tokens=ROOM), prompts, [sampling] * 5)
-    assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
+    assert [item.token_ids for item in done] == tokens_alone(
+        model, prompts, GenerationConfig(max_new_tokens=NEW)
+    )
 
 
 def test_greedy_and_sampled_rows_share_a_batch(model: Any) -> None:
     prompts = prompts_for(model, [9, 9])
-    sampled = Sampling(NEW, temperature=1.5, seed=4)
-    done = decode(by_generate(model, max_tokens=ROOM), prompts, [Sampling(NEW), sampled])
-    assert done[0].token_ids == tokens_alone(model, prompts[:1], Sampling(NEW))[0]
+    sampled = GenerationConfig(max_new_tokens=NEW, temperature=1.5, seed=4)
+    done = decode(
+        by_generate(model, max_tokens=ROOM),
+        prompts,
+        [GenerationConfig(max_new_tokens=NEW), sampled],
+    )
+    assert (
+        done[0].token_ids
+        == tokens_alone(model, prompts[:1], GenerationConfig(max_new_tokens=NEW))[0]
+    )
     assert done[1].token_ids == tokens_alone(model, prompts[1:], sampled)[0]
 
 
@@ -214,17 +235,17 @@ def test_back_pressure_counts_tokens(model: Any) -> None:
     """Two batches' worth may wait, in whatever number of rows; one prompt always may."""
     decoder = by_generate(model, max_tokens=100)
     long, short = prompts_for(model, [40, 1])
-    taken = [decoder.submit(tag, long, Sampling(10)) for tag in range(6)]
+    taken = [decoder.submit(tag, long, GenerationConfig(max_new_tokens=10)) for tag in range(6)]
     assert taken == [True, True, True, True, False, False]
     assert len(decoder) == 4
     decoder = by_generate(model, max_tokens=100)
-    taken = [decoder.submit(tag, short, Sampling(1)) for tag in range(110)]
+    taken = [decoder.submit(tag, short, GenerationConfig(max_new_tokens=1)) for tag in range(110)]
     assert taken == [True] * 100 + [False] * 10
     decoder = by_generate(model, max_tokens=10)
-    assert decoder.submit(0, long, Sampling(10))
-    assert not decoder.submit(1, short, Sampling(1))
+    assert decoder.submit(0, long, GenerationConfig(max_new_tokens=10))
+    assert not decoder.submit(1, short, GenerationConfig(max_new_tokens=1))
     assert [item.tag for item in decoder.step()] == [0]
-    assert decoder.submit(1, short, Sampling(1))
+    assert decoder.submit(1, short, GenerationConfig(max_new_tokens=1))
 
 
 def test_an_idle_decoder_has_nothing_to_finish(model: Any) -> None:
@@ -237,7 +258,11 @@ def test_an_idle_decoder_has_nothing_to_finish(model: Any) -> None:
 def test_a_batch_holds_at_most_its_tokens(lengths: list[int], room: int) -> None:
     watched = Watched(Counting())
     prompts = [Prompt(torch.zeros(length, 2)) for length in lengths]
-    done = decode(by_generate(watched, max_tokens=room), prompts, [Sampling(4) for _ in prompts])
+    done = decode(
+        by_generate(watched, max_tokens=room),
+        prompts,
+        [GenerationConfig(max_new_tokens=4) for _ in prompts],
+    )
     assert all(item.token_ids == (7, 7, 7, 7) for item in done)
     assert sum(rows for rows, _ in watched.shapes) == len(lengths)
     assert all(rows * width <= room for rows, width in watched.shapes if rows > 1)
@@ -247,7 +272,7 @@ def test_explicit_positions_are_refused(model: Any) -> None:
     decoder = by_generate(model, max_tokens=100)
     prompt = Prompt(prompts_for(model, [5])[0].embeds, positions=torch.arange(5))
     with pytest.raises(ValueError, match="positions of their own"):
-        decoder.submit(0, prompt, Sampling(4))
+        decoder.submit(0, prompt, GenerationConfig(max_new_tokens=4))
     assert len(decoder) == 0
 
 
@@ -256,7 +281,7 @@ def test_time_is_shared_out_whole(model: Any) -> None:
     watched = Watched(model)
     decoder = by_generate(watched, max_tokens=ROOM)
     started = time.perf_counter_ns()
-    done = decode(decoder, prompts_for(model), [Sampling(NEW)] * 5)
+    done = decode(decoder, prompts_for(model), [GenerationConfig(max_new_tokens=NEW)] * 5)
     passed = time.perf_counter_ns() - started
     assert all(item.prefill_ns > 0 and item.generate_ns > 0 for item in done)
     assert watched.ns <= sum(item.prefill_ns + item.generate_ns for item in done) <= passed
@@ -276,8 +301,12 @@ def out_of_memory_above(rows: int) -> Callable[[int], None]:
 def test_a_batch_that_does_not_fit_is_halved(model: Any, fits: int) -> None:
     prompts = prompts_for(model)
     watched = Watched(model, out_of_memory_above(fits))
-    done = decode(by_generate(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
-    assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
+    done = decode(
+        by_generate(watched, max_tokens=ROOM), prompts, [GenerationConfig(max_new_tokens=NEW)] * 5
+    )
+    assert [item.token_ids for item in done] == tokens_alone(
+        model, prompts, GenerationConfig(max_new_tokens=NEW)
+    )
     assert watched.shapes[0][0] == 5
     assert {rows for rows, _ in watched.shapes} > {1, 5}
 
@@ -291,14 +320,16 @@ def test_only_what_does_not_fit_alone_is_out_of_memory(model: Any) -> None:
 
     watched.before = check
     prompts = prompts_for(model)
-    done = decode(by_generate(watched, max_tokens=ROOM), prompts, [Sampling(NEW)] * 5)
+    done = decode(
+        by_generate(watched, max_tokens=ROOM), prompts, [GenerationConfig(max_new_tokens=NEW)] * 5
+    )
     assert [item.finish_reason for item in done] == [
         "error" if length == 30 else "length" for length in LENGTHS
     ]
     assert replace(done[3], error=None) == Completion(3, (), "error", 0, 0, oom_splits=3)
     assert [item.oom_splits for item in done] == [1, 3, 1, 3, 2]
     assert isinstance(done[3].error, torch.OutOfMemoryError)
-    expected = tokens_alone(model, prompts, Sampling(NEW))
+    expected = tokens_alone(model, prompts, GenerationConfig(max_new_tokens=NEW))
     assert [item.token_ids for item in done[:3]] == expected[:3]
 
 
@@ -310,7 +341,11 @@ def test_what_breaks_a_batch_breaks_one_prompt_only(model: Any) -> None:
             raise RuntimeError("this prompt breaks the model")
 
     watched.before = check
-    done = decode(by_generate(watched, max_tokens=ROOM), prompts_for(model), [Sampling(NEW)] * 5)
+    done = decode(
+        by_generate(watched, max_tokens=ROOM),
+        prompts_for(model),
+        [GenerationConfig(max_new_tokens=NEW)] * 5,
+    )
     assert [str(item.error) for item in done if item.error] == ["this prompt breaks the model"]
     assert done[3].finish_reason == "error"
 
@@ -321,14 +356,14 @@ def test_a_lost_device_is_no_prompts_error(model: Any) -> None:
 
     decoder = by_generate(Watched(model, lost), max_tokens=ROOM)
     with pytest.raises(torch.AcceleratorError):
-        decode(decoder, prompts_for(model), [Sampling(NEW)] * 5)
+        decode(decoder, prompts_for(model), [GenerationConfig(max_new_tokens=NEW)] * 5)
 
 
 def test_mixed_limits_keep_to_the_budget(model: Any) -> None:
     """A long prompt with a small limit and a short one with a large limit: 2 x 200 is too much."""
     watched = Watched(model)
     prompts = prompts_for(model, [30, 3])
-    samplings = [Sampling(1), Sampling(20)]
+    samplings = [GenerationConfig(max_new_tokens=1), GenerationConfig(max_new_tokens=20)]
     done = decode(by_generate(watched, max_tokens=60), prompts, samplings)
     assert [rows for rows, _ in watched.shapes] == [1, 1]
     assert [len(item.token_ids) for item in done] == [1, 20]
@@ -338,17 +373,19 @@ def test_a_decoder_lives_on_after_out_of_memory(model: Any) -> None:
     prompts = prompts_for(model, [9, 9])
     watched = Watched(model, out_of_memory_above(0))
     decoder = by_generate(watched, max_tokens=ROOM)
-    done = decode(decoder, prompts, [Sampling(NEW)] * 2)
+    done = decode(decoder, prompts, [GenerationConfig(max_new_tokens=NEW)] * 2)
     assert {type(item.error) for item in done} == {torch.OutOfMemoryError}
     watched.before = out_of_memory_above(9)
-    done = decode(decoder, prompts, [Sampling(NEW)] * 2)
-    assert [item.token_ids for item in done] == tokens_alone(model, prompts, Sampling(NEW))
+    done = decode(decoder, prompts, [GenerationConfig(max_new_tokens=NEW)] * 2)
+    assert [item.token_ids for item in done] == tokens_alone(
+        model, prompts, GenerationConfig(max_new_tokens=NEW)
+    )
 
 
 LOGITS = torch.tensor([1.0, 0.0, 3.0, 2.0, -1.0])
 
 
-def draws(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def draws(logits: torch.Tensor, sampling: GenerationConfig) -> torch.Tensor:
     """One token for each number of a row."""
     numbers = row_numbers(sampling)[:, None]
     many = logits.expand(len(numbers), -1)
@@ -358,13 +395,13 @@ def draws(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     )
 
 
-def frequencies(sampling: Sampling) -> torch.Tensor:
+def frequencies(sampling: GenerationConfig) -> torch.Tensor:
     return torch.bincount(draws(LOGITS, sampling), minlength=5) / sampling.max_new_tokens
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
-    seen = frequencies(Sampling(4000, temperature=temperature, seed=5))
+    seen = frequencies(GenerationConfig(max_new_tokens=4000, temperature=temperature, seed=5))
     expected = (LOGITS / temperature).softmax(0)
     assert (seen - expected).abs().max() < 0.03
     others = (LOGITS / (2 * temperature)).softmax(0)
@@ -374,7 +411,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 @pytest.mark.parametrize(("top_p", "nucleus"), [(0.6, {2}), (0.65, {2, 3}), (0.9, {0, 2, 3})])
 def test_draws_stay_in_the_nucleus(top_p: float, nucleus: set[int]) -> None:
     """Softmax of the logits is about .09, .03, .64, .23, .01."""
-    seen = frequencies(Sampling(2000, temperature=1.0, top_p=top_p, seed=6))
+    seen = frequencies(GenerationConfig(max_new_tokens=2000, temperature=1.0, top_p=top_p, seed=6))
     assert set(seen.nonzero().flatten().tolist()) == nucleus
     kept = sorted(nucleus)
     inside = LOGITS.softmax(0)[kept] / LOGITS.softmax(0)[kept].sum()
@@ -384,8 +421,8 @@ def test_draws_stay_in_the_nucleus(top_p: float, nucleus: set[int]) -> None:
 @given(st.integers(0, 2**63 - 1), st.integers(1, 9), st.integers(1, 9))
 def test_numbers_depend_on_the_seed_and_not_on_the_limit(seed: int, short: int, more: int) -> None:
     """So that a longer limit, or the nucleus before, changes no token that was drawn."""
-    numbers = row_numbers(Sampling(short, seed=seed))
-    longer = row_numbers(Sampling(short + more, seed=seed))
+    numbers = row_numbers(GenerationConfig(max_new_tokens=short, seed=seed))
+    longer = row_numbers(GenerationConfig(max_new_tokens=short + more, seed=seed))
     assert numbers.equal(longer[:short])
     assert ((longer >= 0) & (longer < 1)).all()
     assert len(set(longer.tolist())) == short + more
@@ -394,11 +431,17 @@ def test_numbers_depend_on_the_seed_and_not_on_the_limit(seed: int, short: int, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_masked_logits_are_drawn_from(dtype: torch.dtype) -> None:
     logits = torch.tensor([-torch.inf, 2.0, -torch.inf, 1.0], dtype=dtype)
-    assert set(draws(logits, Sampling(100, temperature=2.0)).tolist()) == {1, 3}
+    assert set(draws(logits, GenerationConfig(max_new_tokens=100, temperature=2.0)).tolist()) == {
+        1,
+        3,
+    }
 
 
 def test_greedy_rows_are_not_drawn() -> None:
-    greedy, hot = Sampling(1), Sampling(1, temperature=9.0)
+    greedy, hot = (
+        GenerationConfig(max_new_tokens=1),
+        GenerationConfig(max_new_tokens=1, temperature=9.0),
+    )
     drawing = Sampler.of([greedy, hot, greedy], [0.99, 0.99, 0.99], torch.device("cpu"))
     tokens = drawing.tokens(LOGITS.expand(3, -1))
     assert (tokens[0], tokens[2]) == (2, 2)
@@ -424,7 +467,7 @@ def test_a_loop_is_a_run_that_comes_again_and_again() -> None:
 
 
 def test_ends_have_reasons() -> None:
-    sampling = Sampling(20, stop_token_ids=(5,), max_repeats=3)
+    sampling = GenerationConfig(max_new_tokens=20, stop_token_ids=(5,), max_repeats=3)
     assert end_reason([1, 2], sampling, {2}) == "stop"
     assert end_reason([1, 5], sampling, {2}) == "stop"
     assert end_reason([1, 3], sampling, {2}) is None
@@ -451,7 +494,11 @@ def test_the_most_likely_token_is_that_of_argmax(dtype: torch.dtype) -> None:
 def test_a_row_is_finite_or_draws_nothing(value: float, place: int) -> None:
     logits = torch.randn(3, 7)
     logits[1, place] = value
-    samplings = [Sampling(4), Sampling(4, 1.2, 0.7), Sampling(4, 1.2, 0.7)]
+    samplings = [
+        GenerationConfig(max_new_tokens=4),
+        GenerationConfig(max_new_tokens=4, temperature=1.2, top_p=0.7),
+        GenerationConfig(max_new_tokens=4, temperature=1.2, top_p=0.7),
+    ]
     drawing = Sampler.of(samplings, [0.1, 0.9999, 0.5], logits.device)
     found = drawing.tokens(logits).tolist()
     assert [token == NOT_FINITE for token in found] == [False, True, False]
@@ -470,7 +517,10 @@ def test_the_largest_numbers_are_finite() -> None:
 def test_generate_fails_the_row_whose_logits_are_not_finite(model: Any, temperature: float) -> None:
     prompts = prompts_for(model)
     prompts[1].embeds[-1, 0] = torch.nan
-    samplings = [Sampling(NEW, temperature=temperature, seed=seed) for seed in range(5)]
+    samplings = [
+        GenerationConfig(max_new_tokens=NEW, temperature=temperature, seed=seed)
+        for seed in range(5)
+    ]
     watched = Watched(model)
     done = decode(by_generate(watched, max_tokens=ROOM), prompts, samplings)
     assert len(watched.shapes) == 1, "one batch has to do"
@@ -483,10 +533,12 @@ def test_generate_fails_the_row_whose_logits_are_not_finite(model: Any, temperat
 def test_generate_fails_a_row_once_its_logits_are_not_finite(model: Any) -> None:
     """After two tokens: the third is drawn from the second, whose embedding is no number."""
     prompt = prompts_for(model, [9])[0]
-    written = tokens_alone(model, [prompt], Sampling(NEW))[0]
+    written = tokens_alone(model, [prompt], GenerationConfig(max_new_tokens=NEW))[0]
     broken = copy.deepcopy(model)
     broken.get_input_embeddings().weight.data[written[1]] = torch.inf
-    done = decode(by_generate(broken, max_tokens=ROOM), [prompt], [Sampling(NEW)])
+    done = decode(
+        by_generate(broken, max_tokens=ROOM), [prompt], [GenerationConfig(max_new_tokens=NEW)]
+    )
     assert written[0] != written[1]
     assert "not finite (NaN or infinite) after 2 tokens" in str(done[0].error)
 
@@ -499,7 +551,9 @@ def test_generate_penalises_prompt_and_answer(model: Any, temperature: float) ->
     ]
     penalties = [1.3, 1.0, 1.3, 0.8, 1.3]
     samplings = [
-        Sampling(NEW, temperature=temperature, seed=4, repetition_penalty=penalty)
+        GenerationConfig(
+            max_new_tokens=NEW, temperature=temperature, seed=4, repetition_penalty=penalty
+        )
         for penalty in penalties
     ]
     together = decode(by_generate(model, max_tokens=ROOM), prompts, samplings)
@@ -530,7 +584,7 @@ def test_nothing_of_the_models_own_suggestions_is_followed(
     model: Any, rules: dict[str, Any]
 ) -> None:
     """What a recipe has taken over must not come back through `generate`."""
-    prompts, sampling = prompts_for(model), Sampling(NEW)
+    prompts, sampling = prompts_for(model), GenerationConfig(max_new_tokens=NEW)
     wanted = decode(by_generate(model, max_tokens=ROOM), prompts, [sampling] * 5)
     before = model.generation_config
     model.generation_config = copy.deepcopy(before)
