@@ -21,7 +21,7 @@ from rich.table import Table
 
 from gc2ray.core.config.job import Job, load_job
 from gc2ray.core.errors import Status
-from gc2ray.core.intervals import Interval, interval
+from gc2ray.core.intervals import MeanInterval, interval
 from gc2ray.core.metrics.scores import score
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
@@ -118,7 +118,7 @@ def _show_accuracy(
     console.print(f"same answer compressed and uncompressed: {both.same}", markup=False)
 
 
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[Interval, float]:
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[MeanInterval, float]:
     """Over the rows that were answered: the broken picture says nothing about the model."""
     good = [row for row in rows if row["status"] == Status.OK]
     right = score("exact_match", [r["answer"] for r in good], [[r["reference"]] for r in good])

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.intervals import Interval, interval
+from gc2ray.core.intervals import MeanInterval, interval
 from gc2ray.core.metrics.scores import METRICS, score
 from gc2ray.data.store import Store
 from gc2ray.output.parts import read_all_parts
@@ -160,7 +160,7 @@ def _compared(first: Run, second: Run, metrics: Sequence[str]) -> dict[str, Any]
     references = [first.references[here] for here, _ in pairs]
     answers = [first.answers[here] for here, _ in pairs]
     others = [second.answers[there] for _, there in pairs]
-    differences: dict[str, Interval] = {}
+    differences: dict[str, MeanInterval] = {}
     for metric in metrics:
         values = score(metric, answers, references) - score(metric, others, references)
         if not np.isnan(values).all():
@@ -177,7 +177,7 @@ def _compared(first: Run, second: Run, metrics: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _table(run: Run, metrics: Sequence[str], scores: dict[str, dict[str, Interval]]) -> Table:
+def _table(run: Run, metrics: Sequence[str], scores: dict[str, dict[str, MeanInterval]]) -> Table:
     failed = sum(answer is None for answer in run.answers)
     tokens = f", {np.mean(run.tokens):.0f} visual tokens each" if run.tokens else ""
     title = f"{run.output}: {len(run.keys)} answers, {failed} failed{tokens}"

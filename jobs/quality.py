@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gc2ray.core.config.compression import Newlines, Positions
-from gc2ray.core.intervals import Interval, difference, interval
+from gc2ray.core.intervals import MeanInterval, difference, interval
 from gc2ray.core.metrics.scores import score
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
@@ -175,7 +175,7 @@ def _right(rows: Sequence[PocketRow], measured: Measured) -> np.ndarray:
     return score("exact_match", measured.answers, [[row.question.answer] for row in rows])
 
 
-def _plain(found: Interval) -> dict[str, float]:
+def _plain(found: MeanInterval) -> dict[str, float]:
     return {"mean": found.mean, "low": found.low, "high": found.high}
 
 

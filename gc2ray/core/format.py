@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 
 MOST_HOURS = 48
 """Longer ones are told in days."""
 LETTERS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 
 
-def shown(value: Range, text: Callable[[float], str] | None = None) -> str:
+def shown(value: Interval, text: Callable[[float], str] | None = None) -> str:
     """A number, with what it may be instead; exact ones to the last digit."""
     if value.is_exact:
         return (text or whole)(value.mid)

@@ -14,7 +14,7 @@ from functools import partial
 
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.device import Memory
 from gc2ray.estimate.hardware import Hardware
@@ -23,7 +23,7 @@ from gc2ray.estimate.roofline import ROOFLINE_SHARE, roofline_seconds
 from gc2ray.estimate.workload import Ends, Workload
 from gc2ray.models.shape import ModelShape
 
-START_SECONDS = Range(20.0, 60.0, 240.0)
+START_SECONDS = Interval(20.0, 60.0, 240.0)
 """Of a run and of each worker, where no run has told: processes, libraries, weights from a disk."""
 HOUR = 3600.0
 GPU_CORES = 16
@@ -67,7 +67,7 @@ class DeviceEstimator:
         offer = replace(nothing, live_rows=live, basis=basis)
         return self._priced(offer, forecast, clock, hardware)
 
-    def _by_roofline(self, ends: Ends, hardware: Hardware, live: int) -> Range:
+    def _by_roofline(self, ends: Ends, hardware: Hardware, live: int) -> Interval:
         ideal = []
         for end in ends:
             steps = math.ceil(end.output_tokens / min(live, max(1, end.rows)))
@@ -75,7 +75,7 @@ class DeviceEstimator:
             ideal.append(sum(roofline_seconds(asked, self.shape, hardware).values()))
         low, mid, high = ideal
         share = ROOFLINE_SHARE
-        return Range(low / share.high, mid / share.mid, high / share.low)
+        return Interval(low / share.high, mid / share.mid, high / share.low)
 
     def known(self, forecast: Workload, pace: MeasuredRates) -> DeviceEstimate:
         """Of the device of an earlier run, which no table knows."""
@@ -86,7 +86,7 @@ class DeviceEstimator:
         self,
         offer: DeviceEstimate,
         forecast: Workload,
-        clock: Callable[[Ends], Range],
+        clock: Callable[[Ends], Interval],
         hardware: Hardware | None,
     ) -> DeviceEstimate:
         pace, prompts = self.pace, forecast.ends[1].rows
@@ -94,8 +94,8 @@ class DeviceEstimator:
         seconds = clock(forecast.ends).plus(audits)
         start = own = START_SECONDS
         if pace is not None and pace.start_seconds is not None and pace.worker_seconds is not None:
-            start = Range.exactly(pace.start_seconds).times(pace.factor)
-            own = Range.exactly(pace.worker_seconds).times(pace.factor)
+            start = Interval.exactly(pace.start_seconds).times(pace.factor)
+            own = Interval.exactly(pace.worker_seconds).times(pace.factor)
         wanted = self.cluster.workers
         workers = wanted.max if wanted else _workers(seconds, start, self.hours)
         hours = start.plus(seconds.scaled(1 / workers)).scaled(1 / HOUR)
@@ -144,23 +144,23 @@ class DeviceEstimate:
     basis: str = "roofline"
     misfit: str | None = None
     live_rows: int | None = None
-    device_seconds: Range | None = None
-    audit_seconds: Range | None = None
-    worker_seconds: Range | None = None
-    start_seconds: Range | None = None
+    device_seconds: Interval | None = None
+    audit_seconds: Interval | None = None
+    worker_seconds: Interval | None = None
+    start_seconds: Interval | None = None
     workers: int | None = None
-    hours: Range | None = None
-    device_hours: Range | None = None
-    usd: Mapping[str, Range] | None = None
-    usd_per_1000: Mapping[str, Range] | None = None
+    hours: Interval | None = None
+    device_hours: Interval | None = None
+    usd: Mapping[str, Interval] | None = None
+    usd_per_1000: Mapping[str, Interval] | None = None
 
 
-def _at_pace(ends: Ends, pace: MeasuredRates) -> Range:
+def _at_pace(ends: Ends, pace: MeasuredRates) -> Interval:
     low, mid, high = (pace.seconds(end) for end in ends)
-    return Range(low, mid, high).times(pace.factor)
+    return Interval(low, mid, high).times(pace.factor)
 
 
-def _workers(seconds: Range, start: Range, hours: float) -> int:
+def _workers(seconds: Interval, start: Interval, hours: float) -> int:
     """As many as are likely to end in time; at least 1, and no more than one for each minute."""
     left = hours * HOUR - start.mid
     if left <= 0:

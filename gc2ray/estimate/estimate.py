@@ -1,7 +1,7 @@
 """What a run will cost, before any of it is spent: rows, tokens, time, memory, money.
 
 Rows are counted by a `InputProfile`, what they ask for by a `Workload`, and what that takes on a
-device by an `DeviceEstimate`. Whatever is not known is a `Range`, whose ends take everything
+device by an `DeviceEstimate`. Whatever is not known is a `Interval`, whose ends take everything
 unknown together.
 
 Not covered: retries, and a cluster that shares its machines with others.
@@ -18,7 +18,7 @@ import numpy as np
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Job
 from gc2ray.core.config.recipe import Recipe
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.estimate.device_estimate import DeviceEstimate, DeviceEstimator
 from gc2ray.estimate.hardware import Hardware
 from gc2ray.estimate.input_profile import InputProfile, PromptShape, SampleBlock
@@ -53,13 +53,13 @@ class Estimate:
 
     rows: int
     looked: int
-    prompts: Range
-    refused: Mapping[str, Range]
-    images: Range
-    views: Range
-    visual_tokens_full: Range
-    text_tokens: Range
-    output_tokens: Range
+    prompts: Interval
+    refused: Mapping[str, Interval]
+    images: Interval
+    views: Interval
+    visual_tokens_full: Interval
+    text_tokens: Interval
+    output_tokens: Interval
     output_basis: str
     forecasts: tuple[Workload, ...]
     offers: tuple[DeviceEstimate, ...]
@@ -115,7 +115,7 @@ def estimate(
     if pace is not None and not any(pace.device in device.devices for device in hardware):
         offers = [*(bid.known(found, pace) for found in forecasts), *offers]
 
-    def total(measure: Callable[[PromptShape], float]) -> Range:
+    def total(measure: Callable[[PromptShape], float]) -> Interval:
         def of(stretch: SampleBlock) -> float:
             return sum(count * measure(shown) for shown, count in stretch.prompts.items())
 
@@ -146,7 +146,7 @@ class _Foresight:
 
     survey: InputProfile
     outline: ModelMetadata
-    output: Range
+    output: Interval
     _plain: dict[CompressionConfig, Workload] = field(default_factory=dict)
 
     def __call__(self, recipe: Recipe) -> Workload:
@@ -185,14 +185,14 @@ def _recipes(recipe: Recipe, retentions: Sequence[float]) -> list[Recipe]:
     ]
 
 
-def _output(recipe: Recipe, assumptions: Assumptions) -> tuple[Range, str]:
+def _output(recipe: Recipe, assumptions: Assumptions) -> tuple[Interval, str]:
     """Tokens of an answer, and where they are from."""
     limit = recipe.generation.max_new_tokens
     if assumptions.output_tokens is not None:
-        return Range.exactly(min(limit, assumptions.output_tokens)), "as given"
+        return Interval.exactly(min(limit, assumptions.output_tokens)), "as given"
     if assumptions.pace is not None:
         found = assumptions.pace.output_tokens
         ends = (min(limit, end) for end in (found.low, found.mid, found.high))
-        return Range(*ends), f"as in the run on {assumptions.pace.device}"
+        return Interval(*ends), f"as in the run on {assumptions.pace.device}"
     half = max(1.0, limit / 2)
-    return Range(1.0, half, limit), f"1 to max_new_tokens, {limit}; --output-tokens tells better"
+    return Interval(1.0, half, limit), f"1 to max_new_tokens, {limit}; --output-tokens tells better"

@@ -23,7 +23,7 @@ import numpy as np
 from gc2ray.compression.canvas import Canvas
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
-from gc2ray.core.intervals import Range, ratio
+from gc2ray.core.intervals import Interval, ratio
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.data.dataset import Source
@@ -103,11 +103,11 @@ class InputProfile:
         """Their prompts that cannot be answered."""
         return sum((stretch.refused for stretch in self.stretches), Counter())
 
-    def total(self, measure: Callable[[SampleBlock], float]) -> Range:
+    def total(self, measure: Callable[[SampleBlock], float]) -> Interval:
         """A sum over all rows, by what it is in a stretch; see `scaled`."""
         return self.scaled(np.array([measure(stretch) for stretch in self.stretches]))
 
-    def scaled(self, values: np.ndarray) -> Range:
+    def scaled(self, values: np.ndarray) -> Interval:
         """A sum over all rows: exact where all were looked at, else with 95 % confidence.
 
         A ratio to rows, times all rows; its spread is less where much of the input was looked at
@@ -118,13 +118,13 @@ class InputProfile:
         """
         values = values.astype(np.float64)
         if self.is_exact:
-            return Range.exactly(float(values.sum()))
+            return Interval.exactly(float(values.sum()))
         rows = np.array([stretch.rows for stretch in self.stretches], dtype=np.float64)
         found, seen = ratio(values, rows), float(values.sum())
         unseen = np.sqrt(1 - self.looked / self.rows)
         low = found.mean - unseen * (found.mean - found.low)
         high = found.mean + unseen * (found.high - found.mean)
-        return Range(max(seen, self.rows * low), self.rows * found.mean, self.rows * high)
+        return Interval(max(seen, self.rows * low), self.rows * found.mean, self.rows * high)
 
 
 def profile_input(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.intervals import Range, ratio
+from gc2ray.core.intervals import Interval, ratio
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import UsageKind
 from gc2ray.estimate.roofline import (
@@ -51,7 +51,7 @@ class MeasuredRates:
     spread: float
     worker_seconds: float | None
     start_seconds: float | None
-    output_tokens: Range
+    output_tokens: Interval
 
     @staticmethod
     def of(ledger: RunTotals) -> MeasuredRates:
@@ -102,9 +102,9 @@ class MeasuredRates:
         return flops + decoding + self.per_answer * stats.rows
 
     @property
-    def factor(self) -> Range:
+    def factor(self) -> Interval:
         """What its `seconds` may be off by."""
-        return Range(1 - self.spread, 1.0, 1 + self.spread)
+        return Interval(1 - self.spread, 1.0, 1 + self.spread)
 
 
 def _spread(parts: Sequence[RunStats], per_flop: Mapping[str, float]) -> float:
@@ -118,9 +118,9 @@ def _spread(parts: Sequence[RunStats], per_flop: Mapping[str, float]) -> float:
     return float(min(1.0, np.hypot(sampled, DRIFT)))
 
 
-def _output_tokens(parts: Sequence[RunStats]) -> Range:
+def _output_tokens(parts: Sequence[RunStats]) -> Interval:
     """Tokens of an answer, at least 1."""
     tokens = np.array([part.output_tokens for part in parts], np.float64)
     answered = np.array([part.by_status.get("ok", 0) for part in parts], np.float64)
     found = ratio(tokens, answered)
-    return Range(max(1.0, found.low), max(1.0, found.mean), max(1.0, found.high))
+    return Interval(max(1.0, found.low), max(1.0, found.mean), max(1.0, found.high))

@@ -13,17 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.intervals import Interval, interval, ratio
+from gc2ray.core.intervals import MeanInterval, interval, ratio
 from gc2ray.core.metrics.scores import exact_match, score
 from gc2ray.core.records import Answer
 
-ONE_SIDED_90 = 1.2816
+ONE_SIDED_90 = NormalDist().inv_cdf(0.9)
 """Standard deviations."""
 
 
@@ -103,16 +104,16 @@ class Measured:
 
     setting: CompressionSetting
     seconds_per_row: float
-    speed_up: Interval
+    speed_up: MeanInterval
     visual_tokens: float
-    agreement: Interval
-    accuracy: Interval | None
+    agreement: MeanInterval
+    accuracy: MeanInterval | None
     usd: float | None
     meets: bool
     on_front: bool = False
 
     @property
-    def quality(self) -> Interval:
+    def quality(self) -> MeanInterval:
         """Accuracy where it is known, else agreement."""
         return self.accuracy or self.agreement
 
@@ -205,7 +206,7 @@ def _text(answer: Answer | None) -> str | None:
 
 
 def _meets(
-    target: Target, agreement: Interval, accuracy: Interval | None, usd: float | None
+    target: Target, agreement: MeanInterval, accuracy: MeanInterval | None, usd: float | None
 ) -> bool:
     if target.min_accuracy is not None:
         return accuracy is not None and lower(accuracy) >= target.min_accuracy
@@ -214,7 +215,7 @@ def _meets(
     return lower(agreement) >= (target.min_agreement or 0.0)
 
 
-def lower(found: Interval) -> float:
+def lower(found: MeanInterval) -> float:
     """What a share is at least, with 90 % confidence: Wilson's bound."""
     z, n, p = ONE_SIDED_90, found.rows, found.mean
     middle = p + z * z / (2 * n)

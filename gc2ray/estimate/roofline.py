@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.core.stats import RunStats
 from gc2ray.estimate.hardware import Hardware
 from gc2ray.models.shape import ModelShape
 
-ROOFLINE_SHARE = Range(0.25, 0.4, 0.6)
+ROOFLINE_SHARE = Interval(0.25, 0.4, 0.6)
 """Of the roofline, what a device is taken to reach where no run has told: LLaVA-NeXT-7B on an H200
 reached 0.30 at retention 0.1 to 0.58 at 0.75 (`jobs.benchmarks.full_size`, 2026-11-26)."""
 DTYPES = {2: "bfloat16", 4: "float32"}

@@ -18,7 +18,7 @@ from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.core.stats import RunStats
 from gc2ray.estimate.input_profile import InputProfile, PromptShape
 from gc2ray.models.base import ModelMetadata
@@ -41,18 +41,18 @@ class TokenBounds:
         newlines: Newline tokens.
     """
 
-    visual: Range
-    newlines: Range
+    visual: Interval
+    newlines: Interval
 
     @staticmethod
     def of(canvas: Canvas, compression: CompressionConfig) -> TokenBounds:
         """By an image's geometry alone."""
         low, high = CompressionPolicy.of(compression).compressor.bounds(canvas)
-        visual = Range(low, (low + high) / 2, high)
+        visual = Interval(low, (low + high) / 2, high)
         if compression.newlines == "none":
-            return TokenBounds(visual, Range.exactly(0))
+            return TokenBounds(visual, Interval.exactly(0))
         if compression.newlines == "all" or low == sum(canvas.tokens_per_view()):
-            return TokenBounds(visual, Range.exactly(canvas.newlines))
+            return TokenBounds(visual, Interval.exactly(canvas.newlines))
         thumbnail = canvas.tokens_per_view()[0]
         share = compression.retention_requested
         of_crops = [max(0.0, end - thumbnail * share) for end in (low, (low + high) / 2, high)]
@@ -61,7 +61,7 @@ class TokenBounds:
         # Tokens that fall on rows at random leave each row empty with (1 - 1/rows)^tokens.
         filled = canvas.height * (1 - (1 - 1 / max(1, canvas.height)) ** of_crops[1])
         most = rows if compression.method == "globalcom2-reference" else canvas.height
-        return TokenBounds(visual, Range(min(fewest, filled), filled, most))
+        return TokenBounds(visual, Interval(min(fewest, filled), filled, most))
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ class Workload:
 
     method: str
     retention: float
-    visual_tokens: Range
-    newline_tokens: Range
-    prompt_tokens: Range
+    visual_tokens: Interval
+    newline_tokens: Interval
+    prompt_tokens: Interval
     longest: int
-    too_long: Range
+    too_long: Interval
     ends: Ends
     audits: Ends = NOTHING
 
     @property
-    def flops(self) -> Mapping[str, Range]:
+    def flops(self) -> Mapping[str, Interval]:
         """By stage."""
         low, mid, high = self.ends
-        return {s: Range(low.flops[s], mid.flops[s], high.flops[s]) for s in mid.flops}
+        return {s: Interval(low.flops[s], mid.flops[s], high.flops[s]) for s in mid.flops}
 
     def audited(self, share: float, whole: Workload, rungs: Sequence[Workload]) -> Workload:
         """The same, with a second look at some answers.
@@ -115,7 +115,7 @@ class Workload:
 
 
 def forecast_workload(
-    survey: InputProfile, outline: ModelMetadata, recipe: Recipe, output_tokens: Range
+    survey: InputProfile, outline: ModelMetadata, recipe: Recipe, output_tokens: Interval
 ) -> Workload:
     """What an input asks for.
 
@@ -135,9 +135,9 @@ def forecast_workload(
         ]
     )  # (S, 3, M)
 
-    def total(name: str) -> Range:
+    def total(name: str) -> Interval:
         ends = [survey.scaled(by_stretch[:, end, _MEASURES.index(name)]) for end in range(ENDS)]
-        return Range(ends[0].low, ends[1].mid, ends[2].high)
+        return Interval(ends[0].low, ends[1].mid, ends[2].high)
 
     totals = {name: total(name) for name in _MEASURES}
     prompts = totals["prompts"]
@@ -146,7 +146,7 @@ def forecast_workload(
         retention=recipe.compression.retention_requested,
         visual_tokens=totals["visual"],
         newline_tokens=totals["newlines"],
-        prompt_tokens=Range(
+        prompt_tokens=Interval(
             *(
                 end / max(1.0, prompts.mid)
                 for end in (totals["prompt"].low, totals["prompt"].mid, totals["prompt"].high)
@@ -167,7 +167,7 @@ _MEASURES = (
 class _Rows:
     """What single prompts ask for."""
 
-    def __init__(self, outline: ModelMetadata, recipe: Recipe, output_tokens: Range) -> None:
+    def __init__(self, outline: ModelMetadata, recipe: Recipe, output_tokens: Interval) -> None:
         self._shape = outline.shape
         self._compression = recipe.compression
         self._new = recipe.generation.max_new_tokens
@@ -231,11 +231,11 @@ def _part(stats: RunStats, share: float) -> RunStats:
     )
 
 
-def _ends(value: Range) -> tuple[float, float, float]:
+def _ends(value: Interval) -> tuple[float, float, float]:
     return value.low, value.mid, value.high
 
 
-def _stats(totals: Mapping[str, Range], end: str) -> RunStats:
+def _stats(totals: Mapping[str, Interval], end: str) -> RunStats:
     def at(name: str) -> int:
         value = getattr(totals[name], end)
         return round(value) if np.isfinite(value) else round(2 * totals[name].mid)

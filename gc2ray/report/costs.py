@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gc2ray.core.errors import first_line
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.core.stats import RunStats
 from gc2ray.estimate.hardware import Hardware, Prices, find_hardware
 from gc2ray.estimate.roofline import ROOFLINE_SHARE, busy_seconds, roofline_seconds
@@ -51,8 +51,8 @@ class WhatIf:
     """
 
     hardware: str
-    device_hours: Range
-    usd: Mapping[str, Range]
+    device_hours: Interval
+    usd: Mapping[str, Interval]
 
 
 def _devices(workers: Sequence[WorkerRecord], prices: Prices) -> tuple[DeviceTime, ...]:
@@ -83,7 +83,7 @@ def _usd(bill: Mapping[str, float], devices: Sequence[DeviceTime]) -> float | No
     return sum(bill.values()) * an_hour / HOUR
 
 
-def _saved(stats: RunStats, answering: float) -> Range | None:
+def _saved(stats: RunStats, answering: float) -> Interval | None:
     """Device-seconds that the same answers would have taken uncompressed, less those they took.
 
     Each stage scales with its operations. Decoding is bound by reading weights, which does not
@@ -100,7 +100,7 @@ def _saved(stats: RunStats, answering: float) -> Range | None:
     )
     reads = stats.cache_read_bytes_full / max(1, stats.cache_read_bytes) - 1
     decoding = busy.get("generate", 0.0) * max(0.0, reads)
-    return Range(more, more + decoding / 4, more + decoding).scaled(scale)
+    return Interval(more, more + decoding / 4, more + decoding).scaled(scale)
 
 
 def _what_if(
@@ -114,13 +114,13 @@ def _what_if(
     share = ROOFLINE_SHARE
     if own is not None and answering:
         reached = sum(roofline_seconds(stats, shape, own).values()) / answering
-        share = Range(reached * (1 - SCALING_SPREAD), reached, reached * (1 + SCALING_SPREAD))
+        share = Interval(reached * (1 - SCALING_SPREAD), reached, reached * (1 + SCALING_SPREAD))
     found = []
     for hardware in table:
         ideal = sum(roofline_seconds(stats, shape, hardware).values()) / HOUR
-        hours = Range(ideal / share.high, ideal / share.mid, ideal / share.low)
+        hours = Interval(ideal / share.high, ideal / share.mid, ideal / share.low)
         if hardware is own:
-            hours = Range.exactly(answering / HOUR)
+            hours = Interval.exactly(answering / HOUR)
         prices = {kind: hardware.usd_per_hour(kind) for kind in ("on_demand", "spot")}
         usd = {kind: hours.scaled(price) for kind, price in prices.items() if price is not None}
         found.append(WhatIf(hardware.name, hours, usd))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gc2ray.core.intervals import Interval, interval
+from gc2ray.core.intervals import MeanInterval, interval
 from gc2ray.core.metrics.scores import METRICS, exact_match, score
 
 ALL = "all"
@@ -25,7 +25,7 @@ class Agreement:
         only_second: Likewise.
     """
 
-    same: Interval
+    same: MeanInterval
     differing: tuple[str, ...]
     only_first: int
     only_second: int
@@ -57,7 +57,7 @@ def evaluate(
     references: Sequence[Sequence[str]],
     groups: Sequence[str] = (),
     metrics: Sequence[str] = tuple(METRICS),
-) -> dict[str, dict[str, Interval]]:
+) -> dict[str, dict[str, MeanInterval]]:
     """Every metric over all rows (group `ALL`), and over the rows of each group.
 
     Args:
@@ -75,7 +75,7 @@ def evaluate(
     labels = np.array(list(groups) or [ALL] * len(answers))
     if len(labels) != len(answers):
         raise ValueError(f"{len(answers)} rows have {len(labels)} groups")
-    found: dict[str, dict[str, Interval]] = {}
+    found: dict[str, dict[str, MeanInterval]] = {}
     for metric in metrics:
         values = score(metric, answers, references)
         parts = {ALL: values} | {str(name): values[labels == name] for name in np.unique(labels)}

@@ -22,7 +22,7 @@ import yaml
 
 from gc2ray import __version__
 from gc2ray.core.format import duration, money, percent, precise, short, size
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.report import charts
 from gc2ray.report.costs import HOUR
 from gc2ray.report.heat_map import TokenMap, panels
@@ -224,7 +224,7 @@ def _verdicts(summary: Summary) -> Iterator[Line]:
     if summary.visual.share == 1:
         yield Line("Nothing was compressed in this run.")
     elif answering:
-        of_full = Range(*(s / (s + answering) for s in (saved.low, saved.mid, saved.high)))
+        of_full = Interval(*(s / (s + answering) for s in (saved.low, saved.mid, saved.high)))
         text = (
             f"Compression saved about {duration(saved.mid / HOUR)} of device time "
             f"({duration(saved.low / HOUR)} to {duration(saved.high / HOUR)}), "

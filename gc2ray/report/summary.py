@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.core.intervals import Range, interval
+from gc2ray.core.intervals import Interval, interval
 from gc2ray.core.schema import MILLION
 from gc2ray.core.stats import RETENTION_BUCKETS, STAGES, RunStats
 from gc2ray.core.usage import UsageKind
@@ -77,7 +77,7 @@ class AuditSummary:
     """
 
     audits: int
-    agreed: Range
+    agreed: Interval
     similarity: float
     share_of_time: float
     audit_seconds: Mapping[str, float]
@@ -187,7 +187,7 @@ class Summary:
     usd: float | None
     usd_per_1000: float | None
     answering_seconds: float
-    saved_seconds: Range | None
+    saved_seconds: Interval | None
     what_if: tuple[WhatIf, ...]
     audit: AuditSummary | None
     slowest: tuple[tuple[float, str], ...]
@@ -308,7 +308,7 @@ def _audit(stats: RunStats) -> AuditSummary | None:
     )
     return AuditSummary(
         audits=stats.audits,
-        agreed=Range(agreed.low, agreed.mean, agreed.high),
+        agreed=agreed,
         similarity=stats.agreement_millionths / stats.audits / MILLION,
         share_of_time=audit_share(stats),
         audit_seconds=busy_seconds(stats.audit_uncompressed_ns),

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gc2ray.core.config.job import Job
 from gc2ray.core.format import duration, money, precise, shown
-from gc2ray.core.intervals import Interval, Range
+from gc2ray.core.intervals import Interval, MeanInterval
 from gc2ray.estimate.device_estimate import DeviceEstimate
 from gc2ray.estimate.estimate import Estimate
 from gc2ray.estimate.recommendation import Measured, Tuning
@@ -66,10 +66,10 @@ def _token_table(found: Estimate) -> Table:
     return table
 
 
-def _gflops_each(item: Workload) -> Range:
+def _gflops_each(item: Workload) -> Interval:
     prompts = max(1, item.ends[1].rows)
     low, mid, high = (sum(end.flops.values()) / prompts / 1e9 for end in item.ends)
-    return Range(low, mid, high)
+    return Interval(low, mid, high)
 
 
 def _recipe_table(found: Estimate) -> Table:
@@ -216,7 +216,7 @@ def drawing(found: Tuning) -> str:
     return front("Quality against time", points)
 
 
-def _speed_up(found: Interval) -> str:
+def _speed_up(found: MeanInterval) -> str:
     return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 

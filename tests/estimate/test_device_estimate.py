@@ -8,7 +8,7 @@ from datetime import date
 import pytest
 
 from gc2ray.core.config.job import Cluster
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.estimate.device_estimate import HOUR, START_SECONDS, DeviceEstimator
@@ -42,9 +42,9 @@ END = RunStats(
     cache_read_bytes=10**10 * ROWS,
 )
 FORECAST = Workload(
-    method="globalcom2", retention=0.25, visual_tokens=Range.exactly(720 * ROWS),
-    newline_tokens=Range.exactly(20 * ROWS), prompt_tokens=Range.exactly(800), longest=1000,
-    too_long=Range.exactly(0), ends=(END, END, END),
+    method="globalcom2", retention=0.25, visual_tokens=Interval.exactly(720 * ROWS),
+    newline_tokens=Interval.exactly(20 * ROWS), prompt_tokens=Interval.exactly(800), longest=1000,
+    too_long=Interval.exactly(0), ends=(END, END, END),
 )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_second_looks_are_paid_for() -> None:
         assert offer.device_seconds is not None
         assert plain.device_seconds is not None
         assert offer.audit_seconds is not None
-        assert plain.audit_seconds == Range.exactly(0)
+        assert plain.audit_seconds == Interval.exactly(0)
         assert offer.device_seconds.low == pytest.approx(plain.device_seconds.low)
         assert offer.device_seconds.mid == pytest.approx(1.1 * plain.device_seconds.mid, rel=1e-3)
         assert offer.device_seconds.high == pytest.approx(2 * plain.device_seconds.high)

@@ -13,7 +13,7 @@ import yaml
 
 from gc2ray.core.config.job import load_job
 from gc2ray.core.format import duration, money, short, shown
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.estimate import Assumptions, estimate
@@ -128,7 +128,7 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
     ]  # fmt: skip
     tokens = [item.visual_tokens.mid for item in found.forecasts]
     assert tokens == sorted(tokens, reverse=True)
-    assert found.output_tokens == Range(1, 4, 8)
+    assert found.output_tokens == Interval(1, 4, 8)
     assert "1 to max_new_tokens, 8" in found.output_basis
     assert [offer.hardware for offer in found.offers] == ["mine"] * 5
 
@@ -179,8 +179,8 @@ def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_pat
 
 
 def test_numbers_are_told_as_people_do() -> None:
-    assert shown(Range.exactly(1_234_567)) == "1,234,567"
-    assert shown(Range(1.9e6, 2e6, 2.1e6)) == "2M (1.9M to 2.1M)"
+    assert shown(Interval.exactly(1_234_567)) == "1,234,567"
+    assert shown(Interval(1.9e6, 2e6, 2.1e6)) == "2M (1.9M to 2.1M)"
     assert [short(n) for n in (999, 9_999, 14_918, 2.5e6, 3.25e9, 1.5e13)] == [
         "999", "9,999", "14.9k", "2.5M", "3.25G", "15T"
     ]  # fmt: skip

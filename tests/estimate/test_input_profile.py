@@ -16,7 +16,7 @@ from PIL import Image
 from gc2ray.compression.canvas import Canvas
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.core.records import Answer
 from gc2ray.core.schema import stats_of
 from gc2ray.core.shards import SourceFile
@@ -93,7 +93,7 @@ def test_all_rows_are_what_an_engine_finds(
     assert sum(n * s.text_tokens for s, n in shown.items()) == text
     assert sum(n for s, n in shown.items() if s.is_new) == stats.images == 7
     total = found.total(lambda stretch: stretch.prompts.total())
-    assert total == Range.exactly(8)
+    assert total == Interval.exactly(8)
 
 
 def test_prompts_of_one_row_show_one_image(
@@ -188,9 +188,9 @@ def test_a_sample_knows_at_least_what_it_saw() -> None:
 
 
 def test_ranges_add_and_multiply_at_their_ends() -> None:
-    a, b = Range(1, 2, 4), Range(10, 20, 30)
-    assert a.plus(b) == Range(11, 22, 34)
-    assert a.times(b) == Range(10, 40, 120)
-    assert a.scaled(2) == Range(2, 4, 8)
-    assert Range.exactly(3).is_exact
+    a, b = Interval(1, 2, 4), Interval(10, 20, 30)
+    assert a.plus(b) == Interval(11, 22, 34)
+    assert a.times(b) == Interval(10, 40, 120)
+    assert a.scaled(2) == Interval(2, 4, 8)
+    assert Interval.exactly(3).is_exact
     assert not a.is_exact

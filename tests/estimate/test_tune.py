@@ -16,7 +16,7 @@ import pytest
 
 from gc2ray.core.config.job import load_job
 from gc2ray.core.errors import BadRow, ConfigError, Status
-from gc2ray.core.intervals import Interval
+from gc2ray.core.intervals import MeanInterval
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
 from gc2ray.estimate.hardware import Prices
 from gc2ray.estimate.recommendation import (
@@ -170,8 +170,8 @@ def test_the_front_is_what_nothing_beats() -> None:
 @pytest.mark.parametrize(("mean", "rows_", "bound"), [(1.0, 100, 0.984), (0.95, 400, 0.934)])
 def test_the_bound_is_wilsons(mean: float, rows_: int, bound: float) -> None:
     """At 90 % from below: n / (n + z^2) where everything is right."""
-    assert lower(Interval(mean, 0, 1, rows_)) == pytest.approx(bound, abs=0.001)
-    assert lower(Interval(1.0, 0, 1, 50)) == pytest.approx(50 / (50 + 1.2816**2))
+    assert lower(MeanInterval(0, mean, 1, rows_)) == pytest.approx(bound, abs=0.001)
+    assert lower(MeanInterval(0, 1.0, 1, 50)) == pytest.approx(50 / (50 + 1.2815516**2))
 
 
 def test_recommendations_keep_their_promise_nine_times_in_ten() -> None:
@@ -255,7 +255,7 @@ def test_the_command_measures_and_says_what_to_take(
     assert [item["setting"]["retention"] for item in found["measured"]] == [1.0, 0.5, 0.1]
     tokens = [item["visual_tokens"] for item in found["measured"]]
     assert tokens == sorted(tokens, reverse=True)
-    assert found["measured"][0]["agreement"]["mean"] == 1.0
+    assert found["measured"][0]["agreement"]["mid"] == 1.0
     assert all(item["usd"] > 0 for item in found["measured"])
     assert not math.isnan(found["measured"][1]["speed_up"]["mean"])
 

@@ -14,7 +14,7 @@ from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.compression.registry import COMPRESSORS
 from gc2ray.core.config.compression import CompressionConfig
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.core.schema import stats_of
 from gc2ray.core.stats import RunStats
 from gc2ray.estimate.input_profile import profile_input
@@ -42,7 +42,7 @@ def both(
         generation.eos_token_id = before
     outlined = load_metadata(str(model), dtype="float32")
     found = profile_input(job.recipe, outlined)
-    return forecast_workload(found, outlined, job.recipe, Range.exactly(5)), stats
+    return forecast_workload(found, outlined, job.recipe, Interval.exactly(5)), stats
 
 
 def test_uncompressed_it_is_exact(
@@ -51,13 +51,13 @@ def test_uncompressed_it_is_exact(
     found, stats = both(
         tmp_path, tiny_paths["vicuna"], loaded_models["vicuna"], compression__retention=1.0
     )
-    assert found.visual_tokens == Range.exactly(stats.visual_tokens_kept)
-    assert found.newline_tokens == Range.exactly(stats.newline_tokens)
+    assert found.visual_tokens == Interval.exactly(stats.visual_tokens_kept)
+    assert found.newline_tokens == Interval.exactly(stats.newline_tokens)
     assert found.prompt_tokens.scaled(stats.by_status["ok"]).mid == pytest.approx(
         stats.prompt_tokens
     )
     for stage in ("encode", "compress"):
-        assert found.flops[stage] == Range.exactly(stats.flops[stage])
+        assert found.flops[stage] == Interval.exactly(stats.flops[stage])
     # An engine may compute the beginning of prompts about one image once, or again.
     assert found.flops["prefill"].low <= stats.flops["prefill"] <= found.flops["prefill"].high
     assert found.ends[1].output_tokens == stats.output_tokens == 40
@@ -140,7 +140,9 @@ def test_prompts_that_are_too_long_are_told(
         compression__retention=0.1,
         generation__max_new_tokens=outlined.shape.text.max_positions - 100,
     ).recipe
-    found = forecast_workload(profile_input(recipe, outlined), outlined, recipe, Range.exactly(5))
+    found = forecast_workload(
+        profile_input(recipe, outlined), outlined, recipe, Interval.exactly(5)
+    )
     assert (found.too_long.mid > 0) == longer
     assert found.too_long.mid <= found.too_long.high <= 8
 
@@ -151,7 +153,7 @@ def test_an_uncertain_answer_makes_an_uncertain_forecast(
     model = tiny_paths["vicuna"]
     recipe = make_job(model, mixed(tmp_path / "in"), input__prompt={"column": "prompt"}).recipe
     outlined = load_metadata(str(model), dtype="float32")
-    found = forecast_workload(profile_input(recipe, outlined), outlined, recipe, Range(1, 4, 8))
+    found = forecast_workload(profile_input(recipe, outlined), outlined, recipe, Interval(1, 4, 8))
     assert [end.output_tokens for end in found.ends] == [8, 32, 64]
     assert found.flops["generate"].low == 0 < found.flops["generate"].mid
     assert found.ends[0].cache_read_bytes == 0 < found.ends[2].cache_read_bytes

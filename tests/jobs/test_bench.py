@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gc2ray.core.intervals import Interval
+from gc2ray.core.intervals import MeanInterval
 from gc2ray.core.schema import stats_of
 from gc2ray.estimate.recommendation import WHOLE, CompressionSetting, Measured, Tuning
 from gc2ray.estimate.trials import RETENTIONS
@@ -187,8 +187,8 @@ def test_recommendations_are_held_against_fresh_rows() -> None:
     truth = {}
     for retention, (seconds, accuracy) in kept.items():
         setting = WHOLE if retention == 1 else CompressionSetting("globalcom2", retention)
-        quality = Interval(accuracy, accuracy - 0.01, accuracy + 0.01, 2000)
-        speed = Interval(4 / seconds, 1, 4, 8)
+        quality = MeanInterval(accuracy - 0.01, accuracy, accuracy + 0.01, 2000)
+        speed = MeanInterval(1, 4 / seconds, 4, 8)
         truth[setting] = Measured(setting, seconds, speed, 9, quality, quality, None, meets=True)
 
     def told(*recommended: float | None) -> Line:

@@ -75,7 +75,7 @@ def test_text_from_a_constant() -> None:
 @pytest.mark.parametrize("values", [(), ("a", "b"), ("a", None, "c"), ("a", "b", "c")])
 def test_exactly_one_source(values: tuple[str | None, ...]) -> None:
     with pytest.raises(ValueError, match="exactly one"):
-        PromptConfig(column=values[0], template=values[1], constant=values[2])
+        PromptConfig(**dict(zip(("column", "template", "constant"), values, strict=False)))
 
 
 @pytest.mark.parametrize("template", ["{x.__class__}", "{x[0]}", "{}", "{x!r}", "{x:>9}"])

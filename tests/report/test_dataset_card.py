@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from gc2ray.core.errors import Status
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.data.store import Store
 from gc2ray.output.totals import read_totals
 from gc2ray.report.dataset_card import CARD_NAME, MARKER, card, write_card
@@ -66,7 +66,7 @@ def test_it_tells_what_happened(tmp_path: Path) -> None:
 
 
 def test_an_audit_is_told(tmp_path: Path) -> None:
-    summary, agreed = summary_of(a_run(tmp_path)), Range(0.7, 0.8, 0.9)
+    summary, agreed = summary_of(a_run(tmp_path)), Interval(0.7, 0.8, 0.9)
     audit = AuditSummary(
         1200,
         agreed,

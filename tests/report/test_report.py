@@ -17,7 +17,7 @@ from PIL import Image
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.core.errors import Status
-from gc2ray.core.intervals import Range
+from gc2ray.core.intervals import Interval
 from gc2ray.core.records import Answer, Audit, Escalation
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.core.stats import RunStats
@@ -358,7 +358,7 @@ def test_rows_that_tell_most_are_those_that_differ_then_the_largest(tmp_path: Pa
     assert summary.telling_rows(2) == largest[:2]
     last = summary.largest[-1]
     assert last[0]
-    audit = AuditSummary(3, Range(0, 0, 1), 0.1, 0.1, {}, {}, ((0.1, last[1]), (0.2, "x")), ())
+    audit = AuditSummary(3, Interval(0, 0, 1), 0.1, 0.1, {}, {}, ((0.1, last[1]), (0.2, "x")), ())
     audited = replace(summary, audit=audit, largest=(*summary.largest, (0, "failed")))
     found = audited.telling_rows(99)
     assert found == [last[1], "x", *largest[:-1]]
