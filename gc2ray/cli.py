@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
@@ -28,7 +28,7 @@ from gc2ray.core.logs import LogForm, set_up, writes_json
 from gc2ray.core.process import INTERRUPTED, Stopped, run_process, unexpected
 
 if TYPE_CHECKING:
-    from gc2ray.data.store import Store
+    from gc2ray.output.heartbeats import WorkerRecord
     from gc2ray.report.page import Picture
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
@@ -269,20 +269,17 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
 def status(output: Output) -> None:
     """Say how far a run is, from its output alone; exit code 0 only when it is complete."""
     with _exit_codes():
+        from gc2ray.output.heartbeats import worker_records
         from gc2ray.output.planner import committed_parts, outcome
-        from gc2ray.output.run_directory import RUN_NAME, open_round, round_store
+        from gc2ray.output.run_directory import open_first_round
         from gc2ray.report.terminal import print_outcome
 
-        store = round_store(output, 0)
-        store.check_usable(writing=False)
-        found = open_round(output, 0)
-        if found is None:
-            raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
-        state = outcome(store, found.plan, committed_parts(store, found.plan))
+        first = open_first_round(output)
+        state = outcome(first.store, first.plan, committed_parts(first.store, first.plan))
         console = Console()
         console.print(f"{state.shards} of {state.planned_shards} shards committed")
         print_outcome(console, state, output)
-        console.print(_worker_table(_worker_records(store)))
+        console.print(_worker_table(worker_records(first.store)))
         raise typer.Exit(state.exit_code)
 
 
@@ -551,20 +548,7 @@ def _ended(line: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _worker_records(store: Store) -> Iterator[dict[str, object]]:
-    """What workers say of themselves, as far as it can be read."""
-    for name in store.names("workers"):
-        try:
-            record = json.loads(store.read(name) or b"")
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            log.warning("%s: %s is not a record that gc2ray wrote", store.uri, name)
-
-
-def _worker_table(records: Iterable[Mapping[str, object]]) -> Table:
+def _worker_table(records: Iterable[WorkerRecord]) -> Table:
     """Nothing in it is cut: what is too long for its column goes on in the next line."""
     table = Table(title="worker processes so far (UTC)")
     names = ("node", "pid", "device")
@@ -574,14 +558,11 @@ def _worker_table(records: Iterable[Mapping[str, object]]) -> Table:
     for name in times:
         table.add_column(name, overflow="fold", min_width=10)  # of a date
     for record in records:
-        cells = [str(record.get(name)) for name in names]
-        table.add_row(*map(escape, cells + [_seconds(record.get(name)) for name in times]))
+        cells = [str(getattr(record, name)) for name in names]
+        table.add_row(*map(escape, cells + [_seconds(getattr(record, name)) for name in times]))
     return table
 
 
-def _seconds(time: object) -> str:
+def _seconds(time: datetime | None) -> str:
     """A time of a record as people read it."""
-    try:
-        return f"{datetime.fromisoformat(str(time)):%Y-%m-%d %H:%M:%S}"
-    except ValueError:
-        return str(time)
+    return "None" if time is None else f"{time:%Y-%m-%d %H:%M:%S}"

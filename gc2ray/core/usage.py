@@ -95,8 +95,13 @@ class UsageMeter:
         self.spend(worker, use, now)
         self._since.pop(worker, None)
 
-    def bill(self, now: float, uses: Mapping[int, UsageKind]) -> Usage:
-        """So far, if what workers do now came to nothing but the use that is given for each."""
+    def usage(self, now: float, uses: Mapping[int, UsageKind]) -> Usage:
+        """The usage so far.
+
+        Args:
+            now: The time.
+            uses: What each worker that is still up spends its time on now.
+        """
         spent = dict(self._seconds)
         for worker, since in self._since.items():
             spent[uses[worker]] = spent.get(uses[worker], 0.0) + (now - since) * self.devices

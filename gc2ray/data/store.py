@@ -15,16 +15,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import logging
 import os
 import posixpath
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +43,8 @@ LEFTOVER_SECONDS = 3600.0
 """A temporary file of that age belongs to nobody: a part is written in seconds."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +293,30 @@ class Store:
         finally:
             temporary.unlink()
         _sync_folder(target.parent)
+
+
+def json_bytes(content: object) -> bytes:
+    """A record as JSON, laid out for people too."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def read_records(
+    store: Store, names: Iterable[str], parse: Callable[[bytes], T]
+) -> Iterator[tuple[str, T]]:
+    """The records among some objects, with their names; what is none is left out, with a warning.
+
+    Args:
+        store: Where they are.
+        names: Their names.
+        parse: Makes a record of an object; raises ValueError, KeyError or TypeError if it is none.
+    """
+    for name in names:
+        try:
+            record = parse(store.read(name) or b"")
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: %s is not a record that gc2ray wrote", store.uri, name)
+        else:
+            yield name, record
 
 
 def _write_new(path: Path, content: IO[bytes]) -> None:

@@ -60,8 +60,8 @@ class MeasuredRates:
         Raises:
             ConfigError: Nothing was answered, or on devices of several kinds.
         """
-        entry = ledger.entries[0]
-        parts, bill, total = entry.groups, entry.bill, entry.stats
+        entry = ledger.rounds[0]
+        parts, bill, total = entry.groups, entry.usage, entry.stats
         devices = sorted({worker.device for worker in entry.workers})
         answered = total.by_status.get("ok", 0)
         if not answered or not total.flops:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from gc2ray import __version__
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.schema import answer_schema
-from gc2ray.data.store import Store
+from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.run_directory import RetryRound
 from gc2ray.output.verify import Verdict, verify
 
@@ -111,7 +111,7 @@ def compact(
         run=first.plan.recipe_fingerprint,
         rounds=tuple(checked.retry_round.number for checked in verdict.rounds),
     )
-    told = (json.dumps(asdict(dataset), indent=2) + "\n").encode()
+    told = json_bytes(asdict(dataset))
     if not target.create(SUCCESS_NAME, told):
         _check_own(target, SUCCESS_NAME, hashlib.sha256(told).hexdigest())
     target.tidy()

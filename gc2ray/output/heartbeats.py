@@ -17,14 +17,16 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
+
 from gc2ray.core.errors import STORAGE_ERRORS
 from gc2ray.core.usage import Usage
-from gc2ray.data.store import Store
+from gc2ray.data.store import Store, json_bytes, read_records
 
 HEARTBEAT_SECONDS = 10.0
 ALIVE_SECONDS = 35.0
@@ -44,7 +46,7 @@ class DriverRecord:
         started: When it took the output up.
         last_seen: When it last wrote this.
         has_ended: It will write no more.
-        bill: What became of its workers' time.
+        usage: How its workers spent their time.
     """
 
     uuid: str
@@ -53,7 +55,7 @@ class DriverRecord:
     started: datetime
     last_seen: datetime
     has_ended: bool = False
-    bill: Usage = field(default_factory=Usage)
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def name(self) -> str:
@@ -69,9 +71,9 @@ class DriverRecord:
             "started": self.started.isoformat(),
             "last_seen": self.last_seen.isoformat(),
             "has_ended": self.has_ended,
-            "device_seconds": self.bill.to_dict(),
+            "device_seconds": self.usage.to_dict(),
         }
-        return (json.dumps(content, indent=2) + "\n").encode()
+        return json_bytes(content)
 
     @staticmethod
     def from_bytes(data: bytes) -> DriverRecord:
@@ -88,14 +90,14 @@ class DriverRecord:
             started=datetime.fromisoformat(content["started"]),
             last_seen=datetime.fromisoformat(content["last_seen"]),
             has_ended=content["has_ended"],
-            bill=Usage.from_dict(content["device_seconds"]),
+            usage=Usage.from_dict(content["device_seconds"]),
         )
 
     def is_at_work(self, now: datetime) -> bool:
         """Whether it seems to live: on this host its process tells, elsewhere the time."""
         if self.has_ended or (now - self.last_seen).total_seconds() > ALIVE_SECONDS:
             return False
-        return self.host != socket.gethostname() or _is_alive(self.pid)
+        return self.host != socket.gethostname() or psutil.pid_exists(self.pid)
 
 
 class Heartbeat:
@@ -103,15 +105,15 @@ class Heartbeat:
 
     Args:
         store: The output.
-        bill: What became of the workers' time so far; called on another thread.
+        usage: Returns how the workers have spent their time so far; called on another thread.
     """
 
-    def __init__(self, store: Store, bill: Callable[[], Usage]) -> None:
+    def __init__(self, store: Store, usage: Callable[[], Usage]) -> None:
         now = datetime.now(UTC)
         self._store = store
-        self._bill = bill
+        self._usage = usage
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="gc2ray-lease")
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="gc2ray-heartbeat")
         self.record = DriverRecord(uuid.uuid4().hex, socket.gethostname(), os.getpid(), now, now)
 
     def __enter__(self) -> Self:
@@ -138,7 +140,7 @@ class Heartbeat:
             self.record,
             last_seen=datetime.now(UTC),
             has_ended=self._ended.is_set(),
-            bill=self._bill(),
+            usage=self._usage(),
         )
         try:
             self._store.replace(record.name, record.to_bytes())
@@ -148,11 +150,8 @@ class Heartbeat:
 
 def driver_records(store: Store) -> Iterator[DriverRecord]:
     """The records of all drivers that ever worked on an output."""
-    for name in store.names("drivers"):
-        try:
-            yield DriverRecord.from_bytes(store.read(name) or b"")
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: %s is not a record that gc2ray wrote", store.uri, name)
+    records = read_records(store, store.names("drivers"), DriverRecord.from_bytes)
+    return (record for _, record in records)
 
 
 def warn_of_others(store: Store) -> int:
@@ -171,50 +170,81 @@ def warn_of_others(store: Store) -> int:
     return len(others)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's, but there
-    return True
-
-
 @dataclass(frozen=True)
 class WorkerRecord:
-    """What a worker process says of itself.
+    """What a worker process reports about itself, `workers/<uuid>.json`.
 
     Attributes:
-        device: What its device calls itself.
-        devices: Of them; a share of one where workers share it, 1 where it has none.
-        started: When.
-        loaded: When its model was; None where it never was.
-        last_seen: When it last wrote this.
-        model_shape: Of its model, as `ModelShape.to_dict` has it; None in older records.
+        uuid: Identifies the process.
+        node: The host it runs on.
+        pid: Its process id there.
+        device: The device's name.
+        model_digest: Digest of its model.
+        model_shape: Sizes of its model, as `ModelShape.to_dict` has them; None in older records.
+        gpus: GPUs of the worker, a fraction where workers share one.
+        cpus: CPUs of the worker.
+        started: When it started.
+        loaded: When its model was in memory; None if it never was.
+        last_seen: When it last wrote this record.
     """
 
+    uuid: str
+    node: str
+    pid: int
     device: str
-    devices: float
+    model_digest: str
+    model_shape: Mapping[str, Any] | None
+    gpus: float | None
+    cpus: float
     started: datetime
     loaded: datetime | None
     last_seen: datetime
-    model_shape: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Name of the object in the store."""
+        return f"workers/{self.uuid}.json"
+
+    @property
+    def devices(self) -> float:
+        """Devices of the worker: a fraction where workers share one, 1 for a worker without."""
+        return float(self.gpus or 1.0)
+
+    def to_bytes(self) -> bytes:
+        """As JSON."""
+        content = {
+            **{item.name: getattr(self, item.name) for item in fields(self)},
+            "started": self.started.isoformat(),
+            "loaded": self.loaded.isoformat() if self.loaded else None,
+            "last_seen": self.last_seen.isoformat(),
+        }
+        return json_bytes(content)
 
     @staticmethod
     def from_bytes(data: bytes) -> WorkerRecord:
         """From JSON.
 
         Raises:
-            ValueError, KeyError, TypeError: Not a record.
+            ValueError, KeyError, TypeError: The data is not a record.
         """
         content = dict(json.loads(data))
-        shape = content.get("model_shape")
+        shape, gpus = content.get("model_shape"), content["gpus"]
         return WorkerRecord(
+            uuid=str(content["uuid"]),
+            node=str(content["node"]),
+            pid=int(content["pid"]),
             device=str(content["device"]),
-            devices=float(content["gpus"] or 1.0),
+            model_digest=str(content["model_digest"]),
+            model_shape=dict(shape) if shape else None,
+            gpus=None if gpus is None else float(gpus),
+            cpus=float(content["cpus"]),
             started=datetime.fromisoformat(content["started"]),
             loaded=datetime.fromisoformat(content["loaded"]) if content["loaded"] else None,
             last_seen=datetime.fromisoformat(content["last_seen"]),
-            model_shape=dict(shape) if shape else None,
         )
+
+
+def worker_records(store: Store) -> Iterator[WorkerRecord]:
+    """The records of all worker processes that ever worked on an output."""
+    records = read_records(store, store.names("workers"), WorkerRecord.from_bytes)
+    return (record for _, record in records)

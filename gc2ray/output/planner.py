@@ -7,9 +7,9 @@ many answers failed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from itertools import islice
 
 import numpy as np
@@ -18,15 +18,22 @@ import pyarrow.compute as pc
 
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.shards import Booleans, SourceFile, digest
+from gc2ray.core.shards import Booleans, Shard, SourceFile, digest
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
 from gc2ray.data.column_types import holds
-from gc2ray.data.store import Store
+from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.heartbeats import driver_records
 from gc2ray.output.parts import planned_parts, read_part, read_part_footers
 from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
-from gc2ray.output.run_directory import RUN_NAME, Run, frozen_plan, stored_run
+from gc2ray.output.run_directory import (
+    RUN_NAME,
+    Run,
+    dead_letter_reason,
+    dead_letters,
+    frozen_plan,
+    stored_run,
+)
 
 FIRST_ERRORS = 3
 
@@ -73,7 +80,7 @@ class Outcome:
         planned_rows: All of the plan.
         stats: Of the answers, of which a row may have several.
         dead: Why shards were given up, a line each.
-        bill: What became of the devices' time.
+        usage: How the devices spent their time.
         errors: Of the first answers that failed, a line each.
         judged: Whether too many answers failed; None where nobody asked.
     """
@@ -84,7 +91,7 @@ class Outcome:
     planned_rows: int
     stats: RunStats
     dead: tuple[str, ...] = ()
-    bill: Usage = field(default_factory=Usage)
+    usage: Usage = field(default_factory=Usage)
     errors: tuple[str, ...] = ()
     judged: Judged | None = None
 
@@ -248,7 +255,7 @@ def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
         planned_rows=plan.rows,
         stats=committed.stats,
         dead=_dead_letters(store, plan, missing),
-        bill=sum((record.bill for record in driver_records(store)), Usage()),
+        usage=sum((record.usage for record in driver_records(store)), Usage()),
         errors=tuple(islice(_errors(store, committed.failed), FIRST_ERRORS)),
     )
 
@@ -265,9 +272,30 @@ def _errors(store: Store, names: Iterable[str]) -> Iterator[str]:
             yield f"{row['row_key']}: {row['status']}: {row['error']}"
 
 
+def write_dead_letter(store: Store, shard: Shard, tries: int, reason: str) -> None:
+    """Record why a shard was given up, beside the dead letters of earlier runs of the plan.
+
+    Raises:
+        OSError, or another of `STORAGE_ERRORS`: The record could not be written.
+    """
+    content = {
+        "sid": shard.sid,
+        "shard": shard.index,
+        "tries": tries,
+        "reason": reason,
+        "rows": shard.rows,
+        "spans": [asdict(span) for span in shard.spans],
+        "time": datetime.now(UTC).isoformat(),
+    }
+    data = json_bytes(content)
+    number = tries
+    while not store.create(f"dead/{shard.sid}.{number}.json", data):
+        number += 1
+
+
 def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str, ...]:
     """The last dead letter of each missing shard that has one, a line each."""
-    last = {name.split("/")[1].split(".")[0]: name for name in store.names("dead")}
+    last = dict(dead_letters(store))
     letters = []
     for index in missing if last else ():
         name = last.get(plan.shards.sid(index))
@@ -281,6 +309,6 @@ def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str
 def _reason(name: str | None, letter: bytes) -> str:
     """Why a shard was given up, by its dead letter."""
     try:
-        return str(json.loads(letter)["reason"])
+        return dead_letter_reason(letter)
     except (ValueError, KeyError, TypeError):
-        return f"{name} is not a letter that gc2ray wrote, or was not written to its end"
+        return f"{name} is not a dead letter that gc2ray wrote, or is incomplete"

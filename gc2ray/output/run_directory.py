@@ -20,7 +20,7 @@ from gc2ray import __version__
 from gc2ray.core.config.recipe import Recipe, parse_recipe, recipe_difference
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import digest
-from gc2ray.data.store import Store
+from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.plan import PLAN_NAME, Plan, follows, plan_name
 
 FORMAT = 3
@@ -99,6 +99,43 @@ def stored_digest(store: Store) -> str | None:
         raise ConfigError(f"{MODEL_NAME}: not written by gc2ray, or damaged") from error
 
 
+def open_run(output: str) -> tuple[Store, Run]:
+    """The directory of an output, and the run that it holds.
+
+    Raises:
+        ConfigError: The storage cannot be used, there is no run, or `run.json` is damaged.
+    """
+    store = round_store(output, 0)
+    store.check_usable(writing=False)
+    run = stored_run(store)
+    if run is None:
+        raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
+    return store, run
+
+
+def open_first_round(output: str) -> RetryRound:
+    """Round 0 of an output.
+
+    Raises:
+        ConfigError: As `open_run`, or the plan or `model.json` is damaged.
+    """
+    return _with_plan(0, *open_run(output))
+
+
+def dead_letters(store: Store) -> list[tuple[str, str]]:
+    """The dead letters of a round: the sid of the shard and the name of the object, in order."""
+    return [(name.split("/")[1].split(".")[0], name) for name in store.names("dead")]
+
+
+def dead_letter_reason(letter: bytes) -> str:
+    """Why a shard was given up.
+
+    Raises:
+        ValueError, KeyError, TypeError: The data is not a dead letter.
+    """
+    return str(json.loads(letter)["reason"])
+
+
 def open_round(output: str, number: int) -> RetryRound | None:
     """A round of an output; None where it was not begun.
 
@@ -108,8 +145,10 @@ def open_round(output: str, number: int) -> RetryRound | None:
     """
     store = round_store(output, number)
     run = stored_run(store)
-    if run is None:
-        return None
+    return None if run is None else _with_plan(number, store, run)
+
+
+def _with_plan(number: int, store: Store, run: Run) -> RetryRound:
     return RetryRound(number, store, run, frozen_plan(store, run), stored_digest(store))
 
 
@@ -186,7 +225,7 @@ class Run:
             "rows": self.rows,
             "versions": self.versions,
         }
-        return (json.dumps(content, indent=2) + "\n").encode()
+        return json_bytes(content)
 
     @staticmethod
     def from_bytes(data: bytes) -> Run:

@@ -11,7 +11,6 @@ Not covered: answers themselves; which of several rounds' answers counts
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +22,15 @@ from typing import Any
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
-from gc2ray.data.store import Store
-from gc2ray.output.heartbeats import DriverRecord, WorkerRecord, driver_records
+from gc2ray.data.store import Store, read_records
+from gc2ray.output.heartbeats import DriverRecord, WorkerRecord, driver_records, worker_records
 from gc2ray.output.parts import FOOTER_THREADS, PartFooter, list_parts, read_part_footer
 from gc2ray.output.run_directory import (
     RETRY_ROUNDS,
-    RUN_NAME,
     Run,
+    dead_letter_reason,
+    dead_letters,
+    open_run,
     retry_numbers,
     round_store,
     stored_run,
@@ -115,8 +116,9 @@ class RoundTotals:
         timeline: Over time, as far as parts tell when they were written.
         workers: Its worker processes.
         drivers: Its drivers.
-        letters: Why shards were given up, as shard and reason; at most `MOST_DEAD_LETTERS`.
-        letter_count: All of them, those of shards that were committed later included.
+        dead_letters: Shards that were given up, each with the reason; at most
+            `MOST_DEAD_LETTERS` of them.
+        dead_letter_count: Number of dead letters, including those of shards committed later.
     """
 
     number: int
@@ -128,13 +130,13 @@ class RoundTotals:
     timeline: Timeline
     workers: tuple[WorkerRecord, ...]
     drivers: tuple[DriverRecord, ...]
-    letters: tuple[tuple[str, str], ...]
-    letter_count: int
+    dead_letters: tuple[tuple[str, str], ...]
+    dead_letter_count: int
 
     @property
-    def bill(self) -> Usage:
+    def usage(self) -> Usage:
         """What became of the workers' time, as far as drivers tell."""
-        return sum((record.bill for record in self.drivers), Usage())
+        return sum((record.usage for record in self.drivers), Usage())
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,27 +149,27 @@ class RunTotals:
     """
 
     output: str
-    entries: tuple[RoundTotals, ...]
+    rounds: tuple[RoundTotals, ...]
 
     @property
     def run(self) -> Run:
         """What the output's `run.json` says."""
-        return self.entries[0].run
+        return self.rounds[0].run
 
     @property
     def stats(self) -> RunStats:
         """Of the answers of all rounds."""
-        return sum((entry.stats for entry in self.entries), RunStats())
+        return sum((each.stats for each in self.rounds), RunStats())
 
     @property
-    def bill(self) -> Usage:
+    def usage(self) -> Usage:
         """Of all rounds."""
-        return sum((entry.bill for entry in self.entries), Usage())
+        return sum((each.usage for each in self.rounds), Usage())
 
     @property
     def workers(self) -> tuple[WorkerRecord, ...]:
         """Of all rounds."""
-        return tuple(worker for entry in self.entries for worker in entry.workers)
+        return tuple(worker for each in self.rounds for worker in each.workers)
 
     @property
     def model_shape(self) -> Mapping[str, Any] | None:
@@ -186,16 +188,13 @@ def read_totals(output: str, tick: Callable[[int], None] = lambda _: None) -> Ru
         ConfigError: There is no run, or something in it is damaged.
         OSError: The storage does not answer.
     """
-    first = round_store(output, 0)
-    first.check_usable(writing=False)
-    if stored_run(first) is None:
-        raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
-    numbers = [0, *retry_numbers(first.names(RETRY_ROUNDS))]
-    found = (_entry(round_store(output, number), number, tick) for number in numbers)
-    return RunTotals(output, tuple(entry for entry in found if entry is not None))
+    store, _ = open_run(output)
+    numbers = [0, *retry_numbers(store.names(RETRY_ROUNDS))]
+    rounds = (_round_totals(round_store(output, number), number, tick) for number in numbers)
+    return RunTotals(output, tuple(totals for totals in rounds if totals is not None))
 
 
-def _entry(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotals | None:
+def _round_totals(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotals | None:
     run = stored_run(store)
     if run is None:
         return None
@@ -214,7 +213,7 @@ def _entry(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotal
             moment = Moment(stats.rows, stats.input_starved_ns, sum(stats.stage_ns.values()))
             timeline.add(footer.written, moment)
         tick(1)
-    letters = store.names("dead")
+    letters = dead_letters(store)
     return RoundTotals(
         number=number,
         run=run,
@@ -223,10 +222,10 @@ def _entry(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotal
         stats=sum(groups, RunStats()),
         groups=tuple(groups),
         timeline=timeline,
-        workers=tuple(_workers(store)),
+        workers=tuple(worker_records(store)),
         drivers=tuple(driver_records(store)),
-        letters=tuple(_dead_letters(store, letters[:MOST_DEAD_LETTERS])),
-        letter_count=len(letters),
+        dead_letters=tuple(_reasons(store, letters[:MOST_DEAD_LETTERS])),
+        dead_letter_count=len(letters),
     )
 
 
@@ -242,18 +241,8 @@ def _footers(store: Store, names: Sequence[str]) -> Iterator[PartFooter]:
             yield ahead.popleft().result()
 
 
-def _workers(store: Store) -> Iterator[WorkerRecord]:
-    for name in store.names("workers"):
-        try:
-            yield WorkerRecord.from_bytes(store.read(name) or b"")
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: %s is not a record that gc2ray wrote", store.uri, name)
-
-
-def _dead_letters(store: Store, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for name in names:
-        try:
-            content: Any = json.loads(store.read(name) or b"")
-            yield name.split("/")[1].split(".")[0], str(content["reason"])
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: %s is not a letter that gc2ray wrote", store.uri, name)
+def _reasons(store: Store, letters: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The shards of dead letters, and why they were given up."""
+    sids = {name: sid for sid, name in letters}
+    for name, reason in read_records(store, sids, dead_letter_reason):
+        yield sids[name], reason

@@ -18,7 +18,6 @@ import numpy as np
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Booleans, Integers, runs
 from gc2ray.core.stats import RunStats
-from gc2ray.data.store import Store
 from gc2ray.output.latest import Latest, owners
 from gc2ray.output.part_checks import PartCheck, check_part
 from gc2ray.output.parts import FOOTER_THREADS, planned_parts
@@ -28,10 +27,11 @@ from gc2ray.output.run_directory import (
     RETRY_ROUNDS,
     RUN_NAME,
     RetryRound,
+    dead_letters,
     object_name,
     open_round,
+    open_run,
     retry_numbers,
-    stored_run,
 )
 
 DEEP_THREADS = 2
@@ -102,7 +102,7 @@ class Verdict:
 
     def latest(self) -> Latest:
         """The latest answers."""
-        return latest_of(self.rounds)
+        return _latest(self.rounds)
 
 
 def verify(output: str, *, deep: bool = False) -> Verdict:
@@ -116,10 +116,7 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
         ConfigError: There is no run, or its `run.json` is damaged.
         OSError: The storage does not answer.
     """
-    store = Store(output)
-    store.check_usable(writing=False)
-    if stored_run(store) is None:
-        raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
+    store, _ = open_run(output)
     names = store.names(RETRY_ROUNDS)
     numbers = retry_numbers(names)
     known = {object_name(number) for number in numbers}
@@ -155,9 +152,8 @@ def _verdict(checked: Sequence[Checked], damage: Sequence[str], notes: Sequence[
     )
 
 
-def latest_of(rounds: Sequence[Checked]) -> Latest:
-    """The latest answers of rounds that were looked at."""
-    return Latest([(found.retry_round, found.committed) for found in rounds])
+def _latest(rounds: Sequence[Checked]) -> Latest:
+    return Latest([(checked.retry_round, checked.committed) for checked in rounds])
 
 
 def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
@@ -182,8 +178,8 @@ def _check(retry_round: RetryRound, *, deep: bool) -> Checked:
         problems += [found.problem] if found.problem else []
         rows, stats = rows + found.rows, stats + found.stats
         failed[index] = found.stats.bad_rows
-    letters = [name.split("/")[1].split(".")[0] for name in retry_round.store.names("dead")]
-    dead = np.isin(shards.sids, np.array([int(sid, 16) for sid in letters], np.uint64))
+    sids = [int(sid, 16) for sid, _ in dead_letters(retry_round.store)]
+    dead = np.isin(shards.sids, np.array(sids, np.uint64))
     return Checked(
         retry_round=retry_round,
         committed=committed,
@@ -236,7 +232,7 @@ def _notes(retry_round: RetryRound, revived: int) -> Iterator[str]:
 
 def _unanswered(checked: Sequence[Checked]) -> Integers:
     """Rows of each shard of round 0 that no round has answered, (shards,)."""
-    first, latest = checked[0], latest_of(checked)
+    first, latest = checked[0], _latest(checked)
     rows = np.where(first.committed, 0, first.retry_round.plan.shards.rows_each)
     for index in np.flatnonzero(latest.retried() & ~first.committed):
         rows[index] = latest.unanswered(int(index)).sum()

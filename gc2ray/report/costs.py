@@ -68,7 +68,7 @@ def _devices(workers: Sequence[WorkerRecord], prices: Prices) -> tuple[DeviceTim
 
 def _bill(ledger: RunTotals, devices: Sequence[DeviceTime]) -> dict[str, float]:
     """By use; what workers lived beyond what drivers tell is nobody's."""
-    bill = {str(use): seconds for use, seconds in ledger.bill.seconds.items()}
+    bill = {str(use): seconds for use, seconds in ledger.usage.seconds.items()}
     beyond = sum(device.seconds for device in devices) - sum(bill.values())
     # A worker is last seen up to half a minute before its end, and a driver a heartbeat before.
     return bill | ({UNACCOUNTED: beyond} if beyond > 1.0 else {})

@@ -34,8 +34,8 @@ from gc2ray.output.latest import MERGED_BY, Latest
 from gc2ray.output.parts import planned_parts
 from gc2ray.output.run_directory import (
     RETRY_ROUNDS,
-    RUN_NAME,
     RetryRound,
+    open_first_round,
     open_round,
     retry_numbers,
 )
@@ -64,9 +64,7 @@ def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
     Raises:
         ConfigError: There is no such run or row, or an image cannot be read.
     """
-    first = open_round(output, 0)
-    if first is None:
-        raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
+    first = open_first_round(output)
     recipe = first.run.recipe
     places = [_place(first, key) for key in keys]
     requests = [_request(recipe, place, key) for place, key in zip(places, keys, strict=True)]

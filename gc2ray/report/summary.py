@@ -236,8 +236,8 @@ def summarise(ledger: RunTotals, prices: Prices) -> Summary:
         ledger: What it says.
         prices: What device time costs.
     """
-    stats, first = ledger.stats, ledger.entries[0]
-    drivers = [driver for entry in ledger.entries for driver in entry.drivers]
+    stats, first = ledger.stats, ledger.rounds[0]
+    drivers = [driver for entry in ledger.rounds for driver in entry.drivers]
     devices = _devices(ledger.workers, prices)
     bill = _bill(ledger, devices)
     usd = _usd(bill, devices)
@@ -251,7 +251,7 @@ def summarise(ledger: RunTotals, prices: Prices) -> Summary:
         versions=first.run.versions,
         started=min((driver.started for driver in drivers), default=None),
         ended=max((driver.last_seen for driver in drivers), default=None),
-        rounds=tuple(_round_summary(entry) for entry in ledger.entries),
+        rounds=tuple(_round_summary(entry) for entry in ledger.rounds),
         by_status=stats.by_status,
         empty_answers=stats.empty_answers,
         images=stats.images,
@@ -289,8 +289,8 @@ def summarise(ledger: RunTotals, prices: Prices) -> Summary:
         audit=_audit(stats),
         slowest=tuple((ns / 1e9, key) for ns, key in stats.slowest),
         largest=stats.largest,
-        letters=tuple(letter for entry in ledger.entries for letter in entry.letters),
-        letter_count=sum(entry.letter_count for entry in ledger.entries),
+        letters=tuple(letter for entry in ledger.rounds for letter in entry.dead_letters),
+        letter_count=sum(entry.dead_letter_count for entry in ledger.rounds),
     )
 
 

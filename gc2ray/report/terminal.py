@@ -141,7 +141,7 @@ def print_outcome(console: Console, outcome: Outcome, output: str, retry_round: 
     """
     title = "/".join(filter(None, (output.rstrip("/"), object_name(retry_round))))
     table = Table("", "", title=escape(f"gc2ray: {title}"), show_header=False)
-    lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_bill_lines(outcome.bill))
+    lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_bill_lines(outcome.usage))
     for name, value in lines:
         table.add_row(name, value)
     console.print(table)

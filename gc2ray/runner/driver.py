@@ -268,7 +268,7 @@ class Driver:
         """What the workers did last."""
         for worker, state in self._workers.items():
             self._meter.stop(worker, self._use(state, UsageKind.ABANDONED), self._pool.now())
-        self._bill = self._meter.bill(self._pool.now(), {})
+        self._bill = self._meter.usage(self._pool.now(), {})
 
     def _use(self, state: _WorkerState, busy: UsageKind) -> UsageKind:
         """What a worker's time is spent on: `busy` if it has something to answer."""
@@ -290,7 +290,7 @@ class Driver:
         """Whatever looks at every worker."""
         self._check_clocks()
         uses = {worker: self._use(s, UsageKind.ABANDONED) for worker, s in self._workers.items()}
-        self._bill = self._meter.bill(self._pool.now(), uses)
+        self._bill = self._meter.usage(self._pool.now(), uses)
         self._display(self._snapshot())
         if self._refusal is None:
             self._judge_rows()

@@ -309,7 +309,10 @@ def test_status_in_a_log_that_knows_few_characters(tmp_path: Path) -> None:
     """Nothing is cut, so that times can be read; torn records are told."""
     write_round(tmp_path, 0, first_plan())
     time_ = "2026-11-29T19:04:05.123456+00:00"
-    record = {"node": "a-node-with-a-long-name-of-its-own.example.com", "pid": 4711, "loaded": None}
+    record = {
+        "uuid": "w", "node": "a-node-with-a-long-name-of-its-own.example.com", "pid": 4711,
+        "model_digest": "d", "model_shape": None, "gpus": None, "cpus": 1.0, "loaded": None,
+    }  # fmt: skip
     (tmp_path / "workers").mkdir()
     good = json.dumps({**record, "started": time_, "last_seen": time_, "device": "[cpu] \u20ac"})
     for name, text in {"a": good, "b": good[:30], "c": "", "d": "[1]", "e": "\udce9"}.items():
@@ -333,7 +336,7 @@ def test_a_dead_letter_that_is_torn_is_told(tmp_path: Path) -> None:
         letter.write_text(text)
     result = here("status", tmp_path)
     assert result.exit_code == 1
-    assert result.stdout.count("is not a letter that gc2ray wrote, or was not written to its") == 2
+    assert result.stdout.count("is not a dead letter that gc2ray wrote, or is incomplete") == 2
 
 
 def test_brackets_in_a_path_are_shown(tmp_path: Path) -> None:

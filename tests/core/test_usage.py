@@ -22,7 +22,7 @@ def test_every_second_is_spent_once() -> None:
         meter.spend(1, use, now)
     meter.stop(1, UsageKind.DIED, 60.0)
     meter.stop(1, UsageKind.IDLE, 99.0)  # once
-    bill = meter.bill(99.0, {})
+    bill = meter.usage(99.0, {})
     assert dict(bill.seconds) == {
         UsageKind.USEFUL: 68.0,
         UsageKind.LOADING: 10.0,
@@ -47,7 +47,7 @@ def test_what_is_in_flight_is_on_the_bill() -> None:
     for worker in (1, 2):
         meter.start(worker, 10.0)
     meter.spend(1, UsageKind.LOADING, 12.0)
-    bill = meter.bill(20.0, {1: UsageKind.ABANDONED, 2: UsageKind.LOADING})
+    bill = meter.usage(20.0, {1: UsageKind.ABANDONED, 2: UsageKind.LOADING})
     assert dict(bill.seconds) == {UsageKind.LOADING: 12.0, UsageKind.ABANDONED: 8.0}
     meter.spend(1, UsageKind.USEFUL, 30.0)
-    assert meter.bill(30.0, {1: UsageKind.IDLE, 2: UsageKind.LOADING}).of(UsageKind.USEFUL) == 18.0
+    assert meter.usage(30.0, {1: UsageKind.IDLE, 2: UsageKind.LOADING}).of(UsageKind.USEFUL) == 18.0

@@ -81,8 +81,9 @@ def ledger(
     wall: float = 60.0,
     devices: tuple[str, ...] = ("cpu", "cpu"),
 ) -> RunTotals:
+    end = START + timedelta(seconds=50)
     workers = tuple(
-        WorkerRecord(device, 1.0, START, None, START + timedelta(seconds=50), SHAPE)
+        WorkerRecord("w", "n", 1, device, "d", SHAPE, 1.0, 1.0, START, None, end)
         for device in devices
     )
     entry = RoundTotals(
@@ -95,8 +96,8 @@ def ledger(
         timeline=Timeline(),
         workers=workers,
         drivers=(driver_record(wall, bill),),
-        letters=(),
-        letter_count=0,
+        dead_letters=(),
+        dead_letter_count=0,
     )
     return RunTotals("out", (entry,))
 

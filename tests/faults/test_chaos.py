@@ -120,7 +120,7 @@ def scheduled(kind: str, job: Job, kills: int, folder: Path) -> Schedule:
 
 
 def bill_of(job: Job) -> Usage:
-    return sum((record.bill for record in driver_records(Store(job.output))), Usage())
+    return sum((record.usage for record in driver_records(Store(job.output))), Usage())
 
 
 def assert_survived(

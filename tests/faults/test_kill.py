@@ -276,7 +276,7 @@ def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     useful, wasted = counted.seconds()
     assert useful > ROWS * counted.row_seconds
     assert wasted > 2.0, "the kills cost nothing"
-    bill = result.bill
+    bill = result.usage
     assert bill.of(UsageKind.USEFUL) == pytest.approx(useful, rel=0.05)
     assert bill.of(UsageKind.DIED) == pytest.approx(wasted, rel=0.05)
     assert bill.of(UsageKind.LOADING) == pytest.approx(

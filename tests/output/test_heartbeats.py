@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -17,7 +18,13 @@ import pytest
 from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.store import Store
 from gc2ray.output import heartbeats as lease
-from gc2ray.output.heartbeats import ALIVE_SECONDS, Heartbeat, driver_records, warn_of_others
+from gc2ray.output.heartbeats import (
+    ALIVE_SECONDS,
+    Heartbeat,
+    WorkerRecord,
+    driver_records,
+    warn_of_others,
+)
 
 BILL = Usage({UsageKind.USEFUL: 12.5})
 
@@ -35,7 +42,7 @@ def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptu
     assert "nothing will be wrong or doubled" in message
     assert warn_of_others(store) == 0, "it has ended"
     (record,) = driver_records(store)
-    assert (record.has_ended, record.bill, record.pid) == (True, BILL, os.getpid())
+    assert (record.has_ended, record.usage, record.pid) == (True, BILL, os.getpid())
 
 
 def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +57,7 @@ def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.Monkey
         for _ in range(4):
             assert beats.acquire(timeout=10)
         (record,) = driver_records(store)
-        assert record.bill.of(UsageKind.USEFUL) >= 1
+        assert record.usage.of(UsageKind.USEFUL) >= 1
         assert record.last_seen >= record.started
         assert not record.has_ended
 
@@ -86,3 +93,18 @@ def test_a_foreign_file_is_named_and_left_out(
         store.replace(f"drivers/{name}.json", content)
     assert list(driver_records(store)) == []
     assert len(caplog.messages) == 3
+
+
+@pytest.mark.parametrize(("gpus", "devices"), [(None, 1.0), (0.0, 1.0), (0.5, 0.5), (2.0, 2.0)])
+def test_a_workers_record_is_read_as_it_was_written(gpus: float | None, devices: float) -> None:
+    now = datetime.now(UTC)
+    record = WorkerRecord("w", "n", 7, "cpu", "d", {"itemsize": 2}, gpus, 1.5, now, None, now)
+    data = record.to_bytes()
+    assert list(json.loads(data)) == [
+        "uuid", "node", "pid", "device", "model_digest", "model_shape", "gpus", "cpus", "started",
+        "loaded", "last_seen",
+    ]  # fmt: skip
+    assert WorkerRecord.from_bytes(data) == record
+    loaded = replace(record, loaded=now, model_shape=None)
+    assert WorkerRecord.from_bytes(loaded.to_bytes()) == loaded
+    assert (record.name, record.devices) == ("workers/w.json", devices)

@@ -38,7 +38,7 @@ def worker_record(**changes: object) -> bytes:
 
 def driver_record(seconds: float, bill: Usage, uuid: str = "d") -> DriverRecord:
     return DriverRecord(
-        uuid, "host", 1, START, START + timedelta(seconds=seconds), has_ended=True, bill=bill
+        uuid, "host", 1, START, START + timedelta(seconds=seconds), has_ended=True, usage=bill
     )
 
 
@@ -46,28 +46,28 @@ def fails_at(bad: set[int]):
     return lambda source, row: [Status.FAILED if row in bad else Status.OK]
 
 
-def test_footers_add_up_to_the_ledger_exactly(tmp_path: Path) -> None:
+def test_footers_add_up_to_the_totals_exactly(tmp_path: Path) -> None:
     plan = first_plan()
     store = write_round(tmp_path, 0, plan, fails_at({1, 6}))  # rows of both files
     names = store.names("data")
     ticks: list[int] = []
-    ledger = read_totals(str(tmp_path), ticks.append)
-    assert ledger.stats == sum((read_part_footer(store, name).stats for name in names), RunStats())
-    (entry,) = ledger.entries
+    totals = read_totals(str(tmp_path), ticks.append)
+    assert totals.stats == sum((read_part_footer(store, name).stats for name in names), RunStats())
+    (entry,) = totals.rounds
     assert (entry.parts, entry.rows, entry.stats.rows) == (len(names), plan.rows, plan.rows)
     assert sum(entry.groups, RunStats()) == entry.stats
-    assert ledger.stats.by_status == {"ok": plan.rows - 4, "failed": 4}
+    assert totals.stats.by_status == {"ok": plan.rows - 4, "failed": 4}
     assert sum(ticks) == len(names)
-    assert ledger.run.rows == plan.rows
+    assert totals.run.rows == plan.rows
 
 
 def test_generations_are_told_apart(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan(), fails_at({1}))
     write_round(tmp_path, 2, retry_of([Span("a.parquet", "fa", 1, 2)]))
-    ledger = read_totals(str(tmp_path))
-    assert [entry.number for entry in ledger.entries] == [0, 2]
-    assert ledger.stats.rows == first_plan().rows + 1
-    assert ledger.entries[1].stats.by_status == {"ok": 1}
+    totals = read_totals(str(tmp_path))
+    assert [entry.number for entry in totals.rounds] == [0, 2]
+    assert totals.stats.rows == first_plan().rows + 1
+    assert totals.rounds[1].stats.by_status == {"ok": 1}
 
 
 def test_parts_are_grouped_in_bounded_memory(
@@ -75,7 +75,7 @@ def test_parts_are_grouped_in_bounded_memory(
 ) -> None:
     monkeypatch.setattr("gc2ray.output.totals.GROUPS", 3)
     write_round(tmp_path, 0, first_plan(shard_rows=1))
-    (entry,) = read_totals(str(tmp_path)).entries
+    (entry,) = read_totals(str(tmp_path)).rounds
     assert (entry.parts, len(entry.groups)) == (17, 3)
     assert [group.rows for group in entry.groups] == [6, 6, 5]
     assert GROUPS == 64
@@ -97,15 +97,15 @@ def test_records_are_read_and_strangers_are_not(
     for number, bill in enumerate(bills):
         record = driver_record(60.0 * (number + 1), bill, f"d{number}")
         store.create(record.name, record.to_bytes())
-    ledger = read_totals(str(tmp_path))
-    (entry,) = ledger.entries
-    assert [worker.device for worker in ledger.workers] == ["cpu", "NVIDIA H200", "cpu"]
-    assert [worker.devices for worker in ledger.workers] == [0.5, 1.0, 0.5]
-    assert [worker.loaded is None for worker in ledger.workers] == [False, True, False]
-    assert ledger.model_shape == LLAVA_7B.to_dict()
-    assert ledger.bill == Usage({UsageKind.USEFUL: 15.0, UsageKind.LOADING: 2.0})
-    assert entry.letter_count == len(entry.letters) == 1
-    assert entry.letters[0][1] == "it died"
+    totals = read_totals(str(tmp_path))
+    (entry,) = totals.rounds
+    assert [worker.device for worker in totals.workers] == ["cpu", "NVIDIA H200", "cpu"]
+    assert [worker.devices for worker in totals.workers] == [0.5, 1.0, 0.5]
+    assert [worker.loaded is None for worker in totals.workers] == [False, True, False]
+    assert totals.model_shape == LLAVA_7B.to_dict()
+    assert totals.usage == Usage({UsageKind.USEFUL: 15.0, UsageKind.LOADING: 2.0})
+    assert entry.dead_letter_count == len(entry.dead_letters) == 1
+    assert entry.dead_letters[0][1] == "it died"
     assert "stranger.json is not a record" in caplog.text
 
 
@@ -119,7 +119,8 @@ def test_a_part_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     footer = read_part_footer(store, store.names("data")[2])
     foreign = replace(footer, run="another")
     monkeypatch.setattr(
-        Store, "footer", lambda self, name: foreign if "0000002" in name else footer
+        "gc2ray.output.totals.read_part_footer",
+        lambda store, name: foreign if "0000002" in name else footer,
     )
     with pytest.raises(ConfigError, match=r"part-0000002-.* is not a part of this run; move it"):
         read_totals(str(tmp_path))

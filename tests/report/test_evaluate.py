@@ -84,7 +84,7 @@ def test_each_prompt_has_its_reference(tmp_path: Path, capsys: pytest.CaptureFix
     out, found = document(capsys)
     assert "6 answers, 1 failed" in " ".join(out.split())
     assert found[run]["answers"] == 6
-    scores = {name: each["exact_match"]["mean"] for name, each in found[run]["scores"].items()}
+    scores = {name: each["exact_match"]["mid"] for name, each in found[run]["scores"].items()}
     assert scores == pytest.approx({"all": 4 / 6, "topic0": 1.0, "topic1": 1 / 3, "topic2": 1.0})
 
 
@@ -96,7 +96,7 @@ def test_a_list_may_be_right_for_every_prompt(
     for lists, mean in (("any", 1.0), ("each", 1 / 6)):
         assert main([*arguments, lists]) == 0
         scores = document(capsys)[1][swapped]["scores"]
-        assert scores["all"]["exact_match"]["mean"] == pytest.approx(mean)
+        assert scores["all"]["exact_match"]["mid"] == pytest.approx(mean)
 
 
 def test_what_a_list_is_must_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +116,8 @@ def test_runs_with_lists_are_paired_by_prompt(
     arguments = ["--reference", "reference", "--metric", "exact_match", "--lists", "each"]
     assert main([first, second, *arguments]) == 0
     compared = document(capsys)[1][f"{first} - {second}"]
-    assert compared["same"]["mean"] == pytest.approx(3 / 6)
-    assert compared["differences"]["exact_match"]["mean"] == pytest.approx(-1 / 6)
+    assert compared["same"]["mid"] == pytest.approx(3 / 6)
+    assert compared["differences"]["exact_match"]["mid"] == pytest.approx(-1 / 6)
     assert (compared["only_first"], compared["only_second"]) == (0, 0)
 
 
@@ -132,9 +132,9 @@ def test_scores_of_a_run_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[
     out, found = document(capsys)
     assert "4 answers, 1 failed, 34 visual tokens each" in " ".join(out.split())
     scores = found[run]["scores"]
-    assert scores["all"]["exact_match"]["mean"] == 0.5
-    assert scores["digit"]["exact_match"]["mean"] == 0.5
-    assert scores["all"]["yes_no"] == {"mean": 0.5, "low": 0.0, "high": 1.0, "rows": 2}
+    assert scores["all"]["exact_match"]["mid"] == 0.5
+    assert scores["digit"]["exact_match"]["mid"] == 0.5
+    assert scores["all"]["yes_no"] == {"low": 0.0, "mid": 0.5, "high": 1.0, "rows": 2}
     assert set(scores["digit"]) == {"exact_match", "vqa_accuracy", "contains", "anls"}
 
 
@@ -147,8 +147,8 @@ def test_two_runs_are_compared_row_by_row(
     assert main([first, second, "--reference", "reference", "--metric", "exact_match"]) == 0
     out, found = document(capsys)
     compared = found[f"{first} - {second}"]
-    assert compared["same"]["mean"] == 0.5
-    assert compared["differences"]["exact_match"]["mean"] == -0.5
+    assert compared["same"]["mid"] == 0.5
+    assert compared["differences"]["exact_match"]["mid"] == -0.5
     assert "same answer on 0.500" in out
 
 
@@ -157,7 +157,7 @@ def test_a_reference_may_be_a_list(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = [("7", ["seven", "7"]), ("8", ["9"]), ("x", ["x", None]), ("y", ["z"])]
     run = write_run(tmp_path / "a", rows, carried)
     assert main([run, "--reference", "reference", "--metric", "exact_match"]) == 0
-    assert document(capsys)[1][run]["scores"]["all"]["exact_match"]["mean"] == 0.5
+    assert document(capsys)[1][run]["scores"]["all"]["exact_match"]["mid"] == 0.5
 
 
 def test_what_is_missing_is_said_in_one_line(
