@@ -44,21 +44,8 @@ from gc2ray.data.store import Store
 from gc2ray.output.parts import Commit
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import Committed
-from gc2ray.runner.handout import ShardAssignment
-from gc2ray.runner.messages import (
-    Calibrated,
-    CallFailed,
-    Event,
-    ModelLoaded,
-    Progressed,
-    ShardFinished,
-    WorkerDied,
-    WorkerDraining,
-    WorkerExited,
-    WorkerPlaced,
-    WorkerPool,
-)
-from gc2ray.runner.progress import Progress
+from gc2ray.runner import messages
+from gc2ray.runner.messages import Progress, ShardAssignment
 from gc2ray.runner.shard_queue import Limits, Loss, ShardQueue
 
 IN_FLIGHT = 2
@@ -152,7 +139,7 @@ class Driver:
         self,
         cluster: Cluster,
         store: Store,
-        pool: WorkerPool,
+        pool: messages.WorkerPool,
         display: Display,
         stop: threading.Event | None = None,
     ) -> None:
@@ -359,41 +346,44 @@ class Driver:
         self._queue.leave(worker)
         return state
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: messages.Event) -> None:
         worker, state = event.worker, self._workers[event.worker]
         match event:
-            case WorkerPlaced() | ModelLoaded() | Calibrated():
+            case messages.WorkerPlaced() | messages.ModelLoaded() | messages.Calibrated():
                 self._get_on(worker, state, event)
-            case Progressed():
+            case messages.Progressed():
                 self._note(state, event.progress)
-            case ShardFinished():
+            case messages.ShardFinished():
                 self._finished(worker, state, event)
-            case CallFailed():
+            case messages.CallFailed():
                 self._failed(worker, state, event)
-            case WorkerDraining():
+            case messages.WorkerDraining():
                 self._leave(worker, state)
-            case WorkerExited():
+            case messages.WorkerExited():
                 state.has_ended = True
                 self._replace(worker, state)
-            case WorkerDied():
+            case messages.WorkerDied():
                 self._bury(worker, event)
 
     def _get_on(
-        self, worker: int, state: _WorkerState, event: WorkerPlaced | ModelLoaded | Calibrated
+        self,
+        worker: int,
+        state: _WorkerState,
+        event: messages.WorkerPlaced | messages.ModelLoaded | messages.Calibrated,
     ) -> None:
         """A worker has done a step of its setting up."""
         state.active = self._pool.now()
         match event:
-            case WorkerPlaced():
+            case messages.WorkerPlaced():
                 state.placed = state.active
                 self._meter.start(worker, state.active)
                 self._pool.load(worker)
-            case ModelLoaded():
+            case messages.ModelLoaded():
                 self._meter.spend(worker, UsageKind.LOADING, state.active)
                 state.loaded = state.active
                 self._setting_up.discard(worker)
                 self._hungry.add(worker)
-            case Calibrated():
+            case messages.Calibrated():
                 self._meter.spend(worker, UsageKind.CALIBRATING, state.active)
                 state.is_calibrating, self._seconds_per_row = False, event.seconds_per_row
 
@@ -402,10 +392,10 @@ class Driver:
         setting_up = state.loaded is None or state.is_calibrating
         if moved or (setting_up and progress.ticks > state.progress.ticks):
             state.active = self._pool.now()
-        self._seen = self._seen.gone_on(state.progress, progress)
+        self._seen += progress.since(state.progress)
         state.progress = progress
 
-    def _finished(self, worker: int, state: _WorkerState, event: ShardFinished) -> None:
+    def _finished(self, worker: int, state: _WorkerState, event: messages.ShardFinished) -> None:
         has_won = event.result.commit == Commit.WON
         self._end_try(
             worker, state, event.shard, UsageKind.USEFUL if has_won else UsageKind.LOST_RACE
@@ -423,7 +413,7 @@ class Driver:
         if state.is_leaving and not state.handouts:
             self._drop(worker)
 
-    def _failed(self, worker: int, state: _WorkerState, event: CallFailed) -> None:
+    def _failed(self, worker: int, state: _WorkerState, event: messages.CallFailed) -> None:
         reason = f"{type(event.error).__name__}: {event.error}"
         refused = isinstance(event.error, StorageRefused)
         if refused:
@@ -439,7 +429,7 @@ class Driver:
             raise event.error
         else:
             self._pool.drop(worker)
-            self._bury(worker, WorkerDied(worker, reason))
+            self._bury(worker, messages.WorkerDied(worker, reason))
 
     def _refuse(self, reason: str) -> None:
         """The storage takes nothing more: the first reason is the run's."""
@@ -459,7 +449,7 @@ class Driver:
         self._leaving.add(worker)
         self._hungry.discard(worker)
 
-    def _bury(self, worker: int, event: WorkerDied) -> None:
+    def _bury(self, worker: int, event: messages.WorkerDied) -> None:
         """A worker is gone; its shards are handed out again, each alone."""
         state = self._remove(worker)
         told = {"worker": worker, "shards": list(state.handouts)}
@@ -577,7 +567,7 @@ class Driver:
         )
 
 
-def _death(event: WorkerDied, shard: Shard, *, is_stall: bool) -> Loss:
+def _death(event: messages.WorkerDied, shard: Shard, *, is_stall: bool) -> Loss:
     """What the end of a worker means for one of its shards."""
     own = event.in_hand.get(shard.sid)
     return Loss(

@@ -1,20 +1,143 @@
-"""The workers of a run as the driver sees them: the `WorkerPool` protocol and its events.
+"""What the driver and the workers tell each other: assignments, results, progress and events.
 
-A pool starts workers, hands them work and reports events; it decides nothing. `RayPool` is the real
-one; tests have one with a clock of its own.
+`WorkerPool` is how the driver reaches its workers. A pool starts workers, hands them work and
+reports events; it decides nothing. `RayPool` is the real one; tests have one with its own clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from math import isqrt
+from typing import NamedTuple, Protocol
 
+from gc2ray.core.errors import BadRow, Status
+from gc2ray.core.records import Answer
 from gc2ray.core.shards import Shard, Span
-from gc2ray.runner.handout import ShardAssignment
+from gc2ray.core.stats import RunStats
+from gc2ray.data.store import Commit
+from gc2ray.output.planner import FIRST_ERRORS
 from gc2ray.runner.journal import InHand
-from gc2ray.runner.progress import Progress
-from gc2ray.runner.worker import ShardDone
+
+GROUPED_FROM = 32
+"""More suspects than this are answered in groups first: alone, each takes as long as a batch."""
+
+_KILLED = {
+    Status.KILLED_WORKER: "two worker processes ended with this row, and nothing else, in hand",
+    Status.TIMEOUT: "no answer came from two workers with this row, and nothing else, in hand",
+}
+
+
+class PoisonRow(NamedTuple):
+    """What is written for a row that kills or hangs: its status, and how its worker ended."""
+
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardAssignment:
+    """A shard to answer.
+
+    Rows are named by their place in the shard, from 0.
+
+    Attributes:
+        shard: The shard.
+        attempt: Which try it is, from 1.
+        suspects: Rows that were in hand when an earlier try died, in order. They are answered
+            first, so few at a time that another death tells more.
+        poison: Rows that are known to kill or to hang, and what is written for them.
+    """
+
+    shard: Shard
+    attempt: int = 1
+    suspects: tuple[int, ...] = ()
+    poison: Mapping[int, PoisonRow] = field(default_factory=dict)
+
+    def suspect_groups(self) -> Iterator[tuple[int, ...]]:
+        """The suspects, as many together as may be in hand at a time."""
+        suspects = [row for row in self.suspects if row not in self.poison]
+        size = isqrt(len(suspects)) if len(suspects) > GROUPED_FROM else 1
+        for first in range(0, len(suspects), size):
+            yield tuple(suspects[first : first + size])
+
+    def fault(self, row: int) -> BadRow | None:
+        """Why a row is not to be tried, if it is not."""
+        poison = self.poison.get(row)
+        if poison is None:
+            return None
+        return BadRow(poison.status, f"{_KILLED[poison.status]}: {poison.reason}")
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a worker reports of a processed shard.
+
+    Attributes:
+        sid: The shard's.
+        stats: Of its answers.
+        commit: Whether this worker's part is the committed one.
+    """
+
+    sid: str
+    stats: RunStats
+    commit: Commit
+
+
+_COUNTERS = (
+    "ticks",
+    "rows",
+    "answers",
+    "bad_answers",
+    "visual_tokens_full",
+    "visual_tokens_kept",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a worker has done so far; counters only grow.
+
+    Attributes:
+        ticks: Grows while the model is loaded: a sign of life before the first answer.
+        rows: Rows whose first prompt is answered, committed or not: every row has exactly one.
+        answers: Answers, one for each prompt.
+        bad_answers: Answers that failed.
+        visual_tokens_full: Visual tokens of their images before compression.
+        visual_tokens_kept: Visual tokens of their images after compression.
+        errors: The first few errors, as `row_key: status: message`.
+    """
+
+    ticks: int = 0
+    rows: int = 0
+    answers: int = 0
+    bad_answers: int = 0
+    visual_tokens_full: int = 0
+    visual_tokens_kept: int = 0
+    errors: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_answer(answer: Answer) -> Progress:
+        """One more answer."""
+        request = answer.request
+        error = f"{request.row_key}: {answer.status}: {answer.error}"
+        return Progress(
+            rows=int(request.prompt_index == 0),
+            answers=1,
+            bad_answers=int(answer.status != Status.OK),
+            visual_tokens_full=answer.visual_tokens_full or 0,
+            visual_tokens_kept=answer.visual_tokens_kept or 0,
+            errors=() if answer.error is None else (error,),
+        )
+
+    def __add__(self, other: Progress) -> Progress:
+        counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNTERS}
+        return Progress(**counts, errors=(self.errors + other.errors)[:FIRST_ERRORS])
+
+    def since(self, before: Progress) -> Progress:
+        """What a worker did after an earlier state of the same counters."""
+        counts = {name: getattr(self, name) - getattr(before, name) for name in _COUNTERS}
+        return Progress(**counts, errors=self.errors[len(before.errors) :])
 
 
 @dataclass(frozen=True)
@@ -54,7 +177,7 @@ class ShardFinished:
 
     worker: int
     shard: Shard
-    result: ShardDone
+    result: ShardResult
 
 
 @dataclass(frozen=True)

@@ -32,24 +32,12 @@ from gc2ray.core.errors import ConfigError, EngineDead, GivenUp
 from gc2ray.core.logs import LogForm, set_up
 from gc2ray.core.shards import Shard, Span
 from gc2ray.output.parts import Commit
-from gc2ray.runner.handout import ShardAssignment
+from gc2ray.runner import messages
 from gc2ray.runner.journal import InHand, taken_over
 from gc2ray.runner.knock import check_port
-from gc2ray.runner.messages import (
-    Calibrated,
-    CallFailed,
-    Event,
-    ModelLoaded,
-    Progressed,
-    ShardFinished,
-    WorkerDied,
-    WorkerDraining,
-    WorkerExited,
-    WorkerPlaced,
-)
-from gc2ray.runner.progress import Progress
+from gc2ray.runner.messages import Progress, ShardAssignment, ShardResult
 from gc2ray.runner.prometheus import RunMetrics
-from gc2ray.runner.worker import ShardDone, Worker
+from gc2ray.runner.worker import Worker
 
 PROGRESS_SECONDS = 2.0
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
@@ -180,7 +168,7 @@ class RayPool:
         self._calls: dict[Any, tuple[int, str, Shard | None]] = {}
         self._asked: dict[int, float] = {}
         self._places: dict[int, _Placement] = {}
-        self._ended: list[Event] = []
+        self._ended: list[messages.Event] = []
         self._buried: dict[int, _ExitedWorker] = {}
         self._lost_before: dict[int, int] = {}  # nodes that were lost when a worker was started
         self._gcs: Any = None
@@ -229,7 +217,7 @@ class RayPool:
         place = self._places.get(worker)
         lost_before = self._lost_before[worker]
         self.drop(worker)
-        self._ended.append(WorkerExited(worker))
+        self._ended.append(messages.WorkerExited(worker))
         wait = 0.0 if place is None else JOURNAL_SECONDS
         self._buried[worker] = _ExitedWorker(reason, self.now(), wait, lost_before)
         if place is None:  # it never was anywhere
@@ -244,7 +232,7 @@ class RayPool:
         for worker in list(self._actors):
             self.drop(worker)
 
-    def poll(self, seconds: float) -> list[Event]:
+    def poll(self, seconds: float) -> list[messages.Event]:
         self._ask_progress()
         told = [*self._leaving(), *self._overdue_burials()]
         told += self._returned(0 if told or self._ended else seconds)
@@ -264,7 +252,7 @@ class RayPool:
     def _call(self, worker: int, kind: str, reference: Any, shard: Shard | None = None) -> None:
         self._calls[reference] = (worker, kind, shard)
 
-    def _returned(self, seconds: float) -> list[Event]:
+    def _returned(self, seconds: float) -> list[messages.Event]:
         """What the calls that have ended tell; the first of them is waited for."""
         references = list(self._calls)
         if not references:
@@ -281,7 +269,7 @@ class RayPool:
                 self._asked.pop(worker)
                 self._call(worker, "progress", self._actors[worker].progress.remote())
 
-    def _leaving(self) -> list[Event]:
+    def _leaving(self) -> list[messages.Event]:
         """Workers on nodes that Ray is about to take away: each is told once."""
         if time.monotonic() - self._looked < LEAVING_SECONDS:
             return []
@@ -292,7 +280,7 @@ class RayPool:
         told = [w for w, place in self._places.items() if place.node in nodes and not place.leaves]
         for worker in told:
             self._places[worker].leaves = True
-        return [WorkerDraining(worker) for worker in told]
+        return [messages.WorkerDraining(worker) for worker in told]
 
     def _draining(self) -> Iterable[bytes | str]:
         try:
@@ -301,12 +289,12 @@ class RayPool:
             log.warning("cannot ask Ray which nodes are about to go: %s", _first_line(error))
             return ()
 
-    def _overdue_burials(self) -> list[Event]:
+    def _overdue_burials(self) -> list[messages.Event]:
         overdue = [w for w, burial in self._buried.items() if burial.is_overdue(self.now())]
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] not in overdue}
         return [self._buried.pop(worker).died(worker, {}) for worker in overdue]
 
-    def _event(self, reference: Any) -> Event | None:
+    def _event(self, reference: Any) -> messages.Event | None:
         call = self._calls.pop(reference, None)
         if call is None:
             return None  # of a worker that this very poll found dead
@@ -328,25 +316,25 @@ class RayPool:
             return self._success(worker, kind, shard, value)
         return None
 
-    def _success(self, worker: int, kind: str, shard: Shard | None, value: Any) -> Event:
+    def _success(self, worker: int, kind: str, shard: Shard | None, value: Any) -> messages.Event:
         if kind in ("place", "progress"):
             self._asked[worker] = time.monotonic()
         if kind == "place":
             self._places[worker] = _Placement(*value)
-            return WorkerPlaced(worker)
+            return messages.WorkerPlaced(worker)
         if kind == "load":
-            return ModelLoaded(worker, value)
+            return messages.ModelLoaded(worker, value)
         if kind == "calibrate":
-            return Calibrated(worker, value)
+            return messages.Calibrated(worker, value)
         if shard is not None:
-            return ShardFinished(worker, shard, value)
-        return Progressed(worker, value)
+            return messages.ShardFinished(worker, shard, value)
+        return messages.Progressed(worker, value)
 
-    def _failure(self, worker: int, shard: Shard | None, error: Exception) -> Event | None:
+    def _failure(self, worker: int, shard: Shard | None, error: Exception) -> messages.Event | None:
         if isinstance(error, EngineDead):
             self.kill(worker, f"the engine died: {error}")
             return None
-        return CallFailed(worker, shard, error)
+        return messages.CallFailed(worker, shard, error)
 
 
 @dataclass
@@ -377,9 +365,9 @@ class _ExitedWorker:
     def is_overdue(self, now: float) -> bool:
         return now - self.ended >= self.wait_seconds
 
-    def died(self, worker: int, in_hand: InHand) -> WorkerDied:
+    def died(self, worker: int, in_hand: InHand) -> messages.WorkerDied:
         node_lost = _lost_nodes() > self.lost_before
-        return WorkerDied(worker, self.reason, in_hand, self.ended, node_lost)
+        return messages.WorkerDied(worker, self.reason, in_hand, self.ended, node_lost)
 
 
 def _read_journal(prefix: str) -> InHand:
@@ -415,7 +403,7 @@ class _Actor:
     def calibrate(self, spans: Sequence[Span]) -> float:
         return self._worker.calibrate(spans)
 
-    def process(self, handout: ShardAssignment) -> ShardDone:
+    def process(self, handout: ShardAssignment) -> ShardResult:
         done = self._worker.process(handout)
         if done.commit == Commit.WON:
             self._metrics.count(done.stats)

@@ -8,7 +8,7 @@ trouble.
 A loss teaches something, or it costs a try:
 
 * Rows that were in hand when a worker died are suspects. The next try answers them first, few at a
-  time (`gc2ray.runner.handout`), so the next death leaves fewer, until one is alone in hand when
+  time (`gc2ray.runner.messages`), so the next death leaves fewer, until one is alone in hand when
   its worker dies. Once is chance: workers are killed from outside, too. A row with which two
   workers died, each with nothing else in hand, is named: what is written for it is that it kills,
   or that no answer comes.
@@ -32,7 +32,7 @@ import numpy as np
 
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Booleans, Shard, Shards
-from gc2ray.runner.handout import PoisonRow, ShardAssignment
+from gc2ray.runner.messages import PoisonRow, ShardAssignment
 
 
 @dataclass(frozen=True)

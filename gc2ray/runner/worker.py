@@ -56,9 +56,8 @@ from gc2ray.data.store import Store
 from gc2ray.engine.audit import Answering, Audited
 from gc2ray.output.parts import Commit, PartFooter, commit_part, in_order, part_bytes
 from gc2ray.output.run_directory import MODEL_NAME, stored_digest
-from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.journal import Journal, Page
-from gc2ray.runner.progress import Progress, Tally
+from gc2ray.runner.messages import Progress, ShardAssignment, ShardResult
 
 RECORD_SECONDS = 30.0
 _TOO_LARGE = {errno.EFBIG, errno.EMSGSIZE}
@@ -69,15 +68,6 @@ log = logging.getLogger(__name__)
 
 StepHook = Callable[[str, str], None]
 """Called with a step of a shard (`read`, `answered`, `written`, `committed`) and its sid."""
-
-
-@dataclass(frozen=True)
-class ShardDone:
-    """A processed shard: its statistics, and whether its part is the committed one."""
-
-    sid: str
-    stats: RunStats
-    commit: Commit
 
 
 @dataclass(eq=False)
@@ -151,7 +141,7 @@ class Worker:
         self._dead: EngineDead | None = None
         self._counted = RunStats()
         self._engine: Answering | None = None
-        self._tally = Tally()
+        self._progress = Progress()
         self._ticks = 0
         self._running = threading.Lock()
         self._started = datetime.now(UTC)
@@ -203,7 +193,7 @@ class Worker:
         self._loaded_engine().clear_cache()  # or the first shards would find their images encoded
         return seconds / max(1, rows) * prompts / max(1, rows)
 
-    def process(self, handout: ShardAssignment) -> ShardDone:
+    def process(self, handout: ShardAssignment) -> ShardResult:
         """Answer a shard and commit its part; may be called by several threads.
 
         Raises:
@@ -242,7 +232,7 @@ class Worker:
 
     def progress(self) -> Progress:
         """What was done so far; cheap, and callable at any time."""
-        return self._tally.progress(peak_host_bytes() + _bytes_moved() + self._ticks)
+        return replace(self._progress, ticks=peak_host_bytes() + _bytes_moved() + self._ticks)
 
     def _answer(self, requests: Iterator[Request]) -> None:
         """Answer requests for nothing but the time it takes."""
@@ -399,7 +389,7 @@ class Worker:
     def _take(self, answer: Answer) -> None:
         """Put an answer where it belongs; those of a shard that failed belong nowhere."""
         key = answer.request.row_key
-        self._tally.count(answer)
+        self._progress += Progress.from_answer(answer)  # by the engine's thread alone
         with self._shards:
             work, row = self._in_hand.pop(key, (None, None))
             if work is None or work.done.done():
@@ -426,7 +416,7 @@ class Worker:
             self._metrics("answered", work.sid)
             work.done.set_result(None)
 
-    def _commit(self, work: _Work) -> ShardDone:
+    def _commit(self, work: _Work) -> ShardResult:
         """Every planned row, each of its prompts once, in order; then the part, whole or not."""
         shard = work.handout.shard
         answers = in_order(shard, work.answers.values())
@@ -446,7 +436,7 @@ class Worker:
         self._metrics("committed", shard.sid)
         told = {"shard": shard.sid, "attempt": work.handout.attempt, "commit": str(commit)}
         log.info("%s: %d rows", shard.part_name, shard.rows, extra=told)
-        return ShardDone(shard.sid, footer.stats, commit)
+        return ShardResult(shard.sid, footer.stats, commit)
 
     def _part(self, answers: Sequence[Answer], provenance: Provenance, footer: PartFooter) -> bytes:
         try:

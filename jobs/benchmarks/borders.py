@@ -20,7 +20,7 @@ from gc2ray.core.shards import Shard, cut_shards
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source
 from gc2ray.engine.prefetch import Prefetcher
-from gc2ray.runner.handout import ShardAssignment
+from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker
 from jobs.benchmarks import Line, goal
 

@@ -32,7 +32,7 @@ from gc2ray.data.store import Store
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import Committed
 from gc2ray.runner.driver import Driver
-from gc2ray.runner.handout import ShardAssignment
+from gc2ray.runner.messages import ShardAssignment
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.support.simulated_pool import SimulatedPool
 from jobs.support.machine import resident_bytes

@@ -22,7 +22,7 @@ from gc2ray.engine.audit import Audited, is_audited
 from gc2ray.engine.engine import Engine
 from gc2ray.models.base import LoadedModel
 from gc2ray.output.verify import verify
-from gc2ray.runner.handout import ShardAssignment
+from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine, echo
 from tests.support.rows import make_job, make_recipe, request, requests

@@ -21,7 +21,7 @@ from gc2ray.output.planner import store_plan
 from gc2ray.output.retry import DEAD, FAILURES, Retry, freeze, latest_failures, next_retry
 from gc2ray.output.run_directory import RUN_NAME
 from gc2ray.output.verify import verify
-from gc2ray.runner.handout import ShardAssignment
+from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
 from tests.support.outputs import (

@@ -27,7 +27,7 @@ from gc2ray.output.planner import store_plan
 from gc2ray.output.run_directory import open_round
 from gc2ray.report.heat_map import TokenMap, heat_map, panels
 from gc2ray.report.show import map_tokens, picture_name, told_of
-from gc2ray.runner.handout import ShardAssignment
+from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.outputs import retry_of, write_round
 from tests.support.rows import SIZES, encoded, make_job, picture

@@ -29,18 +29,18 @@ from gc2ray.output.parts import Commit
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import CALIBRATION_ROWS, Committed, shard_rows
 from gc2ray.runner.driver import Driver, Snapshot
-from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.messages import (
     CallFailed,
     Event,
+    Progress,
     Progressed,
+    ShardAssignment,
     ShardFinished,
     WorkerDied,
     WorkerDraining,
     WorkerExited,
     WorkerPlaced,
 )
-from gc2ray.runner.progress import Progress
 from jobs.benchmarks.support.simulated_pool import SimulatedPool, done
 from tests.support.rows import make_recipe
 

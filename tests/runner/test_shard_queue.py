@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Shards, SourceFile, cut_shards
-from gc2ray.runner.handout import GROUPED_FROM, PoisonRow, ShardAssignment
+from gc2ray.runner.messages import GROUPED_FROM, PoisonRow, ShardAssignment
 from gc2ray.runner.shard_queue import SEARCHES_A_TRY, Limits, Loss, ShardQueue
 
 LIMITS = Limits(tries=3, poison_rows=2)

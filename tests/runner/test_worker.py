@@ -36,8 +36,8 @@ from gc2ray.models.shape import LLAVA_7B, ModelShape
 from gc2ray.output.parts import Commit, list_parts, read_part_footer
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import committed_parts, outcome
-from gc2ray.runner.handout import PoisonRow, ShardAssignment
 from gc2ray.runner.journal import taken_over
+from gc2ray.runner.messages import PoisonRow, ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
 from tests.support.ray_head import until
@@ -385,13 +385,13 @@ def test_a_model_that_gets_on_renews_the_load_clock(
     monkeypatch.setattr("gc2ray.runner.worker._bytes_moved", lambda: 0)
     seen: list[int] = []
 
-    def slow_stage(model, *, tick):
+    def slow_fetch(model, *, tick):
         for _ in range(3):
             seen.append(worker.progress().ticks)
             tick()
         raise OSError("the network failed")
 
-    monkeypatch.setattr("gc2ray.engine.engine.fetch_model", slow_stage)
+    monkeypatch.setattr("gc2ray.engine.engine.fetch_model", slow_fetch)
     worker = Worker(job, CARRIED)
     with pytest.raises(OSError, match="the network failed"):
         worker.load()

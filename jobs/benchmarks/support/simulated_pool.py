@@ -18,21 +18,21 @@ from gc2ray.core.errors import StorageRefused
 from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.output.parts import Commit
-from gc2ray.runner.handout import ShardAssignment
 from gc2ray.runner.messages import (
     Calibrated,
     CallFailed,
     Event,
     ModelLoaded,
+    Progress,
     Progressed,
+    ShardAssignment,
     ShardFinished,
+    ShardResult,
     WorkerDied,
     WorkerDraining,
     WorkerExited,
     WorkerPlaced,
 )
-from gc2ray.runner.progress import Progress
-from gc2ray.runner.worker import ShardDone
 
 STEP_SECONDS = 1.0
 """Placing, loading and calibrating, unless told otherwise."""
@@ -41,9 +41,9 @@ FAULT_SECONDS = 0.5
 BURIAL_SECONDS = 0.1
 
 
-def done(shard: Shard, commit: Commit = Commit.WON) -> ShardDone:
+def done(shard: Shard, commit: Commit = Commit.WON) -> ShardResult:
     """What a worker tells of a committed shard."""
-    return ShardDone(shard.sid, RunStats(rows=shard.rows), commit)
+    return ShardResult(shard.sid, RunStats(rows=shard.rows), commit)
 
 
 @dataclass
