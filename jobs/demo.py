@@ -28,7 +28,7 @@ from gc2ray.demo.spec import MODEL
 from gc2ray.output.planner import Outcome
 from gc2ray.report.evaluation import agreement
 from gc2ray.report.terminal import RunDisplay, print_outcome
-from gc2ray.runner.ray_pool import connected
+from gc2ray.runner.ray_session import connected
 from gc2ray.runner.run import run_job
 from jobs.support.photos import opened_photos
 

@@ -10,14 +10,9 @@ Not covered: heterogeneous workers.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +23,18 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gc2ray.core.config.job import Cluster
-from gc2ray.core.errors import ConfigError, EngineDead, GivenUp
+from gc2ray.core.errors import EngineDead
 from gc2ray.core.logs import LogForm, set_up
 from gc2ray.core.shards import Shard, Span
 from gc2ray.output.parts import Commit
 from gc2ray.runner import messages
 from gc2ray.runner.journal import InHand, taken_over
-from gc2ray.runner.knock import check_port
 from gc2ray.runner.messages import Progress, ShardAssignment, ShardResult
 from gc2ray.runner.prometheus import RunMetrics
+from gc2ray.runner.ray_session import MAX_MESSAGE, first_lines, gpus_per_worker
 from gc2ray.runner.worker import Worker
 
 PROGRESS_SECONDS = 2.0
-OBJECT_STORE_BYTES = 200 * 1024 * 1024
-"""Shards and answers travel as files; the object store carries a few small messages."""
 JOURNAL_SECONDS = 30.0
 """Time to read the journal of a worker that has ended; after that its node is taken for lost."""
 LEAVING_SECONDS = 2.0
@@ -49,103 +42,12 @@ LEAVING_SECONDS = 2.0
 CONCURRENT_CALLS = 4
 """Two shards, one progress call, and one load or calibration."""
 
-
-MAX_SAID = 500
-"""Characters of what Ray says."""
 _FRAME = '\n  File "'
 _DETAIL = re.compile(r"\w+: ")  # which actor it was: a line each
 
 log = logging.getLogger(__name__)
 
 MakeWorker = Callable[..., Worker]
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Be in the cluster at an address, or at `RAY_ADDRESS`; without either in a local Ray.
-
-    A Ray that this process has joined already is used, and not left.
-
-    Raises:
-        ConfigError: There is no cluster at the address, or none can be started here.
-        GivenUp: The cluster fails later on.
-    """
-    is_ours = not ray.is_initialized()
-    try:
-        if is_ours:
-            _join(address or os.environ.get("RAY_ADDRESS") or None)
-        yield
-    except RayError as error:
-        told = f"Ray failed: {type(error).__name__}: {_first_line(error)}"
-        raise GivenUp(f"{told}; run the same command again to go on") from error
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-def _join(address: str | None) -> None:
-    options: dict[str, Any] = {"address": address, "log_to_driver": False}
-    if address is None:
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        if address is not None:
-            _knock(address)
-        ray.init(**options, logging_level=logging.ERROR)
-    except SystemExit as ended:  # by Ray's own handler of SIGTERM, which it puts in place of ours
-        raise KeyboardInterrupt from ended
-    except Exception as error:  # Ray raises bare ones, too
-        raise ConfigError(_no_ray(address, error)) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _no_ray(address: str | None, error: Exception) -> str:
-    """Why Ray cannot be had, and what to do about it."""
-    said = " ".join(str(error).split())[:MAX_SAID] or type(error).__name__
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if "AF_UNIX" in said:
-        advice = (
-            f"its sockets are below TMPDIR, {folder} ({len(folder)} characters): set TMPDIR, or "
-            "RAY_TMPDIR, to a shorter path, of 40 characters at most"
-        )
-    elif "ersion mismatch" in said:
-        advice = "install here what the cluster has, or run `gc2ray submit` with its own"
-    elif address is None:
-        advice = (
-            "it keeps a token in the home directory: if that cannot be written, set "
-            f"RAY_AUTH_MODE=disabled, or HOME; its logs are below {folder}/ray"
-        )
-    else:
-        advice = (
-            "if it asks for a token, set RAY_AUTH_MODE=token; to run on this machine, leave out "
-            "--address and RAY_ADDRESS"
-        )
-    where = f"join a Ray cluster at {address}" if address else "start Ray on this machine"
-    return f"cannot {where}: {said}; {advice}"
-
-
-def _knock(address: str) -> None:
-    """Knock at an address of a head, if it says where.
-
-    Raises:
-        OSError: Nobody answers.
-    """
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        check_port(host, int(port))
-
-
-def gpus_per_worker(cluster: Cluster) -> float:
-    """As configured; else one where the cluster has GPUs."""
-    if cluster.gpus_per_worker is not None:
-        return cluster.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 class RayPool:
@@ -286,7 +188,7 @@ class RayPool:
         try:
             return list(self._gcs.get_draining_nodes(timeout=1))
         except RayError as error:  # then a node goes without notice, and its shards are redone
-            log.warning("cannot ask Ray which nodes are about to go: %s", _first_line(error))
+            log.warning("cannot ask Ray which nodes are about to go: %s", first_lines(error))
             return ()
 
     def _overdue_burials(self) -> list[messages.Event]:
@@ -311,7 +213,7 @@ class RayPool:
         except RayActorError as error:
             self.kill(worker, f"the worker process ended: {_cause(error)}")
         except RayError as error:
-            self.kill(worker, f"Ray lost the worker: {_first_line(error)}")
+            self.kill(worker, f"Ray lost the worker: {first_lines(error)}")
         else:
             return self._success(worker, kind, shard, value)
         return None
@@ -380,7 +282,7 @@ def _journal(reference: Any) -> InHand:
     try:
         in_hand: InHand = ray.get(reference)
     except RayError as error:
-        log.warning("its journal cannot be read: %s", _first_line(error))
+        log.warning("its journal cannot be read: %s", first_lines(error))
         return {}
     return in_hand
 
@@ -436,9 +338,4 @@ def _point(trace: str) -> str:
     _, _, end = trace.rpartition(_FRAME)
     lines = end.splitlines()
     said = next((at for at, line in enumerate(lines[1:], 1) if line[:1].strip()), 0)
-    return " ".join(" ".join(lines[said:]).split())[-MAX_SAID:]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+    return " ".join(" ".join(lines[said:]).split())[-MAX_MESSAGE:]

@@ -40,8 +40,9 @@ from gc2ray.output.planner import (
 )
 from gc2ray.output.retry import Retry, freeze, latest_failures
 from gc2ray.output.run_directory import RETRY_ROUNDS, object_name, retry_numbers
-from gc2ray.runner import ray_pool
+from gc2ray.runner import ray_session
 from gc2ray.runner.driver import Display, Driver
+from gc2ray.runner.ray_pool import RayPool
 from gc2ray.runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -92,11 +93,11 @@ def run_job(
     warn_of_others(store)
     files, found = ([], plan.carried) if plan else source.scan()
     carried = plan.carried if plan else as_written(found)
-    with ray_pool.connected(address):
+    with ray_session.connected(address):
         # Workers write down what they cost, so they are told the share that they really get.
-        share = {"gpus_per_worker": ray_pool.gpus_per_worker(job.cluster)}
+        share = {"gpus_per_worker": ray_session.gpus_per_worker(job.cluster)}
         job = job.model_copy(update={"cluster": job.cluster.model_copy(update=share)})
-        pool = ray_pool.RayPool(job.cluster, make_worker, (job, carried))
+        pool = RayPool(job.cluster, make_worker, (job, carried))
         try:
             with stopping() as stop:
                 driver = Driver(job.cluster, store, pool, display or (lambda _: None), stop)

@@ -30,7 +30,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import gc2ray
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, GivenUp, first_line
-from gc2ray.runner.knock import check_port
+from gc2ray.runner.ray_session import check_port
 
 ENTRYPOINT = ("python", "-m", "gc2ray")
 JOB_FILE = "job.yaml"

@@ -18,7 +18,8 @@ from ray.exceptions import ActorDiedError, RaySystemError
 
 from gc2ray.core.errors import ConfigError, GivenUp
 from gc2ray.core.process import INTERRUPTED, STOP_SIGNALS
-from gc2ray.runner.ray_pool import _cause, connected
+from gc2ray.runner.ray_pool import _cause
+from gc2ray.runner.ray_session import connected
 from tests.support.outputs import first_plan, write_round
 from tests.support.rows import job_data
 from tests.test_cli import ROOT, here
@@ -151,7 +152,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
                 "Version mismatch: cluster:\n    Ray: 2.60.0\nThis process:\n    Ray: 9.9.9"
             ),
             "Version mismatch: cluster: Ray: 2.60.0 This process: Ray: 9.9.9; ",
-            "install here what the cluster has",
+            "install the cluster's versions here",
         ),
         (Exception("The current node timed out"), "node timed out; ", "/ray"),
         (OSError("AF_UNIX path length cannot exceed 107"), "107; ", "(120 characters): set TMPDIR"),

@@ -621,10 +621,10 @@ def test_a_model_behind_a_url_answers_as_where_it_was(tiny_paths: dict[str, Path
 def test_a_url_without_a_model_is_refused_before_ray_is_joined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gc2ray.runner.run import ray_pool, run_job
+    from gc2ray.runner.run import ray_session, run_job
     from tests.support.rows import make_job, write_rows
 
-    monkeypatch.setattr(ray_pool, "connected", lambda _: pytest.fail("Ray was joined"))
+    monkeypatch.setattr(ray_session, "connected", lambda _: pytest.fail("Ray was joined"))
     write_rows(tmp_path / "in" / "a.parquet", 2)
     job = make_job((tmp_path / "gone").as_uri(), tmp_path / "in", tmp_path / "out")
     with pytest.raises(ConfigError, match="there is no model at file:"):

@@ -28,6 +28,7 @@ from tests.data.test_dataset import write
 from tests.output.test_retry import answer
 from tests.support.fakes import EchoEngine
 from tests.support.outputs import with_footer
+from tests.support.ray_head import until
 from tests.support.rows import make_job, write_rows
 
 
@@ -36,7 +37,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connected(_: object) -> None:
         raise AssertionError("Ray is joined")
 
-    monkeypatch.setattr("gc2ray.runner.run.ray_pool.connected", connected)
+    monkeypatch.setattr("gc2ray.runner.run.ray_session.connected", connected)
 
 
 @pytest.fixture
@@ -50,7 +51,9 @@ def job(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
 def answered(job: Job, shard_rows: int = 3) -> Plan:
     files, carried = Source(job.recipe.input).scan()
     plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, shard_rows, carried))
-    answer(Worker(job, carried, load=lambda job: EchoEngine()), plan)
+    worker = Worker(job, carried, load=lambda job: EchoEngine())
+    answer(worker, plan)
+    until(lambda: Store(job.output).read(f"workers/{worker.uuid}.json"))  # written by a thread
     return plan
 
 
