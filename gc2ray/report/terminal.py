@@ -27,7 +27,7 @@ from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.output.planner import Outcome
 from gc2ray.output.run_directory import object_name
 from gc2ray.output.verify import Verdict
-from gc2ray.runner.driver import Snapshot
+from gc2ray.runner.messages import Snapshot
 
 LOG_SECONDS = 30.0
 MAX_DEAD_LETTERS = 10

@@ -6,7 +6,7 @@ reports events; it decides nothing. `RayPool` is the real one; tests have one wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import NamedTuple, Protocol
@@ -222,10 +222,9 @@ class WorkerDied:
     node_lost: bool = False
 
 
+SetupEvent = WorkerPlaced | ModelLoaded | Calibrated
 Event = (
-    WorkerPlaced
-    | ModelLoaded
-    | Calibrated
+    SetupEvent
     | Progressed
     | ShardFinished
     | CallFailed
@@ -233,6 +232,23 @@ Event = (
     | WorkerExited
     | WorkerDied
 )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run, for a display; `rows` are input rows."""
+
+    rows: int
+    total_rows: int
+    bad_answers: int
+    visual_tokens_full: int
+    visual_tokens_kept: int
+    workers: int
+    dead_shards: int
+    phase: str
+
+
+Display = Callable[[Snapshot], None]
 
 
 class WorkerPool(Protocol):

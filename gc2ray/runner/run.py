@@ -41,7 +41,8 @@ from gc2ray.output.planner import (
 from gc2ray.output.retry import Retry, freeze, latest_failures
 from gc2ray.output.run_directory import RETRY_ROUNDS, object_name, retry_numbers
 from gc2ray.runner import ray_session
-from gc2ray.runner.driver import Display, Driver
+from gc2ray.runner.driver import Driver
+from gc2ray.runner.messages import Display
 from gc2ray.runner.ray_pool import RayPool
 from gc2ray.runner.worker import Worker
 
@@ -101,7 +102,7 @@ def run_job(
         try:
             with stopping() as stop:
                 driver = Driver(job.cluster, store, pool, display or (lambda _: None), stop)
-                with Heartbeat(store, driver.bill):
+                with Heartbeat(store, driver.usage):
                     if plan is None:
                         rows = _shard_rows(job, files, driver)
                         plan = store_plan(store, job, Plan.cut(job.recipe, files, rows, carried))

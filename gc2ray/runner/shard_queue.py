@@ -32,7 +32,7 @@ import numpy as np
 
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Booleans, Shard, Shards
-from gc2ray.runner.messages import PoisonRow, ShardAssignment
+from gc2ray.runner.messages import PoisonRow, ShardAssignment, WorkerDied
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,18 @@ class Loss:
     is_shared: bool = False
     is_begun: bool = True
     is_final: bool = False
+
+    @staticmethod
+    def from_death(event: WorkerDied, shard: Shard, *, is_stall: bool) -> Loss:
+        """What the death of a worker means for one of its shards."""
+        rows = event.in_hand.get(shard.sid)
+        return Loss(
+            event.reason,
+            rows or (),
+            is_shared=any(rows for sid, rows in event.in_hand.items() if sid != shard.sid),
+            is_begun=rows != (),
+            is_stall=is_stall,
+        )
 
 
 @dataclass(frozen=True)
