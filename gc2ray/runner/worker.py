@@ -1,18 +1,16 @@
-"""`Worker`: the only owner of an engine; answers shards and commits their parts.
+"""`Worker`: owns one engine, answers shards with it and commits their parts.
 
-A plain class: no Ray in it, so that tests build it directly. One thread runs the engine on one
-endless stream of requests, so that a shard's border never drains it; callers of `process` (two at a
-time, as a rule) wait for their shard, write its part and commit it while the engine goes on.
+A plain class without Ray, so that tests build it directly. One thread runs the engine on one
+endless stream of requests (`gc2ray.runner.shard_work`), so that the accelerator never idles between
+two shards. Callers of `process` (two at a time, as a rule) wait for their shard, write its part and
+commit it while the engine works on the next shard.
 
-Which rows the engine has in hand stands in a journal that outlives the process. Rows that an
-earlier try died with come first, few at a time; those that are known to kill are not tried.
+A journal that outlives the process holds the rows that the engine has in hand.
 
-A shard that cannot be read fails alone, and so does one whose part is at fault (`UnwritableShard`).
-A storage that refuses whatever is written refuses the next shard, too (`StorageRefused`). When the
-engine itself fails every waiting shard gets `EngineDead`, and the process is to be ended by its
-owner.
-
-Not covered: rows that kill the process while they are read from their file: they take their shard.
+A shard that cannot be read fails alone, and so does a shard whose part cannot be written
+(`UnwritableShard`). A storage that refuses this write would refuse the next shard's as well
+(`StorageRefused`). When the engine itself fails, every waiting shard gets `EngineDead`, and the
+owner of the process is to end it.
 """
 
 from __future__ import annotations
@@ -22,18 +20,17 @@ import errno
 import json
 import logging
 import os
-import queue
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 
 from gc2ray.core.config.job import Job
@@ -54,50 +51,19 @@ from gc2ray.data.dataset import Source
 from gc2ray.data.retries import is_transient
 from gc2ray.data.store import Store
 from gc2ray.engine.audit import Answering, Audited
+from gc2ray.output.heartbeats import WorkerRecord
 from gc2ray.output.parts import Commit, PartFooter, commit_part, in_order, part_bytes
 from gc2ray.output.run_directory import MODEL_NAME, stored_digest
 from gc2ray.runner.journal import Journal, Page
 from gc2ray.runner.messages import Progress, ShardAssignment, ShardResult
+from gc2ray.runner.shard_work import ShardStream, ShardWork, StepHook
 
 RECORD_SECONDS = 30.0
+"""Between two writes of the worker's record."""
 _TOO_LARGE = {errno.EFBIG, errno.EMSGSIZE}
-"""What a storage says of a single object; smaller ones it takes."""
+"""Errors of a storage that refuses one object for its size, and would take a smaller one."""
 
 log = logging.getLogger(__name__)
-
-
-StepHook = Callable[[str, str], None]
-"""Called with a step of a shard (`read`, `answered`, `written`, `committed`) and its sid."""
-
-
-@dataclass(eq=False)
-class _Work:
-    """A shard on its way through the engine.
-
-    Attributes:
-        expected: Keys of the requests that were read.
-        answers: Those that are answered, by key.
-    """
-
-    handout: ShardAssignment
-    page: Page
-    expected: set[str] = field(default_factory=set)
-    answers: dict[str, Answer] = field(default_factory=dict)
-    all_read: bool = False
-    done: Future[None] = field(default_factory=Future)
-
-    @property
-    def sid(self) -> str:
-        return self.handout.shard.sid
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing of it is in hand, or nobody waits for it any more."""
-        return len(self.answers) == len(self.expected) or self.done.done()
-
-    def fail(self, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
 
 
 class Worker:
@@ -106,12 +72,12 @@ class Worker:
     Args:
         job: The job.
         carried: Schema of the input columns that are written back.
-        retry_round: 0, or that of the retry whose rows these are.
+        retry_round: The number of the retry round, 0 for the first run.
         load: Makes the engine; the default loads the recipe's model.
-        metrics: Told every step of a shard.
+        on_step: Called after every step of a shard, for tests.
 
     Attributes:
-        uuid: Of this process, as the records of its answers name it.
+        uuid: Identifies this process; its answers carry it.
         run: Fingerprint of the recipe.
     """
 
@@ -122,7 +88,7 @@ class Worker:
         *,
         retry_round: int = 0,
         load: Callable[[Job], Answering] | None = None,
-        metrics: StepHook | None = None,
+        on_step: StepHook | None = None,
     ) -> None:
         self.uuid = uuid.uuid4().hex
         self.run = job.recipe.fingerprint()
@@ -130,16 +96,13 @@ class Worker:
         self._carried = carried
         self._retry_round = retry_round
         self._load = load or self._load_engine
-        self._metrics = metrics or (lambda step, sid: log.debug("%s %s", step, sid))
+        self._on_step = on_step or (lambda step, sid: log.debug("%s %s", step, sid))
         self._store = Store(job.output)
         self._source = Source(job.recipe.input)
         self._journal = Journal()
-        self._queue: queue.Queue[_Work] = queue.Queue()
-        self._reading: list[_Work] = []
-        self._in_hand: dict[str, tuple[_Work, int | None]] = {}  # by row key; the row's counter
-        self._shards = threading.Condition()  # of all these: one thread reads, another answers
-        self._dead: EngineDead | None = None
-        self._counted = RunStats()
+        self._shards = ShardStream(self._read, self._on_step)
+        self._lock = threading.Lock()  # guards the totals and ticks
+        self._counted = RunStats()  # the engine's totals that footers have
         self._engine: Answering | None = None
         self._progress = Progress()
         self._ticks = 0
@@ -149,16 +112,16 @@ class Worker:
 
     @property
     def journal(self) -> Path:
-        """Prefix of the journal's files, for whoever buries this process."""
+        """Prefix of the journal's files, which are read when this process has ended."""
         return self._journal.prefix
 
     def load(self) -> str:
-        """Load the engine, start its thread and the worker's record; returns the device's name.
+        """Load the engine and start the worker's record; returns the device's name.
 
         Raises:
-            ConfigError: The model cannot be loaded, or is another one than the run began with.
-            OSError: It could not be fetched now, or the storage does not answer.
-            StorageRefused: The output takes nothing.
+            ConfigError: The model cannot be loaded, or differs from the one the run began with.
+            OSError: The model could not be fetched now, or the storage does not answer.
+            StorageRefused: The output's storage refuses writes.
         """
         self._engine = self._load(self._job)
         with self._writing(MODEL_NAME):
@@ -168,19 +131,19 @@ class Worker:
         return self._engine.device
 
     def calibrate(self, spans: Sequence[Span]) -> float:
-        """Seconds per row over sample rows, their answers thrown away; before any `process`.
+        """Measure seconds per row on sample rows and discard their answers; before any `process`.
 
-        As many prompts as the sample has rows are answered, so that lists of prompts make it no
-        longer, and the prompts of all its rows are counted. They are answered twice, to warm up and
-        to be timed, and timed as a whole: answers come in bursts, so the time between two of them
-        means nothing.
+        As many prompts are answered as the sample has rows, so that lists of prompts do not make
+        calibration longer; the result is scaled by the prompts per row. The prompts are answered
+        twice, first to warm up and then to be timed as a whole: answers come in bursts, so that the
+        time between two of them means nothing.
         """
         rows = sum(span.rows for span in spans)
         prompts = 0
 
         def first() -> Iterator[Request]:
             nonlocal prompts
-            for request in self._rows(spans):
+            for request in self._read_all(spans):
                 prompts += 1
                 if prompts <= rows:
                     yield request
@@ -188,26 +151,24 @@ class Worker:
         self._answer(first())
         self._loaded_engine().clear_cache()
         started = time.monotonic()
-        self._answer(islice(self._rows(spans), rows))
+        self._answer(islice(self._read_all(spans), rows))
         seconds = time.monotonic() - started
-        self._loaded_engine().clear_cache()  # or the first shards would find their images encoded
+        self._loaded_engine().clear_cache()  # or the first shards' images would be encoded already
         return seconds / max(1, rows) * prompts / max(1, rows)
 
-    def process(self, handout: ShardAssignment) -> ShardResult:
+    def process(self, assignment: ShardAssignment) -> ShardResult:
         """Answer a shard and commit its part; may be called by several threads.
 
         Raises:
             ShardError: The shard cannot be read as planned, or its part could not be written now.
             UnwritableShard: Its part can never be written.
-            StorageRefused: No part can be.
-            EngineDead: The engine is lost; end this process.
+            StorageRefused: No part can be written.
+            EngineDead: The engine has failed; end this process.
         """
         if self._running.acquire(blocking=False):  # once: it is never released
-            threading.Thread(target=self._stream, daemon=True, name="gc2ray-engine").start()
-        shard = handout.shard
-        with self._page(shard) as page:
-            work = _Work(handout, page)
-            self._queue.put(work)
+            threading.Thread(target=self._run_engine, daemon=True, name="gc2ray-engine").start()
+        with self._page(assignment.shard) as page:
+            work = self._shards.submit(assignment, page)
             work.done.result()
         return self._commit(work)
 
@@ -216,52 +177,50 @@ class Worker:
         """The shard's page of the journal.
 
         Raises:
-            StorageRefused: There is no room for it, and would be none for the next shard's.
+            StorageRefused: There is no room for it, nor for the next shard's.
         """
         with contextlib.ExitStack() as stack:
             try:
                 page = stack.enter_context(self._journal.page(shard.sid, shard.rows))
             except OSError as error:
-                told = f"{type(error).__name__}: {first_line(error)}"
                 raise StorageRefused(
-                    f"the worker on {socket.gethostname()} cannot note rows in "
-                    f"{self.journal.parent}: {told}; make room there, or set TMPDIR where Ray's "
-                    "nodes are started"
+                    f"the worker on {socket.gethostname()} cannot write its journal in "
+                    f"{self.journal.parent}: {type(error).__name__}: {first_line(error)}; free "
+                    "space there, or set TMPDIR where Ray's nodes are started"
                 ) from error
             yield page
 
     def progress(self) -> Progress:
-        """What was done so far; cheap, and callable at any time."""
+        """What was done so far; cheap, and callable from any thread."""
         return replace(self._progress, ticks=peak_host_bytes() + _bytes_moved() + self._ticks)
 
     def _answer(self, requests: Iterator[Request]) -> None:
-        """Answer requests for nothing but the time it takes."""
+        """Answer requests and discard the answers."""
         for _ in self._loaded_engine().stream(requests):
             self._tick()
 
     def _check_model(self, digest: str) -> None:
-        """All workers of a run, and those that go on with it, must have the same model.
-
-        The first one says which.
+        """Check that every worker of a run has the same model; the first worker records it.
 
         Raises:
-            ConfigError: This is another one.
+            ConfigError: The model differs from the recorded one.
         """
         model = self._job.recipe.model
-        told = {"digest": digest, "path": model.path, "revision": model.revision}
-        data = (json.dumps(told, indent=2) + "\n").encode()
+        content = {"digest": digest, "path": model.path, "revision": model.revision}
+        data = (json.dumps(content, indent=2) + "\n").encode()
         if self._store.create(MODEL_NAME, data):
             return
         first = stored_digest(self._store)
         if first != digest:
             raise ConfigError(
-                f"recipe.model: {model.path} is another model than the run began with ({digest} "
-                f"here, {first} in {MODEL_NAME}); pin recipe.model.revision, or choose a new output"
+                f"recipe.model: {model.path} differs from the model that the run began with "
+                f"({digest} here, {first} in {MODEL_NAME}); pin recipe.model.revision, or choose a "
+                "new output"
             )
 
     def _tick(self) -> None:
-        """Something got on that neither answers nor bytes of this process tell of."""
-        with self._shards:
+        """Count progress that shows neither in answers nor in this process's bytes."""
+        with self._lock:
             self._ticks += 1
 
     def _load_engine(self, job: Job) -> Answering:
@@ -280,145 +239,27 @@ class Worker:
             raise EngineDead("the worker has no engine yet: call load first")
         return self._engine
 
-    def _stream(self) -> None:
+    def _run_engine(self) -> None:
         """The engine's thread: one stream for the life of the worker."""
         reason = "the engine stopped"
         try:
-            for answer in self._loaded_engine().stream(self._requests()):
-                self._take(answer)
-        except Exception as error:  # the thread's end: whoever waits for a shard is told
+            for answer in self._loaded_engine().stream(self._shards.requests()):
+                self._progress += Progress.from_answer(answer)  # on this thread only
+                self._shards.accept(answer)
+        except Exception as error:  # the thread ends: every waiting shard gets the error
             log.exception("the engine died")
             reason = f"{type(error).__name__}: {error}"
-        self._die(EngineDead(reason))
+        self._shards.close(EngineDead(reason))
 
-    def _die(self, error: EngineDead) -> None:
-        """Tell every shard, now and from here on, that there is no engine."""
-        with self._shards:
-            self._dead = error
-            for work in self._reading:
-                work.fail(error)
-            self._shards.notify_all()
-        while True:
-            self._queue.get().fail(error)
+    def _read(self, span: Span) -> Iterator[Request]:
+        return self._source.read(span, self._job.cluster.host_memory_bytes)
 
-    def _requests(self) -> Iterator[Request]:
-        """Requests of shard after shard; read on a thread of the engine's."""
-        while True:
-            work = self._queue.get()
-            with self._shards:
-                if self._dead is not None:
-                    work.fail(self._dead)
-                    return
-                work.page.open()
-                self._reading.append(work)
-            yield from self._shard_requests(work)
+    def _read_all(self, spans: Sequence[Span]) -> Iterator[Request]:
+        return chain.from_iterable(map(self._read, spans))
 
-    def _shard_requests(self, work: _Work) -> Iterator[Request]:
-        try:
-            groups = list(work.handout.suspect_groups())
-            yield from self._suspects(work, groups)
-            alone = {row for group in groups for row in group}
-            for row, request in self._numbered(work.handout):
-                if row not in alone:
-                    begun = self._begin(work, row, request)
-                    if begun is None:
-                        return
-                    yield begun
-        except ShardError as error:
-            with self._shards:
-                self._fail(work, error)
-            log.warning("%s", error, extra={"shard": work.sid})
-            return
-        self._metrics("read", work.sid)
-        with self._shards:
-            work.all_read = True
-            self._close_if_whole(work)
-
-    def _suspects(self, work: _Work, groups: Sequence[Sequence[int]]) -> Iterator[Request]:
-        """Rows that an earlier try died with: a group when the one before it is answered."""
-        group_of = {row: number for number, group in enumerate(groups) for row in group}
-        current = 0
-        for row, request in self._numbered(work.handout) if group_of else ():
-            number = group_of.get(row, current)
-            if number != current:
-                self._wait_until_idle(work)
-                current = number
-            begun = self._begin(work, row, request) if row in group_of else None
-            if begun is not None:
-                yield begun
-        self._wait_until_idle(work)
-
-    def _wait_until_idle(self, work: _Work) -> None:
-        with self._shards:
-            self._shards.wait_for(lambda: work.is_idle)
-
-    def _begin(self, work: _Work, row: int, request: Request) -> Request | None:
-        """Note that a request goes to the engine; None if its shard has failed meanwhile.
-
-        Those that are known to have no answer are not suspected of anything.
-        """
-        poison = work.handout.fault(row)
-        if poison is not None:
-            request = replace(request, images=(), prompts=(), fault=poison)
-        key = request.row_key
-        with self._shards:
-            if work.done.done():
-                return None
-            if key in work.expected:
-                raise ShardError(f"{key} was read twice")
-            work.expected.add(key)
-            if request.fault is None:
-                work.page.begin(row)
-            self._in_hand[key] = (work, row if request.fault is None else None)
-        return request
-
-    def _numbered(self, handout: ShardAssignment) -> Iterator[tuple[int, Request]]:
-        """The requests of a shard, with the place of each one's row in it."""
-        before = 0
-        for span in handout.shard.spans:
-            for request in self._rows([span]):
-                if not span.first <= request.row < span.stop:
-                    raise ShardError(f"{request.row_key} was read, but is not planned")
-                yield before + request.row - span.first, request
-            before += span.rows
-
-    def _rows(self, spans: Sequence[Span]) -> Iterator[Request]:
-        for span in spans:
-            yield from self._source.read(span, self._job.cluster.host_memory_bytes)
-
-    def _take(self, answer: Answer) -> None:
-        """Put an answer where it belongs; those of a shard that failed belong nowhere."""
-        key = answer.request.row_key
-        self._progress += Progress.from_answer(answer)  # by the engine's thread alone
-        with self._shards:
-            work, row = self._in_hand.pop(key, (None, None))
-            if work is None or work.done.done():
-                return
-            if row is not None:
-                work.page.end(row)
-            if answer.retry:
-                self._fail(work, ShardError(f"{key}: {answer.error}"))
-                return
-            work.answers[key] = answer
-            if work.is_idle:
-                self._close_if_whole(work)
-                self._shards.notify_all()
-
-    def _fail(self, work: _Work, error: ShardError) -> None:
-        if work in self._reading:
-            self._reading.remove(work)
-        work.fail(error)
-        self._shards.notify_all()
-
-    def _close_if_whole(self, work: _Work) -> None:
-        if work in self._reading and work.all_read and work.is_idle:
-            self._reading.remove(work)
-            self._metrics("answered", work.sid)
-            work.done.set_result(None)
-
-    def _commit(self, work: _Work) -> ShardResult:
-        """Every planned row, each of its prompts once, in order; then the part, whole or not."""
-        shard = work.handout.shard
+    def _commit(self, work: ShardWork) -> ShardResult:
+        """Check that every prompt of every planned row has one answer, and commit the part."""
+        shard = work.assignment.shard
         answers = in_order(shard, work.answers.values())
         footer = PartFooter(
             sid=shard.sid,
@@ -429,21 +270,22 @@ class Worker:
             stats=self._part_stats(answers),
             written=datetime.now(UTC),
         )
-        provenance = Provenance(work.handout.attempt, self._retry_round, self.uuid)
+        provenance = Provenance(work.assignment.attempt, self._retry_round, self.uuid)
         part = self._part(answers, provenance, footer)
-        self._metrics("written", shard.sid)
+        self._on_step("written", shard.sid)
         commit = self._committed(shard, part, footer.token)
-        self._metrics("committed", shard.sid)
-        told = {"shard": shard.sid, "attempt": work.handout.attempt, "commit": str(commit)}
-        log.info("%s: %d rows", shard.part_name, shard.rows, extra=told)
+        self._on_step("committed", shard.sid)
+        fields = {"shard": shard.sid, "attempt": work.assignment.attempt, "commit": str(commit)}
+        log.info("%s: %d rows", shard.part_name, shard.rows, extra=fields)
         return ShardResult(shard.sid, footer.stats, commit)
 
     def _part(self, answers: Sequence[Answer], provenance: Provenance, footer: PartFooter) -> bytes:
         try:
             return part_bytes(answers, self._carried, provenance, footer)
         except (pa.ArrowException, OverflowError) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise UnwritableShard(f"its answers do not fit into Parquet: {told}") from error
+            raise UnwritableShard(
+                f"its answers do not fit into Parquet: {type(error).__name__}: {error}"
+            ) from error
 
     def _committed(self, shard: Shard, part: bytes, token: str) -> Commit:
         try:
@@ -452,17 +294,17 @@ class Worker:
         except ConfigError as error:  # something else has the part's name
             raise UnwritableShard(str(error)) from error
         except STORAGE_ERRORS as error:
-            told = f"the part cannot be written: {error}"
+            message = f"the part cannot be written: {error}"
             if getattr(error, "errno", None) in _TOO_LARGE:
-                raise UnwritableShard(f"{told} ({len(part):,} bytes)") from error
-            raise ShardError(told) from error
+                raise UnwritableShard(f"{message} ({len(part):,} bytes)") from error
+            raise ShardError(message) from error
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """What the output's storage refuses for good, whatever is written.
+        """While an object is written to the output: tell a refusal from a passing failure.
 
         Raises:
-            StorageRefused: In place of that.
+            StorageRefused: The storage refuses writes for good, whatever is written.
         """
         try:
             yield
@@ -470,48 +312,50 @@ class Worker:
             if is_transient(error) or getattr(error, "errno", None) in _TOO_LARGE:
                 raise
             raise StorageRefused(
-                f"{self._store.uri} refused {name} to the worker on {socket.gethostname()}: "
+                f"{self._store.uri} refused {name} from the worker on {socket.gethostname()}: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
 
     def _part_stats(self, answers: Sequence[Answer]) -> RunStats:
-        """The rows', and what came up since the part before that belongs to no row."""
+        """Statistics of the answers, and of the engine since the part before this one."""
         totals = self._loaded_engine().totals()
-        with self._shards:
+        with self._lock:
             new, self._counted = totals.since(self._counted), totals
         own = replace(new, peak_host_bytes=peak_host_bytes())
         return stats_of(answers) + own
 
     def _keep_record(self) -> None:
-        """Rewrite `workers/<uuid>.json`: what this process costs, while it lives."""
+        """Rewrite the worker's record while the process lives."""
         while True:
             # A record that cannot be written now is written 30 s later; answers do not wait for it.
             with contextlib.suppress(*STORAGE_ERRORS):
-                self._store.replace(f"workers/{self.uuid}.json", self._record())
+                record = self._record()
+                self._store.replace(record.name, record.to_bytes())
             time.sleep(RECORD_SECONDS)
 
-    def _record(self) -> bytes:
-        shape = self._loaded_engine().model_shape
-        content = {
-            "uuid": self.uuid,
-            "node": socket.gethostname(),
-            "pid": os.getpid(),
-            "device": self._loaded_engine().device,
-            "model_digest": self._loaded_engine().model_digest,
-            "model_shape": shape and shape.to_dict(),
-            "gpus": self._job.cluster.gpus_per_worker,
-            "cpus": self._job.cluster.cpus_per_worker,
-            "started": self._started.isoformat(),
-            "loaded": self._loaded.isoformat() if self._loaded else None,
-            "last_seen": datetime.now(UTC).isoformat(),
-        }
-        return (json.dumps(content, indent=2) + "\n").encode()
+    def _record(self) -> WorkerRecord:
+        engine, cluster = self._loaded_engine(), self._job.cluster
+        shape = engine.model_shape
+        return WorkerRecord(
+            uuid=self.uuid,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            device=engine.device,
+            model_digest=engine.model_digest,
+            model_shape=None if shape is None else shape.to_dict(),
+            gpus=cluster.gpus_per_worker,
+            cpus=cluster.cpus_per_worker,
+            started=self._started,
+            loaded=self._loaded,
+            last_seen=datetime.now(UTC),
+        )
 
 
 def peak_host_bytes() -> int:
-    """Largest resident set of this process so far; 0 where there is no /proc to tell.
+    """Largest resident set of this process so far; 0 where there is no /proc.
 
-    Not `ru_maxrss`: that is inherited from the parent over fork and exec.
+    Neither psutil nor `ru_maxrss` has it: psutil knows the current size only, and `ru_maxrss` is
+    inherited from the parent over fork and exec.
     """
     path = Path("/proc/self/status")
     if not path.exists():
@@ -521,9 +365,9 @@ def peak_host_bytes() -> int:
 
 
 def _bytes_moved() -> int:
-    """Bytes that this process moved from and to disks; grows while weights are read or fetched."""
-    path = Path("/proc/self/io")
-    if not path.exists():
+    """Bytes that this process read and wrote on disks; grows while weights are read or fetched."""
+    process = psutil.Process()
+    if not hasattr(process, "io_counters"):  # macOS
         return 0
-    counters = dict(line.split(": ") for line in path.read_text(encoding="utf-8").splitlines())
-    return int(counters["read_bytes"]) + int(counters["write_bytes"])
+    counters = process.io_counters()
+    return counters.read_bytes + counters.write_bytes

@@ -178,7 +178,7 @@ def _load(_job: Job) -> EchoEngine:
 
 def chaotic_worker(job: Job, carried: pa.Schema, schedule: Schedule | None = None) -> Worker:
     """A worker whose process may be killed on schedule."""
-    return Worker(job, carried, load=_load, metrics=schedule.on_step if schedule else None)
+    return Worker(job, carried, load=_load, on_step=schedule.on_step if schedule else None)
 
 
 def _load_slow(_job: Job) -> EchoEngine:

@@ -156,7 +156,7 @@ def faulty_worker(
         carried,
         retry_round=retry_round,
         load=partial(_load_echo, fault, 0.002),
-        metrics=fault.on_step if fault else None,
+        on_step=fault.on_step if fault else None,
     )
 
 

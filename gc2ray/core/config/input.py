@@ -44,8 +44,8 @@ class PromptConfig(Frozen):
 
     Attributes:
         column: Column of texts, or of lists of texts: several prompts, with an answer to each.
-        template: Text with plain names of columns in braces, as `"{question} Be brief."`; nothing in
-            it is evaluated.
+        template: Text with plain names of columns in braces, as `"{question} Be brief."`; nothing
+            in it is evaluated.
         constant: The same text for every row.
     """
 
