@@ -266,7 +266,7 @@ class WorkerPool(Protocol):
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
         """Let it measure its speed; `Calibrated` follows."""
 
-    def submit(self, worker: int, handout: ShardAssignment) -> None:
+    def submit(self, worker: int, assignment: ShardAssignment) -> None:
         """Hand it a shard; `ShardFinished` or `CallFailed` follows."""
 
     def kill(self, worker: int, reason: str) -> None:
@@ -279,7 +279,7 @@ class WorkerPool(Protocol):
         """Events, waiting at most so long for the first."""
 
     def room(self) -> str:
-        """What a worker asks for and what the cluster has, for people."""
+        """The resources that a worker needs and that the cluster has, for people."""
 
     def now(self) -> float:
         """Seconds on the clock of the stall detector."""

@@ -1,8 +1,9 @@
 """Workers as Ray actors.
 
-Ray's own restarts and retries stay 0: the driver starts another worker and hands the shard out
-again. Of a worker that has ended the journal is read on its node, if that is still there; another
-starts meanwhile. An actor that finds no room waits for it, which Ray's autoscaler sees.
+Ray's own restarts and retries are off: the driver starts another worker and assigns the shard
+again. The journal of a worker that has ended is read on its node, if the node is still there;
+meanwhile another worker starts. An actor that finds no room waits for it, which Ray's autoscaler
+sees.
 
 Not covered: heterogeneous workers.
 """
@@ -12,13 +13,13 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]  # nothing public tells of leavers
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # no public API lists draining nodes
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,10 +36,11 @@ from gc2ray.runner.ray_session import MAX_MESSAGE, first_lines, gpus_per_worker
 from gc2ray.runner.worker import Worker
 
 PROGRESS_SECONDS = 2.0
+"""Between two reports of a worker's progress."""
 JOURNAL_SECONDS = 30.0
-"""Time to read the journal of a worker that has ended; after that its node is taken for lost."""
-LEAVING_SECONDS = 2.0
-"""Between two looks at which nodes are about to go."""
+"""Time to read the journal of a worker that has ended; then its node is considered lost."""
+DRAINING_SECONDS = 2.0
+"""Between two checks for draining nodes."""
 CONCURRENT_CALLS = 4
 """Two shards, one progress call, and one load or calibration."""
 
@@ -56,25 +58,25 @@ class RayPool:
     Args:
         cluster: Resources of a worker.
         make_worker: Called in the actor's process with `arguments`.
-        arguments: Of `make_worker`; they travel to the actor.
+        arguments: Arguments of `make_worker`, sent to the actor.
     """
 
     def __init__(
         self, cluster: Cluster, make_worker: type[Worker] | MakeWorker, arguments: Sequence[object]
     ) -> None:
-        self._cluster = cluster
+        self.cluster = cluster
         self._gpus = gpus_per_worker(cluster)
         self._make_worker = make_worker
         self._arguments = arguments
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, str, Shard | None]] = {}
-        self._asked: dict[int, float] = {}
+        self._last_progress: dict[int, float] = {}  # when each worker last reported
         self._places: dict[int, _Placement] = {}
-        self._ended: list[messages.Event] = []
-        self._buried: dict[int, _ExitedWorker] = {}
-        self._lost_before: dict[int, int] = {}  # nodes that were lost when a worker was started
+        self._exit_events: list[messages.Event] = []
+        self._exited: dict[int, _ExitedWorker] = {}  # whose journals are being read
+        self._lost_before: dict[int, int] = {}  # nodes lost before a worker was started
         self._gcs: Any = None
-        self._looked = 0.0
+        self._draining_checked = 0.0
         self._started = 0
 
     def default_workers(self) -> int:
@@ -86,7 +88,7 @@ class RayPool:
         actor: Any = ray.remote(_Actor)  # Ray's remote defeats the type checker
         self._started += 1
         handle = actor.options(
-            num_cpus=self._cluster.cpus_per_worker,
+            num_cpus=self.cluster.cpus_per_worker,
             num_gpus=self._gpus,
             max_restarts=0,
             max_task_retries=0,
@@ -104,12 +106,12 @@ class RayPool:
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
         self._call(worker, "calibrate", self._actors[worker].calibrate.remote(tuple(spans)))
 
-    def submit(self, worker: int, handout: ShardAssignment) -> None:
-        reference = self._actors[worker].process.remote(handout)
-        self._call(worker, "shard", reference, handout.shard)
+    def submit(self, worker: int, assignment: ShardAssignment) -> None:
+        reference = self._actors[worker].process.remote(assignment)
+        self._call(worker, "shard", reference, assignment.shard)
 
     def drop(self, worker: int) -> None:
-        self._asked.pop(worker, None)
+        self._last_progress.pop(worker, None)
         self._places.pop(worker, None)
         self._lost_before.pop(worker)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
@@ -119,14 +121,14 @@ class RayPool:
         place = self._places.get(worker)
         lost_before = self._lost_before[worker]
         self.drop(worker)
-        self._ended.append(messages.WorkerExited(worker))
+        self._exit_events.append(messages.WorkerExited(worker))
         wait = 0.0 if place is None else JOURNAL_SECONDS
-        self._buried[worker] = _ExitedWorker(reason, self.now(), wait, lost_before)
-        if place is None:  # it never was anywhere
+        self._exited[worker] = _ExitedWorker(reason, self.now(), wait, lost_before)
+        if place is None:  # it never had a process
             return
         read: Any = ray.remote(_read_journal)
-        there = NodeAffinitySchedulingStrategy(place.node, soft=False)
-        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+        on_its_node = NodeAffinitySchedulingStrategy(place.node, soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": on_its_node}
         self._call(worker, "journal", read.options(**options).remote(place.journal))
 
     def close(self) -> None:
@@ -135,16 +137,17 @@ class RayPool:
             self.drop(worker)
 
     def poll(self, seconds: float) -> list[messages.Event]:
-        self._ask_progress()
-        told = [*self._leaving(), *self._overdue_burials()]
-        told += self._returned(0 if told or self._ended else seconds)
-        ended, self._ended = self._ended, []  # at once: nothing may be handed to who is gone
-        return [*told, *ended]
+        self._request_progress()
+        events = [*self._draining(), *self._unread_journals()]
+        events += self._returned(0 if events or self._exit_events else seconds)
+        # At once, or the driver would assign shards to workers that are gone.
+        exits, self._exit_events = self._exit_events, []
+        return [*events, *exits]
 
     def room(self) -> str:
-        asked = {"CPU": self._cluster.cpus_per_worker, "GPU": self._gpus}
+        request = {"CPU": self.cluster.cpus_per_worker, "GPU": self._gpus}
         return (
-            f"a worker asks for {_amounts(asked)}; the cluster has "
+            f"a worker needs {_amounts(request)}; the cluster has "
             f"{_amounts(ray.cluster_resources())}, free {_amounts(ray.available_resources())}"
         )
 
@@ -155,7 +158,7 @@ class RayPool:
         self._calls[reference] = (worker, kind, shard)
 
     def _returned(self, seconds: float) -> list[messages.Event]:
-        """What the calls that have ended tell; the first of them is waited for."""
+        """Events of the calls that have returned; waits for the first call."""
         references = list(self._calls)
         if not references:
             time.sleep(seconds)
@@ -165,50 +168,53 @@ class RayPool:
         events = [self._event(reference) for reference in ready]
         return [event for event in events if event is not None]
 
-    def _ask_progress(self) -> None:
-        for worker, asked in list(self._asked.items()):
-            if time.monotonic() - asked >= PROGRESS_SECONDS:
-                self._asked.pop(worker)
+    def _request_progress(self) -> None:
+        for worker, reported in list(self._last_progress.items()):
+            if time.monotonic() - reported >= PROGRESS_SECONDS:
+                self._last_progress.pop(worker)
                 self._call(worker, "progress", self._actors[worker].progress.remote())
 
-    def _leaving(self) -> list[messages.Event]:
-        """Workers on nodes that Ray is about to take away: each is told once."""
-        if time.monotonic() - self._looked < LEAVING_SECONDS:
+    def _draining(self) -> list[messages.Event]:
+        """One event for each worker whose node Ray is about to take away."""
+        if time.monotonic() - self._draining_checked < DRAINING_SECONDS:
             return []
-        self._looked = time.monotonic()
+        self._draining_checked = time.monotonic()
+        nodes = self._draining_nodes()
+        places = self._places.items()
+        workers = [w for w, place in places if place.node in nodes and not place.is_draining]
+        for worker in workers:
+            self._places[worker].is_draining = True
+        return [messages.WorkerDraining(worker) for worker in workers]
+
+    def _draining_nodes(self) -> set[str]:
         if self._gcs is None:
             self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
-        nodes = {node.hex() if isinstance(node, bytes) else node for node in self._draining()}
-        told = [w for w, place in self._places.items() if place.node in nodes and not place.leaves]
-        for worker in told:
-            self._places[worker].leaves = True
-        return [messages.WorkerDraining(worker) for worker in told]
-
-    def _draining(self) -> Iterable[bytes | str]:
         try:
-            return list(self._gcs.get_draining_nodes(timeout=1))
+            nodes = list(self._gcs.get_draining_nodes(timeout=1))
         except RayError as error:  # then a node goes without notice, and its shards are redone
-            log.warning("cannot ask Ray which nodes are about to go: %s", first_lines(error))
-            return ()
+            log.warning("cannot get the list of draining nodes from Ray: %s", first_lines(error))
+            return set()
+        return {node.hex() if isinstance(node, bytes) else node for node in nodes}
 
-    def _overdue_burials(self) -> list[messages.Event]:
-        overdue = [w for w, burial in self._buried.items() if burial.is_overdue(self.now())]
+    def _unread_journals(self) -> list[messages.Event]:
+        """Deaths of workers whose journals could not be read in time."""
+        overdue = [w for w, exited in self._exited.items() if exited.is_overdue(self.now())]
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] not in overdue}
-        return [self._buried.pop(worker).died(worker, {}) for worker in overdue]
+        return [self._exited.pop(worker).died(worker, {}) for worker in overdue]
 
     def _event(self, reference: Any) -> messages.Event | None:
         call = self._calls.pop(reference, None)
         if call is None:
-            return None  # of a worker that this very poll found dead
+            return None  # the worker was killed during this poll
         worker, kind, shard = call
         if kind == "journal":
-            return self._buried.pop(worker).died(worker, _journal(reference))
+            return self._exited.pop(worker).died(worker, _journal(reference))
         try:
             value = ray.get(reference)
         except RayTaskError as error:
             cause = error.cause
-            if not isinstance(cause, Exception):  # one that could not travel
-                cause = RuntimeError(_point(str(error)))
+            if not isinstance(cause, Exception):  # it could not be pickled
+                cause = RuntimeError(_exception_of(str(error)))
             return self._failure(worker, shard, cause)
         except RayActorError as error:
             self.kill(worker, f"the worker process ended: {_cause(error)}")
@@ -220,7 +226,7 @@ class RayPool:
 
     def _success(self, worker: int, kind: str, shard: Shard | None, value: Any) -> messages.Event:
         if kind in ("place", "progress"):
-            self._asked[worker] = time.monotonic()
+            self._last_progress[worker] = time.monotonic()
         if kind == "place":
             self._places[worker] = _Placement(*value)
             return messages.WorkerPlaced(worker)
@@ -241,11 +247,11 @@ class RayPool:
 
 @dataclass
 class _Placement:
-    """Where a worker is: node, journal on that node; whether the node is known to go."""
+    """Where a worker is: its node, its journal on that node, and whether the node is draining."""
 
     node: str
     journal: str
-    leaves: bool = False
+    is_draining: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,10 +259,10 @@ class _ExitedWorker:
     """A worker that has ended.
 
     Attributes:
-        reason: Why.
-        ended: When.
-        wait_seconds: How long its journal is waited for.
-        lost_before: Nodes that had been lost when it was started.
+        reason: Why it ended.
+        ended: When it ended.
+        wait_seconds: Time to read its journal.
+        lost_before: Nodes that the cluster had lost before the worker was started.
     """
 
     reason: str
@@ -273,22 +279,22 @@ class _ExitedWorker:
 
 
 def _read_journal(prefix: str) -> InHand:
-    """On the node of a worker that has ended."""
+    """Read a journal; runs on the node of the worker that has ended."""
     return taken_over(Path(prefix))
 
 
 def _journal(reference: Any) -> InHand:
-    """What a worker had in hand; nothing is known if its node is gone."""
+    """The rows that a worker had in hand; none if its node is gone."""
     try:
         in_hand: InHand = ray.get(reference)
     except RayError as error:
-        log.warning("its journal cannot be read: %s", first_lines(error))
+        log.warning("cannot read the journal of a worker that has ended: %s", first_lines(error))
         return {}
     return in_hand
 
 
 class _Actor:
-    """A worker in its own process, its logs and metrics; `Worker` itself stays free of Ray."""
+    """A worker in its own process, with logs and metrics; `Worker` itself does not use Ray."""
 
     def __init__(self, make_worker: MakeWorker, arguments: tuple[Any, ...]) -> None:
         self._worker = make_worker(*arguments)
@@ -305,11 +311,11 @@ class _Actor:
     def calibrate(self, spans: Sequence[Span]) -> float:
         return self._worker.calibrate(spans)
 
-    def process(self, handout: ShardAssignment) -> ShardResult:
-        done = self._worker.process(handout)
-        if done.commit == Commit.WON:
-            self._metrics.count(done.stats)
-        return done
+    def process(self, assignment: ShardAssignment) -> ShardResult:
+        result = self._worker.process(assignment)
+        if result.commit == Commit.WON:
+            self._metrics.count(result.stats)
+        return result
 
     def progress(self) -> Progress:
         return self._worker.progress()
@@ -325,17 +331,17 @@ def _lost_nodes() -> int:
 
 
 def _cause(error: RayActorError) -> str:
-    """Why an actor ended: what Ray says of it without the lines that say which it was."""
+    """Why an actor ended: Ray's message without the lines that identify the actor."""
     if _FRAME in str(error):
-        return _point(str(error))
+        return _exception_of(str(error))
     lines = [line.strip() for line in str(error).splitlines()]
-    said = [line for line in lines if line and not _DETAIL.match(line)]
-    return " ".join(said[1:] or said)[:300]
+    reasons = [line for line in lines if line and not _DETAIL.match(line)]
+    return " ".join(reasons[1:] or reasons)[:300]
 
 
-def _point(trace: str) -> str:
-    """What a traceback comes to: the exception below its last frame."""
+def _exception_of(trace: str) -> str:
+    """The exception at the end of a traceback, in one line."""
     _, _, end = trace.rpartition(_FRAME)
     lines = end.splitlines()
-    said = next((at for at, line in enumerate(lines[1:], 1) if line[:1].strip()), 0)
-    return " ".join(" ".join(lines[said:]).split())[-MAX_MESSAGE:]
+    start = next((number for number, line in enumerate(lines[1:], 1) if line[:1].strip()), 0)
+    return " ".join(" ".join(lines[start:]).split())[-MAX_MESSAGE:]

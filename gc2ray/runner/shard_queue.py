@@ -168,7 +168,7 @@ class ShardQueue:
                 return None
             index = int(self._wanted[place])
         self._waiting -= 1
-        return self._handout(self._shards[index])
+        return self._assignment(self._shards[index])
 
     def leave(self, worker: int) -> None:
         """A worker takes no more: what it would have taken is free."""
@@ -198,7 +198,7 @@ class ShardQueue:
         """Times that a shard was lost."""
         return self._trouble[shard.index].losses if shard.index in self._trouble else 0
 
-    def _handout(self, shard: Shard) -> ShardAssignment:
+    def _assignment(self, shard: Shard) -> ShardAssignment:
         trouble = self._trouble.get(shard.index)
         if trouble is None:
             return ShardAssignment(shard)

@@ -107,18 +107,18 @@ class Service:
         """How a try of a shard goes."""
         return "die" if attempt == 1 and self.dies[shard.index] else "done"
 
-    def of(self, handout: ShardAssignment) -> float:
+    def of(self, assignment: ShardAssignment) -> float:
         """What a try takes that ends well: suspects a moment more for each of their groups."""
-        groups = sum(1 for _ in handout.suspect_groups())
-        return float(self.seconds[handout.shard.index]) + GROUP_SECONDS * groups
+        groups = sum(1 for _ in assignment.suspect_groups())
+        return float(self.seconds[assignment.shard.index]) + GROUP_SECONDS * groups
 
-    def until_death(self, handout: ShardAssignment) -> float:
+    def until_death(self, assignment: ShardAssignment) -> float:
         """What a try takes that does not."""
-        return float(self.seconds[handout.shard.index]) / 2
+        return float(self.seconds[assignment.shard.index]) / 2
 
-    def in_hand(self, handout: ShardAssignment) -> tuple[int, ...]:
+    def in_hand(self, assignment: ShardAssignment) -> tuple[int, ...]:
         """Rows in the middle of the shard."""
-        first = handout.shard.rows // 2
+        first = assignment.shard.rows // 2
         return tuple(range(first, first + ROWS_IN_HAND))
 
 

@@ -398,7 +398,7 @@ def test_no_room_says_what_is_lacking(job_file: Path) -> None:
     data = json.loads(job_file.read_text())
     data["cluster"] |= {"cpus_per_worker": 1, "gpus_per_worker": 4, "place_seconds": 2}
     job_file.write_text(json.dumps(data))
-    lacking = "no room for a worker within 2 s: a worker asks for 1 CPU, 4 GPU"
+    lacking = "no room for a worker within 2 s: a worker needs 1 CPU, 4 GPU"
     with pytest.raises(GivenUp, match=lacking):
         run(job_file)
 

@@ -151,9 +151,9 @@ def test_a_slow_worker_is_not_stalled(tmp_path: Path) -> None:
     pool = SimulatedPool(seconds_per_row=90.0)
     original = pool.submit
 
-    def submit(worker, handout):
-        original(worker, handout)
-        shard = handout.shard
+    def submit(worker, assignment):
+        original(worker, assignment)
+        shard = assignment.shard
         base = pool._rows.get(worker, 0) - shard.rows
         start = pool._busy_until[worker] - shard.rows * 90.0
         for row in range(1, shard.rows):
@@ -255,9 +255,9 @@ def many_prompts() -> SimulatedPool:
     pool = SimulatedPool(seconds_per_row=1500.0)
     original = pool.submit
 
-    def submit(worker, handout):
-        original(worker, handout)
-        shard = handout.shard
+    def submit(worker, assignment):
+        original(worker, assignment)
+        shard = assignment.shard
         start = pool._busy_until[worker] - shard.rows * 1500.0
         for prompt in range(1, shard.rows * 50):
             progress = Progress(rows=prompt // 50, answers=prompt, bad_answers=prompt // 5)
@@ -344,13 +344,13 @@ def killing(row: int, goes: str = "die") -> SimulatedPool:
     """A shard's row that kills its worker until it is named; up to five rows are in hand."""
 
     def behave(worker, shard, attempt):
-        handout = pool.handouts[-1]
-        return goes if shard.index == 3 and row not in handout.poison else "done"
+        assignment = pool.assignments[-1]
+        return goes if shard.index == 3 and row not in assignment.poison else "done"
 
-    def in_hand(handout):
-        if handout.shard.index != 3:
+    def in_hand(assignment):
+        if assignment.shard.index != 3:
             return (0, 1)
-        return (row,) if row in handout.suspects else (row - 1, row, row + 1)
+        return (row,) if row in assignment.suspects else (row - 1, row, row + 1)
 
     pool = SimulatedPool(behave, in_hand=in_hand)
     return pool
@@ -368,9 +368,9 @@ def test_a_row_that_kills_is_named_and_the_shard_committed(
     harness.run(plan)
     assert Counter(harness.finished) == Counter(shard.sid for shard in plan.shards)
     assert harness.letters() == []
-    tries = [handout for handout in pool.handouts if handout.shard.index == 3]
-    assert [handout.suspects for handout in tries] == [(), (4, 5, 6), (5,), ()]
-    assert [dict(handout.poison) for handout in tries[:3]] == [{}, {}, {}]
+    tries = [assignment for assignment in pool.assignments if assignment.shard.index == 3]
+    assert [assignment.suspects for assignment in tries] == [(), (4, 5, 6), (5,), ()]
+    assert [dict(assignment.poison) for assignment in tries[:3]] == [{}, {}, {}]
     ((row, poison),) = tries[3].poison.items()
     assert (row, poison.status) == (5, status)
     assert poison.reason
@@ -381,9 +381,9 @@ def test_other_shards_are_not_suspected_for_long(tmp_path: Path) -> None:
     pool = killing(5)
     harness = Harness(tmp_path, pool, workers=1)
     harness.run(make_plan())
-    mates = Counter(h.shard.index for h in pool.handouts if h.shard.index != 3)
+    mates = Counter(h.shard.index for h in pool.assignments if h.shard.index != 3)
     assert max(mates.values()) == 2
-    (again,) = [h for h in pool.handouts if h.shard.index != 3 and h.attempt == 2]
+    (again,) = [h for h in pool.assignments if h.shard.index != 3 and h.attempt == 2]
     assert again.suspects == (0, 1)
 
 
@@ -391,11 +391,11 @@ def test_what_another_shard_had_in_hand_clears_a_row(tmp_path: Path) -> None:
     """Two workers die with row 3 alone of its shard, the first with rows of another shard, too."""
     pool = SimulatedPool(
         lambda w, shard, attempt: "die" if shard.index == 0 and attempt < 3 else "done",
-        in_hand=lambda handout: (3,) if handout.shard.index == 0 else (1, 2),
+        in_hand=lambda assignment: (3,) if assignment.shard.index == 0 else (1, 2),
     )
     Harness(tmp_path, pool, workers=1).run(make_plan())
-    tries = [handout for handout in pool.handouts if handout.shard.index == 0]
-    assert [(handout.attempt, dict(handout.poison)) for handout in tries] == [
+    tries = [assignment for assignment in pool.assignments if assignment.shard.index == 0]
+    assert [(assignment.attempt, dict(assignment.poison)) for assignment in tries] == [
         (1, {}),
         (2, {}),
         (3, {}),
@@ -525,7 +525,7 @@ def test_a_worker_that_has_ended_is_not_killed_again(tmp_path: Path) -> None:
 def test_an_idle_worker_that_has_ended_is_not_dropped(tmp_path: Path) -> None:
     """The second is idle when it ends; then the first is, too, and there is one too many."""
     seconds = (20.0, 5.0, 50.0)
-    pool = SimulatedPool(service_seconds=lambda handout: seconds[handout.shard.index])
+    pool = SimulatedPool(service_seconds=lambda assignment: seconds[assignment.shard.index])
     pool.at(10.0, WorkerExited(2))
     pool.at(100.0, WorkerDied(2, "the node is gone", ended=10.0))
     harness = Harness(tmp_path, pool, workers=3)
@@ -661,7 +661,7 @@ def test_a_storage_that_refuses_ends_the_run_at_once(
     left = f"; {200 - finished} shards are left to answer"
     assert str(ended.value).startswith(f"s3://out refused data/part{left}")
     assert "run the same command again" in str(ended.value)
-    answered = [handout.shard.index for handout in pool.handouts]
+    answered = [assignment.shard.index for assignment in pool.assignments]
     assert len(answered) == len({*answered}) == 8, "what two workers had at most"
     assert len(harness.finished) == finished
     assert harness.letters() == []
@@ -671,7 +671,7 @@ def test_a_last_shard_that_is_refused_is_told_too(tmp_path: Path) -> None:
     pool = SimulatedPool(lambda w, shard, attempt: "refuse")
     with pytest.raises(GivenUp, match=r"refused data/part; 1 shards are left to answer\. "):
         Harness(tmp_path, pool, workers=1).run(make_plan(rows=10))
-    assert len(pool.handouts) == 1
+    assert len(pool.assignments) == 1
 
 
 def test_a_model_that_cannot_be_noted_is_loaded_once(tmp_path: Path) -> None:
@@ -701,7 +701,7 @@ def test_a_dead_letter_that_is_refused_ends_the_run(
         harness.run(make_plan(rows=2000))
     assert "shard 0 is given up (OSError: no such file), and " in str(ended.value)
     assert "refused its dead letter: PermissionError: [Errno 13] ExpiredToken; " in str(ended.value)
-    assert len(pool.handouts) <= 3
+    assert len(pool.assignments) <= 3
 
 
 def test_a_part_that_can_never_be_written_is_answered_once(tmp_path: Path) -> None:
@@ -709,15 +709,15 @@ def test_a_part_that_can_never_be_written_is_answered_once(tmp_path: Path) -> No
     unwritable = UnwritableShard("its answers do not fit into Parquet: column 'emb'")
     submit = pool.submit
 
-    def fails(worker: int, handout: ShardAssignment) -> None:
-        submit(worker, handout)
-        if handout.shard.index == 1:
-            pool.at(30.0, CallFailed(worker, handout.shard, unwritable))
+    def fails(worker: int, assignment: ShardAssignment) -> None:
+        submit(worker, assignment)
+        if assignment.shard.index == 1:
+            pool.at(30.0, CallFailed(worker, assignment.shard, unwritable))
 
     pool.submit = fails
     harness = Harness(tmp_path, pool, tries=3)
     harness.run(make_plan(rows=50))
-    assert [handout.attempt for handout in pool.handouts] == [1] * 5
+    assert [assignment.attempt for assignment in pool.assignments] == [1] * 5
     (letter,) = harness.letters()
     assert letter["reason"] == f"UnwritableShard: {unwritable}"
     assert len(harness.finished) == 4

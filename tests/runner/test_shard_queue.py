@@ -32,9 +32,9 @@ def make_queue(
 
 
 def take(queue: ShardQueue, worker: int, *, alone: bool = True) -> ShardAssignment:
-    handout = queue.take(worker, alone=alone)
-    assert handout is not None
-    return handout
+    assignment = queue.take(worker, alone=alone)
+    assert assignment is not None
+    return assignment
 
 
 def drained(queue: ShardQueue, workers: list[int]) -> dict[int, list[int]]:
@@ -42,9 +42,9 @@ def drained(queue: ShardQueue, workers: list[int]) -> dict[int, list[int]]:
     taken: dict[int, list[int]] = {worker: [] for worker in workers}
     while len(queue):
         for worker in workers:
-            handout = queue.take(worker, alone=False)
-            if handout is not None:
-                taken[worker].append(handout.shard.index)
+            assignment = queue.take(worker, alone=False)
+            if assignment is not None:
+                taken[worker].append(assignment.shard.index)
     return taken
 
 
@@ -145,10 +145,10 @@ def die(
 
 
 def peek(queue: ShardQueue) -> ShardAssignment:
-    handout = take(queue, 1)
-    queue._again.appendleft(handout.shard.index)
+    assignment = take(queue, 1)
+    queue._again.appendleft(assignment.shard.index)
     queue._waiting += 1
-    return handout
+    return assignment
 
 
 @pytest.mark.parametrize("status", [Status.KILLED_WORKER, Status.TIMEOUT])
@@ -181,10 +181,10 @@ def test_many_suspects_are_narrowed_by_groups_first() -> None:
 
 def test_few_suspects_are_answered_alone() -> None:
     shard = make_shards([100], 100)[0]
-    handout = ShardAssignment(
+    assignment = ShardAssignment(
         shard, 2, tuple(range(GROUPED_FROM)), {5: PoisonRow(Status.TIMEOUT, "x")}
     )
-    assert [*handout.suspect_groups()] == [(row,) for row in range(GROUPED_FROM) if row != 5]
+    assert [*assignment.suspect_groups()] == [(row,) for row in range(GROUPED_FROM) if row != 5]
 
 
 def test_searches_that_find_nothing_cost_a_try_together() -> None:
@@ -247,23 +247,23 @@ def test_every_way_ends(data: st.DataObject, tries: int, poison_rows: int) -> No
     queue = make_queue([rows], rows, limits=Limits(tries, poison_rows))
     reason, searches, suspects = None, 0, frozenset(range(rows))
     while reason is None:
-        handout = take(queue, 1)
-        groups = list(handout.suspect_groups())
+        assignment = take(queue, 1)
+        groups = list(assignment.suspect_groups())
         anywhere = st.sets(st.integers(0, rows - 1), max_size=rows)
         in_hand = data.draw(st.one_of(anywhere, st.sampled_from(groups or [()])))
         searches += not {*in_hand} < suspects
-        suspects = frozenset(handout.suspects)
+        suspects = frozenset(assignment.suspects)
         assert searches <= 1 + tries * SEARCHES_A_TRY + 3 * (poison_rows + 1)
         stall, shared = data.draw(st.booleans()), data.draw(st.booleans())
         loss = Loss("died", tuple(sorted(in_hand)), is_stall=stall, is_shared=shared)
-        reason = queue.lost(handout.shard, loss)
+        reason = queue.lost(assignment.shard, loss)
     assert len(queue) == 0
 
 
-def steps_of(handout: ShardAssignment, rows: int, window: int) -> list[tuple[int, ...]]:
+def steps_of(assignment: ShardAssignment, rows: int, window: int) -> list[tuple[int, ...]]:
     """What a worker has in hand while it answers: the suspects, group by group, then the others."""
-    groups = list(handout.suspect_groups())
-    alone = {row for group in groups for row in group} | {*handout.poison}
+    groups = list(assignment.suspect_groups())
+    alone = {row for group in groups for row in group} | {*assignment.poison}
     others = [row for row in range(rows) if row not in alone]
     return [*groups, *(tuple(others[at : at + window]) for at in range(len(others)))]
 
@@ -277,11 +277,11 @@ def test_an_innocent_row_is_named_only_if_two_workers_are_killed_with_it_alone(
     queue = make_queue([rows], rows, limits=Limits(9, 9))
     alone: dict[int, int] = {}
     for _ in range(data.draw(st.integers(1, 12))):
-        handout = take(queue, 1)
-        in_hand = data.draw(st.sampled_from(steps_of(handout, rows, window) or [()]))
+        assignment = take(queue, 1)
+        in_hand = data.draw(st.sampled_from(steps_of(assignment, rows, window) or [()]))
         if len(in_hand) == 1:
             alone[in_hand[0]] = alone.get(in_hand[0], 0) + 1
-        if queue.lost(handout.shard, Loss("killed", tuple(sorted(in_hand)))) is not None:
+        if queue.lost(assignment.shard, Loss("killed", tuple(sorted(in_hand)))) is not None:
             return
         assert {*peek(queue).poison} == {row for row, deaths in alone.items() if deaths > 1}
 
@@ -293,14 +293,14 @@ def test_an_unlucky_shard_outlives_many_kills() -> None:
     queue = make_queue([rows] * shards, rows, limits=Limits(3, 8))
     kills, most = 0, 0
     while len(queue):
-        handout = take(queue, 1)
+        assignment = take(queue, 1)
         if draw.random() < 0.4:
-            in_hand = draw.choice(steps_of(handout, rows, window=64))
-            kills, most = kills + 1, max(most, handout.attempt)
-            assert queue.lost(handout.shard, Loss("killed", in_hand)) is None
-            assert dict(queue._trouble[handout.shard.index].poison) == {}
+            in_hand = draw.choice(steps_of(assignment, rows, window=64))
+            kills, most = kills + 1, max(most, assignment.attempt)
+            assert queue.lost(assignment.shard, Loss("killed", in_hand)) is None
+            assert dict(queue._trouble[assignment.shard.index].poison) == {}
         else:
-            queue.done(handout.shard)
+            queue.done(assignment.shard)
     assert kills > 200
     assert most >= 6, "some shard was unlucky"
 
@@ -311,13 +311,13 @@ def test_a_killing_row_is_found_wherever_it_is() -> None:
         queue = make_queue([300], 300)
         deaths = 0
         while True:
-            handout = take(queue, 1)
-            if killer in handout.poison:
+            assignment = take(queue, 1)
+            if killer in assignment.poison:
                 break
             deaths += 1
-            groups = list(handout.suspect_groups())
+            groups = list(assignment.suspect_groups())
             group = next((group for group in groups if killer in group), None)
             window = tuple(range(max(0, killer - 50), min(300, killer + 50)))
-            assert queue.lost(handout.shard, Loss("died", group or window)) is None
+            assert queue.lost(assignment.shard, Loss("died", group or window)) is None
         assert deaths == 4
-        assert list(handout.poison) == [killer]
+        assert list(assignment.poison) == [killer]

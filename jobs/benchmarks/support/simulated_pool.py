@@ -38,7 +38,7 @@ STEP_SECONDS = 1.0
 """Placing, loading and calibrating, unless told otherwise."""
 FAULT_SECONDS = 0.5
 """Into a shard until what goes wrong does."""
-BURIAL_SECONDS = 0.1
+EXIT_SECONDS = 0.1
 
 
 def done(shard: Shard, commit: Commit = Commit.WON) -> ShardResult:
@@ -54,14 +54,14 @@ class SimulatedPool:
         behave: Given worker, shard and attempt, says how it goes: `done`, `die`, `hang`, `fail`,
             `refuse`, or `leave`, which is done too.
         in_hand: Rows of a shard that a worker has in hand when it ends; none where nobody can tell.
-        service_seconds: Of a handout; None is `seconds_per_row` for each of its rows.
+        service_seconds: Of a assignment; None is `seconds_per_row` for each of its rows.
         death_seconds: Into a shard, when it dies.
         seconds_per_row: Of answering.
         load_seconds: Of loading, where it goes well.
         placed: Workers that find room.
         load_goes: How loading goes: `done`, `die`, `hang`, `slow`.
         bad: Every row fails.
-        remembers: Whether `submitted` and `handouts` are kept.
+        remembers: Whether `submitted` and `assignments` are kept.
     """
 
     behave: Callable[[int, Shard, int], str] = lambda *_: "done"
@@ -80,7 +80,7 @@ class SimulatedPool:
     dropped: list[int] = field(default_factory=list)
     calibrated: list[int] = field(default_factory=list)
     submitted: list[tuple[int, Shard, int]] = field(default_factory=list)
-    handouts: list[ShardAssignment] = field(default_factory=list)
+    assignments: list[ShardAssignment] = field(default_factory=list)
     most_in_flight: int = 0
     on_done: Callable[[Shard], None] = lambda *_: None
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
@@ -118,19 +118,19 @@ class SimulatedPool:
         self.calibrated.append(worker)
         self.at(STEP_SECONDS, Calibrated(worker, self.seconds_per_row))
 
-    def submit(self, worker: int, handout: ShardAssignment) -> None:
+    def submit(self, worker: int, assignment: ShardAssignment) -> None:
         self._check_alive(worker)
-        shard = handout.shard
+        shard = assignment.shard
         if self.remembers:
-            self.submitted.append((worker, shard, handout.attempt))
-            self.handouts.append(handout)
+            self.submitted.append((worker, shard, assignment.attempt))
+            self.assignments.append(assignment)
         flying = self._flying.setdefault(worker, {})
-        flying[shard.sid] = handout
+        flying[shard.sid] = assignment
         self.most_in_flight = max(self.most_in_flight, len(flying))
         start = max(self.time, self._busy_until.get(worker, 0.0)) - self.time
-        took = self.service_seconds(handout) if self.service_seconds else None
+        took = self.service_seconds(assignment) if self.service_seconds else None
         end = start + (shard.rows * self.seconds_per_row if took is None else took)
-        goes = self.behave(worker, shard, handout.attempt)
+        goes = self.behave(worker, shard, assignment.attempt)
         if goes in ("done", "leave"):
             if goes == "leave":
                 self.at(start + FAULT_SECONDS, WorkerDraining(worker))
@@ -138,7 +138,7 @@ class SimulatedPool:
             self.at(end, Progressed(worker, self._progress(worker, shard)))
             self.at(end, ShardFinished(worker, shard, done(shard)))
         elif goes == "die":
-            self.at(start + self.death_seconds(handout), WorkerDied(worker, "the process ended"))
+            self.at(start + self.death_seconds(assignment), WorkerDied(worker, "the process ended"))
         elif goes == "fail":
             self.at(start + FAULT_SECONDS, CallFailed(worker, shard, OSError("no such file")))
         elif goes == "refuse":  # when all is answered
@@ -148,7 +148,7 @@ class SimulatedPool:
         self._check_alive(worker)
         self.killed.append(worker)
         self._gone.add(worker)
-        self.at(BURIAL_SECONDS, self._died(WorkerDied(worker, reason)))
+        self.at(EXIT_SECONDS, self._died(WorkerDied(worker, reason)))
 
     def drop(self, worker: int) -> None:
         self._check_alive(worker)
@@ -170,7 +170,7 @@ class SimulatedPool:
         return events
 
     def room(self) -> str:
-        return "a worker asks for 1 GPU; the cluster has 0 GPU"
+        return "a worker needs 1 GPU; the cluster has 0 GPU"
 
     def now(self) -> float:
         return self.time
@@ -209,7 +209,7 @@ class SimulatedPool:
 
     def _died(self, event: WorkerDied) -> WorkerDied:
         flying = self._flying.get(event.worker, {})
-        rows = {sid: self.in_hand(handout) for sid, handout in flying.items()}
+        rows = {sid: self.in_hand(assignment) for sid, assignment in flying.items()}
         return replace(event, in_hand={sid: found for sid, found in rows.items() if found})
 
     def _forget(self, worker: int) -> None:
