@@ -44,7 +44,7 @@ BORDERS: dict[str, set[str]] = {
     "filelock": {"models/checkpoint"},
     "fsspec": {"data", "models/checkpoint"},
     "psutil": {"engine/device.py", "output/heartbeats.py", "runner"},
-    "pyarrow": {"core/schema.py", "data", "output", "runner/worker.py", "report/show.py", "demo"},
+    "pyarrow": {"core/schema.py", "data", "output", "runner", "report/show.py", "demo"},
     "PIL": {"data", "models", "demo"},
     "pydantic": {"core/config", "estimate/hardware.py"},
     "yaml": {"core/config", "report"},

@@ -1,8 +1,10 @@
-"""`run_job`: one run of a job, from wherever an earlier one left it to its end.
+"""`run_job`: runs a job to its end, from wherever an earlier run left it.
 
-Everything that can be refused is refused before Ray is joined. Signals are minded while shards are
-out: the first lets them end, the second does not wait. However little a run did, its end is judged
-by all that is in its output: a rerun says the same.
+A run has three steps: open the output and find what an earlier run left there, freeze the plan, and
+answer. Everything that can be refused is refused before Ray is joined. While shards are answered,
+the first signal to stop lets those in flight end, and the second ends the run at once. The outcome
+is judged by everything in the output, however little this run added, so that a rerun has the same
+outcome.
 
 Not covered: what a person sees of it (`gc2ray.report.terminal`).
 """
@@ -14,8 +16,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+
+import pyarrow as pa
 
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError
@@ -29,6 +33,7 @@ from gc2ray.output.kept_columns import as_written
 from gc2ray.output.plan import PLAN_NAME, Plan
 from gc2ray.output.planner import (
     CALIBRATION_ROWS,
+    Committed,
     Judged,
     Outcome,
     committed_parts,
@@ -48,75 +53,77 @@ from gc2ray.runner.worker import Worker
 
 log = logging.getLogger(__name__)
 
+MakeWorker = Callable[..., Worker]
+"""Makes a worker, in its own process, from the job and the schema of the kept columns."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A job's output as an earlier run left it.
+
+    Attributes:
+        job: The job.
+        store: The output's store.
+        source: The job's input.
+        plan: The frozen plan; None for a new output.
+        committed: What is committed of the plan; None for a new output.
+    """
+
+    job: Job
+    store: Store
+    source: Source
+    plan: Plan | None
+    committed: Committed | None
+
 
 def run_job(
     job: Job,
     *,
     address: str | None = None,
     display: Display | None = None,
-    make_worker: Callable[..., Worker] = Worker,
+    make_worker: MakeWorker = Worker,
     extend: bool = False,
-    tell_new: bool = True,
+    warn_of_new_files: bool = True,
 ) -> Outcome:
     """Run a job to its end, from wherever an earlier run left it.
 
     Args:
-        job: What, how and where.
-        address: Of a Ray cluster; None: `RAY_ADDRESS`, or a local Ray.
-        display: Shown the state about once a second.
-        make_worker: Makes the workers, in their processes, from the job and the carried schema.
-        extend: Plan input files that are new since the run began, too.
-        tell_new: Say whether there are any, if they are not planned.
+        job: The job.
+        address: Of a Ray cluster; None means `RAY_ADDRESS`, or else a local Ray.
+        display: Called with the state about once a second.
+        make_worker: Makes the workers.
+        extend: Add input files that are new since the run began to the plan.
+        warn_of_new_files: Log how many such files there are, where they are not added.
 
     Raises:
         ConfigError: The configuration cannot be used, or the output belongs to another one.
         GivenUp: The run stopped before its end.
         Interrupted: A signal stopped it.
     """
-    job = job.located()
-    store = Store(job.output)
-    store.check_usable(writing=False)
-    source = Source(job.recipe.input)
-    plan = stored_plan(store, job)
-    if plan is None or extend:
-        _check_apart(source, job.output)
-    if plan is not None and extend:
-        files, found = source.scan()
-        files = source.apart(files, {planned for planned, _ in plan.shards.files})
-        plan = extend_plan(store, job, plan, files, as_written(found))
-    elif plan is not None and tell_new:
-        _tell_new(job, plan)
-    committed = committed_parts(store, plan) if plan else None
-    if plan is not None and committed is not None and committed.whole:
-        return _judged(outcome(store, plan, committed), job)
-    check_model(job.recipe.model, job.recipe.generation.taken_over())
-    store.check_usable(writing=True)
-    warn_of_others(store)
-    files, found = ([], plan.carried) if plan else source.scan()
-    carried = plan.carried if plan else as_written(found)
-    with ray_session.connected(address):
-        # Workers write down what they cost, so they are told the share that they really get.
-        share = {"gpus_per_worker": ray_session.gpus_per_worker(job.cluster)}
-        job = job.model_copy(update={"cluster": job.cluster.model_copy(update=share)})
-        pool = RayPool(job.cluster, make_worker, (job, carried))
-        try:
-            with stopping() as stop:
-                driver = Driver(job.cluster, store, pool, display or (lambda _: None), stop)
-                with Heartbeat(store, driver.usage):
-                    if plan is None:
-                        rows = _shard_rows(job, files, driver)
-                        plan = store_plan(store, job, Plan.cut(job.recipe, files, rows, carried))
-                    if committed is None:  # another driver may have been faster
-                        committed = committed_parts(store, plan)
-                    driver.run(plan, committed)
-        finally:
-            pool.close()
+    output = _open_output(job.located(), extend=extend, warn_of_new_files=warn_of_new_files)
+    if output.plan is not None and output.committed is not None and output.committed.whole:
+        return _final_outcome(output, output.plan, output.committed)
+    files, carried = _check_before_answering(output)
+    with (
+        ray_session.connected(address),
+        _workers(output.job, carried, make_worker) as pool,
+        stopping() as stop,
+    ):
+        driver = Driver(pool.cluster, output.store, pool, display or (lambda _: None), stop)
+        with Heartbeat(output.store, driver.usage):
+            plan = output.plan or _freeze_plan(output, files, carried, driver)
+            # Another driver may have been faster, and have committed parts of a new plan.
+            committed = output.committed or committed_parts(output.store, plan)
+            driver.run(plan, committed)
     if driver.lost_races:
-        log.warning("%d parts were there already: is another driver at work?", driver.lost_races)
-    store.sweep()
-    now = stored_plan(store, job) or plan  # somebody may have extended it meanwhile
-    known = committed if len(now.shards) == len(plan.shards) else None
-    return _judged(outcome(store, now, committed_parts(store, now, known)), job)
+        log.warning(
+            "%d parts had been committed already: is another driver at work?", driver.lost_races
+        )
+    output.store.sweep()
+    newest = stored_plan(output.store, output.job) or plan  # another driver may have extended it
+    is_same = len(newest.shards) == len(plan.shards)
+    committed = committed_parts(output.store, newest, committed if is_same else None)
+    return _final_outcome(output, newest, committed)
 
 
 def run_retry(
@@ -125,57 +132,48 @@ def run_retry(
     *,
     address: str | None = None,
     display: Display | None = None,
-    make_worker: Callable[..., Worker] = Worker,
+    make_worker: MakeWorker = Worker,
 ) -> Outcome:
-    """Answer anew what a retry names, as a run of its own; nothing else is touched.
+    """Answer the rows of a retry again, as a run of its own; no earlier answer is changed.
 
     Args:
-        retry: What to answer; its plan is frozen first.
-        cluster: How.
-        address: As for `run_job`; and so the others.
-        display: As there.
-        make_worker: Is told the `retry_round`, too.
+        retry: The rows to answer; its plan is frozen first.
+        cluster: Workers and limits of the run.
+        address: As in `run_job`.
+        display: As in `run_job`.
+        make_worker: As in `run_job`; called with `retry_round` as well.
 
     Returns:
-        How it ended. Whether too many answers failed is judged by the latest answers of the whole
-        output, and only at the end: what is retried has failed before.
+        The outcome of the retry. Whether too many answers failed is judged once, at the end, by the
+        latest answers of the whole output: the rows of a retry have failed before.
 
     Raises:
         ConfigError, GivenUp, Interrupted: As `run_job`.
     """
     freeze(retry)
-    own = run_job(
+    result = run_job(
         retry.job(cluster.model_copy(update={"max_bad_rows": 1.0})),
         address=address,
         display=display,
         make_worker=partial(make_worker, retry_round=retry.number),
-        tell_new=False,
+        warn_of_new_files=False,
     )
     judged = Judged(*latest_failures(retry.output), cluster.max_bad_rows)
-    return replace(own, judged=judged)
-
-
-def _judged(found: Outcome, job: Job) -> Outcome:
-    """The same, and whether too many answers failed; those that retries have mended did not."""
-    counts = found.stats.rows, found.stats.bad_rows
-    if retry_numbers(Store(job.output).names(RETRY_ROUNDS)):
-        try:
-            counts = latest_failures(job.output)
-        except ConfigError as error:  # no reason to keep quiet about the run
-            log.warning("judged without its retries: %s", error)
-    return replace(found, judged=Judged(*counts, job.cluster.max_bad_rows))
+    return replace(result, judged=judged)
 
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """Set at the first signal to stop; the second raises. Only the main thread hears signals.
+    """An event that the first signal to stop sets; the second signal raises.
+
+    Only the main thread receives signals.
 
     Raises:
-        KeyboardInterrupt: At the second.
+        KeyboardInterrupt: At the second signal.
     """
     stop = threading.Event()
 
-    def hear(_signal: int, _frame: object) -> None:
+    def handle(_signal: int, _frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -183,7 +181,7 @@ def stopping() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, hear) for number in filter(heard, STOP_SIGNALS)}
+    before = {number: signal.signal(number, handle) for number in filter(heard, STOP_SIGNALS)}
     try:
         yield stop
     finally:
@@ -191,11 +189,95 @@ def stopping() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _check_apart(source: Source, output: str) -> None:
-    """Refuse an output whose files would be input.
+def _open_output(job: Job, *, extend: bool, warn_of_new_files: bool) -> _Output:
+    """Read the plan and the commits of an earlier run, and extend the plan if that is wanted.
 
     Raises:
-        ConfigError: It is one.
+        ConfigError: The output cannot be used, is damaged, or belongs to another configuration.
+    """
+    store = Store(job.output)
+    store.check_usable(writing=False)
+    source = Source(job.recipe.input)
+    plan = stored_plan(store, job)
+    if plan is None or extend:
+        _check_apart(source, job.output)
+    if plan is None:
+        return _Output(job, store, source, None, None)
+    if extend:
+        files, schema = source.scan()
+        files = source.apart(files, {planned for planned, _ in plan.shards.files})
+        plan = extend_plan(store, job, plan, files, as_written(schema))
+    elif warn_of_new_files:
+        _warn_of_new_files(job, plan)
+    return _Output(job, store, source, plan, committed_parts(store, plan))
+
+
+def _check_before_answering(output: _Output) -> tuple[Sequence[SourceFile], pa.Schema]:
+    """Refuse what can be refused before Ray is joined.
+
+    Returns:
+        The input files, if there is no plan yet, and the schema of the kept columns.
+
+    Raises:
+        ConfigError: The model, the output or the input cannot be used.
+    """
+    recipe = output.job.recipe
+    check_model(recipe.model, recipe.generation.taken_over())
+    output.store.check_usable(writing=True)
+    warn_of_others(output.store)
+    if output.plan is not None:
+        return [], output.plan.carried
+    files, schema = output.source.scan()
+    return files, as_written(schema)
+
+
+@contextmanager
+def _workers(job: Job, carried: pa.Schema, make_worker: MakeWorker) -> Iterator[RayPool]:
+    """A pool of workers in the Ray that was joined; they end with the context."""
+    # Workers record what they cost, so that their job has the share of a GPU that they really get.
+    share = {"gpus_per_worker": ray_session.gpus_per_worker(job.cluster)}
+    job = job.model_copy(update={"cluster": job.cluster.model_copy(update=share)})
+    pool = RayPool(job.cluster, make_worker, (job, carried))
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _freeze_plan(
+    output: _Output, files: Sequence[SourceFile], carried: pa.Schema, driver: Driver
+) -> Plan:
+    """Cut the input into shards and store the plan.
+
+    The number of rows of a shard is the configured one, or follows from a measurement on the first
+    rows.
+    """
+    cluster = output.job.cluster
+    rows, seconds = sum(file.rows for file in files), 0.0
+    if cluster.shard_rows is None and rows > 0:
+        seconds = driver.calibrate(first_spans(files, CALIBRATION_ROWS))
+    size = shard_rows(cluster, rows, driver.most_workers, seconds)
+    plan = Plan.cut(output.job.recipe, files, size, carried)
+    return store_plan(output.store, output.job, plan)
+
+
+def _final_outcome(output: _Output, plan: Plan, committed: Committed) -> Outcome:
+    """The outcome, judged by how many answers failed; where retries ran, by the latest answers."""
+    result = outcome(output.store, plan, committed)
+    counts = result.stats.rows, result.stats.bad_rows
+    if retry_numbers(Store(output.job.output).names(RETRY_ROUNDS)):
+        try:
+            counts = latest_failures(output.job.output)
+        except ConfigError as error:  # the outcome of the run is reported all the same
+            log.warning("the outcome does not count the output's retries: %s", error)
+    return replace(result, judged=Judged(*counts, output.job.cluster.max_bad_rows))
+
+
+def _check_apart(source: Source, output: str) -> None:
+    """Refuse an output whose files would be read as input.
+
+    Raises:
+        ConfigError: They would be.
     """
     own = (PLAN_NAME, Shard(0, "0" * 16, ()).part_name)
     if source.would_take(output, [object_name(number, name) for number in (0, 1) for name in own]):
@@ -205,26 +287,18 @@ def _check_apart(source: Source, output: str) -> None:
         )
 
 
-def _tell_new(job: Job, plan: Plan) -> None:
-    """Of files that nobody asked to plan; the run goes on without a look at them, too."""
+def _warn_of_new_files(job: Job, plan: Plan) -> None:
+    """Log how many input files are not planned; the run does not depend on it."""
     try:
         new = Source(job.recipe.input, AT_START).unplanned(
             {source for source, _ in plan.shards.files}
         )
     except ConfigError as error:
-        log.warning("whether there are new input files is not known: %s", error)
+        log.warning("cannot tell whether there are new input files: %s", error)
         return
     if new:
         log.warning(
-            "%d input files are new since the run began (%s); --extend plans them",
+            "%d input files are new since the run began (%s); add them with --extend",
             len(new),
             new[0],
         )
-
-
-def _shard_rows(job: Job, files: Sequence[SourceFile], driver: Driver) -> int:
-    """As configured, or measured on the first rows."""
-    rows, seconds = sum(file.rows for file in files), 0.0
-    if job.cluster.shard_rows is None and rows > 0:
-        seconds = driver.calibrate(first_spans(files, CALIBRATION_ROWS))
-    return shard_rows(job.cluster, rows, driver.most_workers, seconds)

@@ -169,7 +169,9 @@ def test_new_files_are_told_where_they_are_not_planned(
     result = run_job(job)
     assert (result.exit_code, result.planned_rows) == (0, 6)
     (message,) = caplog.messages
-    assert message == ("2 input files are new since the run began (b.parquet); --extend plans them")
+    assert message == (
+        "2 input files are new since the run began (b.parquet); add them with --extend"
+    )
 
 
 def test_an_input_that_is_gone_does_not_hinder_a_finished_run(
@@ -186,7 +188,7 @@ def test_an_input_that_is_gone_does_not_hinder_a_finished_run(
     monkeypatch.setattr(Source, "unplanned", fails)
     assert run_job(job).exit_code == 0
     (message,) = caplog.messages
-    assert message.endswith("is not known: recipe.input.uri: no answer")
+    assert message.endswith("new input files: recipe.input.uri: no answer")
 
 
 def test_a_retry_tells_of_no_files(
