@@ -1,9 +1,10 @@
-"""`Journal`: which rows a worker has in hand; it outlives the worker, however that ends.
+"""`Journal`: which rows a worker has in hand; it outlives the worker, however the worker ends.
 
-A file for each of its shards among the temporary files of its node, mapped into memory: a counter
-per row, of its prompts that the engine has, and one that says if the shard was begun. Nothing is
-flushed, because the pages belong to the kernel: they are lost with the node, not with the process.
-They are written once before they are mapped, so that a full disk is an error and not a signal.
+Each shard of the worker has a page: a file among the temporary files of the node, mapped into
+memory. It holds a counter for each row, of its prompts that the engine has, and one that says
+whether the shard was begun. Nothing is flushed: the pages belong to the kernel, so that they are
+lost with the node, but not with the process. A page is written once before it is mapped, so that a
+full disk is an error and not a signal.
 
 Not covered: nodes that are lost; what the engine was doing with a row.
 """
@@ -24,12 +25,12 @@ from gc2ray.core.errors import EngineDead
 
 PREFIX = "gc2ray-journal-"
 STALE_SECONDS = 24 * 3600.0
-"""Files of that age are of processes that nobody asked about."""
+"""Age at which files are deleted: nobody has read them since their process ended."""
 _COUNTER = np.dtype(np.uint32)
 
 InHand = Mapping[str, tuple[int, ...]]
-"""Rows by shard: sid to places in the shard, from 0. A shard that was not begun has none; one that
-was, and has none in hand, is left out."""
+"""Rows in hand by sid, numbered within the shard, from 0. A shard that was not begun has no rows; a
+shard that was begun, and has no row in hand, is missing."""
 
 
 class Page:
@@ -39,19 +40,19 @@ class Page:
         self._counters = memoryview(counters).cast("I")
 
     def open(self) -> None:
-        """The shard is begun."""
+        """Note that the shard is begun."""
         self._counters[-1] = 1
 
     def begin(self, row: int) -> None:
-        """A prompt of a row goes to the engine."""
+        """Note that a prompt of a row goes to the engine."""
         self._counters[row] += 1
 
     def end(self, row: int) -> None:
-        """It is answered."""
+        """Note that a prompt of a row is answered."""
         self._counters[row] -= 1
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._counters.release()
 
 
@@ -59,10 +60,10 @@ class Journal:
     """The journal of one worker process.
 
     Args:
-        folder: Where its files are; None is the node's place for temporary files.
+        folder: Where its files are; None means the node's folder for temporary files.
 
     Attributes:
-        prefix: What their paths begin with.
+        prefix: The beginning of their paths.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -74,7 +75,7 @@ class Journal:
     def page(self, sid: str, rows: int) -> Iterator[Page]:
         """The page of a shard, while it is answered.
 
-        If the engine dies it stays: whoever buries the worker reads it.
+        If the engine dies, the page stays: it is read when the worker has ended.
 
         Raises:
             OSError: There is no room for it.
@@ -98,23 +99,23 @@ class Journal:
                 finally:
                     page.close()
                     if is_over:
-                        path.unlink(missing_ok=True)  # somebody may clean up there
+                        path.unlink(missing_ok=True)  # it may have been cleaned up
 
 
-def taken_over(prefix: Path) -> InHand:
-    """What the worker with this journal had in hand when it ended; the journal is removed."""
-    found = {}
+def read_and_remove(prefix: Path) -> InHand:
+    """The rows that the worker with this journal had in hand when it ended."""
+    in_hand = {}
     for path in prefix.parent.glob(f"{prefix.name}.*"):
         counters = np.fromfile(path, _COUNTER)
         rows = tuple(np.flatnonzero(counters[:-1]).tolist())
         if rows or not counters[-1:].any():
-            found[path.suffix[1:]] = rows
+            in_hand[path.suffix[1:]] = rows
         path.unlink()
-    return found
+    return in_hand
 
 
 def _sweep(folder: Path) -> None:
     for path in folder.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # somebody else's, or gone meanwhile
+        with suppress(OSError):  # another user's, or gone meanwhile
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()

@@ -1,6 +1,6 @@
-"""What the driver and the workers tell each other: assignments, results, progress and events.
+"""Messages between the driver and its workers: assignments, results, progress and events.
 
-`WorkerPool` is how the driver reaches its workers. A pool starts workers, hands them work and
+The driver reaches its workers through a `WorkerPool`. A pool starts workers, gives them work and
 reports events; it decides nothing. `RayPool` is the real one; tests have one with its own clock.
 """
 
@@ -20,16 +20,17 @@ from gc2ray.output.planner import FIRST_ERRORS
 from gc2ray.runner.journal import InHand
 
 GROUPED_FROM = 32
-"""More suspects than this are answered in groups first: alone, each takes as long as a batch."""
+"""With more suspects than this, groups of them are answered first: one alone takes as long as a
+batch."""
 
 _KILLED = {
-    Status.KILLED_WORKER: "two worker processes ended with this row, and nothing else, in hand",
-    Status.TIMEOUT: "no answer came from two workers with this row, and nothing else, in hand",
+    Status.KILLED_WORKER: "two worker processes died while they answered this row alone",
+    Status.TIMEOUT: "two workers gave no answer while they answered this row alone",
 }
 
 
 class PoisonRow(NamedTuple):
-    """What is written for a row that kills or hangs: its status, and how its worker ended."""
+    """A row that kills or hangs its worker: the status of its answer, and how the worker ended."""
 
     status: Status
     reason: str
@@ -37,16 +38,16 @@ class PoisonRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardAssignment:
-    """A shard to answer.
+    """A shard to answer, with what earlier tries have shown.
 
-    Rows are named by their place in the shard, from 0.
+    Rows are numbered within the shard, from 0.
 
     Attributes:
         shard: The shard.
-        attempt: Which try it is, from 1.
-        suspects: Rows that were in hand when an earlier try died, in order. They are answered
-            first, so few at a time that another death tells more.
-        poison: Rows that are known to kill or to hang, and what is written for them.
+        attempt: Number of the try, from 1.
+        suspects: Rows that the worker had in hand when an earlier try died, in order. They are
+            answered first, few at a time, so that another death narrows them down.
+        poison: Rows that are known to kill or hang a worker; they are not tried.
     """
 
     shard: Shard
@@ -55,14 +56,14 @@ class ShardAssignment:
     poison: Mapping[int, PoisonRow] = field(default_factory=dict)
 
     def suspect_groups(self) -> Iterator[tuple[int, ...]]:
-        """The suspects, as many together as may be in hand at a time."""
+        """The suspects, in groups that may be in hand together."""
         suspects = [row for row in self.suspects if row not in self.poison]
         size = isqrt(len(suspects)) if len(suspects) > GROUPED_FROM else 1
         for first in range(0, len(suspects), size):
             yield tuple(suspects[first : first + size])
 
-    def fault(self, row: int) -> BadRow | None:
-        """Why a row is not to be tried, if it is not."""
+    def skip_reason(self, row: int) -> BadRow | None:
+        """Why a row is not to be tried; None if it is."""
         poison = self.poison.get(row)
         if poison is None:
             return None
@@ -74,8 +75,8 @@ class ShardResult:
     """What a worker reports of a processed shard.
 
     Attributes:
-        sid: The shard's.
-        stats: Of its answers.
+        sid: Id of the shard.
+        stats: Statistics of its answers.
         commit: Whether this worker's part is the committed one.
     """
 
@@ -165,7 +166,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Progressed:
-    """What a worker has done so far."""
+    """A worker reports what it has done so far."""
 
     worker: int
     progress: Progress
@@ -173,7 +174,7 @@ class Progressed:
 
 @dataclass(frozen=True)
 class ShardFinished:
-    """A shard is committed, by this worker or by another that was faster."""
+    """A shard is committed, by this worker or by a faster one."""
 
     worker: int
     shard: Shard
@@ -182,7 +183,7 @@ class ShardFinished:
 
 @dataclass(frozen=True)
 class CallFailed:
-    """A call failed, the worker lives; `shard` is None for loading and calibration."""
+    """A call failed and the worker lives; `shard` is None for loading and calibration."""
 
     worker: int
     shard: Shard | None
@@ -198,21 +199,21 @@ class WorkerDraining:
 
 @dataclass(frozen=True)
 class WorkerExited:
-    """A worker is gone; `WorkerDied` follows when it is known what it had in hand."""
+    """A worker is gone; `WorkerDied` follows once its journal has been read."""
 
     worker: int
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """A worker is gone, and with it all that it was doing.
+    """A worker is gone, and so is everything that it had not committed.
 
     Attributes:
-        worker: Which.
-        reason: Why; as told to `kill`, if it was killed.
-        in_hand: Rows that it had in hand; empty where its node is gone too.
-        ended: When, on the pool's clock, if that was before it is told.
-        node_lost: A node was lost in its time, perhaps its own: it may not be to blame.
+        worker: Its number.
+        reason: Why it ended; the reason given to `kill`, if it was killed.
+        in_hand: Rows that it had in hand; empty if its node is gone too.
+        ended: When it ended, on the pool's clock; None means now.
+        node_lost: The cluster lost a node in the worker's time, perhaps the worker's own.
     """
 
     worker: int
@@ -252,34 +253,34 @@ Display = Callable[[Snapshot], None]
 
 
 class WorkerPool(Protocol):
-    """What the driver needs of a cluster. Calls return at once; results come as events."""
+    """The workers of a cluster. Calls return at once; results come as events."""
 
     def default_workers(self) -> int:
-        """How many workers make sense when nobody says."""
+        """How many workers to have where the configuration does not say."""
 
     def start(self) -> int:
-        """Ask for a worker; its number is returned, `WorkerPlaced` follows."""
+        """Request a worker; returns its number, and `WorkerPlaced` follows."""
 
     def load(self, worker: int) -> None:
-        """Let it load its model; `ModelLoaded` follows."""
+        """Make a worker load its model; `ModelLoaded` follows."""
 
     def calibrate(self, worker: int, spans: Sequence[Span]) -> None:
-        """Let it measure its speed; `Calibrated` follows."""
+        """Make a worker measure its speed; `Calibrated` follows."""
 
     def submit(self, worker: int, assignment: ShardAssignment) -> None:
-        """Hand it a shard; `ShardFinished` or `CallFailed` follows."""
+        """Give a worker a shard; `ShardFinished` or `CallFailed` follows."""
 
     def kill(self, worker: int, reason: str) -> None:
-        """End it now; `WorkerDied` follows, perhaps after `WorkerExited`, and nothing else."""
+        """End a worker now; only `WorkerExited`, perhaps, and `WorkerDied` follow."""
 
     def drop(self, worker: int) -> None:
-        """End it now; nothing follows."""
+        """End a worker now; nothing follows."""
 
     def poll(self, seconds: float) -> list[Event]:
-        """Events, waiting at most so long for the first."""
+        """New events; waits at most so many seconds for the first."""
 
     def room(self) -> str:
-        """The resources that a worker needs and that the cluster has, for people."""
+        """What resources a worker needs and the cluster has, as a message."""
 
     def now(self) -> float:
-        """Seconds on the clock of the stall detector."""
+        """Seconds on the pool's clock."""

@@ -1,12 +1,12 @@
-"""`RunMetrics`: what was committed, as counters that Prometheus scrapes from every node of Ray.
+"""`RunMetrics`: counters of committed parts, which Prometheus scrapes from every node of Ray.
 
-Every committed part is counted once, by what its footer says, so that the sum over workers is the
-sum over footers. A part that lost a race is not counted, and the last one of a process that dies
-between commit and count is missing: what is true stands in the footers.
+Every committed part is counted once, with the statistics of its footer, so that the sum over
+workers is the sum over footers. A part that lost a race is not counted. The last part of a process
+that dies between commit and count is missing here; the footers have it.
 
-Ray puts `ray_` before the names, and adds node and worker to the labels.
+Ray adds `ray_` to the names, and the labels of node and worker.
 
-Not covered: dashboards; what goes on between two parts.
+Not covered: dashboards; progress between two parts.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ class RunMetrics:
     """Counters of one worker process.
 
     Args:
-        run: Fingerprint of the recipe, a label of all of them.
+        run: Fingerprint of the recipe, a label of every counter.
     """
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._shards = _counter("shards", "Shards that were committed.")
+        self._shards = _counter("shards", "Committed shards.")
         self._answers = _counter("answers", "Answers by status; all but ok are errors.", "status")
         self._visual = _counter(
-            "visual_tokens", "Visual tokens that the language model read, or was saved.", "fate"
+            "visual_tokens",
+            "Visual tokens by fate: kept, or saved by compression.",
+            "fate",
         )
-        self._output = _counter("output_tokens", "Tokens that were written.")
-        self._stages = _counter("stage_seconds", "Busy time by stage.", "stage")
+        self._output = _counter("output_tokens", "Generated tokens.")
+        self._stages = _counter("stage_seconds", "Busy seconds by stage.", "stage")
         self._input_starved = _counter(
-            "input_starved_seconds", "Time without anything to do while rows were still to come."
+            "input_starved_seconds",
+            "Seconds that a worker waited for input while rows remained.",
         )
 
     def count(self, stats: RunStats) -> None:
-        """A part was committed."""
+        """Add the statistics of a committed part."""
         self._add(self._shards, 1)
         self._add(self._output, stats.output_tokens)
         self._add(self._input_starved, stats.input_starved_ns / SECOND)
@@ -52,7 +55,7 @@ class RunMetrics:
             self._add(self._stages, nanoseconds / SECOND, stage=stage)
 
     def _add(self, counter: Counter, value: float, **labels: str) -> None:
-        if value > 0:  # Ray refuses to add nothing
+        if value > 0:  # Ray refuses to add 0
             counter.inc(value, {"run": self._run, **labels})
 
 

@@ -29,7 +29,7 @@ from gc2ray.core.logs import LogForm, set_up
 from gc2ray.core.shards import Shard, Span
 from gc2ray.output.parts import Commit
 from gc2ray.runner import messages
-from gc2ray.runner.journal import InHand, taken_over
+from gc2ray.runner.journal import InHand, read_and_remove
 from gc2ray.runner.messages import Progress, ShardAssignment, ShardResult
 from gc2ray.runner.prometheus import RunMetrics
 from gc2ray.runner.ray_session import MAX_MESSAGE, first_lines, gpus_per_worker
@@ -280,7 +280,7 @@ class _ExitedWorker:
 
 def _read_journal(prefix: str) -> InHand:
     """Read a journal; runs on the node of the worker that has ended."""
-    return taken_over(Path(prefix))
+    return read_and_remove(Path(prefix))
 
 
 def _journal(reference: Any) -> InHand:

@@ -1,26 +1,27 @@
-"""`ShardQueue`: which shard is next, and what becomes of one that was lost.
+"""`ShardQueue`: which shard is next, and what happens to a shard that was lost.
 
 Shards that continue each other within a row group go to one worker, which need not find its place
-in the file again; a worker without any takes half of what another has before it. So the queue is a
-few ranges, whatever the size of the plan, and remembers single shards only while they are in
-trouble.
+in the file again. A worker that has none left takes half of another worker's. So the queue is a few
+ranges, whatever the size of the plan, and remembers single shards only after they were lost.
 
-A loss teaches something, or it costs a try:
+A loss either narrows down which row is to blame, or costs a try:
 
 * Rows that were in hand when a worker died are suspects. The next try answers them first, few at a
-  time (`gc2ray.runner.messages`), so the next death leaves fewer, until one is alone in hand when
-  its worker dies. Once is chance: workers are killed from outside, too. A row with which two
-  workers died, each with nothing else in hand, is named: what is written for it is that it kills,
-  or that no answer comes.
-* Suspects that all pass did no harm: the death before was somebody else's doing, or that of rows in
-  company. So `SEARCHES_A_TRY` deaths of that kind cost a try, each of them is looked into; a stall,
-  which costs minutes, costs one by itself.
-* A shard that waited beside another in a worker that died was not tried.
-* A failure, or a death that names no rows, costs a try; one that every try would meet gives up.
+  time (`gc2ray.runner.messages`), so that the next death leaves fewer, until one is alone in hand
+  when its worker dies. One such death may be chance, since workers are killed for other reasons,
+  too. After two of them the row is poison: it is not tried again, and its answer says that it kills
+  workers, or that no answer came.
+* If all suspects are answered, none of them alone was to blame for the death before. The next death
+  starts another search; every `SEARCHES_A_TRY`th of these costs a try. A stall takes minutes, and
+  costs a try by itself.
+* A shard that only waited beside another one when the worker died was not tried.
+* A failure, or a death that names no rows, costs a try. A failure that every try would meet ends
+  the shard.
 
-After `tries` of those, or more than `poison_rows` named rows, a shard is given up. Every way ends.
+After `tries` of those, or with more than `poison_rows` poison rows, a shard is given up. So every
+shard ends.
 
-Not covered: which worker asks, and how many shards it may have (`gc2ray.runner.driver`).
+Not covered: which worker asks for a shard, and how many it has (`gc2ray.runner.driver`).
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from gc2ray.runner.messages import PoisonRow, ShardAssignment, WorkerDied
 
 @dataclass(frozen=True)
 class Loss:
-    """Why a try of a shard came to nothing.
+    """Why a try of a shard failed.
 
     Attributes:
-        reason: For people.
-        in_hand: Rows of the shard that the worker had in hand, by place; empty where the worker
-            lives, or nobody can tell.
-        is_stall: It was ended because no answer came.
+        reason: A message.
+        in_hand: Rows of the shard that the worker had in hand, numbered within the shard; empty if
+            the worker lives, or its journal could not be read.
+        is_stall: The worker was killed because no answer came.
         is_shared: The worker had rows of another shard in hand, too.
-        is_begun: Something of the shard was tried, as far as anybody can tell.
+        is_begun: A row of the shard may have been tried.
         is_final: Another try would end the same way.
     """
 
@@ -71,44 +72,44 @@ class Loss:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a shard is given up: losses that taught nothing, and rows that kill."""
+    """When a shard is given up: after so many tries, or with more poison rows than that."""
 
     tries: int
     poison_rows: int
 
 
 DEATHS_ALONE = 2
-"""Of workers with one and the same row in hand and nothing else, before it is named."""
+"""Deaths of workers that had only this row in hand, after which the row is poison."""
 SEARCHES_A_TRY = 4
-"""Deaths that cost a try together, where those before them have found no row that kills."""
+"""Searches that found no poison row, and together cost a try."""
 
 
 @dataclass(eq=False)
-class _Trouble:
-    """What the losses of one shard have taught."""
+class _LossHistory:
+    """What the losses of one shard have shown."""
 
     losses: int = 0
     tries: int = 0
-    searches: int = 0  # that found nothing
+    searches: int = 0  # that found no poison row
     suspects: frozenset[int] = frozenset()
     is_searching: bool = False
-    alone: Counter[int] = field(default_factory=Counter)  # deaths by row that was alone in hand
+    alone: Counter[int] = field(default_factory=Counter)  # deaths with one row in hand, by row
     poison: dict[int, PoisonRow] = field(default_factory=dict)
 
-    def learn(self, loss: Loss) -> None:
+    def add(self, loss: Loss) -> None:
         """Take a loss into account."""
         self.losses += 1
         in_hand = frozenset(loss.in_hand) - self.poison.keys()
         if not in_hand:
-            waited = self.losses == 1 and not loss.is_begun
-            self.tries += not waited
+            only_waited = self.losses == 1 and not loss.is_begun
+            self.tries += not only_waited
             return
         if len(in_hand) == 1 and not loss.is_shared:
             self.alone.update(in_hand)
-        guilty = next((row for row in in_hand if self.alone[row] >= DEATHS_ALONE), None)
-        if guilty is not None:
+        culprit = next((row for row in in_hand if self.alone[row] >= DEATHS_ALONE), None)
+        if culprit is not None:
             status = Status.TIMEOUT if loss.is_stall else Status.KILLED_WORKER
-            self.poison[guilty] = PoisonRow(status, loss.reason)
+            self.poison[culprit] = PoisonRow(status, loss.reason)
             self.suspects, self.is_searching = frozenset(), False
         elif in_hand < self.suspects:
             self.suspects = in_hand
@@ -116,28 +117,28 @@ class _Trouble:
             self._search(in_hand, is_stall=loss.is_stall)
 
     def _search(self, in_hand: frozenset[int], *, is_stall: bool) -> None:
-        """Suspect other rows; if others were suspected before, they have passed."""
+        """Suspect these rows; earlier suspects were answered, so that their search failed."""
         if self.is_searching:
             self.searches += 1
             self.tries += is_stall or self.searches % SEARCHES_A_TRY == 0
         self.suspects, self.is_searching = in_hand, True
 
-    def verdict(self, limits: Limits, reason: str) -> str | None:
-        """Why the shard is given up, if it is."""
+    def give_up_reason(self, limits: Limits, reason: str) -> str | None:
+        """Why the shard is given up; None if it is not."""
         if len(self.poison) > limits.poison_rows:
-            return f"more than {limits.poison_rows} of its rows end the worker process: {reason}"
+            return f"more than {limits.poison_rows} of its rows kill or hang their worker: {reason}"
         if self.tries >= limits.tries:
             return reason
         return None
 
 
 class ShardQueue:
-    """The shards of a plan that wait.
+    """The shards of a plan that wait for a worker.
 
     Args:
-        shards: All of the plan.
-        committed: Which of them are not wanted any more, (shards,).
-        limits: When one is given up.
+        shards: All shards of the plan.
+        committed: Which of them are committed, (shards,).
+        limits: When a shard is given up.
     """
 
     def __init__(self, shards: Shards, committed: Booleans, limits: Limits) -> None:
@@ -145,23 +146,26 @@ class ShardQueue:
         self._limits = limits
         self._wanted = np.flatnonzero(~committed).astype(np.int32)
         follows = (np.diff(self._wanted) == 1) & shards.continues[self._wanted[1:]]
-        self._starts = np.flatnonzero(~follows).astype(np.int32) + 1  # of runs, but the first
+        self._starts = np.flatnonzero(~follows).astype(np.int32) + 1  # of runs, except the first
         self._free: deque[range] = deque([range(len(self._wanted))])  # places in `_wanted`
         self._owned: dict[int, range] = {}
-        self._again: deque[int] = deque()
-        self._trouble: dict[int, _Trouble] = {}
+        self._retries: deque[int] = deque()
+        self._history: dict[int, _LossHistory] = {}  # of shards that were lost
         self._waiting = len(self._wanted)
 
     def __len__(self) -> int:
         return self._waiting
 
     def take(self, worker: int, *, alone: bool) -> ShardAssignment | None:
-        """The next shard for a worker, which has no other if it is `alone`; None if none fits.
+        """The next shard for a worker; None if there is none.
 
-        A shard that was lost goes to a worker that is alone, and so takes no other with it.
+        Args:
+            worker: Number of the worker.
+            alone: Whether the worker has no other shard. Only then it gets a shard that was lost
+                before, which could take another shard with it.
         """
-        if alone and self._again:
-            index = self._again.popleft()
+        if alone and self._retries:
+            index = self._retries.popleft()
         else:
             place = self._next_place(worker)
             if place is None:
@@ -171,39 +175,40 @@ class ShardQueue:
         return self._assignment(self._shards[index])
 
     def leave(self, worker: int) -> None:
-        """A worker takes no more: what it would have taken is free."""
+        """A worker takes no more shards: those that were meant for it are free."""
         owned = self._owned.pop(worker, None)
         if owned:
             self._free.appendleft(owned)
 
     def lost(self, shard: Shard, loss: Loss) -> str | None:
-        """A shard is to be tried again; or the reason why it is not, then it is given up."""
-        trouble = self._trouble.setdefault(shard.index, _Trouble())
-        trouble.learn(loss)
-        reason = loss.reason if loss.is_final else trouble.verdict(self._limits, loss.reason)
+        """Queue a lost shard again; or give it up, and return why."""
+        history = self._history.setdefault(shard.index, _LossHistory())
+        history.add(loss)
+        limits = self._limits
+        reason = loss.reason if loss.is_final else history.give_up_reason(limits, loss.reason)
         if reason is None:
             self.put_back(shard)
         return reason
 
     def put_back(self, shard: Shard) -> None:
-        """A shard waits again, and nothing was learned of it."""
-        self._again.append(shard.index)
+        """Queue a shard again that was not lost by its own fault."""
+        self._retries.append(shard.index)
         self._waiting += 1
 
     def done(self, shard: Shard) -> None:
-        """A shard is committed: what it did before does not matter any more."""
-        self._trouble.pop(shard.index, None)
+        """Forget the losses of a shard that is committed."""
+        self._history.pop(shard.index, None)
 
     def tries(self, shard: Shard) -> int:
-        """Times that a shard was lost."""
-        return self._trouble[shard.index].losses if shard.index in self._trouble else 0
+        """How often a shard was lost."""
+        return self._history[shard.index].losses if shard.index in self._history else 0
 
     def _assignment(self, shard: Shard) -> ShardAssignment:
-        trouble = self._trouble.get(shard.index)
-        if trouble is None:
+        history = self._history.get(shard.index)
+        if history is None:
             return ShardAssignment(shard)
-        suspects = tuple(sorted(trouble.suspects))
-        return ShardAssignment(shard, trouble.losses + 1, suspects, dict(trouble.poison))
+        suspects = tuple(sorted(history.suspects))
+        return ShardAssignment(shard, history.losses + 1, suspects, dict(history.poison))
 
     def _next_place(self, worker: int) -> int | None:
         owned = self._owned.pop(worker, None) or self._next_run() or self._half_of_another()
@@ -214,7 +219,7 @@ class ShardQueue:
         return owned[0]
 
     def _next_run(self) -> range | None:
-        """Shards that continue each other, off the front of what nobody owns."""
+        """Shards that continue each other, from the front of those that no worker owns."""
         if not self._free:
             return None
         free = self._free.popleft()

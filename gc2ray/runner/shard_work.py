@@ -180,7 +180,7 @@ class ShardStream:
         Raises:
             ShardError: The request was read before.
         """
-        poison = work.assignment.fault(row)
+        poison = work.assignment.skip_reason(row)
         if poison is not None:
             request = replace(request, images=(), prompts=(), fault=poison)
         key = request.row_key

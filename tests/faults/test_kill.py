@@ -208,7 +208,7 @@ def test_more_killing_rows_than_allowed_cost_their_shard(job_file: Path, marks: 
     assert result.exit_code == 1
     assert_exactly_once(job_file, missing=frozenset(range(60, 75)))
     (letter,) = result.dead
-    assert "(15 rows): more than 0 of its rows end the worker process" in letter
+    assert "(15 rows): more than 0 of its rows kill or hang their worker" in letter
 
 
 def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gc2ray.core.errors import EngineDead
-from gc2ray.runner.journal import STALE_SECONDS, Journal, taken_over
+from gc2ray.runner.journal import STALE_SECONDS, Journal, read_and_remove
 
 CHILD = """
 import os, signal, sys
@@ -41,9 +41,9 @@ def test_it_outlives_a_killed_process(tmp_path: Path) -> None:
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
     prefix = Path(child.stdout.strip())
-    assert taken_over(prefix) == {"aaaa": (3, 7, 99), "bbbb": (4,)}
+    assert read_and_remove(prefix) == {"aaaa": (3, 7, 99), "bbbb": (4,)}
     assert list(tmp_path.iterdir()) == []
-    assert taken_over(prefix) == {}
+    assert read_and_remove(prefix) == {}
 
 
 def test_a_shard_that_was_not_begun_has_nothing_in_hand(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_shard_that_was_not_begun_has_nothing_in_hand(tmp_path: Path) -> None:
     with pytest.raises(EngineDead):
         die()
     journal.prefix.with_suffix(".cccc").touch()  # killed before it was written
-    assert taken_over(journal.prefix) == {"aaaa": (), "cccc": ()}
+    assert read_and_remove(journal.prefix) == {"aaaa": (), "cccc": ()}
 
 
 def test_no_room_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_page_stays_when_the_engine_dies(tmp_path: Path) -> None:
 
     with pytest.raises(EngineDead):
         die()
-    assert taken_over(journal.prefix) == {"aaaa": (1,)}
+    assert read_and_remove(journal.prefix) == {"aaaa": (1,)}
 
 
 def test_journals_do_not_mix(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_journals_do_not_mix(tmp_path: Path) -> None:
     with one.page("aaaa", 3) as first, two.page("aaaa", 3) as second:
         first.begin(1)
         second.begin(2)
-        assert taken_over(two.prefix) == {"aaaa": (2,)}
+        assert read_and_remove(two.prefix) == {"aaaa": (2,)}
         (tmp_path / f"{two.prefix.name}.aaaa").touch()  # its owner removes it, too
 
 

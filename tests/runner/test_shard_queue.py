@@ -146,7 +146,7 @@ def die(
 
 def peek(queue: ShardQueue) -> ShardAssignment:
     assignment = take(queue, 1)
-    queue._again.appendleft(assignment.shard.index)
+    queue._retries.appendleft(assignment.shard.index)
     queue._waiting += 1
     return assignment
 
@@ -162,8 +162,8 @@ def test_the_second_death_alone_names_the_row(status: Status) -> None:
     third = die(queue, (4,), is_stall=is_stall)
     assert (third.suspects, dict(third.poison)) == ((), {4: (status, "died")})
     assert third.attempt == 4
-    assert third.fault(4).message.endswith("with this row, and nothing else, in hand: died")
-    assert third.fault(3) is None
+    assert third.skip_reason(4).message.endswith("while they answered this row alone: died")
+    assert third.skip_reason(3) is None
 
 
 def test_many_suspects_are_narrowed_by_groups_first() -> None:
@@ -212,7 +212,7 @@ def test_more_poison_than_allowed_is_a_dead_letter() -> None:
         assert row in die(queue, (row,)).poison
     die(queue, (21, 22))
     die(queue, (21,))
-    assert die(queue, (21,)) == "more than 2 of its rows end the worker process: died"
+    assert die(queue, (21,)) == "more than 2 of its rows kill or hang their worker: died"
 
 
 def test_a_row_beside_those_of_another_shard_was_not_alone() -> None:
@@ -298,7 +298,7 @@ def test_an_unlucky_shard_outlives_many_kills() -> None:
             in_hand = draw.choice(steps_of(assignment, rows, window=64))
             kills, most = kills + 1, max(most, assignment.attempt)
             assert queue.lost(assignment.shard, Loss("killed", in_hand)) is None
-            assert dict(queue._trouble[assignment.shard.index].poison) == {}
+            assert dict(queue._history[assignment.shard.index].poison) == {}
         else:
             queue.done(assignment.shard)
     assert kills > 200

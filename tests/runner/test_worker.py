@@ -36,7 +36,7 @@ from gc2ray.models.shape import LLAVA_7B, ModelShape
 from gc2ray.output.parts import Commit, list_parts, read_part_footer
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import committed_parts, outcome
-from gc2ray.runner.journal import taken_over
+from gc2ray.runner.journal import read_and_remove
 from gc2ray.runner.messages import PoisonRow, ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
@@ -485,8 +485,8 @@ def test_poison_is_written_and_never_tried(job: Job) -> None:
     assert sorted(tried) == [row for row in range(12) if row not in poison]
     rows = pq.read_table(Path(job.output) / shard.part_name).to_pylist()
     assert [row["status"] for row in rows if row["row"] in poison] == ["killed_worker", "timeout"]
-    told = "two worker processes ended with this row, and nothing else, in hand: why"
-    assert rows[5]["error"] == told
+    message = "two worker processes died while they answered this row alone: why"
+    assert rows[5]["error"] == message
     assert rows[5]["answer"] is None
     assert [row["id"] for row in rows] == list(range(12)), "kept columns are still written"
 
@@ -541,7 +541,7 @@ def test_an_engine_that_dies_with_suspects_tells_every_caller(job: Job) -> None:
     shard = shards_of(job, rows=12)[0]
     with pytest.raises(EngineDead):
         worker.process(hand(shard, suspects=(2, 4, 6)))
-    assert taken_over(worker.journal) == {shard.sid: (4,)}
+    assert read_and_remove(worker.journal) == {shard.sid: (4,)}
 
 
 # --- parts that cannot be written --------------------------------------------------------------
