@@ -57,7 +57,7 @@ class ShardWork:
 
     @property
     def is_idle(self) -> bool:
-        """Whether none of its requests is in hand, or nobody waits for them any more."""
+        """Whether none of its requests is in hand, or the shard has ended."""
         return len(self.answers) == len(self.expected) or self.done.done()
 
     def fail(self, error: Exception) -> None:

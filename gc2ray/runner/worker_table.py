@@ -47,7 +47,7 @@ class WorkerState:
         is_replaced: It gets no more shards, and another worker may start in its place.
         has_ended: Its process is gone or was killed; `WorkerDied` has not come yet.
         is_stalled: It was killed because it made no progress.
-        is_unplaced: It was reported that it found no room.
+        is_unplaced: A warning was logged that it found no room.
     """
 
     started: float
@@ -86,7 +86,7 @@ class WorkerState:
 
     @property
     def is_waiting_for_room(self) -> bool:
-        """Whether its process is not up, and nobody was told so yet."""
+        """Whether its process is not up, and no warning was logged yet."""
         return self.placed is None and not (self.is_unplaced or self.has_ended)
 
     def usage(self, answering: UsageKind) -> UsageKind:

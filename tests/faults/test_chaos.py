@@ -169,7 +169,7 @@ from gc2ray.core.config.job import load_job
 from gc2ray.runner.run import run_job
 from tests.support.chaos import VICTIMS, Schedule, worker_on
 job_file, address, marks = sys.argv[1:4]
-driver.LOOK_SECONDS = lease.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with it
+driver.CHECK_SECONDS = lease.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with it
 steps = dict(item.split("=") for item in sys.argv[4:])
 marks = Path(marks)
 (marks / VICTIMS["driver"]).write_text(str(os.getpid()))

@@ -137,7 +137,7 @@ def test_credentials_that_expire(
         assert proxy.met["status"] > 0
         proxy.faults = Faults()
         assert running.returncode == 1, stdout
-        by_worker = r"^given up: s3://\S+ refused data/part-.*see to the storage .*credentials"
+        by_worker = r"^given up: s3://\S+ refused data/part-.*check the storage's .*credentials"
         by_driver = r"^storage: \w+ing .*: OSError: .*are the credentials"
         assert re.search(f"{by_worker}|{by_driver}", stderr, re.M), "whoever is refused first"
         assert 3 <= len(list_parts(store)) < 100
