@@ -46,7 +46,7 @@ class ViewBatch:
     thumbnails: Tensor
 
     @staticmethod
-    def of(images: Sequence[Views]) -> ViewBatch:
+    def from_images(images: Sequence[Views]) -> ViewBatch:
         """Concatenate; features are not touched."""
         counts = [count for image in images for count in image.valid_per_view]
         crops: list[int] = []
@@ -123,7 +123,7 @@ class MaskCompressor(Compressor):
             return []
         if self.retention == 1:
             return [everything(image) for image in images]
-        return reading_order(images, self.keep(ViewBatch.of(images)))
+        return reading_order(images, self.keep(ViewBatch.from_images(images)))
 
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
         kept = sum(self.share(tokens) for tokens in canvas.tokens_per_view())

@@ -40,7 +40,7 @@ class Canvas:
     columns: tuple[int, int]
 
     @staticmethod
-    def of(
+    def from_image_size(
         size: tuple[int, int], grid: tuple[int, int], side: tuple[int, int], digits: int | None = 7
     ) -> Canvas:
         """The rectangle that is left when the padding of an image of `size` is taken off.

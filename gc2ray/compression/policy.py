@@ -32,7 +32,7 @@ class CompressionPolicy:
     retention_requested: float
 
     @staticmethod
-    def of(config: CompressionConfig) -> CompressionPolicy:
+    def from_config(config: CompressionConfig) -> CompressionPolicy:
         """As a configuration says."""
         compressor = build(
             config.method, retention=config.retention, temperature=config.temperature
@@ -51,4 +51,4 @@ def policies_of(
         RECIPES_POLICY: recipe.compression,
         UNCOMPRESSED: CompressionConfig(method="none"),
     }
-    return {name: CompressionPolicy.of(config) for name, config in named.items()}
+    return {name: CompressionPolicy.from_config(config) for name, config in named.items()}

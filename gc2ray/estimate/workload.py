@@ -47,7 +47,7 @@ class TokenBounds:
     @staticmethod
     def of(canvas: Canvas, compression: CompressionConfig) -> TokenBounds:
         """By an image's geometry alone."""
-        low, high = CompressionPolicy.of(compression).compressor.bounds(canvas)
+        low, high = CompressionPolicy.from_config(compression).compressor.bounds(canvas)
         visual = Interval(low, (low + high) / 2, high)
         if compression.newlines == "none":
             return TokenBounds(visual, Interval.exactly(0))

@@ -86,7 +86,7 @@ class ModelMetadata:
 
     def canvas(self, size: tuple[int, int]) -> Canvas:
         """Where an image of (height, width) pixels lies on its canvas of tokens."""
-        return Canvas.of(size, self.anyres.grid(size), self.side)
+        return Canvas.from_image_size(size, self.anyres.grid(size), self.side)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class _Norm:
     epsilon: float
 
     @staticmethod
-    def of(module: Any) -> _Norm:
+    def from_module(module: Any) -> _Norm:
         return _Norm(module.weight.detach(), float(module.variance_epsilon))
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -66,18 +66,18 @@ class _Layer:
     window: int | None
 
     @staticmethod
-    def of(index: int, module: Any, config: Any) -> _Layer:
+    def from_module(index: int, module: Any, config: Any) -> _Layer:
         attention, mlp = module.self_attn, module.mlp
         return _Layer(
             index=index,
-            before=_Norm.of(module.input_layernorm),
-            query=Linear.of(attention.q_proj),
-            key_value=Linear.of(attention.k_proj, attention.v_proj),
-            output=Linear.of(attention.o_proj),
-            after=_Norm.of(module.post_attention_layernorm),
-            gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
+            before=_Norm.from_module(module.input_layernorm),
+            query=Linear.from_layers(attention.q_proj),
+            key_value=Linear.from_layers(attention.k_proj, attention.v_proj),
+            output=Linear.from_layers(attention.o_proj),
+            after=_Norm.from_module(module.post_attention_layernorm),
+            gate_up=Linear.from_layers(mlp.gate_proj, mlp.up_proj),
             activation=_activation(mlp.act_fn, config),
-            down=Linear.of(mlp.down_proj),
+            down=Linear.from_layers(mlp.down_proj),
             head_size=int(attention.head_dim),
             scale=float(attention.scaling),
             window=_window(attention, config),
@@ -160,9 +160,9 @@ class LanguageModel:
         self.dtype: torch.dtype = text.norm.weight.dtype
         self._table = text.embed_tokens
         self._rotary = text.rotary_emb
-        self._layers = [_Layer.of(i, layer, config) for i, layer in enumerate(text.layers)]
-        self._norm = _Norm.of(text.norm)
-        self._head = Linear.of(model.lm_head)
+        self._layers = [_Layer.from_module(i, layer, config) for i, layer in enumerate(text.layers)]
+        self._norm = _Norm.from_module(text.norm)
+        self._head = Linear.from_layers(model.lm_head)
         self.kv_shape = KvShape(
             layers=len(self._layers),
             heads=int(config.num_key_value_heads),

@@ -53,7 +53,7 @@ class TextModel:
     max_positions: int = 0
 
     @staticmethod
-    def of(config: Any) -> TextModel:
+    def from_config(config: Any) -> TextModel:
         """From a transformers config of the Llama kind."""
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -179,7 +179,7 @@ class Tower:
     class_token: bool = True
 
     @staticmethod
-    def of(config: Any) -> Tower:
+    def from_config(config: Any) -> Tower:
         """From a transformers config of LLaVA-NeXT."""
         vision, named = config.vision_config, config.vision_feature_layer
         layers = vision.num_hidden_layers
@@ -283,9 +283,11 @@ class ModelShape:
     itemsize: int
 
     @staticmethod
-    def of(config: Any, itemsize: int) -> ModelShape:
+    def from_config(config: Any, itemsize: int) -> ModelShape:
         """From a transformers config of LLaVA-NeXT, loaded with numbers of `itemsize` bytes."""
-        return ModelShape(Tower.of(config), TextModel.of(config.text_config), itemsize)
+        return ModelShape(
+            Tower.from_config(config), TextModel.from_config(config.text_config), itemsize
+        )
 
     @property
     def parameters(self) -> int:

@@ -101,7 +101,7 @@ def _request(recipe: Recipe, place: RowLocation, key: str) -> Request:
 @torch.inference_mode()
 def _looked(loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]) -> TokenMap:
     family, policy = loaded.family, recipe.input.image_policy()
-    compressor = CompressionPolicy.of(recipe.compression).compressor
+    compressor = CompressionPolicy.from_config(recipe.compression).compressor
     try:
         data = read_bytes(request.images[0], policy)
         image = decode(data, policy)

@@ -73,7 +73,7 @@ def _views(compiled: CompiledAttention, heads: int, size: int) -> _Case:
     """All tokens of a view see each other."""
     states = torch.randn(3, VIEWS * VIEW_TOKENS, heads, size)
     pattern = Pattern(size**-0.5, causal=False)
-    table = SequenceTable.of(
+    table = SequenceTable.from_sequences(
         [(view * VIEW_TOKENS, VIEW_TOKENS, VIEW_TOKENS) for view in range(VIEWS)]
     )
 

@@ -230,7 +230,7 @@ class _Scale:
 def _proportions(loaded: LoadedModel, answers: Sequence[Answer]) -> Line:
     """What parts cost when nothing is compressed, here and in the 7B, on the same rows."""
     config = loaded.model.config
-    shape = ModelShape.of(config, FLOAT32)
+    shape = ModelShape.from_config(config, FLOAT32)
     tower, seven = shape.tower, LLAVA_7B.tower
     gflop = sum(sum(_uncompressed(shape, answer)) for answer in answers) / len(answers) / 1e9
     figures = {

@@ -223,7 +223,7 @@ class _Scale:
     @staticmethod
     def of(model: Any, requests: Sequence[RaggedRequest], machine: Machine) -> _Scale:
         """Decoding reads the weights once a step of the longest answer: no order beats it."""
-        text = TextModel.of(model.config)
+        text = TextModel.from_config(model.config)
         sizes = [(len(request.prompt), request.new_tokens) for request in requests]
         steps = max(new for _, new in sizes) - 1
         cache = text.cached_numbers * sum(cached_reads(*size) for size in sizes)

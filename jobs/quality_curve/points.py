@@ -187,7 +187,7 @@ def shares_far_from_uniform(
     for first in range(0, len(rows), BATCH):
         refs = [ImageRef(row.image) for row in rows[first : first + BATCH]]
         tiles = [load_tiles(ref, loaded.family.anyres, ImagePolicy()) for ref in refs]
-        batch = ViewBatch.of(loaded.family.encode(tiles, [0] * len(tiles)))
+        batch = ViewBatch.from_images(loaded.family.encode(tiles, [0] * len(tiles)))
         for temperature, found in far.items():
             scales = crop_scales(batch, retention, temperature)
             found += ((scales / retention - 1).abs() > FAR_FROM_UNIFORM).tolist()

@@ -54,7 +54,7 @@ def golden_views(data: dict[str, np.ndarray]) -> Views:
     return Views(
         features=torch.from_numpy(data["features"]).float(),
         scores=torch.from_numpy(data["cls_scores"]),
-        canvas=Canvas.of(size, grid, side),
+        canvas=Canvas.from_image_size(size, grid, side),
         size=size,
     )
 
@@ -79,8 +79,10 @@ def test_reference_method_equals_the_reference(index: int) -> None:
     packed = views.features.flatten(0, 1)[source.clamp_min(0)]
     packed[source == NEWLINE] = torch.from_numpy(data["newline"]).float()
     assert torch.equal(packed, torch.from_numpy(data["packed"]).float())
-    reference_canvas = Canvas.of(views.size, views.canvas.grid, views.canvas.side, digits=None)
-    batch = ViewBatch.of([replace(views, canvas=reference_canvas)])
+    reference_canvas = Canvas.from_image_size(
+        views.size, views.canvas.grid, views.canvas.side, digits=None
+    )
+    batch = ViewBatch.from_images([replace(views, canvas=reference_canvas)])
     np.testing.assert_allclose(
         crop_scales(batch, float(data["ratio"]), 10.0).numpy(), data["scales"], rtol=0, atol=1e-12
     )
@@ -96,7 +98,7 @@ def test_globalcom2_keeps_the_reference_sets(index: int) -> None:
     ptr = data["kept_ptr"]
     for crop in range(len(ptr) - 1):
         assert kept[crop + 1] == set(data["kept_true"][ptr[crop] : ptr[crop + 1]].tolist())
-    scales = crop_scales(ViewBatch.of([views]), retention, 10.0)
+    scales = crop_scales(ViewBatch.from_images([views]), retention, 10.0)
     np.testing.assert_allclose(scales.numpy(), data["scales"], rtol=0, atol=1e-12)
 
 
@@ -167,8 +169,8 @@ def _counts(views: Views, retention: float) -> tuple[int, ...]:
 
 def test_unpadding_rounds_as_transformers() -> None:
     size, grid, side = (792, 1408), (2, 2), (24, 24)
-    assert Canvas.of(size, grid, side).height == 28
-    assert Canvas.of(size, grid, side, digits=None).height == 26
+    assert Canvas.from_image_size(size, grid, side).height == 28
+    assert Canvas.from_image_size(size, grid, side, digits=None).height == 26
 
 
 @pytest.mark.parametrize("size", [(10, 2000), (2000, 10), (500, 3), (1, 1)])
@@ -273,9 +275,9 @@ def promised(method: str, views: Views, retention: float) -> list[int]:
     if method in ("globalcom2", "globalcom2-reference"):
         canvas = views.canvas
         if method == "globalcom2-reference":
-            canvas = Canvas.of(views.size, canvas.grid, canvas.side, digits=None)
+            canvas = Canvas.from_image_size(views.size, canvas.grid, canvas.side, digits=None)
         at = replace(views, canvas=canvas)
-        scales = [retention, *crop_scales(ViewBatch.of([at]), retention, 10.0).tolist()]
+        scales = [retention, *crop_scales(ViewBatch.from_images([at]), retention, 10.0).tolist()]
         least = 1 if method == "globalcom2" else 0
         pairs = zip(at.valid_per_view, scales, strict=True)
         return [max(min(least, n), int(n * scale)) for n, scale in pairs]
@@ -334,10 +336,15 @@ def test_bounds_hold_whatever_the_scores(
 def test_bounds_are_close_where_crops_are_filled() -> None:
     """Budgets move between crops, and their sum stays; each crop loses less than a token."""
     for retention in (0.05, 0.1, 0.25, 0.5):
-        low, high = GlobalCom2(retention).bounds(Canvas.of((672, 672), (2, 2), (24, 24)))
+        low, high = GlobalCom2(retention).bounds(
+            Canvas.from_image_size((672, 672), (2, 2), (24, 24))
+        )
         assert high - low <= 4
         assert high == pytest.approx(5 * 576 * retention, rel=0.01)
-    assert GlobalCom2(0.75).bounds(Canvas.of((672, 672), (2, 2), (24, 24))) == (1976, 2160)
+    assert GlobalCom2(0.75).bounds(Canvas.from_image_size((672, 672), (2, 2), (24, 24))) == (
+        1976,
+        2160,
+    )
 
 
 @pytest.mark.parametrize("size", [(672, 672), (500, 672), (90, 2000), (2000, 90)])

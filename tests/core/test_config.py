@@ -98,16 +98,20 @@ def test_an_unknown_method_is_named_with_its_nearest() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_configured(method: str) -> None:
     config = parse_job(data_with("recipe.compression.method", method)).recipe.compression
-    assert CompressionPolicy.of(config).compressor.name == method
+    assert CompressionPolicy.from_config(config).compressor.name == method
     assert config.retention_requested == (0.25 if METHODS[method].takes_retention else 1.0)
 
 
 def test_the_papers_packing_is_the_default() -> None:
     config = parse_job(job_data("model", "in", "out")).recipe.compression
-    assert CompressionPolicy.of(config).packing == Packing() == Packing("compact", "kept_rows")
+    assert (
+        CompressionPolicy.from_config(config).packing
+        == Packing()
+        == Packing("compact", "kept_rows")
+    )
     data = data_with("recipe.compression.positions", "original")
     data["recipe"]["compression"]["newlines"] = "all"
-    assert CompressionPolicy.of(parse_job(data).recipe.compression).packing == Packing(
+    assert CompressionPolicy.from_config(parse_job(data).recipe.compression).packing == Packing(
         "original", "all"
     )
 

@@ -25,7 +25,7 @@ def test_there_are_the_four_promised() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_loads(path: Path) -> None:
     job = load_job(path)
-    assert CompressionPolicy.of(job.recipe.compression).compressor.name == "globalcom2"
+    assert CompressionPolicy.from_config(job.recipe.compression).compressor.name == "globalcom2"
     assert job.recipe.generation.max_new_tokens > 0
     if path.stem != "demo":
         assert job.output.startswith("s3://")

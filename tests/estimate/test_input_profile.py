@@ -161,7 +161,7 @@ def test_an_input_that_cannot_be_read_is_refused(
 
 def made_up(rows: int, stretches: list[int], each: int) -> InputProfile:
     """Stretches with so many prompts in them."""
-    shown = PromptShape(Canvas.of((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
+    shown = PromptShape(Canvas.from_image_size((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
     found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in stretches)
     return InputProfile(rows, found)
 

@@ -103,7 +103,7 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
 ) -> None:
     views = random_views(size, (2, 2), 6, seed)
     config = CompressionConfig(method=method, retention=retention, newlines=newlines)
-    policy = CompressionPolicy.of(config)
+    policy = CompressionPolicy.from_config(config)
     (selection,) = policy.packing.apply([views], policy.compressor.many([views]))
     tokens = sum(selection.kept_per_view(5, 36))
     kept = TokenBounds.of(views.canvas, config)
@@ -118,9 +118,13 @@ def test_the_guess_of_newlines_is_near() -> None:
     for seed in range(40):
         views = random_views((672, 672), (2, 2), 24, seed)
         counts.append(
-            int((CompressionPolicy.of(config).compressor.many([views])[0].source < 0).sum())
+            int(
+                (CompressionPolicy.from_config(config).compressor.many([views])[0].source < 0).sum()
+            )
         )
-    guess = TokenBounds.of(Canvas.of((672, 672), (2, 2), (24, 24)), config).newlines.mid
+    guess = TokenBounds.of(
+        Canvas.from_image_size((672, 672), (2, 2), (24, 24)), config
+    ).newlines.mid
     assert guess == pytest.approx(np.mean(counts), rel=0.05)
 
 

@@ -70,7 +70,7 @@ def test_sizes_of_a_tiny_model_can_be_set() -> None:
     assert usual.keys() == spelled.keys()
     assert all(usual[name].equal(spelled[name]) for name in usual)
     model, _ = untrained(TinySpec(vision_ffn=40, text_ffn=56, table=1000))
-    shape = ModelShape.of(model.config, 4)
+    shape = ModelShape.from_config(model.config, 4)
     assert (shape.text.vocabulary, shape.text.ffn, shape.tower.ffn) == (1000, 56, 40)
     assert model.get_output_embeddings().weight.shape == (1000, 48)
 
@@ -78,7 +78,7 @@ def test_sizes_of_a_tiny_model_can_be_set() -> None:
 def test_the_model_in_proportion_is_a_7b_in_small() -> None:
     with torch.device("meta"):
         model, _ = untrained(IN_PROPORTION)
-    small, seven = ModelShape.of(model.config, 4), LLAVA_7B
+    small, seven = ModelShape.from_config(model.config, 4), LLAVA_7B
     assert small.tower.patches == seven.tower.patches
     assert small.text.layers * seven.tower.layers == seven.text.layers * small.tower.layers
 

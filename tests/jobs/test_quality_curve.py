@@ -28,7 +28,7 @@ DATA = Data("model", Split.VALIDATION, 70)
 
 def image(seed: int) -> Views:
     draw = torch.Generator().manual_seed(seed)
-    canvas = Canvas.of((60, 120), (1, 2), (8, 8))
+    canvas = Canvas.from_image_size((60, 120), (1, 2), (8, 8))
     scores = torch.randn(3, 64, generator=draw)
     return Views(torch.randn(3, 64, 4, generator=draw), scores, canvas, (60, 120))
 
@@ -154,7 +154,7 @@ def test_a_point_is_answered_with_its_packing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(points, "answers_in_order", lambda *given: [])
     for point in (Point("globalcom2"), Point("globalcom2", 0.1, 10.0, "original", "none")):
         points.answer(SimpleNamespace(), "model", [], point)
-    assert [CompressionPolicy.of(recipe.compression).packing for recipe in recipes] == [
+    assert [CompressionPolicy.from_config(recipe.compression).packing for recipe in recipes] == [
         Packing(), Packing("original", "none")
     ]  # fmt: skip
 

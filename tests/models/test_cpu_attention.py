@@ -99,7 +99,7 @@ def test_it_computes_what_float64_computes(
 ) -> None:
     lengths = [(1, 1), (5, 1), (8, 8), (16, 9), (17, 17), (25, 24), (70, 50), (330, 1), (600, 600)]
     starts = itertools.accumulate([3, *(tokens + 2 for tokens, _ in lengths)])
-    sequences = SequenceTable.of(
+    sequences = SequenceTable.from_sequences(
         [(at, *length) for at, length in zip(starts, lengths, strict=False)]
     )
     keys, values = drawn(2, 2, sequences.stop + 5, size).unbind()
@@ -113,7 +113,7 @@ def test_it_computes_what_float64_computes(
 @pytest.mark.parametrize("tokens", [*range(1, 50), 255, 256, 257, 272, 511, 513])
 @pytest.mark.parametrize("part", ["whole", "last"])
 def test_every_length_is_right(attend: CompiledAttention, tokens: int, part: str) -> None:
-    sequences = SequenceTable.of([(0, tokens, tokens if part == "whole" else 1)])
+    sequences = SequenceTable.from_sequences([(0, tokens, tokens if part == "whole" else 1)])
     queries, keys, values = drawn(sequences.queries, 1, 32), *drawn(2, 1, tokens, 32, seed=1)
     for pattern in (Pattern(0.2), Pattern(0.2, causal=False)):
         out = attend(queries, keys, values, sequences, pattern)
@@ -124,7 +124,7 @@ def test_every_length_is_right(attend: CompiledAttention, tokens: int, part: str
 
 def test_large_scores_neither_overflow_nor_vanish(attend: CompiledAttention) -> None:
     queries, (keys, values) = drawn(40, 2, 32) * 30, drawn(2, 2, 40, 32)
-    sequences, pattern = SequenceTable.of([(0, 40, 40)]), Pattern(1.0)
+    sequences, pattern = SequenceTable.from_sequences([(0, 40, 40)]), Pattern(1.0)
     out = attend(queries, keys, values, sequences, pattern)
     torch.testing.assert_close(
         out.double(), right(queries, keys, values, sequences, pattern), atol=1e-4, rtol=0
@@ -138,7 +138,7 @@ def test_queries_keys_and_outputs_may_lie_in_any_order_but_for_features(
     joined = drawn(4 * 50, 3, 3, 32)
     queries, keys, values = joined.unbind(1)
     sequences, pattern = (
-        SequenceTable.of([(view * 50, 50, 50) for view in range(4)]),
+        SequenceTable.from_sequences([(view * 50, 50, 50) for view in range(4)]),
         Pattern(0.2, causal=False),
     )
     out = attend(queries, keys.transpose(0, 1), values.transpose(0, 1), sequences, pattern)
@@ -166,7 +166,7 @@ def test_a_sequence_depends_neither_on_neighbours_nor_on_place_nor_on_threads(
                 queries[:new],
                 keys,
                 values,
-                SequenceTable.of([(0, 90, new)]),
+                SequenceTable.from_sequences([(0, 90, new)]),
                 Pattern(0.1, window=window),
             )
             for count in (1, 2):
@@ -175,7 +175,7 @@ def test_a_sequence_depends_neither_on_neighbours_nor_on_place_nor_on_threads(
                     torch.cat([neighbour, queries[:new], neighbour[:1]]),
                     wide[0],
                     wide[1],
-                    SequenceTable.of([(10, 10, 3), (201, 90, new), (12, 8, 1)]),
+                    SequenceTable.from_sequences([(10, 10, 3), (201, 90, new), (12, 8, 1)]),
                     Pattern(0.1, window=window),
                 )
                 assert torch.equal(together[3:-1], alone)
@@ -187,14 +187,22 @@ def test_a_nan_stays_one(attend: CompiledAttention, new: int) -> None:
     queries, (keys, values) = drawn(new, 1, 32), drawn(2, 1, 30, 32)
     keys[0, 4, 5] = torch.nan
     out = attend(
-        queries, keys, values, SequenceTable.of([(0, 30, new)]), Pattern(0.2, causal=False)
+        queries,
+        keys,
+        values,
+        SequenceTable.from_sequences([(0, 30, new)]),
+        Pattern(0.2, causal=False),
     )
     assert out.isnan().all()
 
 
 def test_no_sequence_gives_no_output(attend: CompiledAttention) -> None:
     out = attend(
-        drawn(0, 2, 32), drawn(2, 8, 32), drawn(2, 8, 32), SequenceTable.of([]), Pattern(1.0)
+        drawn(0, 2, 32),
+        drawn(2, 8, 32),
+        drawn(2, 8, 32),
+        SequenceTable.from_sequences([]),
+        Pattern(1.0),
     )
     assert out.shape == (0, 2, 32)
 
@@ -202,7 +210,7 @@ def test_no_sequence_gives_no_output(attend: CompiledAttention) -> None:
 @pytest.mark.parametrize("sequence", [(-1, 5, 1), (0, 5, 6), (0, 5, 0)])
 def test_impossible_sequences_are_refused(sequence: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="queries of 5 tokens"):
-        SequenceTable.of([(0, 5, 5), sequence])
+        SequenceTable.from_sequences([(0, 5, 5), sequence])
 
 
 def test_impossible_patterns_are_refused() -> None:
@@ -229,7 +237,7 @@ def test_what_would_be_read_wrongly_is_refused(
     attend: CompiledAttention, queries: Tensor, keys: Tensor, values: Tensor, trouble: str
 ) -> None:
     with pytest.raises(ValueError, match=trouble):
-        attend(queries, keys, values, SequenceTable.of([(2, 6, 5)]), Pattern(1.0))
+        attend(queries, keys, values, SequenceTable.from_sequences([(2, 6, 5)]), Pattern(1.0))
 
 
 @pytest.mark.parametrize("missing", ["library", "processor", "right library"])

@@ -107,7 +107,7 @@ def test_the_paper_counts_more_than_the_products() -> None:
 def test_operations_of_a_language_model_are_those_that_torch_counts(key_heads: int) -> None:
     config = LlamaConfig(**TEXT | {"num_key_value_heads": key_heads})
     model = LlamaForCausalLM(config).eval()
-    text, length = TextModel.of(model.config), 11
+    text, length = TextModel.from_config(model.config), 11
     ids = torch.arange(length)[None]
     output = model(ids)
     assert counted(lambda: model(ids, logits_to_keep=1)) == text.eager_prefill(length)
@@ -120,7 +120,7 @@ def test_operations_of_a_language_model_are_those_that_torch_counts(key_heads: i
 
 def test_operations_of_a_tower_are_those_that_torch_counts() -> None:
     model, _ = untrained(TinySpec(vision=(32, 3, 4)))
-    tower = Tower.of(model.config)
+    tower = Tower.from_config(model.config)
     assert (tower.layers, tower.run_layers, tower.patches) == (3, 2, 36)
     config: Any = CLIPVisionConfig(**model.config.vision_config.to_dict())
     config._attn_implementation = "eager"
@@ -135,7 +135,7 @@ def test_operations_of_a_tower_are_those_that_torch_counts() -> None:
 
 def siglip(tower: SiglipVisionConfig) -> ModelShape:
     text = LlamaConfig(**TEXT)
-    return ModelShape.of(LlavaNextConfig(vision_config=tower, text_config=text), FP16)
+    return ModelShape.from_config(LlavaNextConfig(vision_config=tower, text_config=text), FP16)
 
 
 def test_operations_of_a_tower_without_class_token_are_those_that_torch_counts() -> None:
@@ -175,14 +175,14 @@ def test_operations_of_a_whole_model_are_those_that_torch_counts() -> None:
         lambda: model(input_ids=ids, pixel_values=pixels, image_sizes=size, logits_to_keep=1)
     )
     answer = AnswerTokens(views=5, projected=80, prompt=image + 6, output=1)
-    stages = matmul_flops(ModelShape.of(model.config, FP16), answer, ExecutionMode.EAGER)
+    stages = matmul_flops(ModelShape.from_config(model.config, FP16), answer, ExecutionMode.EAGER)
     assert sum(stages.values()) == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize("layers", [-2, -1, [-1, -2], [-3, -2]])
 def test_features_of_several_layers_are_counted(layers: Any) -> None:
     model = small(vision_feature_layer=layers)
-    tower = Tower.of(model.config)
+    tower = Tower.from_config(model.config)
     assert tower.run_layers == (3 if layers in (-1, [-1, -2]) else 2)
     states = torch.zeros(5, 24 * tower.features)
     projector = model.model.multi_modal_projector
@@ -208,7 +208,7 @@ class CountingAttention:
 def test_operations_of_our_language_model_are_those_that_torch_counts() -> None:
     """With float64 nothing is prepacked, and every product is one that torch sees."""
     model = LlamaForCausalLM(LlamaConfig(**TEXT)).eval().double()
-    ours, text, length, new = LanguageModel(model), TextModel.of(model.config), 11, 4
+    ours, text, length, new = LanguageModel(model), TextModel.from_config(model.config), 11, 4
     arena = KvCache(ours.kv_shape, 20, dtype=ours.dtype, device=ours.device).arena
 
     def run(first: int, stop: int) -> int:
@@ -229,7 +229,7 @@ def test_operations_of_our_language_model_are_those_that_torch_counts() -> None:
 @pytest.mark.parametrize("name", [*full_size.SIZES])
 def test_weights_are_counted_to_the_last(name: str) -> None:
     model, _ = untrained(full_size.SIZES[name], device=torch.device("meta"))
-    shape = ModelShape.of(model.config, FP16)
+    shape = ModelShape.from_config(model.config, FP16)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.needs().weights == FP16 * shape.parameters
 
@@ -238,7 +238,9 @@ def test_weights_are_counted_to_the_last(name: str) -> None:
 def test_full_sizes_are_the_published_ones(name: str, billions: float) -> None:
     """Parameters of LLaVA-NeXT with Vicuna-7B and 13B, without making them."""
     model, _ = untrained(full_size.SIZES[name], device=torch.device("meta"))
-    assert ModelShape.of(model.config, FP16).parameters / 1e9 == pytest.approx(billions, abs=0.02)
+    assert ModelShape.from_config(model.config, FP16).parameters / 1e9 == pytest.approx(
+        billions, abs=0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_full_sizes_are_the_published_ones(name: str, billions: float) -> None:
 )
 def test_weights_of_language_models_are_counted_to_the_last(make: Any, config: Any) -> None:
     model = make(config)
-    text = TextModel.of(model.config)
+    text = TextModel.from_config(model.config)
     assert text.parameters == sum(parameter.numel() for parameter in model.parameters())
     cache = model(torch.arange(7)[None]).past_key_values
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
@@ -286,7 +288,7 @@ def test_a_7b_costs_what_is_known_of_it() -> None:
 
 def test_the_shape_of_the_7b_is_the_models() -> None:
     model, _ = untrained(full_size.VICUNA_7B, device=torch.device("meta"))
-    found = ModelShape.of(model.config, FP16)
+    found = ModelShape.from_config(model.config, FP16)
     positions = found.text.max_positions
     assert replace(found, text=replace(found.text, max_positions=4096)) == LLAVA_7B
     assert positions == model.config.text_config.max_position_embeddings

@@ -327,7 +327,7 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
 
 def looked_at(caption: str) -> TokenMap:
     """A small image of which a few tokens were kept."""
-    canvas = Canvas.of((40, 60), (1, 2), (6, 6))
+    canvas = Canvas.from_image_size((40, 60), (1, 2), (6, 6))
     kept = np.zeros((3, 36), bool)
     kept[1:, 3] = True
     image = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)

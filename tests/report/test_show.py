@@ -67,7 +67,7 @@ def test_tokens_are_drawn_where_they_are(
 
 @pytest.mark.parametrize("size", [(40, 60), (3, 400), (400, 3)])
 def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
-    canvas = Canvas.of(size, (1, 2), (6, 6))
+    canvas = Canvas.from_image_size(size, (1, 2), (6, 6))
     kept = np.zeros((3, 36), bool)
     image = np.full((*size, 3), 200, np.uint8)
     looked = TokenMap(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])

@@ -19,7 +19,7 @@ def random_views(
     return Views(
         features=torch.randn(views, side * side, 4, generator=draw),
         scores=torch.randn(views, side * side, generator=draw),
-        canvas=Canvas.of(size, grid, (side, side)),
+        canvas=Canvas.from_image_size(size, grid, (side, side)),
         size=size,
         seed=seed,
     )

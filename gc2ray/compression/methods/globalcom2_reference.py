@@ -51,9 +51,11 @@ class GlobalCom2Reference(Compressor):
         return 0, len(views) * views[0]
 
     def _one(self, image: Views) -> Selection:
-        canvas = Canvas.of(image.size, image.canvas.grid, image.canvas.side, digits=None)
+        canvas = Canvas.from_image_size(
+            image.size, image.canvas.grid, image.canvas.side, digits=None
+        )
         image = replace(image, canvas=canvas)
-        batch = ViewBatch.of([image])
+        batch = ViewBatch.from_images([image])
         scales = crop_scales(batch, self.retention, self.temperature)
         counts = (batch.counts[1:].double() * scales).long()
         kept = top_k_mask(combined_scores(batch)[1:], counts)  # (C, N)

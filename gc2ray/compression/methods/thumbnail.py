@@ -23,7 +23,7 @@ class ThumbnailOnly(Compressor):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         if not images:
             return []
-        batch = ViewBatch.of(images)
+        batch = ViewBatch.from_images(images)
         keep = torch.zeros_like(batch.valid)
         keep[batch.thumbnails] = True
         return reading_order(images, keep)

@@ -245,7 +245,7 @@ class ContinuousBatchDecoder:
         hidden, positions = self._inputs(rows)
         logits = self._model.logits(hidden, positions, step, self._attend)
         samplings, numbers = [row.sampling for row in rows], [row.number for row in rows]
-        drawing = Sampler.of(samplings, numbers, self._model.device)
+        drawing = Sampler.from_samplings(samplings, numbers, self._model.device)
         tokens = drawing.tokens(_penalised(rows, logits)).tolist()
         passed = time.perf_counter_ns() - started
         self.steps += 1
@@ -265,7 +265,7 @@ class ContinuousBatchDecoder:
             self._room.burst,
             max(row.sampling.max_new_tokens - len(row.tokens) for row in rows),
         )
-        shape = GraphShape.of(
+        shape = GraphShape.from_counts(
             len(rows),
             self._reserve(max(row.tokens_at_most for row in rows)),
             draws=any(row.numbers for row in rows),

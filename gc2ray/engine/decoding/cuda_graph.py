@@ -72,7 +72,7 @@ class GraphShape:
     penalises: bool = False
 
     @staticmethod
-    def of(rows: int, longest: int, *, draws: bool, penalises: bool = False) -> GraphShape:
+    def from_counts(rows: int, longest: int, *, draws: bool, penalises: bool = False) -> GraphShape:
         """The next larger one of a few, so that few are recorded."""
         return GraphShape(_rounded(rows, 1), _rounded(longest, 512), draws, penalises)
 

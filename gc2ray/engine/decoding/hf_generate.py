@@ -185,7 +185,7 @@ class _RowSampler(LogitsProcessor):
         # A row that is at its limit, in a batch that is not, draws its last number again.
         numbers = [row[min(self._step, len(row) - 1)] for row in self._numbers]
         self._step += 1
-        drawing = Sampler.of(self._samplings, numbers, scores.device)
+        drawing = Sampler.from_samplings(self._samplings, numbers, scores.device)
         scores = self._penalised(input_ids, scores)
         tokens = drawing.tokens(scores)
         self._finite.append(tokens >= 0)

@@ -45,7 +45,7 @@ class Sampler:
     numbers: Tensor
 
     @staticmethod
-    def of(
+    def from_samplings(
         samplings: Sequence[GenerationConfig], numbers: Sequence[float], device: torch.device
     ) -> Sampler:
         """The next token of each row; `numbers` of greedy rows are not read."""

@@ -85,7 +85,7 @@ class LlavaNext:
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
         anyres = anyres_of(processor.image_processor, config)
-        shape, token = ModelShape.of(config, itemsize), int(config.image_token_id)
+        shape, token = ModelShape.from_config(config, itemsize), int(config.image_token_id)
         return ModelMetadata(shape, anyres, (side, side), processor, token)
 
     def needs(self) -> Needs:
@@ -100,7 +100,7 @@ class LlavaNext:
 
     def canvas(self, tiles: Tiles) -> Canvas:
         """Where the image lies on its canvas of tokens."""
-        return Canvas.of(tiles.size, tiles.grid, self._side)
+        return Canvas.from_image_size(tiles.size, tiles.grid, self._side)
 
     def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
         """Run the tower; `features` (V, N, D_vision) are not projected yet."""
@@ -189,8 +189,8 @@ class _FeedForward(nn.Module):
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
-        self._first = Linear.of(mlp.fc1, product=QUICK_GELU, shift=QUICK_GELU)
-        self._second = Linear.of(mlp.fc2, product=1 / QUICK_GELU)
+        self._first = Linear.from_layers(mlp.fc1, product=QUICK_GELU, shift=QUICK_GELU)
+        self._second = Linear.from_layers(mlp.fc2, product=1 / QUICK_GELU)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self._second(F.silu(self._first(inputs), inplace=True))
@@ -201,8 +201,8 @@ class _ViewAttention(nn.Module):
 
     def __init__(self, attention: Any, compiled: CompiledAttention) -> None:
         super().__init__()
-        self._inputs = Linear.of(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._output = Linear.of(attention.out_proj)
+        self._inputs = Linear.from_layers(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._output = Linear.from_layers(attention.out_proj)
         self._size = int(attention.head_dim)
         self._pattern = Pattern(float(attention.scale), causal=False)
         self._attend = compiled
@@ -214,7 +214,9 @@ class _ViewAttention(nn.Module):
             part.view(views * tokens, -1, self._size)
             for part in self._inputs.each(hidden_states.flatten(0, 1))
         )
-        table = SequenceTable.of([(view * tokens, tokens, tokens) for view in range(views)])
+        table = SequenceTable.from_sequences(
+            [(view * tokens, tokens, tokens) for view in range(views)]
+        )
         out = self._attend(
             queries, keys.transpose(0, 1), values.transpose(0, 1), table, self._pattern
         )

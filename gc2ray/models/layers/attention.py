@@ -145,7 +145,9 @@ class Step:
     @cached_property
     def table(self) -> SequenceTable:
         """The sequences as compiled attention takes them."""
-        return SequenceTable.of([(chunk.start, chunk.length, chunk.new) for chunk in self.chunks])
+        return SequenceTable.from_sequences(
+            [(chunk.start, chunk.length, chunk.new) for chunk in self.chunks]
+        )
 
     def _int32(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.arena.device)

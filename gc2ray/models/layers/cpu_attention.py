@@ -46,7 +46,7 @@ class _Heads(ctypes.Structure):
     )
 
     @staticmethod
-    def of(states: Tensor) -> _Heads:
+    def from_tensor(states: Tensor) -> _Heads:
         """Of a tensor (heads, tokens, features)."""
         return _Heads(states.data_ptr(), states.stride(0), states.stride(1))
 
@@ -83,7 +83,7 @@ class SequenceTable:
     stop: int
 
     @staticmethod
-    def of(sequences: Sequence[tuple[int, int, int]]) -> SequenceTable:
+    def from_sequences(sequences: Sequence[tuple[int, int, int]]) -> SequenceTable:
         """Of first key, keys and queries of each.
 
         Raises:
@@ -157,10 +157,10 @@ class CompiledAttention:
         out = torch.empty_like(queries, memory_format=torch.contiguous_format)
         heads, _, size = keys.shape
         attention = _Attention(
-            _Heads.of(queries.transpose(0, 1)),
-            _Heads.of(keys),
-            _Heads.of(values),
-            _Heads.of(out.transpose(0, 1)),
+            _Heads.from_tensor(queries.transpose(0, 1)),
+            _Heads.from_tensor(keys),
+            _Heads.from_tensor(values),
+            _Heads.from_tensor(out.transpose(0, 1)),
             heads,
             queries.shape[1] // heads,
             size,

@@ -56,7 +56,7 @@ class Linear:
     shift: float = 1.0
 
     @staticmethod
-    def of(*layers: nn.Linear, product: float = 1.0, shift: float = 1.0) -> Linear:
+    def from_layers(*layers: nn.Linear, product: float = 1.0, shift: float = 1.0) -> Linear:
         """Pack layers where the machine can, else refer to them.
 
         Args:
@@ -158,7 +158,7 @@ class _PackedModule(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self._linear = Linear.of(layer)
+        self._linear = Linear.from_layers(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self._linear(inputs)

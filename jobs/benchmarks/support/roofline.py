@@ -105,7 +105,7 @@ def answering_stages(
         new_tokens: Tokens of each answer.
         itemsize: Bytes of a weight and of a cached number.
     """
-    shape = ModelShape.of(config, itemsize)
+    shape = ModelShape.from_config(config, itemsize)
     tower, text = shape.tower, shape.text
     prompts = [answer.prompt_tokens or 0 for answer in answers]
     views = sum(len(per) for answer in answers for per in answer.kept_per_view or ())
@@ -132,7 +132,7 @@ def measured_machine() -> Machine:
 def _layer_rates(tokens: int, inputs: int, outputs: int) -> tuple[float, float]:
     """FLOP/s of a plain and of a prepacked layer."""
     layer = nn.Linear(inputs, outputs, bias=False)
-    packed, states = Linear.of(layer), torch.randn(tokens, inputs)
+    packed, states = Linear.from_layers(layer), torch.randn(tokens, inputs)
     works: dict[str, Work] = {"plain": lambda: layer(states), "packed": lambda: packed(states)}
     flops = 2 * tokens * inputs * outputs
     calls = max(1, round(CALL_FLOPS / flops))

@@ -225,7 +225,7 @@ def test_packed_and_plain_layers_decode_the_same(
     """Where oneDNN is missing the model's own weights are used, and nobody notices."""
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     model = models["qwen2"]
-    assert not Linear.of(model.lm_head).packed
+    assert not Linear.from_layers(model.lm_head).packed
     assert tokens(decode(model, ragged(model))) == expected["qwen2"]
 
 
@@ -719,8 +719,8 @@ def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) 
     ("asked", "made"), [(1, 1), (3, 4), (9, 12), (13, 16), (17, 24), (200, 256)]
 )
 def test_few_shapes_are_recorded(asked: int, made: int) -> None:
-    assert GraphShape.of(asked, 1, draws=False) == GraphShape(made, 512, draws=False)
-    assert GraphShape.of(1, 513, draws=True) == GraphShape(1, 768, draws=True)
+    assert GraphShape.from_counts(asked, 1, draws=False) == GraphShape(made, 512, draws=False)
+    assert GraphShape.from_counts(1, 513, draws=True) == GraphShape(1, 768, draws=True)
 
 
 # Numbers that are no numbers
@@ -938,7 +938,7 @@ def test_a_step_knows_its_places() -> None:
 @pytest.mark.parametrize("biased", [(), (16,), (16, 4)])
 def test_packed_layers_compute_the_same(biased: tuple[int, ...]) -> None:
     layers = [nn.Linear(24, size, bias=size in biased) for size in (16, 8, 4)]
-    packed = Linear.of(*layers)
+    packed = Linear.from_layers(*layers)
     inputs = torch.randn(3, 5, 24)
     with torch.inference_mode():
         wanted = [layer(inputs) for layer in layers]
@@ -952,7 +952,7 @@ def test_packed_layers_compute_the_same(biased: tuple[int, ...]) -> None:
 def test_factors_of_layers(rows: int, *, bias: bool) -> None:
     layer, inputs = nn.Linear(24, 8, bias=bias), torch.randn(rows, 24)
     with torch.inference_mode():
-        found = Linear.of(layer, product=3.0, shift=0.5)(inputs)
+        found = Linear.from_layers(layer, product=3.0, shift=0.5)(inputs)
         wanted = 3 * inputs @ layer.weight.t() + (0.5 * layer.bias if bias else 0)
     torch.testing.assert_close(found, wanted)
 
@@ -985,11 +985,11 @@ def test_padding_of_rows_is_not_seen(
     layer = nn.Linear(24, 10)
     inputs = torch.randn(shape)
     with torch.inference_mode():
-        torch.testing.assert_close(Linear.of(layer)(inputs), layer(inputs))
+        torch.testing.assert_close(Linear.from_layers(layer)(inputs), layer(inputs))
 
 
 def test_rows_are_padded_where_packed_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = Linear.of(nn.Linear(8, 8))
+    linear = Linear.from_layers(nn.Linear(8, 8))
     padded = {}
     for capability in WIDTHS:
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda it=capability: it)
@@ -1008,7 +1008,7 @@ def test_wide_and_narrow_machines_decode_the_same(
 
 def test_half_precision_is_not_packed() -> None:
     layer = nn.Linear(8, 8).to(torch.bfloat16)
-    packed = Linear.of(layer)
+    packed = Linear.from_layers(layer)
     assert not packed.packed
     assert packed.weights[0].data_ptr() == layer.weight.data_ptr(), "a copy nobody needs"
 

@@ -442,7 +442,7 @@ def test_greedy_rows_are_not_drawn() -> None:
         GenerationConfig(max_new_tokens=1),
         GenerationConfig(max_new_tokens=1, temperature=9.0),
     )
-    drawing = Sampler.of([greedy, hot, greedy], [0.99, 0.99, 0.99], torch.device("cpu"))
+    drawing = Sampler.from_samplings([greedy, hot, greedy], [0.99, 0.99, 0.99], torch.device("cpu"))
     tokens = drawing.tokens(LOGITS.expand(3, -1))
     assert (tokens[0], tokens[2]) == (2, 2)
     assert tokens[1] == 4
@@ -499,7 +499,7 @@ def test_a_row_is_finite_or_draws_nothing(value: float, place: int) -> None:
         GenerationConfig(max_new_tokens=4, temperature=1.2, top_p=0.7),
         GenerationConfig(max_new_tokens=4, temperature=1.2, top_p=0.7),
     ]
-    drawing = Sampler.of(samplings, [0.1, 0.9999, 0.5], logits.device)
+    drawing = Sampler.from_samplings(samplings, [0.1, 0.9999, 0.5], logits.device)
     found = drawing.tokens(logits).tolist()
     assert [token == NOT_FINITE for token in found] == [False, True, False]
     whole = torch.full((1, 7), value)
