@@ -26,7 +26,8 @@ from gc2ray.core.config.generation import NOTHING, TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.base import LoadedModel, ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.checkpoint.consistency import FILES, Checkpoint, check, check_directory
+from gc2ray.models.checkpoint.consistency import check, check_directory
+from gc2ray.models.checkpoint.description import FILES, Checkpoint
 from gc2ray.models.registry import FAMILIES
 
 BUFFERS = frozenset({"position_ids", "inv_freq", "masked_bias", "original_inv_freq"})

@@ -70,7 +70,7 @@ def check_named_once(directory: Path, headers: Mapping[str, TensorHeader]) -> No
         if other != name:
             raise ConfigError(
                 f"recipe.model.path: {directory} has a tensor twice, as {other} and as {name}; "
-                "copy the model anew, into an empty directory"
+                "copy the model again, into an empty directory"
             )
 
 
@@ -110,13 +110,13 @@ def _files(directory: Path) -> list[Path]:
         paths = [directory / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"recipe.model.path: {directory / INDEX} is no index of weights; copy the model anew"
+            f"recipe.model.path: {directory / INDEX} is no index of weights; copy the model again"
         ) from error
     gone = [path.name for path in paths if not path.is_file()]
     if gone:
         raise ConfigError(
             f"recipe.model.path: {directory} has no {gone[0]}, which is one of the "
-            f"{len(names)} files that {INDEX} names; copy the model anew"
+            f"{len(names)} files that {INDEX} names; copy the model again"
         )
     return paths
 
@@ -151,12 +151,12 @@ def _header(path: Path) -> dict[str, TensorHeader]:
         headers = {name: _tensor(tensor) for name, tensor in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(
-            f"recipe.model.path: {path} is not a safetensors file, or damaged; copy the model anew"
+            f"recipe.model.path: {path} is not a safetensors file, or damaged; copy the model again"
         ) from error
     if size != 8 + length + needed:
         raise ConfigError(
             f"recipe.model.path: {path} is damaged: {size} bytes, and its header describes "
-            f"{8 + length + needed}; copy the model anew"
+            f"{8 + length + needed}; copy the model again"
         )
     return headers
 
