@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 from gc2ray.cli import app
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import Answer, Request
-from gc2ray.engine import parity
+from gc2ray.engine import parity, parity_result
 from gc2ray.engine.decoding import continuous_batching as native
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.engine import Engine, load_model
-from gc2ray.engine.parity import Parity, StockCheck, check
+from gc2ray.engine.parity import check
+from gc2ray.engine.parity_result import Parity, StockCheck
 from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.consistency import check_directory
@@ -262,7 +263,7 @@ def test_a_mutation_of_ours_fails(
     assert not found.passed
     assert MUTATIONS[mutation] in "\n".join(found.lines())
     if "behind" in MUTATIONS[mutation]:
-        assert found.stock.difference > 10 * parity.TOLERANCE["float32"]
+        assert found.stock.difference > 10 * parity_result.TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("mutation", [no_end, answer_positions, answer_text])
@@ -301,7 +302,7 @@ def test_images_given_to_the_wrong_rows_of_a_batch_fail(
     assert found.same_alone < 3
     assert found.passed == (temperature > 0), found.lines()
     told = "\n".join(found.lines())
-    assert ("otherwise in a batch than alone" in told) != found.passed
+    assert ("differently in a batch than alone" in told) != found.passed
     assert ("only counted" in told) == found.passed
 
 
@@ -484,7 +485,7 @@ def test_a_near_tie_is_two_steps(dtype: str, gap: float, ties: int) -> None:
     logits[2, 3], logits[2, 4] = 20, 20 - gap
     stock = StockAnswer((1, 2), (0, 3), "length", "", logits)
     job = make_job("model", model__dtype=dtype)
-    ours: Any = parity._Ours(job, None, parity._Stock())  # type: ignore[arg-type]
+    ours: Any = parity._Comparison(job, None, parity._StockAnswers())  # type: ignore[arg-type]
     assert ours._nearly_tie(stock, (0, 4), 1) == ties
     assert not ours._nearly_tie(stock, (0,), 1), "an answer that is too short is no tie"
 
@@ -511,7 +512,9 @@ def test_a_near_tie_of_a_batch_is_of_our_logits_alone(
     monkeypatch.setattr(parity, "ForcedDecoder", Said)
     monkeypatch.setattr(parity, "Engine", Reader)
     loaded: Any = SimpleNamespace(model=None)
-    ours = parity._Ours(make_job("model", model__dtype="bfloat16"), loaded, parity._Stock())
+    ours = parity._Comparison(
+        make_job("model", model__dtype="bfloat16"), loaded, parity._StockAnswers()
+    )
     pairs = [parity._Pair(request(), (0, 3, 1), alone) for alone in ((0, 4, 2), (0, 3, 1))]
     assert ours.compare_batches(pairs) == ties
     assert (read, len(ours.failed)) == ([(0,)], 1 - ties)
