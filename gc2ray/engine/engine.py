@@ -34,9 +34,10 @@ from gc2ray.core.errors import BadRow, EngineDead, Status
 from gc2ray.core.records import RECIPES_POLICY, Answer, Request
 from gc2ray.core.stats import RunStats
 from gc2ray.engine.batch_sizes import BatchSizes, derive_batch_sizes
-from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
 from gc2ray.engine.decoding.decoder import Completion, Decoder
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
+from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.engine.device import EnergyMeter, device_name, gpu_uuid, memory, own_device
 from gc2ray.engine.prefetch import Inline, Prefetcher
 from gc2ray.engine.prompt_builder import PromptBuilder
@@ -98,8 +99,8 @@ class Engine:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        """Made when it is first wanted: its KV cache takes most of a GPU."""
-        return _decoder(self._model, self._sizes, self._end_tokens)
+        """Made when it is first used: its KV cache takes most of a GPU."""
+        return _build_decoder(self._model, self._sizes, self._end_tokens)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Answer requests, in completion order.
@@ -317,14 +318,14 @@ class Engine:
         )
 
 
-def _decoder(model: Any, found: BatchSizes, end_tokens: tuple[int, ...]) -> Decoder:
-    """Continuous batching, or stock `generate` for language models that it does not know."""
+def _build_decoder(model: Any, sizes: BatchSizes, end_tokens: tuple[int, ...]) -> Decoder:
+    """Continuous batching, or stock `generate` for language models that it does not support."""
     reason = unsupported(model)
     if reason is not None:
         log.warning("decoding with stock generate, which is slower: %s", reason)
-        return GenerateDecoder(model, max_tokens=found.kv_tokens, eos=end_tokens)
-    room = DecodeLimits(found.kv_tokens, found.prefill_tokens, found.live_rows, found.burst)
-    return ContinuousBatchDecoder(LanguageModel(model), room, eos=end_tokens)
+        return GenerateDecoder(model, max_tokens=sizes.kv_tokens, eos=end_tokens)
+    limits = DecodeLimits(sizes.kv_tokens, sizes.prefill_tokens, sizes.live_rows, sizes.burst)
+    return ContinuousBatchDecoder(LanguageModel(model), limits, eos=end_tokens)
 
 
 def load_engine(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> Engine:

@@ -6,7 +6,7 @@ as the config says. The modules' own weights are used; what differs from running
 order of work:
 
 * tokens of all sequences are packed, (T, D), so that no sequence is padded to another's length;
-* keys and values go to a `KvPool`, at places that the caller chose, and positions are explicit;
+* keys and values go to slots of a KV cache that the caller chose, and positions are explicit;
 * the last layer computes queries, attention output and feed-forward only for tokens whose logits
   are wanted: the others' are read by nobody. With 8 layers that is a tenth of a prefill;
 * key and value projections are one product, as are gate and up, where layers are packed.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gc2ray.models.layers.attention import Attend, KvShape, Sequences, write
+from gc2ray.models.layers.attention import Attend, KvShape, Step, write
 from gc2ray.models.layers.linear import Linear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -83,7 +83,7 @@ class _Layer:
             window=_window(attention, config),
         )
 
-    def attended(self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend) -> Tensor:
+    def attended(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
         """(T, D) to (T, D): attention and its residual."""
         normed = self.before(hidden)
         self._write(normed, rotary, step)
@@ -91,9 +91,7 @@ class _Layer:
         out = attend(step, self.index, queries, self.scale, self.window).flatten(1)
         return self.output(_padded(out, len(hidden))).add_(hidden)
 
-    def attended_last(
-        self, hidden: Tensor, rotary: _Rotary, step: Sequences, attend: Attend
-    ) -> Tensor:
+    def attended_last(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
         """(T, D) to (S, D): as `attended`, for each sequence's last token only."""
         normed = self.before(hidden)
         self._write(normed, rotary, step)
@@ -101,8 +99,8 @@ class _Layer:
         out = attend(step.only_last, self.index, queries, self.scale, self.window)
         return self.output(out.flatten(1)).add_(hidden[step.last])
 
-    def _write(self, normed: Tensor, rotary: _Rotary, step: Sequences) -> None:
-        """Put keys and values into the arena; rows behind the tokens are padding."""
+    def _write(self, normed: Tensor, rotary: _Rotary, step: Step) -> None:
+        """Put keys and values into the KV cache; rows behind the tokens are padding."""
         size = (len(rotary.cos), -1, self.head_size)
         key, value = (part[: size[0]].view(size) for part in self.key_value.each(normed))
         write(step, self.index, rotary.turned(key), value)
@@ -176,7 +174,7 @@ class LanguageModel:
         embedded: Tensor = self._table(token_ids)
         return embedded
 
-    def logits(self, hidden: Tensor, positions: Tensor, step: Sequences, attend: Attend) -> Tensor:
+    def logits(self, hidden: Tensor, positions: Tensor, step: Step, attend: Attend) -> Tensor:
         """Logits of the token after each sequence, (S, vocabulary).
 
         Args:

@@ -15,7 +15,7 @@ from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Answer
 from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
-from gc2ray.data.store import Commit
+from gc2ray.output.parts import Commit
 from gc2ray.output.planner import FIRST_ERRORS
 from gc2ray.runner.journal import InHand
 

@@ -94,8 +94,8 @@ def _views(compiled: CompiledAttention, heads: int, size: int) -> _Case:
 def _step(compiled: CompiledAttention, what: str, chunks: list[Chunk]) -> _Case:
     """A step of the decoder, all layers of it."""
     heads, size = 8, 64
-    step = Step(
-        tuple(chunks), torch.randn(LAYERS, 2, heads, chunks[-1].start + chunks[-1].length, size)
+    step = Step.from_chunks(
+        chunks, torch.randn(LAYERS, 2, heads, chunks[-1].start + chunks[-1].length, size)
     )
     queries = torch.randn(sum(chunk.new for chunk in chunks), heads, size)
 

@@ -32,8 +32,9 @@ from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.stats import STAGES
 from gc2ray.engine.batch_sizes import derive_batch_sizes
-from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
 from gc2ray.engine.decoding.decoder import end_tokens
+from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.engine.device import memory
 from gc2ray.engine.engine import Engine
 from gc2ray.models.base import LoadedModel

@@ -23,8 +23,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gc2ray.core.config.generation import GenerationConfig
-from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
 from gc2ray.engine.decoding.decoder import Completion
+from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.models.base import Prompt
 from gc2ray.models.layers.linear import packed_module
 from gc2ray.models.llama import LanguageModel

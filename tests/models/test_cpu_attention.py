@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gc2ray.models.layers import cpu_attention as compiled_attention
 from gc2ray.models.layers.attention import KvShape
-from gc2ray.models.layers.attention_backends import Compiled, attend_by_row, chosen
+from gc2ray.models.layers.attention_backends import Compiled, attend_by_row, choose_attention
 from gc2ray.models.layers.cpu_attention import (
     CompiledAttention,
     Pattern,
@@ -251,11 +251,14 @@ def test_where_it_is_not_to_be_had_torchs_is_used(
     elif missing == "right library":
         monkeypatch.setattr(compiled_attention, "LIBRARY", "gc2ray.core.errors")  # no machine code
     assert compiled_kernel() is None
-    assert chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU) is attend_by_row
+    assert (
+        choose_attention(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU)
+        is attend_by_row
+    )
 
 
 def test_the_decoder_takes_it_where_it_is_found(attend: CompiledAttention) -> None:
-    mode = chosen(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU)
+    mode = choose_attention(KvShape(layers=1, heads=2, head_size=16), 2, torch.float32, CPU)
     assert isinstance(mode, Compiled)
     assert mode.attend is attend, "looked for twice"
 

@@ -30,7 +30,7 @@ from gc2ray.core.stats import STAGES
 from gc2ray.engine.decoding.kv_cache import KvCache
 from gc2ray.models.families.tiny import TinySpec, untrained
 from gc2ray.models.flops import AnswerTokens, ExecutionMode, matmul_flops, paper_flops
-from gc2ray.models.layers.attention import Chunk, Sequences, Step
+from gc2ray.models.layers.attention import Chunk, Step
 from gc2ray.models.llama import LanguageModel
 from gc2ray.models.shape import LLAVA_7B, ModelShape, TextModel, Tower, cached_reads, causal_pairs
 from jobs.benchmarks import full_size
@@ -196,7 +196,7 @@ class CountingAttention:
         self.flops = 0
 
     def __call__(
-        self, step: Sequences, layer: int, queries: torch.Tensor, scale: float, window: int | None
+        self, step: Step, layer: int, queries: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         ends = step.query_ends.tolist()
         for used, first, stop in zip(step.used.tolist(), ends, ends[1:], strict=False):
@@ -209,10 +209,10 @@ def test_operations_of_our_language_model_are_those_that_torch_counts() -> None:
     """With float64 nothing is prepacked, and every product is one that torch sees."""
     model = LlamaForCausalLM(LlamaConfig(**TEXT)).eval().double()
     ours, text, length, new = LanguageModel(model), TextModel.from_config(model.config), 11, 4
-    arena = KvCache(ours.kv_shape, 20, dtype=ours.dtype, device=ours.device).arena
+    kv_states = KvCache(ours.kv_shape, 20, dtype=ours.dtype, device=ours.device).states
 
     def run(first: int, stop: int) -> int:
-        step = Step((Chunk(0, stop, stop - first),), arena)
+        step = Step.from_chunks([Chunk(0, stop, stop - first)], kv_states)
         hidden, attend = ours.embed(torch.arange(first, stop)), CountingAttention()
         flops = counted(lambda: ours.logits(hidden, torch.arange(first, stop), step, attend))
         return flops + attend.flops

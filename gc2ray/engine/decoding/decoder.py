@@ -1,6 +1,6 @@
-"""What decodes: `Decoder`, the owner of the language model, its device and its KV cache.
+"""`Decoder`: from prompts to tokens. It owns the language model, its device and its KV cache.
 
-Here too is what decoders agree on: when an answer ends.
+The rules that all decoders share are here as well: when an answer ends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from gc2ray.engine.decoding.sampler import NOT_FINITE
 from gc2ray.models.base import Prompt
 
 LONGEST_LOOP, LOOP_TOKENS = 64, 16
-"""A loop repeats at most so many tokens, and altogether is at least so long: "7 7 7" is none."""
+"""Most tokens that repeat in a loop, and least tokens of all repeats: "7 7 7" is no loop."""
+ROW_ERRORS = (RuntimeError, ValueError, IndexError)
+"""What a forward may raise because of a row; the first covers out of memory."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class Completion:
     Attributes:
         tag: As given to `submit`.
         token_ids: New tokens, the end-of-sequence token included.
-        finish_reason: `stop` (end of sequence), `length` (limit), `repetition` (it went round in
-            circles), or `error`.
+        finish_reason: `stop` (end of sequence), `length` (limit), `repetition` (the last tokens
+            repeat), or `error`.
         prefill_ns: This prompt's share of prefill time, by prompt tokens.
         generate_ns: Its share of the time after the first token, by output tokens.
-        error: What this prompt raises even alone; there are no tokens then.
+        error: The error that this prompt raises even alone; there are no tokens then.
         shared: Prompt tokens whose keys and values another prompt had computed.
-        oom_splits: Times that the device's memory was short for it and others, which were halved.
+        oom_splits: How often a batch with this prompt ran out of memory and was split in half.
     """
 
     tag: int
@@ -51,7 +53,7 @@ class Decoder(Protocol):
     caller then calls `step`.
 
     Attributes:
-        oom_splits: Times that the device's memory was short, and fewer prompts went on together.
+        oom_splits: How often a batch ran out of memory and was split in half.
         steps: Forwards so far, each over all prompts that were live.
     """
 
@@ -59,17 +61,17 @@ class Decoder(Protocol):
     steps: int
 
     def submit(self, tag: int, prompt: Prompt, sampling: GenerationConfig) -> bool:
-        """Take a prompt, or say that there is no room before the next `step`."""
+        """Take a prompt, or return False if `step` has to be called first."""
 
     def step(self) -> list[Completion]:
-        """Do some work, and say what it finished, which may be nothing."""
+        """Do some work, and return the prompts that it finished, if any."""
 
     @property
     def wants_more(self) -> bool:
-        """Whether it has no prompt in store: a small batch now is better than a large one later."""
+        """Whether no prompt waits: then a small batch now is better than a large one later."""
 
     def clear_cache(self) -> None:
-        """Forget what it keeps of finished prompts for others that begin alike."""
+        """Drop what is kept of finished prompts for others that begin alike."""
 
     def __len__(self) -> int:
         """Prompts that were taken and have not finished."""
@@ -84,7 +86,7 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 def end_reason(
     tokens: Sequence[int], sampling: GenerationConfig, eos: Collection[int]
 ) -> str | None:
-    """Why an answer ends with the last of its tokens, or None where it goes on."""
+    """Why an answer ends with the last of its tokens; None if it does not end yet."""
     if tokens[-1] == NOT_FINITE:
         return "error"
     if tokens[-1] in eos or tokens[-1] in sampling.stop_token_ids:
@@ -97,7 +99,7 @@ def end_reason(
 
 
 def not_finite(tokens: int) -> BadRow:
-    """What ends a row whose logits were not finite after so many tokens of its answer."""
+    """The error of a row whose logits are not finite after so many tokens of its answer."""
     return BadRow(
         Status.FAILED,
         f"the model's logits are not finite (NaN or infinite) after {tokens} tokens of the answer: "
@@ -107,7 +109,7 @@ def not_finite(tokens: int) -> BadRow:
 
 
 def loops(tokens: Sequence[int], max_repeats: int) -> bool:
-    """Whether the last tokens are the same few, more than `max_repeats` times in a row."""
+    """Whether the answer ends in a loop: the same tokens more than `max_repeats` times in a row."""
     times = max_repeats + 1
     for period in range(1, min(LONGEST_LOOP, len(tokens) // times) + 1):
         tail = list(tokens[-period * times :])

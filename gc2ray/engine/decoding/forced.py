@@ -1,12 +1,11 @@
-"""Our logits along tokens that somebody else chose: what a check compares with another's.
+"""`ForcedDecoder`: our logits along given tokens, to compare them with another implementation's.
 
-`ForcedDecoder` has a decoder read a prompt and then write what it is told, and keeps the logits
-that it had at every step. It is the `ContinuousBatchDecoder` itself that runs: its way of letting
-prompts in, its positions, its KV cache, its attention. Only the logits that it draws from are
-exchanged, for ones that leave the dictated token. Where the decoder is stock `generate`, which has
-no step of ours in it, the model reads prompt and tokens in one go.
+It lets a `ContinuousBatchDecoder` read a prompt and write the given tokens, and keeps the logits of
+every step. Admission, positions, KV cache and attention are the decoder's own; only the logits that
+tokens are chosen from are replaced, by ones that leave the given token. Where the engine would
+decode with stock `generate`, the model reads prompt and tokens in one forward.
 
-Not covered: bursts; the tokens that they give are compared by whoever compares answers.
+Not covered: bursts; their tokens are compared when answers are.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor
 
 from gc2ray.core.config.generation import GenerationConfig
-from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
+from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.models.base import Prompt
 from gc2ray.models.llama import LanguageModel, unsupported
 
 
 class ForcedDecoder:
-    """Dictates to the decoder that a model would get.
+    """Runs the decoder of a model along given tokens.
 
     Args:
         model: A transformers model.
@@ -36,24 +36,24 @@ class ForcedDecoder:
 
     @torch.inference_mode()
     def logits(self, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
-        """Behind the prompt and behind each of the tokens, (1 + tokens, vocabulary), on the host.
+        """Logits after the prompt and after each token, (1 + tokens, vocabulary), on the host.
 
         Raises:
-            Exception: What the decoder says of a prompt that it cannot read.
+            Exception: The error of the decoder, if it cannot read the prompt.
         """
         if self._language is None:
             return self._in_one_go(prompt, tokens)
-        dictated = _ForcedModel(self._language, tokens)
-        wanted = GenerationConfig(max_new_tokens=1 + len(tokens))
+        forced = _ForcedModel(self._language, tokens)
+        sampling = GenerationConfig(max_new_tokens=1 + len(tokens))
         decoder = ContinuousBatchDecoder(
-            dictated, DecodeLimits(len(prompt) + wanted.max_new_tokens), eos=()
+            forced, DecodeLimits(len(prompt) + sampling.max_new_tokens), eos=()
         )
-        decoder.submit(0, prompt, wanted)
+        decoder.submit(0, prompt, sampling)
         while len(decoder):
             for done in decoder.step():
                 if done.error is not None:
                     raise done.error
-        return torch.cat(dictated.kept)
+        return torch.cat(forced.kept)
 
     def _in_one_go(self, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
         table = self._model.get_input_embeddings()
@@ -65,15 +65,15 @@ class ForcedDecoder:
 
 
 class _ForcedModel(LanguageModel):
-    """A language model whose logits are kept, and exchanged for ones that leave the next token.
+    """A language model whose logits are kept, and replaced by ones that leave the next token.
 
-    It shares everything with the model that it stands for.
+    It shares all attributes with the model that it replaces.
     """
 
     def __init__(self, model: LanguageModel, tokens: Sequence[int]) -> None:
         vars(self).update(vars(model))
         self.kept: list[Tensor] = []
-        self._next = iter((*tokens, 0))  # what follows the last one is read by nobody
+        self._next = iter((*tokens, 0))  # the token after the last one is not used
 
     def logits(self, *inputs: Any) -> Tensor:
         logits = super().logits(*inputs)
@@ -84,9 +84,10 @@ class _ForcedModel(LanguageModel):
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> tuple[float, int]:
-    """Of logits (P, vocabulary): the largest, as a share of their largest one, and its position.
+    """The largest difference of logits (P, vocabulary), and its position.
 
-    Where either is not finite it is infinite: NaN would pass every comparison.
+    It is a share of the position's largest logit in `theirs`, and infinite where a logit is not
+    finite: NaN would pass every comparison.
     """
     ours, theirs = ours.float(), theirs.float()
     largest = theirs.abs().amax(dim=1).clamp_min(1e-12)

@@ -1,12 +1,12 @@
 """Decoding with stock `generate(inputs_embeds=…)` on left-padded batches.
 
-Prompts of similar length are batched, so that padding and waiting stay small. A row draws from its
-own generator, so its tokens do not depend on its batch. A batch that does not fit the device, or
-fails otherwise, is halved; a prompt that fails alone finishes with its error, and one whose logits
-are not finite with an error beside the others' answers. A lost device is not
-a prompt's error and is raised.
+Prompts of similar length are batched, so that padding and waiting stay small. A row samples from
+its own generator, so its tokens do not depend on its batch. A batch that runs out of memory or
+fails otherwise is split in half; a prompt that fails alone finishes with its error. So does one
+whose logits are not finite; the others of its batch are answered. A lost device is not a prompt's
+error and is raised.
 
-Not covered: explicit positions (`generate` goes on wrongly behind a gap; they are refused), and
+Not covered: explicit positions (`generate` gets positions after a gap wrong; they are refused), and
 refilling a batch while it runs.
 """
 
@@ -25,7 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.stats import apportion
-from gc2ray.engine.decoding.decoder import Completion, end_reason, not_finite
+from gc2ray.engine.decoding.decoder import ROW_ERRORS, Completion, end_reason, not_finite
 from gc2ray.engine.decoding.sampler import NOT_FINITE, Repetition, Sampler, row_numbers
 from gc2ray.models.base import Prompt
 
@@ -55,11 +55,11 @@ class GenerateDecoder:
 
     @property
     def wants_more(self) -> bool:
-        """Nothing waits to be generated."""
+        """Whether no prompt waits."""
         return not self._waiting
 
     def submit(self, tag: int, prompt: Prompt, sampling: GenerationConfig) -> bool:
-        """Take a prompt while two batches' worth of tokens are not yet waiting.
+        """Take a prompt, unless two batches' worth of tokens are waiting already.
 
         Raises:
             ValueError: The prompt has positions of its own.
@@ -74,7 +74,7 @@ class GenerateDecoder:
         return True
 
     def clear_cache(self) -> None:
-        """There is nothing: `generate` starts anew each time."""
+        """Nothing is kept between two calls of `generate`."""
 
     def step(self) -> list[Completion]:
         """Generate for the longest waiting prompts that fit one batch."""
@@ -85,31 +85,36 @@ class GenerateDecoder:
         rows = max(1, self._max_tokens // (len(self._waiting[-1][1]) + new))
         batch = self._waiting[-rows:]
         del self._waiting[-rows:]
-        return self._run_halving(batch, 0)
+        return self._run_or_split(batch, 0)
 
-    def _run_halving(self, batch: list[_Item], oom_splits: int) -> list[Completion]:
-        """A batch, or what is left of one that was halved so often for want of memory."""
+    def _run_or_split(self, batch: list[_Item], oom_splits: int) -> list[Completion]:
+        """Generate for a batch, or for its halves if it fails.
+
+        Args:
+            batch: The prompts.
+            oom_splits: How often a batch with them ran out of memory before.
+        """
         try:
             return [replace(done, oom_splits=oom_splits) for done in self._run(batch)]
         except torch.AcceleratorError:
             raise
-        except (RuntimeError, ValueError, IndexError) as error:  # the first covers out of memory
+        except ROW_ERRORS as error:
             if len(batch) == 1:
                 return [Completion(batch[0][0], (), "error", 0, 0, error, oom_splits=oom_splits)]
-            short = isinstance(error, torch.OutOfMemoryError)
-            self.oom_splits += short
-            oom_splits += short
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            self.oom_splits += out_of_memory
+            oom_splits += out_of_memory
         torch.cuda.empty_cache()
         half = len(batch) // 2
         return [
-            *self._run_halving(batch[:half], oom_splits),
-            *self._run_halving(batch[half:], oom_splits),
+            *self._run_or_split(batch[:half], oom_splits),
+            *self._run_or_split(batch[half:], oom_splits),
         ]
 
     @torch.inference_mode()
     def _run(self, batch: list[_Item]) -> list[Completion]:
         embeds, mask = _left_padded([prompt.embeds for _, prompt, _ in batch])
-        drawing = _RowSampler(
+        sampler = _RowSampler(
             [sampling for _, _, sampling in batch], [prompt.token_ids for _, prompt, _ in batch]
         )
         config = HfGenerationConfig(
@@ -119,14 +124,14 @@ class GenerateDecoder:
             pad_token_id=self._pad,
         )
         started = time.perf_counter_ns()
-        with _settings_of_its_own(self._model):
+        with _default_settings(self._model):
             output = self._model.generate(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([drawing]),
+                logits_processor=LogitsProcessorList([sampler]),
             )
-        output = drawing.marked(output).tolist()
+        output = sampler.marked(output).tolist()
         ended = time.perf_counter_ns()
         self.steps += max(map(len, output))
         ends = [
@@ -134,9 +139,9 @@ class GenerateDecoder:
         ]
         tokens = [row[:length] for row, (length, _) in zip(output, ends, strict=True)]
         prefill = apportion(
-            drawing.first_token_ns - started, [len(prompt) for _, prompt, _ in batch]
+            sampler.first_token_ns - started, [len(prompt) for _, prompt, _ in batch]
         )
-        generate = apportion(ended - drawing.first_token_ns, [len(row) for row in tokens])
+        generate = apportion(ended - sampler.first_token_ns, [len(row) for row in tokens])
         return [
             _completion(tag, row, reason, before, after)
             for (tag, _, _), row, (_, reason), before, after in zip(
@@ -145,7 +150,7 @@ class GenerateDecoder:
         ]
 
     def _ended(self, row: Sequence[int], sampling: GenerationConfig) -> tuple[int, str]:
-        """How many of a batch row's tokens are its answer, and why it ends there."""
+        """How many of a row's tokens are its answer, and why the answer ends there."""
         for length in range(1, len(row) + 1):
             reason = end_reason(row[:length], sampling, self._eos)
             if reason is not None:
@@ -154,10 +159,10 @@ class GenerateDecoder:
 
 
 class _RowSampler(LogitsProcessor):
-    """Draws the rows' tokens, each with its own numbers, and notes when the first logits came.
+    """Chooses each row's tokens with the row's own random numbers, and times the first token.
 
-    `generate` runs greedily; a sampled row's logits are replaced by ones that leave only the drawn
-    token. Rows that drew nothing, because their logits were not finite, are noted on the device.
+    `generate` runs greedily; a sampled row's logits are replaced by ones that leave only the chosen
+    token. Rows whose logits are not finite are recorded on the device.
     """
 
     def __init__(
@@ -173,7 +178,7 @@ class _RowSampler(LogitsProcessor):
         self._step = 0
 
     def marked(self, output: Tensor) -> Tensor:
-        """New tokens (B, T), with `NOT_FINITE` where nothing could be drawn."""
+        """New tokens (B, T), with `NOT_FINITE` where logits were not finite."""
         finite = torch.stack(self._finite, dim=1)
         return output.where(finite, NOT_FINITE)
 
@@ -182,21 +187,21 @@ class _RowSampler(LogitsProcessor):
             if scores.is_cuda:
                 torch.cuda.synchronize(scores.device)
             self.first_token_ns = time.perf_counter_ns()
-        # A row that is at its limit, in a batch that is not, draws its last number again.
+        # A row that reached its limit before its batch uses its last number again.
         numbers = [row[min(self._step, len(row) - 1)] for row in self._numbers]
         self._step += 1
-        drawing = Sampler.from_samplings(self._samplings, numbers, scores.device)
+        sampler = Sampler.from_samplings(self._samplings, numbers, scores.device)
         scores = self._penalised(input_ids, scores)
-        tokens = drawing.tokens(scores)
+        tokens = sampler.tokens(scores)
         self._finite.append(tokens >= 0)
-        if len(drawing.rows) == 0:
+        if len(sampler.rows) == 0:
             return scores
-        drawn = tokens[drawing.rows, None].clamp_min(0)
-        left = torch.full_like(scores[drawing.rows], -torch.inf).scatter_(1, drawn, 0)
-        return scores.index_copy(0, drawing.rows, left)
+        sampled = tokens[sampler.rows, None].clamp_min(0)
+        forced = torch.full_like(scores[sampler.rows], -torch.inf).scatter_(1, sampled, 0)
+        return scores.index_copy(0, sampler.rows, forced)
 
     def _penalised(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores, once what rows repeat is less likely; `input_ids` are new tokens only."""
+        """Scores with the repetition penalty; `input_ids` are new tokens only."""
         if not self._penalises:
             return scores
         if self._repetition is None:
@@ -209,17 +214,17 @@ class _RowSampler(LogitsProcessor):
 
 
 def _completion(tag: int, row: Sequence[int], reason: str, before: int, after: int) -> Completion:
-    """A batch row's end: its answer, or why it has none."""
+    """A finished row: its answer, or its error."""
     if reason == "error":
         return Completion(tag, (), reason, before, after, not_finite(len(row) - 1))
     return Completion(tag, tuple(row), reason, before, after)
 
 
 @contextmanager
-def _settings_of_its_own(model: Any) -> Iterator[None]:
-    """A model that suggests nothing: `generate` fills in from it whatever it is not told.
+def _default_settings(model: Any) -> Iterator[None]:
+    """Replace the model's generation config, from which `generate` takes settings not given.
 
-    What a model asks for was followed, refused or taken over by the recipe when it was loaded.
+    The model's own settings were followed, refused or replaced by the recipe when it was loaded.
     """
     before = model.generation_config
     model.generation_config = HfGenerationConfig()
@@ -235,7 +240,7 @@ def _tokens(item: _Item) -> int:
 
 
 def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, T, D) with zeros in front of shorter prompts, and the mask (B, T) that says so."""
+    """Embeddings (B, T, D) with zeros in front of shorter prompts, and their mask (B, T)."""
     longest = max(len(prompt) for prompt in prompts)
     embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[1])
     mask = torch.zeros(len(prompts), longest, dtype=torch.long, device=prompts[0].device)

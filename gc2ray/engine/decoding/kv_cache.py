@@ -1,11 +1,11 @@
-"""`KvCache`: the KV cache of all rows in one arena, given out by tokens.
+"""`KvCache`: keys and values of all rows in one tensor, handed out in slots of one token each.
 
-A row gets one contiguous extent for all the tokens that it may ever have, so that its keys are a
-plain slice: no pages to gather on a CPU, and on a GPU what variable-length attention takes as it is
-(start and length of every row). Rows of any length share the arena; a long one sets no stride for
-short ones. Extents are given first fit and merge with their neighbours when they come back.
+A row gets one contiguous range of slots for all the tokens that it may ever have, so that its keys
+are a plain slice: no pages to gather on a CPU, and on a GPU what variable-length attention takes as
+it is (start and length of every row). Long rows do not force padding onto short ones. Ranges are
+handed out first fit, and merge with their neighbours when they are released.
 
-Not covered: moving extents. A row may have to wait while enough tokens are free, but not in one
+Not covered: moving ranges. A row may have to wait while enough slots are free, but not in one
 piece; they come together as rows finish.
 """
 
@@ -22,7 +22,7 @@ from gc2ray.models.layers.attention import KvShape
 
 @dataclass(frozen=True, order=True)
 class SlotRange:
-    """Token places `start` to `stop` of the arena."""
+    """Slots `start` to `stop` of a KV cache."""
 
     start: int
     stop: int
@@ -32,10 +32,16 @@ class SlotRange:
 
 
 class KvCache:
-    """An arena of token places.
+    """Slots for keys and values.
+
+    Args:
+        shape: Keys and values of one token.
+        tokens: Number of slots.
+        dtype: The numbers' dtype.
+        device: The tensor's device.
 
     Attributes:
-        arena: (layers, keys and values, heads, tokens, head size).
+        states: All keys and values, (layers, keys and values, heads, slots, head size).
     """
 
     def __init__(
@@ -44,27 +50,31 @@ class KvCache:
         # Head after head rather than token after token: one head's keys lie together, which is
         # what attention of one query reads (1.3x faster on a CPU at 300 to 700 tokens).
         size = (shape.layers, 2, shape.heads, tokens, shape.head_size)
-        self.arena: Tensor = torch.empty(size, dtype=dtype, device=device)
+        self.states: Tensor = torch.empty(size, dtype=dtype, device=device)
         self.tokens = tokens
         self._free = [SlotRange(0, tokens)]
 
-    def places(self, extent: SlotRange) -> Tensor:
-        """The keys and values of an extent, (layers, 2, heads, tokens of it, head size), a view."""
-        return self.arena[:, :, :, extent.start : extent.stop]
+    def view(self, slots: SlotRange) -> Tensor:
+        """Keys and values in a range, (layers, 2, heads, length, head size), a view."""
+        return self.states[:, :, :, slots.start : slots.stop]
+
+    def copy(self, source: SlotRange, start: int) -> None:
+        """Copy keys and values of a range to the slots from `start` on."""
+        self.view(SlotRange(start, start + len(source))).copy_(self.view(source))
 
     @property
     def free_tokens(self) -> int:
-        """Places that nobody has."""
-        return sum(len(extent) for extent in self._free)
+        """Slots that are free."""
+        return sum(len(slots) for slots in self._free)
 
-    def admit(self, tokens: int) -> SlotRange | None:
-        """Places for a row, or None where no free piece is long enough.
+    def allocate(self, tokens: int) -> SlotRange | None:
+        """Slots for a row, or None where no free range is long enough.
 
         Raises:
-            ValueError: Fewer than one is asked for.
+            ValueError: `tokens` is below 1.
         """
         if tokens < 1:
-            raise ValueError(f"a row needs at least one token place, not {tokens}")
+            raise ValueError(f"a row needs at least one slot, not {tokens}")
         for index, free in enumerate(self._free):
             if len(free) >= tokens:
                 taken = SlotRange(free.start, free.start + tokens)
@@ -73,22 +83,22 @@ class KvCache:
                 return taken
         return None
 
-    def release(self, extent: SlotRange) -> None:
-        """Take places back.
+    def release(self, slots: SlotRange) -> None:
+        """Make slots free again.
 
         Raises:
             ValueError: Some of them are free already.
         """
-        if not len(extent):
+        if not len(slots):
             return
-        at = bisect.bisect(self._free, extent)
+        at = bisect.bisect(self._free, slots)
         before = self._free[at - 1] if at else None
         after = self._free[at] if at < len(self._free) else None
-        if (before and before.stop > extent.start) or (after and after.start < extent.stop):
-            raise ValueError(f"places {extent.start} to {extent.stop} are free already")
+        if (before and before.stop > slots.start) or (after and after.start < slots.stop):
+            raise ValueError(f"some of slots {slots.start} to {slots.stop} are free already")
         first, last = at, at
-        if before and before.stop == extent.start:
-            first, extent = at - 1, SlotRange(before.start, extent.stop)
-        if after and after.start == extent.stop:
-            last, extent = at + 1, SlotRange(extent.start, after.stop)
-        self._free[first:last] = [extent]
+        if before and before.stop == slots.start:
+            first, slots = at - 1, SlotRange(before.start, slots.stop)
+        if after and after.start == slots.stop:
+            last, slots = at + 1, SlotRange(slots.start, after.stop)
+        self._free[first:last] = [slots]

@@ -1,11 +1,12 @@
-"""Drawing tokens: one number per token from the row's own generator, the same on every device.
+"""`Sampler`: the next tokens of a batch, from logits and each row's own random numbers.
 
-The numbers of a row are drawn ahead, on the host, in float64, from the row's seed. Which token a
-number means follows from its logits alone, so a row's answer depends neither on its place in a
-batch nor on its neighbours. All rows of a batch are drawn at once, without waiting for the device.
+A row's numbers, one per token, are made ahead on the host, in float64, from the row's seed. Which
+token a number selects follows from the row's logits alone, so an answer depends neither on the
+row's index in a batch nor on its neighbours, and is the same on every device. All rows of a batch
+are sampled at once, without waiting for the device.
 
-A row whose logits are not finite draws `NOT_FINITE`, which is no token: whatever it drew instead
-would look like an answer. `Repetition` is transformers' repetition penalty.
+A row whose logits are not finite gets `NOT_FINITE`, which is no token: any token would look like an
+answer. `Repetition` is transformers' repetition penalty.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from torch import Tensor
 from gc2ray.core.config.generation import GenerationConfig
 
 NOT_FINITE = -1
-"""In a token's place: the row's logits were not finite, and nothing can be drawn from them."""
+"""Stands for a token of a row whose logits are not finite."""
 
 
 def row_numbers(sampling: GenerationConfig) -> Tensor:
-    """A row's numbers in [0, 1), float64 (max_new_tokens,): one for each token it may write."""
+    """A row's random numbers in [0, 1), float64 (max_new_tokens,), one for each token."""
     generator = torch.Generator().manual_seed(sampling.seed)
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """How the rows of a batch draw their next token.
+    """Settings for the next token of each row of a batch.
 
     Attributes:
-        rows: Rows that are sampled, int64 (S,); the others are greedy.
-        temperature: Theirs, float64 (S, 1).
-        top_p: Theirs, float64 (S, 1).
-        numbers: What each of them draws next, float64 (S, 1).
+        rows: Indices of the sampled rows, int64 (S,); the others are greedy.
+        temperature: Temperature of the sampled rows, float64 (S, 1).
+        top_p: Nucleus of the sampled rows, float64 (S, 1).
+        numbers: Next random number of the sampled rows, float64 (S, 1).
     """
 
     rows: Tensor
@@ -48,7 +49,7 @@ class Sampler:
     def from_samplings(
         samplings: Sequence[GenerationConfig], numbers: Sequence[float], device: torch.device
     ) -> Sampler:
-        """The next token of each row; `numbers` of greedy rows are not read."""
+        """From each row's settings and its next random number, which greedy rows ignore."""
         rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
         values = [[samplings[r].temperature, samplings[r].top_p, numbers[r]] for r in rows]
         table = torch.tensor(values, dtype=torch.float64).view(len(rows), 3).to(device)
@@ -66,12 +67,12 @@ class Sampler:
 
 @dataclass(frozen=True, eq=False)
 class Repetition:
-    """Which tokens rows have read or written, and what that costs these: transformers' penalty.
+    """Transformers' repetition penalty, for the tokens that each row has read or written.
 
     Attributes:
-        had: Bool (B, vocabulary).
-        penalty: What their logits are divided by, or multiplied with where they are negative; 1 in
-            rows that have none. float32 (B, 1).
+        had: Whether the row has read or written the token, bool (B, vocabulary).
+        penalty: Divisor of the logits of these tokens, or factor where they are negative; 1 in rows
+            without a penalty. float32 (B, 1).
     """
 
     had: Tensor
@@ -79,41 +80,41 @@ class Repetition:
 
     @staticmethod
     def none(rows: int, vocabulary: int, device: torch.device) -> Repetition:
-        """Rows that have had nothing yet, and no penalty."""
+        """Rows without tokens and without a penalty."""
         had = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         return Repetition(had, torch.ones(rows, 1, device=device))
 
     def load(self, samplings: Sequence[GenerationConfig], had: Sequence[Sequence[int]]) -> None:
-        """Make these the first rows, with the tokens that each has had; the others are as new."""
+        """Set the first rows to these settings and tokens, and reset the others."""
         counts = torch.tensor([len(row) for row in had])
         owner = torch.arange(len(had)).repeat_interleave(counts)
         tokens = torch.tensor([token for row in had for token in row], dtype=torch.int64)
-        places = torch.stack([owner, tokens]).to(self.had.device)
+        index = torch.stack([owner, tokens]).to(self.had.device)
         self.had.zero_()
-        self.had[places[0], places[1]] = True
+        self.had[index[0], index[1]] = True
         penalties = torch.tensor([[sampling.penalty] for sampling in samplings])
         self.penalty.fill_(1)
         self.penalty[: len(samplings)] = penalties.to(self.penalty.device)
 
     def add(self, tokens: Tensor) -> None:
-        """Every row has had one token more, int64 (B,)."""
+        """Add each row's newest token, int64 (B,)."""
         self.had.scatter_(1, tokens[:, None], True)  # noqa: FBT003 - the operator takes it by place
 
     def applied(self, logits: Tensor) -> Tensor:
-        """Logits (B, vocabulary) in float32, those of tokens that a row has had made less likely.
-
-        In float32, as `generate` does it.
-        """
+        """Penalised logits (B, vocabulary), in float32 as `generate` computes them."""
         logits = logits.float()
         less = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
         return torch.where(self.had, less, logits)
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (B, vocabulary): the first of the best tokens of each row, and which are finite.
+    """The first of the best tokens of each row, and whether all of its logits are finite.
 
-    `max` tells the token that `argmax` tells, in half the time, and the value, which is a NaN where
-    any is; with the least one that says whether all are finite.
+    `max` gives the token that `argmax` gives in half the time, and its value, which is NaN where
+    any logit is; together with the minimum it shows whether all are finite.
+
+    Args:
+        logits: (B, vocabulary).
     """
     most, tokens = logits.max(dim=-1)
     return tokens, most.isfinite() & logits.amin(dim=-1).isfinite()
@@ -128,7 +129,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) 
         top_p: In (0, 1], float64 (S, 1).
         numbers: In [0, 1), float64 (S, 1).
 
-    Where logits are not finite it is any token: one that exists.
+    Rows whose logits are not finite get any valid token.
     """
     probabilities = (logits.double() / temperature).softmax(dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)

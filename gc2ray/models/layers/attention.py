@@ -1,14 +1,16 @@
-"""What attention over a KV cache works on: packed tokens of several sequences, one step at a time.
+"""`Step`: the packed tokens of several sequences, as attention over a KV cache takes them.
 
-A step runs some sequences, each with `new` tokens that are its last ones. Their queries lie packed
-one after the other, without padding; their keys are in the arena already. A query sees the tokens
-of its own sequence up to itself. How it is computed is in `attention_backends`.
+A step runs some sequences; the last `new` tokens of each are new. Their queries lie packed one
+after the other, without padding; their keys are in the KV cache already. A query sees the tokens of
+its own sequence up to itself. `attention_backends` computes the attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -22,9 +24,9 @@ class Chunk:
     """One sequence of a step.
 
     Attributes:
-        start: Its first place in the arena.
-        length: Its tokens, those of this step included.
-        new: Tokens of this step; they are its last.
+        start: Its first slot in the KV cache.
+        length: Its tokens, the new ones included.
+        new: New tokens; they are its last ones.
     """
 
     start: int
@@ -32,132 +34,97 @@ class Chunk:
     new: int
 
 
-class Sequences(Protocol):
-    """What attention needs to know of a step: of packed queries, and of keys in an arena.
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The sequences of one forward pass: packed queries, and keys and values in a KV cache.
 
     Attributes:
-        arena: (layers, keys and values, heads, tokens, head size).
-        places: Where the new tokens lie in the arena, int64 (T,).
+        kv_states: Keys and values, (layers, keys and values, heads, slots, head size).
+        slots: The new tokens' slots, int64 (T,).
         last: Index of each sequence's last token among the packed ones, int64 (S,).
-        starts: First place of each sequence, and one number more, int32 (S + 1,).
+        starts: First slot of each sequence, and one number more, int32 (S + 1,).
         used: Tokens of each sequence, int32 (S,).
         query_ends: 0, and where each sequence's queries end, int32 (S + 1,).
         most_new: Most new tokens of a sequence.
-        most_used: Most tokens of a sequence; where it is not known, a bound.
+        most_used: Most tokens of a sequence, or an upper bound.
+        chunks: The sequences; None where only the device knows them.
     """
 
-    @property
-    def arena(self) -> Tensor: ...
-    @property
-    def places(self) -> Tensor: ...
-    @property
-    def last(self) -> Tensor: ...
-    @property
-    def starts(self) -> Tensor: ...
-    @property
-    def used(self) -> Tensor: ...
-    @property
-    def query_ends(self) -> Tensor: ...
-    @property
-    def most_new(self) -> int: ...
-    @property
-    def most_used(self) -> int: ...
-    @property
-    def only_last(self) -> Sequences:
-        """The same with each sequence's last token alone."""
+    kv_states: Tensor
+    slots: Tensor
+    last: Tensor
+    starts: Tensor
+    used: Tensor
+    query_ends: Tensor
+    most_new: int
+    most_used: int
+    chunks: tuple[Chunk, ...] | None = None
 
-
-class Attend(Protocol):
-    """Attention of a step.
-
-    Args:
-        step: What is run; keys and values are written.
-        layer: Whose.
-        queries: (T, query heads, head size).
-        scale: Of the scores.
-        window: Tokens that a query sees, itself included; None for all before it.
-
-    Returns:
-        (T, query heads, head size).
-    """
-
-    def __call__(
-        self, step: Sequences, layer: int, queries: Tensor, scale: float, window: int | None
-    ) -> Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """The sequences of a step, in the order of their queries, and the arena they are in.
-
-    Attributes:
-        chunks: The sequences.
-        arena: (layers, keys and values, heads, tokens, head size).
-    """
-
-    chunks: tuple[Chunk, ...]
-    arena: Tensor
-
-    @cached_property
-    def places(self) -> Tensor:
-        """Where the new tokens lie in the arena, int64 (T,)."""
-        places = [
-            place
-            for chunk in self.chunks
-            for place in range(chunk.start + chunk.length - chunk.new, chunk.start + chunk.length)
+    @staticmethod
+    def from_chunks(chunks: Sequence[Chunk], kv_states: Tensor) -> Step:
+        """A step of sequences in the order of their queries."""
+        slots = [
+            slot
+            for chunk in chunks
+            for slot in range(chunk.start + chunk.length - chunk.new, chunk.start + chunk.length)
         ]
-        return torch.tensor(places, device=self.arena.device)
+        ends = list(accumulate((chunk.new for chunk in chunks), initial=0))
 
-    @cached_property
-    def last(self) -> Tensor:
-        """Index of each sequence's last token among the packed ones, int64 (S,)."""
-        ends = torch.tensor([chunk.new for chunk in self.chunks]).cumsum(0) - 1
-        return ends.to(self.arena.device)
+        def tensor(values: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(kv_states.device)
 
-    @cached_property
-    def starts(self) -> Tensor:
-        """First place of each sequence, and one number more, int32 (S + 1,)."""
-        return self._int32([*(chunk.start for chunk in self.chunks), self.arena.shape[3]])
+        return Step(
+            kv_states=kv_states,
+            slots=tensor(slots, torch.int64),
+            last=tensor([end - 1 for end in ends[1:]], torch.int64),
+            starts=tensor([*(chunk.start for chunk in chunks), kv_states.shape[3]], torch.int32),
+            used=tensor([chunk.length for chunk in chunks], torch.int32),
+            query_ends=tensor(ends, torch.int32),
+            most_new=max(chunk.new for chunk in chunks),
+            most_used=max(chunk.length for chunk in chunks),
+            chunks=tuple(chunks),
+        )
 
-    @cached_property
-    def used(self) -> Tensor:
-        """Tokens of each sequence, int32 (S,)."""
-        return self._int32([chunk.length for chunk in self.chunks])
-
-    @cached_property
-    def query_ends(self) -> Tensor:
-        """0, and where each sequence's queries end, int32 (S + 1,)."""
-        ends = [0]
-        for chunk in self.chunks:
-            ends.append(ends[-1] + chunk.new)
-        return self._int32(ends)
+    @staticmethod
+    def from_sizes(rows: int, longest: int, kv_states: Tensor) -> Step:
+        """A step of `rows` sequences with one new token each, to be filled in on the device."""
+        device = kv_states.device
+        return Step(
+            kv_states=kv_states,
+            slots=torch.zeros(rows, dtype=torch.int64, device=device),
+            last=torch.arange(rows, device=device),
+            starts=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            used=torch.ones(rows, dtype=torch.int32, device=device),
+            query_ends=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            most_new=1,
+            most_used=longest,
+        )
 
     @property
-    def most_new(self) -> int:
-        """Most new tokens of a sequence."""
-        return max(chunk.new for chunk in self.chunks)
+    def host_chunks(self) -> tuple[Chunk, ...]:
+        """The sequences.
 
-    @property
-    def most_used(self) -> int:
-        """Most tokens of a sequence."""
-        return max(chunk.length for chunk in self.chunks)
+        Raises:
+            TypeError: Only the device knows them.
+        """
+        if self.chunks is None:
+            raise TypeError("only the device knows these sequences")
+        return self.chunks
 
     @cached_property
     def table(self) -> SequenceTable:
-        """The sequences as compiled attention takes them."""
+        """The sequences in the form that compiled attention takes."""
         return SequenceTable.from_sequences(
-            [(chunk.start, chunk.length, chunk.new) for chunk in self.chunks]
+            [(chunk.start, chunk.length, chunk.new) for chunk in self.host_chunks]
         )
-
-    def _int32(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.arena.device)
 
     @cached_property
     def only_last(self) -> Step:
         """The same with each sequence's last token alone."""
-        if all(chunk.new == 1 for chunk in self.chunks):
+        if self.most_new == 1:
             return self
-        return Step(tuple(replace(chunk, new=1) for chunk in self.chunks), self.arena)
+        chunks = [replace(chunk, new=1) for chunk in self.host_chunks]
+        return Step.from_chunks(chunks, self.kv_states)
 
     @cached_property
     def caches(self) -> list[tuple[Tensor, ...]]:
@@ -166,20 +133,39 @@ class Step:
         Made for all layers at once, in the shape that attention takes: with 16 rows of 320 tokens
         and 8 layers attention itself takes five sixths of decoding's attention, views the rest.
         """
-        flat = self.arena.flatten(0, 1).unsqueeze(1)
-        ends = [(chunk.start, chunk.start + chunk.length) for chunk in self.chunks]
+        flat = self.kv_states.flatten(0, 1).unsqueeze(1)
+        ends = [(chunk.start, chunk.start + chunk.length) for chunk in self.host_chunks]
         return [flat[:, :, :, start:stop].unbind() for start, stop in ends]
 
 
-def write(step: Sequences, layer: int, keys: Tensor, values: Tensor) -> None:
-    """Put keys and values of a step's new tokens into the arena, (T, heads, head size) each."""
-    for cache, states in zip(step.arena[layer], (keys, values), strict=True):
-        cache.index_copy_(1, step.places, states.transpose(0, 1))
+class Attend(Protocol):
+    """Attention of a step.
+
+    Args:
+        step: The sequences; their keys and values are in the KV cache.
+        layer: Index of the layer.
+        queries: (T, query heads, head size).
+        scale: Factor of the scores.
+        window: Tokens that a query sees, itself included; None for all before it.
+
+    Returns:
+        (T, query heads, head size).
+    """
+
+    def __call__(
+        self, step: Step, layer: int, queries: Tensor, scale: float, window: int | None
+    ) -> Tensor: ...
+
+
+def write(step: Step, layer: int, keys: Tensor, values: Tensor) -> None:
+    """Write keys and values of a step's new tokens, (T, heads, head size) each, to their slots."""
+    for cache, states in zip(step.kv_states[layer], (keys, values), strict=True):
+        cache.index_copy_(1, step.slots, states.transpose(0, 1))
 
 
 @dataclass(frozen=True)
 class KvShape:
-    """What the KV cache of one token is made of: layers, key-value heads, features of a head."""
+    """Sizes of one token's keys and values: layers, key-value heads, features of a head."""
 
     layers: int
     heads: int

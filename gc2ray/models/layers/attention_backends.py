@@ -1,16 +1,16 @@
-"""Four ways to compute attention of packed tokens, chosen by what the machine can do.
+"""Four implementations of attention over packed tokens, for different machines.
 
 * `Compiled` is one call of our own code for CPUs (`gc2ray.models.layers.cpu_attention`): half the
   time of the next one.
-* `attend_by_row` calls torch's fused attention once per sequence, on slices of the arena. It works
-  everywhere and is what other CPUs use: there it beats one padded call with a mask (16 rows of 70
+* `attend_by_row` calls torch's fused attention once per sequence, on slices of the KV cache. It
+  works everywhere, and other CPUs use it: there it beats one padded call with a mask (16 rows of 70
   to 700 tokens, one layer: 1.3 ms against 2.2 ms), as decoding is bound by the keys that it reads.
-* `attend_varlen` is one call of torch's variable-length flash attention on the arena as it is:
-  each sequence's first place and length say all. For GPUs in half precision.
+* `attend_varlen` is one call of torch's variable-length flash attention on the KV cache as it is:
+  each sequence's first slot and its length describe it. For GPUs in half precision.
 * `attend_padded` gathers keys up to the longest sequence for rows with one new token, and goes row
   by row for the others: for GPUs without the kernel.
 
-`chosen` compares a GPU's kernel with `attend_by_row` on the device itself before it trusts it.
+`choose_attention` compares a GPU's kernel with `attend_by_row` on the device before using it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.models.layers.attention import Attend, Chunk, KvShape, Sequences, Step
+from gc2ray.models.layers.attention import Attend, Chunk, KvShape, Step
 from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, kernel_for
 
 log = logging.getLogger(__name__)
 
 
-def chosen(shape: KvShape, heads: int, dtype: torch.dtype, device: torch.device) -> Attend:
-    """The fastest way that is right on this device.
+def choose_attention(
+    shape: KvShape, heads: int, dtype: torch.dtype, device: torch.device
+) -> Attend:
+    """The fastest implementation that gives correct results on this device.
 
     Args:
-        shape: Of the KV cache.
+        shape: Sizes of the KV cache.
         heads: Query heads.
-        dtype: Of queries, keys and values.
-        device: Where they are.
+        dtype: Dtype of queries, keys and values.
+        device: Their device.
     """
     compiled = kernel_for(shape.head_size, dtype, device)
     if compiled is not None:
@@ -52,15 +54,15 @@ def chosen(shape: KvShape, heads: int, dtype: torch.dtype, device: torch.device)
 def _agrees(
     attend: Attend, shape: KvShape, heads: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a way works here, and gives what attention row by row gives."""
+    """Whether an implementation works here, with the results of `attend_by_row`."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def drawn(*size: int) -> Tensor:
+    def random(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
-    arena = drawn(1, 2, shape.heads, 256, shape.head_size)
-    step = Step((Chunk(100, 40, 40), Chunk(7, 61, 1), Chunk(200, 50, 9)), arena)
-    queries = drawn(50, heads, shape.head_size)
+    kv_states = random(1, 2, shape.heads, 256, shape.head_size)
+    chunks = (Chunk(100, 40, 40), Chunk(7, 61, 1), Chunk(200, 50, 9))
+    step, queries = Step.from_chunks(chunks, kv_states), random(50, heads, shape.head_size)
     try:
         pairs = [
             (attend(step, 0, queries, 0.1, window), attend_by_row(step, 0, queries, 0.1, window))
@@ -69,7 +71,7 @@ def _agrees(
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         log.info("%s does not work here: %s", getattr(attend, "__name__", attend), error)
         return False
-    return all(bool((found - right).abs().max() < 0.05) for found, right in pairs)
+    return all(bool((result - expected).abs().max() < 0.05) for result, expected in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,24 +81,24 @@ class Compiled:
     attend: CompiledAttention
 
     def __call__(
-        self, step: Sequences, layer: int, queries: Tensor, scale: float, window: int | None
+        self, step: Step, layer: int, queries: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """See `Attend`.
 
         Raises:
-            TypeError: The host does not know the step's sequences.
+            TypeError: Only the device knows the step's sequences.
         """
-        keys, values = step.arena[layer].unbind()
-        return self.attend(queries, keys, values, _known(step).table, Pattern(scale, window=window))
+        keys, values = step.kv_states[layer].unbind()
+        return self.attend(queries, keys, values, step.table, Pattern(scale, window=window))
 
 
 def attend_varlen(
-    step: Sequences, layer: int, queries: Tensor, scale: float, window: int | None
+    step: Step, layer: int, queries: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """All sequences in one call; see `Attend`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    keys, values = step.arena[layer].transpose(1, 2).unbind()  # (tokens, heads, head size)
+    keys, values = step.kv_states[layer].transpose(1, 2).unbind()  # (tokens, heads, head size)
     out = varlen_attn(
         queries,
         keys,
@@ -114,13 +116,13 @@ def attend_varlen(
 
 
 def attend_flash(
-    step: Sequences, layer: int, queries: Tensor, scale: float, window: int | None
+    step: Step, layer: int, queries: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """The same by the operator behind it; see `Attend`.
 
     For torch before 2.12, whose `varlen_attn` takes neither grouped heads nor used lengths.
     """
-    keys, values = step.arena[layer].transpose(1, 2).unbind()  # (tokens, heads, head size)
+    keys, values = step.kv_states[layer].transpose(1, 2).unbind()  # (tokens, heads, head size)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         queries,
         keys,
@@ -141,19 +143,19 @@ def attend_flash(
 
 
 def attend_padded(
-    step: Sequences, layer: int, queries: Tensor, scale: float, window: int | None
+    step: Step, layer: int, queries: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """Rows with one new token padded to the longest, others row by row; see `Attend`."""
     if step.most_new > 1:
         return attend_by_row(step, layer, queries, scale, window)
-    arena = step.arena[layer]
-    along = torch.arange(step.most_used, device=arena.device)
-    places = (step.starts[:-1, None] + along).clamp_max(arena.shape[2] - 1)  # (S, L)
+    states = step.kv_states[layer]
+    along = torch.arange(step.most_used, device=states.device)
+    slots = (step.starts[:-1, None] + along).clamp_max(states.shape[2] - 1)  # (S, L)
     seen = along < step.used[:, None]
     if window is not None:
         seen &= along >= step.used[:, None] - window
-    # Behind a row's end lies whatever was there; not even a weight of 0 makes a number of a NaN.
-    cache = arena[:, :, places].masked_fill_(~seen[:, :, None], 0)
+    # Slots behind a row's end may hold a NaN, which a weight of 0 would not remove.
+    cache = states[:, :, slots].masked_fill_(~seen[:, :, None], 0)
     keys, values = cache.transpose(1, 2).unbind()  # (S, heads, L, head size)
     rows, heads, size = queries.shape
     grouped = queries.view(rows, keys.shape[1], heads // keys.shape[1], size)
@@ -164,28 +166,22 @@ def attend_padded(
 
 
 def attend_by_row(
-    step: Sequences, layer: int, queries: Tensor, scale: float, window: int | None
+    step: Step, layer: int, queries: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """Attention sequence by sequence; see `Attend`.
 
     Raises:
-        TypeError: The host does not know the step's sequences.
+        TypeError: Only the device knows the step's sequences.
     """
-    step, outputs = _known(step), []
-    own_queries = torch.split(queries, [chunk.new for chunk in step.chunks])
-    for chunk, caches, own in zip(step.chunks, step.caches, own_queries, strict=True):
+    chunks, outputs = step.host_chunks, []
+    own_queries = torch.split(queries, [chunk.new for chunk in chunks])
+    for chunk, caches, own in zip(chunks, step.caches, own_queries, strict=True):
         keys, values = caches[2 * layer : 2 * layer + 2]
         if chunk.new == 1:
             outputs.append(_attend_one(own, keys, values, scale, window))
         else:
             outputs.append(_attend_many(own, keys, values, scale, window))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _known(step: Sequences) -> Step:
-    if not isinstance(step, Step):
-        raise TypeError("only the device knows these sequences")
-    return step
 
 
 def _attend_one(
@@ -223,7 +219,7 @@ def _attend_many(
 
 def _mask(new: int, length: int, window: int | None, device: torch.device) -> Tensor:
     """Which tokens each of the last `new` queries sees, bool (new, length)."""
-    place = torch.arange(length, device=device)
-    own = place[length - new :, None]
-    seen = place[None] <= own
-    return seen if window is None else seen & (place[None] > own - window)
+    index = torch.arange(length, device=device)
+    own = index[length - new :, None]
+    seen = index[None] <= own
+    return seen if window is None else seen & (index[None] > own - window)

@@ -27,12 +27,13 @@ from transformers import (
 
 from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder, DecodeLimits
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
 from gc2ray.engine.decoding.cuda_graph import CudaGraphRunner, GraphRow, GraphShape
 from gc2ray.engine.decoding.decoder import Completion
 from gc2ray.engine.decoding.kv_cache import KvCache, SlotRange
 from gc2ray.engine.decoding.prefix_cache import PrefixCache
 from gc2ray.engine.decoding.sampler import Repetition
+from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel, Prompt
 from gc2ray.models.chat_template import ChatPrompt
@@ -44,7 +45,7 @@ from gc2ray.models.layers.attention_backends import (
     attend_flash,
     attend_padded,
     attend_varlen,
-    chosen,
+    choose_attention,
 )
 from gc2ray.models.layers.linear import FEW_ROWS, Linear, packed_module, rows_to_run
 from gc2ray.models.llama import LanguageModel, unsupported
@@ -360,7 +361,7 @@ def test_a_long_row_is_not_overtaken_for_ever(models: dict[str, Any]) -> None:
 def test_a_row_that_can_never_fit_is_refused(models: dict[str, Any]) -> None:
     decoder = ContinuousBatchDecoder(LanguageModel(models["llama"]), DecodeLimits(30), eos=())
     prompt = Prompt(torch.zeros(28, 64))
-    with pytest.raises(BadRow, match=r"33 tokens .* room for 30 \(cluster.kv_tokens\)") as caught:
+    with pytest.raises(BadRow, match=r"33 tokens .* holds 30 \(cluster.kv_tokens\)") as caught:
         decoder.submit(0, prompt, GenerationConfig(max_new_tokens=5))
     assert caught.value.status == Status.TOO_LONG
     assert len(decoder) == 0
@@ -552,7 +553,7 @@ def test_sharing_survives_too_little_memory(models: dict[str, Any]) -> None:
     assert decoder.oom_splits > 0
 
 
-# The pool
+# The KV cache
 
 
 SHAPE = KvShape(layers=2, heads=3, head_size=4)
@@ -565,67 +566,71 @@ def make_pool(tokens_: int) -> KvCache:
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), max_size=60))
 def test_extents_never_overlap_and_all_room_comes_back(asked: list[tuple[int, int]]) -> None:
-    pool = make_pool(100)
+    kv_cache = make_pool(100)
     held: list[SlotRange] = []
     for size, which in asked:
-        extent = pool.admit(size)
-        if extent is None:
-            largest = max((len(free) for free in pool._free), default=0)
+        slots = kv_cache.allocate(size)
+        if slots is None:
+            largest = max((len(free) for free in kv_cache._free), default=0)
             assert largest < size
             if held:
-                pool.release(held.pop(which % len(held)))
+                kv_cache.release(held.pop(which % len(held)))
         else:
-            assert len(extent) == size
-            held.append(extent)
+            assert len(slots) == size
+            held.append(slots)
         taken = sorted(held)
         assert all(a.stop <= b.start for a, b in pairwise(taken))
-        assert pool.free_tokens == 100 - sum(len(extent) for extent in held)
-    for extent in held:
-        pool.release(extent)
-    assert pool.admit(100) == SlotRange(0, 100)
+        assert kv_cache.free_tokens == 100 - sum(len(slots) for slots in held)
+    for slots in held:
+        kv_cache.release(slots)
+    assert kv_cache.allocate(100) == SlotRange(0, 100)
 
 
 def test_room_is_not_given_back_twice() -> None:
-    pool = make_pool(10)
-    a, b = pool.admit(4), pool.admit(4)
+    kv_cache = make_pool(10)
+    a, b = kv_cache.allocate(4), kv_cache.allocate(4)
     assert a is not None
     assert b is not None
-    pool.release(a)
+    kv_cache.release(a)
     with pytest.raises(ValueError, match="free already"):
-        pool.release(a)
+        kv_cache.release(a)
     with pytest.raises(ValueError, match="free already"):
-        pool.release(SlotRange(3, 6))
-    pool.release(b)
-    assert pool.free_tokens == 10
+        kv_cache.release(SlotRange(3, 6))
+    kv_cache.release(b)
+    assert kv_cache.free_tokens == 10
     with pytest.raises(ValueError, match="at least one"):
-        pool.admit(0)
+        kv_cache.allocate(0)
 
 
 def test_a_pool_is_as_large_as_it_says() -> None:
-    pool = make_pool(10)
-    assert pool.arena.nbytes == 10 * SHAPE.bytes_per_token(torch.float32) == 10 * 2 * 2 * 3 * 4 * 4
-    assert pool.places(SlotRange(2, 5)).shape == (2, 2, 3, 3, 4)
+    kv_cache = make_pool(10)
+    assert (
+        kv_cache.states.nbytes
+        == 10 * SHAPE.bytes_per_token(torch.float32)
+        == 10 * 2 * 2 * 3 * 4 * 4
+    )
+    assert kv_cache.view(SlotRange(2, 5)).shape == (2, 2, 3, 3, 4)
 
 
 def test_prefixes_stay_until_room_is_wanted() -> None:
-    pool = make_pool(10)
-    prefixes = PrefixCache(pool)
+    kv_cache = make_pool(10)
+    prefixes = PrefixCache(kv_cache)
     for key in ("a", "b"):
-        extent = pool.admit(4)
-        assert extent is not None
-        prefixes.remember(key, extent)
-    with pytest.raises(ValueError, match="known already"):
-        prefixes.remember("a", SlotRange(0, 1))
+        slots = kv_cache.allocate(4)
+        assert slots is not None
+        prefixes.add(key, slots)
+    with pytest.raises(ValueError, match="in the cache already"):
+        prefixes.add("a", SlotRange(0, 1))
     assert not prefixes.drop_oldest(), "their rows are live"
-    prefixes.leave("a")
-    prefixes.leave("b")
+    prefixes.disown("a")
+    prefixes.disown("b")
     assert prefixes.find("a") == SlotRange(0, 4)  # and so used after b
     assert prefixes.find(None) is None
     assert prefixes.drop_oldest()
     assert ("a" in prefixes, "b" in prefixes) == (True, False)
     assert not prefixes.drop_oldest(but="a")
     assert prefixes.drop_oldest()
-    assert pool.free_tokens == 10
+    assert kv_cache.free_tokens == 10
 
 
 # Bursts: what GPUs do, without the GPU
@@ -689,16 +694,16 @@ def test_bursts_share_prefixes_and_survive_too_little_memory(models: dict[str, A
 def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
     """As many looks at values for one step as for eight: a graph could not hold any."""
     model = LanguageModel(models["llama"])
-    pool = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
+    kv_cache = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
     rows = [
         GraphRow(5, 3, 10, 3, GenerationConfig(max_new_tokens=9)),
         GraphRow(6, 9, 100, 9, GenerationConfig(max_new_tokens=9, temperature=1.0), (0.3,) * 9),
     ]
-    pool.arena.normal_()
+    kv_cache.states.normal_()
     counts = []
     for steps in (1, 8):
         shape = GraphShape(3, 512, draws=True, penalises=True)
-        burst = CudaGraphRunner(model, pool.arena, attend_padded, shape, 8)
+        burst = CudaGraphRunner(model, kv_cache.states, attend_padded, shape, 8)
         with torch.profiler.profile() as profile:
             burst.run(rows, steps)
         counts.append(sum(e.count for e in profile.key_averages() if "_local_scalar" in e.key))
@@ -707,11 +712,13 @@ def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
 
 def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) -> None:
     model = LanguageModel(models["llama"])
-    pool = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
-    pool.arena.zero_()
-    burst = CudaGraphRunner(model, pool.arena, attend_padded, GraphShape(4, 512, draws=False), 3)
+    kv_cache = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
+    kv_cache.states.zero_()
+    burst = CudaGraphRunner(
+        model, kv_cache.states, attend_padded, GraphShape(4, 512, draws=False), 3
+    )
     burst.run([GraphRow(5, 3, 10, 3, GenerationConfig(max_new_tokens=9))], 3)
-    touched = pool.arena.abs().sum(dim=(0, 1, 2, 4)).nonzero().flatten().tolist()
+    touched = kv_cache.states.abs().sum(dim=(0, 1, 2, 4)).nonzero().flatten().tolist()
     assert touched == [0, 13, 14, 15]
 
 
@@ -889,16 +896,22 @@ def test_attention_is_the_textbooks(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", fake_flash)
     generator = torch.Generator().manual_seed(0)
-    arena = torch.randn(1, 2, 2, 60, 8, generator=generator)
+    kv_states = torch.randn(1, 2, 2, 60, 8, generator=generator)
     chunks = (Chunk(3, 9, 9), Chunk(20, 7, 1), Chunk(30, 12, 5), Chunk(50, 1, 1))
-    step = Step(chunks, arena).only_last if stage == "decoding" else Step(chunks, arena)
+    step = (
+        Step.from_chunks(chunks, kv_states).only_last
+        if stage == "decoding"
+        else Step.from_chunks(chunks, kv_states)
+    )
     queries = torch.randn(sum(chunk.new for chunk in step.chunks), heads, 8, generator=generator)
     wanted, row = torch.empty_like(queries), 0
-    for chunk in step.chunks:
+    for chunk in step.host_chunks:
         for at in range(chunk.length - chunk.new, chunk.length):
             first = 0 if window is None else max(0, at - window + 1)
             for head in range(heads):
-                seen = arena[0, :, head * 2 // heads, chunk.start + first : chunk.start + at + 1]
+                seen = kv_states[
+                    0, :, head * 2 // heads, chunk.start + first : chunk.start + at + 1
+                ]
                 weights = (seen[0] @ queries[row, head] * 0.3).softmax(0)
                 wanted[row, head] = weights @ seen[1]
             row += 1
@@ -909,7 +922,10 @@ def test_attention_is_the_textbooks(
 def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     shape = KvShape(layers=1, heads=2, head_size=16)
-    assert chosen(KvShape(layers=1, heads=2, head_size=8), 4, torch.float32, cpu) is attend_by_row
+    assert (
+        choose_attention(KvShape(layers=1, heads=2, head_size=8), 4, torch.float32, cpu)
+        is attend_by_row
+    )
     for attend in (attend_varlen, attend_flash):
         assert not _agrees(attend, shape, 4, torch.bfloat16, cpu), "no such kernel on a CPU"
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
@@ -923,16 +939,16 @@ def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.Monkey
 
 
 def test_a_step_knows_its_places() -> None:
-    arena = torch.zeros(1, 2, 1, 40, 2)
-    step = Step((Chunk(3, 5, 5), Chunk(20, 7, 1)), arena)
-    assert step.places.tolist() == [3, 4, 5, 6, 7, 26]
+    kv_states = torch.zeros(1, 2, 1, 40, 2)
+    step = Step.from_chunks((Chunk(3, 5, 5), Chunk(20, 7, 1)), kv_states)
+    assert step.slots.tolist() == [3, 4, 5, 6, 7, 26]
     assert step.last.tolist() == [4, 5]
     assert step.only_last.chunks == (Chunk(3, 5, 1), Chunk(20, 7, 1))
     states = torch.arange(24.0).view(6, 2, 1, 2)
     write(step, 0, *states.unbind(1))
-    assert arena[0, 1, 0, 26].tolist() == states[5, 1, 0].tolist()
-    assert arena[0, 0, 0, 3:8].equal(states[:5, 0, 0])
-    assert arena.count_nonzero() == 23
+    assert kv_states[0, 1, 0, 26].tolist() == states[5, 1, 0].tolist()
+    assert kv_states[0, 0, 0, 3:8].equal(states[:5, 0, 0])
+    assert kv_states.count_nonzero() == 23
 
 
 @pytest.mark.parametrize("biased", [(), (16,), (16, 4)])
