@@ -1,16 +1,16 @@
-"""`Audited`: an engine that answers some rows twice, once as configured and once uncompressed.
+"""`AuditedEngine`: answers some rows twice, once as configured and once uncompressed.
 
-Which rows, depends on their key alone: the same in every run, on every worker, after every retry.
-Both answers are asked of the same engine, one right behind the other, so that they are decoded
-under the same conditions; images of such rows are encoded twice. What comes out is one answer: the
-configured one, with what the other said and how far they agree.
+A row's key alone decides whether it is audited, so the same rows are audited in every run, on every
+worker and after every retry. The same engine answers both requests, one right after the other, so
+that they are decoded under the same conditions; images of audited rows are encoded twice. The
+result is one answer: the configured one, with the uncompressed text and the agreement of the two.
 
-A row whose answers disagree may be answered anew with more visual tokens, rung by rung, until one
-agrees. What is measured stays what it was, the agreement of the configured answer.
+A row whose answers disagree may be answered again with more visual tokens, escalating step by step
+until an answer agrees. The agreement that is reported stays that of the configured answer.
 
-The time of all answers but the one that comes out is not in its stages; it is counted apart.
+The time of the other answers is not in the stages of the resulting answer; it is counted apart.
 
-Not covered: rows that are not audited, of which nobody knows whether they disagree.
+Not covered: whether answers of rows that are not audited disagree.
 """
 
 from __future__ import annotations
@@ -18,177 +18,148 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from gc2ray.core.errors import Status
 from gc2ray.core.metrics.scores import similarity
 from gc2ray.core.records import UNCOMPRESSED, Answer, Audit, Escalation, Request
 from gc2ray.core.stats import RunStats, merged
+from gc2ray.engine.answering import RequeuingEngine
 from gc2ray.models.shape import ModelShape
 
-_WHOLE = 1 << 64
-
-
-class Answering(Protocol):
-    """What a worker needs of an engine."""
-
-    @property
-    def device(self) -> str:
-        """What the device calls itself."""
-
-    @property
-    def model_digest(self) -> str:
-        """Which model it is; see `gc2ray.models.checkpoint.fetch.digest`."""
-
-    @property
-    def model_shape(self) -> ModelShape | None:
-        """Its sizes, if it has any."""
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """As `gc2ray.engine.engine.Engine.stream`."""
-
-    def clear_cache(self) -> None:
-        """As `gc2ray.engine.engine.Engine.clear_cache`."""
-
-    def totals(self) -> RunStats:
-        """As `gc2ray.engine.engine.Engine.totals`."""
-
-
-class Askable(Answering, Protocol):
-    """What is needed of one to audit it."""
-
-    def requeue(self, request: Request) -> None:
-        """As `gc2ray.engine.engine.Engine.requeue`."""
+_DIGESTS = 1 << 64
 
 
 def is_audited(row_key: str, share: float) -> bool:
-    """Whether a row is among the share that is audited; a larger share holds a smaller one."""
+    """Whether a row is among the share that is audited; a larger share includes a smaller one."""
     digest = hashlib.sha256(f"audit/{row_key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * _WHOLE
+    return int.from_bytes(digest[:8], "big") < share * _DIGESTS
 
 
 @dataclass
-class Audited:
-    """An engine with a second look; `Answering` like the one within.
+class AuditedEngine:
+    """An engine that audits the answers of another one.
 
     Attributes:
-        engine: Which answers.
-        share: Of the rows are audited, in (0, 1].
-        rungs: Ways in which those that disagree are answered anew, one after the other.
-        min_agreement: Answers that are less alike disagree.
+        engine: The engine that answers.
+        share: Share of the rows that is audited, in (0, 1].
+        escalation_policies: Names of the policies with which rows that disagree are answered again,
+            one after the other.
+        min_agreement: Answers that agree less than this disagree.
     """
 
-    engine: Askable
+    engine: RequeuingEngine
     share: float
-    rungs: Sequence[str] = ()
+    escalation_policies: Sequence[str] = ()
     min_agreement: float = 1.0
 
     @property
     def device(self) -> str:
-        """The engine's."""
+        """Name of the engine's device."""
         return self.engine.device
 
     @property
     def model_digest(self) -> str:
-        """The engine's."""
+        """Digest of the engine's model."""
         return self.engine.model_digest
 
     @property
     def model_shape(self) -> ModelShape | None:
-        """The engine's."""
+        """Sizes of the engine's model."""
         return self.engine.model_shape
 
     def clear_cache(self) -> None:
-        """As the engine."""
+        """Clear the engine's caches."""
         self.engine.clear_cache()
 
     def totals(self) -> RunStats:
-        """As the engine."""
+        """The engine's totals."""
         return self.engine.totals()
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """One answer for each request; of several to the same the last brings them all."""
-        looks: dict[str, _AuditedRow] = {}
-        for answer in self.engine.stream(self._asked(requests, looks)):
+        """One answer for each request; that of an audited row comes once all of its answers did."""
+        audited: dict[str, _AuditedRow] = {}
+        for answer in self.engine.stream(self._doubled(requests, audited)):
             if not answer.request.is_audited:
                 yield answer
                 continue
             key = answer.request.row_key
-            look = looks[key]
-            look.take(answer)
-            rung = look.next_rung(self.rungs, self.min_agreement)
-            if rung is not None:
-                self.engine.requeue(replace(look.request, policy=rung))
-            elif look.is_whole:
-                yield looks.pop(key).joined()
+            row = audited[key]
+            row.add(answer)
+            policy = row.next_policy(self.escalation_policies, self.min_agreement)
+            if policy is not None:
+                self.engine.requeue(replace(row.request, policy=policy))
+            elif row.is_complete:
+                yield audited.pop(key).joined()
 
-    def _asked(
-        self, requests: Iterable[Request], looks: dict[str, _AuditedRow]
+    def _doubled(
+        self, requests: Iterable[Request], audited: dict[str, _AuditedRow]
     ) -> Iterator[Request]:
-        """Requests, and behind each that is audited its uncompressed double."""
+        """The requests; each that is audited is followed by the same one, uncompressed."""
         for request in requests:
             if request.fault is None and is_audited(request.row_key, self.share):
-                audited = replace(request, is_audited=True)
-                looks[request.row_key] = _AuditedRow(audited)
-                yield audited
-                yield replace(audited, policy=UNCOMPRESSED)
+                configured = replace(request, is_audited=True)
+                audited[request.row_key] = _AuditedRow(configured)
+                yield configured
+                yield replace(configured, policy=UNCOMPRESSED)
             else:
                 yield request
 
 
 @dataclass(eq=False)
 class _AuditedRow:
-    """An audited row on its way.
+    """The answers to an audited row so far.
 
     Attributes:
-        request: With its image: it may be asked again.
+        request: The request with its image, as it may be repeated.
         uncompressed: The uncompressed answer.
-        tries: The others: the configured one, then those of the rungs.
+        compressed: The configured answer, then those of its escalation.
     """
 
     request: Request
     uncompressed: Answer | None = None
-    tries: list[Answer] = field(default_factory=list)
+    compressed: list[Answer] = field(default_factory=list)
 
     @property
-    def is_whole(self) -> bool:
-        return self.uncompressed is not None and bool(self.tries)
+    def is_complete(self) -> bool:
+        """Whether both kinds of answers are there."""
+        return self.uncompressed is not None and bool(self.compressed)
 
-    def take(self, answer: Answer) -> None:
+    def add(self, answer: Answer) -> None:
+        """Add an answer of the engine."""
         if answer.request.policy == UNCOMPRESSED:
             self.uncompressed = answer
         else:
-            self.tries.append(answer)
+            self.compressed.append(answer)
 
-    def next_rung(self, rungs: Sequence[str], min_agreement: float) -> str | None:
-        """What to ask now; nothing where there is nothing to agree with, or storage failed."""
-        whole = self.uncompressed
-        if whole is None or not self.tries or len(self.tries) > len(rungs):
+    def next_policy(self, policies: Sequence[str], min_agreement: float) -> str | None:
+        """The policy to answer with next; None where answers agree or cannot be compared."""
+        reference = self.uncompressed
+        if reference is None or not self.compressed or len(self.compressed) > len(policies):
             return None
-        if whole.status != Status.OK or self.tries[-1].retry:
+        if reference.status != Status.OK or self.compressed[-1].retry:
             return None
-        agreement = _agreement(self.tries[-1], whole) or 0.0
-        return rungs[len(self.tries) - 1] if agreement < min_agreement else None
+        agreement = _agreement(self.compressed[-1], reference) or 0.0
+        return policies[len(self.compressed) - 1] if agreement < min_agreement else None
 
     def joined(self) -> Answer:
-        """The last of the tries that is an answer, with what the uncompressed one says of them."""
-        whole, (first, *anew) = self.uncompressed, self.tries
-        if whole is None:
+        """The last compressed answer without an error, with the results of its audit."""
+        reference, (first, *escalated) = self.uncompressed, self.compressed
+        if reference is None:
             raise ValueError(f"{self.request.row_key} was not answered uncompressed")
-        chosen = next((a for a in reversed(self.tries) if a.status == Status.OK), first)
+        chosen = next((a for a in reversed(self.compressed) if a.status == Status.OK), first)
         escalation = None
-        if anew:
-            replaced = [answer.stage_ns for answer in self.tries if answer is not chosen]
-            agreement = _agreement(chosen, whole) or 0.0
+        if escalated:
+            replaced = [answer.stage_ns for answer in self.compressed if answer is not chosen]
+            agreement = _agreement(chosen, reference) or 0.0
             escalation = Escalation(first.answer, agreement, merged(replaced))
         audit = Audit(
-            answer=whole.answer,
-            agreement=_agreement(first, whole),
-            stage_ns=whole.stage_ns,
+            answer=reference.answer,
+            agreement=_agreement(first, reference),
+            stage_ns=reference.stage_ns,
             own_ns=first.stage_ns,
             escalation=escalation,
         )
-        failed = whole.retry or any(answer.retry for answer in self.tries)
+        failed = reference.retry or any(answer.retry for answer in self.compressed)
         return replace(chosen, audit=audit, retry=failed)
 
 

@@ -11,28 +11,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
+from gc2ray.engine.answering import Answering
 from gc2ray.estimate.recommendation import WHOLE, CompressionSetting, Trials
 
 RETENTIONS = (0.75, 0.5, 0.25, 0.1, 0.05)
 BLOCKS = 8
-
-
-class Answering(Protocol):
-    """What is needed of an engine that knows the settings as ways."""
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """As `gc2ray.engine.engine.Engine.stream`."""
-
-    def clear_cache(self) -> None:
-        """As `gc2ray.engine.engine.Engine.clear_cache`."""
 
 
 def measure(

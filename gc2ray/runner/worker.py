@@ -50,7 +50,8 @@ from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source
 from gc2ray.data.retries import is_transient
 from gc2ray.data.store import Store
-from gc2ray.engine.audit import Answering, Audited
+from gc2ray.engine.answering import AnsweringEngine
+from gc2ray.engine.audit import AuditedEngine
 from gc2ray.output.heartbeats import WorkerRecord
 from gc2ray.output.parts import Commit, PartFooter, commit_part, in_order, part_bytes
 from gc2ray.output.run_directory import MODEL_NAME, stored_digest
@@ -87,7 +88,7 @@ class Worker:
         carried: pa.Schema,
         *,
         retry_round: int = 0,
-        load: Callable[[Job], Answering] | None = None,
+        load: Callable[[Job], AnsweringEngine] | None = None,
         on_step: StepHook | None = None,
     ) -> None:
         self.uuid = uuid.uuid4().hex
@@ -103,7 +104,7 @@ class Worker:
         self._shards = ShardStream(self._read, self._on_step)
         self._lock = threading.Lock()  # guards the totals and ticks
         self._counted = RunStats()  # the engine's totals that footers have
-        self._engine: Answering | None = None
+        self._engine: AnsweringEngine | None = None
         self._progress = Progress()
         self._ticks = 0
         self._running = threading.Lock()
@@ -223,7 +224,7 @@ class Worker:
         with self._lock:
             self._ticks += 1
 
-    def _load_engine(self, job: Job) -> Answering:
+    def _load_engine(self, job: Job) -> AnsweringEngine:
         # Imported here because only a worker that answers needs the model's libraries; the driver
         # and the command line, which know workers too, start seconds sooner without them.
         from gc2ray.engine.engine import load_engine
@@ -232,9 +233,9 @@ class Worker:
         audit = job.recipe.audit
         if not audit.share:
             return engine
-        return Audited(engine, audit.share, tuple(job.recipe.rungs()), audit.min_agreement)
+        return AuditedEngine(engine, audit.share, tuple(job.recipe.rungs()), audit.min_agreement)
 
-    def _loaded_engine(self) -> Answering:
+    def _loaded_engine(self) -> AnsweringEngine:
         if self._engine is None:
             raise EngineDead("the worker has no engine yet: call load first")
         return self._engine

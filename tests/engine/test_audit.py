@@ -18,7 +18,7 @@ from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.core.records import RECIPES_POLICY, UNCOMPRESSED, Answer, Request
 from gc2ray.core.schema import stats_of
 from gc2ray.data.store import Store
-from gc2ray.engine.audit import Audited, is_audited
+from gc2ray.engine.audit import AuditedEngine, is_audited
 from gc2ray.engine.engine import Engine
 from gc2ray.models.base import LoadedModel
 from gc2ray.output.verify import verify
@@ -88,7 +88,7 @@ def test_which_rows_are_audited_depends_on_their_keys_alone() -> None:
 def test_every_request_has_one_answer(seed: int) -> None:
     fault = BadRow(Status.BAD_PROMPT, "no prompt")
     asked = [replace(row, fault=fault) if row.row % 7 == 3 else row for row in rows()]
-    found = list(Audited(two_faced("a cat", "a cat.", seed), 0.5).stream(asked))
+    found = list(AuditedEngine(two_faced("a cat", "a cat.", seed), 0.5).stream(asked))
     assert sorted(answer.request.row for answer in found) == list(range(40))
     for answer in found:
         looked = answer.request.fault is None and is_audited(answer.request.row_key, 0.5)
@@ -109,7 +109,7 @@ def test_every_request_has_one_answer(seed: int) -> None:
 def test_agreement_is_how_alike_both_answers_are(
     compressed: str | None, whole: str | None, agreement: float | None
 ) -> None:
-    found = list(Audited(two_faced(compressed, whole), 1.0).stream(rows(6)))
+    found = list(AuditedEngine(two_faced(compressed, whole), 1.0).stream(rows(6)))
     for answer in found:
         assert answer.audit is not None
         assert answer.audit.answer == whole
@@ -136,7 +136,7 @@ def test_a_storage_that_failed_the_second_look_has_the_shard_tried_again() -> No
     for failing in (UNCOMPRESSED, RUNGS[0]):
         engine = Failing({RECIPES_POLICY: "a", RUNGS[0]: "b", UNCOMPRESSED: "c"})
         engine.failing = failing
-        found = list(Audited(engine, 0.5, RUNGS[:1]).stream(rows()))
+        found = list(AuditedEngine(engine, 0.5, RUNGS[:1]).stream(rows()))
         assert all(answer.retry == (answer.audit is not None) for answer in found)
         assert 5 < sum(answer.retry for answer in found) < 35
 
@@ -170,7 +170,7 @@ def test_a_row_that_disagrees_is_answered_anew_rung_by_rung(
 ) -> None:
     """`extra`: the time of what was replaced."""
     says = {RECIPES_POLICY: first, RUNGS[0]: half, RUNGS[1]: more, UNCOMPRESSED: whole}
-    found = list(Audited(ManyFaced(says, seed), 1.0, RUNGS).stream(rows(4)))
+    found = list(AuditedEngine(ManyFaced(says, seed), 1.0, RUNGS).stream(rows(4)))
     assert sorted(row.request.row for row in found) == [0, 1, 2, 3]
     for row in found:
         assert (row.answer, row.retention_requested) == (answer, retention)
@@ -194,7 +194,7 @@ def test_answers_that_are_alike_enough_agree() -> None:
     says = {RECIPES_POLICY: "a cat", RUNGS[0]: "a car", UNCOMPRESSED: "a car"}
     for min_agreement, anew in ((0.8, False), (0.81, True)):
         engine = ManyFaced(says)
-        found = list(Audited(engine, 1.0, RUNGS[:1], min_agreement).stream(rows(5)))
+        found = list(AuditedEngine(engine, 1.0, RUNGS[:1], min_agreement).stream(rows(5)))
         assert {answer.answer for answer in found} == {"a car" if anew else "a cat"}
         assert (RUNGS[0] in engine.policies) == anew
         assert {a.audit.agreement for a in found if a.audit} == {0.8}, "the recipe's own"
@@ -202,13 +202,13 @@ def test_answers_that_are_alike_enough_agree() -> None:
 
 def test_only_audited_rows_are_answered_anew() -> None:
     says = {RECIPES_POLICY: "no", RUNGS[0]: "yes", UNCOMPRESSED: "yes"}
-    found = list(Audited(ManyFaced(says), 0.5, RUNGS[:1]).stream(rows()))
+    found = list(AuditedEngine(ManyFaced(says), 0.5, RUNGS[:1]).stream(rows()))
     assert {(a.answer, a.audit is not None) for a in found} == {("yes", True), ("no", False)}
 
 
 def test_it_is_otherwise_the_engine_within() -> None:
     engine = EchoEngine()
-    audited = Audited(engine, 0.1)
+    audited = AuditedEngine(engine, 0.1)
     assert (audited.device, audited.model_digest) == (engine.device, engine.model_digest)
     assert audited.model_shape is None
     audited.clear_cache()
@@ -230,7 +230,7 @@ def test_a_second_look_changes_no_answer(loaded_models: dict[str, LoadedModel]) 
     engine = partial(an_engine, loaded_models["vicuna"])
     plain = by_row(engine(compression__retention=0.1).stream(requests()))
     whole = by_row(engine(compression__method="none").stream(requests()))
-    audited = by_row(Audited(engine(compression__retention=0.1), 1.0).stream(requests()))
+    audited = by_row(AuditedEngine(engine(compression__retention=0.1), 1.0).stream(requests()))
     assert plain.keys() == audited.keys()
     for row, answer in audited.items():
         assert answer.token_ids == plain[row].token_ids
@@ -254,7 +254,9 @@ def test_what_is_answered_anew_is_what_a_higher_retention_says(
         make_recipe("unused", generation__max_new_tokens=6, compression__retention=0.1).model_dump()
         | {"audit": audit}
     )
-    looked = Audited(Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0, tuple(recipe.rungs()))
+    looked = AuditedEngine(
+        Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0, tuple(recipe.rungs())
+    )
     found = by_row(looked.stream(requests()))
     assert found.keys() == at[0.1].keys()
     for row, answer in found.items():
@@ -273,7 +275,7 @@ def test_an_engine_answers_what_is_asked_again_even_at_the_end(
     loaded_models: dict[str, LoadedModel],
 ) -> None:
     engine = Engine(loaded_models["vicuna"], make_recipe("unused"), Cluster())
-    with pytest.raises(RuntimeError, match="whoever reads a stream"):
+    with pytest.raises(RuntimeError, match="needs a running stream"):
         engine.requeue(request())
     bad = replace(request(seed=1), images=())
     found = []
@@ -287,7 +289,7 @@ def test_an_engine_answers_what_is_asked_again_even_at_the_end(
 
 def test_the_mask_names_the_tokens_that_were_kept(loaded_models: dict[str, LoadedModel]) -> None:
     recipe = make_recipe("unused", compression__retention=0.25)
-    engine = Audited(Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0)
+    engine = AuditedEngine(Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0)
     for answer in engine.stream(requests()):
         assert answer.kept_mask is not None
         assert answer.kept_per_view is not None
