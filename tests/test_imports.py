@@ -35,6 +35,7 @@ BORDERS: dict[str, set[str]] = {
     "transformers": {"models", "engine/decoding"},
     "tokenizers": {"models/families"},
     "ctypes": {"models/layers"},
+    "psutil": {"engine/device.py"},
     "pynvml": {"engine/device.py"},
     "ray": {"runner"},
     "requests": {"runner/submit.py"},

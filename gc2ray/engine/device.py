@@ -1,27 +1,27 @@
 """The device of an engine: its name, memory and cores, and what it has consumed.
 
-`EnergyMeter` reads a GPU's own counter (NVML, Volta and newer). The counter is the whole GPU's,
-whoever uses it: of workers that share one, each is to take its share. Devices that do not tell
-(CPUs, parts of a GPU, old drivers) have consumed 0.
+`EnergyMeter` reads a GPU's own counter (NVML, Volta and newer). It counts the whole GPU, whoever
+uses it, so workers that share a GPU each take their share. Devices without a counter (CPUs, parts
+of a GPU, old drivers) have consumed 0.
 
-Not covered: the host's own consumption.
+Not covered: energy that the host consumes.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pynvml
 import torch
 
 
 class EnergyMeter:
-    """Counts from when it is made.
+    """Counts energy from when it is made.
 
     Args:
-        uuid: Of the GPU, as CUDA has it; None where there is none.
+        uuid: The GPU's UUID as CUDA has it; None without a GPU.
     """
 
     def __init__(self, uuid: str | None) -> None:
@@ -29,7 +29,7 @@ class EnergyMeter:
         self._before = self._counter()
 
     def millijoules(self) -> int:
-        """Consumed so far; 0 where the device does not tell."""
+        """Energy consumed so far; 0 where the device has no counter."""
         now = self._counter()
         return 0 if now is None or self._before is None else now - self._before
 
@@ -45,12 +45,12 @@ class EnergyMeter:
 
 
 def own_device() -> str:
-    """Where this process runs models: the GPU that it was given, else the CPU."""
+    """The device on which this process runs models: the GPU that it was given, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def memory(device: torch.device) -> Memory:
-    """All memory of a GPU; what is free of a host's."""
+    """Memory of the device: all of a GPU's, the free part of a host's."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return Memory(is_gpu=True, total_bytes=total, cores=cores())
@@ -58,12 +58,12 @@ def memory(device: torch.device) -> Memory:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The device's own name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def gpu_uuid(device: torch.device) -> str | None:
-    """A GPU's name among all; None where there is none."""
+    """The UUID of a GPU; None for a CPU."""
     if device.type != "cuda":
         return None
     return str(torch.cuda.get_device_properties(device).uuid)
@@ -71,7 +71,7 @@ def gpu_uuid(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """The device's memory: all of a GPU, or what is free of a host's."""
+    """Memory and cores of a device: all memory of a GPU, or the free part of a host's."""
 
     is_gpu: bool
     total_bytes: int
@@ -79,12 +79,8 @@ class Memory:
 
 
 def free_host_bytes() -> int:
-    """Memory that this process may still take: of the machine, and of its control group."""
-    known = Path("/proc/meminfo")
-    if not known.exists():  # no Linux: half of what there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    lines = known.read_text(encoding="utf-8").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    """Memory that this process may still take, of the machine and of its control group."""
+    free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     limit, used = group / "memory.max", group / "memory.current"
     if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
@@ -94,6 +90,6 @@ def free_host_bytes() -> int:
 
 def cores() -> int:
     """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
+        return len(psutil.Process().cpu_affinity())
+    return psutil.cpu_count() or 1
