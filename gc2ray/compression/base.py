@@ -1,8 +1,8 @@
-"""What a compression method is: a frozen dataclass that turns `Views` into a `Selection`.
+"""`Compressor`: a compression method, a frozen dataclass that turns `Views` into a `Selection`.
 
-Most methods only say which tokens to keep: they subclass `MaskCompressor` and write `keep`. It
-works on a `ViewBatch`, the views of several images one after the other, so that one set of tensor
-operations serves them all; nothing in a method loops over tokens or waits for single numbers.
+Most methods only choose which tokens to keep: they subclass `MaskCompressor` and implement `keep`.
+It takes a `ViewBatch`, the views of several images one after the other, so that one set of tensor
+operations serves them all; no method loops over tokens or waits for single numbers.
 
 Not covered: methods that read the prompt (they set `reads_prompt`), methods inside the language
 model.
@@ -33,7 +33,7 @@ class ViewBatch:
         valid: bool (sum of V, N).
         counts: Valid tokens of each view, int64 (sum of V,).
         crops: Indices of the views that are crops, int64 (C,).
-        crop_owner: Which image each of them belongs to, int64 (C,).
+        crop_owner: Index of each crop's image, int64 (C,).
         thumbnails: Indices of the views that are thumbnails, int64, in order of their images.
     """
 
@@ -47,7 +47,7 @@ class ViewBatch:
 
     @staticmethod
     def from_images(images: Sequence[Views]) -> ViewBatch:
-        """Concatenate; features are not touched."""
+        """Concatenate the views of images, features apart."""
         counts = [count for image in images for count in image.valid_per_view]
         crops: list[int] = []
         owner: list[int] = []
@@ -88,15 +88,15 @@ class Compressor(ABC):
     """Whether the result depends on the text; images are shared between prompts only if not."""
 
     def __call__(self, views: Views) -> Selection:
-        """What is kept of one image."""
+        """The tokens kept of one image."""
         return self.many([views])[0]
 
     @abstractmethod
     def many(self, images: Sequence[Views]) -> list[Selection]:
-        """What is kept of each of several images, the same as one by one."""
+        """The tokens kept of each of several images, the same as one by one."""
 
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
-        """Visual tokens that are kept at least and at most, by an image's geometry alone.
+        """Least and most visual tokens that are kept, by an image's geometry alone.
 
         Newlines are not counted. The image has a thumbnail.
         """
@@ -109,7 +109,7 @@ class MaskCompressor(Compressor):
 
     Attributes:
         retention: Fraction KEPT of each view, in (0, 1]. At 1.0 the image passes untouched, as
-            stock transformers packs it. The real fraction is counted, never claimed.
+            stock transformers packs it. Reports count the tokens that were really kept.
     """
 
     retention: float = 0.25
@@ -130,9 +130,9 @@ class MaskCompressor(Compressor):
         return kept, kept
 
     def share(self, tokens: int) -> int:
-        """Tokens kept of a view, where each keeps the same share (`views.share_of`)."""
+        """Tokens kept of a view, where each keeps the same share (`selection.share_of`)."""
         return min(tokens, max(1, int(tokens * self.retention)))
 
     @abstractmethod
     def keep(self, batch: ViewBatch) -> Tensor:
-        """Mark what is kept, bool (sum of V, N); never padding."""
+        """Mark the tokens that are kept, bool (sum of V, N); never padding."""

@@ -1,4 +1,4 @@
-"""Geometry of dynamic cropping: where the crops of an image lie among its tokens.
+"""`Canvas`: the geometry of dynamic cropping, from crops to tokens.
 
 The crops, laid out in their grid, form a `Canvas` of tokens; the image covers a rectangle of it
 (`rows`, `columns`), the rest is padding.
@@ -10,9 +10,10 @@ row, each row closed by one newline token (LLaVA-NeXT's "spatial_unpad"; transfo
 Sizes are (height, width), grids (rows, columns), as in transformers; LLaVA itself and the
 reference implementation of GlobalCom2 write (width, height).
 
-Not covered: token merging inside the tower, thumbnails that come last, video; the tensors that
-follow from all this (`gc2ray.compression.canvas_index`), because whoever only cuts or counts needs
-no torch.
+The tensors that follow from a canvas are in `gc2ray.compression.canvas_index`, so that counting
+tokens needs no torch.
+
+Not covered: token merging inside the tower, thumbnails that come last, video.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NEWLINE = -1
-"""The mark of a newline token in `Selection.source`."""
+"""Marks a newline token in `Selection.source`."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where the image lies on its canvas of tokens.
+    """The tokens of a grid of crops, and the rectangle of them that the image covers.
 
     Attributes:
         grid: Crop rows and columns.
         side: Token rows and columns of one view.
         rows: First and last-plus-one canvas row that the image covers.
-        columns: Likewise for columns.
+        columns: First and last-plus-one canvas column that the image covers.
     """
 
     grid: tuple[int, int]
@@ -43,7 +44,7 @@ class Canvas:
     def from_image_size(
         size: tuple[int, int], grid: tuple[int, int], side: tuple[int, int], digits: int | None = 7
     ) -> Canvas:
-        """The rectangle that is left when the padding of an image of `size` is taken off.
+        """The canvas of an image of `size`, without the padding that centred it.
 
         Args:
             size: Height and width of the original image.
@@ -54,14 +55,14 @@ class Canvas:
         """
         height, width = grid[0] * side[0], grid[1] * side[1]
 
-        def margin(extent: int, length: int, scale: float) -> tuple[int, int]:
-            covered = length * scale if digits is None else round(length * scale, digits)
-            padding = (extent - int(covered)) // 2
-            return padding, max(padding, extent - padding)
+        def covered(tokens: int, length: int, scale: float) -> tuple[int, int]:
+            exact = length * scale if digits is None else round(length * scale, digits)
+            padding = (tokens - int(exact)) // 2
+            return padding, max(padding, tokens - padding)
 
         if size[1] / size[0] > width / height:
-            return Canvas(grid, side, margin(height, size[0], width / size[1]), (0, width))
-        return Canvas(grid, side, (0, height), margin(width, size[1], height / size[0]))
+            return Canvas(grid, side, covered(height, size[0], width / size[1]), (0, width))
+        return Canvas(grid, side, (0, height), covered(width, size[1], height / size[0]))
 
     @property
     def crops(self) -> int:
@@ -83,7 +84,7 @@ class Canvas:
         """Newlines of the uncompressed image: one per covered row, bare ones included."""
         return self.height
 
-    def crop_extents(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    def crop_rectangles(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Per crop, in raster order: covered (first, stop) token rows and columns within it."""
 
         def cut(span: tuple[int, int], index: int, side: int) -> tuple[int, int]:
@@ -99,6 +100,7 @@ class Canvas:
     def tokens_per_view(self) -> list[int]:
         """Valid tokens of the thumbnail and of each crop, in raster order."""
         crops = [
-            (bottom - top) * (right - left) for (top, bottom), (left, right) in self.crop_extents()
+            (bottom - top) * (right - left)
+            for (top, bottom), (left, right) in self.crop_rectangles()
         ]
         return [self.side[0] * self.side[1], *crops]

@@ -1,6 +1,6 @@
 """`CanvasIndex`: the index tensors that follow from the geometry of a canvas.
 
-Made once per geometry and device: jobs see few different ones.
+They are made once per geometry and device, as a job has few different ones.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class CanvasIndex:
 
     Attributes:
         valid: bool (V, N).
-        valid_per_view: The same, counted.
-        order: int32 (E,): every token place of the image and every newline in emitted order,
-            padding included, newlines as `NEWLINE`; thumbnail, then canvas rows.
-        row_of: int64 (E,): canvas row of each entry; the thumbnail's are in a last, extra row.
+        valid_per_view: Valid tokens of each view.
+        order: int32 (E,): every token of the image and every newline in emitted order, padding
+            included, newlines as `NEWLINE`; thumbnail, then canvas rows.
+        row_of: int64 (E,): canvas row of each entry; the thumbnail has an extra row, the last.
         image_rows: bool (E,): entries on canvas rows that the image covers, and the thumbnail.
-        region_of: int64 (N,): crop that each thumbnail token's region belongs to.
+        region_of: int64 (N,): crop of the region that each thumbnail token lies in.
         row_weights: float32 (C, h, h): bilinear weights, crop token row from thumbnail row.
-        column_weights: float32 (C, w, w): likewise for columns.
+        column_weights: float32 (C, w, w): bilinear weights of columns, likewise.
     """
 
     valid: Tensor
@@ -42,7 +42,7 @@ class CanvasIndex:
 
 @lru_cache(maxsize=4096)
 def canvas_index(canvas: Canvas, thumbnail: int | None, device: torch.device) -> CanvasIndex:
-    """The plan of a geometry, cached."""
+    """The index tensors of a geometry, cached."""
     valid = _valid(canvas, thumbnail)
     order, row_of = _emission(canvas, thumbnail)
     rows = torch.arange(canvas.grid[0] * canvas.side[0] + 1)
@@ -62,21 +62,21 @@ def canvas_index(canvas: Canvas, thumbnail: int | None, device: torch.device) ->
 
 def _valid(canvas: Canvas, thumbnail: int | None) -> Tensor:
     crops = torch.zeros(canvas.crops, *canvas.side, dtype=torch.bool)
-    for crop, ((top, bottom), (left, right)) in enumerate(canvas.crop_extents()):
+    for crop, ((top, bottom), (left, right)) in enumerate(canvas.crop_rectangles()):
         crops[crop, top:bottom, left:right] = True
     flat = crops.flatten(1)
     return flat if thumbnail is None else torch.cat([torch.ones_like(flat[:1]), flat])
 
 
 def _emission(canvas: Canvas, thumbnail: int | None) -> tuple[Tensor, Tensor]:
-    """Emitted order of all token places and newlines, and the canvas row of each."""
+    """Emitted order of all tokens and newlines, and the canvas row of each."""
     (grid_rows, grid_columns), (height, width) = canvas.grid, canvas.side
     tokens, rows = height * width, grid_rows * height
     first_crop = 0 if thumbnail is None else 1
-    places = (torch.arange(canvas.crops * tokens) + first_crop * tokens).view(
+    index = (torch.arange(canvas.crops * tokens) + first_crop * tokens).view(
         grid_rows, grid_columns, height, width
     )
-    lines = places.permute(0, 2, 1, 3).reshape(rows, grid_columns * width)
+    lines = index.permute(0, 2, 1, 3).reshape(rows, grid_columns * width)
     lines = torch.cat([lines, torch.full((rows, 1), NEWLINE)], dim=1)
     row_of = torch.arange(rows)[:, None].expand_as(lines).flatten()
     order = lines.flatten()
@@ -87,7 +87,7 @@ def _emission(canvas: Canvas, thumbnail: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _regions(canvas: Canvas) -> Tensor:
-    """Equal parts of the thumbnail, one per crop; the last takes what does not divide."""
+    """Equal parts of the thumbnail, one per crop; the last takes the remainder."""
 
     def part(side: int, parts: int) -> Tensor:
         return (torch.arange(side) // max(side // parts, 1)).clamp_max(parts - 1)

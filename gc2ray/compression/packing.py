@@ -1,13 +1,13 @@
-"""How a selection is laid out for the language model: its newlines, and its positions.
+"""`Packing`: the newlines and positions of a selection in the language model's input.
 
-The paper's way is the default and no work: tokens are numbered 0..T-1 as they are read, and the
-newlines are the method's own, one per canvas row that keeps a token. `Packing` says otherwise.
+The default is the paper's, and needs no work: tokens are numbered 0..T-1 as they are read, and the
+newlines are those that the method emits, one per canvas row that keeps a token.
 
 A selection does not say which canvas row a newline closes; it follows from their number. Where
 there is one for each row of the canvas (`globalcom2-reference`) or for each row that the image
 covers (retention 1.0), they close those rows in order. Else a newline closes the row of the crop
-token before it, or the first covered row where there is none. Tokens stand on their own rows; the
-reference writes them to others, but their places in the uncompressed image are their own.
+token before it, or the first covered row where there is none. A token's original position is that
+of its own row, even where the reference writes the token to another.
 
 Not covered: thumbnails that come last, newlines between the rows of a thumbnail.
 """
@@ -28,51 +28,51 @@ from gc2ray.compression.views import Views
 from gc2ray.core.config.compression import Newlines, Positions
 
 THUMBNAIL_ROW = -1
-"""The row that the thumbnail's tokens stand on: before the canvas."""
+"""The row of the thumbnail's tokens: before the canvas."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A policy of packing.
+    """Settings of packing.
 
     Attributes:
-        positions: `compact` numbers what is read 0..T-1. `original` gives each token the position
-            that it would have if nothing were dropped, bare newlines included.
-        newlines: `kept_rows` leaves what the method emits. `all` is one behind every canvas row
-            that the image covers, `none` is none.
+        positions: `compact` numbers tokens 0..T-1 as they are read. `original` gives each token the
+            position that it would have if nothing were dropped, bare newlines included.
+        newlines: `kept_rows` keeps the newlines that the method emits. `all` puts one behind every
+            canvas row that the image covers, `none` puts none.
     """
 
     positions: Positions = "compact"
     newlines: Newlines = "kept_rows"
 
     def apply(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Selection]:
-        """The selections with the newlines of this policy; tokens stay in their order."""
+        """The selections with the newlines of this packing; tokens stay in their order."""
         if self.newlines == "kept_rows":
             return list(selections)
         if self.newlines == "none":
             return [_without_newlines(selection) for selection in selections]
         return [_with_all_newlines(*pair) for pair in zip(views, selections, strict=True)]
 
-    def places(
+    def original_positions(
         self, views: Sequence[Views], selections: Sequence[Selection]
     ) -> list[OriginalPositions | None]:
-        """Places of what `apply` gave, one per image; None where tokens are numbered as read."""
+        """Positions of what `apply` returned, one per image; None where they are compact."""
         if self.positions == "compact":
             return [None] * len(selections)
-        return [_places(*pair) for pair in zip(views, selections, strict=True)]
+        return [_original_positions(*pair) for pair in zip(views, selections, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Uncompressed:
-    """Where everything stands in an uncompressed image; made once per geometry and device.
+    """Positions in an uncompressed image; made once per geometry and device.
 
     Attributes:
-        rows: Canvas row of each token place, int64 (V * N,); the thumbnail's is `THUMBNAIL_ROW`.
-        tokens: Place of each token in the sequence, int64 (V * N,).
-        newlines: Place of each canvas row's newline, int64 (R,).
+        rows: Canvas row of each token, int64 (V * N,); the thumbnail's is `THUMBNAIL_ROW`.
+        tokens: Position of each token in the sequence, int64 (V * N,).
+        newlines: Position of each canvas row's newline, int64 (R,).
         length: Tokens and newlines of the sequence.
 
-    What is not in the sequence, being padding, has the place of what stands before it.
+    Padding, which is not in the sequence, has the position of the token before it.
     """
 
     rows: Tensor
@@ -86,14 +86,14 @@ def _uncompressed(canvas: Canvas, thumbnail: int | None, device: torch.device) -
     plan = canvas_index(canvas, thumbnail, device)
     order, newline = plan.order.long(), plan.order == NEWLINE
     present = torch.where(newline, plan.image_rows, plan.valid.flatten()[order.clamp_min(0)])
-    places = (present.cumsum(0) - 1).clamp_min(0)
+    positions = (present.cumsum(0) - 1).clamp_min(0)
     canvas_rows = canvas.grid[0] * canvas.side[0]
     row_of = plan.row_of.masked_fill(plan.row_of == canvas_rows, THUMBNAIL_ROW)
     by_token = order[~newline].argsort()
     return _Uncompressed(
         rows=row_of[~newline][by_token],
-        tokens=places[~newline][by_token],
-        newlines=places[newline],
+        tokens=positions[~newline][by_token],
+        newlines=positions[newline],
         length=int(present.sum()),
     )
 
@@ -116,7 +116,7 @@ def _lines(views: Views, source: Tensor) -> Tensor:
     return torch.where(newline, lines.clamp_min(canvas.rows[0]), lines)
 
 
-def _places(views: Views, selection: Selection) -> OriginalPositions:
+def _original_positions(views: Views, selection: Selection) -> OriginalPositions:
     whole, source = _whole(views), selection.source
     newline = source == NEWLINE
     closed = _lines(views, source).masked_fill(~newline, 0)

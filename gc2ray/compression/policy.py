@@ -1,7 +1,7 @@
-"""`CompressionPolicy`: how an image is compressed and laid out. An engine knows several, by name.
+"""`CompressionPolicy`: how an image is compressed and packed. An engine has several, by name.
 
-One is the recipe's, and one compresses nothing; those of its audit keep more, and others may be
-added to compare them on the same engine. A request says which one it wants.
+One is the recipe's and one compresses nothing; those of the audit keep more tokens, and others may
+be added to compare them on the same engine. A request names its policy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class CompressionPolicy:
     """A method and a packing.
 
     Attributes:
-        compressor: Chooses tokens.
-        packing: Lays them out.
-        retention_requested: What was asked for; 1 where there is nothing to ask.
+        compressor: The method that chooses tokens.
+        packing: Their newlines and positions.
+        retention_requested: The configured retention; 1 for methods without one.
     """
 
     compressor: Compressor
@@ -33,7 +33,7 @@ class CompressionPolicy:
 
     @staticmethod
     def from_config(config: CompressionConfig) -> CompressionPolicy:
-        """As a configuration says."""
+        """The policy of a configuration."""
         compressor = build(
             config.method, retention=config.retention, temperature=config.temperature
         )
@@ -44,7 +44,7 @@ class CompressionPolicy:
 def policies_of(
     recipe: Recipe, others: Mapping[str, CompressionConfig]
 ) -> dict[str, CompressionPolicy]:
-    """The recipe's own and its audit's, the one that keeps everything, and others by name."""
+    """The policies of the recipe and its audit, the one without compression, and the others."""
     named = {
         **others,
         **recipe.rungs(),

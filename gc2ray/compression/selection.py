@@ -1,4 +1,4 @@
-"""`Selection`: which tokens of the views are kept, in reading order, and where they stood."""
+"""`Selection`: which tokens of the views are kept, in reading order, and their old positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gc2ray.compression.views import Views
 
 @dataclass(frozen=True)
 class Selection:
-    """What the language model is to read of an image, in order.
+    """The tokens of an image that the language model reads, in order.
 
     Attributes:
         source: int32 (K,); view * N + token, or `NEWLINE`.
@@ -34,7 +34,7 @@ class Selection:
         return tuple(torch.bincount(kept, minlength=views).tolist())
 
     def bitmaps(self, views: int, tokens_per_view: int) -> tuple[bytes, ...]:
-        """Which tokens of each view are kept; bit i, from the lowest on, is token i."""
+        """Which tokens of each view are kept; bit i, counted from the lowest, is token i."""
         kept = torch.zeros(views * tokens_per_view, dtype=torch.bool)
         source = self.source.cpu().long()
         kept[source[source >= 0]] = True
@@ -44,10 +44,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class OriginalPositions:
-    """Where what is read of an image would stand if nothing of it were dropped.
+    """Positions that the selected tokens would have if nothing were dropped.
 
     Attributes:
-        index: Place of each token and newline in the uncompressed image's sequence, int64 (K,).
+        index: Position of each token and newline in the uncompressed image's sequence, int64 (K,).
         length: Tokens and newlines of that sequence.
     """
 
@@ -82,8 +82,8 @@ def _emit(views: Sequence[Views], keep: Tensor, *, only_kept_rows: bool) -> list
     )
     order = torch.cat([plan.order for plan in plans])
     is_newline = order == NEWLINE
-    places = (order + table[0][owner]).masked_fill_(is_newline, 0)
-    emitted = keep.flatten()[places] & ~is_newline
+    tokens_at = (order + table[0][owner]).masked_fill_(is_newline, 0)
+    emitted = keep.flatten()[tokens_at] & ~is_newline
     if only_kept_rows:
         row_of = torch.cat([plan.row_of for plan in plans]) + table[1][owner]
         kept_rows = torch.zeros(sum(rows), dtype=torch.bool, device=keep.device)
@@ -108,7 +108,7 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 def top_k_mask(scores: Tensor, counts: Tensor) -> Tensor:
     """Mark the `counts[v]` best of each row; ties go to the lower index. (V, N), (V,) -> (V, N).
 
-    Places that must never be kept have a score of minus infinity and are not counted in `counts`.
+    Tokens that must never be kept have a score of minus infinity and are not counted in `counts`.
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order)
@@ -117,6 +117,6 @@ def top_k_mask(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def share_of(valid: Tensor, retention: float | Tensor) -> Tensor:
-    """Tokens a view keeps: int(valid * retention), at least one where it has any. (V,) int64."""
+    """Tokens that a view keeps: int(valid * retention), at least one if it has any. (V,) int64."""
     exact = valid.double() * retention
     return torch.minimum(exact.floor().long().clamp_min(1), valid)

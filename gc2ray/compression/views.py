@@ -1,6 +1,6 @@
 """`Views`: an encoded image as a compressor sees it, a global thumbnail and a grid of local crops.
 
-What is kept of it is a `Selection` (`gc2ray.compression.selection`). The geometry behind it is in
+A compressor turns it into a `Selection` (`gc2ray.compression.selection`). Its geometry is in
 `gc2ray.compression.canvas`.
 """
 
@@ -19,12 +19,12 @@ class Views:
     """One encoded image.
 
     Attributes:
-        features: What the projector takes, (V, N, D).
+        features: Input of the projector, (V, N, D).
         scores: Importance of each token, float32 (V, N); LLaVA-NeXT: the class token's attention.
         canvas: Geometry; padding follows from it and never changes.
         size: Height and width of the original image.
         thumbnail: Index of the global view (0), or None where there is none.
-        seed: Of the image; only methods that draw at random look at it.
+        seed: The image's seed, for methods that choose at random.
     """
 
     features: Tensor
@@ -45,12 +45,12 @@ class Views:
 
     @property
     def tokens_per_view(self) -> int:
-        """N: token places of one view."""
+        """N: tokens of one view, padding included."""
         return int(self.scores.shape[1])
 
     @property
     def valid(self) -> Tensor:
-        """Which token places show the image, bool (V, N)."""
+        """Which tokens show the image, bool (V, N)."""
         return canvas_index(self.canvas, self.thumbnail, self.scores.device).valid
 
     @property

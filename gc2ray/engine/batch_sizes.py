@@ -1,15 +1,15 @@
-"""`BatchSizes`: how much an engine takes at a time, derived from model, memory and cores.
+"""`BatchSizes`: how much an engine processes at a time, derived from model, memory and cores.
 
-Whatever the configuration sets is taken as it is; the rest is derived:
+Values that the configuration sets are used as they are; the others are derived:
 
 * On a GPU a worker plans with its share of the whole memory, less a reserve for the allocator, its
-  weights, the activations of a batch and the pictures it remembers. What is left is KV cache. The
-  same share is set as torch's cap, so two workers on one GPU cannot take from each other.
-* On a CPU the KV cache takes up to an eighth of the memory that is free, and no more than 1 GiB, as
-  decoding more rows together gains little there. It must hold one row of full length if it can.
+  weights, the activations of a batch and the image cache. The rest is KV cache. The same share is
+  set as torch's cap, so two workers on one GPU cannot take memory from each other.
+* On a CPU the KV cache takes up to an eighth of the free memory, and no more than 1 GiB, as
+  decoding more rows together gains little there. If it can, it holds one row of full length.
 
 Not covered: memory that other processes take later; host memory for decoded images, which is
-bounded by the rows that are decoded ahead.
+bounded by the number of rows that are decoded ahead.
 """
 
 from __future__ import annotations
@@ -20,30 +20,28 @@ from gc2ray.core.config.input import MIB
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.engine.device import Memory
-from gc2ray.models.shape import Needs
+from gc2ray.models.shape import GPU_TOWER_VIEWS, Needs
 
 GPU_USABLE = 0.92
-"""Of a worker's share; the rest is for fragments, the CUDA context and libraries' workspaces."""
+"""Usable part of a worker's share; the rest is for fragments, the CUDA context and workspaces."""
 CPU_SHARE, CPU_MOST_BYTES = 1 / 8, 1024 * MIB
 SMALLEST_KV_TOKENS = 1024
 GPU_BURST = 8
-GPU_VIEWS, CPU_VIEWS = 160, 40
+GPU_BATCH_VIEWS, CPU_BATCH_VIEWS = 160, 40
 """Views of a batch. On an H200 a 7B at retention 0.1 answers 39.9 rows a second with 160 and 31.2
 with 80 (320 rows of 5 views, 32 new tokens, 2026-11-26): more rows are decoded together."""
 LONG_PROMPT = 4096
-"""Tokens of one prompt that is read in one piece: more than an uncompressed image has."""
-TOWER_VIEWS = 32
-"""Views that go through the tower at once on a GPU, see `gc2ray.models.families.llava_next`."""
+"""Tokens of a long prompt, which is prefilled whole: more than an uncompressed image has."""
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """How much at a time; the fields are those of `Cluster`, all of them known.
+    """The batch sizes of `Cluster`, all of them set.
 
     Attributes:
-        burst: Decode steps between two looks at which rows have ended.
-        gpu_share: Share of the GPU's memory that this worker may have.
-        remembered_bytes: Packed pictures that are kept for rows to come.
+        burst: Decoding steps between two checks of which rows have ended.
+        gpu_share: This worker's share of the GPU's memory.
+        cached_image_bytes: Packed images that are kept for later rows.
     """
 
     image_threads: int
@@ -53,20 +51,20 @@ class BatchSizes:
     live_rows: int | None
     burst: int
     gpu_share: float
-    remembered_bytes: int
+    cached_image_bytes: int
 
 
 def derive_batch_sizes(cluster: Cluster, needs: Needs, memory: Memory) -> BatchSizes:
-    """What the configuration sets, and the rest derived.
+    """The sizes that the configuration sets, and the others derived.
 
     Raises:
         ConfigError: A worker's share of the GPU is too small for the model.
     """
     share = min(1.0, cluster.gpus_per_worker or 1.0)
-    views = cluster.views_per_batch or (GPU_VIEWS if memory.is_gpu else CPU_VIEWS)
+    views = cluster.views_per_batch or (GPU_BATCH_VIEWS if memory.is_gpu else CPU_BATCH_VIEWS)
     prefill = cluster.prefill_tokens or (8192 if memory.is_gpu else 2048)
     threads = max(2, min(16, int(memory.cores * share))) if memory.is_gpu else 2
-    found = BatchSizes(
+    sizes = BatchSizes(
         image_threads=cluster.image_threads or threads,
         views_per_batch=views,
         kv_tokens=cluster.kv_tokens or 0,
@@ -74,30 +72,30 @@ def derive_batch_sizes(cluster: Cluster, needs: Needs, memory: Memory) -> BatchS
         live_rows=cluster.live_rows,
         burst=GPU_BURST if memory.is_gpu else 1,
         gpu_share=share,
-        remembered_bytes=(256 if memory.is_gpu else 16) * MIB,
+        cached_image_bytes=(256 if memory.is_gpu else 16) * MIB,
     )
-    if found.kv_tokens:
-        return found
-    tokens = _gpu_tokens(found, needs, memory) if memory.is_gpu else _cpu_tokens(needs, memory)
-    return replace(found, kv_tokens=tokens)
+    if sizes.kv_tokens:
+        return sizes
+    tokens = _gpu_tokens(sizes, needs, memory) if memory.is_gpu else _cpu_tokens(needs, memory)
+    return replace(sizes, kv_tokens=tokens)
 
 
-def _gpu_tokens(found: BatchSizes, needs: Needs, memory: Memory) -> int:
-    usable = int(memory.total_bytes * found.gpu_share * GPU_USABLE)
+def _gpu_tokens(sizes: BatchSizes, needs: Needs, memory: Memory) -> int:
+    usable = int(memory.total_bytes * sizes.gpu_share * GPU_USABLE)
     working = (
-        needs.per_view * min(found.views_per_batch, TOWER_VIEWS)
-        + 2 * needs.features_per_view * found.views_per_batch
-        + needs.packed_per_view * found.views_per_batch
-        + needs.per_token * max(found.prefill_tokens, LONG_PROMPT)
-        + found.remembered_bytes
+        needs.per_view * min(sizes.views_per_batch, GPU_TOWER_VIEWS)
+        + 2 * needs.features_per_view * sizes.views_per_batch
+        + needs.packed_per_view * sizes.views_per_batch
+        + needs.per_token * max(sizes.prefill_tokens, LONG_PROMPT)
+        + sizes.cached_image_bytes
     )
     tokens = (usable - needs.weights - working) // needs.kv_per_token
     if tokens < SMALLEST_KV_TOKENS:
         raise ConfigError(
-            f"cluster.gpus_per_worker: a share of {found.gpu_share:g} is {usable / 1e9:.1f} GB; "
+            f"cluster.gpus_per_worker: a share of {sizes.gpu_share:g} is {usable / 1e9:.1f} GB; "
             f"weights take {needs.weights / 1e9:.1f} GB and a batch {working / 1e9:.1f} GB, which "
-            "leaves no room for a KV cache; give a larger share, or fewer cluster.views_per_batch "
-            "and cluster.prefill_tokens"
+            "leaves no memory for a KV cache; set a larger share, or a smaller "
+            "cluster.views_per_batch and cluster.prefill_tokens"
         )
     return int(tokens)
 

@@ -1,14 +1,14 @@
-"""`Engine`: a loaded model that answers rows. Knows no Ray, no files, no shards.
+"""`Engine`: a loaded model that answers requests. It knows no Ray, no files and no shards.
 
-Four things go on at once: a thread reads requests, some more decode and tile images, the vision
-side (`gc2ray.engine.prompt_builder`) encodes and compresses a batch (on a GPU on a stream and a
-thread of its own, one batch ahead; on a CPU it would only take the decoder's cores, and takes its
-turn), and the decoder works on the prompts that it has. The engine waits only when none of them has
-anything to do; that time is counted (`totals`). Answers come as they finish; one comes back for
-every request, whatever happens to it.
+Four things run at once: a thread reads requests, several more decode and tile images, the vision
+side (`gc2ray.engine.prompt_builder`) encodes and compresses a batch, and the decoder works on its
+prompts. On a GPU the vision side has a stream and a thread of its own and runs one batch ahead; on
+a CPU it takes turns with the decoder, as both need all cores. The engine waits only when none of
+them has anything to do; that time is counted (`totals`). Answers come as they finish, exactly one
+for every request.
 
-Trouble belongs to one row in the end, whose answer says so (`gc2ray.engine.request_state`); a
-device that is lost raises `EngineDead`.
+A failure is recorded in the answer of the row that causes it (`gc2ray.engine.request_state`); a
+lost device raises `EngineDead`.
 
 Not covered: several images or prompts in one request.
 """
@@ -39,9 +39,9 @@ from gc2ray.engine.decoding.decoder import Completion, Decoder
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.engine.device import EnergyMeter, device_name, gpu_uuid, memory, own_device
-from gc2ray.engine.prefetch import Inline, Prefetcher
+from gc2ray.engine.prefetch import InlineExecutor, Prefetcher
 from gc2ray.engine.prompt_builder import PromptBuilder
-from gc2ray.engine.request_state import RequestState, lost, trouble_of, views_of
+from gc2ray.engine.request_state import RequestState, device_lost, failure_from, views_of
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel, ModelAdapter, Prompt
 from gc2ray.models.chat_template import ChatPrompt
@@ -60,10 +60,10 @@ class Engine:
 
     Args:
         loaded: The model.
-        recipe: What to compute.
+        recipe: Prompts, compression and generation.
         cluster: Batch sizes and threads.
-        compressor: In place of the recipe's, for experiments with methods that no recipe names.
-        ways: Others that requests may ask for, by name.
+        compressor: Replaces the recipe's, for experiments with methods that no recipe names.
+        policies: Further compression policies that requests may name.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Engine:
         self._model = loaded.model
         self._end_tokens = loaded.end_tokens
         self._prompt_builder = PromptBuilder(
-            self._family, self._chat, recipe, self._policies, self._sizes.remembered_bytes
+            self._family, self._chat, recipe, self._policies, self._sizes.cached_image_bytes
         )
         self._open: dict[int, RequestState] = {}
-        self._feed: Prefetcher[Request, RequestState] | None = None
+        self._prefetcher: Prefetcher[Request, RequestState] | None = None
         self._tags = 0
         self.device = device_name(self._family.device)
         self.model_digest = loaded.digest
@@ -106,11 +106,11 @@ class Engine:
         """Answer requests, in completion order.
 
         Args:
-            requests: Read on a thread of its own, a little ahead. Where it blocks, the engine goes
-                on with what it has.
+            requests: Read a little ahead, on a thread of its own. While it blocks, the engine works
+                on the requests that it has.
 
         Raises:
-            EngineDead: The device is lost, or a row got lost in the engine.
+            EngineDead: The device is lost, or a row was lost in the engine.
         """
         ahead = max(2, self._sizes.views_per_batch // 2)
         threads = self._sizes.image_threads
@@ -118,14 +118,14 @@ class Engine:
         ready: deque[RequestState] = deque()
         encoding: Future[list[RequestState]] | None = None
         with (
-            Prefetcher(requests, self._prompt_builder.open, threads=threads, ahead=ahead) as feed,
-            self._beside() as beside,
+            Prefetcher(requests, self._prompt_builder.open, threads=threads, ahead=ahead) as opened,
+            self._vision_executor() as vision,
         ):
-            self._feed = feed
+            self._prefetcher = opened
             while True:
-                self._fill(batch, feed)
+                self._fill(batch, opened)
                 if encoding is None and not ready and self._worth_encoding(batch):
-                    encoding, batch = beside.submit(self._prompt_builder.encode, batch), []
+                    encoding, batch = vision.submit(self._prompt_builder.encode, batch), []
                 if encoding is not None and (encoding.done() or not len(self._decoder)):
                     ready.extend(encoding.result())
                     encoding = None
@@ -134,62 +134,63 @@ class Engine:
                     yield from self._decode()
                 elif not batch and not ready and encoding is None:
                     self._check_nothing_lost()
-                    if feed.ended:
+                    if opened.ended:
                         return
-                    self._starve(feed)
+                    self._wait(opened)
 
     def requeue(self, request: Request) -> None:
-        """Answer this one, too: asked between two answers of a `stream`, which then has it as well.
+        """Add a request to the running `stream`, between two of its answers.
 
         Raises:
-            RuntimeError: There is no stream.
+            RuntimeError: No stream is running.
         """
-        if self._feed is None:
-            raise RuntimeError("requeue is for whoever reads a stream of answers")
-        self._feed.add(request)
+        if self._prefetcher is None:
+            raise RuntimeError("requeue needs a running stream of answers")
+        self._prefetcher.add(request)
 
-    def _beside(self) -> Executor:
-        """Where batches are encoded: beside the decoder on a GPU, in turn with it on a CPU."""
+    def _vision_executor(self) -> Executor:
+        """Encodes batches: beside the decoder on a GPU, in turn with it on a CPU."""
         if self._family.device.type == "cuda":
             return ThreadPoolExecutor(1, "gc2ray-vision")
-        return Inline()
+        return InlineExecutor()
 
-    def _fill(self, batch: list[RequestState], feed: Prefetcher[Request, RequestState]) -> None:
-        """Take rows whose images are decoded, up to a whole batch."""
+    def _fill(self, batch: list[RequestState], opened: Prefetcher[Request, RequestState]) -> None:
+        """Add rows whose images are decoded, up to a whole batch."""
         while views_of(batch) < self._sizes.views_per_batch:
-            row = feed.take()
+            row = opened.take()
             if row is None:
                 return
             batch.append(row)
 
     def _worth_encoding(self, batch: Sequence[RequestState]) -> bool:
-        """A whole batch is; a part of one where the decoder could start it at once."""
+        """Whether the batch is whole, or the decoder could start a part of it at once."""
         whole = views_of(batch) >= self._sizes.views_per_batch
         return bool(batch) and (whole or self._decoder.wants_more)
 
     def _hand_over(self, ready: deque[RequestState]) -> Iterator[Answer]:
-        """Give prompts to the decoder while it takes them; rows that failed are answered."""
+        """Submit prompts while the decoder takes them, and answer rows that failed."""
         while ready:
             row = ready[0]
             if row.prompt is not None and not self._submitted(row, row.prompt):
                 return
             ready.popleft()
-            if row.trouble is not None:
+            if row.failure is not None:
                 yield self._failed(row)
 
-    def _starve(self, feed: Prefetcher[Request, RequestState]) -> None:
-        before = feed.waited_ns
-        feed.wait()
-        if self._tags and not feed.ended:
-            self._input_starved_ns += feed.waited_ns - before
+    def _wait(self, opened: Prefetcher[Request, RequestState]) -> None:
+        """Wait for the next row, and count the time once the first row was decoded."""
+        before = opened.waited_ns
+        opened.wait()
+        if self._tags and not opened.ended:
+            self._input_starved_ns += opened.waited_ns - before
 
     def _check_nothing_lost(self) -> None:
-        """Open rows are in the decoder, or they will never come out."""
+        """Rows without an answer must be in the decoder when nothing else is running."""
         if self._open and not len(self._decoder):
-            raise EngineDead(f"{len(self._open)} rows went into the decoder and did not come out")
+            raise EngineDead(f"the decoder lost {len(self._open)} rows")
 
     def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
-        """What the language model would read for requests; for parity checks.
+        """The language model's input for requests; for parity checks.
 
         Raises:
             BadRow: One of them cannot be answered.
@@ -198,21 +199,21 @@ class Engine:
             [self._prompt_builder.open(request) for request in requests]
         )
         for row in rows:
-            if row.trouble is not None:
-                raise row.trouble
+            if row.failure is not None:
+                raise row.failure
         return [row.prompt for row in rows if row.prompt is not None]
 
     def clear_cache(self) -> None:
-        """Forget all that rows shared, so that the same rows again cost what they cost first."""
+        """Clear all caches, so that the same rows again cost as much as the first time."""
         self._prompt_builder.clear_cache()
         if "_decoder" in vars(self):
             self._decoder.clear_cache()
 
     def totals(self) -> RunStats:
-        """What belongs to no row, since the engine was made: starvation, steps, energy, memory.
+        """Totals since the engine was made that belong to no row: idle time, steps, energy, memory.
 
-        Energy and the largest allocation are 0 where the device does not tell. Of a GPU that
-        workers share each counts its share.
+        Energy and peak memory are 0 where the device does not report them. Of a GPU that workers
+        share, each counts its share.
         """
         device = self._family.device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -225,16 +226,16 @@ class Engine:
         )
 
     def _submitted(self, row: RequestState, prompt: Prompt) -> bool:
-        """Whether the decoder took a prompt, or will never take it; then `trouble` says why."""
+        """Whether the decoder took the prompt, or never will (then the row has its `failure`)."""
         seed = self._recipe.generation.mixed(row.request.seed)
         sampling = self._sampling.with_seed(seed)
         try:
             if not self._decoder.submit(self._tags + 1, prompt, sampling):
                 return False
         except BadRow as error:
-            row.trouble = error
+            row.failure = error
             return True
-        if prompt.embeds.is_cuda:  # made on another stream: its memory is not free before we are
+        if prompt.embeds.is_cuda:  # made on another stream: keep its memory until ours is done
             prompt.embeds.record_stream(torch.cuda.current_stream(prompt.embeds.device))
         self._tags += 1
         self._open[self._tags] = row
@@ -242,15 +243,15 @@ class Engine:
         return True
 
     def _decode(self) -> Iterator[Answer]:
-        """One step of the decoder: the answers that it finishes."""
+        """Run one step of the decoder and yield the answers that it finishes."""
         try:
             completions = self._decoder.step()
         except torch.AcceleratorError as error:
-            raise lost(error) from error
+            raise device_lost(error) from error
         for completion in completions:
             row = self._open.pop(completion.tag)
             if completion.error is not None:
-                row.trouble = trouble_of(completion.error)
+                row.failure = failure_from(completion.error)
                 row.oom_splits += completion.oom_splits
                 yield self._failed(row)
             else:
@@ -259,12 +260,12 @@ class Engine:
     def _answered(self, row: RequestState, completion: Completion) -> Answer:
         cached_image = row.cached_image
         if cached_image is None:
-            raise EngineDead(f"{row.request.row_key} was answered without its picture")
+            raise EngineDead(f"{row.request.row_key} was answered without its image")
         text_tokens = len(row.token_ids) - 1  # without the image's placeholder
         kept = sum(cached_image.kept_per_view)
         tokens = AnswerTokens(
-            views=0 if row.shares else len(cached_image.kept_per_view),
-            projected=0 if row.shares else kept + cached_image.newlines,
+            views=0 if row.shares_image else len(cached_image.kept_per_view),
+            projected=0 if row.shares_image else kept + cached_image.newlines,
             prompt=text_tokens + kept + cached_image.newlines,
             output=len(completion.token_ids),
             shared=completion.shared,
@@ -275,7 +276,7 @@ class Engine:
         return Answer(
             request=row.request,
             status=Status.OK,
-            **self._asked(row.request),
+            **self._compression_of(row.request),
             answer=self._chat.decode(completion.token_ids),
             finish_reason=completion.finish_reason,
             prompt_tokens=tokens.prompt,
@@ -290,27 +291,27 @@ class Engine:
             stage_ns={**row.stage_ns, **stages},
             device=self.device,
             token_ids=completion.token_ids,
-            image_shared=row.shares,
+            image_shared=row.shares_image,
             prompt_tokens_shared=completion.shared,
             oom_splits=row.oom_splits + completion.oom_splits,
             full_per_view=(cached_image.full_per_view,),
-            kept_mask=cached_image.mask if row.request.is_audited else None,
+            kept_mask=cached_image.kept_mask if row.request.is_audited else None,
             demand=demand_of(shape, tokens),
             demand_full=demand_of(shape, tokens.with_more(full - tokens.prompt)),
         )
 
-    def _asked(self, request: Request) -> dict[str, Any]:
-        """What was asked of the compression."""
+    def _compression_of(self, request: Request) -> dict[str, Any]:
+        """The answer's fields on its compression."""
         policy = self._policies[request.policy]
         return {"method": policy.compressor.name, "retention_requested": policy.retention_requested}
 
     def _failed(self, row: RequestState) -> Answer:
-        trouble = row.trouble or BadRow(Status.FAILED, "failed without a reason")
+        failure = row.failure or BadRow(Status.FAILED, "failed without a reason")
         return Answer(
             request=row.request,
-            status=trouble.status,
-            **self._asked(row.request),
-            error=trouble.message[:MESSAGE_CHARACTERS],
+            status=failure.status,
+            **self._compression_of(row.request),
+            error=failure.message[:MESSAGE_CHARACTERS],
             stage_ns=row.stage_ns,
             device=self.device,
             retry=row.retry,
@@ -342,9 +343,9 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
     """The recipe's model; on a CPU, torch takes the threads that the cluster allows a worker.
 
     Args:
-        recipe: Names the model.
-        cluster: Threads, and the share of a GPU.
-        tick: Called whenever the model gets on while it is fetched.
+        recipe: The recipe that names the model.
+        cluster: Threads and share of a GPU.
+        tick: Called on progress while the model is fetched.
 
     Raises:
         ConfigError: The model cannot be loaded.
@@ -355,12 +356,12 @@ def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> L
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     else:  # a cap, so that workers on one GPU cannot take from each other
         torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
-    staged = fetch_model(recipe.model, tick=tick)
+    fetched = fetch_model(recipe.model, tick=tick)
     loaded = loading.load(
-        str(staged.directory),
+        str(fetched.directory),
         revision=None,
         dtype=recipe.model.dtype,
         device=device,
         taken_over=recipe.generation.taken_over(),
     )
-    return replace(loaded, digest=staged.digest)
+    return replace(loaded, digest=fetched.digest)

@@ -1,10 +1,11 @@
-"""`CachedImage`: an image on its way from bytes to visual tokens, shared by all rows that show it.
+"""`CachedImage`: an image from its bytes to its visual tokens, shared by all rows that show it.
 
-Rows with the same image bytes are decoded, encoded and compressed once. Methods do not look at the
-text (those that do say so), so what is kept is the same for every question about the image. Methods
-that draw at random do so by the image's content, for the same reason.
+Rows with the same image bytes are decoded, encoded and compressed once. Methods do not read the
+prompt (those that do declare it), so the same tokens are kept for every prompt about the image.
+Methods that choose at random are seeded by the image's content, for the same reason.
 
-A picture lives as long as a row needs it, and those used last a little longer, within `bytes`.
+An image stays in memory as long as a row needs it; those used last stay longer, up to a limit of
+bytes.
 
 Not covered: images that look alike but differ in a byte.
 """
@@ -28,32 +29,33 @@ from gc2ray.models.image_processor import Tiles
 
 @dataclass(eq=False)
 class CachedImage:
-    """An image, and what became of it so far.
+    """An image and what the engine has made of it so far.
 
     Attributes:
-        key: Digest of its bytes, and of the prompt where the method reads that.
-        decoded: Set once `tiles` or `trouble` is known.
+        key: Digest of its bytes, and of the prompt where the method reads it.
+        policy: Name of the policy that compresses it.
+        kept_mask: Which tokens were kept, a bitmap for each view.
+        decoded: Set when there are `tiles` or a `failure`.
         tiles: Its views as bytes, until it is encoded.
-        packed: What the language model is to read of it, (K, D).
-        places: Where that stood in the uncompressed image, or None.
-        way: How it is to be compressed.
-        mask: Which tokens were kept, a bitmap for each view.
-        trouble: Why it cannot be used.
-        oom_splits: Times that memory was short for it and others, which were halved.
-        rows: Rows that showed it so far.
+        packed: Its visual tokens for the language model, (K, D).
+        positions: Their positions in the uncompressed image, or None.
+        failure: Why it cannot be used.
+        retry: Whether the failure may pass.
+        oom_splits: How often a batch with it ran out of memory and was split in half.
+        row_count: Rows with this image so far.
     """
 
     key: str
     policy: str = RECIPES_POLICY
-    mask: tuple[bytes, ...] = ()
+    kept_mask: tuple[bytes, ...] = ()
     decoded: threading.Event = field(default_factory=threading.Event)
     tiles: Tiles | None = None
     packed: Tensor | None = None
-    places: OriginalPositions | None = None
-    trouble: BadRow | None = None
+    positions: OriginalPositions | None = None
+    failure: BadRow | None = None
     retry: bool = False
     oom_splits: int = 0
-    rows: int = 0
+    row_count: int = 0
     kept_per_view: tuple[int, ...] = ()
     full_per_view: tuple[int, ...] = ()
     newlines: int = 0
@@ -75,20 +77,20 @@ class CachedImage:
         return sum(self.full_per_view)
 
     def count(self, views: Views, selection: Selection) -> None:
-        """Note what the compressor kept: counted, never claimed."""
+        """Count the tokens that the compressor kept."""
         self.full_per_view = views.valid_per_view
         views_count = len(self.full_per_view)
         selection = Selection(selection.source.cpu())  # once
         self.kept_per_view = selection.kept_per_view(views_count, views.tokens_per_view)
-        self.mask = selection.bitmaps(views_count, views.tokens_per_view)
+        self.kept_mask = selection.bitmaps(views_count, views.tokens_per_view)
         self.newlines = len(selection.source) - sum(self.kept_per_view)
         self.full_newlines = views.canvas.newlines
 
 
 def image_key(data: bytes, prompt: str | None = None, policy: str = RECIPES_POLICY) -> str:
-    """Digest of an image's bytes; with the prompt, where what is kept depends on it.
+    """Digest of an image's bytes, and of the prompt where the method reads it.
 
-    The same image compressed in another way is another picture.
+    Each policy that compresses the same image has a key of its own.
     """
     digest = hashlib.blake2b(data, digest_size=16)
     if prompt is not None:
@@ -97,33 +99,33 @@ def image_key(data: bytes, prompt: str | None = None, policy: str = RECIPES_POLI
 
 
 class ImageCache:
-    """The pictures that are in use, and those used last.
+    """The images in use, and those used last.
 
     Args:
-        kept_bytes: Packed tokens of pictures that no row needs any more, at most.
+        kept_bytes: Most bytes of packed tokens of images that are kept for later rows.
     """
 
     def __init__(self, kept_bytes: int) -> None:
         self._kept_bytes = kept_bytes
-        self._known: WeakValueDictionary[str, CachedImage] = WeakValueDictionary()
+        self._images: WeakValueDictionary[str, CachedImage] = WeakValueDictionary()
         self._kept: OrderedDict[str, CachedImage] = OrderedDict()  # used longest ago first
         self._bytes = 0  # of those
         self._lock = threading.Lock()
 
     def find(self, key: str, policy: str = RECIPES_POLICY) -> tuple[CachedImage, bool]:
-        """The picture of a key, and whether it is new: then the caller is to decode it."""
+        """The image of a key, and whether it is new, so that the caller has to decode it."""
         with self._lock:
-            cached_image = self._known.get(key)
+            cached_image = self._images.get(key)
             new = cached_image is None
             if cached_image is None:
-                cached_image = self._known[key] = CachedImage(key, policy)
-            cached_image.rows += 1
+                cached_image = self._images[key] = CachedImage(key, policy)
+            cached_image.row_count += 1
             if key in self._kept:
                 self._kept.move_to_end(key)
             return cached_image, new
 
     def keep(self, cached_image: CachedImage) -> None:
-        """Remember an encoded picture for rows to come, at the cost of those used longest ago."""
+        """Keep an encoded image for later rows, in place of those used longest ago."""
         with self._lock:
             self._drop(cached_image.key)
             self._kept[cached_image.key] = cached_image
@@ -132,11 +134,11 @@ class ImageCache:
                 self._drop(next(iter(self._kept)))
 
     def discard(self, cached_image: CachedImage) -> None:
-        """Let rows to come try anew: what went wrong with it may not be its own fault."""
+        """Let later rows try the image again: its failure may not be its own fault."""
         with self._lock:
             self._drop(cached_image.key)
-            if self._known.get(cached_image.key) is cached_image:
-                del self._known[cached_image.key]
+            if self._images.get(cached_image.key) is cached_image:
+                del self._images[cached_image.key]
 
     def _drop(self, key: str) -> None:
         cached_image = self._kept.pop(key, None)

@@ -52,7 +52,7 @@ from gc2ray.models.checkpoint.fetch import fetch_model
 from gc2ray.models.hf_reference import StockAnswer, StockFailed, StockModel, StockSettings
 
 STEPS = 2
-"""How many steps of a half precision dtype two logits may lie apart where answers first differ."""
+"""Most steps of a half precision dtype between two logits where answers first differ."""
 PRECISION = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 """Distance of two neighbouring numbers between 1 and 2."""
 NEW_TOKENS = 32

@@ -1,13 +1,13 @@
-"""`Prefetcher`: work done ahead of need, in order, on threads.
+"""`Prefetcher`: work done ahead of time, in order, on threads.
 
-One thread reads an iterator, which may block as long as it likes; some more work on what it yields;
-the owner takes results in the order of the items, as many as are at hand, and waits only when it
-has nothing else to do. How long it waited is counted: that is time in which it starved.
+One thread reads an iterator, which may block for any time; several more process its items. The
+owner takes results in the order of the items, as far as they are ready, and waits only when it has
+nothing else to do. The time that it waited is counted.
 
-How far the threads run ahead is bounded, so that memory is. The owner may add items of its own,
-which come before those that are still to be read.
+The number of items read ahead is bounded, and memory with it. The owner may add items of its own,
+whose results come before those of items still to be read.
 
-Not covered: more than one owner; interrupting an item that is being worked on.
+Not covered: more than one owner; interrupting an item that is being processed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import Generic, ParamSpec, Self, TypeVar
 
 S = TypeVar("S")
@@ -26,27 +25,27 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-class Inline(Executor):
-    """An executor that works at once, on the thread that submits."""
+class InlineExecutor(Executor):
+    """An executor that runs work at once, on the thread that submits it."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """A future that is done; what the work raises, its result raises."""
+        """A future that is done; its result raises the error of the work."""
         future: Future[T] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever asks for the result
+        except Exception as error:  # noqa: BLE001 - raised where the result is read
             future.set_exception(error)
         return future
 
 
 class Prefetcher(Generic[S, T]):
-    """Results of `work` on `items`.
+    """Results of `work` on `items`; threads run within its `with`.
 
     Args:
-        items: Read on a thread of its own; what it raises is raised where its result is taken.
+        items: Read on a thread of its own; an error of it is raised by `take`.
         work: Called on several threads at a time.
-        threads: How many.
-        ahead: Items read and not yet taken, at most.
+        threads: Number of threads that call `work`.
+        ahead: Most items that are read and not yet taken.
 
     Attributes:
         waited_ns: Time that the owner spent in `wait`.
@@ -56,9 +55,9 @@ class Prefetcher(Generic[S, T]):
         self, items: Iterable[S], work: Callable[[S], T], *, threads: int, ahead: int
     ) -> None:
         self._items, self._work = items, work
-        self._pool = ThreadPoolExecutor(threads, "gc2ray-feed")
-        self._room = threading.Semaphore(ahead)
-        self._made: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(threads, "gc2ray-prefetch")
+        self._capacity = threading.Semaphore(ahead)
+        self._futures: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
         self._next: Future[T] | None = None
         self._own: deque[Future[T]] = deque()
         self._closed = self._all_read = False
@@ -68,61 +67,56 @@ class Prefetcher(Generic[S, T]):
         threading.Thread(target=self._read, daemon=True, name="gc2ray-read").start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed = True
-        self._room.release()
+        self._capacity.release()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def ended(self) -> bool:
-        """There is nothing more to come, unless the owner adds it."""
+        """Whether all results were taken, unless the owner adds an item."""
         return self._all_read and not self._own
 
     def add(self, item: S) -> None:
-        """Work on an item of the owner's, too; nothing bounds how many there are."""
+        """Process an item of the owner, too; their number is not bounded."""
         self._own.append(self._pool.submit(self._work, item))
 
     def take(self) -> T | None:
-        """The next result if it is at hand, else None; see `ended`."""
+        """The next result if it is ready, else None; see `ended`."""
         if self._own and self._own[0].done():
             return self._own.popleft().result()
-        if self._next is None and not self._made.empty():
+        if self._next is None and not self._futures.empty():
             self._advance()
         if self._next is None or not self._next.done():
             return None
         result, self._next = self._next.result(), None
-        self._room.release()
+        self._capacity.release()
         return result
 
     def wait(self) -> None:
-        """Wait until the next result is at hand, or there will be none."""
+        """Wait until the next result is ready, or all were taken."""
         started = time.perf_counter_ns()
         if self._next is None and not self._own and not self._all_read:
             self._advance()
-        coming = self._own[0] if self._own else self._next
-        if coming is not None:
-            wait([coming])
+        future = self._own[0] if self._own else self._next
+        if future is not None:
+            wait([future])
         self.waited_ns += time.perf_counter_ns() - started
 
     def _advance(self) -> None:
-        self._next = self._made.get()
+        self._next = self._futures.get()
         self._all_read = self._next is None
 
     def _read(self) -> None:
-        """The reading thread: one item after the other, while there is room."""
+        """The reading thread: read one item after the other, `ahead` of them at most."""
         try:
             for item in self._items:
-                self._room.acquire()
+                self._capacity.acquire()
                 if self._closed:
                     return
-                self._made.put(self._pool.submit(self._work, item))
-        except Exception as error:  # noqa: BLE001 - it belongs to the owner, who takes it
+                self._futures.put(self._pool.submit(self._work, item))
+        except Exception as error:  # noqa: BLE001 - raised where the owner takes it
             failed: Future[T] = Future()
             failed.set_exception(error)
-            self._made.put(failed)
-        self._made.put(None)
+            self._futures.put(failed)
+        self._futures.put(None)

@@ -1,9 +1,9 @@
 """`PromptBuilder`: from a request to its prompt: read, decode, encode, compress, embed.
 
-`open` runs on threads, a row at a time; `encode` takes a batch of what they made, on one thread. On
-a GPU it runs on a stream of its own, so that it may go on beside the decoder.
+`open` runs on several threads, a row at a time; `encode` runs on one thread for a batch of opened
+rows. On a GPU it has a stream of its own, so that it can run beside the decoder.
 
-Rows that show the same image share it: see `gc2ray.engine.image_cache`. Trouble is noted in the
+Rows with the same image share it: see `gc2ray.engine.image_cache`. Failures are recorded in the
 rows.
 
 Not covered: several images or prompts in one request.
@@ -21,17 +21,12 @@ import torch
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
-from gc2ray.core.config.input import (
-    ImagePolicy,
-)
+from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.data.image_bytes import read_bytes
-from gc2ray.data.image_decoding import (
-    decode,
-    refusal,
-)
+from gc2ray.data.image_decoding import decode, refusal
 from gc2ray.engine.image_cache import CachedImage, ImageCache, image_key
 from gc2ray.engine.request_state import RequestState, run_isolated, share_time
 from gc2ray.models.base import ModelAdapter, Prompt
@@ -40,14 +35,14 @@ from gc2ray.models.image_processor import AnyRes, Tiles, tile
 
 
 class PromptBuilder:
-    """Makes prompts of requests.
+    """Makes prompts from requests.
 
     Args:
         family: The model's vision side, projector and text table.
-        chat: Its chat template.
-        recipe: What to compute.
-        ways: How images may be compressed, by name.
-        remembered_bytes: Packed pictures that are kept for rows to come, at most.
+        chat: The model's chat template.
+        recipe: Limits of images, seed and generation.
+        policies: Compression policies by name.
+        cached_image_bytes: Most bytes of packed images that are kept for later rows.
     """
 
     def __init__(
@@ -56,23 +51,23 @@ class PromptBuilder:
         chat: ChatPrompt,
         recipe: Recipe,
         policies: Mapping[str, CompressionPolicy],
-        remembered_bytes: int,
+        cached_image_bytes: int,
     ) -> None:
         self._family = family
         self._chat = chat
         self._policies = policies
         self._images = recipe.input.image_policy()
         self._generation = recipe.generation
-        self._remembered_bytes = remembered_bytes
-        self._image_cache = ImageCache(remembered_bytes)
+        self._cached_image_bytes = cached_image_bytes
+        self._image_cache = ImageCache(cached_image_bytes)
         self._stream: torch.cuda.Stream | None = None
 
     def clear_cache(self) -> None:
-        """Drop the pictures that were kept for rows to come."""
-        self._image_cache = ImageCache(self._remembered_bytes)
+        """Drop the images that were kept for later rows."""
+        self._image_cache = ImageCache(self._cached_image_bytes)
 
     def open(self, request: Request) -> RequestState:
-        """Read the image, and decode and tile it unless another row does; runs on threads."""
+        """Read the image, and decode and tile it unless another row did; called on threads."""
 
         def work(_: Sequence[RequestState]) -> None:
             if request.fault is not None:
@@ -84,7 +79,7 @@ class PromptBuilder:
             reads_prompt = self._policies[policy].compressor.reads_prompt
             key = image_key(data, request.prompts[0] if reads_prompt else None, policy)
             row.cached_image, new = self._image_cache.find(key, policy)
-            row.shares = not new
+            row.shares_image = not new
             if new:
                 self._decode(row.cached_image, request, data)
 
@@ -106,7 +101,7 @@ class PromptBuilder:
 
     @torch.inference_mode()
     def encode(self, rows: list[RequestState]) -> list[RequestState]:
-        """From tiles to prompts, all rows of a batch; trouble is noted in them.
+        """Turn the rows of a batch from tiles into prompts; failures are recorded in them.
 
         Raises:
             EngineDead: The device is lost.
@@ -122,17 +117,17 @@ class PromptBuilder:
             for cached_image, row in payers.items():
                 row.oom_splits += cached_image.oom_splits
             for row in rows:
-                if row.cached_image is not None and row.cached_image.trouble is not None:
+                if row.cached_image is not None and row.cached_image.failure is not None:
                     self._image_cache.discard(row.cached_image)
-                    row.trouble, row.retry = row.cached_image.trouble, row.cached_image.retry
-            run_isolated([row for row in rows if row.trouble is None], self._embed)
-            self._now()  # what was made is complete for whoever takes it
+                    row.failure, row.retry = row.cached_image.failure, row.cached_image.retry
+            run_isolated([row for row in rows if row.failure is None], self._embed)
+            self._now()  # the results are complete before another stream reads them
         return rows
 
     def _encode(
         self, cached_images: Sequence[CachedImage], payers: Mapping[CachedImage, RequestState]
     ) -> None:
-        """Tower, selection, projection; time is put on the rows that brought the pictures."""
+        """Run tower, selection and projection; the rows that brought the images take the time."""
         tiles = [
             cached_image.tiles for cached_image in cached_images if cached_image.tiles is not None
         ]
@@ -141,9 +136,9 @@ class PromptBuilder:
         views = self._family.encode(tiles, seeds)
         finite = torch.stack([view.scores.isfinite().all() for view in views]).all()
         encoded = self._now()
-        if not finite:  # of a batch; `run_isolated` finds out whose
+        if not finite:  # in some image of the batch; `run_isolated` finds out which
             raise _scores_not_finite()
-        selections, places = self._selected(cached_images, views)
+        selections, positions = self._select(cached_images, views)
         packed = self._family.pack(views, selections)
         compressed = self._now()
         rows = [payers[cached_image] for cached_image in cached_images]
@@ -153,44 +148,46 @@ class PromptBuilder:
             encoded - started,
             [cached_image.views for cached_image in cached_images],
         )
-        # Copies of their own: a part of the batch would keep all of it in memory. All are made
-        # before any picture counts as encoded: a batch that fails here is tried again in halves.
+        # Copies, because a view of the batch would keep all of it in memory. All of them are made
+        # before any image counts as encoded: a batch that fails here is tried again in halves.
         copies = [part.clone() for part in packed]
         for index, cached_image in enumerate(cached_images):
             cached_image.count(views[index], selections[index])
-            cached_image.packed, cached_image.places = copies[index], places[index]
+            cached_image.packed, cached_image.positions = copies[index], positions[index]
             cached_image.tiles = None
             self._image_cache.keep(cached_image)
         full = [cached_image.full_tokens for cached_image in cached_images]
         share_time(rows, "compress", compressed - encoded, full)
 
-    def _selected(
+    def _select(
         self, cached_images: Sequence[CachedImage], views: Sequence[Views]
     ) -> tuple[list[Selection], list[OriginalPositions | None]]:
-        """What is kept of each, and where it stood; each in its own way."""
+        """Each image's kept tokens and their original positions, by the image's own policy."""
         selections: dict[int, Selection] = {}
-        places: dict[int, OriginalPositions | None] = {}
+        positions: dict[int, OriginalPositions | None] = {}
         for name in dict.fromkeys(cached_image.policy for cached_image in cached_images):
             policy = self._policies[name]
-            chosen = [
-                at for at, cached_image in enumerate(cached_images) if cached_image.policy == name
-            ]
-            some = [views[at] for at in chosen]
-            found = policy.packing.apply(some, policy.compressor.many(some))
-            selections |= dict(zip(chosen, found, strict=True))
-            places |= dict(zip(chosen, policy.packing.places(some, found), strict=True))
+            own = [at for at, image in enumerate(cached_images) if image.policy == name]
+            own_views = [views[at] for at in own]
+            kept = policy.packing.apply(own_views, policy.compressor.many(own_views))
+            selections |= dict(zip(own, kept, strict=True))
+            positions |= dict(
+                zip(own, policy.packing.original_positions(own_views, kept), strict=True)
+            )
         order = range(len(cached_images))
-        return [selections[at] for at in order], [places[at] for at in order]
+        return [selections[at] for at in order], [positions[at] for at in order]
 
     def _embed(self, rows: Sequence[RequestState]) -> None:
         for row in rows:
             cached_image = row.cached_image
             if cached_image is None or cached_image.packed is None:
-                raise RuntimeError(f"{row.request.row_key} has no picture")
+                raise RuntimeError(f"{row.request.row_key} has no image")
             row.token_ids = self._chat.encode(row.request.prompts[0])
-            prompt = self._family.embed(row.token_ids, [cached_image.packed], [cached_image.places])
-            row.trouble = self._too_long(prompt)
-            if row.trouble is None:
+            prompt = self._family.embed(
+                row.token_ids, [cached_image.packed], [cached_image.positions]
+            )
+            row.failure = self._too_long(prompt)
+            if row.failure is None:
                 row.prompt = replace(
                     prompt,
                     prefix_key=_prefix_key(row, cached_image, prompt),
@@ -204,12 +201,12 @@ class PromptBuilder:
         if stop + new <= limit:
             return None
         placed = "" if positions is None else f" at positions up to {stop - 1}"
-        counts = f"{len(prompt)} prompt tokens{placed} and {new} new ones"
-        counts += f"; the model reads at most {limit}"
-        return BadRow(Status.TOO_LONG, counts)
+        message = f"{len(prompt)} prompt tokens{placed} and {new} new ones"
+        message += f"; the model reads at most {limit}"
+        return BadRow(Status.TOO_LONG, message)
 
     def _own_stream(self) -> torch.cuda.Stream | None:
-        """Where this side runs, beside the decoder; None on a CPU."""
+        """The stream that runs beside the decoder's; None on a CPU."""
         if self._family.device.type != "cuda":
             return None
         if self._stream is None:
@@ -217,14 +214,14 @@ class PromptBuilder:
         return self._stream
 
     def _now(self) -> int:
-        """Nanoseconds, once this thread's stream has done what it was asked to."""
+        """The time in nanoseconds, once all work on this thread's stream is done."""
         if self._family.device.type == "cuda":
             torch.cuda.current_stream(self._family.device).synchronize()
         return time.perf_counter_ns()
 
 
 def _scores_not_finite() -> BadRow:
-    """What no method of compression can choose by: it would keep just any tokens."""
+    """The error of scores that no compression method can rank tokens by."""
     return BadRow(
         Status.FAILED,
         "the vision tower's scores of the image are not finite (NaN or infinite): in float16 that "
@@ -234,8 +231,8 @@ def _scores_not_finite() -> BadRow:
 
 
 def _prefix_key(row: RequestState, cached_image: CachedImage, prompt: Prompt) -> str | None:
-    """The same for prompts that begin with the same text and picture; None where nobody shares."""
-    if cached_image.rows < 2:
+    """Equal for prompts that begin with the same text and image; None where no row shares it."""
+    if cached_image.row_count < 2:
         return None
     before = row.token_ids[: prompt.visual[0][0]]
     text = hashlib.blake2b(repr(before).encode(), digest_size=8).hexdigest()
@@ -253,7 +250,7 @@ def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
 
 
 def tiles_of(data: bytes, ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
-    """Decode and tile what was read of an image.
+    """Decode and tile the bytes of an image.
 
     Raises:
         BadRow: `BAD_IMAGE`, see `decode`.

@@ -1,7 +1,8 @@
 """`RequestState`: a request inside an engine, and `run_isolated`, which contains its failures.
 
-Whatever one row can cause is noted in it, and no other row is the worse for it: what fails for
-several is tried again on halves, until it belongs to one. A device that is lost belongs to none.
+A failure that one row causes is recorded in that row and does not affect the others: work that
+fails for several rows is tried again on halves of them, down to a single row. A lost device is no
+row's failure.
 
 Not covered: rows that kill the process.
 """
@@ -21,54 +22,55 @@ from gc2ray.engine.image_cache import CachedImage
 from gc2ray.models.base import Prompt
 
 
-class FailedCall(Protocol):
-    """A row or a picture: what can be blamed.
+class CanFail(Protocol):
+    """A row or an image, which records its own failure.
 
     Attributes:
-        trouble: Why it cannot be answered, or used.
-        retry: Another time it may.
-        oom_splits: Times that memory was short for it and others, which were halved.
+        failure: Why it cannot be answered or used.
+        retry: Whether the failure may pass.
+        oom_splits: How often a batch with it ran out of memory and was split in half.
     """
 
-    trouble: BadRow | None
+    failure: BadRow | None
     retry: bool
     oom_splits: int
 
 
-U = TypeVar("U", bound=FailedCall)
+U = TypeVar("U", bound=CanFail)
 
 
 @dataclass(eq=False)
 class RequestState:
-    """A request on its way.
+    """A request and what the engine has made of it so far.
 
     Attributes:
-        request: Without its images once they are read.
-        picture: What becomes of its image.
-        shares: Another row brought that picture.
-        token_ids: Of its chat prompt, with the image's placeholder.
-        prompt: What the language model is to read, until the decoder has it.
-        trouble: Why it cannot be answered.
-        retry: The trouble may pass: its shard is to be tried again.
-        oom_splits: Times that memory was short for it and others before the decoder had it.
+        request: The request, without its images once they are read.
+        cached_image: Its image, which other rows may share.
+        shares_image: Whether another row brought that image.
+        token_ids: Token ids of its chat prompt, with the image's placeholder.
+        prompt: Input of the language model, until the decoder has it.
+        failure: Why it cannot be answered.
+        retry: Whether the failure may pass, so that its shard is tried again.
+        oom_splits: How often a batch with it ran out of memory and was split in half, before the
+            decoder had it.
         stage_ns: Time by stage so far.
     """
 
     request: Request
     cached_image: CachedImage | None = None
-    shares: bool = False
+    shares_image: bool = False
     token_ids: list[int] = field(default_factory=list)
     prompt: Prompt | None = None
-    trouble: BadRow | None = None
+    failure: BadRow | None = None
     retry: bool = False
     oom_splits: int = 0
     stage_ns: dict[str, int] = field(default_factory=dict)
 
 
 def views_of(rows: Sequence[RequestState]) -> int:
-    """Views that rows bring; one that brings none counts as one, so that batches of them end too.
+    """Views of rows; a row without any counts as one, so that batches stay bounded.
 
-    Rows that show the same picture bring it once, but are counted each: batches stay bounded.
+    Rows that share an image are each counted with its views, although it is encoded once.
     """
     return sum(max(row.cached_image.views if row.cached_image else 0, 1) for row in rows)
 
@@ -76,40 +78,40 @@ def views_of(rows: Sequence[RequestState]) -> int:
 def share_time(
     rows: Sequence[RequestState], stage: str, total_ns: int, weights: Sequence[int]
 ) -> None:
-    """Put a stage's time on rows, by weight."""
+    """Divide a stage's time among rows by weight."""
     for row, share in zip(rows, apportion(total_ns, weights), strict=True):
         row.stage_ns[stage] = share
 
 
-def run_isolated(things: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:
-    """The row border: do the work, on halves where it fails, and blame the last one.
+def run_isolated(items: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:
+    """Do work on items, on halves of them where it fails; a failure of one is recorded in it.
 
     Raises:
         EngineDead: The device is lost.
     """
-    if not things:
+    if not items:
         return
     try:
-        work(things)
-    except Exception as error:  # noqa: BLE001 - whatever one row can cause belongs to that row
-        trouble, retry = trouble_of(error), isinstance(error, ShardError)
+        work(items)
+    except Exception as error:  # noqa: BLE001 - any error of one row belongs to that row
+        failure, retry = failure_from(error), isinstance(error, ShardError)
     else:
         return
-    if len(things) == 1:
-        things[0].trouble, things[0].retry = trouble, retry
+    if len(items) == 1:
+        items[0].failure, items[0].retry = failure, retry
         return
-    for thing in things if trouble.status == Status.OUT_OF_MEMORY else ():
-        thing.oom_splits += 1
-    half = len(things) // 2
-    run_isolated(things[:half], work)
-    run_isolated(things[half:], work)
+    for item in items if failure.status == Status.OUT_OF_MEMORY else ():
+        item.oom_splits += 1
+    half = len(items) // 2
+    run_isolated(items[:half], work)
+    run_isolated(items[half:], work)
 
 
-def trouble_of(error: Exception) -> BadRow:
-    """What an exception means for the row that caused it.
+def failure_from(error: Exception) -> BadRow:
+    """The failure of a row whose work raised an error.
 
     Raises:
-        EngineDead: It means the device.
+        EngineDead: The device is lost.
     """
     if isinstance(error, BadRow):
         return error
@@ -117,10 +119,10 @@ def trouble_of(error: Exception) -> BadRow:
         torch.cuda.empty_cache()
         return BadRow(Status.OUT_OF_MEMORY, "the device has not enough memory for this row alone")
     if isinstance(error, torch.AcceleratorError):
-        raise lost(error) from error
+        raise device_lost(error) from error
     return BadRow(Status.FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def lost(error: torch.AcceleratorError) -> EngineDead:
-    """What to raise when the device is lost."""
+def device_lost(error: torch.AcceleratorError) -> EngineDead:
+    """The error to raise when the device is lost."""
     return EngineDead(f"the device is lost: {error}")

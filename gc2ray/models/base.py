@@ -1,6 +1,6 @@
-"""What a model architecture brings: `ModelAdapter`, the only code that knows a model's insides.
+"""`ModelAdapter`: the interface of a model architecture, the only code that knows its internals.
 
-`Prompt` is what the language model then reads.
+`Prompt` is the input that it makes for the language model.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class ModelAdapter(Protocol):
     """Vision side, projector and text table of a loaded model.
 
     Attributes:
-        anyres: How images are cut for it.
-        device: Where its tensors are.
-        shape: Its sizes.
+        anyres: How images are cut into views.
+        device: Device of the model's tensors.
+        shape: The model's sizes.
         max_positions: Longest sequence of prompt and answer, in tokens.
-        kv_bytes_per_token: KV cache of one token over all layers.
+        kv_bytes_per_token: Bytes of KV cache of one token over all layers.
     """
 
     anyres: AnyRes
@@ -36,46 +36,46 @@ class ModelAdapter(Protocol):
     kv_bytes_per_token: int
 
     def needs(self) -> Needs:
-        """How much memory the model takes."""
+        """The memory that the model needs."""
 
     def freeze(self) -> None:
-        """Get ready for inference only: weights will not change any more."""
+        """Optimise for inference; weights must not change afterwards."""
 
     def canvas(self, tiles: Tiles) -> Canvas:
-        """Where the image lies on its canvas of tokens."""
+        """The canvas of tokens that the image lies on."""
 
     def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
         """Run the vision tower over the views of several images."""
 
     def pack(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Tensor]:
-        """Project what was kept; per image (K, D), newlines included."""
+        """Project the selected tokens; per image (K, D), newlines included."""
 
     def embed(
         self,
         token_ids: Sequence[int],
         images: Sequence[Tensor],
-        places: Sequence[OriginalPositions | None] = (),
+        positions: Sequence[OriginalPositions | None] = (),
     ) -> Prompt:
-        """Put packed images where the token ids have their image placeholders.
+        """Replace the image placeholders of token ids by packed images.
 
         Args:
-            token_ids: Of the rendered chat prompt.
+            token_ids: Token ids of the rendered chat prompt.
             images: Packed images, (K, D) each.
-            places: Per image, where its tokens would stand if nothing were dropped, or None. Where
-                any are known, the prompt has positions of its own.
+            positions: Per image, the positions that its tokens would have if nothing were dropped,
+                or None. If any image has them, the prompt has explicit positions.
         """
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What is known of a model without its weights: enough to count what rows will cost.
+    """A model without its weights: enough to compute the cost of rows.
 
     Attributes:
-        shape: Its sizes.
-        anyres: How images are cut for it.
+        shape: The model's sizes.
+        anyres: How images are cut into views.
         side: Token rows and columns of a view.
         processor: Tokenizer and chat template.
-        image_token_id: The placeholder of an image.
+        image_token_id: Id of an image's placeholder.
     """
 
     shape: ModelShape
@@ -85,7 +85,7 @@ class ModelMetadata:
     image_token_id: int
 
     def canvas(self, size: tuple[int, int]) -> Canvas:
-        """Where an image of (height, width) pixels lies on its canvas of tokens."""
+        """The canvas of tokens of an image of (height, width) pixels."""
         return Canvas.from_image_size(size, self.anyres.grid(size), self.side)
 
 
@@ -94,12 +94,12 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-        model: The transformers model, untouched.
+        model: The transformers model, unchanged.
         processor: Its processor: tokenizer, chat template, image settings.
-        family: Our view of it.
-        end_tokens: Ids that end an answer.
-        digest: Which model it is (`gc2ray.models.checkpoint.fetch.digest`); empty where nobody has
-        looked.
+        family: The adapter of its architecture.
+        end_tokens: Token ids that end an answer.
+        digest: Digest of its files (`gc2ray.models.checkpoint.fetch.digest`); empty if none was
+            computed.
     """
 
     model: Any
@@ -111,14 +111,15 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the language model reads.
+    """Input of the language model.
 
     Attributes:
-        embeds: (T, D).
+        embeds: Embeddings, (T, D).
         visual: Spans (first, stop) of the images in it.
         positions: Position of every token, (T,), or None for 0..T-1.
         prefix_key: Equal for prompts that start with the same `visual[-1][1]` tokens.
-        token_ids: Of its text, with an image's placeholder once; only who counts repetitions asks.
+        token_ids: Token ids of the text, with an image's placeholder once; for the repetition
+            penalty.
     """
 
     embeds: Tensor
@@ -131,11 +132,11 @@ class Prompt:
         return int(self.embeds.shape[0])
 
     def until(self, stop: int) -> Prompt:
-        """Its first tokens, which nobody shares."""
+        """Its first tokens, as a prompt that shares no prefix."""
         positions = None if self.positions is None else self.positions[:stop]
         return Prompt(self.embeds[:stop], self.visual, positions)
 
     @property
     def prefix(self) -> int:
-        """Tokens that prompts with the same `prefix_key` begin with; 0 without a key."""
+        """Leading tokens shared by prompts with the same `prefix_key`; 0 without a key."""
         return self.visual[-1][1] if self.prefix_key is not None else 0

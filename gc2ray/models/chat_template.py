@@ -1,4 +1,4 @@
-"""`ChatPrompt`: a prompt in the model's chat template, as token ids, one placeholder per image.
+"""`ChatPrompt`: a prompt in the model's chat template, as token ids with a placeholder per image.
 
 Row text is untrusted: a special token spelled out in it ("<image>", "</s>") is broken up by a
 space, so that it stays text.
@@ -23,7 +23,7 @@ class ChatPrompt:
         processor: The model's processor.
 
     Raises:
-        ConfigError: It has no chat template.
+        ConfigError: The processor has no chat template.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -37,7 +37,7 @@ class ChatPrompt:
         special = {token.content.strip() for token in added if token.special}
         special |= {token.strip() for token in self._tokenizer.all_special_tokens}
         special.add(processor.image_token)
-        # A token of one character cannot be broken up; none that matters is that short.
+        # A token of one character cannot be broken up; no special token that matters is that short.
         longest_first = sorted(
             (token for token in special if len(token) > 1), key=len, reverse=True
         )
@@ -66,13 +66,13 @@ class ChatPrompt:
         return text.strip()
 
     def neutralise(self, text: str) -> str:
-        """Row text in which no special token is spelled out any more.
+        """Row text with every special token in it broken up.
 
         Raises:
-            BadRow: Breaking one up spells out another, again and again.
+            BadRow: Breaking one up keeps spelling out another.
         """
         for _ in range(NEUTRALISE_ROUNDS):
             if not self._special.search(text):
                 return text
-            text = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+            text = self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         raise BadRow(Status.BAD_PROMPT, "the text spells out special tokens of the model")

@@ -1,12 +1,12 @@
-"""Operations of answers, in two counts, never to be mixed.
+"""Operations of answers, in two counts that must not be mixed.
 
-* `matmul_flops` is what the hardware does: matrix products only, a multiplication and an addition
-  as two. Norms, activations and softmax are not counted, nor the class token's scores (a thousandth
-  of a tower). As `GC2RAY` runs them: causal attention counts each query with the keys that it sees,
-  the last decoder layer works for the last token only, and the tower stops where its features and
-  scores are known. As `EAGER` transformers does: every layer whole, and attention over the square.
-  The latter is what torch's `FlopCounterMode` counts with eager attention (the tests compare them).
-* `paper_flops` counts as the tool behind the paper's table 8 does. For that table only.
+* `matmul_flops` counts the matrix products that the hardware computes, a multiplication and an
+  addition as two. Norms, activations and softmax are not counted, nor the class token's scores (a
+  thousandth of a tower). In `GC2RAY` mode causal attention counts each query with the keys that it
+  sees, the last decoder layer runs for the last token only, and the tower stops at its features and
+  scores. In `EAGER` mode, as in transformers, every layer is whole and attention covers the square;
+  torch's `FlopCounterMode` counts the same with eager attention (the tests compare them).
+* `paper_flops` counts like the tool behind the paper's table 8, for that table only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gc2ray.models.shape import ModelShape, TextModel, cached_reads
 
 
 class ExecutionMode(Enum):
-    """Who runs a model; see the module."""
+    """How a model is run; see the module."""
 
     GC2RAY = "gc2ray"
     EAGER = "eager"
@@ -27,14 +27,15 @@ class ExecutionMode(Enum):
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """What an answer is made of, as far as its cost depends on it.
+    """The counts that an answer's cost depends on.
 
     Attributes:
-        views: That went through the tower; 0 where another row's were used.
-        projected: Tokens that went through the projector, newlines included; likewise.
+        views: Views that went through the tower; 0 if another row's were used.
+        projected: Tokens that went through the projector, newlines included; 0 if another row's
+            were used.
         prompt: Tokens of text and image that the language model reads.
-        output: Tokens that it writes.
-        shared: Of the prompt, those whose keys and values another row had computed.
+        output: Tokens that the language model writes.
+        shared: Prompt tokens whose keys and values another row had computed.
     """
 
     views: int
@@ -44,9 +45,9 @@ class AnswerTokens:
     shared: int = 0
 
     def with_more(self, image_tokens: int) -> AnswerTokens:
-        """The same answer, had so many tokens more been kept of the image.
+        """The same answer with so many more image tokens kept.
 
-        What is shared of a prompt ends behind its image, whatever of that is kept.
+        A shared prefix ends behind the image, so it grows by the same number.
         """
         return AnswerTokens(
             views=self.views,
@@ -60,7 +61,7 @@ class AnswerTokens:
 def matmul_flops(
     shape: ModelShape, tokens: AnswerTokens, run: ExecutionMode = ExecutionMode.GC2RAY
 ) -> dict[str, int]:
-    """Operations of an answer's matrix products, by stage: `stats.STAGES` but `image`.
+    """Operations of an answer's matrix products, by stage (all of `stats.STAGES` but `image`).
 
     `encode` is the tower, `compress` the projector, which runs after the selection, `prefill` the
     prompt up to the first new token, `generate` the others.
@@ -81,7 +82,7 @@ def matmul_flops(
 
 
 def demand_of(shape: ModelShape, tokens: AnswerTokens) -> Demand:
-    """What an answer asks of a machine, run by gc2ray."""
+    """The operations and cache reads of an answer, run by gc2ray."""
     read = cached_reads(tokens.prompt, tokens.output)
     return Demand(matmul_flops(shape, tokens), read * shape.kv_bytes_per_token)
 

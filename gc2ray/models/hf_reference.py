@@ -1,7 +1,7 @@
-"""The same model through stock transformers: what parity checks and benchmarks compare with.
+"""The model in stock transformers, as the reference for parity checks and benchmarks.
 
-`StockModel` is a checkpoint that transformers loaded itself. The `stock_` functions run a model
-that we have loaded, and use none of our preprocessing, tower run, packing or decoding.
+`StockModel` is a checkpoint that transformers itself loaded. The `stock_` functions run a model
+that gc2ray loaded, without its preprocessing, tower, packing or decoding.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def stock_logits(loaded: LoadedModel, image: Image.Image, text: str) -> Tensor:
 def stock_generate(
     loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy answers of one padded batch; per row the new tokens, padding behind the end kept."""
+    """Greedy answers of one padded batch: per row the new tokens, with padding behind the end."""
     inputs = stock_inputs(loaded, images, texts)
     output = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
@@ -74,26 +74,26 @@ def stock_generate(
 @torch.inference_mode()
 def prompt_logits(loaded: LoadedModel, prompt: Prompt) -> Tensor:
     """Logits of the token after one of our prompts, (vocabulary,)."""
-    placed: dict[str, Tensor] = {}
+    explicit: dict[str, Tensor] = {}
     if prompt.positions is not None:
         # Without a mask transformers takes a gap for the start of another packed sequence.
         mask = torch.ones_like(prompt.positions)
-        placed = {"position_ids": prompt.positions[None], "attention_mask": mask[None]}
-    output = loaded.model(inputs_embeds=prompt.embeds[None], logits_to_keep=1, **placed)
+        explicit = {"position_ids": prompt.positions[None], "attention_mask": mask[None]}
+    output = loaded.model(inputs_embeds=prompt.embeds[None], logits_to_keep=1, **explicit)
     logits: Tensor = output.logits[0, -1]
     return logits
 
 
 @dataclass(frozen=True)
 class StockSettings:
-    """How stock transformers is to answer: as the model's own files say, but for these.
+    """Settings of stock transformers; all others are those of the model's own files.
 
     Attributes:
-        dtype: Of the weights.
-        device: Where it runs.
+        dtype: Dtype of the weights.
+        device: Device that the model runs on.
         max_new_tokens: Longest answer.
-        repetition_penalty: In place of the files' own, where it is not None.
-        stop_token_ids: Tokens that end an answer, beside the model's own.
+        repetition_penalty: Replaces that of the files if it is not None.
+        stop_token_ids: Further tokens that end an answer.
         ignored: Rules of generation_config.json that answers do not follow.
     """
 
@@ -107,16 +107,15 @@ class StockSettings:
 
 @dataclass(frozen=True, eq=False)
 class StockAnswer:
-    """What stock made of a prompt; on the host.
+    """Stock's answer to a prompt, on the host.
 
     Attributes:
         prompt_ids: The prompt's token ids, with the image's placeholder once.
         token_ids: The greedy answer, its end included.
         finish_reason: `stop` or `length`.
         text: The answer as its tokenizer writes it, without special tokens.
-        logits: At every position behind the image, then along the answer: what the image's last
-            token says, every token of the prompt behind it, every token of the answer but the
-            last. (P, vocabulary).
+        logits: Logits after the image's last token, after every prompt token behind it, and after
+            every token of the answer but the last, (P, vocabulary).
     """
 
     prompt_ids: tuple[int, ...]
@@ -126,22 +125,22 @@ class StockAnswer:
     logits: Tensor
 
 
-class StockFailed(Exception):  # noqa: N818 - what happened, as with the project's other ones
+class StockFailed(Exception):  # noqa: N818 - named like the project's other errors
     """Stock transformers cannot load or run the model; the message says why, in one line."""
 
 
 class StockModel:
-    """A checkpoint as transformers itself loads and runs it: nothing here is ours but the calls.
+    """A checkpoint as transformers itself loads and runs it.
 
-    The prompt is made by the tokenizer, from the chat template in the files. The processor is put
-    together from tokenizer, image processor and config, as files of 2024 lack numbers that
-    transformers needs today. Use it in a `with`, which frees it.
+    The tokenizer makes the prompt from the chat template in the files. The processor is built from
+    tokenizer, image processor and config, as files of 2024 lack numbers that transformers needs
+    today. Use it in a `with`, which frees the model.
 
     Not covered: families other than LLaVA-NeXT, towers without a class token.
 
     Args:
-        directory: Of the checkpoint.
-        settings: How it is to answer.
+        directory: The checkpoint's directory.
+        settings: Settings of the answers.
 
     Raises:
         StockFailed: Transformers cannot load it.
@@ -149,10 +148,10 @@ class StockModel:
 
     def __init__(self, directory: Path, settings: StockSettings) -> None:
         path, where = str(directory), {"trust_remote_code": False}
-        with _told():
+        with _raising_stock_failed():
             tokenizer: Any = AutoTokenizer.from_pretrained(path, **where)
             images = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
-            with _silent():
+            with _without_progress():
                 model: Any = AutoModelForImageTextToText.from_pretrained(
                     path, dtype=getattr(torch, settings.dtype), use_safetensors=True, **where
                 )
@@ -175,25 +174,25 @@ class StockModel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give its memory back, the device's, too."""
+        """Free the model's memory on host and device."""
         self._model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _follow(self, settings: StockSettings) -> None:
-        """Greedy, and the model's own rules, but for what is set.
+        """Make answers greedy, by the model's own rules unless the settings replace them.
 
-        Of the files only rules are taken: other settings, as several answers to a prompt, or a
-        limit of time, are no reason to answer otherwise.
+        Other settings of the files (several answers to a prompt, a time limit) are not used, as
+        gc2ray does not follow them.
         """
         own = self._model.generation_config
-        wanted = {name: getattr(own, name, None) for name in {*RULES} - {*settings.ignored}}
+        rules = {name: getattr(own, name, None) for name in {*RULES} - {*settings.ignored}}
         self._stops = {*self.end_tokens, *settings.stop_token_ids}
         if settings.repetition_penalty is not None:
-            wanted["repetition_penalty"] = settings.repetition_penalty
+            rules["repetition_penalty"] = settings.repetition_penalty
         self._rules: Any = GenerationConfig(
-            **{name: value for name, value in wanted.items() if value is not None},
+            **{name: value for name, value in rules.items() if value is not None},
             do_sample=False,
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=sorted(self._stops) or None,
@@ -201,22 +200,22 @@ class StockModel:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        # Of which `generate` takes whatever it was not given.
+        # `generate` takes settings that it is not given from here.
         self._model.generation_config = self._rules
 
     def special_token_in(self, text: str) -> str | None:
-        """A special token that a text spells out, which stock takes for the token itself."""
-        known = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
-        return next((token for token in known if token.strip() and token.strip() in text), None)
+        """A special token that a text spells out, which stock reads as the token itself."""
+        special = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        return next((token for token in special if token.strip() and token.strip() in text), None)
 
     @torch.inference_mode()
     def answer(self, image: Image.Image, text: str) -> StockAnswer:
-        """Its greedy answer to one prompt, and its logits.
+        """The greedy answer to one prompt, and its logits.
 
         Raises:
             StockFailed: Transformers cannot run it.
         """
-        with _told():
+        with _raising_stock_failed():
             inputs = self._inputs(image, text)
             ids: list[int] = inputs["input_ids"][0].tolist()
             behind = ids[::-1].index(self._image_token_id)
@@ -256,8 +255,8 @@ class StockModel:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn whatever transformers raises, which may be anything, into one line."""
+def _raising_stock_failed() -> Iterator[None]:
+    """Turn any error of transformers into a `StockFailed` of one line."""
     try:
         yield
     except Exception as error:
@@ -265,8 +264,8 @@ def _told() -> Iterator[None]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without progress bars, and without what our own loading of the same files says better."""
+def _without_progress() -> Iterator[None]:
+    """Without progress bars and the load report, as gc2ray reports problems of the same files."""
     bars = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -278,34 +277,34 @@ def _silent() -> Iterator[None]:
 
 
 def _chat_template(directory: Path) -> str | None:
-    """The files' chat template, as transformers' processors find it; None: the tokenizer's.
+    """The processor's chat template, the default one of several; None: use the tokenizer's.
 
-    A tokenizer's own is of the language model alone, as a rule. Of several it is the default one.
+    The tokenizer's own template is usually that of the language model alone, without images.
     """
-    held, _ = LlavaNextProcessor.get_processor_dict(str(directory))
-    found = held.get("chat_template") or None
-    if isinstance(found, list):
-        found = {named["name"]: named["template"] for named in found}
-    template: str | None = found["default"] if isinstance(found, dict) else found
+    settings, _ = LlavaNextProcessor.get_processor_dict(str(directory))
+    templates = settings.get("chat_template") or None
+    if isinstance(templates, list):
+        templates = {named["name"]: named["template"] for named in templates}
+    template: str | None = templates["default"] if isinstance(templates, dict) else templates
     return template
 
 
 def _end_tokens(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """What ends an answer: the first of the files that names any, else the tokenizer's end token.
+    """Ids that end an answer: of the first file that names any, else the tokenizer's end token.
 
-    As they are written: in the config objects of transformers stand the classes' own, too.
+    The files are read as they are written: config objects of transformers add defaults.
     """
-    config = _written(directory / "config.json")
-    places = (
-        _written(directory / "generation_config.json"), config.get("text_config") or {}, config
+    config = _json(directory / "config.json")
+    configs = (
+        _json(directory / "generation_config.json"), config.get("text_config") or {}, config
     )  # fmt: skip
-    for found in (*(place.get("eos_token_id") for place in places), tokenizer.eos_token_id):
-        if found not in (None, []):
-            return (found,) if isinstance(found, int) else tuple(found)
+    for ends in (*(config.get("eos_token_id") for config in configs), tokenizer.eos_token_id):
+        if ends not in (None, []):
+            return (ends,) if isinstance(ends, int) else tuple(ends)
     return ()
 
 
-def _written(file: Path) -> dict[str, Any]:
-    """What a JSON file has; nothing where there is no such file."""
-    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return held
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return data

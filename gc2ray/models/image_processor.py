@@ -1,6 +1,6 @@
-"""An image to tiles, bit-equal to transformers' LLaVA-NeXT processor, but as bytes.
+"""Cuts an image into tiles, bit-equal to transformers' LLaVA-NeXT processor, but as bytes.
 
-`AnyRes` is what a processor prescribes, `Tiles` an image cut that way: the thumbnail, then the
+`AnyRes` has the processor's settings; `Tiles` is an image cut by them: the thumbnail, then the
 crops in raster order.
 """
 
@@ -24,7 +24,7 @@ def tile(image: Image.Image, anyres: AnyRes) -> Tiles:
         `Tiles`: pixels uint8 (1 + rows * columns, T, T, 3), `size` that of `image`.
 
     Raises:
-        ValueError: The image is not RGB, which is a bug of the caller.
+        ValueError: The image is not RGB; the caller has to convert it.
     """
     if image.mode != "RGB":
         raise ValueError(f"tile takes RGB, not {image.mode}")
@@ -64,7 +64,7 @@ class AnyRes:
         pinpoints: Allowed canvas sizes in pixels, (height, width).
         resample: Pillow's number of the resampling filter.
         mean: Per channel, of pixel values rescaled by `rescale`.
-        std: Likewise.
+        std: Per channel, likewise.
         rescale: Factor from 0..255.
     """
 
@@ -105,8 +105,8 @@ class Tiles:
     grid: tuple[int, int]
 
 
-def anyres_of(image_processor: Any, config: Any) -> AnyRes:
-    """The processor's image settings; `consistency` has held them against the model's."""
+def anyres_from_processor(image_processor: Any, config: Any) -> AnyRes:
+    """The processor's image settings, which `checkpoint.consistency` has checked."""
     mean, std = image_processor.image_mean, image_processor.image_std
     return AnyRes(
         tile=int(config.vision_config.image_size),

@@ -1,20 +1,19 @@
 """`LanguageModel`: a transformers language model, run over packed tokens of many sequences.
 
-Llama, Mistral and Qwen2 are the same machine with different numbers: normalise, attend, add,
+Llama, Mistral and Qwen2 have the same layers with different sizes: normalise, attend, add,
 normalise, feed forward, add; rotary positions, grouped key-value heads, biases and sliding windows
-as the config says. The modules' own weights are used; what differs from running the modules is the
-order of work:
+as the config says. The modules' own weights are used. Compared with running the modules:
 
 * tokens of all sequences are packed, (T, D), so that no sequence is padded to another's length;
 * keys and values go to slots of a KV cache that the caller chose, and positions are explicit;
 * the last layer computes queries, attention output and feed-forward only for tokens whose logits
-  are wanted: the others' are read by nobody. With 8 layers that is a tenth of a prefill;
+  are needed; with 8 layers that saves a tenth of a prefill;
 * key and value projections are one product, as are gate and up, where layers are packed.
 
 The model itself is read, never changed.
 
 Not covered: rotary frequencies that depend on the sequence's length ("dynamic", "longrope"), other
-architectures: `unsupported` says why, and the engine then decodes with stock `generate`.
+architectures: `unsupported` gives the reason, and the engine then decodes with stock `generate`.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class _Layer:
         return self.output(_padded(out, len(hidden))).add_(hidden)
 
     def attended_last(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
-        """(T, D) to (S, D): as `attended`, for each sequence's last token only."""
+        """(T, D) to (S, D): like `attended`, for each sequence's last token only."""
         normed = self.before(hidden)
         self._write(normed, rotary, step)
         queries = self._queries(normed[step.last], rotary.at(step.last))
@@ -113,7 +112,7 @@ class _Layer:
     def fed_forward(self, hidden: Tensor) -> Tensor:
         """(T, D) to (T, D): the feed-forward part and its residual."""
         gate, up = self.gate_up.each(self.after(hidden))
-        # In place: what the products put out is nobody else's, and new memory has to be cleared.
+        # In place: the products' outputs are not used elsewhere, and new memory has to be cleared.
         return self.down(self.activation(gate).mul_(up)).add_(hidden)
 
 
@@ -125,7 +124,7 @@ class _Rotary:
     sin: Tensor
 
     def at(self, tokens: Tensor) -> _Rotary:
-        """Those of some of the tokens."""
+        """Cosines and sines of some of the tokens."""
         return _Rotary(self.cos[tokens], self.sin[tokens])
 
     def turned(self, states: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ class LanguageModel:
         model: A causal language model, or an image-text-to-text model with one inside.
 
     Raises:
-        ValueError: It is not supported; see `unsupported`.
+        ValueError: The model is not supported; see `unsupported`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -179,13 +178,13 @@ class LanguageModel:
 
         Args:
             hidden: Embeddings of the new tokens, (T, D).
-            positions: Theirs, int64 (T,).
-            step: The sequences that they belong to; their keys and values are written.
+            positions: Positions of the new tokens, int64 (T,).
+            step: The sequences of the new tokens; their keys and values are written.
             attend: How attention is computed.
         """
         cos, sin = self._rotary(hidden, positions[None])
         rotary = _Rotary(cos[0, :, None], sin[0, :, None])
-        # Once, rather than in every layer.
+        # Padded once, rather than in every layer.
         hidden = _padded(hidden, self._head.rows_to_run(len(hidden)))
         for layer in self._layers[:-1]:
             hidden = layer.fed_forward(layer.attended(hidden, rotary, step, attend))
@@ -195,7 +194,7 @@ class LanguageModel:
 
 
 def _activation(module: Any, config: Any) -> Any:
-    """A layer's activation; the usual one overwrites its input."""
+    """A layer's activation; SiLU, the usual one, overwrites its input."""
     return nn.SiLU(inplace=True) if config.hidden_act in ("silu", "swish") else module
 
 
@@ -205,7 +204,7 @@ def _padded(states: Tensor, rows: int) -> Tensor:
 
 
 def unsupported(model: Any) -> str | None:
-    """Why a model cannot be run by `LanguageModel`, or None if it can."""
+    """Why `LanguageModel` cannot run a model, or None if it can."""
     config: Any = getattr(_text_model(model), "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in MODEL_TYPES:
@@ -222,7 +221,7 @@ def _text_model(model: Any) -> Any:
 
 
 def _window(attention: Any, config: Any) -> int | None:
-    """Tokens that a query of this layer sees; Qwen2 says so by layer, Mistral once."""
+    """Tokens that a query of this layer sees; Qwen2 sets them per layer, Mistral once."""
     if hasattr(attention, "sliding_window"):
         window = attention.sliding_window
     else:

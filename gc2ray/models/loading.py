@@ -1,8 +1,8 @@
-"""Load a checkpoint whole, or refuse it.
+"""Load a checkpoint, or refuse one that is not complete.
 
-What its files do not have would be random numbers, others in every process. Whatever goes wrong is
-one `ConfigError` with the reason, except for trouble of the machine, memory above all, which is not
-the model's.
+Weights that the files lack would be random numbers, different in every process. Every problem of
+the model is a `ConfigError` with the reason; problems of the machine, above all too little memory,
+are raised as they are.
 
 Security: `trust_remote_code` is off and weights are read from safetensors only, so loading a model
 runs none of its code.
@@ -31,11 +31,11 @@ from gc2ray.models.checkpoint.description import FILES, Checkpoint
 from gc2ray.models.registry import FAMILIES
 
 BUFFERS = frozenset({"position_ids", "inv_freq", "masked_bias", "original_inv_freq"})
-"""Tensors of older files that are computed now."""
+"""Tensors in older files that transformers now computes."""
 OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 NO_HOST_MEMORY = "can't allocate memory"
-"""What torch says of it in a plain RuntimeError."""
-NAMES_TOLD, REASON_CHARACTERS = 3, 300
+"""Part of the RuntimeError that torch raises when the host has no memory left."""
+NAMES_LISTED, REASON_CHARACTERS = 3, 300
 log = logging.getLogger(__name__)
 
 
@@ -49,24 +49,24 @@ def load(
         revision: Commit or tag of a hub id.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `cpu`, `cuda`, `cuda:1`, …
-        taken_over: What the recipe decides in place of the model's files.
+        taken_over: Settings of the recipe that replace those of the model's files.
 
     Raises:
-        ConfigError: There is no such model, it is of another architecture, its files contradict
-            each other, or its weights are not whole.
+        ConfigError: There is no such model, its architecture is not supported, its files contradict
+            each other, or weights are missing.
     """
     with _loading(path):
-        found, config, processor = _described(path, revision, taken_over, weights=True)
-        model = _whole_model(found, path, revision, getattr(torch, dtype))
+        checkpoint, config, processor = _described(path, revision, taken_over, weights=True)
+        model = _whole_model(checkpoint, path, revision, getattr(torch, dtype))
     model.to(device).eval()
     with _loading(path):
         family = FAMILIES[config.model_type](model, processor)
         family.freeze()
-    return LoadedModel(model, processor, family, found.ends)
+    return LoadedModel(model, processor, family, checkpoint.ends)
 
 
 def load_metadata(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> ModelMetadata:
-    """What a checkpoint's directory says of the model, without its weights.
+    """Load the metadata of the model in a directory, without its weights.
 
     Raises:
         ConfigError: As `load`, weights apart.
@@ -74,12 +74,12 @@ def load_metadata(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> 
     with _loading(path):
         _, config, processor = _described(path, None, taken_over, weights=False)
         itemsize = getattr(torch, dtype).itemsize
-        return FAMILIES[config.model_type].outline(config, processor, itemsize)
+        return FAMILIES[config.model_type].metadata(config, processor, itemsize)
 
 
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
-    """Turn whatever is raised into an error that names the model, but for the machine's trouble."""
+    """Turn errors into one that names the model, except problems of the machine."""
     try:
         yield
     except (ConfigError, *OF_THE_MACHINE):
@@ -93,47 +93,47 @@ def _loading(path: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, on one line: its first, and all that this announces by a colon."""
+    """An exception's message on one line: the first line, or all lines if that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    said = " ".join(lines) if lines[0].endswith(":") else lines[0]
+    message = " ".join(lines) if lines[0].endswith(":") else lines[0]
     kind = "" if isinstance(error, OSError | ImportError) else f"{type(error).__name__}: "
-    return f"{kind}{said}"[:REASON_CHARACTERS]
+    return f"{kind}{message}"[:REASON_CHARACTERS]
 
 
 def _described(
     path: str, revision: str | None, taken_over: TakenOver, *, weights: bool
 ) -> tuple[Checkpoint, Any, Any]:
-    """What the files say, checked, with the config and the processor that are made of them."""
+    """The settings in the files, checked, with the config and the processor made from them."""
     is_here = Path(path).is_dir()
     directory = Path(path) if is_here else _in_hub_cache(path, revision)
-    found = check_directory(directory, taken_over, weights=weights and is_here)
+    checkpoint = check_directory(directory, taken_over, weights=weights and is_here)
     where = {"revision": revision, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(path, **where)
-    # Pillow's image processor, also where torchvision is at hand: its resizing is another.
+    # Pillow's image processor, also where torchvision is installed, which resizes differently.
     processor = AutoProcessor.from_pretrained(path, backend="pil", **where)
-    found = _filled(found, config, processor)
-    check(found, taken_over)
-    _check_prompts(found, processor)
-    return found, config, processor
+    checkpoint = _filled(checkpoint, config, processor)
+    check(checkpoint, taken_over)
+    _check_prompts(checkpoint, processor)
+    return checkpoint, config, processor
 
 
 def _in_hub_cache(path: str, revision: str | None) -> Path:
-    """Where the small files of a hub id lie once they were fetched."""
+    """The directory of a hub id's small files, which are fetched if need be."""
     files = cached_files(
         path, list(FILES), revision=revision, _raise_exceptions_for_missing_entries=False
     )
     return Path(path if not files else files[0]).parent
 
 
-def _filled(found: Checkpoint, config: Any, processor: Any) -> Checkpoint:
-    """What files leave out, as transformers has it."""
+def _filled(checkpoint: Checkpoint, config: Any, processor: Any) -> Checkpoint:
+    """The checkpoint with transformers' values for settings that the files leave out."""
     tokenizer = processor.tokenizer
     token, end = processor.image_token, tokenizer.eos_token_id
     number = tokenizer.convert_tokens_to_ids(token)
     return replace(
-        found,
+        checkpoint,
         config=config.to_dict(),
-        images={**found.images, **processor.image_processor.to_dict()},
+        images={**checkpoint.images, **processor.image_processor.to_dict()},
         processor={"patch_size": processor.patch_size, "image_token": token},
         has_template=bool(processor.chat_template),
         tokens={} if number is None else {token: number},
@@ -141,29 +141,31 @@ def _filled(found: Checkpoint, config: Any, processor: Any) -> Checkpoint:
     )
 
 
-def _check_prompts(found: Checkpoint, processor: Any) -> None:
-    """Refuse a chat template or tokenizer that makes prompts which the model cannot read."""
+def _check_prompts(checkpoint: Checkpoint, processor: Any) -> None:
+    """Refuse a chat template or tokenizer whose prompts the model cannot read."""
     ids = ChatPrompt(processor).encode("What is it?")
-    marks = ids.count(found.placeholder or 0)
+    marks = ids.count(checkpoint.placeholder or 0)
     if marks != 1:
         raise ConfigError(
-            f"recipe.model.path: {found.name}: its chat template makes {marks} image tokens "
-            f"({found.image_token}, {found.placeholder}) of one image; use the template that it "
-            "was published with"
+            f"recipe.model.path: {checkpoint.name}: its chat template makes {marks} image tokens "
+            f"({checkpoint.image_token}, {checkpoint.placeholder}) of one image; use the template "
+            "that it was published with"
         )
-    rows = found.text["vocab_size"]
+    rows = checkpoint.text["vocab_size"]
     if max(ids) >= rows:
         raise ConfigError(
-            f"recipe.model.path: {found.name}: its prompts have token {max(ids)}, and the "
+            f"recipe.model.path: {checkpoint.name}: its prompts have token {max(ids)}, and the "
             f"text table has {rows} rows, from 0; use the tokenizer that it was published with"
         )
 
 
-def _whole_model(found: Checkpoint, path: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """The model on the CPU, none of its weights made up.
+def _whole_model(
+    checkpoint: Checkpoint, path: str, revision: str | None, dtype: torch.dtype
+) -> Any:
+    """The model on the CPU, with all weights read from its files.
 
     Raises:
-        ConfigError: Its files lack some.
+        ConfigError: The files lack weights.
     """
     with without_load_report():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -173,18 +175,18 @@ def _whole_model(found: Checkpoint, path: str, revision: str | None, dtype: torc
             revision=revision,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, with their names
+            ignore_mismatched_sizes=True,  # they are reported below, by name
         )
     model, info = loaded
-    _check_whole(found, info, model)
+    _check_whole(checkpoint, info, model)
     return model
 
 
-def _check_whole(found: Checkpoint, info: Mapping[str, Any], model: Any) -> None:
-    """Refuse a model of which transformers has made something up, or left something out.
+def _check_whole(checkpoint: Checkpoint, info: Mapping[str, Any], model: Any) -> None:
+    """Refuse a model with weights that transformers made up or left out.
 
     Raises:
-        ConfigError: It has; the message names the first tensors.
+        ConfigError: There are some; the message names the first tensors.
     """
     total = len(model.state_dict())
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -193,9 +195,9 @@ def _check_whole(found: Checkpoint, info: Mapping[str, Any], model: Any) -> None
         f"{name} has {tuple(there)}, not {tuple(wanted)}"
         for name, there, wanted in info["mismatched_keys"]
     )
-    where = f"recipe.model.path: {found.name}"
+    where = f"recipe.model.path: {checkpoint.name}"
     if missing:
-        hint = _tied_head(found, missing) or _other_names(unexpected)
+        hint = _tied_head(checkpoint, missing) or _other_names(unexpected)
         raise ConfigError(
             f"{where} lacks {len(missing)} of the model's {total} tensors, which would be random "
             f"numbers: {_few(missing)}{hint}"
@@ -214,12 +216,12 @@ def _check_whole(found: Checkpoint, info: Mapping[str, Any], model: Any) -> None
             f"or biases: {_few(left_out)}; use the config.json that it was published with"
         )
     if unexpected:
-        told = (found.name, len(unexpected), _few(unexpected))
-        log.warning("%s has %d tensors that the model has no use for: %s", *told)
+        unused = (checkpoint.name, len(unexpected), _few(unexpected))
+        log.warning("%s has %d tensors that the model does not use: %s", *unused)
 
 
 def _left_out(model: Any, unexpected: Collection[str]) -> list[str]:
-    """Of tensors that nothing takes, those of a module that is there, or of one more layer."""
+    """The unexpected tensors that belong to an existing module, or to one more layer."""
     modules = {name for name, _ in model.named_modules()}
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return [
@@ -234,19 +236,19 @@ def _left_out(model: Any, unexpected: Collection[str]) -> list[str]:
 
 
 def _few(names: Collection[str]) -> str:
-    """The first of them."""
-    first = list(names)[:NAMES_TOLD]
+    """The first names of several."""
+    first = list(names)[:NAMES_LISTED]
     return ", ".join([*first, "…"] if len(names) > len(first) else first)
 
 
 def _other_names(unexpected: Collection[str]) -> str:
-    """What may be the missing ones under other names."""
+    """A hint that missing tensors may be there under other names."""
     return f"; it has others instead ({len(unexpected)}): {_few(unexpected)}" if unexpected else ""
 
 
-def _tied_head(found: Checkpoint, missing: Collection[str]) -> str:
-    """What to do where only the language model's own configuration says that it has no head."""
-    if not found.text.get("tie_word_embeddings") or "lm_head.weight" not in missing:
+def _tied_head(checkpoint: Checkpoint, missing: Collection[str]) -> str:
+    """A hint where only the language model's own configuration says that it has no head."""
+    if not checkpoint.text.get("tie_word_embeddings") or "lm_head.weight" not in missing:
         return ""
     return (
         "; config.json has tie_word_embeddings true in text_config only, where transformers 5 does "
@@ -256,7 +258,7 @@ def _tied_head(found: Checkpoint, missing: Collection[str]) -> str:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Without transformers' table of missing tensors, which is told in a line of ours."""
+    """Without transformers' table of missing tensors, as gc2ray reports them in one line."""
 
     def keep(record: logging.LogRecord) -> bool:
         text = record.getMessage()

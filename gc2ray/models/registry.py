@@ -1,8 +1,8 @@
 """Model architectures, one file each.
 
-To add one: a class with the methods of `Family` in a file of its own in `families/`, a line in
-`FAMILIES` under the config's `model_type`, which `checkpoint.consistency.MODEL_TYPES` has, too. The
-parity tests run over the registry's tiny models.
+To add one: a class with the methods of `gc2ray.models.base.ModelAdapter` in a file of its own in
+`families/`, a line in `FAMILIES` under the config's `model_type`, and the same `model_type` in
+`checkpoint.consistency.MODEL_TYPES`. The parity tests run over the registry's tiny models.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def rows_closed(method: str, retention: float, views: Views, packed: list[int]) 
 
 
 def places_of(packing: Packing, views: Views, selection: Selection) -> OriginalPositions:
-    (places,) = packing.places([views], [selection])
+    (places,) = packing.original_positions([views], [selection])
     assert places is not None
     assert places.index.dtype == torch.int64
     return places
@@ -229,7 +229,7 @@ def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
     images = [random_views(size, seed=seed) for seed, size in enumerate(SIZES)]
     selections = build(method, retention=0.3).many(images)
     together = packing.apply(images, selections)
-    placed = packing.places(images, together)
+    placed = packing.original_positions(images, together)
     for image, selection, packed, places in zip(images, selections, together, placed, strict=True):
         (alone,) = packing.apply([image], [selection])
         assert torch.equal(alone.source, packed.source)
@@ -246,6 +246,6 @@ def test_the_papers_way_is_no_work(method: str) -> None:
     selections = build(method, retention=0.3).many(images)
     same = Packing().apply(images, selections)
     assert all(a is b for a, b in zip(same, selections, strict=True))
-    assert Packing().places(images, same) == [None] * len(images)
+    assert Packing().original_positions(images, same) == [None] * len(images)
     kept_rows = ORIGINAL.apply(images, selections)
     assert all(a is b for a, b in zip(kept_rows, selections, strict=True))

@@ -52,7 +52,7 @@ def test_workers_that_share_a_gpu_fit_on_it(share: float, total: int) -> None:
     memory = replace(H100, total_bytes=total * GB)
     small = replace(SEVEN_B, weights=GB)
     found = derive_batch_sizes(Cluster(gpus_per_worker=share), small, memory)
-    taken = small.weights + found.kv_tokens * small.kv_per_token + found.remembered_bytes
+    taken = small.weights + found.kv_tokens * small.kv_per_token + found.cached_image_bytes
     assert taken * int(1 / share) <= memory.total_bytes * 0.92
     assert found.gpu_share == share
 

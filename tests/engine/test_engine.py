@@ -559,7 +559,7 @@ class Forgetful:
 def test_a_lost_row_is_not_passed_over_in_silence(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
     engine._decoder = Forgetful()
-    with pytest.raises(EngineDead, match="1 rows went into the decoder and did not come out"):
+    with pytest.raises(EngineDead, match="the decoder lost 1 rows"):
         list(engine.stream([request()]))
 
 
@@ -662,7 +662,7 @@ ASKED = ("What is it?", "How many objects are there?", "Which colour is it?", "D
 def make_vision(loaded: LoadedModel) -> PromptBuilder:
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
     chat = ChatPrompt(loaded.processor)
-    return PromptBuilder(loaded.family, chat, recipe, policies_of(recipe, {}), remembered_bytes=0)
+    return PromptBuilder(loaded.family, chat, recipe, policies_of(recipe, {}), cached_image_bytes=0)
 
 
 def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: LoadedModel) -> None:
@@ -670,10 +670,10 @@ def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: L
     vision = make_vision(broken)
     first, second = questions(0, ASKED[:2])
     (failed,) = vision.encode([vision.open(first)])
-    assert failed.trouble is not None
+    assert failed.failure is not None
     family.error = None
     later = vision.open(second)  # while the row that failed, and its picture, are still there
-    assert not later.shares
+    assert not later.shares_image
     assert vision.encode([later])[0].prompt is not None
 
 
@@ -694,12 +694,12 @@ def test_a_row_waits_for_the_picture_that_another_decodes(
         decoding = pool.submit(vision.open, first)
         assert started.wait(30)
         row = vision.open(second)
-        assert row.shares
+        assert row.shares_image
         encoding = pool.submit(vision.encode, [row])
         time.sleep(0.05)
         go.set()
         assert encoding.result()[0].prompt is not None
-        assert decoding.result().trouble is None
+        assert decoding.result().failure is None
 
 
 @pytest.mark.parametrize("method", ["globalcom2", "random", "pool"])
@@ -827,8 +827,8 @@ def test_the_vision_side_may_run_beside_the_decoder(
         return encode(*arguments)
 
     family.encode = noted  # type: ignore[method-assign]
-    beside = lambda _: ThreadPoolExecutor(1, "gc2ray-vision")  # noqa: E731
-    monkeypatch.setattr(Engine, "_beside", beside)
+    executor = lambda _: ThreadPoolExecutor(1, "gc2ray-vision")  # noqa: E731
+    monkeypatch.setattr(Engine, "_vision_executor", executor)
     assert tokens_of(make_engine(watched, Cluster(views_per_batch=4)), requests()) == expected
     assert threads == {"gc2ray-vision"}
 
@@ -855,7 +855,7 @@ def test_a_picture_in_use_is_found_and_a_forgotten_one_is_not() -> None:
     pictures = ImageCache(kept_bytes=0)
     held, _ = pictures.find("a")
     assert pictures.find("a") == (held, False)
-    assert held.rows == 2
+    assert held.row_count == 2
     pictures.discard(held)
     assert pictures.find("a")[1]
 

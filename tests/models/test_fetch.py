@@ -122,7 +122,7 @@ def test_of_four_processes_one_fetches(source: Path, cache: Path, tmp_path: Path
     assert len(used) == 1
 
 
-def test_what_a_killed_process_left_is_fetched_anew(
+def test_what_a_killed_process_left_is_fetched_again(
     source: Path, cache: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
@@ -322,7 +322,7 @@ def test_half_a_file_is_no_model(
         Path(target).write_bytes(Path(path).read_bytes()[:100])
 
     monkeypatch.setattr(LocalFileSystem, "get_file", get_file)
-    with pytest.raises(OSError, match="100 bytes came of 3000"):
+    with pytest.raises(OSError, match="only 100 of 3000 bytes"):
         staged(source.as_uri())
     assert not [path for path in cache.iterdir() if path.suffix == ""]
 
@@ -358,7 +358,7 @@ def test_the_storage_is_asked_after_a_random_moment(
 def test_waiting_ticks_while_the_other_process_gets_on(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.05)
     directory = staged(source.as_uri()).directory
     partial = directory.with_suffix(".partial")
     directory.rename(partial)

@@ -2,8 +2,8 @@
 
 Each view's covered rectangle of h x w tokens becomes p x q, p = floor(h sqrt(r)), q as large as the
 budget int(h w r) allows, at least one token; cells as in adaptive average pooling. Features are
-averaged before the projector. A pooled token stands, for its place in the sequence, at the centre
-of its cell.
+averaged before the projector. In the sequence a pooled token has the position of the centre of its
+cell.
 
 Not covered: pooling across crops; a crop edge stays a cell edge.
 """
@@ -44,12 +44,12 @@ class AveragePool(MaskCompressor):
         kept = torch.zeros_like(batch.valid)
         first = 0
         for image in batch.images:
-            for view, extent in enumerate(_extents(image.canvas, image.thumbnail)):
-                rows, columns = self._pooled_shape(extent)
-                at_rows = _centres(extent[0], rows, kept.device)
-                at_columns = _centres(extent[1], columns, kept.device)
-                places = at_rows[:, None] * image.canvas.side[1] + at_columns[None, :]
-                kept[first + view, places.flatten()] = True
+            for view, rectangle in enumerate(_rectangles(image.canvas, image.thumbnail)):
+                rows, columns = self._pooled_shape(rectangle)
+                at_rows = _centres(rectangle[0], rows, kept.device)
+                at_columns = _centres(rectangle[1], columns, kept.device)
+                index = at_rows[:, None] * image.canvas.side[1] + at_columns[None, :]
+                kept[first + view, index.flatten()] = True
             first += len(image.valid_per_view)
         return kept
 
@@ -57,12 +57,13 @@ class AveragePool(MaskCompressor):
         if self.retention == 1:
             return super().bounds(canvas)
         kept = sum(
-            math.prod(self._pooled_shape(extent)) for extent in _extents(canvas, thumbnail=0)
+            math.prod(self._pooled_shape(rectangle))
+            for rectangle in _rectangles(canvas, thumbnail=0)
         )
         return kept, kept
 
-    def _pooled_shape(self, extent: tuple[tuple[int, int], tuple[int, int]]) -> tuple[int, int]:
-        (top, bottom), (left, right) = extent
+    def _pooled_shape(self, rectangle: tuple[tuple[int, int], tuple[int, int]]) -> tuple[int, int]:
+        (top, bottom), (left, right) = rectangle
         height, width = bottom - top, right - left
         if height * width == 0:
             return 0, 0
@@ -71,28 +72,28 @@ class AveragePool(MaskCompressor):
         return rows, min(width, budget // rows)
 
     def _pooled(self, image: Views, source: Tensor) -> Tensor:
-        """Features of the cells, at the cells' centres; then gathered as any selection is."""
+        """Features of the cells, put at the cells' centres and gathered like any selection."""
         pooled = image.features.clone()  # (V, N, D)
         height, width = image.canvas.side
-        for view, extent in enumerate(_extents(image.canvas, image.thumbnail)):
-            (top, bottom), (left, right) = extent
-            shape = self._pooled_shape(extent)
+        for view, rectangle in enumerate(_rectangles(image.canvas, image.thumbnail)):
+            (top, bottom), (left, right) = rectangle
+            shape = self._pooled_shape(rectangle)
             if shape[0] == 0:
                 continue
             grid = image.features[view].view(height, width, -1)[top:bottom, left:right]
             cells = F.adaptive_avg_pool2d(grid.permute(2, 0, 1), shape)  # (D, p, q)
-            at_rows = _centres(extent[0], shape[0], source.device)
-            at_columns = _centres(extent[1], shape[1], source.device)
-            places = (at_rows[:, None] * width + at_columns[None, :]).flatten()
-            pooled[view, places] = cells.flatten(1).transpose(0, 1)
+            at_rows = _centres(rectangle[0], shape[0], source.device)
+            at_columns = _centres(rectangle[1], shape[1], source.device)
+            index = (at_rows[:, None] * width + at_columns[None, :]).flatten()
+            pooled[view, index] = cells.flatten(1).transpose(0, 1)
         return pooled.flatten(0, 1).index_select(0, source.clamp_min(0))
 
 
-def _extents(
+def _rectangles(
     canvas: Canvas, thumbnail: int | None
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Covered (rows, columns) of every view; the thumbnail's are its whole."""
-    crops = canvas.crop_extents()
+    """Covered (rows, columns) of every view; the thumbnail is covered whole."""
+    crops = canvas.crop_rectangles()
     if thumbnail is None:
         return crops
     return [((0, canvas.side[0]), (0, canvas.side[1])), *crops]

@@ -1,4 +1,4 @@
-"""GlobalCom²: the thumbnail commands how many tokens each crop keeps, and which.
+"""GlobalCom²: the thumbnail decides how many tokens each crop keeps, and which.
 
 Liu et al., "Global Compression Commander", AAAI 2026, arXiv 2501.05179, section 3. The thumbnail
 keeps its best-scored tokens. The scores in its region of each crop, summed and put through a
@@ -7,15 +7,15 @@ and the thumbnail's, resampled to the crop, are each brought to unit length over
 and added.
 
 Where this differs from the authors' implementation (`globalcom2-reference` reproduces that), each
-difference with its test in `tests/test_compression.py`:
+difference with its test in `tests/compression/test_compression.py`:
 
-1. Thumbnail tokens stand in raster order, not by score (`test_thumbnail_in_raster_order`).
-2. Kept crop tokens stand at their true positions (`test_kept_tokens_stand_where_they_were`).
+1. Thumbnail tokens are in raster order, not by score (`test_thumbnail_in_raster_order`).
+2. Kept crop tokens have their true positions (`test_kept_tokens_stand_where_they_were`).
 3. One newline per canvas row that keeps a token (`test_one_newline_per_row_that_keeps_a_token`).
 4. Every view that shows anything keeps at least one token (`test_every_view_keeps_a_token`).
 5. Padding is cut with transformers' rounding (`test_unpadding_rounds_as_transformers`).
-6. Crop grids are the ones of the HF processor, which breaks ties for tiny images the other way
-   (`tests/test_images.py`, agreement of `AnyRes` with transformers).
+6. Crop grids are those of the HF processor, which breaks ties for tiny images differently
+   (`tests/data/test_images.py`, agreement of `AnyRes` with transformers).
 7. Images without any valid crop token do not raise (`test_extreme_aspect_ratios`).
 8. Batches give what single images give (`test_many_equals_one_by_one`).
 9. Retention 1.0 is the identity (`test_retention_one_is_the_identity`).
@@ -44,15 +44,15 @@ from gc2ray.compression.selection import share_of, top_k_mask
 EPSILON = 1e-8
 """Added to the softmax's denominator, as in the paper's equation."""
 ROUNDING = 1e-3
-"""More than floating point can do to a sum of shares."""
+"""More than the rounding error of a sum of shares."""
 
 
 @dataclass(frozen=True)
 class GlobalCom2(MaskCompressor):
-    """Keep what thumbnail and crop together find important, under the thumbnail's budget.
+    """Keep the tokens that thumbnail and crop rank highest, in numbers that the thumbnail sets.
 
     Attributes:
-        temperature: Of the softmax over the crops' summed scores; larger is more even.
+        temperature: Temperature of the softmax over the crops' summed scores; larger is more even.
     """
 
     name: ClassVar[str] = "globalcom2"
@@ -64,7 +64,7 @@ class GlobalCom2(MaskCompressor):
             raise ValueError(f"temperature must be above 0; got {self.temperature}")
 
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
-        """The thumbnail keeps its share; crops share theirs out, which hardly changes the sum.
+        """The thumbnail keeps its share; crops divide theirs, which hardly changes the sum.
 
         With the whole softmax on one crop the sum is largest or smallest, as it is concave in it
         (shares are clipped at 1); rounding down takes less than a token of each crop.
@@ -72,7 +72,7 @@ class GlobalCom2(MaskCompressor):
         thumbnail, *crops = canvas.tokens_per_view()
         if self.retention == 1:
             return thumbnail + sum(crops), thumbnail + sum(crops)
-        views, shown = len(crops), sum(tokens > 0 for tokens in crops)
+        views, covered = len(crops), sum(tokens > 0 for tokens in crops)
 
         def kept(favoured: int) -> float:
             scales = [self.retention * (1 + (i == favoured) - 1 / views) for i in range(views)]
@@ -81,8 +81,8 @@ class GlobalCom2(MaskCompressor):
         least = min(kept(favoured) for favoured in range(views))
         base = self.retention * (1 - 1 / views)
         most = base * sum(crops) + self.retention * max(crops)
-        lifted = sum(n > 0 and base * n < 1 for n in crops)  # to one token, if it comes to that
-        low = max(shown, math.ceil(least - ROUNDING) - shown)
+        lifted = sum(n > 0 and base * n < 1 for n in crops)  # may be raised to one token
+        low = max(covered, math.ceil(least - ROUNDING) - covered)
         high = min(sum(crops), math.floor(most + ROUNDING) + lifted)
         own = self.share(thumbnail)
         return own + low, own + max(low, high)
@@ -119,7 +119,7 @@ def crop_scales(batch: ViewBatch, retention: float, temperature: float) -> Tenso
 
 
 def combined_scores(batch: ViewBatch) -> Tensor:
-    """What tokens are ranked by, (sum of V, N); padding at minus infinity.
+    """The scores that rank tokens, (sum of V, N); padding at minus infinity.
 
     Thumbnails keep their own scores. Crops add two maps of unit length: their own scores, and the
     thumbnail's, resampled bilinearly to the covered canvas.
@@ -129,7 +129,7 @@ def combined_scores(batch: ViewBatch) -> Tensor:
     rows = torch.cat([plan.row_weights for plan in plans])
     columns = torch.cat([plan.column_weights for plan in plans])
     thumbnails = _thumbnails(batch)[batch.crop_owner].view(-1, *images[0].canvas.side)
-    # A product of small matrices does every geometry in one batch, where F.interpolate takes one.
+    # Products of small matrices take all geometries in one batch; F.interpolate takes one each.
     guidance = torch.bmm(torch.bmm(rows, thumbnails), columns.transpose(1, 2)).flatten(1)
     padding = ~batch.valid[batch.crops]
     ranked = batch.valid_scores
@@ -140,7 +140,7 @@ def combined_scores(batch: ViewBatch) -> Tensor:
 
 
 def _unit(scores: Tensor, padding: Tensor) -> Tensor:
-    """Rows scaled to unit length over the places that are not padding."""
+    """Rows scaled to unit length over the tokens that are not padding."""
     return F.normalize(scores.masked_fill(padding, 0), dim=1)
 
 

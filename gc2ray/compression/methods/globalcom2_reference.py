@@ -1,4 +1,4 @@
-"""GlobalCom² as its authors' implementation does it, accidents included; for parity, not for use.
+"""GlobalCom² as in its authors' implementation, mistakes included; for parity, not for use.
 
 Given the scores, selection and packing equal the reference's in float32 on all fixtures in
 `tests/golden`: thumbnail tokens by descending score; crop tokens chosen over the valid tokens, then
@@ -32,7 +32,7 @@ class GlobalCom2Reference(Compressor):
 
     Attributes:
         retention: Nominal fraction KEPT, in (0, 1].
-        temperature: As in `GlobalCom2`.
+        temperature: See `GlobalCom2`.
     """
 
     name: ClassVar[str] = "globalcom2-reference"
@@ -46,7 +46,7 @@ class GlobalCom2Reference(Compressor):
         return [self._one(image) for image in images]
 
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
-        """Anything: its padding is rounded in another way, by the image's size."""
+        """No useful bounds: padding is rounded differently, by the image's size."""
         views = canvas.tokens_per_view()
         return 0, len(views) * views[0]
 
@@ -59,22 +59,22 @@ class GlobalCom2Reference(Compressor):
         scales = crop_scales(batch, self.retention, self.temperature)
         counts = (batch.counts[1:].double() * scales).long()
         kept = top_k_mask(combined_scores(batch)[1:], counts)  # (C, N)
-        # True place of the u-th valid token of each crop; u itself is where it gets written.
-        true_place = (~batch.valid[1:]).to(torch.uint8).argsort(dim=1, stable=True)
-        written = kept.gather(1, true_place)
-        return Selection(torch.cat([self._thumbnail(image), _crops(image, written, true_place)]))
+        # True index of the u-th valid token of each crop; it is written at index u.
+        true_index = (~batch.valid[1:]).to(torch.uint8).argsort(dim=1, stable=True)
+        written = kept.gather(1, true_index)
+        return Selection(torch.cat([self._thumbnail(image), _crops(image, written, true_index)]))
 
     def _thumbnail(self, image: Views) -> torch.Tensor:
         best = image.scores[0].argsort(descending=True, stable=True)
         return best[: int(image.tokens_per_view * self.retention)].int()
 
 
-def _crops(image: Views, written: torch.Tensor, true_place: torch.Tensor) -> torch.Tensor:
-    """Emit written places row by row, each standing for a token elsewhere; all rows' newlines."""
+def _crops(image: Views, written: torch.Tensor, true_index: torch.Tensor) -> torch.Tensor:
+    """Emit the written tokens row by row, under their true indices, and all rows' newlines."""
     tokens = image.tokens_per_view
     order = canvas_index(image.canvas, image.thumbnail, image.scores.device).order[tokens:].long()
-    place = (order - tokens).clamp_min(0)
+    index = (order - tokens).clamp_min(0)
     newline = order == NEWLINE
-    source = true_place.flatten()[place] + (place // tokens + 1) * tokens
+    source = true_index.flatten()[index] + (index // tokens + 1) * tokens
     source = source.masked_fill(newline, NEWLINE)
-    return source[written.flatten()[place] | newline].int()
+    return source[written.flatten()[index] | newline].int()

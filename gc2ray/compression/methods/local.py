@@ -1,6 +1,6 @@
-"""Every view for itself: the same retention everywhere, ranked by the view's own scores.
+"""The same retention for every view, with tokens ranked by the view's own scores.
 
-The ablation of GlobalCom² without its commander.
+It is GlobalCom² without the thumbnail's budgets and guidance, as an ablation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens drawn at random: the baseline any score has to beat."""
+"""Random tokens: the baseline that any score has to beat."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gc2ray.compression.selection import share_of, top_k_mask
 
 @dataclass(frozen=True)
 class Random(MaskCompressor):
-    """Keep random tokens of each view; the draw depends on the image and the recipe's seed only."""
+    """Keep random tokens of each view, which depend on the image and the recipe's seed only."""
 
     name: ClassVar[str] = "random"
 
     def keep(self, batch: ViewBatch) -> Tensor:
-        # Drawn on the host, so that every device gets the same tokens.
-        draws = [
+        # On the host, so that every device gets the same tokens.
+        random = [
             torch.rand(image.scores.shape, generator=torch.Generator().manual_seed(image.seed))
             for image in batch.images
         ]
-        scores = torch.cat(draws).to(batch.scores.device).masked_fill(~batch.valid, -torch.inf)
+        scores = torch.cat(random).to(batch.scores.device).masked_fill(~batch.valid, -torch.inf)
         return top_k_mask(scores, share_of(batch.counts, self.retention))

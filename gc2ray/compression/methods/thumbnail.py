@@ -1,4 +1,4 @@
-"""The thumbnail alone: the lower bound that dynamic cropping has to beat."""
+"""The thumbnail alone: the baseline that dynamic cropping has to beat."""
 
 from __future__ import annotations
 

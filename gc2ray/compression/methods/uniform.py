@@ -20,5 +20,5 @@ class Uniform(MaskCompressor):
         index = batch.valid.cumsum(dim=1).double() - 1
         steps = ((index + 1) * self.retention).floor() > (index * self.retention).floor()
         kept = steps & batch.valid
-        lonely = ~kept.any(dim=1, keepdim=True)
-        return kept | (lonely & batch.valid & (index == 0))
+        is_empty = ~kept.any(dim=1, keepdim=True)
+        return kept | (is_empty & batch.valid & (index == 0))

@@ -17,7 +17,7 @@ from gc2ray.models.base import Prompt
 LONGEST_LOOP, LOOP_TOKENS = 64, 16
 """Most tokens that repeat in a loop, and least tokens of all repeats: "7 7 7" is no loop."""
 ROW_ERRORS = (RuntimeError, ValueError, IndexError)
-"""What a forward may raise because of a row; the first covers out of memory."""
+"""Errors of a forward that a row may cause; the first covers out of memory."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Completion:
     """A finished prompt.
 
     Attributes:
-        tag: As given to `submit`.
+        tag: The tag given to `submit`.
         token_ids: New tokens, the end-of-sequence token included.
         finish_reason: `stop` (end of sequence), `length` (limit), `repetition` (the last tokens
             repeat), or `error`.

@@ -1,4 +1,4 @@
-"""The folder of fetched models: where it is, which process fetches, whether there is room."""
+"""The folder of fetched models: its path, its locks, and checks of disk space."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from filelock import FileLock, Timeout
 from gc2ray.core.errors import ConfigError, first_line
 
 LEFT_OUT = ("*/*.safetensors",)
-"""Checkpoints in folders below the model, which nothing loads."""
+"""Checkpoints in folders below the model, which are never loaded."""
 
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 CACHE_VARIABLE = "GC2RAY_CACHE"
 JITTER_SECONDS = 3.0
-"""Workers that start together ask the storage spread over this time."""
-LOOK_SECONDS = 1.0
-"""Between two looks of a process that waits at how far the one that fetches is."""
+"""Workers that start together spread their first requests to the storage over this time."""
+POLL_SECONDS = 1.0
+"""How often a waiting process checks the progress of the one that fetches."""
 UNREADABLE = (FileNotFoundError, PermissionError, NoCredentialsError)
 Tick = Callable[[], None]
 
@@ -36,12 +36,12 @@ def models_folder() -> Path:
 
 @contextmanager
 def locked(path: Path, watched: Path, tick: Tick) -> Iterator[None]:
-    """Alone on this node; while another process is, what it fetches into `watched` ticks.
+    """Hold a lock of this node; while another process holds it, `tick` when `watched` grows.
 
-    The lock is the kernel's, so one that is killed leaves none behind.
+    The lock is the kernel's, so a killed process leaves none behind.
 
     Raises:
-        ConfigError: The lock cannot be made.
+        ConfigError: The lock file cannot be written.
     """
     lock = FileLock(path)
     seen = 0
@@ -49,7 +49,7 @@ def locked(path: Path, watched: Path, tick: Tick) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         while not lock.is_locked:
             try:
-                lock.acquire(timeout=LOOK_SECONDS)
+                lock.acquire(timeout=POLL_SECONDS)
             except Timeout:
                 before, seen = seen, _bytes_below(watched)
                 if seen != before:
@@ -57,7 +57,7 @@ def locked(path: Path, watched: Path, tick: Tick) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"models are kept in {path.parent}, which cannot be written: {error.strerror}; name "
-            f"another place in the environment variable {CACHE_VARIABLE}"
+            f"another folder in the environment variable {CACHE_VARIABLE}"
         ) from error
     try:
         yield
@@ -77,23 +77,23 @@ def _bytes_below(folder: Path) -> int:
     return total
 
 
-def check_room(model: str, needed_bytes: int, folder: Path, variable: str) -> None:
+def check_disk_space(model: str, needed_bytes: int, folder: Path, variable: str) -> None:
     """Refuse to fill a disk.
 
     Raises:
-        OSError: There is less room than that.
+        OSError: Less than `needed_bytes` are free.
     """
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free_bytes = shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise OSError(
             f"{model} needs {needed_bytes / 1e9:.3f} GB, and {folder} has {free_bytes / 1e9:.3f} "
-            f"GB free: make room there, or set {variable} to a larger disk"
+            f"GB free: free space there, or set {variable} to a larger disk"
         )
 
 
 def pause(jitter_seconds: float) -> None:
-    """A random part of it, whatever seeds were set."""
+    """Sleep a random part of a time, independent of any seed."""
     time.sleep(random.SystemRandom().uniform(0, jitter_seconds))
 
 

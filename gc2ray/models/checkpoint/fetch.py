@@ -1,20 +1,19 @@
 """`fetch_model`: a model on this node's disk, and the digest that says which model it is.
 
-A directory is used where it is. A hub id goes through the hub's own cache, a URL into
-`~/.cache/gc2ray/models` (`GC2RAY_CACHE` in the environment names another place than
-`~/.cache/gc2ray`), under the hash of the URL and of what is listed there: a model that changes is
-another model. Of all processes on a node one fetches and the others wait for it. What is fetched
-gets its name when it is whole. Only what loading reads is fetched: never pickles, never code.
+A directory is used in place. A hub id goes through the hub's own cache, a URL into
+`~/.cache/gc2ray/models` (`GC2RAY_CACHE` in the environment names another folder than
+`~/.cache/gc2ray`), under the hash of the URL and of its listing: a model that changes is another
+model. One process of a node fetches and the others wait for it. A fetched model gets its name once
+it is complete. Only files that loading reads are fetched: never pickles, never code.
 
-What is missing or forbidden is a `ConfigError`; a network that fails and a disk that is full are
-an `OSError` (or botocore's, see `STORAGE_ERRORS`), because another worker, or another node, may
-have more luck.
+A model that is missing or forbidden is a `ConfigError`; a failing network and a full disk are an
+`OSError` (or botocore's, see `STORAGE_ERRORS`), because another worker or node may succeed.
 
-Trouble of a storage that may pass is waited out (`gc2ray.data.retries`); the hub's client does that
-by itself.
+Transient errors of a storage are retried (`gc2ray.data.retries`); the hub's client retries by
+itself.
 
-Not covered: models that nobody uses any more (delete them). A hub's branch that moves while workers
-start is another model for some of them, which the worker refuses by its digest.
+Not covered: models that are not used any more (delete them). If a hub's branch moves while workers
+start, some of them fetch another model, which they refuse by its digest.
 """
 
 from __future__ import annotations
@@ -44,20 +43,17 @@ from gc2ray.models.checkpoint.cache import (
     JITTER_SECONDS,
     LEFT_OUT,
     Tick,
-    check_room,
+    check_disk_space,
     locked,
     models_folder,
     pause,
     unreadable,
 )
 from gc2ray.models.checkpoint.consistency import check_directory
-from gc2ray.models.checkpoint.fetch_url import (
-    files_behind,
-    from_url,
-)
+from gc2ray.models.checkpoint.fetch_url import fetch_from_url, list_files
 
 METADATA_FILES = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
-"""What describes a model: all but its weights."""
+"""Files of a model but its weights."""
 DIGESTED = (
     "config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json",
     "tokenizer.model", "vocab*.json", "vocab*.txt", "merges.txt", "added_tokens.json",
@@ -66,10 +62,10 @@ DIGESTED = (
 )  # fmt: skip
 """Small files that change answers; all of them are fetched."""
 WHOLE_SIGNS = ("config.json", "tokenizer_config.json", "chat_template.*", "*.safetensors")
-"""What lies in a hub's cache where it is whole; other programs fetch parts of a model."""
+"""Files in a hub's cache if the model is complete; other programs fetch parts of one."""
 COMMIT = re.compile("[0-9a-f]{40}")
 REFUSALS = (401, 403, 404)
-"""What the hub says of a model that is not there, or not for us; anything else may pass."""
+"""Status codes of the hub for a model that does not exist or is forbidden; others may pass."""
 TAIL_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 100_000_000  # more is refused when it is loaded
 
@@ -79,7 +75,7 @@ class FetchedModel:
     """A model that can be loaded.
 
     Attributes:
-        directory: Where it lies on this node.
+        directory: Its directory on this node.
         digest: See `digest`.
     """
 
@@ -90,16 +86,16 @@ class FetchedModel:
 def fetch_model(
     model: ModelConfig, *, tick: Tick = lambda: None, jitter_seconds: float = JITTER_SECONDS
 ) -> FetchedModel:
-    """Have a model on this node's disk.
+    """Fetch a model to this node's disk, unless it is there.
 
     Args:
-        model: Where it comes from.
-        tick: Called whenever the model gets on, whether this process fetches it or another.
-        jitter_seconds: The storage is asked after a random part of this.
+        model: The recipe's model.
+        tick: Called on progress, whether this process fetches or another.
+        jitter_seconds: The first request to the storage waits a random part of this.
 
     Raises:
         ConfigError: There is no such model, it may not be read, or the cache not written.
-        OSError: The network failed, or the disk has no room.
+        OSError: The network failed, or the disk is full.
     """
     model.check()
     if model.is_url or not (model.is_local or constants.is_offline_mode()):
@@ -109,7 +105,7 @@ def fetch_model(
 
 
 def fetch_metadata(model: ModelConfig) -> Path:
-    """Have what describes a model on this node's disk: config, tokenizer, processor, no weights.
+    """Fetch a model's config, tokenizer and processor to this node's disk, but no weights.
 
     Raises:
         ConfigError, OSError: As `fetch_model`.
@@ -122,30 +118,30 @@ def _fetched(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
     if model.is_local:
         return Path(model.path).expanduser()
     if model.is_url:
-        return from_url(model.path, patterns, tick)
+        return fetch_from_url(model.path, patterns, tick)
     return _from_hub(model, patterns, tick)
 
 
 def check_model(model: ModelConfig, taken_over: TakenOver = NOTHING) -> None:
-    """Look at the model as far as that needs no hub, and none of its libraries.
+    """Check a model as far as that is possible without the hub and the model's libraries.
 
-    Of a directory all files are looked at, of weights their headers. Of a URL what describes the
-    model is fetched. A hub id is looked at where the hub's cache has it, and the hub could not
-    have another one by now.
+    Of a directory all files are checked, of weights their headers. Of a URL the small files are
+    fetched and checked. A hub id is checked if the hub's cache has it and the hub cannot have
+    another version by now.
 
     Args:
-        model: Where it is.
-        taken_over: What the recipe decides in place of the model's files.
+        model: The recipe's model.
+        taken_over: Settings of the recipe that replace those of the model's files.
 
     Raises:
         ConfigError: There is no such model, it may not be read, or not be used.
-        OSError: The storage does not answer, or the disk has no room.
+        OSError: The storage does not answer, or the disk is full.
     """
     model.check()
     if model.is_local:
         check_directory(Path(model.path).expanduser(), taken_over, name=model.path)
     elif model.is_url:
-        _, files = files_behind(model.path)
+        _, files = list_files(model.path)
         if not any(file.name.endswith(".safetensors") for file in files):
             raise ConfigError(
                 f"recipe.model.path: {model.path} has no weights in safetensors; others, such as "
@@ -158,24 +154,26 @@ def check_model(model: ModelConfig, taken_over: TakenOver = NOTHING) -> None:
 
 
 def _snapshot_here(model: ModelConfig) -> Path | None:
-    """A hub's model in the hub's cache, if it is whole and cannot be another one by now."""
+    """A hub's model in the hub's cache, if it is complete and cannot have changed."""
     if not (constants.is_offline_mode() or COMMIT.fullmatch(model.revision or "")):
         return None
     cache = constants.HF_HUB_CACHE
     try:
-        found = snapshot_download(
-            model.path, revision=model.revision, cache_dir=cache, local_files_only=True
+        snapshot = Path(
+            snapshot_download(
+                model.path, revision=model.revision, cache_dir=cache, local_files_only=True
+            )
         )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return Path(found) if all(any(Path(found).glob(sign)) for sign in WHOLE_SIGNS) else None
+    return snapshot if all(any(snapshot.glob(sign)) for sign in WHOLE_SIGNS) else None
 
 
 def digest(directory: Path) -> str:
     """SHA-256 over a model's small files, and of each weight file name, size, header, last 64 KiB.
 
-    Copies have the same wherever they lie. A tensor's name, shape or type changes it, and so does
-    training, which leaves no end of a file as it was; and so does a byte of the configurations, the
+    Copies of a model have the same digest. A tensor's name, shape or dtype changes it, and so does
+    training, which changes the end of every file; and so does any byte of the configurations, the
     tokenizer, the processor or the chat template, because each may change answers. Notes, logs and
     other files do not. Not covered: weights that were changed in the middle of a file only.
     """
@@ -198,11 +196,11 @@ def _weights_digest(path: Path) -> tuple[str, int, str, str]:
 
 
 def _from_hub(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
-    """Fetched into the hub's cache, or found there.
+    """Fetch a model into the hub's cache, unless it is there.
 
     Raises:
-        ConfigError: The hub does not know it, or not for us; offline, the cache does not.
-        OSError: The hub does not answer, or the disk has no room.
+        ConfigError: The hub does not have it or forbids it; offline, the cache does not have it.
+        OSError: The hub does not answer, or the disk is full.
     """
     try:
         directory = _snapshot(model, patterns, tick)
@@ -236,12 +234,12 @@ def _snapshot(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
     name = repo_folder_name(repo_id=model.path, repo_type="model")
     with locked(models_folder() / f"{name}.lock", cache / name, tick):
         if not constants.is_offline_mode():
-            check_room(model.path, _hub_bytes(what), cache, "HF_HOME")
+            check_disk_space(model.path, _hub_bytes(what), cache, "HF_HOME")
         return Path(snapshot_download(**what))
 
 
 def _hub_bytes(what: Mapping[str, Any]) -> int:
-    """What is still to be fetched; 0 where the hub does not answer, which may do no harm."""
+    """Bytes still to be fetched; 0 if the hub does not answer, as the cache may be enough."""
     try:
         files = snapshot_download(dry_run=True, **what)
     except DryRunError:

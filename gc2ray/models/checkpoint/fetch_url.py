@@ -1,4 +1,4 @@
-"""A model behind an fsspec URL, fetched file by file into the cache."""
+"""Fetches a model from an fsspec URL into the cache, file by file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gc2ray.models.checkpoint.cache import (
     LEFT_OUT,
     UNREADABLE,
     Tick,
-    check_room,
+    check_disk_space,
     locked,
     models_folder,
     unreadable,
@@ -35,22 +35,22 @@ from gc2ray.models.checkpoint.cache import (
 FETCH_THREADS = 8
 
 
-def from_url(url: str, patterns: Sequence[str], tick: Tick) -> Path:
-    """Fetched once per node.
+def fetch_from_url(url: str, patterns: Sequence[str], tick: Tick) -> Path:
+    """Fetch a model once per node, and return its directory.
 
     Raises:
         ConfigError: There is no model, or it may not be read.
-        OSError: The storage does not answer, or the disk has no room.
+        OSError: The storage does not answer, or the disk is full.
     """
-    filesystem, files = files_behind(url, patterns)
+    filesystem, files = list_files(url, patterns)
     directory = models_folder() / _key(url, files)
     partial = directory.with_suffix(".partial")
     with locked(directory.with_suffix(".lock"), partial, tick):
         if not directory.is_dir():
-            if partial.exists():  # of a process that was killed, or failed
+            if partial.exists():  # of a process that was killed or failed
                 shutil.rmtree(partial)
             needed = sum(file.size_bytes for file in files)
-            check_room(url, needed, directory.parent, CACHE_VARIABLE)
+            check_disk_space(url, needed, directory.parent, CACHE_VARIABLE)
             try:
                 _fetch(filesystem, files, partial, tick)
             except UNREADABLE as error:
@@ -59,8 +59,8 @@ def from_url(url: str, patterns: Sequence[str], tick: Tick) -> Path:
     return directory
 
 
-def files_behind(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list[_File]]:
-    """The filesystem, and what is to be fetched from it.
+def list_files(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list[_File]]:
+    """The filesystem of a URL, and the files to fetch from it.
 
     Raises:
         ConfigError: There is no model, or it may not be read.
@@ -68,8 +68,8 @@ def files_behind(url: str, patterns: Sequence[str] = FETCHED) -> tuple[Any, list
     """
     try:
         filesystem, root = storage_of(url, use_listings_cache=False)
-        found = RETRY_POLICY.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
-        return filesystem, _listed(url, root.rstrip("/"), found, patterns)
+        listing = RETRY_POLICY.call(f"listing {url}", lambda: filesystem.find(root, detail=True))
+        return filesystem, _wanted(url, root.rstrip("/"), listing, patterns)
     except (ImportError, ValueError, *UNREADABLE) as error:
         raise unreadable(url, error) from error
 
@@ -79,10 +79,10 @@ class _File:
     """A file of a model behind a URL.
 
     Attributes:
-        path: In its filesystem.
-        name: Below the model.
-        size_bytes: 0 where the storage does not tell.
-        version: What changes with its content, as far as the storage tells.
+        path: Path in its filesystem.
+        name: Path below the model.
+        size_bytes: Size; 0 if the storage does not report it.
+        version: ETag or time of change; empty if the storage reports neither.
     """
 
     path: str
@@ -91,16 +91,16 @@ class _File:
     version: str
 
 
-def _listed(
-    url: str, root: str, found: Mapping[str, Mapping[str, Any]], patterns: Sequence[str]
+def _wanted(
+    url: str, root: str, listing: Mapping[str, Mapping[str, Any]], patterns: Sequence[str]
 ) -> list[_File]:
-    """What is to be fetched, in order of name.
+    """The files of a listing that are to be fetched, in order of name.
 
     Raises:
         ConfigError: There is no model, or a name leads out of it.
     """
     files = []
-    for path, info in found.items():
+    for path, info in listing.items():
         if path == root:
             continue  # a file, not a directory
         name = path.removeprefix(f"{root}/")
@@ -126,21 +126,21 @@ def _key(url: str, files: Sequence[_File]) -> str:
 
 
 def _fetch(filesystem: Any, files: Sequence[_File], partial: Path, tick: Tick) -> None:
-    """Files into a new folder, and onto the disk."""
+    """Fetch files into a new folder, and sync them to the disk."""
 
     def fetch(file: _File) -> None:
         target = partial / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        told = Callback(hooks={"tick": lambda *_args, **_told: tick()})
+        callback = Callback(hooks={"tick": lambda *_args, **_kwargs: tick()})
         get = filesystem.get_file
         RETRY_POLICY.call(
-            f"fetching {file.path}", lambda: get(file.path, str(target), callback=told)
+            f"fetching {file.path}", lambda: get(file.path, str(target), callback=callback)
         )
         with target.open("rb+") as written:
             os.fsync(written.fileno())
             size = written.seek(0, os.SEEK_END)
         if size != file.size_bytes > 0:
-            raise OSError(f"{file.path}: {size} bytes came of {file.size_bytes}")
+            raise OSError(f"{file.path}: only {size} of {file.size_bytes} bytes were received")
 
     with ThreadPoolExecutor(FETCH_THREADS, "gc2ray-fetch") as pool:
         list(pool.map(fetch, files))

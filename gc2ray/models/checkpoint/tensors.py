@@ -1,10 +1,10 @@
-"""What the weight files of a checkpoint say before any of them is loaded: names, types, shapes.
+"""Headers of a checkpoint's weight files: names, dtypes and shapes of its tensors.
 
-Only headers are read, so that looking costs milliseconds whatever the weights weigh. What cannot be
-loaded as it is meant is refused here, with the reason: pickles, shards that are missing or cut
-short, weights that were quantised, a tensor under two names.
+Only headers are read, which takes milliseconds for weights of any size. Weights that cannot be
+loaded correctly are refused, with the reason: pickles, files that are missing or cut short,
+quantised weights, a tensor under two names.
 
-Not covered: which tensors a model needs (`gc2ray.families` asks transformers), and their values.
+Not covered: which tensors a model needs (`gc2ray.models.loading` checks that), and their values.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class TensorHeader:
     """A tensor as its file describes it.
 
     Attributes:
-        kind: Type of its numbers, as safetensors names it.
-        shape: Its sizes.
+        kind: Dtype, as safetensors names it.
+        shape: Shape of the tensor.
     """
 
     kind: str
@@ -61,7 +61,7 @@ def check_named_once(directory: Path, headers: Mapping[str, TensorHeader]) -> No
     """Refuse weights in which a tensor is there under an old name and a new one.
 
     Raises:
-        ConfigError: One is: which of the two would be taken is nobody's choice.
+        ConfigError: A tensor has two names, and either might be loaded.
     """
     names: dict[tuple[str, ...], str] = {}
     for name in sorted(headers):
@@ -78,21 +78,21 @@ def check_unquantised(directory: Path, headers: Mapping[str, TensorHeader]) -> N
     """Refuse weights that were quantised, whatever the configuration says of them.
 
     Raises:
-        ConfigError: They look like that.
+        ConfigError: Some tensors look quantised.
     """
-    found = [name for name, header in sorted(headers.items()) if _looks_quantised(name, header)]
-    if found:
+    names = [name for name, header in sorted(headers.items()) if _looks_quantised(name, header)]
+    if names:
         raise ConfigError(
-            f"recipe.model.path: {directory} has quantised weights ({len(found)} tensors, the "
-            f"first is {found[0]} of type {headers[found[0]].kind}), but its config.json has no "
+            f"recipe.model.path: {directory} has quantised weights ({len(names)} tensors, the "
+            f"first is {names[0]} of type {headers[names[0]].kind}), but its config.json has no "
             "quantization_config; quantised checkpoints are not supported: name the original"
         )
 
 
 def table_rows(headers: Mapping[str, TensorHeader]) -> int | None:
-    """Tokens that the text table has rows for; None where no tensor, or more than one, is it."""
-    found = [headers[name].shape for name in headers if name.endswith("embed_tokens.weight")]
-    return found[0][0] if len(found) == 1 and found[0] else None
+    """Rows of the text table; None if there is not exactly one such tensor."""
+    shapes = [headers[name].shape for name in headers if name.endswith("embed_tokens.weight")]
+    return shapes[0][0] if len(shapes) == 1 and shapes[0] else None
 
 
 def _files(directory: Path) -> list[Path]:
@@ -122,9 +122,9 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _no_weights(directory: Path) -> str:
-    """Why there are none that can be loaded."""
+    """Why there are no weights that can be loaded."""
     if any(directory.glob("*.safetensors")):
-        return f"has weights, but neither {SINGLE} nor {INDEX}, which says what is where"
+        return f"has weights, but neither {SINGLE} nor {INDEX}, which lists the files"
     if any(path for pattern in PICKLES for path in directory.glob(pattern)):
         return (
             "has its weights in pickles only, which may run code when they are opened and are "

@@ -1,10 +1,10 @@
 """LLaVA-NeXT: CLIP views, class-token scores, "spatial_unpad" packing.
 
-The backbones (Vicuna, Mistral, Llama-3) differ in the language model only, which this module knows
-as a text table and a few numbers of its config.
+The backbones (Vicuna, Mistral, Llama-3) differ in the language model only, of which this module
+uses the text table and a few numbers of the config.
 
-* Features are the hidden states that the config names (layer -2 as a rule). The layers behind them
-  are not run, but for what the scores need: the input of the last one.
+* Features are the hidden states that the config names (layer -2 as a rule). Layers behind them are
+  run only as far as the scores need: up to the input of the last one.
 * Scores are the class token's row of the last layer's attention, before the softmax, averaged over
   heads. `mean_h(scale q_h k_h) = scale/H q k` over the full width, and k is linear in the input, so
   the row folds to one product per token, `(W_k^T q) x + q b_k`: no keys, no heads, float32.
@@ -37,17 +37,11 @@ from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.models.base import ModelMetadata, Prompt
-from gc2ray.models.image_processor import AnyRes, Tiles, anyres_of
+from gc2ray.models.image_processor import AnyRes, Tiles, anyres_from_processor
 from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, kernel_for
 from gc2ray.models.layers.linear import Linear, packed_module
-from gc2ray.models.shape import ModelShape, Needs
+from gc2ray.models.shape import CPU_TOWER_VIEWS, GPU_TOWER_VIEWS, ModelShape, Needs
 
-GPU_VIEWS, CPU_VIEWS = 32, 8
-"""Views that go through the tower at once; bounds its activations.
-
-On a CPU few are faster, as activations stay in its caches (5 layers of width 96, 40 views: 1.1 s
-with 2 to 16 at once, 1.3 s with 40; with two threads 0.70 s with 4, 0.65 s with 5 to 16).
-"""
 QUICK_GELU = 1.702
 """The factor in OpenAI's fast approximation of GELU, as transformers has it."""
 
@@ -57,55 +51,55 @@ class LlavaNext:
 
     def __init__(self, model: Any, processor: Any) -> None:
         inner, config = model.model, model.config
-        outline = self.outline(config, processor, inner.image_newline.dtype.itemsize)
+        metadata = self.metadata(config, processor, inner.image_newline.dtype.itemsize)
         self._weights = sum(parameter.nbytes for parameter in model.parameters())
         self._tower = inner.vision_tower
         self._layers = list(self._tower.encoder.layers)
         self._projector = inner.multi_modal_projector
         self._newline: Tensor = inner.image_newline
         self._text_table = model.get_input_embeddings()
-        self._image_token_id = outline.image_token_id
+        self._image_token_id = metadata.image_token_id
         self._feature_states = _feature_states(config, len(self._tower.encoder.layers))
         self.device: torch.device = self._newline.device
         self.dtype: torch.dtype = self._newline.dtype
-        self.shape, self.anyres, self._side = outline.shape, outline.anyres, outline.side
+        self.shape, self.anyres, self._side = metadata.shape, metadata.anyres, metadata.side
         self._pixels = pixel_table(self.anyres).to(self.device, self.dtype)
         self.max_positions = self.shape.text.max_positions
         self.kv_bytes_per_token = self.shape.kv_bytes_per_token
 
     @staticmethod
-    def outline(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
-        """What is known of a model without its weights.
+    def metadata(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
+        """The model without its weights.
 
         Args:
-            config: Of the model.
-            processor: Its processor.
+            config: The model's config.
+            processor: The model's processor.
             itemsize: Bytes of a weight.
         """
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
-        anyres = anyres_of(processor.image_processor, config)
+        anyres = anyres_from_processor(processor.image_processor, config)
         shape, token = ModelShape.from_config(config, itemsize), int(config.image_token_id)
         return ModelMetadata(shape, anyres, (side, side), processor, token)
 
     def needs(self) -> Needs:
-        """How much memory the model takes; weights as they are, which may be of several types."""
+        """The memory that the model needs; its weights may be of several dtypes."""
         return replace(self.shape.needs(), weights=self._weights)
 
     def freeze(self) -> None:
-        """Prepack linear layers where that is faster; from here on weights must not change."""
+        """Prepack linear layers where that is faster; weights must not change afterwards."""
         run = max(*self._feature_states, len(self._layers) - 1)
         self._layers[:run] = [packed_module(layer, _replacement) for layer in self._layers[:run]]
         self._projector = packed_module(self._projector)
 
     def canvas(self, tiles: Tiles) -> Canvas:
-        """Where the image lies on its canvas of tokens."""
+        """The canvas of tokens that the image lies on."""
         return Canvas.from_image_size(tiles.size, tiles.grid, self._side)
 
     def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
         """Run the tower; `features` (V, N, D_vision) are not projected yet."""
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in tiles]))
-        at_once = GPU_VIEWS if self.device.type == "cuda" else CPU_VIEWS
+        at_once = GPU_TOWER_VIEWS if self.device.type == "cuda" else CPU_TOWER_VIEWS
         parts = [self._run_tower(part) for part in pixels.split(at_once)]  # type: ignore[no-untyped-call]  # torch's split is
         counts = [len(image.pixels) for image in tiles]
         features = torch.split(torch.cat([part[0] for part in parts]), counts)
@@ -131,7 +125,7 @@ class LlavaNext:
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Bytes to normalised values by table, on the device: bit-equal to the processor's."""
-        if self.device.type == "cuda":  # from pinned memory the copy does not stop the decoder
+        if self.device.type == "cuda":  # a copy from pinned memory does not block the decoder
             pixels = pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True)
         out = self._pixels.new_empty(len(pixels), 3, *pixels.shape[1:3])
@@ -141,7 +135,7 @@ class LlavaNext:
         return out
 
     def pack(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Tensor]:
-        """Gather, project in one go, put newlines in; per image (K, D_text)."""
+        """Gather, project in one call, insert newlines; per image (K, D_text)."""
         rows = [_gathered(view, chosen) for view, chosen in zip(views, selections, strict=True)]
         packed = self._projector(torch.cat(rows))
         newlines = torch.cat([chosen.source for chosen in selections]) == NEWLINE
@@ -152,18 +146,20 @@ class LlavaNext:
         self,
         token_ids: Sequence[int],
         images: Sequence[Tensor],
-        places: Sequence[OriginalPositions | None] = (),
+        positions: Sequence[OriginalPositions | None] = (),
     ) -> Prompt:
         """Text embeddings with each placeholder replaced by its packed image.
 
         Raises:
-            ValueError: There are not as many placeholders as images.
-            BadRow: There is a token that the model does not know.
+            ValueError: The number of placeholders is not the number of images.
+            BadRow: The model has no embedding for a token.
         """
-        known = self._text_table.num_embeddings
-        if max(token_ids) >= known:  # on a GPU the device would be lost
-            told = f"the prompt has token {max(token_ids)}, and the model's text table {known} rows"
-            raise BadRow(Status.FAILED, f"{told}: its tokenizer is another model's")
+        rows = self._text_table.num_embeddings
+        if max(token_ids) >= rows:  # on a GPU the device would be lost
+            tokens = (
+                f"the prompt has token {max(token_ids)}, and the model's text table {rows} rows"
+            )
+            raise BadRow(Status.FAILED, f"{tokens}: its tokenizer is another model's")
         marks = [i for i, token in enumerate(token_ids) if token == self._image_token_id]
         if len(marks) != len(images):
             raise ValueError(f"{len(marks)} image placeholders for {len(images)} images")
@@ -177,7 +173,7 @@ class LlavaNext:
             visual.append((length, length + len(image)))
             before, length = mark + 1, length + len(image)
         embeds = torch.cat([*parts, text[before:]])
-        return Prompt(embeds, tuple(visual), _positions(embeds, visual, places))
+        return Prompt(embeds, tuple(visual), _positions(embeds, visual, positions))
 
 
 class _FeedForward(nn.Module):
@@ -208,7 +204,7 @@ class _ViewAttention(nn.Module):
         self._attend = compiled
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """(V, N, D) to (V, N, D), and no weights, which nobody reads."""
+        """(V, N, D) to (V, N, D); attention weights are not returned."""
         views, tokens, width = hidden_states.shape
         queries, keys, values = (
             part.view(views * tokens, -1, self._size)
@@ -224,7 +220,7 @@ class _ViewAttention(nn.Module):
 
 
 def _replacement(module: nn.Module) -> nn.Module | None:
-    """What a tower layer computes in a way of our own."""
+    """The module that replaces a submodule of a tower layer, or None to keep it."""
     if isinstance(module, CLIPMLP) and isinstance(module.activation_fn, QuickGELUActivation):
         return _FeedForward(module)
     if isinstance(module, CLIPAttention):
@@ -238,8 +234,8 @@ def class_token_scores(layer: Any, state: Tensor) -> Tensor:
     """Mean over heads of the class token's attention logits to every patch, float32 (V, N).
 
     Args:
-        layer: The CLIP encoder layer whose attention is meant; it is not run.
-        state: Its input, (V, 1 + N, D), class token first.
+        layer: The CLIP encoder layer of the scores; it is not run.
+        state: The layer's input, (V, 1 + N, D), class token first.
     """
     attention, norm = layer.self_attn, layer.layer_norm1
     size = state.shape[-1:]
@@ -252,16 +248,17 @@ def class_token_scores(layer: Any, state: Tensor) -> Tensor:
 
 
 def _positions(
-    embeds: Tensor, visual: Sequence[tuple[int, int]], places: Sequence[OriginalPositions | None]
+    embeds: Tensor, visual: Sequence[tuple[int, int]], originals: Sequence[OriginalPositions | None]
 ) -> Tensor | None:
     """Positions of a prompt (T,) in which images have their uncompressed lengths."""
-    if all(known is None for known in places):
+    if all(original is None for original in originals):
         return None
     positions = torch.arange(len(embeds), device=embeds.device)
-    for (first, stop), known in zip(visual, places, strict=True):
-        if known is not None:
-            positions[first:stop] += known.index - torch.arange(stop - first, device=embeds.device)
-            positions[stop:] += known.length - (stop - first)
+    for (first, stop), original in zip(visual, originals, strict=True):
+        if original is not None:
+            compact = torch.arange(stop - first, device=embeds.device)
+            positions[first:stop] += original.index - compact
+            positions[stop:] += original.length - (stop - first)
     return positions
 
 

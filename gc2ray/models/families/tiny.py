@@ -1,4 +1,4 @@
-"""A small untrained LLaVA-NeXT: for benchmarks, for tests, and for the pocket model to start from.
+"""A small untrained LLaVA-NeXT: for benchmarks and tests, and to train the demo's model from.
 
 Real architecture, real processor, real files; random weights, so its answers mean nothing.
 """
@@ -48,7 +48,7 @@ class TinySpec:
         backbone: `llama` or `mistral`.
         grids: Crop grids (rows, columns) that the pinpoints allow.
         vision_layers: Hidden states that make the features.
-        activation: Of the tower's feed-forward layers.
+        activation: Activation of the tower's feed-forward layers.
         rope_theta: Base of the rotary frequencies.
         corpus: Texts that the tokenizer is trained on; their words become its tokens.
         vocabulary: Tokens at most.
@@ -57,7 +57,7 @@ class TinySpec:
         vision_ffn: Width of the tower's feed-forward layers; None is twice the tower's.
         text_ffn: Width of the language model's; None is twice the language model's.
         spread: Standard deviation of the random weights.
-        seed: Of the random weights.
+        seed: Seed of the random weights.
     """
 
     image_size: int = 84
@@ -89,12 +89,12 @@ def build_tiny(directory: Path, spec: TinySpec | None = None) -> Path:
 def untrained(
     spec: TinySpec, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """Model and processor of `spec`, in memory; a large model is made where it will be used.
+    """Model and processor of `spec`, in memory; a large model is made on its own device.
 
     Args:
-        spec: Sizes.
-        device: Where; None is the CPU.
-        dtype: Of the weights.
+        spec: Sizes of the model.
+        device: Device that the weights are made on; None is the CPU.
+        dtype: Dtype of the weights.
     """
     tokenizer = _tokenizer(spec)
     config = _config(spec, tokenizer)

@@ -120,7 +120,7 @@ class Step:
 
     @cached_property
     def only_last(self) -> Step:
-        """The same with each sequence's last token alone."""
+        """The step with only the last token of each sequence."""
         if self.most_new == 1:
             return self
         chunks = [replace(chunk, new=1) for chunk in self.host_chunks]

@@ -118,7 +118,7 @@ def attend_varlen(
 def attend_flash(
     step: Step, layer: int, queries: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """The same by the operator behind it; see `Attend`.
+    """All sequences in one call of the operator behind `varlen_attn`; see `Attend`.
 
     For torch before 2.12, whose `varlen_attn` takes neither grouped heads nor used lengths.
     """

@@ -7,9 +7,9 @@ sequences of a step, or all views of a batch, in one call. Against torch's (`job
 attention`): 1.3x for views of 577 tokens, 2.1x for prompts of 300 tokens and 1.3x for 2,900, 1.9x
 for 32 rows that decode. Answering end to end at retention 0.1 takes 0.88 of the time (7 pairs).
 
-`compiled_attention.c` says how. It is built when gc2ray is installed, if there is a compiler;
-`compiled_kernel` is None where it was not, and the callers have torch's attention instead. Threads
-are OpenMP's, which torch has loaded already, so both use the same ones.
+The code is in `cpu_attention.c`, which is built when gc2ray is installed, if there is a compiler;
+else `compiled_kernel` returns None and the callers use torch's attention. Threads are those of
+OpenMP, which torch has loaded already, so both use the same ones.
 
 Not covered: other dtypes, devices and processors, masks other than causal and a window, dropout.
 With AVX-512 torch's own kernels are wider: on an Intel Xeon (Sapphire Rapids, one thread,
@@ -37,7 +37,7 @@ TILE = 16
 
 
 class _Heads(ctypes.Structure):
-    """Where features of a head's token lie: `Heads` in C."""
+    """Addresses of the features of each head's tokens: `Heads` in C."""
 
     _fields_ = (
         ("at", ctypes.c_void_p),
@@ -47,7 +47,7 @@ class _Heads(ctypes.Structure):
 
     @staticmethod
     def from_tensor(states: Tensor) -> _Heads:
-        """Of a tensor (heads, tokens, features)."""
+        """The addresses within a tensor (heads, tokens, features)."""
         return _Heads(states.data_ptr(), states.stride(0), states.stride(1))
 
 
@@ -73,9 +73,10 @@ class SequenceTable:
     """Where sequences lie among the keys, and how many queries they have.
 
     Attributes:
-        table: First key, keys, and queries of each, int64 (S, 3). Queries belong to the last keys.
-        queries: Of all of them.
-        stop: Keys behind the last one that any of them has.
+        table: First key, number of keys, and number of queries of each sequence, int64 (S, 3).
+            Queries belong to the last keys.
+        queries: Queries of all sequences.
+        stop: Index behind the last key of any sequence.
     """
 
     table: Tensor
@@ -84,10 +85,10 @@ class SequenceTable:
 
     @staticmethod
     def from_sequences(sequences: Sequence[tuple[int, int, int]]) -> SequenceTable:
-        """Of first key, keys and queries of each.
+        """From first key, number of keys and number of queries of each sequence.
 
         Raises:
-            ValueError: A sequence begins before the first key, or has no query, or more than keys.
+            ValueError: A sequence begins before the first key, or has no or more queries than keys.
         """
         for start, tokens, queries in sequences:
             if start < 0 or not 1 <= queries <= tokens:
@@ -101,15 +102,16 @@ class SequenceTable:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which tokens a query sees, and how scores are scaled.
+    """The tokens that a query sees, and the scale of scores.
 
     Attributes:
-        scale: What scores are multiplied by.
-        causal: None behind the query.
-        window: The last so many before it, itself included; None for all. Only with `causal`.
+        scale: Factor of the scores.
+        causal: Whether a query sees no token behind it.
+        window: Tokens that a query sees, itself included; None for all before it. Only with
+            `causal`.
 
     Raises:
-        ValueError: A window of none, or without `causal`.
+        ValueError: The window is below 1, or set without `causal`.
     """
 
     scale: float
@@ -123,7 +125,7 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class CompiledAttention:
-    """The compiled function; `compiled_kernel` has it."""
+    """The compiled function; `compiled_kernel` returns it."""
 
     library: ctypes.CDLL
 
@@ -137,20 +139,20 @@ class CompiledAttention:
     ) -> Tensor:
         """Attention of sequences to themselves.
 
-        What a sequence gets depends neither on the others nor on the number of threads.
+        A sequence's result depends neither on the others nor on the number of threads.
 
         Args:
             queries: (T, query heads, features): those of each sequence after those of the last.
             keys: (heads, tokens, features); consecutive query heads share one.
-            values: Likewise.
-            sequences: Where the sequences lie in them.
-            pattern: What queries see.
+            values: (heads, tokens, features), like `keys`.
+            sequences: Where the sequences lie among the keys.
+            pattern: Which tokens queries see.
 
         Returns:
             (T, query heads, features).
 
         Raises:
-            ValueError: Sizes, dtypes or memory layouts are not what is needed.
+            ValueError: Sizes, dtypes or memory layouts do not fit.
             torch.OutOfMemoryError: There is no memory for scores.
         """
         _check(queries, keys, values, sequences)
@@ -177,17 +179,17 @@ class CompiledAttention:
 
 
 def compiled_kernel() -> CompiledAttention | None:
-    """The compiled attention, or None where it was not built or the processor has no use for it."""
+    """The compiled attention, or None if it was not built or is not for this processor."""
     return _loaded(torch.backends.cpu.get_cpu_capability(), LIBRARY)
 
 
 def kernel_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledAttention | None:
-    """The compiled attention if it takes heads of so many features, or None.
+    """The compiled attention if it supports such heads, or None.
 
     Args:
         size: Features of a head.
-        dtype: Of queries, keys and values.
-        device: Where they are.
+        dtype: Dtype of queries, keys and values.
+        device: Their device.
     """
     suits = device.type == "cpu" and dtype == torch.float32 and size % TILE == 0
     return compiled_kernel() if suits else None
@@ -195,7 +197,7 @@ def kernel_for(size: int, dtype: torch.dtype, device: torch.device) -> CompiledA
 
 @cache
 def _loaded(capability: str, name: str) -> CompiledAttention | None:
-    """Looked for, and told about, once."""
+    """Load the library and log the result, once."""
     if capability != "AVX2":
         log.info("compiled attention is for AVX2, not %s: torch's is used", capability)
         return None
@@ -219,7 +221,7 @@ def _loaded(capability: str, name: str) -> CompiledAttention | None:
 
 
 def _check(queries: Tensor, keys: Tensor, values: Tensor, sequences: SequenceTable) -> None:
-    """Whether the compiled code may read what it is about to read."""
+    """Refuse tensors that the compiled code cannot read."""
     heads, tokens, size = keys.shape
     shapes = f"{list(queries.shape)}, {list(keys.shape)}, {list(values.shape)}"
     if keys.shape != values.shape or queries.shape[2] != size or queries.shape[1] % heads:
@@ -227,8 +229,8 @@ def _check(queries: Tensor, keys: Tensor, values: Tensor, sequences: SequenceTab
     if size % TILE:
         raise ValueError(f"heads of {size} features; a multiple of {TILE} is needed")
     if len(queries) != sequences.queries or sequences.stop > tokens:
-        wanted = f"{sequences.queries} queries and {sequences.stop} keys"
-        raise ValueError(f"{wanted} are described, there are {len(queries)} and {tokens}")
+        described = f"{sequences.queries} queries and {sequences.stop} keys"
+        raise ValueError(f"{described} are described, there are {len(queries)} and {tokens}")
     for states in (queries, keys, values):
         if states.dtype != torch.float32 or states.device.type != "cpu" or states.stride(2) != 1:
             raise ValueError(

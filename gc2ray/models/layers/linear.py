@@ -1,10 +1,10 @@
-"""Linear layers as fast as the machine has them: prepacked by oneDNN on a CPU in float32.
+"""Fast linear layers: prepacked by oneDNN on a CPU in float32.
 
 MKL, which torch uses for float32 there, holds back on processors that are not Intel's, and with few
 rows on others too; oneDNN's kernels do not. Weights are reordered once, when a layer is packed, so
-a packed layer is a copy: the model it came from stays as it is and goes on working. Elsewhere (on
-GPUs, in other dtypes, without oneDNN) a layer reads the model's own weights, as it does
-where that is as fast: without AVX-512, from `FEW_ROWS` on.
+a packed layer is a copy: the model it came from stays unchanged and usable. Elsewhere (on GPUs, in
+other dtypes, without oneDNN) a layer reads the model's own weights, as it does where that is as
+fast: without AVX-512, from `FEW_ROWS` on.
 
 Measured, one thread, (rows x in x out), plain against prepacked GFLOP/s: on an AMD EPYC with
 AVX-512 (16 x 512 x 1376) 82 -> 194, (1024 x 512 x 1376) 88 -> 225, (16 x 512 x 32000) 48 -> 140; on
@@ -38,13 +38,13 @@ class Linear:
     """One or several linear layers on the same input.
 
     Attributes:
-        sizes: Features that each of them puts out.
-        weights: Their weights, (out, in) each.
-        biases: Theirs; None where there is none.
+        sizes: Output features of each layer.
+        weights: Weights of each layer, (out, in).
+        biases: Biases of each layer; None for a layer without.
         packed: All weights prepacked in one, or None.
-        joined: All biases in one, where packed.
-        product: What products with weights are multiplied by.
-        shift: What biases are multiplied by.
+        joined: All biases in one, if packed.
+        product: Factor of the products with weights.
+        shift: Factor of the biases.
     """
 
     sizes: tuple[int, ...]
@@ -60,7 +60,7 @@ class Linear:
         """Pack layers where the machine can, else refer to them.
 
         Args:
-            layers: What is computed on the same input.
+            layers: Layers that have the same input.
             product: A factor of the products with the weights; it costs no pass over the outputs.
             shift: A factor of the biases.
         """
@@ -75,11 +75,11 @@ class Linear:
         return Linear(sizes, weights, biases, packed, joined, product, shift)
 
     def rows_to_run(self, rows: int) -> int:
-        """Rows that are computed for `rows` of them, see the module."""
+        """Rows that are computed for `rows` rows, padding included; see the module."""
         return rows_to_run(rows) if self._runs_packed(rows) else rows
 
     def each(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """What each layer makes of `inputs` (T, in): (T, out) each."""
+        """Each layer's output of `inputs` (T, in): (T, out)."""
         if self._runs_packed(inputs.shape[:-1].numel()):
             return torch.split(self(inputs), list(self.sizes), dim=-1)
         pairs = zip(self.weights, self.biases, strict=True)
@@ -118,10 +118,10 @@ class Linear:
 
 
 def rows_to_run(rows: int) -> int:
-    """The next larger one of few numbers of rows.
+    """The next larger of a few numbers of rows.
 
-    An octave has 2 of them, from 16 on 4, from 128 on 8, from 512 on 16. With few rows padding
-    costs least, as reading the weights is most of the work.
+    There are 2 of them between two powers of two, 4 from 16 on, 8 from 128 on, 16 from 512 on. With
+    few rows padding costs least, as reading the weights is most of the work.
     """
     if rows <= 2:
         return rows
@@ -132,19 +132,19 @@ def rows_to_run(rows: int) -> int:
 
 
 Replacement = Callable[[nn.Module], nn.Module | None]
-"""What takes a submodule's place in a twin; None for its own twin."""
+"""Returns the replacement of a submodule, or None to pack the submodule itself."""
 
 
 def packed_module(module: nn.Module, replacement: Replacement = lambda _: None) -> nn.Module:
     """A twin of a module whose linear layers are packed; it shares all other parameters with it.
 
-    A whole model goes on being one: a twin's `generate` works, and hooks put on either of them are
-    not put on the other, but for submodules in which nothing is packed: they have those in common.
-    The same module comes back where nothing can be packed.
+    The twin of a whole model is a whole model: its `generate` works. Hooks put on one of them are
+    not put on the other, except on submodules in which nothing is packed, which they share. Where
+    nothing can be packed, the module itself is returned.
 
     Args:
-        module: What is to be packed.
-        replacement: Asked for every submodule with linear layers in it.
+        module: The module to pack.
+        replacement: Called for every submodule with linear layers in it.
     """
     if not any(isinstance(m, nn.Linear) and _can_pack([m.weight]) for m in module.modules()):
         return module
@@ -167,8 +167,8 @@ class _PackedModule(nn.Module):
 def _twin(module: nn.Module, replacement: Replacement) -> nn.Module:
     twin: Any = object.__new__(type(module))
     for name, value in module.__dict__.items():
-        # Hooks lie in dicts: transformers puts some on at a model's first run, and would put the
-        # twin's on the module as well, whose layers would then be recorded twice.
+        # Hooks are in dicts. transformers adds some at a model's first run; without copies it would
+        # add the twin's to the module as well, whose layers would then be recorded twice.
         twin.__dict__[name] = copy(value) if isinstance(value, dict) else value
     twin._modules = {
         name: child if child is None else packed_module(child, replacement)
@@ -197,11 +197,11 @@ def _can_pack(weights: Sequence[Tensor]) -> bool:
 
 def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int], shift: float) -> Tensor | None:
     """One bias for layers packed together, times `shift`; those without one add nothing."""
-    known = [bias for bias in biases if bias is not None]
-    if not known:
+    present = [bias for bias in biases if bias is not None]
+    if not present:
         return None
     parts = [
-        known[0].new_zeros(size) if bias is None else bias
+        present[0].new_zeros(size) if bias is None else bias
         for bias, size in zip(biases, sizes, strict=True)
     ]
     return torch.cat(parts).mul_(shift)
