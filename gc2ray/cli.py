@@ -184,7 +184,7 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
 
         job = load_job(config, overrides or [])
         table = load_hardware(hardware)
-        pace = MeasuredRates.of(read_totals(like)) if like else None
+        pace = MeasuredRates.from_totals(read_totals(like)) if like else None
         recipe = job.recipe
         model = load_metadata(
             str(fetch_metadata(recipe.model)),
@@ -392,7 +392,9 @@ def _pictures(output: str, keys: Sequence[str]) -> list[Picture]:
     from gc2ray.report.page import Picture
     from gc2ray.report.show import map_tokens
 
-    return [Picture.of(looked) for looked in map_tokens(output, list(dict.fromkeys(keys)))]
+    return [
+        Picture.from_token_map(looked) for looked in map_tokens(output, list(dict.fromkeys(keys)))
+    ]
 
 
 @app.command()

@@ -44,7 +44,6 @@ BORDERS: dict[str, set[str]] = {
     "huggingface_hub": {"core/errors.py", "data", "models/checkpoint"},
     "filelock": {"models/checkpoint"},
     "fsspec": {"data", "models/checkpoint"},
-    "psutil": {"engine/device.py", "output/heartbeats.py", "runner"},
     "pyarrow": {"core/schema.py", "data", "output", "runner", "report/show.py", "demo"},
     "PIL": {"data", "models", "demo"},
     "pydantic": {"core/config", "estimate/hardware.py"},

@@ -132,7 +132,7 @@ class Prices:
     kind: str = "on_demand"
     usd_per_hour: float | None = None
 
-    def of(self, device: str) -> float | None:
+    def per_hour(self, device: str) -> float | None:
         """What an hour of a device costs."""
         if self.usd_per_hour is not None:
             return self.usd_per_hour

@@ -54,7 +54,7 @@ class MeasuredRates:
     output_tokens: Interval
 
     @staticmethod
-    def of(ledger: RunTotals) -> MeasuredRates:
+    def from_totals(ledger: RunTotals) -> MeasuredRates:
         """The pace of an output's first round.
 
         Raises:

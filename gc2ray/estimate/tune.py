@@ -98,7 +98,7 @@ def tuned(job: Job, wish: TuneRequest) -> Tuning:
     own = job.recipe.compression
     policies = {setting.name: setting.config(own) for setting in settings}
     engine = Engine(load_model(job.recipe, job.cluster), job.recipe, job.cluster, policies=policies)
-    price = wish.prices.of(engine.device)
+    price = wish.prices.per_hour(engine.device)
     if target.budget_usd is not None and price is None:
         raise ConfigError(f"--budget-usd: no price of {engine.device} is known; --usd-per-hour")
     trials = measure(engine, requests, settings)

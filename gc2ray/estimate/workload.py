@@ -45,7 +45,7 @@ class TokenBounds:
     newlines: Interval
 
     @staticmethod
-    def of(canvas: Canvas, compression: CompressionConfig) -> TokenBounds:
+    def from_canvas(canvas: Canvas, compression: CompressionConfig) -> TokenBounds:
         """By an image's geometry alone."""
         low, high = CompressionPolicy.from_config(compression).compressor.bounds(canvas)
         visual = Interval(low, (low + high) / 2, high)
@@ -178,7 +178,7 @@ class _Rows:
     def kept(self, canvas: Canvas) -> TokenBounds:
         found = self._kept.get(canvas)
         if found is None:
-            found = self._kept[canvas] = TokenBounds.of(canvas, self._compression)
+            found = self._kept[canvas] = TokenBounds.from_canvas(canvas, self._compression)
         return found
 
     def measures(self, shown: PromptShape) -> np.ndarray:

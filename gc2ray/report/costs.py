@@ -61,7 +61,7 @@ def _devices(workers: Sequence[WorkerRecord], prices: Prices) -> tuple[DeviceTim
         lived = (worker.last_seen - worker.started).total_seconds()
         seconds.setdefault(worker.device, []).append(lived * worker.devices)
     return tuple(
-        DeviceTime(device, len(found), sum(found), prices.of(device))
+        DeviceTime(device, len(found), sum(found), prices.per_hour(device))
         for device, found in sorted(seconds.items())
     )
 

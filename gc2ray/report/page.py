@@ -62,7 +62,7 @@ class Picture:
     panels: Sequence[tuple[str, str]]
 
     @staticmethod
-    def of(looked: TokenMap) -> Picture:
+    def from_token_map(looked: TokenMap) -> Picture:
         """With its pictures drawn."""
         drawn = [
             (panel.title, f"data:image/webp;base64,{b64encode(panel.webp).decode()}")

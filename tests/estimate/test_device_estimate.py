@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_told_and_not_priced() -> None:
 
 
 def test_a_run_on_the_same_device_tells_better() -> None:
-    pace = MeasuredRates.of(
+    pace = MeasuredRates.from_totals(
         ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
     )
     offer = bid(pace=pace).offer(FORECAST, BIG)
@@ -133,7 +133,7 @@ def test_second_looks_are_paid_for() -> None:
         cache_read_bytes=END.cache_read_bytes // 10,
     )
     audited = replace(FORECAST, audits=(RunStats(), tenth, END))
-    pace = MeasuredRates.of(
+    pace = MeasuredRates.from_totals(
         ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
     )
     for bidding in (bid(), bid(pace=pace)):

@@ -104,7 +104,7 @@ def ledger(
 
 def test_a_run_foretells_itself() -> None:
     bill = Usage({UsageKind.USEFUL: 40.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
-    found = MeasuredRates.of(ledger([PART] * 4, bill, wall=26.0))
+    found = MeasuredRates.from_totals(ledger([PART] * 4, bill, wall=26.0))
     total = sum([PART] * 4, RunStats())
     asked = replace(total, rows=40)  # those that can be answered
     assert found.seconds(asked) == pytest.approx(40.0)
@@ -117,7 +117,7 @@ def test_a_run_foretells_itself() -> None:
 
 
 def test_stages_scale_with_what_they_do() -> None:
-    found = MeasuredRates.of(ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0})))
+    found = MeasuredRates.from_totals(ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0})))
     less = replace(PART, rows=10, flops=PART.flops | {"prefill": 10**12})
     whole = found.seconds(replace(PART, rows=10))
     assert whole - found.seconds(less) == pytest.approx(4 * 7 / 8)
@@ -127,7 +127,7 @@ def test_stages_scale_with_what_they_do() -> None:
 
 def test_stages_that_overlapped_are_not_counted_twice() -> None:
     """On a GPU vision runs beside decoding: 9 s of stages in 6 s."""
-    found = MeasuredRates.of(ledger([PART] * 2, Usage({UsageKind.USEFUL: 12.0})))
+    found = MeasuredRates.from_totals(ledger([PART] * 2, Usage({UsageKind.USEFUL: 12.0})))
     assert found.per_answer == 0
     assert found.seconds(replace(PART, rows=10)) == pytest.approx(6.0)
 
@@ -142,8 +142,8 @@ def test_second_looks_slow_no_pace() -> None:
     assert audit_share(looked) == pytest.approx(1 / 3)
     assert audit_share(PART) == audit_share(RunStats()) == 0
     bill = Usage({UsageKind.USEFUL: 60.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
-    found = MeasuredRates.of(ledger([looked] * 4, bill, wall=36.0))
-    plain = MeasuredRates.of(
+    found = MeasuredRates.from_totals(ledger([looked] * 4, bill, wall=36.0))
+    plain = MeasuredRates.from_totals(
         ledger([PART] * 4, Usage({**bill.seconds, UsageKind.USEFUL: 40.0}), wall=26.0)
     )
     assert found.per_flop == pytest.approx(plain.per_flop)
@@ -151,24 +151,24 @@ def test_second_looks_slow_no_pace() -> None:
     assert found.per_output_token == pytest.approx(plain.per_output_token)
     assert found.worker_seconds == plain.worker_seconds == 5.0
     assert found.start_seconds == pytest.approx(plain.start_seconds)
-    unbilled = MeasuredRates.of(ledger([looked] * 4, Usage()))
-    assert unbilled.per_flop == MeasuredRates.of(ledger([PART] * 4, Usage())).per_flop
+    unbilled = MeasuredRates.from_totals(ledger([looked] * 4, Usage()))
+    assert unbilled.per_flop == MeasuredRates.from_totals(ledger([PART] * 4, Usage())).per_flop
 
 
 def test_parts_that_differ_make_it_unsure() -> None:
     slow = replace(PART, stage_ns=PART.stage_ns | {"encode": 9 * 10**9})
     even, uneven = (
-        MeasuredRates.of(ledger(parts, Usage({UsageKind.USEFUL: 60.0})))
+        MeasuredRates.from_totals(ledger(parts, Usage({UsageKind.USEFUL: 60.0})))
         for parts in ([PART] * 6, [PART, slow] * 3)
     )
     assert even.spread < uneven.spread < 0.6
-    assert MeasuredRates.of(ledger([PART], Usage())).spread == 1.0
+    assert MeasuredRates.from_totals(ledger([PART], Usage())).spread == 1.0
 
 
 def test_what_tells_no_pace_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing was answered"):
-        MeasuredRates.of(ledger([RunStats(rows=3, by_status={"failed": 3})], Usage()))
+        MeasuredRates.from_totals(ledger([RunStats(rows=3, by_status={"failed": 3})], Usage()))
     with pytest.raises(ConfigError, match=r"ran on A, B; a pace is that of one kind"):
-        MeasuredRates.of(ledger([PART], Usage(), devices=("B", "A")))
-    alone = MeasuredRates.of(ledger([PART], Usage()))
+        MeasuredRates.from_totals(ledger([PART], Usage(), devices=("B", "A")))
+    alone = MeasuredRates.from_totals(ledger([PART], Usage()))
     assert (alone.worker_seconds, alone.start_seconds) == (None, None)

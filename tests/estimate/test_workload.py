@@ -106,7 +106,7 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
     policy = CompressionPolicy.from_config(config)
     (selection,) = policy.packing.apply([views], policy.compressor.many([views]))
     tokens = sum(selection.kept_per_view(5, 36))
-    kept = TokenBounds.of(views.canvas, config)
+    kept = TokenBounds.from_canvas(views.canvas, config)
     assert kept.visual.low <= tokens <= kept.visual.high
     assert kept.newlines.low <= len(selection.source) - tokens <= kept.newlines.high
 
@@ -122,7 +122,7 @@ def test_the_guess_of_newlines_is_near() -> None:
                 (CompressionPolicy.from_config(config).compressor.many([views])[0].source < 0).sum()
             )
         )
-    guess = TokenBounds.of(
+    guess = TokenBounds.from_canvas(
         Canvas.from_image_size((672, 672), (2, 2), (24, 24)), config
     ).newlines.mid
     assert guess == pytest.approx(np.mean(counts), rel=0.05)

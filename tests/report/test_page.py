@@ -62,7 +62,7 @@ class Opened:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     summary, _ = told(a_run(folder / "run"))
-    pictures = [Picture.of(looked_at(f"d/b.parquet#{row}: what?")) for row in range(2)]
+    pictures = [Picture.from_token_map(looked_at(f"d/b.parquet#{row}: what?")) for row in range(2)]
     found = report([summary], {summary.output: pictures})
     file = folder / "report.html"
     file.write_text(found.html)

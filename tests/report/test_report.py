@@ -338,7 +338,12 @@ def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:
     """With what they say escaped, and pictures within the page."""
     summary, without = told(a_run(tmp_path / "one"))
     other, _ = told(a_run(tmp_path / "two"))
-    pictures = {summary.output: [Picture.of(looked_at(EVIL)), Picture.of(looked_at("a#2: who?"))]}
+    pictures = {
+        summary.output: [
+            Picture.from_token_map(looked_at(EVIL)),
+            Picture.from_token_map(looked_at("a#2: who?")),
+        ]
+    }
     found = report([summary, other], pictures)
     page = Elements(found.html)
     assert page.tags.count("img") == 8
