@@ -29,7 +29,7 @@ from gc2ray.core.process import INTERRUPTED, Stopped, run_process, unexpected
 
 if TYPE_CHECKING:
     from gc2ray.output.heartbeats import WorkerRecord
-    from gc2ray.report.page import Picture
+    from gc2ray.report.page import RowImages
 
 # Everything else is imported where it is used: torch, transformers and Ray take seconds to import,
 # and `--help`, a typo in the configuration or `status` should not wait for them.
@@ -92,12 +92,12 @@ def run(
     """Answer every row; run again to go on where it was left."""
     with _exit_codes():
         from gc2ray.core.config.job import load_job
-        from gc2ray.report.terminal import RunDisplay, print_outcome
+        from gc2ray.report.terminal import print_outcome, run_display
         from gc2ray.runner.run import run_job
 
         job = load_job(config, overrides or [])
         console = Console()
-        with RunDisplay(console) as display:
+        with run_display(console) as display:
             outcome = run_job(job, address=address, display=display, extend=extend)
         print_outcome(console, outcome, job.output)
         raise typer.Exit(outcome.exit_code)
@@ -179,21 +179,21 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.models.checkpoint.fetch import fetch_metadata
         from gc2ray.models.loading import load_metadata
         from gc2ray.output.totals import read_totals
-        from gc2ray.report.terminal import Counted
+        from gc2ray.report.terminal import counter
         from gc2ray.report.terminal_tables import print_estimate
 
         job = load_job(config, overrides or [])
         table = load_hardware(hardware)
-        pace = MeasuredRates.from_totals(read_totals(like)) if like else None
+        rates = MeasuredRates.from_totals(read_totals(like)) if like else None
         recipe = job.recipe
         model = load_metadata(
             str(fetch_metadata(recipe.model)),
             dtype=recipe.model.dtype,
             taken_over=recipe.generation.taken_over(),
         )
-        with Counted("rows looked at") as counted:
-            looked = profile_input(recipe, model, None if all_rows else rows, counted.add)
-        assumed = Assumptions(output_tokens=output_tokens, pace=pace, hours=hours)
+        with counter("rows read") as count:
+            looked = profile_input(recipe, model, None if all_rows else rows, count)
+        assumed = Assumptions(output_tokens=output_tokens, rates=rates, hours=hours)
         found = found_for(looked, model, job, table, assumed)
         if as_json:
             typer.echo(json.dumps(found.to_dict()))
@@ -243,9 +243,9 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.core.config.job import load_job
         from gc2ray.estimate.hardware import Prices, load_hardware
         from gc2ray.estimate.recommendation import Target
-        from gc2ray.estimate.tune import TuneRequest, tuned
-        from gc2ray.report.terminal_tables import drawing
-        from gc2ray.report.terminal_tables import print_tuning as shown
+        from gc2ray.estimate.tune import TuneRequest
+        from gc2ray.estimate.tune import tune as tune_job
+        from gc2ray.report.terminal_tables import front_chart, print_tuning
 
         wish = TuneRequest(
             rows=rows,
@@ -255,13 +255,13 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
             reference=reference,
             prices=Prices(load_hardware(hardware), usd_per_hour=usd_per_hour),
         )
-        found = tuned(load_job(config, overrides or []), wish)
+        found = tune_job(load_job(config, overrides or []), wish)
         if svg is not None:
-            _write(svg, drawing(found).encode())
+            _write(svg, front_chart(found).encode())
         if as_json:
             typer.echo(json.dumps(found.to_dict()))
         else:
-            shown(Console(), found)
+            print_tuning(Console(), found)
         raise typer.Exit(0 if found.recommended is not None else 1)
 
 
@@ -302,7 +302,7 @@ def retry(
         from gc2ray.core.config.job import load_cluster
         from gc2ray.output.planner import Judged
         from gc2ray.output.retry import FAILURES, latest_failures, next_retry
-        from gc2ray.report.terminal import RunDisplay, print_outcome
+        from gc2ray.report.terminal import print_outcome, run_display
         from gc2ray.runner.run import run_retry
 
         cluster, console = load_cluster(overrides or []), Console()
@@ -314,7 +314,7 @@ def retry(
             if left.is_too_many:
                 console.print(str(left), soft_wrap=True)
             raise typer.Exit(1 if left.is_too_many else 0)
-        with RunDisplay(console) as display:
+        with run_display(console) as display:
             outcome = run_retry(chosen, cluster, address=address, display=display)
         print_outcome(console, outcome, output, chosen.number)
         raise typer.Exit(outcome.exit_code)
@@ -360,13 +360,13 @@ def report(  # noqa: PLR0913 - typer makes an option of each
         from gc2ray.report.dataset_card import CARD_NAME, write_card
         from gc2ray.report.page import report as told
         from gc2ray.report.summary import summarise
-        from gc2ray.report.terminal import Counted
+        from gc2ray.report.terminal import counter
 
         place = to or f"{outputs[0].rstrip('/')}/report"
         check_place("--to" if to else "OUTPUT", place)
         prices = Prices(load_hardware(hardware), str(price), usd_per_hour)
-        with Counted("parts read") as counted:
-            ledgers = [read_totals(output, counted.add) for output in outputs]
+        with counter("parts read") as count:
+            ledgers = [read_totals(output, count) for output in outputs]
         summaries = [summarise(ledger, prices) for ledger in ledgers]
         pictures = {
             summary.output: _pictures(summary.output, [*(row or ()), *summary.telling_rows(show)])
@@ -385,15 +385,15 @@ def report(  # noqa: PLR0913 - typer makes an option of each
             console.print(name if written else f"{name} is your own, and stays as it is")
 
 
-def _pictures(output: str, keys: Sequence[str]) -> list[Picture]:
+def _pictures(output: str, keys: Sequence[str]) -> list[RowImages]:
     """Of some rows of an output; the model is loaded only where there are any."""
     if not keys:
         return []
-    from gc2ray.report.page import Picture
+    from gc2ray.report.page import RowImages
     from gc2ray.report.show import map_tokens
 
     return [
-        Picture.from_token_map(looked) for looked in map_tokens(output, list(dict.fromkeys(keys)))
+        RowImages.from_token_map(looked) for looked in map_tokens(output, list(dict.fromkeys(keys)))
     ]
 
 
@@ -408,9 +408,9 @@ def show(
     """Draw what was kept of a row's image, and which scores commanded it; loads the model."""
     with _exit_codes():
         from gc2ray.report.heat_map import heat_map
-        from gc2ray.report.show import map_tokens, picture_name
+        from gc2ray.report.show import image_name, map_tokens
 
-        path = to or Path(picture_name(output, row_key))
+        path = to or Path(image_name(output, row_key))
         _write(path, heat_map(next(map_tokens(output, [row_key]))))
         Console().print(str(path), markup=False, soft_wrap=True)
 

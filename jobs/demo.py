@@ -27,7 +27,7 @@ from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.output.planner import Outcome
 from gc2ray.report.evaluation import agreement
-from gc2ray.report.terminal import RunDisplay, print_outcome
+from gc2ray.report.terminal import print_outcome, run_display
 from gc2ray.runner.ray_session import connected
 from gc2ray.runner.run import run_job
 from jobs.support.photos import opened_photos
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _run(console: Console, job: Job) -> Outcome:
-    with RunDisplay(console) as display:
+    with run_display(console) as display:
         outcome = run_job(job, display=display)
     print_outcome(console, outcome, job.output)
     return outcome

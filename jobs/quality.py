@@ -25,6 +25,7 @@ from gc2ray.core.metrics.scores import score
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.demo.spec import MODEL
+from gc2ray.estimate.retentions import TUNED_RETENTIONS
 from jobs.quality_curve import page
 from jobs.quality_curve.controls import ForeignScores
 from jobs.quality_curve.points import (
@@ -43,7 +44,6 @@ from jobs.support.photos import opened_photos
 ROOT = Path(__file__).parents[1]
 METHODS = ("globalcom2", "globalcom2-reference", "local", "uniform", "random", "pool")
 IDENTICAL = tuple(method for method in METHODS if method != "globalcom2-reference")
-RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 TEMPERATURES = (10.0, 1.0, 3.0, 30.0, 100.0)
 LOW = (0.1, 0.05)
 """Where methods are compared row by row."""
@@ -143,7 +143,7 @@ def measure_packings(data: Data, processes: int) -> list[dict[str, Any]]:
 
 def _points(temperature: float) -> list[Point]:
     points = [Point("none"), Point("globalcom2-reference", 1.0, temperature), Point("thumbnail")]
-    points += [Point(method, r, temperature) for r in RETENTIONS[1:] for method in METHODS]
+    points += [Point(method, r, temperature) for r in TUNED_RETENTIONS for method in METHODS]
     points += [Point(name, 0.1, temperature) for name in CONTROLS]
     points += [
         Point("globalcom2", r, temperature, *packing) for r in PACKED for packing in PACKINGS

@@ -147,7 +147,7 @@ def test_verify(tmp_path: Path) -> None:
     for words in (["verify", tmp_path], ["verify", tmp_path, "--deep"]):
         result = here(*words)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert result.stdout.endswith("whole: 17 of 17 planned rows are answered\n")
+        assert result.stdout.endswith("complete: 17 of 17 planned rows are answered\n")
     for number in range(30):
         (tmp_path / f"data/notes-{number:02d}.txt").touch()
     result = here("verify", tmp_path)

@@ -1,4 +1,4 @@
-"""How numbers are told to people: lengths, sizes, money, shares."""
+"""Formats numbers for people: durations, sizes, money, shares."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from collections.abc import Callable
 
 from gc2ray.core.intervals import Interval
 
+SECONDS_PER_HOUR = 3600.0
 MOST_HOURS = 48
-"""Longer ones are told in days."""
-LETTERS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+"""Longer durations are given in days."""
+SI_PREFIXES = (
+    (1e21, "Z"),
+    (1e18, "E"),
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+)
+WHOLE_BELOW = 1e4
+"""Smaller numbers are written in full in texts."""
 
 
 def shown(value: Interval, text: Callable[[float], str] | None = None) -> str:
@@ -20,12 +31,21 @@ def shown(value: Interval, text: Callable[[float], str] | None = None) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits of large numbers."""
-    for size, letter in LETTERS:
-        if value >= size:
-            unit = max(size, 1e3) if letter != "k" else 1e3
-            return f"{precise(value / unit)}{letter}"
-    return whole(value)
+    """Three digits of large numbers, with an SI prefix; small ones in full."""
+    if value < WHOLE_BELOW:
+        return whole(value)
+    unit, prefix = _si_prefix(value)
+    return f"{precise(value / unit)}{prefix}"
+
+
+def si_number(value: float) -> str:
+    """Three digits with an SI prefix, as on the axis of a chart."""
+    unit, prefix = _si_prefix(value)
+    return f"{value / unit:.3g}{prefix}"
+
+
+def _si_prefix(value: float) -> tuple[float, str]:
+    return next((item for item in SI_PREFIXES if abs(value) >= item[0]), (1.0, ""))
 
 
 def precise(value: float) -> str:
@@ -34,8 +54,13 @@ def precise(value: float) -> str:
 
 
 def duration(hours: float) -> str:
-    """Hours as a person says them."""
-    seconds = hours * 3600
+    """A number of hours, in a unit that suits it."""
+    return seconds_text(hours * SECONDS_PER_HOUR)
+
+
+def seconds_text(seconds: float) -> str:
+    """A number of seconds, in a unit that suits it."""
+    hours = seconds / SECONDS_PER_HOUR
     if seconds < 120:
         return f"{precise(seconds)} s" if seconds < 10 else f"{seconds:.0f} s"
     if hours < 2:

@@ -1,7 +1,7 @@
-"""What a run will cost, before any of it is spent: rows, tokens, time, memory, money.
+"""The cost of a run before it starts: rows, tokens, time, memory, money.
 
-Rows are counted by a `InputProfile`, what they ask for by a `Workload`, and what that takes on a
-device by an `DeviceEstimate`. Whatever is not known is a `Interval`, whose ends take everything
+`InputProfile` counts rows, `Workload` the work that they ask for, and `DeviceEstimate` says what
+that takes on a device. A figure that is not known exactly is a `Interval` that covers everything
 unknown together.
 
 Not covered: retries, and a cluster that shares its machines with others.
@@ -19,40 +19,37 @@ from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Job
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Interval
-from gc2ray.estimate.device_estimate import DeviceEstimate, DeviceEstimator
-from gc2ray.estimate.hardware import Hardware
+from gc2ray.estimate.device_estimate import DeviceEstimate, RunSetup, estimate_device
+from gc2ray.estimate.hardware import Hardware, find_hardware, incomplete_notes
 from gc2ray.estimate.input_profile import InputProfile, PromptShape, SampleBlock
 from gc2ray.estimate.measured_rates import MeasuredRates
-from gc2ray.estimate.workload import Workload, forecast_workload
+from gc2ray.estimate.retentions import DEFAULT_METHOD, RETENTIONS
+from gc2ray.estimate.workload import Workload, estimate_workload
 from gc2ray.models.base import ModelMetadata
-
-RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
-"""What is compared, beside the recipe's own: those of the paper's table 8."""
-DEFAULT_METHOD = "globalcom2"
-"""What other retentions are compared with where the recipe's method has none to set."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will cost.
+    """The cost of a run.
 
     Attributes:
         rows: Of the input.
-        looked: Rows whose image headers and prompts were read.
-        prompts: That can be answered, as far as headers tell.
-        refused: That cannot, by status.
-        images: That are decoded and encoded.
+        sampled_rows: Rows whose image headers and prompts were read.
+        prompts: That can be answered, as far as headers show.
+        refused: Prompts that cannot be answered, by status.
+        images: To be decoded and encoded.
         views: Of those images.
         visual_tokens_full: Of all prompts' images before compression.
-        text_tokens: The rest of all prompts.
+        text_tokens: Other tokens of all prompts.
         output_tokens: Of an answer.
-        output_basis: Where that is from.
-        forecasts: By retention, the recipe's first.
-        offers: By hardware and retention.
+        output_basis: Where that figure comes from.
+        workloads: By retention, the recipe's first.
+        devices: Estimates by hardware and retention.
+        left_out: Devices without an estimate, and why: one line for all with the same reason.
     """
 
     rows: int
-    looked: int
+    sampled_rows: int
     prompts: Interval
     refused: Mapping[str, Interval]
     images: Interval
@@ -61,119 +58,132 @@ class Estimate:
     text_tokens: Interval
     output_tokens: Interval
     output_basis: str
-    forecasts: tuple[Workload, ...]
-    offers: tuple[DeviceEstimate, ...]
+    workloads: tuple[Workload, ...]
+    devices: tuple[DeviceEstimate, ...]
+    left_out: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON: the fields by name; of a workload its operations by stage, not its ends."""
         data = asdict(self)
-        for item, found in zip(data["forecasts"], self.forecasts, strict=True):
-            del item["ends"], item["audits"]
-            item["flops"] = {stage: asdict(flops) for stage, flops in found.flops.items()}
+        for item, workload in zip(data["workloads"], self.workloads, strict=True):
+            del item["work"], item["audit_work"]
+            item["flops"] = {stage: asdict(flops) for stage, flops in workload.flops.items()}
         return data
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What an input cannot tell.
+    """Assumptions that the input does not settle.
 
     Attributes:
-        output_tokens: Of an answer; None: from the pace, or else up to the recipe's limit.
-        pace: Of an earlier run.
-        hours: That the run may take, where the cluster does not say how many workers it has.
+        output_tokens: Of an answer; None: as in the earlier run, or else up to the recipe's limit.
+        rates: Measured in an earlier run.
+        hours: Wanted duration of the run, where the cluster does not set the number of workers.
         retentions: Compared beside the recipe's own.
     """
 
     output_tokens: float | None = None
-    pace: MeasuredRates | None = None
+    rates: MeasuredRates | None = None
     hours: float = 1.0
     retentions: tuple[float, ...] = RETENTIONS
 
 
 def estimate(
-    survey: InputProfile,
-    outline: ModelMetadata,
+    profile: InputProfile,
+    model: ModelMetadata,
     job: Job,
     hardware: Sequence[Hardware],
     assumptions: Assumptions,
 ) -> Estimate:
-    """What a run will cost.
+    """Estimate the cost of a run.
 
     Args:
-        survey: Its rows.
-        outline: Its model.
-        job: What is computed, and how.
-        hardware: Devices that are compared.
-        assumptions: What the input cannot tell.
+        profile: Of its input.
+        model: Metadata of its model.
+        job: Recipe and cluster.
+        hardware: Devices to compare; those without peaks are left out.
+        assumptions: That the input does not settle.
     """
     output, basis = _output(job.recipe, assumptions)
-    foresee = _Foresight(survey, outline, output)
-    forecasts = tuple(foresee(recipe) for recipe in _recipes(job.recipe, assumptions.retentions))
-    pace = assumptions.pace
-    bid = DeviceEstimator(outline.shape, job.cluster, assumptions.hours, pace)
-    offers = [bid.offer(found, device) for device in hardware for found in forecasts]
-    if pace is not None and not any(pace.device in device.devices for device in hardware):
-        offers = [*(bid.known(found, pace) for found in forecasts), *offers]
+    workload_of = _Workloads(profile, model, output)
+    workloads = tuple(workload_of(recipe) for recipe in _recipes(job.recipe, assumptions))
+    setup = RunSetup(model.shape, job.cluster, assumptions.hours, assumptions.rates)
+    usable = _usable(hardware, assumptions.rates)
+    known = {item.name for item in usable}
 
     def total(measure: Callable[[PromptShape], float]) -> Interval:
-        def of(stretch: SampleBlock) -> float:
-            return sum(count * measure(shown) for shown, count in stretch.prompts.items())
+        def of_block(block: SampleBlock) -> float:
+            return sum(count * measure(shape) for shape, count in block.prompts.items())
 
-        return survey.total(of)
+        return profile.total(of_block)
 
     return Estimate(
-        rows=survey.rows,
-        looked=survey.looked,
+        rows=profile.rows,
+        sampled_rows=profile.sampled_rows,
         prompts=total(lambda _: 1),
         refused={
-            str(status): survey.scaled(np.array([s.refused[status] for s in survey.stretches]))
-            for status in sorted(survey.refused)
+            str(status): profile.scaled(np.array([b.refused[status] for b in profile.blocks]))
+            for status in sorted(profile.refused)
         },
-        images=total(lambda shown: shown.is_new),
-        views=total(lambda shown: shown.is_new * (1 + shown.canvas.crops)),
-        visual_tokens_full=total(lambda shown: sum(shown.canvas.tokens_per_view())),
-        text_tokens=total(lambda shown: shown.text_tokens),
+        images=total(lambda shape: shape.is_new),
+        views=total(lambda shape: shape.is_new * (1 + shape.canvas.crops)),
+        visual_tokens_full=total(lambda shape: sum(shape.canvas.tokens_per_view())),
+        text_tokens=total(lambda shape: shape.text_tokens),
         output_tokens=output,
         output_basis=basis,
-        forecasts=forecasts,
-        offers=tuple(offers),
+        workloads=workloads,
+        devices=tuple(
+            estimate_device(workload, item, setup) for item in usable for workload in workloads
+        ),
+        left_out=tuple(incomplete_notes([item for item in hardware if item.name not in known])),
     )
 
 
-@dataclass
-class _Foresight:
-    """Forecasts of recipes about the same rows, of which audits need some more than once."""
+def _usable(hardware: Sequence[Hardware], rates: MeasuredRates | None) -> list[Hardware]:
+    """Devices with peaks, after the one of the earlier run where that has none."""
+    usable = [item for item in hardware if item.peaks is not None]
+    if rates is None or find_hardware(usable, rates.device) is not None:
+        return usable
+    measured = find_hardware(hardware, rates.device) or Hardware(
+        name=rates.device, devices=(rates.device,), missing="not in the hardware table"
+    )
+    return [measured, *usable]
 
-    survey: InputProfile
-    outline: ModelMetadata
+
+@dataclass
+class _Workloads:
+    """Workloads of recipes for the same rows; audits need some workloads more than once."""
+
+    profile: InputProfile
+    model: ModelMetadata
     output: Interval
-    _plain: dict[CompressionConfig, Workload] = field(default_factory=dict)
+    _unaudited: dict[CompressionConfig, Workload] = field(default_factory=dict)
 
     def __call__(self, recipe: Recipe) -> Workload:
-        found = self._without_audit(recipe, recipe.compression)
+        own = self._without_audit(recipe, recipe.compression)
         if not recipe.audit.share or recipe.compression.keeps_everything:
-            return found
-        whole, *rungs = (
+            return own
+        uncompressed, *steps = (
             self._without_audit(recipe, config)
             for config in (CompressionConfig(method="none"), *recipe.rungs().values())
         )
-        higher = [rung for rung in rungs if rung.retention > found.retention]
-        return found.audited(recipe.audit.share, whole, higher)
+        higher = [step for step in steps if step.retention > own.retention]
+        return own.with_audits(recipe.audit.share, uncompressed, higher)
 
     def _without_audit(self, recipe: Recipe, config: CompressionConfig) -> Workload:
-        known = self._plain.get(config)
-        if known is None:
-            asked = recipe.model_copy(update={"compression": config})
-            known = forecast_workload(self.survey, self.outline, asked, self.output)
-            self._plain[config] = known
-        return known
+        if config not in self._unaudited:
+            changed = recipe.model_copy(update={"compression": config})
+            self._unaudited[config] = estimate_workload(
+                self.profile, self.model, changed, self.output
+            )
+        return self._unaudited[config]
 
 
-def _recipes(recipe: Recipe, retentions: Sequence[float]) -> list[Recipe]:
+def _recipes(recipe: Recipe, assumptions: Assumptions) -> list[Recipe]:
     """The recipe, and the same with other retentions."""
     own = recipe.compression
     method = own.method if own.kind.takes_retention else DEFAULT_METHOD
-    others = [kept for kept in retentions if kept != own.retention_requested]
+    others = [kept for kept in assumptions.retentions if kept != own.retention_requested]
     return [
         recipe,
         *(
@@ -186,13 +196,16 @@ def _recipes(recipe: Recipe, retentions: Sequence[float]) -> list[Recipe]:
 
 
 def _output(recipe: Recipe, assumptions: Assumptions) -> tuple[Interval, str]:
-    """Tokens of an answer, and where they are from."""
+    """Tokens of an answer, and where the figure comes from."""
     limit = recipe.generation.max_new_tokens
     if assumptions.output_tokens is not None:
         return Interval.exactly(min(limit, assumptions.output_tokens)), "as given"
-    if assumptions.pace is not None:
-        found = assumptions.pace.output_tokens
-        ends = (min(limit, end) for end in (found.low, found.mid, found.high))
-        return Interval(*ends), f"as in the run on {assumptions.pace.device}"
+    if assumptions.rates is not None:
+        tokens = assumptions.rates.output_tokens
+        ends = (min(limit, end) for end in (tokens.low, tokens.mid, tokens.high))
+        return Interval(*ends), f"as in the run on {assumptions.rates.device}"
     half = max(1.0, limit / 2)
-    return Interval(1.0, half, limit), f"1 to max_new_tokens, {limit}; --output-tokens tells better"
+    return (
+        Interval(1.0, half, limit),
+        f"assumed 1 to {limit} (max_new_tokens); --output-tokens sets the average",
+    )

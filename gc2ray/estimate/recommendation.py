@@ -1,11 +1,11 @@
-"""What trials say: speed-ups and quality with their intervals, the front, the setting to take.
+"""Judges trials: speed-ups and quality with intervals, the Pareto front, a recommended setting.
 
 Each block gives one ratio to the uncompressed answers, and blocks are resampled for the interval of
-the speed-up. A setting meets a target where its quality does with 90 % confidence (Wilson, 1927).
-Recommended is the fastest of those that do, if it is faster than no compression for sure; else it
-is said that compression does not pay.
+the speed-up. A setting meets a target if its quality does with 90 % confidence (Wilson, 1927). The
+fastest of those is recommended if it is faster than no compression with 95 % confidence; otherwise
+compression does not pay.
 
-Not covered: settings that no sample can tell apart.
+Not covered: settings that the sample is too small to distinguish.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.format import SECONDS_PER_HOUR
 from gc2ray.core.intervals import MeanInterval, interval, ratio
 from gc2ray.core.metrics.scores import exact_match, score
 from gc2ray.core.records import Answer
 
-ONE_SIDED_90 = NormalDist().inv_cdf(0.9)
-"""Standard deviations."""
+ONE_SIDED_CONFIDENCE = 0.9
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CompressionSetting:
 
     @property
     def name(self) -> str:
-        """Of the way that an engine knows it by."""
+        """Name of its policy in an engine."""
         return f"{self.method} at {self.retention:g}"
 
     def config(self, own: CompressionConfig) -> CompressionConfig:
@@ -50,19 +50,19 @@ class CompressionSetting:
         return own.model_copy(update={"method": self.method, "retention": self.retention})
 
 
-WHOLE = CompressionSetting("none", 1.0)
-"""What everything is compared with."""
+BASELINE = CompressionSetting("none", 1.0)
+"""The setting that all others are compared with."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """What was measured.
+    """Measurements of a sample in several settings.
 
     Attributes:
-        settings: Those of the columns, uncompressed first.
+        settings: Uncompressed first.
         seconds: Of each block in each setting, (B, S).
         rows: Of each block, (B,).
-        answers: By setting's name and row key.
+        answers: By name of the setting and row key.
     """
 
     settings: tuple[CompressionSetting, ...]
@@ -73,12 +73,12 @@ class Trials:
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a setting; exactly one of them.
+    """The target of a tuning; exactly one of its fields is set.
 
     Attributes:
-        min_agreement: Share of answers that are the same as uncompressed.
-        min_accuracy: Score against references.
-        budget_usd: Cost of all rows; then the best quality is wanted.
+        min_agreement: Least share of answers that are the same as uncompressed.
+        min_accuracy: Least score against references.
+        budget_usd: Largest cost of all rows; the best quality within it is recommended.
     """
 
     min_agreement: float | None = None
@@ -91,14 +91,14 @@ class Measured:
     """A setting, measured.
 
     Attributes:
-        setting: Which.
+        setting: The setting.
         seconds_per_row: On this device.
         speed_up: Over no compression, with 95 % confidence.
         visual_tokens: Kept of a row.
         agreement: Share of answers that are the same as uncompressed.
         accuracy: Score against references; None without them.
-        usd: Of all rows; None without a price.
-        meets: The target, for sure.
+        usd: Cost of all rows; None without a price.
+        meets: Whether it meets the target, with 90 % confidence.
         on_front: No other setting is both faster and better.
     """
 
@@ -120,18 +120,20 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What comes of it.
+    """The result of a tuning.
 
     Attributes:
         measured: All settings, uncompressed first.
-        recommended: What to take; `WHOLE` where compression does not pay, None where no setting
-            meets the target.
+        recommended: The setting to use; `BASELINE` where compression does not pay, None
+            where no setting meets the target.
         verdict: The same in a sentence.
+        no_cost: Why there is no cost; None where there is one.
     """
 
     measured: tuple[Measured, ...]
     recommended: CompressionSetting | None
     verdict: str
+    no_cost: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -140,13 +142,13 @@ class Tuning:
 
 @dataclass(frozen=True)
 class TuneQuestion:
-    """What a tuning is to find out.
+    """The question that trials are judged by.
 
     Attributes:
-        target: What is asked of a setting.
-        references: Right answers by row key; none where there are none.
-        metric: How answers are scored against them.
-        usd_per_hour: Of the device; None where nobody tells.
+        target: That a setting has to meet.
+        references: Reference answers by row key; empty without references.
+        metric: Scores answers against them.
+        usd_per_hour: Price of the device; None where it is not known.
         total_rows: Of the input.
     """
 
@@ -158,20 +160,20 @@ class TuneQuestion:
 
 
 def judge(trials: Trials, question: TuneQuestion) -> Tuning:
-    """What trials say of a target.
+    """Judge trials by a target.
 
     Raises:
         ConfigError: No answer can be compared.
     """
-    found = tuple(_measured(trials, place, question) for place in range(len(trials.settings)))
-    fronted = tuple(_fronted(item, found) for item in found)
-    recommended, verdict = _recommended(fronted, question)
-    return Tuning(fronted, recommended, verdict)
+    measured = tuple(_measured(trials, place, question) for place in range(len(trials.settings)))
+    measured = tuple(_on_front(item, measured) for item in measured)
+    recommended, verdict = _recommended(measured, question)
+    return Tuning(measured, recommended, verdict)
 
 
 def _measured(trials: Trials, place: int, question: TuneQuestion) -> Measured:
     setting = trials.settings[place]
-    ours, theirs = trials.answers[setting.name], trials.answers[WHOLE.name]
+    ours, theirs = trials.answers[setting.name], trials.answers[BASELINE.name]
     keys = [key for key, answer in theirs.items() if answer.status == Status.OK]
     if not keys:
         raise ConfigError("no row of the sample could be answered uncompressed")
@@ -181,14 +183,14 @@ def _measured(trials: Trials, place: int, question: TuneQuestion) -> Measured:
         for key, text in zip(keys, texts, strict=True)
     ]
     agreement, accuracy = interval(np.array(same)), None
-    known = [(text, question.references.get(key)) for key, text in zip(keys, texts, strict=True)]
-    scored = [(text, right) for text, right in known if right]
+    references = map(question.references.get, keys)
+    scored = [(text, right) for text, right in zip(texts, references, strict=True) if right]
     if scored:
         values = score(question.metric, [t for t, _ in scored], [r for _, r in scored])
         accuracy = None if np.isnan(values).all() else interval(values)
     seconds = float(trials.seconds[:, place].sum() / trials.rows.sum())
     price, kept = question.usd_per_hour, [ours[key].visual_tokens_kept or 0 for key in keys]
-    usd = None if price is None else seconds * question.total_rows / 3600 * price
+    usd = None if price is None else seconds * question.total_rows / SECONDS_PER_HOUR * price
     return Measured(
         setting=setting,
         seconds_per_row=seconds,
@@ -215,15 +217,15 @@ def _meets(
     return lower(agreement) >= (target.min_agreement or 0.0)
 
 
-def lower(found: MeanInterval) -> float:
-    """What a share is at least, with 90 % confidence: Wilson's bound."""
-    z, n, p = ONE_SIDED_90, found.rows, found.mean
+def lower(share: MeanInterval) -> float:
+    """Lower bound of a share with 90 % confidence, by Wilson."""
+    z, n, p = NormalDist().inv_cdf(ONE_SIDED_CONFIDENCE), share.rows, share.mean
     middle = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - spread) / (1 + z * z / n)
 
 
-def _fronted(item: Measured, others: Sequence[Measured]) -> Measured:
+def _on_front(item: Measured, others: Sequence[Measured]) -> Measured:
     beaten = any(
         other.seconds_per_row <= item.seconds_per_row
         and other.quality.mean >= item.quality.mean
@@ -234,36 +236,36 @@ def _fronted(item: Measured, others: Sequence[Measured]) -> Measured:
 
 
 def _recommended(
-    found: Sequence[Measured], question: TuneQuestion
+    measured: Sequence[Measured], question: TuneQuestion
 ) -> tuple[CompressionSetting | None, str]:
-    good = [item for item in found if item.meets]
+    good = [item for item in measured if item.meets]
     if not good:
-        best = max(found, key=lambda item: lower(item.quality))
+        best = max(measured, key=lambda item: lower(item.quality))
         return None, (
-            "No setting meets the target for sure, uncompressed or not; the best is "
-            f"{best.setting.name} with {best.quality}. More --rows may tell."
+            "No setting meets the target with 90 % confidence, uncompressed or not; the best is "
+            f"{best.setting.name} with {best.quality}. Try a larger sample (--rows)."
         )
     if question.target.budget_usd is not None:
         chosen = max(good, key=lambda item: (item.quality.mean, -item.seconds_per_row))
     else:
         chosen = min(good, key=lambda item: item.seconds_per_row)
-    if chosen.setting == WHOLE or (
-        chosen.speed_up.low <= 1 and any(item.setting == WHOLE for item in good)
+    if chosen.setting == BASELINE or (
+        chosen.speed_up.low <= 1 and any(item.setting == BASELINE for item in good)
     ):
-        rest = [item for item in good if item.setting != WHOLE]
+        rest = [item for item in good if item.setting != BASELINE]
         if not rest:
-            told = "no compressed setting meets the target for sure"
+            reason = "no compressed setting meets the target with 90 % confidence"
         else:
             fastest = min(rest, key=lambda item: item.seconds_per_row)
-            told = (
-                f"of those that meet the target the fastest, {fastest.setting.name}, is "
+            reason = (
+                f"the fastest setting that meets the target, {fastest.setting.name}, is "
                 f"{fastest.speed_up.mean:.2f} times as fast as no compression "
                 f"({fastest.speed_up.low:.2f} to {fastest.speed_up.high:.2f})"
             )
-        return WHOLE, f"Compression does not pay here: {told}."
+        return BASELINE, f"Compression does not pay here: {reason}."
     speed = chosen.speed_up
     return chosen.setting, (
-        f"Take {chosen.setting.name}: {speed.mean:.2f} times as fast as no compression "
+        f"Use {chosen.setting.name}: {speed.mean:.2f} times as fast as no compression "
         f"({speed.low:.2f} to {speed.high:.2f}), agreement {chosen.agreement}"
         + (f", accuracy {chosen.accuracy}." if chosen.accuracy else ".")
     )

@@ -1,7 +1,8 @@
-"""`Workload`: what the prompts of an input will ask of a device at one retention.
+"""`Workload`: the work that an input's prompts ask of a device at one retention.
 
-Tokens before compression follow from the images' sizes. Tokens after it lie within bounds that hold
-whatever the scores (`Compressor.bounds`), newlines within those that follow from them.
+Tokens before compression follow from the sizes of the images. Tokens after compression lie within
+bounds that hold whatever the scores (`Compressor.bounds`); newlines lie within bounds that follow
+from those.
 
 Not covered: prefixes and images shared by rows that lie far apart.
 """
@@ -14,27 +15,27 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from gc2ray.compression.base import Compressor
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Interval
-from gc2ray.core.stats import RunStats
 from gc2ray.estimate.input_profile import InputProfile, PromptShape
+from gc2ray.estimate.roofline import Work, WorkRange
 from gc2ray.models.base import ModelMetadata
 from gc2ray.models.flops import AnswerTokens, demand_of
 
-Ends = tuple[RunStats, RunStats, RunStats]
-"""At the low end, the best guess and the high end."""
 ENDS = 3
-NOTHING: Ends = (RunStats(), RunStats(), RunStats())
+NO_WORK: WorkRange = (Work(), Work(), Work())
 DISAGREEING = (0.0, 0.5, 1.0)
-"""Of the audited rows at each rung, those that are answered anew, likewise: nobody knows before."""
+"""Share of the audited rows that are answered again at each escalation step, at the low end, the
+best guess and the high end: it is not known before the run."""
 
 
 @dataclass(frozen=True)
 class TokenBounds:
-    """What is left of an image.
+    """Tokens of an image after compression.
 
     Attributes:
         visual: Visual tokens.
@@ -45,9 +46,17 @@ class TokenBounds:
     newlines: Interval
 
     @staticmethod
-    def from_canvas(canvas: Canvas, compression: CompressionConfig) -> TokenBounds:
-        """By an image's geometry alone."""
-        low, high = CompressionPolicy.from_config(compression).compressor.bounds(canvas)
+    def from_canvas(
+        canvas: Canvas, compression: CompressionConfig, compressor: Compressor
+    ) -> TokenBounds:
+        """Bounds that follow from an image's geometry alone.
+
+        Args:
+            canvas: Geometry of the image.
+            compression: How images are compressed.
+            compressor: The same, built.
+        """
+        low, high = compressor.bounds(canvas)
         visual = Interval(low, (low + high) / 2, high)
         if compression.newlines == "none":
             return TokenBounds(visual, Interval.exactly(0))
@@ -66,18 +75,18 @@ class TokenBounds:
 
 @dataclass(frozen=True)
 class Workload:
-    """What all prompts ask for at one retention.
+    """The work that all prompts ask for at one retention.
 
     Attributes:
         method: The compression method.
         retention: The fraction KEPT, nominal.
         visual_tokens: Kept of all images.
         newline_tokens: Newlines between them.
-        prompt_tokens: Of a prompt, text included, on average.
-        longest: Tokens of the longest prompt that was seen and of its answer, at most.
+        prompt_tokens: Average of a prompt, text included.
+        longest: Tokens of the longest sampled prompt and its answer, at most.
         too_long: Prompts that the model cannot read.
-        ends: Statistics of the run at the low end, the best guess and the high end.
-        audits: What second looks at some answers ask for beside, likewise.
+        work: Of answering, without audits.
+        audit_work: Of audits, beside it.
     """
 
     method: str
@@ -87,56 +96,58 @@ class Workload:
     prompt_tokens: Interval
     longest: int
     too_long: Interval
-    ends: Ends
-    audits: Ends = NOTHING
+    work: WorkRange
+    audit_work: WorkRange = NO_WORK
 
     @property
     def flops(self) -> Mapping[str, Interval]:
-        """By stage."""
-        low, mid, high = self.ends
+        """Operations of answering by stage."""
+        low, mid, high = self.work
         return {s: Interval(low.flops[s], mid.flops[s], high.flops[s]) for s in mid.flops}
 
-    def audited(self, share: float, whole: Workload, rungs: Sequence[Workload]) -> Workload:
-        """The same, with a second look at some answers.
+    def with_audits(
+        self, share: float, uncompressed: Workload, steps: Sequence[Workload]
+    ) -> Workload:
+        """The same workload when some answers are audited.
 
         Args:
             share: Of the prompts.
-            whole: All of them uncompressed.
-            rungs: All of them at the retentions at which those that disagree are answered anew.
+            uncompressed: All prompts uncompressed.
+            steps: All prompts at the retentions of the escalation steps, in order.
         """
         low, mid, high = (
             sum(
-                (_part(rung.ends[end], share * anew**times) for times, rung in enumerate(rungs, 1)),
-                _part(whole.ends[end], share),
+                (step.work[end].part(share * again**n) for n, step in enumerate(steps, 1)),
+                uncompressed.work[end].part(share),
             )
-            for end, anew in enumerate(DISAGREEING)
+            for end, again in enumerate(DISAGREEING)
         )
-        return replace(self, audits=(low, mid, high))
+        return replace(self, audit_work=(low, mid, high))
 
 
-def forecast_workload(
-    survey: InputProfile, outline: ModelMetadata, recipe: Recipe, output_tokens: Interval
+def estimate_workload(
+    profile: InputProfile, model: ModelMetadata, recipe: Recipe, output_tokens: Interval
 ) -> Workload:
-    """What an input asks for.
+    """The work that an input asks for, without audits.
 
     Args:
-        survey: Its rows.
-        outline: The model.
+        profile: Of the input.
+        model: Without weights.
         recipe: What is computed.
         output_tokens: Of an answer.
     """
-    rows = _Rows(outline, recipe, output_tokens)
-    sums = {shown: rows.measures(shown) for shown in survey.prompts}
+    prompt_measures = _PromptMeasures(model, recipe, output_tokens)
+    measures = {shape: prompt_measures.at_each_end(shape) for shape in profile.prompts}
     nothing = np.zeros((ENDS, len(_MEASURES)))
-    by_stretch = np.array(
+    by_block = np.array(
         [
-            sum((count * sums[shown] for shown, count in stretch.prompts.items()), nothing)
-            for stretch in survey.stretches
+            sum((count * measures[shape] for shape, count in block.prompts.items()), nothing)
+            for block in profile.blocks
         ]
-    )  # (S, 3, M)
+    )  # (blocks, 3, M)
 
     def total(name: str) -> Interval:
-        ends = [survey.scaled(by_stretch[:, end, _MEASURES.index(name)]) for end in range(ENDS)]
+        ends = [profile.scaled(by_block[:, end, _MEASURES.index(name)]) for end in range(ENDS)]
         return Interval(ends[0].low, ends[1].mid, ends[2].high)
 
     totals = {name: total(name) for name in _MEASURES}
@@ -146,15 +157,10 @@ def forecast_workload(
         retention=recipe.compression.retention_requested,
         visual_tokens=totals["visual"],
         newline_tokens=totals["newlines"],
-        prompt_tokens=Interval(
-            *(
-                end / max(1.0, prompts.mid)
-                for end in (totals["prompt"].low, totals["prompt"].mid, totals["prompt"].high)
-            )
-        ),
-        longest=max((rows.longest(shown) for shown in sums), default=0),
+        prompt_tokens=totals["prompt"].scaled(1 / max(1.0, prompts.mid)),
+        longest=max((prompt_measures.longest(shape) for shape in measures), default=0),
         too_long=totals["too_long"],
-        ends=tuple(_stats(totals, end) for end in ("low", "mid", "high")),  # type: ignore[arg-type]
+        work=(_work(totals, "low"), _work(totals, "mid"), _work(totals, "high")),
     )
 
 
@@ -164,87 +170,80 @@ _MEASURES = (
 )  # fmt: skip
 
 
-class _Rows:
-    """What single prompts ask for."""
+class _PromptMeasures:
+    """The work of single prompts."""
 
-    def __init__(self, outline: ModelMetadata, recipe: Recipe, output_tokens: Interval) -> None:
-        self._shape = outline.shape
+    def __init__(self, model: ModelMetadata, recipe: Recipe, output_tokens: Interval) -> None:
+        self._shape = model.shape
         self._compression = recipe.compression
+        self._compressor = CompressionPolicy.from_config(recipe.compression).compressor
         self._new = recipe.generation.max_new_tokens
         self._output = output_tokens
-        self._limit = outline.shape.text.max_positions
-        self._kept: dict[Canvas, TokenBounds] = {}
+        self._limit = model.shape.text.max_positions
+        self._bounds: dict[Canvas, TokenBounds] = {}
 
-    def kept(self, canvas: Canvas) -> TokenBounds:
-        found = self._kept.get(canvas)
-        if found is None:
-            found = self._kept[canvas] = TokenBounds.from_canvas(canvas, self._compression)
-        return found
-
-    def measures(self, shown: PromptShape) -> np.ndarray:
+    def at_each_end(self, shape: PromptShape) -> np.ndarray:
         """`_MEASURES` at each end, float64 (3, M)."""
-        kept = self.kept(shown.canvas)
-        ends = zip(*(_ends(r) for r in (kept.visual, kept.newlines, self._output)), strict=True)
+        bounds = self._bounds_of(shape.canvas)
+        ends = zip(*(_ends(r) for r in (bounds.visual, bounds.newlines, self._output)), strict=True)
         # Whether the beginning of a prompt is computed once or again depends on when rows meet.
         shares = (True, True, False)
-        found = zip(ends, shares, strict=True)
         return np.array(
-            [self._one(shown, *end, shares=it and not shown.is_new) for end, it in found]
+            [
+                self._one(shape, *end, shares=shared and not shape.is_new)
+                for end, shared in zip(ends, shares, strict=True)
+            ]
         )
 
-    def longest(self, shown: PromptShape) -> int:
-        kept = self.kept(shown.canvas)
-        return math.ceil(shown.text_tokens + kept.visual.high + kept.newlines.high) + self._new
+    def longest(self, shape: PromptShape) -> int:
+        """Tokens of a prompt and its answer, at most."""
+        bounds = self._bounds_of(shape.canvas)
+        image = bounds.visual.high + bounds.newlines.high
+        return math.ceil(shape.text_tokens + image) + self._new
+
+    def _bounds_of(self, canvas: Canvas) -> TokenBounds:
+        if canvas not in self._bounds:
+            self._bounds[canvas] = TokenBounds.from_canvas(
+                canvas, self._compression, self._compressor
+            )
+        return self._bounds[canvas]
 
     def _one(
-        self, shown: PromptShape, visual: float, newlines: float, output: float, *, shares: bool
+        self, shape: PromptShape, visual: float, newlines: float, output: float, *, shares: bool
     ) -> list[float]:
         image = round(visual + newlines)
-        prompt = shown.text_tokens + image
+        prompt = shape.text_tokens + image
         tokens = AnswerTokens(
-            views=(1 + shown.canvas.crops) * shown.is_new,
-            projected=image * shown.is_new,
+            views=(1 + shape.canvas.crops) * shape.is_new,
+            projected=image * shape.is_new,
             prompt=prompt,
             output=max(1, round(output)),
-            shared=shown.leading_tokens + image if shares else 0,
+            shared=shape.leading_tokens + image if shares else 0,
         )
         demand = demand_of(self._shape, tokens)
         stages = [float(demand.flops[stage]) for stage in _STAGES]
-        too_long = float(self._stop(shown, prompt) + self._new > self._limit)
+        too_long = float(self._end_position(shape, prompt) + self._new > self._limit)
         return [*stages, demand.cache_read_bytes, visual, newlines, prompt, output, 1.0, too_long]
 
-    def _stop(self, shown: PromptShape, prompt: int) -> int:
-        """Behind the last position of a prompt."""
+    def _end_position(self, shape: PromptShape, prompt: int) -> int:
+        """One behind the last position of a prompt."""
         if self._compression.positions == "compact":
             return prompt
-        canvas = shown.canvas
-        return shown.text_tokens + sum(canvas.tokens_per_view()) + canvas.newlines
-
-
-def _part(stats: RunStats, share: float) -> RunStats:
-    """What a share of the prompts asks for."""
-    return RunStats(
-        rows=round(stats.rows * share),
-        output_tokens=round(stats.output_tokens * share),
-        flops={stage: round(flops * share) for stage, flops in stats.flops.items()},
-        cache_read_bytes=round(stats.cache_read_bytes * share),
-    )
+        canvas = shape.canvas
+        return shape.text_tokens + sum(canvas.tokens_per_view()) + canvas.newlines
 
 
 def _ends(value: Interval) -> tuple[float, float, float]:
     return value.low, value.mid, value.high
 
 
-def _stats(totals: Mapping[str, Interval], end: str) -> RunStats:
+def _work(totals: Mapping[str, Interval], end: str) -> Work:
     def at(name: str) -> int:
         value = getattr(totals[name], end)
         return round(value) if np.isfinite(value) else round(2 * totals[name].mid)
 
-    return RunStats(
+    return Work(
         rows=at("prompts"),
-        visual_tokens_kept=at("visual"),
-        newline_tokens=at("newlines"),
-        prompt_tokens=at("prompt"),
         output_tokens=at("output"),
         flops={stage: at(stage) for stage in _STAGES},
         cache_read_bytes=at("cache_read"),

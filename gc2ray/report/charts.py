@@ -1,8 +1,8 @@
-"""Charts of a report as inline SVG: by matplotlib, in colours that the page sets.
+"""Charts of a report as inline SVG, drawn by matplotlib in colours that the page sets.
 
-Every colour is a placeholder that becomes a CSS variable, so that one drawing is readable on light
-and on dark ground; text stays text. The palette is Okabe and Ito's (colour-blind safe). Charts are
-drawn narrow, for phones. The same numbers give the same bytes.
+Every colour is a placeholder that becomes a CSS variable, so one drawing is readable in light and
+dark mode; text stays text. The palette is Okabe and Ito's (colour-blind safe). Charts are narrow,
+for phones. Equal numbers give equal bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gc2ray.core.format import si_number
 from gc2ray.core.stats import RETENTION_BUCKETS
 from gc2ray.report.summary import BeforeAfter
 
@@ -29,9 +30,9 @@ VARIABLES = {
     INK: "ink, #1b1f24", FAINT: "faint, #8a929c", BEFORE: "before, #8f98a3",
     AFTER: "after, #0072b2", THIRD: "third, #b04a00",
 }  # fmt: skip
-"""Placeholder to CSS variable, and what it is where no page sets it."""
+"""Placeholders to CSS variables, each with its default where no page sets it."""
 WIDTH, ROW = 4.6, 0.34
-"""Inches, of which 72 are a pixel column each."""
+"""Inches; 72 points an inch, and the page scales a point to about a pixel."""
 TIME_TICKS = 6
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -52,7 +53,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Point:
-    """A setting: how long a row takes, and how good it is, with an interval."""
+    """A setting: time of a row, and quality with its interval."""
 
     name: str
     milliseconds: float
@@ -63,12 +64,12 @@ class Point:
 
 
 def bars(title: str, unit: str, values: Mapping[str, float]) -> str:
-    """Horizontal bars, one a line, with their numbers."""
+    """Horizontal bars, one per line, with their numbers."""
 
     def draw(axes: Axes) -> None:
         names, numbers = list(values), list(values.values())
-        drawn = axes.barh(names, numbers, color=AFTER, height=0.7)
-        axes.bar_label(drawn, [_number(value) for value in numbers], padding=3, color=INK)
+        container = axes.barh(names, numbers, color=AFTER, height=0.7)
+        axes.bar_label(container, [si_number(value) for value in numbers], padding=3, color=INK)
         _tidy_bars(axes, max(numbers, default=0), unit)
 
     return _svg(title, 0.9 + ROW * len(values), draw)
@@ -83,8 +84,8 @@ def changes(title: str, unit: str, values: Mapping[str, BeforeAfter]) -> str:
         kept = [float(change.kept) for change in values.values()]
         before = axes.barh([p - 0.2 for p in places], full, height=0.4, color=BEFORE)
         after = axes.barh([p + 0.2 for p in places], kept, height=0.4, color=AFTER)
-        axes.bar_label(before, [_number(value) for value in full], padding=3, color=INK)
-        axes.bar_label(after, [_number(value) for value in kept], padding=3, color=INK)
+        axes.bar_label(before, [si_number(value) for value in full], padding=3, color=INK)
+        axes.bar_label(after, [si_number(value) for value in kept], padding=3, color=INK)
         axes.set_yticks(list(places), list(values))
         axes.legend(
             [before, after], ["before", "after"], loc="lower center", bbox_to_anchor=(0.4, 1.0),
@@ -96,7 +97,7 @@ def changes(title: str, unit: str, values: Mapping[str, BeforeAfter]) -> str:
 
 
 def retention(title: str, counts: Sequence[int]) -> str:
-    """How many answers kept which fraction."""
+    """Histogram of the kept fraction over answers."""
 
     def draw(axes: Axes) -> None:
         width = 1 / RETENTION_BUCKETS
@@ -105,13 +106,13 @@ def retention(title: str, counts: Sequence[int]) -> str:
         axes.set_xlim(0, 1)
         axes.set_xlabel("fraction of visual tokens kept")
         axes.set_ylabel("answers")
-        axes.yaxis.set_major_formatter(lambda value, _: _number(value))
+        axes.yaxis.set_major_formatter(lambda value, _: si_number(value))
 
     return _svg(title, 2.4, draw)
 
 
 def over_time(title: str, moments: Sequence[tuple[datetime, float, float]]) -> str:
-    """Answers a second, and the share of time that workers had nothing to do."""
+    """Answers a second, and the share of worker time spent waiting for input."""
 
     def draw(axes: Axes) -> None:
         width = moments[1][0] - moments[0][0]
@@ -127,17 +128,17 @@ def over_time(title: str, moments: Sequence[tuple[datetime, float, float]]) -> s
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
         other = axes.twinx()
-        other.step(when, [100 * starved for _, _, starved in ends], where="post", color=THIRD)
+        other.step(when, [100 * waiting for _, _, waiting in ends], where="post", color=THIRD)
         other.set_ylim(0, 100)
-        other.set_ylabel("starved, %", color=THIRD)
+        other.set_ylabel("waiting for input, %", color=THIRD)
         other.spines["right"].set_visible(True)
-        axes.patch.set_visible(False)  # the second pair of axes has put it back
+        axes.patch.set_visible(False)  # the second pair of axes turned it on again
 
     return _svg(title, 2.4, draw)
 
 
 def front(title: str, points: Sequence[Point]) -> str:
-    """Quality against time, with intervals; the points that nothing beats are joined."""
+    """Quality against time with intervals; the points on the Pareto front are joined."""
 
     def draw(axes: Axes) -> None:
         best = sorted((p for p in points if p.on_front), key=lambda p: p.milliseconds)
@@ -163,28 +164,13 @@ def _tidy_bars(axes: Axes, largest: float, unit: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * largest or 1)
     axes.set_xlabel(unit)
-    axes.xaxis.set_major_formatter(lambda value, _: _number(value))
+    axes.xaxis.set_major_formatter(lambda value, _: si_number(value))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(axis="y", length=0)
 
 
-def _number(value: float) -> str:
-    for size, letter in (
-        (1e21, "Z"),
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
 def _svg(title: str, height: float, draw: Callable[[Axes], None]) -> str:
-    """A drawing as an element of a page, with a name for those who do not see it."""
+    """A chart as an inline SVG element, with a label for screen readers."""
     key = re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
     with mpl.rc_context({**STYLE, "svg.hashsalt": key}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -199,7 +185,7 @@ def _svg(title: str, height: float, draw: Callable[[Axes], None]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for placeholder, name in VARIABLES.items():
         svg = svg.replace(placeholder, f"var(--{name})")
-    # One page holds several drawings, whose names must not meet.
+    # One page holds several charts, so their ids must differ.
     svg = re.sub(r'id="([^"]+)"', rf'id="{key}-\1"', svg)
     svg = re.sub(r"(url\(#|href=\"#)", rf"\1{key}-", svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)

@@ -1,10 +1,10 @@
 """The dataset card of an output: `README.md` in Hugging Face form, to be pushed as it is.
 
-It says what answered, how and at what cost, from the same numbers as the report. Licence, language
-and name are left to whoever publishes; of paths on a disk only the last part is told. A card that
-somebody has changed is theirs: ours is recognised by its mark, and any other is left alone.
+It names the model, the method and the cost, with the figures of the report. The publisher adds
+licence, language and name; of paths on a disk, only the last part is shown. A card that somebody
+has changed is theirs: gc2ray recognises its own by a marker and leaves any other alone.
 
-Not covered: what the answers are good for.
+Not covered: how good the answers are.
 """
 
 from __future__ import annotations
@@ -14,31 +14,29 @@ from collections.abc import Iterator
 import yaml
 
 from gc2ray import __version__
-from gc2ray.core.format import duration, money, precise
-from gc2ray.core.usage import UsageKind
+from gc2ray.core.format import money, precise, seconds_text
 from gc2ray.data.store import Store
-from gc2ray.report.costs import HOUR
 from gc2ray.report.page import KWH_JOULES, templates
 from gc2ray.report.summary import Summary
 
 CARD_NAME = "README.md"
-MARKER = "<!-- written by `gc2ray report`; take this line out to keep your own changes -->"
+MARKER = "<!-- written by `gc2ray report`; remove this line to keep your own changes -->"
 SIZES = (
     (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"),
     (10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"),
 )  # fmt: skip
-"""Hugging Face's classes, by the number that they stay below."""
+"""Hugging Face's size classes, each with its upper bound."""
 
 
 def write_card(store: Store, summary: Summary) -> bool:
-    """Put the card of an output into it; False if somebody's own card is there.
+    """Write the card of an output into it; return False if a card of the user's own is there.
 
     Args:
         store: The output.
-        summary: Its numbers.
+        summary: Of the output.
     """
-    there = store.read(CARD_NAME)
-    if there is not None and MARKER.encode() not in there:
+    present = store.read(CARD_NAME)
+    if present is not None and MARKER.encode() not in present:
         return False
     store.replace(CARD_NAME, card(summary).encode())
     return True
@@ -61,7 +59,7 @@ def card(summary: Summary) -> str:
             errors=summary.errors,
             kept=f"{1.0 if share is None else share:.1%}",
             facts=list(_facts(summary)),
-            statuses=sorted(summary.by_status.items(), key=lambda item: -item[1]),
+            statuses=sorted(summary.stats.by_status.items(), key=lambda item: -item[1]),
             retries=len(summary.rounds) > 1,
             costs=list(_costs(summary)),
             recipe=yaml.safe_dump(recipe, sort_keys=False).strip().replace("```", "~~~"),
@@ -75,7 +73,7 @@ def _public(path: str) -> str:
 
 
 def _head(summary: Summary) -> dict[str, object]:
-    """What the hub reads."""
+    """Metadata that the hub reads."""
     first = summary.rounds[0]
     answers = sum(first.by_status.values())
     size = next((name for below, name in SIZES if answers < below), "10B<n<100B")
@@ -101,24 +99,24 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.audit is not None:
         agreed = f"{summary.audit.agreed.mid:.1%} of {summary.audit.audits:,}"
         yield "same answer uncompressed", f"{agreed} audited answers"
-        anew = sum(rung.rows for rung in summary.audit.rungs)
-        if anew:
-            yield "answered anew at a higher retention", f"{anew:,} of those that differed"
+        again = sum(step.rows for step in summary.audit.steps)
+        if again:
+            yield "answered again at a higher retention", f"{again:,} of those that differed"
     yield "rows answered", f"{first.rows:,} of {first.planned_rows:,}"
     if summary.started is not None:
-        yield "begun", f"{summary.started:%Y-%m-%d %H:%M} UTC"
+        yield "started", f"{summary.started:%Y-%m-%d %H:%M} UTC"
     yield "recipe fingerprint", summary.fingerprint
 
 
 def _costs(summary: Summary) -> Iterator[tuple[str, str]]:
-    if summary.device_seconds:
-        useful = summary.bill.get(str(UsageKind.USEFUL), 0.0)
-        total = duration(summary.device_seconds / HOUR)
-        yield "device time", f"{total}, {duration(useful / HOUR)} of it useful"
-    if summary.devices:
-        told = ", ".join(f"{found.workers} x {found.device}" for found in summary.devices)
-        yield "workers", told
-    if summary.usd is not None:
-        yield f"price ({summary.price})", money(summary.usd)
+    costs = summary.costs
+    if costs.device_seconds:
+        total = seconds_text(costs.device_seconds)
+        useful = seconds_text(costs.useful_seconds)
+        yield "device time", f"{total}, {useful} of it useful"
+    if costs.devices:
+        yield "workers", ", ".join(f"{item.workers} x {item.device}" for item in costs.devices)
+    if costs.usd is not None:
+        yield f"price ({costs.price})", money(costs.usd)
     if summary.energy_joules:
         yield "energy of the devices", f"{precise(summary.energy_joules / KWH_JOULES)} kWh"

@@ -1,10 +1,10 @@
-"""The report of one run, or of several side by side: a page, a text for people, JSON for programs.
+"""The report of one run, or of several side by side: a page, Markdown, and JSON for programs.
 
-All three say the same numbers, those of `Summary`. The page is one file: no script, no request to
-anywhere (its own policy forbids both), drawings inline. What comes from rows and users (keys,
-reasons, paths) is escaped.
+All three show the figures of `Summary`; the JSON document holds `Summary.to_dict` of each run. The
+page is one self-contained file without scripts and network requests (its own policy forbids both),
+with charts inline. Text from rows and users (keys, reasons, paths) is escaped.
 
-Not covered: answers themselves.
+Not covered: the answers themselves.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import posixpath
 import re
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import yaml
 
 from gc2ray import __version__
-from gc2ray.core.format import duration, money, percent, precise, short, size
+from gc2ray.core.format import money, percent, precise, seconds_text, short, size
 from gc2ray.core.intervals import Interval
 from gc2ray.report import charts
-from gc2ray.report.costs import HOUR
 from gc2ray.report.heat_map import TokenMap, panels
 from gc2ray.report.summary import Summary
-from gc2ray.report.tables import STAGES, Table, tables
+from gc2ray.report.tables import STAGE_LABELS, Table, tables
 
 TEMPLATES = Path(__file__).with_name("templates")
 KWH_JOULES = 3.6e6
@@ -43,47 +42,47 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing of ours, with its caption."""
+    """A chart of ours, with its caption."""
 
     title: str
     svg: str
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A row that was looked at again.
+class RowImages:
+    """The token map of a row, drawn.
 
     Attributes:
-        captions: What it is about, the row first.
-        panels: What each of its pictures shows, and the picture as a `data:` URI.
+        captions: Lines about the row, its key first.
+        panels: Title and `data:` URI of each image.
     """
 
     captions: Sequence[str]
     panels: Sequence[tuple[str, str]]
 
     @staticmethod
-    def from_token_map(looked: TokenMap) -> Picture:
-        """With its pictures drawn."""
+    def from_token_map(token_map: TokenMap) -> RowImages:
+        """Draw the panels of a token map."""
         drawn = [
             (panel.title, f"data:image/webp;base64,{b64encode(panel.webp).decode()}")
-            for panel in panels(looked)
+            for panel in panels(token_map)
         ]
-        return Picture(looked.captions, drawn)
+        return RowImages(token_map.captions, drawn)
 
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as it is told.
+    """A run as templates show it.
 
     Attributes:
-        summary: Its numbers.
+        summary: Its figures.
         name: Short.
-        when: From when to when.
-        tiles: The most important numbers: what, how much.
-        verdicts: What follows from them.
-        tables: All of them.
-        charts: Drawings; the text has none.
-        pictures: Rows that were looked at again; likewise.
+        when: Start and duration.
+        tiles: The most important figures, as label and value.
+        verdicts: Conclusions in sentences.
+        tables: Those with rows.
+        charts: Shown on the page only.
+        rows: Rows whose token maps are drawn; on the page only.
         recipe: As YAML.
     """
 
@@ -94,7 +93,7 @@ class RunView:
     verdicts: Sequence[Line]
     tables: Sequence[Table]
     charts: Sequence[Chart]
-    pictures: Sequence[Picture]
+    rows: Sequence[RowImages]
     recipe: str
 
 
@@ -108,30 +107,30 @@ class Report:
 
 
 def report(
-    summaries: Sequence[Summary], pictures: Mapping[str, Sequence[Picture]] | None = None
+    summaries: Sequence[Summary], rows: Mapping[str, Sequence[RowImages]] | None = None
 ) -> Report:
-    """Tell runs, the first one first.
+    """Write the report of some runs.
 
     Args:
-        summaries: Their numbers.
-        pictures: By output, rows that were looked at again.
+        summaries: Of the runs, in order.
+        rows: By output, rows whose token maps are drawn.
     """
     names = _names([summary.output for summary in summaries])
-    shown = [(pictures or {}).get(summary.output, ()) for summary in summaries]
-    runs = [_view(*one) for one in zip(summaries, names, shown, strict=True)]
+    images = [(rows or {}).get(summary.output, ()) for summary in summaries]
+    runs = [_view(*parts) for parts in zip(summaries, names, images, strict=True)]
     title = names[0] if len(names) == 1 else f"{len(names)} runs side by side"
-    told = {"title": title, "version": __version__, "runs": runs, "compared": _compared(runs)}
-    found = templates()
-    document = {"version": __version__, "runs": [asdict(summary) for summary in summaries]}
+    context = {"title": title, "version": __version__, "runs": runs, "compared": _compared(runs)}
+    environment = templates()
+    document = {"version": __version__, "runs": [summary.to_dict() for summary in summaries]}
     return Report(
-        html=found.get_template("report.html.j2").render(told),
-        markdown=found.get_template("report.md.j2").render(told),
+        html=environment.get_template("report.html.j2").render(context),
+        markdown=environment.get_template("report.md.j2").render(context),
         json=json.dumps(document, default=str, indent=1),
     )
 
 
 def templates() -> jinja2.Environment:
-    """Pages escape everything; texts escape with `markdown_text`, cell by cell."""
+    """The environment of all templates: HTML escapes everything, Markdown what `md` filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=jinja2.select_autoescape(["html.j2"], default=False),
@@ -145,12 +144,12 @@ def templates() -> jinja2.Environment:
 
 
 def figures_text(value: str) -> str:
-    """Numbers that break between those of a range only, where there is no room for it."""
+    """Numbers whose lines may break only between the parts of a range."""
     return re.sub(r" (?!\(|to )", "\N{NO-BREAK SPACE}", value)
 
 
 def markdown_text(value: object) -> str:
-    """Text that Markdown, and HTML within it, show as it is, on one line."""
+    """Escape text so that Markdown, and HTML within it, show it as it is on one line."""
     text = " ".join(str(value).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
@@ -160,7 +159,7 @@ def _names(outputs: Sequence[str]) -> list[str]:
     """Last parts of paths, as many as make them differ."""
     parts = [[part for part in output.rstrip("/").split("/") if part] for output in outputs]
     for length in range(1, max(map(len, parts), default=1) + 1):
-        names = [posixpath.join(*found[-length:]) for found in parts]
+        names = [posixpath.join(*path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names
     return list(outputs)
@@ -169,7 +168,7 @@ def _names(outputs: Sequence[str]) -> list[str]:
 # -------------------------------------------------------------------------------------- one run
 
 
-def _view(summary: Summary, name: str, pictures: Sequence[Picture]) -> RunView:
+def _view(summary: Summary, name: str, rows: Sequence[RowImages]) -> RunView:
     recipe = yaml.safe_dump(dict(summary.recipe), sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     return RunView(
@@ -177,10 +176,10 @@ def _view(summary: Summary, name: str, pictures: Sequence[Picture]) -> RunView:
         name=name,
         when=_when(summary),
         tiles=list(_tiles(summary)),
-        verdicts=list(_verdicts(summary)),
+        verdicts=[*_verdicts(summary), *_cost_notes(summary)],
         tables=[table for table in tables(summary) if table.rows],
         charts=list(_charts(summary)),
-        pictures=pictures,
+        rows=rows,
         recipe=f"{recipe}# {versions}",
     )
 
@@ -188,8 +187,8 @@ def _view(summary: Summary, name: str, pictures: Sequence[Picture]) -> RunView:
 def _when(summary: Summary) -> str:
     if summary.started is None or summary.ended is None:
         return ""
-    hours = (summary.ended - summary.started).total_seconds() / HOUR
-    return f"{summary.started:%Y-%m-%d %H:%M} UTC, for {duration(hours)}"
+    seconds = (summary.ended - summary.started).total_seconds()
+    return f"{summary.started:%Y-%m-%d %H:%M} UTC, for {seconds_text(seconds)}"
 
 
 def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -197,16 +196,17 @@ def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "rows committed", f"{first.rows:,} of {first.planned_rows:,}"
     share = summary.errors / summary.answers if summary.answers else 0.0
     yield f"errors among {summary.answers:,} answers", f"{summary.errors:,} ({share:.2%})"
-    yield "of the visual tokens kept", percent(summary.visual.share)
-    yield "of the KV cache used", percent(summary.kv_bytes.share)
-    yield "of the operations done", percent(summary.operations.share)
-    if summary.device_seconds:
-        yield "device time", duration(summary.device_seconds / HOUR)
-        yield "of it useful", percent(summary.useful_share)
-    if summary.usd is not None:
-        yield f"in all, {summary.price}", money(summary.usd)
+    yield "of visual tokens kept", percent(summary.visual.share)
+    yield "of the full KV cache used", percent(summary.kv_bytes.share)
+    yield "of full operations done", percent(summary.operations.share)
+    costs = summary.costs
+    if costs.device_seconds:
+        yield "device time", seconds_text(costs.device_seconds)
+        yield "useful share of it", percent(costs.useful_share)
+    if costs.usd is not None:
+        yield f"total cost, {costs.price}", money(costs.usd)
     if summary.usd_per_1000 is not None:
-        yield "per 1,000 images", money(summary.usd_per_1000)
+        yield "cost of 1,000 images", money(summary.usd_per_1000)
     if summary.audit is not None:
         yield "of audited answers unchanged", percent(summary.audit.agreed.mid)
     if summary.energy_joules:
@@ -217,8 +217,9 @@ def _verdicts(summary: Summary) -> Iterator[Line]:
     first = summary.rounds[0]
     missing = first.planned_rows - first.rows
     if missing:
-        yield Line(f"{missing:,} planned rows are not committed; run again to go on.", "bad")
-    saved, answering = summary.saved_seconds, summary.answering_seconds
+        text = f"{missing:,} planned rows are not committed; run the same command again to resume."
+        yield Line(text, "bad")
+    saved, answering = summary.costs.saved_seconds, summary.costs.answering_seconds
     if saved is None or summary.visual.share is None:
         return
     if summary.visual.share == 1:
@@ -226,8 +227,8 @@ def _verdicts(summary: Summary) -> Iterator[Line]:
     elif answering:
         of_full = Interval(*(s / (s + answering) for s in (saved.low, saved.mid, saved.high)))
         text = (
-            f"Compression saved about {duration(saved.mid / HOUR)} of device time "
-            f"({duration(saved.low / HOUR)} to {duration(saved.high / HOUR)}), "
+            f"Compression saved about {seconds_text(saved.mid)} of device time "
+            f"({seconds_text(saved.low)} to {seconds_text(saved.high)}), "
             f"{of_full.mid:.0%} ({of_full.low:.0%} to {of_full.high:.0%}) of what answering would "
             "have taken without it: an estimate from operations, not a measurement."
         )
@@ -239,28 +240,36 @@ def _audit_line(summary: Summary) -> Line:
     audit = summary.audit
     if audit is None:
         return Line(
-            "What it did to the answers is not known: no row was answered uncompressed, too "
-            "(recipe.audit.share)."
+            "Its effect on the answers is unknown, because no row was audited; recipe.audit.share "
+            "turns audits on."
         )
     agreed = audit.agreed
     text = (
-        f"Of {audit.audits:,} rows that were answered uncompressed, too, {agreed.mid:.1%} "
-        f"({agreed.low:.1%} to {agreed.high:.1%}) were given the same answer; mean similarity "
+        f"Of {audit.audits:,} rows that were also answered uncompressed, {agreed.mid:.1%} "
+        f"({agreed.low:.1%} to {agreed.high:.1%}) got the same answer; the mean similarity is "
         f"{audit.similarity:.3f}."
     )
     if audit.slowdown is not None:
         text += (
-            f" Those took {audit.slowdown:.2f} times as long on the device, in the same batches as "
-            "compressed ones."
+            f" Uncompressed answers took {audit.slowdown:.2f} times as long on the device, in the "
+            "same batches as compressed ones."
         )
-    if audit.rungs:
-        anew, agreed_now = (sum(getattr(r, of) for r in audit.rungs) for of in ("rows", "agreed"))
+    if audit.steps:
+        again, agree = (sum(getattr(step, of) for step in audit.steps) for of in ("rows", "agreed"))
         text += (
-            f" {anew:,} that differed were answered anew with more visual tokens; {agreed_now:,} "
-            "of them agree now."
+            f" {again:,} that differed were answered again with more visual tokens; {agree:,} of "
+            "them now agree."
         )
-    text += f" All of it took {audit.share_of_time:.1%} of the time in which devices answered."
+    text += f" Audits took {audit.share_of_time:.1%} of the devices' answering time."
     return Line(text)
+
+
+def _cost_notes(summary: Summary) -> Iterator[Line]:
+    """Why figures of money, or other devices, are absent."""
+    if summary.costs.no_cost is not None:
+        yield Line(summary.costs.no_cost, "note")
+    for note in summary.costs.left_out if summary.costs.devices else ():
+        yield Line(f"Other devices: {note[0].lower()}{note[1:]}", "note")
 
 
 def _charts(summary: Summary) -> Iterator[Chart]:
@@ -276,17 +285,19 @@ def _charts(summary: Summary) -> Iterator[Chart]:
         yield Chart(title, charts.retention(title, summary.retention))
     if summary.flops:
         title = "Operations by stage"
-        told = {STAGES[stage].split(",")[0]: change for stage, change in summary.flops.items()}
-        yield Chart(title, charts.changes(title, "operations", told))
+        by_label = {
+            STAGE_LABELS[stage].split(",")[0]: change for stage, change in summary.flops.items()
+        }
+        yield Chart(title, charts.changes(title, "operations", by_label))
     title = "Busy seconds by stage"
-    told_seconds = {STAGES[s].split(" (")[0]: n for s, n in summary.stage_seconds.items()}
-    yield Chart(title, charts.bars(title, "seconds", told_seconds))
+    seconds = {STAGE_LABELS[s].split(" (")[0]: n for s, n in summary.stage_seconds.items()}
+    yield Chart(title, charts.bars(title, "seconds", seconds))
     if len(summary.throughput) > 1:
         title = "Throughput"
         yield Chart(title, charts.over_time(title, summary.throughput))
-    if summary.bill:
-        title = "Device time by use"
-        yield Chart(title, charts.bars(title, "seconds", summary.bill))
+    if summary.costs.device_seconds_by_use:
+        title = "Device-seconds by use"
+        yield Chart(title, charts.bars(title, "seconds", summary.costs.device_seconds_by_use))
 
 
 # --------------------------------------------------------------------------------- side by side
@@ -297,32 +308,32 @@ def _compared(runs: Sequence[RunView]) -> Table:
     for place, run in enumerate(runs):
         for name, value in _comparable(run.summary).items():
             rows.setdefault(name, [""] * len(runs))[place] = value
-    found = [[name, *values] for name, values in rows.items()]
-    return Table("Side by side", ["", *(run.name for run in runs)], found)
+    cells = [[name, *values] for name, values in rows.items()]
+    return Table("Side by side", ["", *(run.name for run in runs)], cells)
 
 
 def _comparable(summary: Summary) -> Mapping[str, str]:
-    each = max(1, summary.answers)
-    found = {
+    stats, costs, answers = summary.stats, summary.costs, max(1, summary.answers)
+    figures = {
         "method, retention": f"{summary.method}, {summary.retention_requested:g}",
         "answers": f"{summary.answers:,}",
         "errors": f"{summary.errors:,}",
-        "blank answers": f"{summary.empty_answers:,}",
-        "visual tokens an answer": precise(summary.visual.kept / each),
-        "prompt tokens an answer": precise(summary.prompt_tokens / each),
-        "output tokens an answer": precise(summary.output_tokens / each),
-        "KV cache an answer": size(summary.kv_bytes.kept // each),
-        "operations an answer": short(summary.operations.kept / each),
-        "device time": duration(summary.device_seconds / HOUR),
-        "of it useful": percent(summary.useful_share),
+        "blank answers": f"{stats.empty_answers:,}",
+        "visual tokens an answer": precise(summary.visual.kept / answers),
+        "prompt tokens an answer": precise(stats.prompt_tokens / answers),
+        "output tokens an answer": precise(stats.output_tokens / answers),
+        "KV cache an answer": size(summary.kv_bytes.kept // answers),
+        "operations an answer": short(summary.operations.kept / answers),
+        "device time": seconds_text(costs.device_seconds),
+        "useful share of it": percent(costs.useful_share),
     }
-    if summary.answering_seconds:
-        each_second = summary.answers / summary.answering_seconds
-        found["answers a device-second of answering"] = precise(each_second)
+    if costs.answering_seconds:
+        each_second = summary.answers / costs.answering_seconds
+        figures["answers a device-second of answering"] = precise(each_second)
     if summary.usd_per_1000 is not None:
-        found["per 1,000 images"] = money(summary.usd_per_1000)
+        figures["cost of 1,000 images"] = money(summary.usd_per_1000)
     if summary.audit is not None:
-        found["audited answers unchanged"] = percent(summary.audit.agreed.mid)
+        figures["audited answers unchanged"] = percent(summary.audit.agreed.mid)
     if summary.energy_joules:
-        found["joules an answer"] = precise(summary.energy_joules / each)
-    return found
+        figures["joules an answer"] = precise(summary.energy_joules / answers)
+    return figures

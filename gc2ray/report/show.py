@@ -1,8 +1,8 @@
-"""Rows of an output, looked at again: what the recipe's method kept of their images.
+"""Token maps of answered rows: which tokens the recipe's method kept of their images.
 
-The image is read from the input, and goes through the model's vision side and the recipe's method
-once more, which gives what it gave when the row was answered: the choice depends on the image and
-the recipe alone. The answer, and what an audit said, come from the output.
+The image is read from the input again and goes through the vision tower and the recipe's method.
+The result is the one of the run, because the choice depends on the image and the recipe alone. The
+answer and the audit come from the output.
 
 Not covered: methods that read the prompt; outputs whose input has changed since.
 """
@@ -47,7 +47,7 @@ COLUMNS = (*MERGED_BY, "row_key", "answer", "error", "retention_requested", "aud
 
 @dataclass(frozen=True)
 class RowLocation:
-    """Where a row is: its source, as it was when planned, and its number there."""
+    """Location of a row: its source with the fingerprint in the plan, and its number there."""
 
     source: str
     fingerprint: str
@@ -55,7 +55,7 @@ class RowLocation:
 
 
 def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
-    """What was kept for some rows, one by one, by a model that is loaded once.
+    """Token maps of some rows, one by one; the model is loaded once.
 
     Args:
         output: Directory or URL.
@@ -66,40 +66,42 @@ def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
     """
     first = open_first_round(output)
     recipe = first.run.recipe
-    places = [_place(first, key) for key in keys]
-    requests = [_request(recipe, place, key) for place, key in zip(places, keys, strict=True)]
+    locations = [_location(first, key) for key in keys]
+    requests = [_request(recipe, *pair) for pair in zip(locations, keys, strict=True)]
     latest, loaded = _latest(output, first), load_model(recipe, Cluster())
-    for place, request in zip(places, requests, strict=True):
-        answer = _answer(latest, first.plan.shards, place, request.row_key)
-        captions = [f"{request.row_key}: {request.prompts[0]}", *told_of(answer)]
-        yield _looked(loaded, recipe, request, captions)
+    for location, request in zip(locations, requests, strict=True):
+        answer = _answer(latest, first.plan.shards, location, request.row_key)
+        captions = [f"{request.row_key}: {request.prompts[0]}", *answer_lines(answer)]
+        yield _token_map(loaded, recipe, request, captions)
 
 
-def _place(retry_round: RetryRound, key: str) -> RowLocation:
-    """A source may have any name, so its row, and its prompt, are what stands behind it."""
+def _location(retry_round: RetryRound, key: str) -> RowLocation:
+    """Split a key from its end: a source's name may contain `#` itself."""
     fingerprints = dict(retry_round.plan.shards.files)
     for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
         source, row = parts[0], parts[-1]
         if source in fingerprints and row.isdigit():
             return RowLocation(source, fingerprints[source], int(row))
-    raise ConfigError(f"no row {key!r} in the plan; the column row_key has those that there are")
+    raise ConfigError(f"no row {key!r} in the plan; the column row_key lists the keys")
 
 
-def _request(recipe: Recipe, place: RowLocation, key: str) -> Request:
-    span = Span(place.source, place.fingerprint, place.row, place.row + 1)
+def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
+    span = Span(location.source, location.fingerprint, location.row, location.row + 1)
     try:
-        found = [r for r in Source(recipe.input).read(span, HOST_BYTES) if r.row_key == key]
+        requests = [r for r in Source(recipe.input).read(span, HOST_BYTES) if r.row_key == key]
     except ShardError as error:
         raise ConfigError(f"{key}: {error}") from error
-    if not found:
+    if not requests:
         raise ConfigError(f"{key}: the row has no such prompt")
-    if found[0].fault is not None:
-        raise ConfigError(f"{key}: {found[0].fault.message}")
-    return found[0]
+    if requests[0].fault is not None:
+        raise ConfigError(f"{key}: {requests[0].fault.message}")
+    return requests[0]
 
 
 @torch.inference_mode()
-def _looked(loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]) -> TokenMap:
+def _token_map(
+    loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]
+) -> TokenMap:
     family, policy = loaded.family, recipe.input.image_policy()
     compressor = CompressionPolicy.from_config(recipe.compression).compressor
     try:
@@ -116,28 +118,31 @@ def _looked(loaded: LoadedModel, recipe: Recipe, request: Request, captions: lis
     compression = recipe.compression
     method = f"{compression.method}, retention {compression.retention_requested:g}"
     full = sum(views.valid_per_view)
-    told = f"{method}: {int(kept.sum())} of {full} visual tokens kept"
     return TokenMap(
         image=np.asarray(image),
         canvas=views.canvas,
         scores=views.scores[0].float().cpu().numpy(),
         kept=kept,
-        captions=[*captions, told],
+        captions=[*captions, f"{method}: {int(kept.sum())} of {full} visual tokens kept"],
     )
 
 
 def _latest(output: str, first: RetryRound) -> Latest:
-    """The latest answers of an output, by what is committed now."""
+    """The latest committed answers of an output."""
     numbers = retry_numbers(first.store.names(RETRY_ROUNDS))
     retries = (open_round(output, number) for number in numbers)
-    found = [first, *(retry for retry in retries if retry is not None)]
-    return Latest([(each, planned_parts(each.store, each.plan.shards).committed) for each in found])
+    rounds = [first, *(retry for retry in retries if retry is not None)]
+    return Latest(
+        [(each, planned_parts(each.store, each.plan.shards).committed) for each in rounds]
+    )
 
 
-def _answer(latest: Latest, shards: Shards, place: RowLocation, key: str) -> dict[str, Any] | None:
+def _answer(
+    latest: Latest, shards: Shards, location: RowLocation, key: str
+) -> dict[str, Any] | None:
     """The latest answer to a row; None where it has none yet."""
-    file, spans = shards.files.index((place.source, place.fingerprint)), shards.spans
-    holding = (spans.file == file) & (spans.first <= place.row) & (place.row < spans.stop)
+    file, spans = shards.files.index((location.source, location.fingerprint)), shards.spans
+    holding = (spans.file == file) & (spans.first <= location.row) & (location.row < spans.stop)
     for index in spans.shard[holding]:
         answers = latest.answers(int(index), COLUMNS)
         if answers is not None:
@@ -145,35 +150,36 @@ def _answer(latest: Latest, shards: Shards, place: RowLocation, key: str) -> dic
     return None
 
 
-def told_of(answer: Mapping[str, Any] | None) -> Iterator[str]:
-    """Lines about an answer row, or none yet: what was said, anew, and uncompressed."""
+def answer_lines(answer: Mapping[str, Any] | None) -> Iterator[str]:
+    """Lines about an answer row: the answer, the one after escalation, the uncompressed one."""
     if answer is None:
         yield "not answered yet"
         return
-    said = answer["answer"]
+    text = answer["answer"]
     if answer["status"] != Status.OK:
-        said = f"none ({answer['status']}: {answer['error']})"
+        text = f"none ({answer['status']}: {answer['error']})"
     audit = answer["audit"] or {}
-    anew = audit.get("final_agreement")
-    if anew is not None:
-        yield f"answer: {_said(audit['first_answer'])}{_alike(audit['agreement'])}"
-        yield f"anew at retention {answer['retention_requested']:g}: {said}{_alike(anew)}"
+    final_agreement = audit.get("final_agreement")
+    if final_agreement is not None:
+        yield f"answer: {_text(audit['first_answer'])}{_agreement(audit['agreement'])}"
+        retention = f"{answer['retention_requested']:g}"
+        yield f"again at retention {retention}: {text}{_agreement(final_agreement)}"
     else:
-        yield f"answer: {said}{_alike(audit.get('agreement'))}"
+        yield f"answer: {text}{_agreement(audit.get('agreement'))}"
     if audit:
-        yield f"uncompressed: {_said(audit['answer'])}"
+        yield f"uncompressed: {_text(audit['answer'])}"
 
 
-def _said(answer: str | None) -> str:
+def _text(answer: str | None) -> str:
     return "none" if answer is None else answer
 
 
-def _alike(agreement: float | None) -> str:
-    """How far an answer agrees with the uncompressed one."""
+def _agreement(agreement: float | None) -> str:
+    """Similarity of an answer to the uncompressed one."""
     return "" if agreement is None else f" (agreement {agreement:.3f})"
 
 
-def picture_name(output: str, key: str) -> str:
-    """A file name for a row's picture."""
+def image_name(output: str, key: str) -> str:
+    """File name for the token map of a row."""
     last = output.rstrip("/").split("/")[-1]
     return f"{last}-{''.join(c if c.isalnum() or c in '.-_' else '_' for c in key)}.png"

@@ -1,15 +1,15 @@
-"""`Summary`: the numbers of a report, all of them derived from a `RunTotals` and a table of prices.
+"""`Summary`: the figures of a report, derived from `RunTotals` and a table of prices.
 
-Whatever a page, a text or a program is told comes from here. Costs are those of all rounds;
-what was saved is an estimate from operations, and says so.
+Pages, texts and programs all show figures from here. Costs are those of all rounds; what
+compression saved is an estimate from operations and is labelled so.
 
-Not covered: quality, which footers cannot tell.
+Not covered: the quality of answers, which the parts' footers do not record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from typing import Any
 
@@ -18,19 +18,10 @@ import numpy as np
 from gc2ray.core.intervals import Interval, interval
 from gc2ray.core.schema import MILLION
 from gc2ray.core.stats import RETENTION_BUCKETS, STAGES, RunStats
-from gc2ray.core.usage import UsageKind
 from gc2ray.estimate.hardware import Prices
 from gc2ray.estimate.roofline import audit_share, busy_seconds
 from gc2ray.output.totals import RoundTotals, RunTotals
-from gc2ray.report.costs import (
-    DeviceTime,
-    WhatIf,
-    _bill,
-    _devices,
-    _saved,
-    _usd,
-    _what_if,
-)
+from gc2ray.report.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -42,18 +33,18 @@ class BeforeAfter:
 
     @property
     def share(self) -> float | None:
-        """What is left of it."""
+        """The share that was kept; None of nothing."""
         return self.kept / self.full if self.full else None
 
 
 @dataclass(frozen=True)
 class EscalationStep:
-    """A retention at which audited rows were answered anew.
+    """A retention at which audited rows were answered again.
 
     Attributes:
         retention: Requested.
-        rows: Whose answer is of this retention now.
-        agreed: Those of them that now say what was said uncompressed.
+        rows: Rows whose final answer is of this retention.
+        agreed: Those of them whose final answer equals the uncompressed one.
     """
 
     retention: float
@@ -63,38 +54,41 @@ class EscalationStep:
 
 @dataclass(frozen=True)
 class AuditSummary:
-    """What a second look at some answers found.
+    """The result of an audit.
 
     Attributes:
         audits: Answers that were compared with uncompressed ones.
-        agreed: Share that said the same, with 95 % confidence.
-        similarity: Mean similarity, 1 where they said the same.
-        share_of_time: Of the time in which devices answered, what second looks took.
-        audit_seconds: Busy time of devices for the uncompressed answers, by stage.
-        audited_seconds: The same of the answers that they were compared with.
-        least: Rows that differed most, as (similarity, row key).
-        rungs: Answers that were given anew, by the retention of what they are now, rising.
+        agreed: Share of equal answers, with 95 % confidence.
+        similarity: Mean similarity; 1 for equal answers.
+        share_of_time: Share of the devices' answering time that audits took.
+        uncompressed_seconds: Busy time of devices for the uncompressed answers, by stage.
+        compressed_seconds: The same of the answers that they were compared with.
+        least_similar: Rows that differed most, as (similarity, row key).
+        steps: Answers that were given again, by the retention of the final one, rising.
     """
 
     audits: int
     agreed: Interval
     similarity: float
     share_of_time: float
-    audit_seconds: Mapping[str, float]
-    audited_seconds: Mapping[str, float]
-    least: tuple[tuple[float, str], ...]
-    rungs: tuple[EscalationStep, ...]
+    uncompressed_seconds: Mapping[str, float]
+    compressed_seconds: Mapping[str, float]
+    least_similar: tuple[tuple[float, str], ...]
+    steps: tuple[EscalationStep, ...]
 
     @property
     def slowdown(self) -> float | None:
         """How much longer uncompressed answers took on the device, decoding of images aside."""
-        ours, theirs = (sum(spent.values()) for spent in (self.audited_seconds, self.audit_seconds))
+        ours, theirs = (
+            sum(seconds.values())
+            for seconds in (self.compressed_seconds, self.uncompressed_seconds)
+        )
         return theirs / ours if ours else None
 
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """What became of one generation: its number, rows, answers and parts."""
+    """The run itself (round 0) or a retry: its rows, answers and parts."""
 
     number: int
     planned_rows: int
@@ -105,7 +99,7 @@ class RoundSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of a run.
+    """The figures of a run.
 
     Attributes:
         output: Directory or URL.
@@ -114,42 +108,16 @@ class Summary:
         method: Of compression.
         retention_requested: 1 where nothing is compressed.
         versions: Of libraries, when the run began.
-        started: When its first driver began; None where none tells.
-        ended: When its last one was seen.
+        started: Start of the first driver; None where no driver left a record.
+        ended: When the last driver was last seen; None likewise.
         rounds: The run and its retries.
-        by_status: Answers of all of them.
-        empty_answers: Those that are `ok`, and blank.
-        images: That were encoded.
-        images_shared: Answers whose image another one had brought.
-        visual: Visual tokens.
-        newlines: Newline tokens.
-        views: Visual tokens by view: the thumbnail, then crops by their place.
-        retention: Answers by actual retention, from none kept to all, `RETENTION_BUCKETS` of them.
-        prompt_tokens: Read by the language model.
-        prompt_tokens_shared: Those of them that were computed for another answer.
-        output_tokens: Written by it.
-        kv_bytes: KV cache of prompts and answers.
-        flops: Operations by stage.
-        stage_seconds: Busy time by stage, which may overlap.
-        starved_seconds: In which workers had nothing to do, and rows were still to come.
-        rows_a_step: Rows that were decoded together, on average.
-        peak_device_bytes: Largest allocation on a device; 0 where it does not tell.
-        peak_host_bytes: Largest resident set of a worker.
-        energy_joules: Of devices; 0 where they do not tell.
-        throughput: Answers a second over time, with the share of time that workers starved.
-        bill: Device-seconds by use.
-        devices: What was used.
-        price: Where prices are from, for people.
-        usd: Of all device time; None without a price.
-        usd_per_1000: Of a thousand encoded images; likewise.
-        answering_seconds: Useful device-seconds, less those of second looks at some answers.
-        saved_seconds: Device-seconds that compression saved: an estimate from operations.
-        what_if: The work of answering on other devices.
-        audit: What a second look found; None where there was none.
-        slowest: Rows with the most busy time, as (seconds, row key).
-        largest: Rows with the largest KV cache, as (bytes, row key).
-        letters: Why shards were given up.
-        letter_count: All of them.
+        stats: Statistics of all their answers.
+        throughput: Over time: answers a second, and the share of worker time spent waiting for
+            input.
+        costs: Device time and money.
+        audit: Result of the audit; None where no row was audited.
+        dead_letters: Why shards were given up, as shard and reason.
+        dead_letter_count: All of them, those that are not listed included.
     """
 
     output: str
@@ -161,136 +129,155 @@ class Summary:
     started: datetime | None
     ended: datetime | None
     rounds: tuple[RoundSummary, ...]
-    by_status: Mapping[str, int]
-    empty_answers: int
-    images: int
-    images_shared: int
-    visual: BeforeAfter
-    newlines: BeforeAfter
-    views: tuple[BeforeAfter, ...]
-    retention: tuple[int, ...]
-    prompt_tokens: int
-    prompt_tokens_shared: int
-    output_tokens: int
-    kv_bytes: BeforeAfter
-    flops: Mapping[str, BeforeAfter]
-    stage_seconds: Mapping[str, float]
-    input_starved_seconds: float
-    rows_a_step: float | None
-    peak_device_bytes: int
-    peak_host_bytes: int
-    energy_joules: float
+    stats: RunStats
     throughput: tuple[tuple[datetime, float, float], ...]
-    bill: Mapping[str, float]
-    devices: tuple[DeviceTime, ...]
-    price: str
-    usd: float | None
-    usd_per_1000: float | None
-    answering_seconds: float
-    saved_seconds: Interval | None
-    what_if: tuple[WhatIf, ...]
+    costs: Costs
     audit: AuditSummary | None
-    slowest: tuple[tuple[float, str], ...]
-    largest: tuple[tuple[int, str], ...]
-    letters: tuple[tuple[str, str], ...]
-    letter_count: int
+    dead_letters: tuple[tuple[str, str], ...]
+    dead_letter_count: int
 
     @property
     def answers(self) -> int:
         """Answer rows."""
-        return sum(self.by_status.values())
+        return sum(self.stats.by_status.values())
 
     @property
     def errors(self) -> int:
         """Answers that failed."""
-        return self.answers - self.by_status.get("ok", 0)
+        return self.answers - self.stats.by_status.get("ok", 0)
+
+    @property
+    def visual(self) -> BeforeAfter:
+        """Visual tokens."""
+        return BeforeAfter(self.stats.visual_tokens_full, self.stats.visual_tokens_kept)
+
+    @property
+    def newlines(self) -> BeforeAfter:
+        """Newline tokens."""
+        return BeforeAfter(self.stats.newline_tokens_full, self.stats.newline_tokens)
+
+    @property
+    def views(self) -> tuple[BeforeAfter, ...]:
+        """Visual tokens by view: the thumbnail, then crops by their place."""
+        full, kept = self.stats.view_tokens_full, self.stats.view_tokens_kept
+        places = sorted(map(int, full))
+        return tuple(BeforeAfter(full[str(place)], kept.get(str(place), 0)) for place in places)
+
+    @property
+    def retention(self) -> tuple[int, ...]:
+        """Answers by actual retention in `RETENTION_BUCKETS`, from none kept to all kept."""
+        counts = self.stats.retention
+        return tuple(counts.get(f"{bucket:02d}", 0) for bucket in range(RETENTION_BUCKETS))
+
+    @property
+    def kv_bytes(self) -> BeforeAfter:
+        """KV cache of prompts and answers."""
+        return BeforeAfter(self.stats.kv_bytes_full, self.stats.kv_bytes)
+
+    @property
+    def flops(self) -> Mapping[str, BeforeAfter]:
+        """Operations by stage."""
+        full, kept = self.stats.flops_full, self.stats.flops
+        return {
+            stage: BeforeAfter(full[stage], kept.get(stage, 0)) for stage in STAGES if stage in full
+        }
 
     @property
     def operations(self) -> BeforeAfter:
-        """Of all stages."""
-        full = sum(change.full for change in self.flops.values())
-        return BeforeAfter(full, sum(change.kept for change in self.flops.values()))
+        """Operations of all stages."""
+        flops = self.flops.values()
+        return BeforeAfter(sum(f.full for f in flops), sum(f.kept for f in flops))
 
     @property
-    def device_seconds(self) -> float:
-        """Of all uses."""
-        return sum(self.bill.values())
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Busy time by stage; stages may overlap."""
+        return {stage: self.stats.stage_ns.get(stage, 0) / 1e9 for stage in STAGES}
+
+    @property
+    def input_starved_seconds(self) -> float:
+        """Time in which workers waited for input while rows remained."""
+        return self.stats.input_starved_ns / 1e9
+
+    @property
+    def rows_a_step(self) -> float | None:
+        """Average number of rows that were decoded together."""
+        steps = self.stats.decode_steps
+        return self.stats.output_tokens / steps if steps else None
+
+    @property
+    def energy_joules(self) -> float:
+        """Energy of devices; 0 where they do not report it."""
+        return self.stats.energy_millijoules / 1e3
+
+    @property
+    def usd_per_1000(self) -> float | None:
+        """Cost of a thousand encoded images; None without a price."""
+        usd, images = self.costs.usd, self.stats.images
+        return 1000 * usd / images if usd is not None and images else None
+
+    @property
+    def slowest(self) -> tuple[tuple[float, str], ...]:
+        """Rows with the most busy time, as (seconds, row key)."""
+        return tuple((ns / 1e9, key) for ns, key in self.stats.slowest)
 
     def telling_rows(self, count: int) -> list[str]:
         """Keys of so many answered rows, those that differ most from uncompressed first."""
-        least = [key for _, key in self.audit.least] if self.audit is not None else []
-        large = [key for size, key in self.largest if size]
+        least = [key for _, key in self.audit.least_similar] if self.audit is not None else []
+        large = [key for kv_bytes, key in self.stats.largest if kv_bytes]
         return list(dict.fromkeys([*least, *large]))[:count]
 
-    @property
-    def useful_share(self) -> float | None:
-        """Share of device time that led to answers."""
-        total = self.device_seconds
-        return self.bill.get(str(UsageKind.USEFUL), 0.0) / total if total else None
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, flat: own fields, those of `costs`, and figures from `stats` by their names."""
+        data = asdict(self)
+        del data["stats"]
+        data |= data.pop("costs")
+        data |= {name: getattr(self.stats, name) for name in _FROM_STATS}
+        return data | {name: _plain(getattr(self, name)) for name in _DERIVED}
 
 
-def summarise(ledger: RunTotals, prices: Prices) -> Summary:
-    """The numbers of an output.
+_FROM_STATS = (
+    "by_status", "empty_answers", "images", "images_shared", "prompt_tokens",
+    "prompt_tokens_shared", "output_tokens", "peak_device_bytes", "peak_host_bytes", "largest",
+)  # fmt: skip
+_DERIVED = (
+    "visual", "newlines", "views", "retention", "kv_bytes", "flops", "stage_seconds",
+    "input_starved_seconds", "rows_a_step", "energy_joules", "usd_per_1000", "slowest",
+)  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def summarise(totals: RunTotals, prices: Prices) -> Summary:
+    """Summarise an output.
 
     Args:
-        ledger: What it says.
-        prices: What device time costs.
+        totals: Of the output.
+        prices: Of device time.
     """
-    stats, first = ledger.stats, ledger.rounds[0]
-    drivers = [driver for entry in ledger.rounds for driver in entry.drivers]
-    devices = _devices(ledger.workers, prices)
-    bill = _bill(ledger, devices)
-    usd = _usd(bill, devices)
-    answering = bill.get(str(UsageKind.USEFUL), 0.0) * (1 - audit_share(stats))
+    first, recipe, stats = totals.rounds[0], totals.run.recipe, totals.stats
+    drivers = [driver for entry in totals.rounds for driver in entry.drivers]
     return Summary(
-        output=ledger.output,
-        fingerprint=first.run.recipe.fingerprint(),
-        recipe=first.run.recipe.model_dump(mode="json"),
-        method=first.run.recipe.compression.method,
-        retention_requested=first.run.recipe.compression.retention_requested,
+        output=totals.output,
+        fingerprint=recipe.fingerprint(),
+        recipe=recipe.model_dump(mode="json"),
+        method=recipe.compression.method,
+        retention_requested=recipe.compression.retention_requested,
         versions=first.run.versions,
         started=min((driver.started for driver in drivers), default=None),
         ended=max((driver.last_seen for driver in drivers), default=None),
-        rounds=tuple(_round_summary(entry) for entry in ledger.rounds),
-        by_status=stats.by_status,
-        empty_answers=stats.empty_answers,
-        images=stats.images,
-        images_shared=stats.images_shared,
-        visual=BeforeAfter(stats.visual_tokens_full, stats.visual_tokens_kept),
-        newlines=BeforeAfter(stats.newline_tokens_full, stats.newline_tokens),
-        views=_views(stats),
-        retention=tuple(
-            stats.retention.get(f"{bucket:02d}", 0) for bucket in range(RETENTION_BUCKETS)
-        ),
-        prompt_tokens=stats.prompt_tokens,
-        prompt_tokens_shared=stats.prompt_tokens_shared,
-        output_tokens=stats.output_tokens,
-        kv_bytes=BeforeAfter(stats.kv_bytes_full, stats.kv_bytes),
-        flops={
-            stage: BeforeAfter(stats.flops_full[stage], stats.flops.get(stage, 0))
-            for stage in STAGES
-            if stage in stats.flops_full
-        },
-        stage_seconds={stage: stats.stage_ns.get(stage, 0) / 1e9 for stage in STAGES},
-        input_starved_seconds=stats.input_starved_ns / 1e9,
-        rows_a_step=stats.output_tokens / stats.decode_steps if stats.decode_steps else None,
-        peak_device_bytes=stats.peak_device_bytes,
-        peak_host_bytes=stats.peak_host_bytes,
-        energy_joules=stats.energy_millijoules / 1e3,
+        rounds=tuple(_round_summary(entry) for entry in totals.rounds),
+        stats=stats,
         throughput=_throughput(first),
-        bill=bill,
-        devices=devices,
-        price=str(prices),
-        usd=usd,
-        usd_per_1000=1000 * usd / stats.images if usd is not None and stats.images else None,
-        answering_seconds=answering,
-        saved_seconds=_saved(stats, answering),
-        what_if=_what_if(ledger, stats, answering, prices.table),
+        costs=Costs.from_totals(totals, prices),
         audit=_audit(stats),
-        slowest=tuple((ns / 1e9, key) for ns, key in stats.slowest),
-        largest=stats.largest,
-        letters=tuple(letter for entry in ledger.rounds for letter in entry.dead_letters),
-        letter_count=sum(entry.dead_letter_count for entry in ledger.rounds),
+        dead_letters=tuple(letter for entry in totals.rounds for letter in entry.dead_letters),
+        dead_letter_count=sum(entry.dead_letter_count for entry in totals.rounds),
     )
 
 
@@ -311,20 +298,14 @@ def _audit(stats: RunStats) -> AuditSummary | None:
         agreed=agreed,
         similarity=stats.agreement_millionths / stats.audits / MILLION,
         share_of_time=audit_share(stats),
-        audit_seconds=busy_seconds(stats.audit_uncompressed_ns),
-        audited_seconds=busy_seconds(stats.audit_compressed_ns),
-        least=tuple((1 - off / MILLION, key) for off, key in stats.least_agreed),
-        rungs=tuple(
+        uncompressed_seconds=busy_seconds(stats.audit_uncompressed_ns),
+        compressed_seconds=busy_seconds(stats.audit_compressed_ns),
+        least_similar=tuple((1 - off / MILLION, key) for off, key in stats.least_agreed),
+        steps=tuple(
             EscalationStep(float(retention), rows, stats.escalated_agreed.get(retention, 0))
             for retention, rows in sorted(stats.escalated.items(), key=lambda item: float(item[0]))
         ),
     )
-
-
-def _views(stats: RunStats) -> tuple[BeforeAfter, ...]:
-    places = sorted(map(int, stats.view_tokens_full))
-    full, kept = stats.view_tokens_full, stats.view_tokens_kept
-    return tuple(BeforeAfter(full[str(place)], kept.get(str(place), 0)) for place in places)
 
 
 def _throughput(entry: RoundTotals) -> tuple[tuple[datetime, float, float], ...]:

@@ -1,4 +1,4 @@
-"""A run's numbers as tables of texts, for a page and for a text alike.
+"""The figures of a run as tables of texts, for the page and for Markdown.
 
 Not covered: drawings (`gc2ray.report.charts`); how tables are laid out.
 """
@@ -8,20 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gc2ray.core.format import duration, money, percent, precise, short, shown, size
-from gc2ray.report.costs import HOUR
+from gc2ray.core.format import (
+    duration,
+    money,
+    percent,
+    precise,
+    seconds_text,
+    short,
+    shown,
+    size,
+)
+from gc2ray.estimate.hardware import PRICE_KINDS
+from gc2ray.report.costs import Costs
 from gc2ray.report.summary import AuditSummary, BeforeAfter, Summary
 
-STAGES = {
+STAGE_LABELS = {
     "image": "decode images (on threads)",
     "encode": "vision tower",
     "compress": "compress, project",
     "prefill": "prefill",
     "generate": "decode",
 }
-"""How people are told stages."""
+"""Stages by name, for people."""
 HALF_PAGE = 40
-"""Characters, beside those of a first column."""
+"""Characters of a table's columns beside the first."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,12 @@ class Table:
 
 
 def tables(summary: Summary) -> Iterator[Table]:
-    """All of a run's; some have no rows."""
-    statuses = sorted(summary.by_status.items(), key=lambda item: (item[0] != "ok", -item[1]))
+    """All tables of a run; some have no rows."""
+    stats = summary.stats
+    statuses = sorted(stats.by_status.items(), key=lambda item: (item[0] != "ok", -item[1]))
     counts = [[status, f"{count:,}"] for status, count in statuses]
-    if summary.empty_answers:
-        counts.append(["ok, but blank", f"{summary.empty_answers:,}"])
+    if stats.empty_answers:
+        counts.append(["ok, but blank", f"{stats.empty_answers:,}"])
     yield Table("Answers by status", ["status", "answers"], counts)
     yield _round_table(summary)
     yield _token_table(summary)
@@ -54,11 +65,12 @@ def tables(summary: Summary) -> Iterator[Table]:
     yield Table(
         "Operations",
         ["stage", "before", "after", "share"],
-        [_change_row(STAGES[s], c) for s, c in summary.flops.items() if c.full],
-        "Matrix products only, as gc2ray runs them; the tower reads every image whatever is kept.",
+        [_change_row(STAGE_LABELS[s], c) for s, c in summary.flops.items() if c.full],
+        "Matrix products only, as gc2ray runs them; the vision tower reads whole images whatever "
+        "is kept.",
     )
     yield _time_table(summary)
-    yield from _money_tables(summary)
+    yield from _cost_tables(summary.costs)
     if summary.audit is not None:
         yield from _audit_tables(summary.audit)
     yield Table(
@@ -69,21 +81,21 @@ def tables(summary: Summary) -> Iterator[Table]:
     yield Table(
         "Largest rows",
         ["row", "KV cache"],
-        [[key, size(kv_bytes)] for kv_bytes, key in summary.largest if kv_bytes],
+        [[key, size(kv_bytes)] for kv_bytes, key in stats.largest if kv_bytes],
     )
-    more = summary.letter_count - len(summary.letters)
+    more = summary.dead_letter_count - len(summary.dead_letters)
     yield Table(
         "Dead letters",
-        ["shard", "why it was given up"],
-        [list(letter) for letter in summary.letters],
+        ["shard", "reason"],
+        [list(letter) for letter in summary.dead_letters],
         f"and {more:,} more" if more else "",
         numbers=False,
     )
 
 
 def _round_table(summary: Summary) -> Table:
-    """Of a run that was retried; of others it has no rows."""
-    found = [
+    """A row for each round of a run that was retried; no rows otherwise."""
+    rows = [
         [
             "run" if one.number == 0 else f"retry {one.number}",
             f"{one.rows:,} of {one.planned_rows:,}",
@@ -94,28 +106,29 @@ def _round_table(summary: Summary) -> Table:
         for one in summary.rounds
     ]
     head = ["round", "rows", "parts", "ok", "errors"]
-    return Table("Generations", head, found if len(found) > 1 else [])
+    return Table("Retry rounds", head, rows if len(rows) > 1 else [])
 
 
 def _audit_tables(audit: AuditSummary) -> Iterator[Table]:
     yield Table(
-        "Audited rows that were answered anew",
-        ["retention of their answer now", "rows", "of them same as uncompressed"],
-        [[f"{rung.retention:g}", f"{rung.rows:,}", f"{rung.agreed:,}"] for rung in audit.rungs],
-        "Those whose answers disagreed, at rising retentions, until one agreed.",
+        "Audited rows that were answered again",
+        ["final retention", "rows", "same as uncompressed"],
+        [[f"{step.retention:g}", f"{step.rows:,}", f"{step.agreed:,}"] for step in audit.steps],
+        "Rows whose answer differed were answered at rising retentions until one agreed.",
     )
     yield Table(
         "Audited rows that differ most",
         ["row", "similarity"],
-        [[key, f"{similarity:.3f}"] for similarity, key in audit.least],
-        "gc2ray report OUTPUT --show 4 draws what was kept of the first four.",
+        [[key, f"{similarity:.3f}"] for similarity, key in audit.least_similar],
+        "`gc2ray report OUTPUT --show 4` draws the kept tokens of the first four.",
     )
 
 
 def _token_table(summary: Summary) -> Table:
     thumbnail, *crops = summary.views or (BeforeAfter(0, 0),)
     all_crops = BeforeAfter(sum(c.full for c in crops), sum(c.kept for c in crops))
-    text = summary.prompt_tokens - summary.visual.kept - summary.newlines.kept
+    stats = summary.stats
+    text = stats.prompt_tokens - summary.visual.kept - summary.newlines.kept
     rows = [
         _change_row("visual tokens", summary.visual),
         *([_change_row("of the thumbnails", thumbnail)] if thumbnail.full else []),
@@ -123,80 +136,87 @@ def _token_table(summary: Summary) -> Table:
         *(_change_row(f"of crop {place}", crop) for place, crop in enumerate(crops, 1)),
         _change_row("newline tokens", summary.newlines),
         ["text tokens", short(text), short(text), ""],
-        ["output tokens", short(summary.output_tokens), short(summary.output_tokens), ""],
+        ["output tokens", short(stats.output_tokens), short(stats.output_tokens), ""],
     ]
     note = ""
-    if summary.images_shared:
+    if stats.images_shared:
         note = (
-            f"{summary.images_shared:,} answers shared an image that another had brought, and "
-            f"{short(summary.prompt_tokens_shared)} prompt tokens."
+            f"{stats.images_shared:,} answers reused the image of another, and "
+            f"{short(stats.prompt_tokens_shared)} of their prompt tokens were not computed again."
         )
     return Table("Tokens", ["", "before", "after", "share"], rows, note)
 
 
 def _memory_table(summary: Summary) -> Table:
     rows = [["KV cache of all answers", *_change_cells(summary.kv_bytes, size)]]
-    if summary.peak_device_bytes:
-        rows.append(["largest device allocation", "", size(summary.peak_device_bytes), ""])
-    if summary.peak_host_bytes:
-        rows.append(["largest worker process", "", size(summary.peak_host_bytes), ""])
+    stats = summary.stats
+    if stats.peak_device_bytes:
+        rows.append(["largest device allocation", "", size(stats.peak_device_bytes), ""])
+    if stats.peak_host_bytes:
+        rows.append(["largest worker process", "", size(stats.peak_host_bytes), ""])
     return Table("Memory", ["", "before", "after", "share"], rows)
 
 
 def _time_table(summary: Summary) -> Table:
-    seconds = summary.stage_seconds
-    rows = [[STAGES[stage], duration(spent / HOUR)] for stage, spent in seconds.items()]
-    rows.append(
-        ["starved: nothing to do, rows to come", duration(summary.input_starved_seconds / HOUR)]
-    )
-    note = "Busy time of all workers; stages overlap on a GPU."
+    seconds = {**summary.stage_seconds, "waiting": summary.input_starved_seconds}
+    labels = STAGE_LABELS | {"waiting": "waiting for input"}
+    rows = [[labels[stage], seconds_text(spent)] for stage, spent in seconds.items()]
+    note = "Sum over all workers; stages overlap on a GPU."
     if summary.rows_a_step:
         note += f" {precise(summary.rows_a_step)} rows were decoded together on average."
     return Table("Time by stage", ["stage", "busy"], rows, note)
 
 
-def _money_tables(summary: Summary) -> Iterator[Table]:
-    total = summary.device_seconds
-    price = summary.usd / total if summary.usd is not None and total else None
-    yield Table(
-        "Where device time went",
-        ["use", "time", "share", *(["cost"] if price is not None else [])],
-        [
-            [
-                use,
-                duration(seconds / HOUR),
-                f"{seconds / total:.1%}",
-                *([money(seconds * price)] if price is not None else []),
-            ]
-            for use, seconds in sorted(summary.bill.items(), key=lambda item: -item[1])
-        ],
-        "Useful time led to a committed part; the rest is waste, by cause.",
-    )
+def _cost_tables(costs: Costs) -> Iterator[Table]:
+    yield _use_table(costs)
     yield Table(
         "Devices",
         ["device", "workers", "time", "price an hour"],
         [
-            [d.device, str(d.workers), duration(d.seconds / HOUR), _price(d.usd_per_hour)]
-            for d in summary.devices
+            [d.device, str(d.workers), seconds_text(d.seconds), _price(d.usd_per_hour)]
+            for d in costs.devices
         ],
-        f"Prices: {summary.price}. Time from each worker's start until it was last seen.",
+        f"Prices: {costs.price}. Time from each worker's start until it was last seen.",
     )
-    yield Table(
-        "What if: the same answers on other devices",
-        ["device", "device time", "on demand", "spot"],
+    yield _what_if_table(costs)
+
+
+def _use_table(costs: Costs) -> Table:
+    total = costs.device_seconds
+    price = costs.usd / total if costs.usd is not None and total else None
+    uses = sorted(costs.device_seconds_by_use.items(), key=lambda item: -item[1])
+    return Table(
+        "Device time by use",
+        ["use", "time", "share", *(["cost"] if price is not None else [])],
         [
             [
-                found.hardware,
-                shown(found.device_hours, duration),
-                *(
-                    shown(found.usd[kind], money) if kind in found.usd else ""
-                    for kind in ("on_demand", "spot")
-                ),
+                use,
+                seconds_text(seconds),
+                f"{seconds / total:.1%}",
+                *([money(seconds * price)] if price is not None else []),
             ]
-            for found in summary.what_if
+            for use, seconds in uses
         ],
-        "By each device's roofline, of which it is taken to reach the share that this run's device "
-        "did, or else 25 % to 60 %. Answering only: no loading, no second looks.",
+        "Useful time led to committed parts; the rest is waste, by cause.",
+    )
+
+
+def _what_if_table(costs: Costs) -> Table:
+    kinds = [kind for kind in PRICE_KINDS if any(kind in item.usd for item in costs.what_if)]
+    return Table(
+        "What if: the same answers on other devices",
+        ["device", "device time", *(kind.replace("_", " ") for kind in kinds)],
+        [
+            [
+                item.hardware,
+                shown(item.device_hours, duration),
+                *(shown(item.usd[kind], money) if kind in item.usd else "" for kind in kinds),
+            ]
+            for item in costs.what_if
+        ],
+        "From each device's roofline: of it, a device is assumed to reach the share that the "
+        "device of this run reached, or else 25 % to 60 %. Answering only, without loading and "
+        "audits.",
     )
 
 

@@ -1,14 +1,14 @@
-"""What a person sees of a run: a progress bar while it goes, a table when it ends.
+"""Shows a run in the terminal: a progress bar while it runs, a table when it ends.
 
-On a terminal the bar moves; in a log a line comes every half minute.
+On a terminal the bar moves; in a log a line is printed every half minute.
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -35,47 +35,56 @@ MAX_ERROR = 400
 MAX_PROBLEMS = 20
 
 
-class _Shown:
-    """Something with a bar that is on the screen while it is entered."""
+@contextmanager
+def run_display(console: Console) -> Iterator[Callable[[Snapshot], None]]:
+    """A progress bar of a run; yields the driver's display, which shows a snapshot."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=300,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        yield _RunDisplay(console, bar)
 
-    _bar: Progress
 
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
+@contextmanager
+def counter(label: str) -> Iterator[Callable[[int], None]]:
+    """Count on a terminal, and nowhere else; yields a function that adds to the count.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+    Args:
+        label: Of the counted things.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.completed:,.0f} " + label),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(label, total=None)
+    with bar:
+        yield lambda count: bar.advance(task, count)
 
 
-class RunDisplay(_Shown):
-    """Shows snapshots of a run; a context manager, and callable as the driver's display."""
+class _RunDisplay:
+    """Shows snapshots of a run."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, bar: Progress) -> None:
         self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=300,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=None, note="")
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None, note="")
         self._first: tuple[float, int] | None = None
         self._logged = 0.0
 
     def __call__(self, snapshot: Snapshot) -> None:
-        """Show a snapshot."""
         note = f"rows  {self._note(snapshot)}"
         self._bar.update(
             self._task,
@@ -99,7 +108,7 @@ class RunDisplay(_Shown):
         parts = [f"{speed:.1f}/s", f"{snapshot.workers} workers"]
         if snapshot.visual_tokens_full:
             kept = snapshot.visual_tokens_kept / snapshot.visual_tokens_full
-            parts.append(f"{1 - kept:.0%} of visual tokens saved")
+            parts.append(f"{1 - kept:.0%} of visual tokens dropped")
         if snapshot.bad_answers:
             parts.append(f"{snapshot.bad_answers} errors")
         if snapshot.dead_shards:
@@ -107,49 +116,28 @@ class RunDisplay(_Shown):
         return ", ".join(parts)
 
 
-class Counted(_Shown):
-    """Counts on a terminal what somebody waits for, and nowhere else; a context manager.
-
-    Args:
-        what: Is counted.
-    """
-
-    def __init__(self, what: str) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.completed:,.0f} " + what),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(what, total=None)
-
-    def add(self, count: int) -> None:
-        """So many more."""
-        self._bar.advance(self._task, count)
-
-
 def print_outcome(console: Console, outcome: Outcome, output: str, retry_round: int = 0) -> None:
-    """The table at the end of a run, what was given up, what failed, and what to do about it.
+    """Print the table at the end of a run, its failures, and the command that retries them.
 
     Args:
-        console: Where to.
-        outcome: How it ended.
+        console: Prints it.
+        outcome: Of the run.
         output: Directory or URL.
-        retry_round: 0, or the number of the retry in it whose end it is.
+        retry_round: Number of the retry that ended; 0 for the run itself.
     """
     title = "/".join(filter(None, (output.rstrip("/"), object_name(retry_round))))
     table = Table("", "", title=escape(f"gc2ray: {title}"), show_header=False)
-    lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_bill_lines(outcome.usage))
+    lines = (*_row_lines(outcome), *_cost_lines(outcome.stats), *_usage_lines(outcome.usage))
     for name, value in lines:
         table.add_row(name, value)
     console.print(table)
     if not outcome.is_complete:
         missing = outcome.planned_rows - outcome.rows
-        console.print(f"[bold red]{missing} rows are not committed[/]; rerun to try them again")
-    for letter in outcome.dead[:MAX_DEAD_LETTERS]:
-        console.print(f"  {_plain(letter)}", markup=False, soft_wrap=True)
+        console.print(
+            f"[bold red]{missing} rows are not committed[/]; run the same command again to resume"
+        )
+    for dead_letter in outcome.dead[:MAX_DEAD_LETTERS]:
+        console.print(f"  {_plain(dead_letter)}", markup=False, soft_wrap=True)
     _print_failures(console, outcome, output)
 
 
@@ -157,25 +145,27 @@ def _print_failures(console: Console, outcome: Outcome, output: str) -> None:
     judged = outcome.judged
     if not outcome.errors or (judged is not None and not judged.failed):
         return
-    console.print("the first answers that failed:")
+    console.print("first failed answers:")
     for error in outcome.errors:
         console.print(f"  {_plain(error)}", markup=False, soft_wrap=True)
     if judged is not None and judged.is_too_many:
-        console.print(f"{judged}; cluster.max_bad_rows=1 accepts any", style="red", soft_wrap=True)
+        console.print(
+            f"{judged}; cluster.max_bad_rows=1 accepts any share", style="red", soft_wrap=True
+        )
     if outcome.is_complete:
         command = shlex.join(["gc2ray", "retry", output])
-        console.print(f"to answer them anew: {command}", markup=False, soft_wrap=True)
+        console.print(f"to answer them again: {command}", markup=False, soft_wrap=True)
 
 
 def _plain(text: str) -> str:
-    """Text of an input on one line, without codes that a terminal would follow."""
-    shown = "".join(c if c.isprintable() else " " for c in text[:MAX_ERROR])
-    return shown if len(text) <= MAX_ERROR else f"{shown} (and so on)"
+    """Text of an input on one line, without control codes of terminals."""
+    printable = "".join(c if c.isprintable() else " " for c in text[:MAX_ERROR])
+    return printable if len(text) <= MAX_ERROR else f"{printable} … ({len(text):,} characters)"
 
 
 def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
-    """What an output holds, and what is wrong with it."""
-    table = Table("round", "shards", "rows", "answers", "of them errors")
+    """Print what an output holds, and the problems found."""
+    table = Table("round", "shards", "rows", "answers", "errors among them")
     table.title = escape(output)
     for checked in verdict.rounds:
         plan, stats = checked.retry_round.plan, checked.stats
@@ -195,9 +185,9 @@ def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
     if more > 0:
         console.print(f"and {more:,} more")
     answered = f"{verdict.rows:,} of {verdict.planned_rows:,} planned rows are answered"
-    color, word = ("red", "wrong") if verdict.damage else ("yellow", "incomplete")
+    color, word = ("red", "damaged") if verdict.damage else ("yellow", "incomplete")
     if not verdict.problems:
-        color, word = "green", "whole"
+        color, word = "green", "complete"
     console.print(f"[bold {color}]{word}[/]: {answered}", soft_wrap=True)
 
 
@@ -207,8 +197,8 @@ def _row_lines(outcome: Outcome) -> list[tuple[str, str]]:
     return [
         ("rows committed", f"{outcome.rows:,} of {outcome.planned_rows:,}"),
         ("answers", f"{stats.rows:,}"),
-        ("of them errors", f"{stats.bad_rows:,}" + (f" ({', '.join(bad)})" if bad else "")),
-        *([("of them blank", f"{stats.empty_answers:,}")] if stats.empty_answers else []),
+        ("errors among them", f"{stats.bad_rows:,}" + (f" ({', '.join(bad)})" if bad else "")),
+        *([("blank answers", f"{stats.empty_answers:,}")] if stats.empty_answers else []),
     ]
 
 
@@ -222,25 +212,25 @@ def _cost_lines(stats: RunStats) -> list[tuple[str, str]]:
     lines += [
         (f"seconds, {stage}", f"{stats.stage_ns.get(stage, 0) / 1e9:.2f}") for stage in STAGES
     ]
-    lines.append(("seconds, starved", f"{stats.input_starved_ns / 1e9:.2f}"))
+    lines.append(("seconds, waiting for input", f"{stats.input_starved_ns / 1e9:.2f}"))
     if stats.images_shared:
-        lines.append(("images shared", f"{stats.images_shared:,}"))
+        lines.append(("answers with a shared image", f"{stats.images_shared:,}"))
         lines.append(("prompt tokens shared", f"{stats.prompt_tokens_shared:,}"))
     if stats.oom_splits:
-        lines.append(("short of memory", f"{stats.oom_splits:,} times"))
+        lines.append(("batches split for memory", f"{stats.oom_splits:,}"))
     lines.append(("peak host memory", f"{stats.peak_host_bytes / 2**20:,.0f} MiB"))
     if stats.peak_device_bytes:
         lines.append(("peak device memory", f"{stats.peak_device_bytes / 2**20:,.0f} MiB"))
     return lines
 
 
-def _bill_lines(bill: Usage) -> list[tuple[str, str]]:
-    """Seconds of all workers' devices, from when each worker was up until it ended."""
-    total = bill.total_seconds
+def _usage_lines(usage: Usage) -> list[tuple[str, str]]:
+    """Device-seconds of all workers from start to end, useful and wasted."""
+    total = usage.total_seconds
     if not total:
         return []
-    useful = bill.of(UsageKind.USEFUL)
-    wasted = {use: seconds for use, seconds in bill.seconds.items() if use != UsageKind.USEFUL}
+    useful = usage.of(UsageKind.USEFUL)
+    wasted = {use: seconds for use, seconds in usage.seconds.items() if use != UsageKind.USEFUL}
     causes = ", ".join(
         f"{use} {seconds:,.1f}" for use, seconds in wasted.items() if seconds >= 0.05
     )

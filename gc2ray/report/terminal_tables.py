@@ -1,11 +1,11 @@
-"""What a person sees of an estimate and of a tuning: tables, and how sure they are.
+"""Prints an estimate or a tuning: tables, and how certain their figures are.
 
-`--json` has all of it.
+`--json` prints all figures instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -15,46 +15,47 @@ from gc2ray.core.format import duration, money, precise, shown
 from gc2ray.core.intervals import Interval, MeanInterval
 from gc2ray.estimate.device_estimate import DeviceEstimate
 from gc2ray.estimate.estimate import Estimate
+from gc2ray.estimate.hardware import PRICE_KINDS
 from gc2ray.estimate.recommendation import Measured, Tuning
 from gc2ray.estimate.roofline import ROOFLINE_SHARE
 from gc2ray.estimate.workload import Workload
 from gc2ray.report.charts import Point, front
 
 
-def print_estimate(console: Console, found: Estimate, job: Job) -> None:
-    """Everything, and where it is from."""
-    console.print(_input_table(found, job))
-    console.print(_token_table(found))
-    if any(offer.misfit is None for offer in found.offers):
-        console.print(_recipe_table(found))
-        console.print(_retention_table(found))
-    for note in (_sure(found), *_notes(found, job), *_misfits(found)):
+def print_estimate(console: Console, result: Estimate, job: Job) -> None:
+    """Print all tables of an estimate, and notes on where the figures come from."""
+    console.print(_input_table(result, job))
+    console.print(_token_table(result))
+    if any(item.misfit is None for item in result.devices):
+        console.print(_recipe_table(result))
+        console.print(_retention_table(result))
+    for note in (_sample_note(result), *_notes(result, job), *_misfits(result), *result.left_out):
         console.print(f"* {note}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _input_table(found: Estimate, job: Job) -> Table:
+def _input_table(result: Estimate, job: Job) -> Table:
     table = Table("", "", title=", ".join(job.recipe.input.uris()), show_header=False)
-    table.add_row("rows", f"{found.rows:,}")
-    table.add_row("prompts that can be answered", shown(found.prompts))
-    for status, count in found.refused.items():
+    table.add_row("rows", f"{result.rows:,}")
+    table.add_row("prompts that can be answered", shown(result.prompts))
+    for status, count in result.refused.items():
         table.add_row(f"prompts that cannot: {status}", shown(count))
-    table.add_row("images to encode", shown(found.images))
-    table.add_row("views of them", shown(found.views))
-    table.add_row("visual tokens before compression", shown(found.visual_tokens_full))
-    table.add_row("text tokens", shown(found.text_tokens))
-    table.add_row("output tokens of an answer", shown(found.output_tokens, precise))
+    table.add_row("images to encode", shown(result.images))
+    table.add_row("views of these images", shown(result.views))
+    table.add_row("visual tokens before compression", shown(result.visual_tokens_full))
+    table.add_row("text tokens", shown(result.text_tokens))
+    table.add_row("output tokens per answer", shown(result.output_tokens, precise))
     return table
 
 
-def _token_table(found: Estimate) -> Table:
+def _token_table(result: Estimate) -> Table:
     table = Table(
         "method", "retention", "visual tokens kept", "tokens a prompt", "GFLOP a prompt",
         title="tokens by retention, the recipe's first",
     )  # fmt: skip
-    too_long = any(item.too_long.high for item in found.forecasts)
+    too_long = any(item.too_long.high for item in result.workloads)
     if too_long:
         table.add_column("too long")
-    for item in found.forecasts:
+    for item in result.workloads:
         cells = (
             item.method,
             f"{item.retention:g}",
@@ -67,44 +68,51 @@ def _token_table(found: Estimate) -> Table:
 
 
 def _gflops_each(item: Workload) -> Interval:
-    prompts = max(1, item.ends[1].rows)
-    low, mid, high = (sum(end.flops.values()) / prompts / 1e9 for end in item.ends)
+    prompts = max(1, item.work[1].rows)
+    low, mid, high = (sum(end.flops.values()) / prompts / 1e9 for end in item.work)
     return Interval(low, mid, high)
 
 
-def _recipe_table(found: Estimate) -> Table:
+def _recipe_table(result: Estimate) -> Table:
     """The recipe's own retention, with ranges."""
-    own = found.forecasts[0]
+    own = result.workloads[0]
+    items = [d for d in result.devices if d.retention == own.retention and d.misfit is None]
+    kinds = _price_kinds(result.devices)
     table = Table(
-        "device", "workers", "time", "device time", "on demand", "spot",
-        title=f"time and money, {own.method} at {own.retention:g}",
+        "device", "workers", "time", "device time", *(kind.replace("_", " ") for kind in kinds),
+        title=f"time and cost, {own.method} at {own.retention:g}",
     )  # fmt: skip
-    for item in found.offers:
-        if item.retention == own.retention and item.misfit is None:
-            table.add_row(*_cells(item))
+    for item in items:
+        table.add_row(*_cells(item, kinds))
     return table
 
 
-def _cells(item: DeviceEstimate) -> Iterator[str]:
+def _price_kinds(devices: Sequence[DeviceEstimate]) -> list[str]:
+    """Kinds of prices that are known for any device."""
+    return [kind for kind in PRICE_KINDS if any(kind in (item.usd or {}) for item in devices)]
+
+
+def _cells(item: DeviceEstimate, kinds: Sequence[str]) -> Iterator[str]:
     yield item.hardware
     yield str(item.workers)
     yield shown(item.hours, duration) if item.hours else ""
     yield duration(item.device_hours.mid) if item.device_hours else ""
-    for kind in ("on_demand", "spot"):
+    for kind in kinds:
         usd = (item.usd or {}).get(kind)
         yield shown(usd, money) if usd else ""
 
 
-def _retention_table(found: Estimate) -> Table:
+def _retention_table(result: Estimate) -> Table:
     """Best guesses, retentions side by side."""
-    own = found.forecasts[0].retention
-    retentions = sorted({offer.retention for offer in found.offers}, reverse=True)
+    own = result.workloads[0].retention
+    retentions = sorted({item.retention for item in result.devices}, reverse=True)
     heads = [f"{kept:g}{' (recipe)' if kept == own else ''}" for kept in retentions]
-    table = Table("device", *heads, title="by retention: time of one device, on-demand price")
-    for device in dict.fromkeys(offer.hardware for offer in found.offers):
-        offers = {o.retention: o for o in found.offers if o.hardware == device}
-        if any(offer.misfit is None for offer in offers.values()):
-            table.add_row(device, *(_guess(offers.get(kept)) for kept in retentions))
+    price = ", on-demand price" if "on_demand" in _price_kinds(result.devices) else ""
+    table = Table("device", *heads, title=f"by retention: device time{price}")
+    for device in dict.fromkeys(item.hardware for item in result.devices):
+        by_retention = {i.retention: i for i in result.devices if i.hardware == device}
+        if any(item.misfit is None for item in by_retention.values()):
+            table.add_row(device, *(_guess(by_retention.get(kept)) for kept in retentions))
     return table
 
 
@@ -115,67 +123,74 @@ def _guess(item: DeviceEstimate | None) -> str:
     return ", ".join([duration(item.device_hours.mid), *([money(usd.mid)] if usd else [])])
 
 
-def _sure(found: Estimate) -> str:
-    if found.looked == found.rows:
+def _sample_note(result: Estimate) -> str:
+    if result.sampled_rows == result.rows:
         return (
-            "Every image header and prompt was read: tokens before compression are exact, but for "
-            "images that are damaged behind their header."
+            "Every image header and prompt was read: tokens before compression are exact, except "
+            "for images that are damaged behind their header."
         )
     return (
-        f"{found.looked:,} of {found.rows:,} rows were looked at; ranges hold with 95 % "
-        "confidence. --all reads every image header, and for that the whole image column."
+        f"{result.sampled_rows:,} of {result.rows:,} rows were sampled; ranges hold with 95 % "
+        "confidence. --all reads every image header, and with it the whole image column."
     )
 
 
-def _notes(found: Estimate, job: Job) -> Iterator[str]:
+def _notes(result: Estimate, job: Job) -> Iterator[str]:
     yield (
-        "Tokens after compression lie between their bounds, whatever the scores; a prompt also has "
-        "its text and the newlines."
+        "Tokens after compression lie within these bounds whatever the images show; a prompt also "
+        "has its text and the newline tokens."
     )
-    yield f"Output tokens: {found.output_basis}."
-    fits = [item for item in found.offers if item.misfit is None]
-    yield from _audit_note(found, job)
+    yield f"Output tokens: {result.output_basis}."
+    fits = [item for item in result.devices if item.misfit is None]
+    yield from _audit_note(result, job)
     for device in dict.fromkeys(item.hardware for item in fits if item.basis == "run"):
-        yield f"{device}: at the pace of an earlier run."
+        yield f"{device}: from the rates of an earlier run."
     if any(item.basis == "roofline" for item in fits):
         low, mid, high = ROOFLINE_SHARE.low, ROOFLINE_SHARE.mid, ROOFLINE_SHARE.high
         yield (
-            f"Other devices: {low:.0%} to {high:.0%} of their roofline, best guess {mid:.0%}: an "
-            "assumption; --like OUTPUT of an earlier run on a device replaces it. Prices are "
-            "those of the hardware table; --hardware FILE brings your own."
+            f"Other devices: assumed to reach {low:.0%} to {high:.0%} of their roofline, best "
+            f"guess {mid:.0%}; --like OUTPUT, an earlier run on the device, replaces this "
+            "assumption."
+        )
+    unpriced = dict.fromkeys(item.hardware for item in fits if not item.usd)
+    if unpriced:
+        yield (
+            f"No cost of {', '.join(unpriced)}: the hardware table has no price; use --hardware "
+            "FILE with your own."
         )
 
 
-def _audit_note(found: Estimate, job: Job) -> Iterator[str]:
-    """What second looks add, on the device where they add most."""
-    own = found.forecasts[0].retention
+def _audit_note(result: Estimate, job: Job) -> Iterator[str]:
+    """The share of audits on the device where it is largest."""
+    own = result.workloads[0].retention
     shares = [
         item.audit_seconds.mid / item.device_seconds.mid
-        for item in found.offers
+        for item in result.devices
         if item.retention == own and item.audit_seconds and item.device_seconds
         if item.device_seconds.mid
     ]
     if not job.recipe.audit.share or not shares:
         return
-    anew = len(job.recipe.audit.escalate)
-    text = f"{job.recipe.audit.share:.1%} of the rows are answered uncompressed, too"
-    if anew:
-        times = "once" if anew == 1 else f"up to {anew} times"
-        text += f", and those that differ (here half of them, each time) anew, {times}"
-    yield f"{text}: up to {max(shares):.1%} of the device time, which is in all figures of it."
+    steps = len(job.recipe.audit.escalate)
+    text = f"{job.recipe.audit.share:.1%} of the rows are also answered uncompressed"
+    if steps:
+        times = "once" if steps == 1 else f"up to {steps} times"
+        text += f", and rows that differ (assumed: half of them, each time) again, {times}"
+    yield f"{text}: up to {max(shares):.1%} of the device time, included in all figures."
 
 
-def _misfits(found: Estimate) -> Iterator[str]:
-    seen: dict[tuple[str, str], list[str]] = {}
-    for item in found.offers:
+def _misfits(result: Estimate) -> Iterator[str]:
+    retentions: dict[tuple[str, str], list[str]] = {}
+    for item in result.devices:
         if item.misfit is not None:
-            seen.setdefault((item.hardware, item.misfit), []).append(f"{item.retention:g}")
-    for (hardware, why), retentions in seen.items():
-        yield f"{hardware} does not do at {', '.join(retentions)}: {why}"
+            reason = (item.hardware, item.misfit)
+            retentions.setdefault(reason, []).append(f"{item.retention:g}")
+    for (hardware, why), values in retentions.items():
+        yield f"{hardware} does not fit retention {', '.join(values)}: {why}"
 
 
-def print_tuning(console: Console, found: Tuning) -> None:
-    """All settings, and the verdict."""
+def print_tuning(console: Console, result: Tuning) -> None:
+    """Print all settings, and the verdict."""
     columns: dict[str, Callable[[Measured], str]] = {
         "setting": lambda item: item.setting.name,
         "visual tokens": lambda item: precise(item.visual_tokens),
@@ -184,23 +199,24 @@ def print_tuning(console: Console, found: Tuning) -> None:
         "agreement": lambda item: str(item.agreement),
         "accuracy": lambda item: str(item.accuracy or ""),
         "all rows": lambda item: "" if item.usd is None else money(item.usd),
-        "meets it": _marks,
+        "target": _marks,
     }
-    shown = {name: [text(item) for item in found.measured] for name, text in columns.items()}
-    shown = {name: texts for name, texts in shown.items() if any(texts)}
-    table = Table(*shown)
-    for row in zip(*shown.values(), strict=True):
+    cells = {name: [text(item) for item in result.measured] for name, text in columns.items()}
+    cells = {name: texts for name, texts in cells.items() if any(texts)}
+    table = Table(*cells)
+    for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
     console.print(table)
-    console.print(
-        "meets it: the target, with 90 % confidence; front: no other setting is faster and better",
-        soft_wrap=True,
-        highlight=False,
-    )
-    console.print(found.verdict, soft_wrap=True, markup=False, highlight=False)
+    notes = [
+        "target: met with 90 % confidence; front: no other setting is both faster and better",
+        *([result.no_cost] if result.no_cost else []),
+        result.verdict,
+    ]
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
-def drawing(found: Tuning) -> str:
+def front_chart(result: Tuning) -> str:
     """The Pareto front, as SVG."""
     points = [
         Point(
@@ -211,14 +227,14 @@ def drawing(found: Tuning) -> str:
             high=item.quality.high,
             on_front=item.on_front,
         )
-        for item in found.measured
+        for item in result.measured
     ]
     return front("Quality against time", points)
 
 
-def _speed_up(found: MeanInterval) -> str:
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+def _speed_up(speed: MeanInterval) -> str:
+    return f"{speed.mean:.2f} [{speed.low:.2f}, {speed.high:.2f}]"
 
 
 def _marks(item: Measured) -> str:
-    return " ".join((["yes"] if item.meets else []) + (["front"] if item.on_front else []))
+    return " ".join((["met"] if item.meets else []) + (["front"] if item.on_front else []))

@@ -10,7 +10,9 @@ matrix products for tower and prefill, and of reading memory for decoding.
 Rows are images of noise, 672 x 672, which fill five views: 2880 visual tokens uncompressed. Answers
 have 32 tokens; random weights say nothing, so end-of-sequence tokens are off.
 
-Not covered: measured on a GPU by anyone yet; several GPUs; quality.
+Last measured on one NVIDIA H200, 2026-11-26.
+
+Not covered: several GPUs; quality.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from gc2ray.engine.decoding.decoder import end_tokens
 from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.engine.device import memory
 from gc2ray.engine.engine import Engine
+from gc2ray.estimate.retentions import RETENTIONS
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import TinySpec, untrained
@@ -65,7 +68,6 @@ SIZES: dict[str, TinySpec] = {
     "small": IN_PROPORTION,
     "tiny": REAL_GEOMETRY,
 }
-RETENTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
 SIDE, NEW_TOKENS, PREFILLS = 672, 32, 5
 QUESTION = "Describe the image."
 GPU_ROWS, CPU_ROWS = 128, 4

@@ -20,8 +20,14 @@ from gc2ray.core.config.job import Job, parse_job
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.hardware import Prices
-from gc2ray.estimate.recommendation import WHOLE, CompressionSetting, Measured, Target, Tuning
-from gc2ray.estimate.tune import TuneRequest, tuned
+from gc2ray.estimate.recommendation import (
+    BASELINE,
+    CompressionSetting,
+    Measured,
+    Target,
+    Tuning,
+)
+from gc2ray.estimate.tune import TuneRequest, tune
 from jobs.benchmarks import Line, goal
 from jobs.support.photos import opened_photos
 
@@ -40,18 +46,18 @@ def run(samples: int = SAMPLES, rows: int = SAMPLE_ROWS, fresh: int = FRESH_ROWS
         fresh: Rows that tell what is true.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tune = partial(_tuned, Path(folder), opened_photos())
-        truth = {item.setting: item for item in tune(samples * rows, fresh).measured}
-        found = [tune(sample * rows, rows) for sample in range(samples)]
+        tuning = partial(_tuning, Path(folder), opened_photos())
+        truth = {item.setting: item for item in tuning(samples * rows, fresh).measured}
+        found = [tuning(sample * rows, rows) for sample in range(samples)]
     return [*_truth(truth), *verdicts(found, truth)]
 
 
-def _tuned(folder: Path, photographs: Sequence[Image], first: int, rows: int) -> Tuning:
+def _tuning(folder: Path, photographs: Sequence[Image], first: int, rows: int) -> Tuning:
     """Of rows of the test split from a first one on."""
     path = folder / f"{first}.parquet"
     write_rows(path, pocket_rows(Split.TEST, rows, photographs, first))
-    wish = TuneRequest(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
-    return tuned(_job(path), wish)
+    request = TuneRequest(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
+    return tune(_job(path), request)
 
 
 def _job(rows: Path) -> Job:
@@ -95,7 +101,7 @@ def verdicts(found: Sequence[Tuning], truth: Mapping[CompressionSetting, Measure
     cheapest = min((item.seconds_per_row for item in truth.values() if _meets(item)), default=0.0)
     lines, right, dearest = [], 0, 0.0
     for sample, tuning in enumerate(found):
-        item = truth[tuning.recommended or WHOLE]
+        item = truth[tuning.recommended or BASELINE]
         cost = item.seconds_per_row / cheapest if cheapest else 0.0
         right += tuning.recommended is not None and _meets(item)
         dearest = max(dearest, cost)

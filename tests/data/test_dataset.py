@@ -824,13 +824,13 @@ def test_shards_of_one_group_are_read_in_one_go(tmp_path: Path, begun: list[int]
 def test_an_input_is_located_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of its entries are files has to be asked of the storage, one by one."""
     located: list[str] = []
-    of = places.Place.of
+    from_uri = places.Place.from_uri
 
     def noted(uri: str, *rest: Any) -> places.Place:
         located.append(uri)
-        return of(uri, *rest)
+        return from_uri(uri, *rest)
 
-    monkeypatch.setattr(places.Place, "of", noted)
+    monkeypatch.setattr(places.Place, "from_uri", noted)
     uris = [f"{tree}/a.parquet", f"{tree}/b.parquet"]
     source = source_of(uris)
     files, _ = source.scan()

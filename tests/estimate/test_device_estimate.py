@@ -8,13 +8,18 @@ from datetime import date
 import pytest
 
 from gc2ray.core.config.job import Cluster
+from gc2ray.core.format import SECONDS_PER_HOUR
 from gc2ray.core.intervals import Interval
-from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage, UsageKind
-from gc2ray.estimate.device_estimate import HOUR, START_SECONDS, DeviceEstimator
+from gc2ray.estimate.device_estimate import (
+    START_SECONDS,
+    DeviceEstimate,
+    RunSetup,
+    estimate_device,
+)
 from gc2ray.estimate.hardware import Hardware, Price
 from gc2ray.estimate.measured_rates import MeasuredRates
-from gc2ray.estimate.roofline import ROOFLINE_SHARE, roofline_seconds
+from gc2ray.estimate.roofline import ROOFLINE_SHARE, Work, roofline_seconds
 from gc2ray.estimate.workload import Workload
 from gc2ray.models.shape import LLAVA_7B
 from tests.estimate.test_measured_rates import PART, ledger
@@ -29,9 +34,8 @@ BIG = Hardware(
     ),
 )  # fmt: skip
 ROWS = 100_000
-END = RunStats(
+END = Work(
     rows=ROWS,
-    prompt_tokens=800 * ROWS,
     output_tokens=32 * ROWS,
     flops={
         "encode": 2 * 10**12 * ROWS,
@@ -41,86 +45,94 @@ END = RunStats(
     },
     cache_read_bytes=10**10 * ROWS,
 )
-FORECAST = Workload(
+WORKLOAD = Workload(
     method="globalcom2", retention=0.25, visual_tokens=Interval.exactly(720 * ROWS),
     newline_tokens=Interval.exactly(20 * ROWS), prompt_tokens=Interval.exactly(800), longest=1000,
-    too_long=Interval.exactly(0), ends=(END, END, END),
+    too_long=Interval.exactly(0), work=(END, END, END),
 )  # fmt: skip
 
 
-def bid(**changes: object) -> DeviceEstimator:
-    settings: dict = {"cluster": Cluster(), "hours": 2.0, "pace": None, **changes}
-    return DeviceEstimator(LLAVA_7B, **settings)
+def estimated(
+    workload: Workload = WORKLOAD, hardware: Hardware = BIG, **changes: object
+) -> DeviceEstimate:
+    settings: dict = {"cluster": Cluster(), "hours": 2.0, "rates": None, **changes}
+    return estimate_device(workload, hardware, RunSetup(LLAVA_7B, **settings))
 
 
 def test_time_is_a_share_of_the_roofline() -> None:
-    offer = bid().offer(FORECAST, BIG)
+    offer = estimated()
     assert offer.misfit is None
     assert offer.device_seconds is not None
     assert offer.live_rows is not None
+    peaks = BIG.peaks
+    assert peaks is not None
     steps = replace(END, decode_steps=-(-END.output_tokens // offer.live_rows))
-    ideal = sum(roofline_seconds(steps, LLAVA_7B, BIG).values())
+    ideal = sum(roofline_seconds(steps, LLAVA_7B, peaks).values())
     assert offer.device_seconds.mid == pytest.approx(ideal / ROOFLINE_SHARE.mid)
     assert offer.device_seconds.low == pytest.approx(ideal / ROOFLINE_SHARE.high)
     assert offer.basis == "roofline"
 
 
 def test_money_is_time_at_the_lowest_price() -> None:
-    offer = bid().offer(FORECAST, BIG)
+    offer = estimated()
     assert offer.usd is not None
     assert offer.usd_per_1000 is not None
     assert offer.workers is not None
     assert offer.device_seconds is not None
     assert offer.device_hours is not None
-    paid = (offer.device_seconds.mid + offer.workers * START_SECONDS.mid) / HOUR
+    paid = (offer.device_seconds.mid + offer.workers * START_SECONDS.mid) / SECONDS_PER_HOUR
     assert offer.device_hours.mid == pytest.approx(paid)
     assert offer.usd["on_demand"].mid == pytest.approx(2 * paid)
     assert offer.usd["spot"].high == pytest.approx(offer.device_hours.high)
     assert offer.usd_per_1000["on_demand"].mid == pytest.approx(2 * paid / (ROWS / 1000))
-    assert bid().offer(FORECAST, BIG.model_copy(update={"prices": ()})).usd == {}
+    assert estimated(hardware=BIG.model_copy(update={"prices": ()})).usd == {}
 
 
 def test_as_many_workers_as_end_in_time() -> None:
     for hours in (0.5, 2.0, 10.0):
-        offer = bid(hours=hours).offer(FORECAST, BIG)
+        offer = estimated(hours=hours)
         assert offer.hours is not None
         assert offer.workers is not None
         assert offer.device_seconds is not None
         assert offer.hours.mid <= hours
         if offer.workers > 1:
             fewer = START_SECONDS.mid + offer.device_seconds.mid / (offer.workers - 1)
-            assert fewer > hours * HOUR
-    hopeless = bid(hours=0.01).offer(FORECAST, BIG)
+            assert fewer > hours * SECONDS_PER_HOUR
+    hopeless = estimated(hours=0.01)
     assert hopeless.hours is not None
     assert hopeless.hours.mid > 0.01
-    assert bid(cluster=Cluster(workers={"max": 3})).offer(FORECAST, BIG).workers == 3
+    assert estimated(cluster=Cluster(workers={"max": 3})).workers == 3
 
 
 def test_what_does_not_fit_is_told_and_not_priced() -> None:
     small = BIG.model_copy(update={"memory_gib": 12})
-    offer = bid().offer(FORECAST, small)
+    offer = estimated(hardware=small)
     assert "weights take 14.1 GB" in str(offer.misfit)
     assert (offer.device_seconds, offer.usd) == (None, None)
-    long = replace(FORECAST, longest=10**6)
-    assert "the longest prompt and answer, 1,000,000 tokens" in str(bid().offer(long, BIG).misfit)
+    long = replace(WORKLOAD, longest=10**6)
+    assert "the longest prompt and answer take 1,000,000" in str(estimated(long).misfit)
 
 
 def test_a_run_on_the_same_device_tells_better() -> None:
-    pace = MeasuredRates.from_totals(
+    rates = MeasuredRates.from_totals(
         ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
     )
-    offer = bid(pace=pace).offer(FORECAST, BIG)
+    offer = estimated(rates=rates)
     assert offer.basis == "run"
     assert offer.device_seconds is not None
-    assert offer.device_seconds.mid == pytest.approx(pace.seconds(END))
-    assert offer.device_seconds.low == pytest.approx(pace.seconds(END) * pace.factor.low)
+    assert offer.device_seconds.mid == pytest.approx(rates.seconds(END))
+    assert offer.device_seconds.low == pytest.approx(rates.seconds(END) * rates.factor.low)
     assert offer.start_seconds is not None
-    assert offer.start_seconds.mid == pytest.approx(pace.start_seconds)
-    other = bid(pace=pace).offer(FORECAST, BIG.model_copy(update={"devices": ()}))
+    assert offer.start_seconds.mid == pytest.approx(rates.start_seconds)
+    other = estimated(hardware=BIG.model_copy(update={"devices": ()}), rates=rates)
     assert other.basis == "roofline"
-    known = bid(pace=pace).known(FORECAST, pace)
-    assert (known.hardware, known.device_seconds) == ("NVIDIA Big", offer.device_seconds)
-    assert known.usd == {}
+    without = {"tflops": None, "gb_per_s": None, "memory_gib": None, "missing": "unread"}
+    bare = BIG.model_copy(update=without)
+    known = estimated(hardware=bare, rates=rates)
+    assert (known.device_seconds, known.usd) == (offer.device_seconds, offer.usd)
+    assert (known.basis, known.live_rows) == ("run", None)
+    with pytest.raises(ValueError, match="big: neither peaks nor measured rates"):
+        estimated(hardware=bare)
 
 
 def test_second_looks_are_paid_for() -> None:
@@ -132,12 +144,12 @@ def test_second_looks_are_paid_for() -> None:
         flops={stage: flops // 10 for stage, flops in END.flops.items()},
         cache_read_bytes=END.cache_read_bytes // 10,
     )
-    audited = replace(FORECAST, audits=(RunStats(), tenth, END))
-    pace = MeasuredRates.from_totals(
+    audited = replace(WORKLOAD, audit_work=(Work(), tenth, END))
+    rates = MeasuredRates.from_totals(
         ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
     )
-    for bidding in (bid(), bid(pace=pace)):
-        offer, plain = bidding.offer(audited, BIG), bidding.offer(FORECAST, BIG)
+    for measured in (None, rates):
+        offer, plain = estimated(audited, rates=measured), estimated(rates=measured)
         assert offer.device_seconds is not None
         assert plain.device_seconds is not None
         assert offer.audit_seconds is not None
@@ -153,8 +165,8 @@ def test_second_looks_are_paid_for() -> None:
 
 def test_unsure_ends_stay_ends() -> None:
     low = replace(END, flops=END.flops | {"prefill": 0})
-    unsure = replace(FORECAST, ends=(low, END, END))
-    offer, sure = bid().offer(unsure, BIG), bid().offer(FORECAST, BIG)
+    unsure = replace(WORKLOAD, work=(low, END, END))
+    offer, sure = estimated(unsure), estimated()
     for found in (offer.device_seconds, offer.hours, offer.device_hours):
         assert found is not None
         assert found.low <= found.mid <= found.high

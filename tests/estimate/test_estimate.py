@@ -19,7 +19,7 @@ from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.estimate import Assumptions, estimate
 from gc2ray.estimate.hardware import load_hardware
 from gc2ray.estimate.input_profile import profile_input
-from gc2ray.estimate.workload import NOTHING
+from gc2ray.estimate.workload import NO_WORK
 from gc2ray.models.loading import load_metadata
 from gc2ray.output.totals import read_totals
 from jobs.support.photos import opened_photos
@@ -27,6 +27,13 @@ from tests.estimate.test_hardware import GOOD
 from tests.test_cli import gc2ray, here, job_file
 
 ROOT = Path(__file__).parents[2]
+
+
+def mine(folder: Path) -> Path:
+    """A table of one device whose figures are complete."""
+    file = folder / "hardware.yaml"
+    file.write_text(yaml.safe_dump({"hardware": [GOOD]}))
+    return file
 
 
 @pytest.fixture
@@ -53,7 +60,7 @@ def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> N
     ran = gc2ray("run", demo)
     assert ran.returncode == 0, ran.stderr
     stats = read_totals(str(tmp_path / "out")).stats
-    assert found["rows"] == found["looked"] == 40
+    assert found["rows"] == found["sampled_rows"] == 40
     for name, actual in (
         ("prompts", stats.by_status["ok"]),
         ("images", stats.images),
@@ -61,7 +68,7 @@ def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> N
         ("text_tokens", stats.prompt_tokens - stats.visual_tokens_kept - stats.newline_tokens),
     ):
         assert found[name] == {"low": actual, "mid": actual, "high": actual}, name
-    own, full = found["forecasts"][0], found["forecasts"][1]
+    own, full = found["workloads"][0], found["workloads"][1]
     assert (own["retention"], full["retention"]) == (0.1, 1.0)
     assert own["visual_tokens"]["low"] <= stats.visual_tokens_kept <= own["visual_tokens"]["high"]
     assert own["newline_tokens"]["low"] <= stats.newline_tokens <= own["newline_tokens"]["high"]
@@ -72,7 +79,7 @@ def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> N
     assert stats.flops_full["prefill"] <= full["flops"]["prefill"]["high"]
     like = here("estimate", demo, "--like", tmp_path / "out")
     assert like.exit_code == 0, like.stderr
-    assert "cpu: at the pace of an earlier run." in like.stdout
+    assert "cpu: from the rates of an earlier run." in like.stdout
     assert "Output tokens: as in the run on cpu." in like.stdout
 
 
@@ -80,7 +87,9 @@ def test_it_needs_neither_weights_nor_output(tiny_paths: dict[str, Path], tmp_pa
     bare = tmp_path / "model"
     shutil.copytree(tiny_paths["vicuna"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = job_file(tmp_path, bare)
-    result = here("estimate", config, "--output-tokens", "3", "--hours", "0.5")
+    result = here(
+        "estimate", config, "--output-tokens", "3", "--hours", "0.5", "--hardware", mine(tmp_path)
+    )
     assert result.exit_code == 0, result.stderr
     for text in ("rows", "12", "visual tokens before compression", "as given", "1 (recipe)"):
         assert text.replace("1 (recipe)", "0.25 (recipe)") in result.stdout
@@ -88,10 +97,33 @@ def test_it_needs_neither_weights_nor_output(tiny_paths: dict[str, Path], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+    config = job_file(tmp_path, tiny_paths["vicuna"])
+    bare = {"name": "Bare", "devices": ["Bare 1"], "missing": "no data sheet was read"}
+    file = tmp_path / "hardware.yaml"
+    file.write_text(yaml.safe_dump({"hardware": [GOOD, bare]}))
+    result = here("estimate", config, "--hardware", file)
+    assert result.exit_code == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "Bare" in line]
+    assert line == (
+        "* Left out: Bare. The hardware table has no tflops, gb_per_s, memory_gib of it (no data "
+        "sheet was read); use --hardware FILE with your own."
+    )
+    assert "* No cost of mine: the hardware table has no price; use" in result.stdout
+    assert "$" not in result.stdout
+    document = json.loads(here("estimate", config, "--hardware", file, "--json").stdout)
+    assert {item["hardware"] for item in document["devices"]} == {"mine"}
+    assert document["left_out"] == [line.removeprefix("* ")]
+    default = here("estimate", config)
+    assert default.exit_code == 0, default.stderr
+    assert "* Left out: T4, L4" in default.stdout
+    assert "visual tokens before compression" in default.stdout
+
+
 def test_a_sample_says_how_large_it_was(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=60)
     result = here("estimate", config, "--rows", "20")
-    assert "20 of 60 rows were looked at" in result.stdout
+    assert "20 of 60 rows were sampled" in result.stdout
     assert "60 of 60" not in here("estimate", config, "--rows", "20", "--all").stdout
 
 
@@ -119,18 +151,18 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
 ) -> None:
     job = load_job(job_file(tmp_path, tiny_paths["vicuna"]), ["recipe.compression={method: none}"])
     model = load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
-    file = tmp_path / "hardware.yaml"
-    file.write_text(yaml.safe_dump({"hardware": [GOOD]}))
+    file = mine(tmp_path)
     looked = profile_input(job.recipe, model)
     found = estimate(looked, model, job, load_hardware(file), Assumptions())
-    assert [(item.method, item.retention) for item in found.forecasts] == [
+    assert [(item.method, item.retention) for item in found.workloads] == [
         ("none", 1.0), *(("globalcom2", kept) for kept in (0.75, 0.5, 0.25, 0.1))
     ]  # fmt: skip
-    tokens = [item.visual_tokens.mid for item in found.forecasts]
+    tokens = [item.visual_tokens.mid for item in found.workloads]
     assert tokens == sorted(tokens, reverse=True)
     assert found.output_tokens == Interval(1, 4, 8)
-    assert "1 to max_new_tokens, 8" in found.output_basis
-    assert [offer.hardware for offer in found.offers] == ["mine"] * 5
+    assert "assumed 1 to 8 (max_new_tokens)" in found.output_basis
+    assert [item.hardware for item in found.devices] == ["mine"] * 5
+    assert found.left_out == ()
 
 
 def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
@@ -140,29 +172,32 @@ def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) 
     model = load_metadata(str(path), dtype="float32")
     looked = profile_input(job.recipe, model)
     found = estimate(looked, model, job, (), Assumptions(output_tokens=4))
-    by_retention = {item.retention: item for item in found.forecasts}
+    by_retention = {item.retention: item for item in found.workloads}
     own, whole = by_retention[0.25], by_retention[1.0]
-    assert whole.audits == NOTHING  # nothing is compressed there
-    rungs = [by_retention[kept].ends for kept in (0.5, 0.75)]
+    assert whole.audit_work == NO_WORK  # nothing is compressed there
+    rungs = [by_retention[kept].work for kept in (0.5, 0.75)]
     for end, anew in enumerate((0.0, 0.5, 1.0)):
-        for stage, flops in own.audits[end].flops.items():
+        for stage, flops in own.audit_work[end].flops.items():
             once, twice = (rung[end].flops[stage] for rung in rungs)
-            expected = 0.5 * (whole.ends[end].flops[stage] + anew * once + anew**2 * twice)
+            expected = 0.5 * (whole.work[end].flops[stage] + anew * once + anew**2 * twice)
             assert flops == pytest.approx(expected, abs=3), (end, stage)
         answers = 0.5 * (1 + anew + anew**2)
         for name in ("rows", "output_tokens"):
-            expected = getattr(own.ends[end], name) * answers
-            assert getattr(own.audits[end], name) == pytest.approx(expected, abs=2), name
-        assert own.audits[end].cache_read_bytes > answers * own.ends[end].cache_read_bytes
+            expected = getattr(own.work[end], name) * answers
+            assert getattr(own.audit_work[end], name) == pytest.approx(expected, abs=2), name
+        assert own.audit_work[end].cache_read_bytes > answers * own.work[end].cache_read_bytes
     # At 0.5 only one rung is higher, at 0.75 none is.
-    assert [by_retention[kept].audits[2].rows for kept in (0.5, 0.75)] == [
-        own.ends[2].rows, own.ends[2].rows // 2
+    assert [by_retention[kept].audit_work[2].rows for kept in (0.5, 0.75)] == [
+        own.work[2].rows, own.work[2].rows // 2
     ]  # fmt: skip
-    result = here("estimate", job_file(tmp_path, path), "--output-tokens", "4", *changes)
+    file = mine(tmp_path)
+    result = here(
+        "estimate", job_file(tmp_path, path), "--output-tokens", "4", "--hardware", file, *changes
+    )
     assert result.exit_code == 0, result.stderr
-    assert "50.0% of the rows are answered uncompressed, too, and those" in result.stdout
-    assert "anew, up to 2 times: up to " in result.stdout
-    assert "answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
+    assert "50.0% of the rows are also answered uncompressed, and rows that differ" in result.stdout
+    assert "again, up to 2 times: up to " in result.stdout
+    assert "also answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
 
 
 def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
@@ -173,7 +208,10 @@ def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_pat
     place = table.column_names.index("image")
     broken = pa.array([{"bytes": b"no image", "path": None}] * len(table), table["image"].type)
     pq.write_table(table.set_column(place, "image", broken), source)
-    result = here("estimate", config, "recipe.audit={share: 0.5}", "--output-tokens", "4")
+    result = here(
+        "estimate", config, "recipe.audit={share: 0.5}", "--output-tokens", "4",
+        "--hardware", mine(tmp_path),
+    )  # fmt: skip
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert "prompts that cannot: bad_image" in result.stdout
 

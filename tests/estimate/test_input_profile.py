@@ -27,7 +27,7 @@ from gc2ray.estimate.input_profile import (
     PromptShape,
     SampleBlock,
     profile_input,
-    spread,
+    sample_spans,
 )
 from gc2ray.models.base import LoadedModel, ModelMetadata
 from gc2ray.models.loading import load_metadata
@@ -81,7 +81,7 @@ def test_all_rows_are_what_an_engine_finds(
     job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompt"})
     found = profile_input(job.recipe, outlined)
     stats = stats_of(answers(job, loaded_models["vicuna"]))
-    assert (found.rows, found.looked, found.is_exact) == (11, 11, True)
+    assert (found.rows, found.sampled_rows, found.is_exact) == (11, 11, True)
     assert found.refused == {Status.BAD_IMAGE: 2, Status.BAD_PROMPT: 1}
     assert {**found.refused, "ok": found.prompts.total()} == stats.by_status
     shown = found.prompts
@@ -92,7 +92,7 @@ def test_all_rows_are_what_an_engine_finds(
     text = stats.prompt_tokens - stats.visual_tokens_kept - stats.newline_tokens
     assert sum(n * s.text_tokens for s, n in shown.items()) == text
     assert sum(n for s, n in shown.items() if s.is_new) == stats.images == 7
-    total = found.total(lambda stretch: stretch.prompts.total())
+    total = found.total(lambda block: block.prompts.total())
     assert total == Interval.exactly(8)
 
 
@@ -128,24 +128,24 @@ def test_a_sample_is_spread_over_the_input(
     recipe = make_job(tiny_paths["vicuna"], tmp_path / "in").recipe
     ticks: list[int] = []
     found = profile_input(recipe, outlined, 30, ticks.append)
-    assert (found.rows, found.looked, sum(ticks)) == (120, 30, 30)
+    assert (found.rows, found.sampled_rows, sum(ticks)) == (120, 30, 30)
     assert not found.is_exact
     everything = profile_input(recipe, outlined, 120)
     assert everything.is_exact
 
 
-def test_stretches_lie_in_order_and_do_not_meet() -> None:
+def test_blocks_lie_in_order_and_do_not_meet() -> None:
     files = [SourceFile(f"{n}", "f", (rows,)) for n, rows in enumerate((5, 0, 700, 1, 3000))]
-    spans = spread(files, 640)
+    spans = sample_spans(files, 640)
     starts = np.cumsum([0, *(file.rows for file in files)])
     places = [(starts[int(s.source)] + s.first, starts[int(s.source)] + s.stop) for s in spans]
     assert all(first < stop for first, stop in places)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
     assert 600 <= sum(span.rows for span in spans) <= 640
     assert all(span.stop <= files[int(span.source)].rows for span in spans)
-    assert spread(files, 640) == spans
+    assert sample_spans(files, 640) == spans
     for rows in (3706, 10_000):
-        assert [span.rows for span in spread(files, rows)] == [5, 700, 1, 3000]
+        assert [span.rows for span in sample_spans(files, rows)] == [5, 700, 1, 3000]
 
 
 def test_an_input_that_cannot_be_read_is_refused(
@@ -159,15 +159,15 @@ def test_an_input_that_cannot_be_read_is_refused(
         profile_input(make_job(tiny_paths["vicuna"], path).recipe, outlined)
 
 
-def made_up(rows: int, stretches: list[int], each: int) -> InputProfile:
-    """Stretches with so many prompts in them."""
+def made_up(rows: int, counts: list[int], each: int) -> InputProfile:
+    """Blocks with so many prompts in them."""
     shown = PromptShape(Canvas.from_image_size((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
-    found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in stretches)
+    found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in counts)
     return InputProfile(rows, found)
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:
-    """Inputs whose stretches differ; 95 % of intervals are to hold the truth, and few are."""
+    """Inputs whose blocks differ; 95 % of intervals are to hold the truth, and few are."""
     draw, held, widths = np.random.default_rng(3), 0, []
     trials, parts, each = 300, 400, 16
     for _ in range(trials):

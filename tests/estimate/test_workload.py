@@ -1,4 +1,4 @@
-"""A forecast holds what an engine then finds: exactly where nothing is compressed, else within."""
+"""A workload agrees with the engine: exactly where nothing is compressed, else within bounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gc2ray.core.intervals import Interval
 from gc2ray.core.schema import stats_of
 from gc2ray.core.stats import RunStats
 from gc2ray.estimate.input_profile import profile_input
-from gc2ray.estimate.workload import TokenBounds, Workload, forecast_workload
+from gc2ray.estimate.workload import TokenBounds, Workload, estimate_workload
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.loading import load_metadata
 from tests.estimate.test_input_profile import answers, mixed
@@ -31,7 +31,7 @@ STAGES = ("encode", "compress", "prefill")
 def both(
     tmp_path: Path, model: Path, loaded: LoadedModel, **changes: Any
 ) -> tuple[Workload, RunStats]:
-    """The forecast of some rows, and what an engine made of them, in answers of 5 tokens each."""
+    """The workload of some rows, and an engine's statistics of them, with answers of 5 tokens."""
     settings = {"input__prompt": {"column": "prompt"}, "generation__max_new_tokens": 5, **changes}
     job = make_job(model, mixed(tmp_path / "in"), **settings)
     generation = loaded.model.generation_config
@@ -42,7 +42,7 @@ def both(
         generation.eos_token_id = before
     outlined = load_metadata(str(model), dtype="float32")
     found = profile_input(job.recipe, outlined)
-    return forecast_workload(found, outlined, job.recipe, Interval.exactly(5)), stats
+    return estimate_workload(found, outlined, job.recipe, Interval.exactly(5)), stats
 
 
 def test_uncompressed_it_is_exact(
@@ -60,7 +60,7 @@ def test_uncompressed_it_is_exact(
         assert found.flops[stage] == Interval.exactly(stats.flops[stage])
     # An engine may compute the beginning of prompts about one image once, or again.
     assert found.flops["prefill"].low <= stats.flops["prefill"] <= found.flops["prefill"].high
-    assert found.ends[1].output_tokens == stats.output_tokens == 40
+    assert found.work[1].output_tokens == stats.output_tokens == 40
 
 
 @pytest.mark.parametrize("newlines", ["kept_rows", "all", "none"])
@@ -106,7 +106,7 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
     policy = CompressionPolicy.from_config(config)
     (selection,) = policy.packing.apply([views], policy.compressor.many([views]))
     tokens = sum(selection.kept_per_view(5, 36))
-    kept = TokenBounds.from_canvas(views.canvas, config)
+    kept = TokenBounds.from_canvas(views.canvas, config, policy.compressor)
     assert kept.visual.low <= tokens <= kept.visual.high
     assert kept.newlines.low <= len(selection.source) - tokens <= kept.newlines.high
 
@@ -114,16 +114,13 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
 def test_the_guess_of_newlines_is_near() -> None:
     """Kept tokens fall on most rows of a canvas, and not on all."""
     config = CompressionConfig(retention=0.1)
+    compressor = CompressionPolicy.from_config(config).compressor
     counts = []
     for seed in range(40):
         views = random_views((672, 672), (2, 2), 24, seed)
-        counts.append(
-            int(
-                (CompressionPolicy.from_config(config).compressor.many([views])[0].source < 0).sum()
-            )
-        )
+        counts.append(int((compressor.many([views])[0].source < 0).sum()))
     guess = TokenBounds.from_canvas(
-        Canvas.from_image_size((672, 672), (2, 2), (24, 24)), config
+        Canvas.from_image_size((672, 672), (2, 2), (24, 24)), config, compressor
     ).newlines.mid
     assert guess == pytest.approx(np.mean(counts), rel=0.05)
 
@@ -144,20 +141,20 @@ def test_prompts_that_are_too_long_are_told(
         compression__retention=0.1,
         generation__max_new_tokens=outlined.shape.text.max_positions - 100,
     ).recipe
-    found = forecast_workload(
+    found = estimate_workload(
         profile_input(recipe, outlined), outlined, recipe, Interval.exactly(5)
     )
     assert (found.too_long.mid > 0) == longer
     assert found.too_long.mid <= found.too_long.high <= 8
 
 
-def test_an_uncertain_answer_makes_an_uncertain_forecast(
+def test_an_uncertain_answer_makes_an_uncertain_workload(
     tmp_path: Path, tiny_paths: dict[str, Path]
 ) -> None:
     model = tiny_paths["vicuna"]
     recipe = make_job(model, mixed(tmp_path / "in"), input__prompt={"column": "prompt"}).recipe
     outlined = load_metadata(str(model), dtype="float32")
-    found = forecast_workload(profile_input(recipe, outlined), outlined, recipe, Interval(1, 4, 8))
-    assert [end.output_tokens for end in found.ends] == [8, 32, 64]
+    found = estimate_workload(profile_input(recipe, outlined), outlined, recipe, Interval(1, 4, 8))
+    assert [end.output_tokens for end in found.work] == [8, 32, 64]
     assert found.flops["generate"].low == 0 < found.flops["generate"].mid
-    assert found.ends[0].cache_read_bytes == 0 < found.ends[2].cache_read_bytes
+    assert found.work[0].cache_read_bytes == 0 < found.work[2].cache_read_bytes

@@ -13,8 +13,13 @@ from PIL import Image
 
 from gc2ray.core.intervals import MeanInterval
 from gc2ray.core.schema import stats_of
-from gc2ray.estimate.recommendation import WHOLE, CompressionSetting, Measured, Tuning
-from gc2ray.estimate.trials import RETENTIONS
+from gc2ray.estimate.recommendation import (
+    BASELINE,
+    CompressionSetting,
+    Measured,
+    Tuning,
+)
+from gc2ray.estimate.retentions import TUNED_RETENTIONS
 from gc2ray.models import loading
 from gc2ray.models.families.tiny import TinySpec, build_tiny, untrained
 from gc2ray.models.shape import LLAVA_7B, ModelShape
@@ -175,7 +180,7 @@ def test_threads_are_everybodys(
 
 def test_the_tuning_benchmark_runs() -> None:
     lines = tuning.run(samples=1, rows=16, fresh=20)
-    assert len(lines) == 1 + len(RETENTIONS) + 1 + 1
+    assert len(lines) == 1 + len(TUNED_RETENTIONS) + 1 + 1
     assert [line.figures["of"] for line in lines if "of" in line.figures] == [1]
     assert all("accuracy" in line.figures for line in lines[:6])
     assert lines[0].figures["speed_up"] == 1
@@ -186,7 +191,7 @@ def test_recommendations_are_held_against_fresh_rows() -> None:
     kept = {1.0: (4.0, 0.95), 0.5: (2.6, 0.93), 0.25: (2.0, 0.91), 0.1: (1.0, 0.8)}
     truth = {}
     for retention, (seconds, accuracy) in kept.items():
-        setting = WHOLE if retention == 1 else CompressionSetting("globalcom2", retention)
+        setting = BASELINE if retention == 1 else CompressionSetting("globalcom2", retention)
         quality = MeanInterval(accuracy - 0.01, accuracy, accuracy + 0.01, 2000)
         speed = MeanInterval(1, 4 / seconds, 4, 8)
         truth[setting] = Measured(setting, seconds, speed, 9, quality, quality, None, meets=True)

@@ -75,12 +75,12 @@ def test_the_first_failures_and_the_next_command_are_told(tmp_path: Path) -> Non
     write_round(tmp_path / "out", 0, first_plan(), bad((1, 4, 5, 8)), changed=shown)
     for result in (run(tmp_path), here("status", tmp_path / "out")):
         lines = result.stdout.splitlines()
-        at = lines.index("the first answers that failed:")
+        at = lines.index("first failed answers:")
         keys = [f"  a.parquet#{row}: bad_image:  [31m[red]bad in 0 xxx" for row in (1, 4, 5)]
         assert [line[: len(key)] for line, key in zip(lines[at + 1 :], keys, strict=False)] == keys
         assert all(len(line) < 450 for line in lines)
         assert not lines[at + 4].startswith("  a.parquet")
-        assert f"to answer them anew: gc2ray retry {tmp_path / 'out'}" in lines
+        assert f"to answer them again: gc2ray retry {tmp_path / 'out'}" in lines
 
 
 def test_an_incomplete_run_is_gone_on_with_first(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_an_incomplete_run_is_gone_on_with_first(tmp_path: Path) -> None:
     parts(tmp_path / "out")[2].unlink()
     status = here("status", tmp_path / "out")
     assert status.exit_code == 1
-    assert "rows are not committed; rerun" in status.stdout
+    assert "rows are not committed; run the same command" in status.stdout
     assert "a.parquet#1: bad_image: bad in 0" in status.stdout
     assert "gc2ray retry" not in status.stdout
 
@@ -123,7 +123,7 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     assert found.exit_code == (0 if mended >= 9 else 1)
     again = run(tmp_path, "cluster.max_bad_rows=0.1")
     assert again.exit_code == found.exit_code
-    assert ("the first answers that failed" in again.stdout) == (mended < 10)
+    assert ("first failed answers" in again.stdout) == (mended < 10)
     nothing = here("retry", output, "cluster.max_bad_rows=0.1", "--status", "timeout")
     assert "no row is to be answered anew" in nothing.stdout
     assert nothing.exit_code == found.exit_code
@@ -153,7 +153,7 @@ def test_blank_answers_are_counted_and_told(tmp_path: Path) -> None:
     write_round(tmp_path / "out", 0, first_plan(), bad((5,)), changed=blank)
     result = run(tmp_path, "cluster.max_bad_rows=1")
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert ["│", "of", "them", "blank", "│", "3", "│"] in lines
+    assert ["│", "blank", "answers", "│", "3", "│"] in lines
     assert here("verify", tmp_path / "out", "--deep").exit_code == 0
     report = here("report", tmp_path / "out")
     assert report.exit_code == 0, report.stderr

@@ -58,11 +58,11 @@ def test_it_tells_what_happened(tmp_path: Path) -> None:
     text = card(summary)
     for told in (
         f"{summary.answers} answers, {summary.errors} of them failed",
-        "| failed | 1 |", "compressed: it read 25.0% of them", "`gc2ray compact`",
+        "| failed | 1 |", "compressed: the model read 25.0% of them", "`gc2ray compact`",
         "2 x NVIDIA Big", "$0.13", summary.fingerprint, "| model | model, float32 |",
     ):  # fmt: skip
         assert told in text, told
-    assert "license: yours to say" in text
+    assert "add license, language and pretty_name" in text
 
 
 def test_an_audit_is_told(tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_an_audit_is_told(tmp_path: Path) -> None:
     )
     text = card(replace(summary, audit=audit))
     assert "| same answer uncompressed | 80.0% of 1,200 audited answers |" in text
-    assert "| answered anew at a higher retention | 29 of those that differed |" in text
-    assert "anew at a higher" not in card(replace(summary, audit=replace(audit, rungs=())))
+    assert "| answered again at a higher retention | 29 of those that differed |" in text
+    assert "again at a higher" not in card(replace(summary, audit=replace(audit, steps=())))
     assert "uncompressed |" not in card(summary)
 
 
@@ -88,7 +88,7 @@ def test_an_uncompressed_run_without_records_has_a_short_one(tmp_path: Path) -> 
     write_round(tmp_path, 0, first_plan(), lambda source, row: [Status.FAILED])
     text = card(summary_of(tmp_path))
     assert "not compressed." in text
-    assert "Not known." in text
+    assert "Unknown." in text
     assert "gc2ray compact" not in text
 
 

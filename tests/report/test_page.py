@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gc2ray.report.page import Picture, report
+from gc2ray.report.page import RowImages, report
 from tests.report.test_report import a_run, evil_run, looked_at, told
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -62,7 +62,9 @@ class Opened:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     summary, _ = told(a_run(folder / "run"))
-    pictures = [Picture.from_token_map(looked_at(f"d/b.parquet#{row}: what?")) for row in range(2)]
+    pictures = [
+        RowImages.from_token_map(looked_at(f"d/b.parquet#{row}: what?")) for row in range(2)
+    ]
     found = report([summary], {summary.output: pictures})
     file = folder / "report.html"
     file.write_text(found.html)
@@ -90,7 +92,7 @@ def test_every_drawing_is_there_and_fits(
     captions = page.locator(".charts figcaption").all_inner_texts()
     assert captions == [
         "Visual tokens by view", "Actual retention", "Operations by stage",
-        "Busy seconds by stage", "Throughput", "Device time by use",
+        "Busy seconds by stage", "Throughput", "Device-seconds by use",
     ]  # fmt: skip
     drawings = page.locator("figure svg")
     assert drawings.count() == len(captions)

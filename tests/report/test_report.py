@@ -30,7 +30,7 @@ from gc2ray.output.parts import read_part_footer
 from gc2ray.output.totals import read_totals
 from gc2ray.report.charts import over_time
 from gc2ray.report.heat_map import TokenMap
-from gc2ray.report.page import Picture, Report, markdown_text, report
+from gc2ray.report.page import Report, RowImages, markdown_text, report
 from gc2ray.report.summary import AuditSummary, BeforeAfter, EscalationStep, Summary, summarise
 from tests.estimate.test_device_estimate import BIG
 from tests.output.test_totals import driver_record, worker_record
@@ -84,7 +84,7 @@ def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
     retry = Store(str(tmp_path / "retry_rounds" / "1"))
     names += [(retry, n) for n in retry.names("data")]
     stats = sum((read_part_footer(store, name).stats for store, name in names), RunStats())
-    assert summary.by_status == stats.by_status
+    assert summary.stats.by_status == stats.by_status
     assert summary.visual == BeforeAfter(stats.visual_tokens_full, stats.visual_tokens_kept)
     assert summary.newlines == BeforeAfter(stats.newline_tokens_full, stats.newline_tokens)
     assert summary.kv_bytes == BeforeAfter(stats.kv_bytes_full, stats.kv_bytes)
@@ -94,9 +94,7 @@ def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
     assert sum(view.full for view in summary.views) == stats.visual_tokens_full
     assert sum(summary.retention) == stats.by_status["ok"]
     assert summary.input_starved_seconds == stats.input_starved_ns / 1e9
-    assert (summary.prompt_tokens, summary.output_tokens) == (
-        stats.prompt_tokens, stats.output_tokens
-    )  # fmt: skip
+    assert summary.stats == stats  # fmt: skip
     document = json.loads(found.json)
     (run,) = document["runs"]
     assert run["visual"] == {"full": stats.visual_tokens_full, "kept": stats.visual_tokens_kept}
@@ -106,28 +104,36 @@ def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
 def test_money_is_all_device_time_at_its_price(tmp_path: Path) -> None:
     summary, _ = told(a_run(tmp_path))
     # Two workers lived for 120 s each; drivers tell of 230 s of these 240.
-    assert summary.bill == {"useful": 150.0, "loading": 60.0, "idle": 20.0, "unaccounted": 10.0}
-    assert summary.usd == pytest.approx(240 / 3600 * 2)
-    assert summary.usd_per_1000 == pytest.approx(1000 * 240 / 3600 * 2 / summary.images)
-    assert summary.useful_share == pytest.approx(150 / 240)
+    assert summary.costs.device_seconds_by_use == {
+        "useful": 150.0,
+        "loading": 60.0,
+        "idle": 20.0,
+        "unaccounted": 10.0,
+    }
+    assert summary.costs.usd == pytest.approx(240 / 3600 * 2)
+    assert summary.usd_per_1000 == pytest.approx(1000 * 240 / 3600 * 2 / summary.stats.images)
+    assert summary.costs.useful_share == pytest.approx(150 / 240)
     spot, _ = told(tmp_path, Prices((BIG,), "spot"))
-    assert spot.usd == pytest.approx(240 / 3600)
+    assert spot.costs.usd == pytest.approx(240 / 3600)
     own, _ = told(tmp_path, Prices((), usd_per_hour=3.6))
-    assert own.usd == pytest.approx(0.24)
+    assert own.costs.usd == pytest.approx(0.24)
     unknown, found = told(tmp_path, Prices(()))
-    assert (unknown.usd, unknown.usd_per_1000) == (None, None)
+    assert (unknown.costs.usd, unknown.usd_per_1000) == (None, None)
     assert "unknown" in found.markdown
+    assert "No cost: the hardware table has no on-demand price of NVIDIA Big; use" in found.html
+    assert "$" not in found.markdown
+    assert json.loads(found.json)["runs"][0]["no_cost"] == unknown.costs.no_cost
 
 
 def test_what_was_saved_is_an_estimate_from_operations(tmp_path: Path) -> None:
     summary, found = told(a_run(tmp_path))
-    saved = summary.saved_seconds
+    saved = summary.costs.saved_seconds
     assert saved is not None
     assert 0 < saved.low < saved.mid < saved.high
     # Busy stages but decoding of images: 0.1 s each, 4 of them; prefill would be 3.9 times as long.
     prefill = summary.flops["prefill"]
     projected = summary.flops["compress"]
-    busy = 0.1 * summary.by_status["ok"]
+    busy = 0.1 * summary.stats.by_status["ok"]
     more = busy * (prefill.full / prefill.kept - 1) + busy * (projected.full / projected.kept - 1)
     assert saved.low == pytest.approx(more)
     assert "an estimate from operations, not a measurement" in found.html
@@ -143,12 +149,16 @@ def test_the_same_work_elsewhere(tmp_path: Path) -> None:
         }
     )  # fmt: skip
     summary, _ = told(a_run(tmp_path), Prices((BIG, half)))
-    own, other = summary.what_if
+    own, other = summary.costs.what_if
     assert own.hardware == "big"
     assert own.device_hours.is_exact
     assert own.device_hours.mid == pytest.approx(150 / 3600)
     assert other.device_hours.mid == pytest.approx(2 * own.device_hours.mid)
     assert other.device_hours.low < other.device_hours.mid < other.device_hours.high
+    without = {"name": "bare", "devices": (), "tflops": None, "missing": "not read"}
+    with_bare, page = told(tmp_path, Prices((BIG, half, BIG.model_copy(update=without))))
+    assert with_bare.costs.what_if == summary.costs.what_if
+    assert "Other devices: left out: bare. The hardware table has no tflops of it" in page.html
     assert own.usd["on_demand"].mid == pytest.approx(own.device_hours.mid * 2)
 
 
@@ -163,8 +173,8 @@ def test_all_three_forms_tell_the_same(tmp_path: Path) -> None:
     missing = f"{first.planned_rows - first.rows} planned rows are not committed"
     assert missing in found.markdown
     assert missing in found.html
-    assert json.loads(found.json)["runs"][0]["letter_count"] == 1
-    assert summary.letters[0][1] == "it died"
+    assert json.loads(found.json)["runs"][0]["dead_letter_count"] == 1
+    assert summary.dead_letters[0][1] == "it died"
 
 
 def test_runs_stand_side_by_side(tmp_path: Path) -> None:
@@ -182,7 +192,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan(), lambda source, row: None)
     summary, found = told(tmp_path)
-    assert (summary.answers, summary.usd, summary.saved_seconds) == (0, None, None)
+    assert (summary.answers, summary.costs.usd, summary.costs.saved_seconds) == (0, None, None)
     assert "0 of 17" in found.html
     assert "17 planned rows are not committed" in found.markdown
 
@@ -222,7 +232,7 @@ def evil_run(folder: Path) -> Path:
 def test_what_rows_say_stays_text(tmp_path: Path) -> None:
     _, found = told(evil_run(tmp_path))
     page = Elements(found.html)
-    assert EVIL in json.loads(found.json)["runs"][0]["letters"][0][1]
+    assert EVIL in json.loads(found.json)["runs"][0]["dead_letters"][0][1]
     assert "script" not in page.tags
     assert "img" not in page.tags
     assert (page.links, page.handlers) == ([], [])
@@ -247,10 +257,17 @@ def test_a_run_of_any_size_can_be_drawn(tmp_path: Path) -> None:
     """A million rows of a 7B take more operations than fit into 64 bits."""
     huge = BeforeAfter(3 * 10**25, 10**25)
     summary, _ = told(a_run(tmp_path))
-    many = replace(
-        summary, flops=dict.fromkeys(summary.flops, huge), visual=huge, views=(huge, huge),
-        kv_bytes=huge, retention=(10**19,) * 20,
+    stats = replace(
+        summary.stats,
+        flops_full=dict.fromkeys(summary.flops, huge.full),
+        flops=dict.fromkeys(summary.flops, huge.kept),
+        visual_tokens_full=huge.full, visual_tokens_kept=huge.kept,
+        view_tokens_full=dict.fromkeys("01", huge.full),
+        view_tokens_kept=dict.fromkeys("01", huge.kept),
+        kv_bytes_full=huge.full, kv_bytes=huge.kept,
+        retention={f"{bucket:02d}": 10**19 for bucket in range(20)},
     )  # fmt: skip
+    many = replace(summary, stats=stats)
     found = report([many])
     assert json.loads(found.json)["runs"][0]["flops"]["encode"]["full"] == 3 * 10**25
     assert "33.3%" in found.html
@@ -291,8 +308,8 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
         answer = measured(answer)
         same = answer.request.row % 5 != 0
         spent = {"encode": 10**8, "prefill": 9 * 10**8}
-        anew = None if same else Escalation("y", 1.0 if answer.request.row else 0.5)
-        audit = Audit("x", 1.0 if same else 0.25, spent, answer.stage_ns, anew)
+        again = None if same else Escalation("y", 1.0 if answer.request.row else 0.5)
+        audit = Audit("x", 1.0 if same else 0.25, spent, answer.stage_ns, again)
         return replace(answer, audit=audit, retention_requested=0.25 if same else 0.5)
 
     write_round(tmp_path, 0, first_plan(), changed=looked_at)
@@ -306,19 +323,19 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
     assert 0.4 < audit.agreed.low < audit.agreed.mid < audit.agreed.high < 1
     assert audit.similarity == pytest.approx((13 + 4 * 0.25) / 17)
     assert audit.slowdown == pytest.approx(1.0 / 0.4)
-    assert [similarity for similarity, _ in audit.least] == [0.25] * 4
-    assert audit.rungs == (EscalationStep(0.5, 4, 2),)
+    assert [similarity for similarity, _ in audit.least_similar] == [0.25] * 4
+    assert audit.steps == (EscalationStep(0.5, 4, 2),)
     # 17 answers of 0.4 s each, and as many uncompressed ones of 1 s, all of them in 14 s.
     assert audit.share_of_time == pytest.approx(1.0 / 1.4)
-    assert summary.answering_seconds == pytest.approx(4.0)
-    assert summary.what_if[0].device_hours.mid == pytest.approx(4.0 / 3600)
+    assert summary.costs.answering_seconds == pytest.approx(4.0)
+    assert summary.costs.what_if[0].device_hours.mid == pytest.approx(4.0 / 3600)
     more = sum(0.1 * 17 * (1 / summary.flops[s].share - 1) for s in ("prefill", "compress"))
-    assert summary.saved_seconds is not None
-    assert summary.saved_seconds.low == pytest.approx(more * 4.0 / 6.8)
+    assert summary.costs.saved_seconds is not None
+    assert summary.costs.saved_seconds.low == pytest.approx(more * 4.0 / 6.8)
     for text in (
         "Of 17 rows", "76.5%", "2.50 times as long", "Audited rows that differ most",
-        "4 that differed were answered anew with more visual tokens; 2 of them agree now",
-        "Audited rows that were answered anew", "All of it took 71.4% of the time",
+        "4 that differed were answered again with more visual tokens; 2 of them now agree",
+        "Audited rows that were answered again", "Audits took 71.4% of the",
     ):  # fmt: skip
         assert text in found.markdown, text
         assert text in found.html, text
@@ -340,8 +357,8 @@ def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:
     other, _ = told(a_run(tmp_path / "two"))
     pictures = {
         summary.output: [
-            Picture.from_token_map(looked_at(EVIL)),
-            Picture.from_token_map(looked_at("a#2: who?")),
+            RowImages.from_token_map(looked_at(EVIL)),
+            RowImages.from_token_map(looked_at("a#2: who?")),
         ]
     }
     found = report([summary, other], pictures)
@@ -352,25 +369,26 @@ def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:
     assert {picture.format for picture in drawn} == {"WEBP"}
     assert (page.handlers, "script" in page.tags) == ([], False)
     assert "a#2: who?" in found.html
-    assert found.html.count("What was kept of some rows") == 1
-    assert "What was kept of some rows" not in without.html
+    assert found.html.count("Kept tokens of some rows") == 1
+    assert "Kept tokens of some rows" not in without.html
     assert found.json == report([summary, other]).json
 
 
 def test_rows_that_tell_most_are_those_that_differ_then_the_largest(tmp_path: Path) -> None:
     summary, _ = told(a_run(tmp_path))
-    largest = [key for _, key in summary.largest]
+    largest = [key for _, key in summary.stats.largest]
     assert summary.telling_rows(2) == largest[:2]
-    last = summary.largest[-1]
+    last = summary.stats.largest[-1]
     assert last[0]
     audit = AuditSummary(3, Interval(0, 0, 1), 0.1, 0.1, {}, {}, ((0.1, last[1]), (0.2, "x")), ())
-    audited = replace(summary, audit=audit, largest=(*summary.largest, (0, "failed")))
+    stats = replace(summary.stats, largest=(*summary.stats.largest, (0, "failed")))
+    audited = replace(summary, audit=audit, stats=stats)
     found = audited.telling_rows(99)
     assert found == [last[1], "x", *largest[:-1]]
 
 
 def test_without_an_audit_quality_is_not_known(tmp_path: Path) -> None:
-    assert "What it did to the answers is not known" in told(a_run(tmp_path))[1].html
+    assert "Its effect on the answers is unknown" in told(a_run(tmp_path))[1].html
 
 
 def test_old_outputs_have_a_report(tmp_path: Path) -> None:
@@ -378,7 +396,11 @@ def test_old_outputs_have_a_report(tmp_path: Path) -> None:
     store = write_round(tmp_path, 0, first_plan())
     store.create("workers/w.json", worker_record(model_shape=None))
     summary, found = told(tmp_path)
-    assert (dict(summary.flops), summary.what_if, summary.saved_seconds) == ({}, (), None)
+    assert (dict(summary.flops), summary.costs.what_if, summary.costs.saved_seconds) == (
+        {},
+        (),
+        None,
+    )
     assert "What if" not in found.html
 
 
@@ -386,9 +408,15 @@ def test_damaged_sizes_of_the_model_are_told_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     summary, _ = told(a_run(tmp_path))
-    assert summary.what_if
+    assert summary.costs.what_if
     for path in (tmp_path / "workers").iterdir():
         damaged = json.loads(path.read_bytes()) | {"model_shape": {"text": 1}}
         path.write_text(json.dumps(damaged))
     summary, _ = told(tmp_path)
-    assert (summary.what_if, "sizes in a worker's record are damaged" in caplog.text) == ((), True)
+    assert (
+        summary.costs.what_if,
+        "a worker record holds a damaged model shape" in caplog.text,
+    ) == (
+        (),
+        True,
+    )

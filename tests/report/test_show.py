@@ -26,7 +26,7 @@ from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
 from gc2ray.output.run_directory import open_round
 from gc2ray.report.heat_map import TokenMap, heat_map, panels
-from gc2ray.report.show import map_tokens, picture_name, told_of
+from gc2ray.report.show import answer_lines, image_name, map_tokens
 from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.outputs import retry_of, write_round
@@ -79,7 +79,12 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
     assert heat_map(looked) == heat_map(looked)
     alone = list(panels(looked))
     assert list(panels(looked)) == alone
-    titles = ["image", "the thumbnail's scores", "kept of each crop", "what the crops keep"]
+    titles = [
+        "image",
+        "the thumbnail's scores",
+        "tokens kept in each crop",
+        "tokens kept in the crops",
+    ]
     for panel, title in zip(alone, titles, strict=True):
         assert panel.title.startswith(title)
         drawn = Image.open(io.BytesIO(panel.webp))
@@ -157,7 +162,7 @@ ESCALATED = {"first_answer": "a dog", "agreement": 0.25, "final_agreement": 1.0,
             ESCALATED,
             [
                 "answer: a dog (agreement 0.250)",
-                "anew at retention 0.5: a cat (agreement 1.000)",
+                "again at retention 0.5: a cat (agreement 1.000)",
                 "uncompressed: a cat",
             ],
         ),
@@ -176,10 +181,10 @@ ESCALATED = {"first_answer": "a dog", "agreement": 0.25, "final_agreement": 1.0,
 def test_an_answer_is_told_with_its_audit(
     status: str, audit: dict[str, object] | None, lines: list[str]
 ) -> None:
-    """The last one is from before rows were answered anew."""
+    """The last one is from before rows were answered again."""
     row = {"status": status, "answer": "a cat", "error": "broken", "retention_requested": 0.5}
-    assert list(told_of({**row, "audit": audit})) == lines
-    assert list(told_of(None)) == ["not answered yet"]
+    assert list(answer_lines({**row, "audit": audit})) == lines
+    assert list(answer_lines(None)) == ["not answered yet"]
 
 
 @pytest.mark.parametrize(
@@ -225,4 +230,4 @@ def test_the_report_shows_rows(answered: Job, tmp_path: Path) -> None:
 
 
 def test_a_picture_is_named_for_its_row() -> None:
-    assert picture_name("s3://b/run-7/", "a/b c.parquet#3") == "run-7-a_b_c.parquet_3.png"
+    assert image_name("s3://b/run-7/", "a/b c.parquet#3") == "run-7-a_b_c.parquet_3.png"
