@@ -135,7 +135,9 @@ def estimate(
         devices=tuple(
             estimate_device(workload, item, setup) for item in usable for workload in workloads
         ),
-        left_out=tuple(incomplete_notes([item for item in hardware if item.name not in known])),
+        left_out=tuple(
+            incomplete_notes([h for h in hardware if h.name not in known], "No estimate for")
+        ),
     )
 
 

@@ -167,15 +167,20 @@ def find_hardware(table: Sequence[Hardware], device: str) -> Hardware | None:
     return next((item for item in table if device in item.devices), None)
 
 
-def incomplete_notes(table: Sequence[Hardware]) -> list[str]:
-    """Which devices lack which peaks and why, in one line for all that lack the same."""
+def incomplete_notes(table: Sequence[Hardware], consequence: str) -> list[str]:
+    """Which devices lack which peaks and why, in one line for all that lack the same.
+
+    Args:
+        table: Of hardware.
+        consequence: Start of the line, such as "No estimate for".
+    """
     names: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for item in table:
         if item.empty_figures:
             names.setdefault((item.empty_figures, item.missing or ""), []).append(item.name)
     return [
-        f"Left out: {', '.join(devices)}. The hardware table has no {', '.join(figures)} of "
-        f"{'it' if len(devices) == 1 else 'them'} ({why}); use --hardware FILE with your own."
+        f"{consequence} {', '.join(devices)}: the hardware table has no {', '.join(figures)} "
+        f"({why}); use --hardware FILE with your own."
         for (figures, why), devices in names.items()
     ]
 

@@ -105,7 +105,7 @@ class Costs:
             answering_seconds=answering,
             saved_seconds=_saved(stats, answering),
             what_if=what_if,
-            left_out=tuple(incomplete_notes(prices.table)),
+            left_out=tuple(incomplete_notes(prices.table, "No comparison with")),
         )
 
     @property

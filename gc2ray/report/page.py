@@ -188,7 +188,7 @@ def _when(summary: Summary) -> str:
     if summary.started is None or summary.ended is None:
         return ""
     seconds = (summary.ended - summary.started).total_seconds()
-    return f"{summary.started:%Y-%m-%d %H:%M} UTC, for {seconds_text(seconds)}"
+    return f"started {summary.started:%Y-%m-%d %H:%M} UTC, took {seconds_text(seconds)}"
 
 
 def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -197,8 +197,8 @@ def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
     share = summary.errors / summary.answers if summary.answers else 0.0
     yield f"errors among {summary.answers:,} answers", f"{summary.errors:,} ({share:.2%})"
     yield "of visual tokens kept", percent(summary.visual.share)
-    yield "of the full KV cache used", percent(summary.kv_bytes.share)
-    yield "of full operations done", percent(summary.operations.share)
+    yield "of the uncompressed KV cache", percent(summary.kv_bytes.share)
+    yield "of the uncompressed operations", percent(summary.operations.share)
     costs = summary.costs
     if costs.device_seconds:
         yield "device time", seconds_text(costs.device_seconds)
@@ -269,7 +269,7 @@ def _cost_notes(summary: Summary) -> Iterator[Line]:
     if summary.costs.no_cost is not None:
         yield Line(summary.costs.no_cost, "note")
     for note in summary.costs.left_out if summary.costs.devices else ():
-        yield Line(f"Other devices: {note[0].lower()}{note[1:]}", "note")
+        yield Line(note, "note")
 
 
 def _charts(summary: Summary) -> Iterator[Chart]:

@@ -148,8 +148,8 @@ def _notes(result: Estimate, job: Job) -> Iterator[str]:
     if any(item.basis == "roofline" for item in fits):
         low, mid, high = ROOFLINE_SHARE.low, ROOFLINE_SHARE.mid, ROOFLINE_SHARE.high
         yield (
-            f"Other devices: assumed to reach {low:.0%} to {high:.0%} of their roofline, best "
-            f"guess {mid:.0%}; --like OUTPUT, an earlier run on the device, replaces this "
+            f"A device without an earlier run is assumed to reach {low:.0%} to {high:.0%} of its "
+            f"roofline, best guess {mid:.0%}; --like OUTPUT, an earlier run, replaces this "
             "assumption."
         )
     unpriced = dict.fromkeys(item.hardware for item in fits if not item.usd)

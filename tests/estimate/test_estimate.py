@@ -106,7 +106,7 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
     assert result.exit_code == 0, result.stderr
     (line,) = [line for line in result.stdout.splitlines() if "Bare" in line]
     assert line == (
-        "* Left out: Bare. The hardware table has no tflops, gb_per_s, memory_gib of it (no data "
+        "* No estimate for Bare: the hardware table has no tflops, gb_per_s, memory_gib (no data "
         "sheet was read); use --hardware FILE with your own."
     )
     assert "* No cost of mine: the hardware table has no price; use" in result.stdout
@@ -116,7 +116,7 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
     assert document["left_out"] == [line.removeprefix("* ")]
     default = here("estimate", config)
     assert default.exit_code == 0, default.stderr
-    assert "* Left out: T4, L4" in default.stdout
+    assert "* No estimate for T4, L4" in default.stdout
     assert "visual tokens before compression" in default.stdout
 
 

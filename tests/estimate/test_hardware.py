@@ -72,13 +72,13 @@ def test_devices_that_lack_the_same_are_told_in_one_line() -> None:
         *(Hardware(**GOOD | bare | {"name": name, "devices": []}) for name in ("a", "b")),
         Hardware(**GOOD | {"name": "c", "devices": [], "memory_gib": None, "missing": "secret"}),
     ]
-    assert incomplete_notes(table) == [
-        "Left out: a, b. The hardware table has no tflops, gb_per_s of them (not read); use "
+    assert incomplete_notes(table, "No estimate for") == [
+        "No estimate for a, b: the hardware table has no tflops, gb_per_s (not read); use "
         "--hardware FILE with your own.",
-        "Left out: c. The hardware table has no memory_gib of it (secret); use --hardware FILE "
+        "No estimate for c: the hardware table has no memory_gib (secret); use --hardware FILE "
         "with your own.",
     ]
-    assert incomplete_notes(table[:1]) == []
+    assert incomplete_notes(table[:1], "No estimate for") == []
 
 
 def test_why_there_is_no_cost() -> None:

@@ -158,7 +158,7 @@ def test_the_same_work_elsewhere(tmp_path: Path) -> None:
     without = {"name": "bare", "devices": (), "tflops": None, "missing": "not read"}
     with_bare, page = told(tmp_path, Prices((BIG, half, BIG.model_copy(update=without))))
     assert with_bare.costs.what_if == summary.costs.what_if
-    assert "Other devices: left out: bare. The hardware table has no tflops of it" in page.html
+    assert "No comparison with bare: the hardware table has no tflops (not read); use" in page.html
     assert own.usd["on_demand"].mid == pytest.approx(own.device_hours.mid * 2)
 
 
