@@ -109,7 +109,7 @@ def estimate(
     workloads = tuple(workload_of(recipe) for recipe in _recipes(job.recipe, assumptions))
     setup = RunSetup(model.shape, job.cluster, assumptions.hours, assumptions.rates)
     usable = _usable(hardware, assumptions.rates)
-    known = {item.name for item in usable}
+    names = {item.name for item in usable}
 
     def total(measure: Callable[[PromptShape], float]) -> Interval:
         def of_block(block: SampleBlock) -> float:
@@ -136,7 +136,7 @@ def estimate(
             estimate_device(workload, item, setup) for item in usable for workload in workloads
         ),
         left_out=tuple(
-            incomplete_notes([h for h in hardware if h.name not in known], "No estimate for")
+            incomplete_notes([h for h in hardware if h.name not in names], "No estimate for")
         ),
     )
 

@@ -118,8 +118,8 @@ class Hardware(Frozen):
     @field_validator("tflops")
     @classmethod
     def _check_dtypes(cls, tflops: dict[str, float] | None) -> dict[str, float] | None:
-        known = {"float32", "bfloat16", "float16"}
-        if tflops is not None and not {"float32"} <= tflops.keys() <= known:
+        dtypes = {"float32", "bfloat16", "float16"}
+        if tflops is not None and not {"float32"} <= tflops.keys() <= dtypes:
             raise ValueError("expected float32, and bfloat16 and float16 where they are faster")
         return tflops
 

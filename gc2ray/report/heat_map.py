@@ -66,7 +66,7 @@ class TokenMap:
 
 def _drawable(text: str) -> str:
     """Text without control characters, which a model may write and no font has."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The figures of a run as tables of texts, for the page and for Markdown.
 
-Not covered: drawings (`gc2ray.report.charts`); how tables are laid out.
+Not covered: charts (`gc2ray.report.charts`); the layout of tables.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HALF_PAGE = 40
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts, and whether all columns but the first are numbers."""
+    """A table of texts; `numbers` says whether all columns but the first are numbers."""
 
     title: str
     head: Sequence[str]

@@ -177,6 +177,26 @@ def test_all_three_forms_tell_the_same(tmp_path: Path) -> None:
     assert summary.dead_letters[0][1] == "it died"
 
 
+JSON_KEYS = {
+    "output", "fingerprint", "recipe", "method", "retention_requested", "versions", "started",
+    "ended", "rounds", "throughput", "audit", "dead_letters", "dead_letter_count",
+    "device_seconds_by_use", "devices", "price", "no_cost", "usd", "usd_per_1000",
+    "answering_seconds", "saved_seconds", "what_if", "left_out",
+    "by_status", "empty_answers", "images", "images_shared", "visual", "newlines", "views",
+    "retention", "prompt_tokens", "prompt_tokens_shared", "output_tokens", "kv_bytes", "flops",
+    "stage_seconds", "input_starved_seconds", "rows_a_step", "peak_device_bytes",
+    "peak_host_bytes", "energy_joules", "slowest", "largest",
+}  # fmt: skip
+
+
+def test_programs_find_the_same_keys_in_every_report(tmp_path: Path) -> None:
+    """Whoever reads `report.json` relies on them."""
+    _, found = told(a_run(tmp_path))
+    document = json.loads(found.json)
+    assert set(document) == {"version", "runs"}
+    assert set(document["runs"][0]) == JSON_KEYS
+
+
 def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     first, second = a_run(tmp_path / "x" / "run"), a_run(tmp_path / "y" / "run", bad=(1, 2, 3))
     summaries = [summarise(read_totals(str(folder)), PRICES) for folder in (first, second)]
