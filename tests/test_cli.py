@@ -154,7 +154,7 @@ def test_verify(tmp_path: Path) -> None:
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert "data/notes-19.txt: is no planned shard's part; move it away" in lines
-    assert lines[-2:] == ["and 10 more", "wrong: 17 of 17 planned rows are answered"]
+    assert lines[-2:] == ["and 10 more", "damaged: 17 of 17 planned rows are answered"]
 
 
 def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> None:
