@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gc2ray import __version__
-from gc2ray.core.errors import STORAGE_ERRORS, ConfigError, GivenUp, Interrupted
+from gc2ray.core.errors import ConfigError, GivenUp, Interrupted, storage_errors
 from gc2ray.core.logs import LogForm, set_up, writes_json
 from gc2ray.core.process import INTERRUPTED, Stopped, run_process, unexpected
 
@@ -524,7 +524,7 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _is_bug(error: Exception) -> bool:
-    return not isinstance(error, (ConfigError, GivenUp, Interrupted, *STORAGE_ERRORS))
+    return not isinstance(error, (ConfigError, GivenUp, Interrupted, *storage_errors()))
 
 
 def _told(error: Exception) -> tuple[str, int]:

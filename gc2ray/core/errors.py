@@ -8,15 +8,28 @@ storage that takes nothing more (`StorageRefused`); `GivenUp` is the driver's de
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 
-from aiohttp import ClientError
-from botocore.exceptions import BotoCoreError
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever library
+_LIBRARY_ERRORS = {
+    "aiohttp.client_exceptions": "ClientError",
+    "botocore.exceptions": "BotoCoreError",
+    "huggingface_hub.errors": "HTTPError",
+}
+"""Errors that filesystems raise beside `OSError`, by the module that defines them: s3fs passes
+missing credentials on as botocore's, and broken connections, as fsspec's web filesystem does, as
+aiohttp's; the hub's are those of its HTTP library."""
 
-STORAGE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError, HTTPError)
-"""What a filesystem raises: s3fs lets missing credentials and the like through as botocore's, and
-broken connections, as the web's filesystem does, as aiohttp's; the hub's as its HTTP library's."""
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """The exception types that filesystems raise, for an `except` clause.
+
+    Nothing is imported for it, as these libraries take 0.2 s: an error of a library that was never
+    imported cannot be raised. Call it where the error is caught, not before.
+    """
+    loaded = [(sys.modules.get(module), name) for module, name in _LIBRARY_ERRORS.items()]
+    kinds = [getattr(module, name, None) for module, name in loaded]
+    return (OSError, *(kind for kind in kinds if kind is not None))
 
 
 class Status(StrEnum):

@@ -25,7 +25,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from gc2ray.core.config.input import InputConfig
-from gc2ray.core.errors import STORAGE_ERRORS, ConfigError, ShardError, first_line
+from gc2ray.core.errors import ConfigError, ShardError, first_line, storage_errors
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span, digest
 from gc2ray.data.formats.arrow import ArrowRows
@@ -53,9 +53,13 @@ CHANGED = ("mtime", "LastModified", "Last-Modified", "created", "Content-MD5", "
 """What storages call the time of a change, or tell in its place."""
 WEAK = "W/"
 OF_AN_OUTPUT = re.compile(r"(^|/)(plan/\d{4}|data/part-\d{7}-[0-9a-f]{16})\.parquet$")
-READ_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, pa.ArrowException)
 
 log = logging.getLogger(__name__)
+
+
+def read_errors() -> tuple[type[Exception], ...]:
+    """The exception types that reading an input file raises, for an `except` clause."""
+    return (*storage_errors(), pa.ArrowException)
 
 
 class Source:
@@ -129,7 +133,7 @@ class Source:
         try:
             with self._opened(path) as rows:
                 return sum(rows.groups()) > 0
-        except READ_ERRORS:
+        except read_errors():
             return True
 
     def _looked(self, paths: Sequence[str]) -> list[_Probed]:
@@ -153,7 +157,7 @@ class Source:
                 largest = max(rows.group_bytes(inside), default=0)
                 file = SourceFile(source, fingerprint, rows.groups())
                 return _Probed(file, columns, largest)
-        except (*READ_ERRORS, *self._web_errors) as error:
+        except (*read_errors(), *self._web_errors) as error:
             told = self._diagnosis(path, error)
             raise ConfigError(f"{URI_KEY}: {source} cannot be read: {told}") from error
 
@@ -184,7 +188,7 @@ class Source:
             size = int(self._info(path)["size"])
             with self._file(path) as file:
                 begin = file.read(PEEK_BYTES)
-        except READ_ERRORS:
+        except read_errors():
             return str(error)
         told = f"{_what_begins(begin)} ({size:,} bytes)"
         return f"{told}: {first_line(error)}" if begin.startswith(MAGICS) else told
@@ -214,7 +218,7 @@ class Source:
                 raise ShardError(f"{span.source} ends at row {reading.row}, planned to {span.stop}")
             self._check_unchanged(path, span)  # or two files may have been read
             self._kept, reading = reading, None
-        except (*READ_ERRORS, *self._web_errors) as error:
+        except (*read_errors(), *self._web_errors) as error:
             raise ShardError(f"{span.source}: {error}") from error
         finally:
             if reading is not None:

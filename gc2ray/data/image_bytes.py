@@ -22,7 +22,7 @@ from gc2ray.core.config.input import (
     ROOTS_KEY,
     ImagePolicy,
 )
-from gc2ray.core.errors import STORAGE_ERRORS, ConfigError, ShardError
+from gc2ray.core.errors import ConfigError, ShardError, storage_errors
 from gc2ray.core.records import ImageRef
 from gc2ray.data.image_decoding import (
     one_line,
@@ -142,7 +142,7 @@ def _fetch(location: str, path: str, policy: ImagePolicy) -> bytes | None:
         return retry_policy.call("reading an image", lambda: _content(fs, inner, path, policy))
     except FileNotFoundError:
         return None
-    except STORAGE_ERRORS as error:
+    except storage_errors() as error:
         reason = f"cannot read the image ({type(error).__name__})"
         if _is_web(location) or _is_refused(error):
             raise refusal(reason, path) from error

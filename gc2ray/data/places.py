@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from gc2ray.core.config.locations import HUB
-from gc2ray.core.errors import STORAGE_ERRORS, ConfigError
+from gc2ray.core.errors import ConfigError, storage_errors
 from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
@@ -40,8 +40,6 @@ PARQUET, ARROW = ".parquet", ".arrow"
 URI_KEY = "recipe.input.uri"
 HUB_KEYS = {"split", "subset"}
 SAVED_FILES, SAVED_SPLITS = "state.json", "dataset_dict.json"
-LISTING_ERRORS: tuple[type[Exception], ...] = (*STORAGE_ERRORS, ValueError)
-"""s3fs refuses a pattern over all buckets with the latter."""
 WEB = {"http", "https"}
 _MARKS = re.compile(r"[*?[]")
 _OPEN_END = re.compile(r"[*?\]]$")
@@ -147,7 +145,7 @@ class Place:
                 return Place(filesystem, root, pattern=Pattern(names))
             path = _located(path) if is_local(filesystem) else path
             return retry_policy.call(f"asking for {path}", lambda: _of(filesystem, path))
-        except STORAGE_ERRORS as error:
+        except storage_errors() as error:
             raise ConfigError(f"{URI_KEY}: {path}: {error}") from error
 
     def files(self, retry_policy: RetryPolicy) -> list[str]:
@@ -163,7 +161,7 @@ class Place:
             found = retry_policy.call(f"listing {self.shown}", lambda: list(self._files()))
         except FileNotFoundError:
             return []
-        except LISTING_ERRORS as error:
+        except _listing_errors() as error:
             raise ConfigError(f"{URI_KEY}: {self.shown}: {error}") from error
         return sorted(self._each_once(found) if is_local(self.filesystem) else found)
 
@@ -399,3 +397,8 @@ def _hub_url(uri: str) -> str:
     subset = asked.get("subset", ["default"])[0]
     converted = f"{parts.path}@refs/convert/parquet/{subset}/{asked['split'][0]}"
     return f"hf://datasets/{converted}/*{PARQUET}"
+
+
+def _listing_errors() -> tuple[type[Exception], ...]:
+    """What a listing raises; s3fs refuses a pattern over all buckets with `ValueError`."""
+    return (*storage_errors(), ValueError)

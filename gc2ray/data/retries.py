@@ -26,7 +26,7 @@ from botocore.exceptions import ConnectionError as StoreConnectionError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # see errors
 
-from gc2ray.core.errors import STORAGE_ERRORS
+from gc2ray.core.errors import storage_errors
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class RetryPolicy:
         while True:
             try:
                 return work()
-            except STORAGE_ERRORS as error:
+            except storage_errors() as error:
                 if not is_transient(error):
                     error.add_note(what)
                     raise

@@ -30,7 +30,7 @@ from typing import IO, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray.core.errors import STORAGE_ERRORS, ConfigError
+from gc2ray.core.errors import ConfigError, storage_errors
 from gc2ray.data.parquet_footer import parse_footer, read_footer
 from gc2ray.data.remote_file import RetryingFile
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
@@ -84,7 +84,7 @@ class Store:
             at_start.names("data")
             if writing:
                 at_start._probe()
-        except STORAGE_ERRORS as error:
+        except storage_errors() as error:
             raise ConfigError(
                 f"output: {self.uri} cannot be used: {type(error).__name__}: {error}; credentials "
                 "come from the storage's own chain (environment, profile or instance role)"
@@ -233,7 +233,7 @@ class Store:
                     age = datetime.now(UTC) - self._fs.modified(path)
                     if age.total_seconds() > older_seconds:
                         self._fs.rm_file(path)
-        except STORAGE_ERRORS as error:
+        except storage_errors() as error:
             log.warning("%s: leftovers in _tmp stay: %s", self.uri, error)
 
     def holds(self, other: Store) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import psutil
 
-from gc2ray.core.errors import STORAGE_ERRORS
+from gc2ray.core.errors import storage_errors
 from gc2ray.core.usage import Usage
 from gc2ray.data.store import Store, json_bytes, read_records
 
@@ -144,7 +144,7 @@ class Heartbeat:
         )
         try:
             self._store.replace(record.name, record.to_bytes())
-        except STORAGE_ERRORS as error:  # answers do not wait for it; the next may get through
+        except storage_errors() as error:  # answers do not wait for it; the next may get through
             log.warning("%s cannot be written: %s", record.name, error)
 
 

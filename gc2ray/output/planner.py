@@ -276,7 +276,7 @@ def write_dead_letter(store: Store, shard: Shard, tries: int, reason: str) -> No
     """Record why a shard was given up, beside the dead letters of earlier runs of the plan.
 
     Raises:
-        OSError, or another of `STORAGE_ERRORS`: The record could not be written.
+        OSError, or another of `storage_errors`: The record could not be written.
     """
     content = {
         "sid": shard.sid,

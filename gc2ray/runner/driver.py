@@ -29,13 +29,13 @@ import numpy as np
 
 from gc2ray.core.config.job import Cluster, WorkerRange
 from gc2ray.core.errors import (
-    STORAGE_ERRORS,
     ConfigError,
     GivenUp,
     Interrupted,
     StorageRefused,
     UnwritableShard,
     first_line,
+    storage_errors,
 )
 from gc2ray.core.shards import Shard, Shards, Span
 from gc2ray.core.usage import Usage, UsageKind, UsageMeter
@@ -356,7 +356,7 @@ class Driver:
         log.warning("shard %d is given up: %s", shard.index, reason, extra=fields)
         try:
             write_dead_letter(self._store, shard, self._queue.tries(shard), reason)
-        except STORAGE_ERRORS as error:  # a shard without a dead letter is answered next time
+        except storage_errors() as error:  # a shard without a dead letter is answered next time
             self._refuse(
                 f"shard {shard.index} is given up ({reason}), and {self._store.uri} refused its "
                 f"dead letter: {type(error).__name__}: {first_line(error)}"

@@ -35,13 +35,13 @@ import pyarrow as pa
 
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import (
-    STORAGE_ERRORS,
     ConfigError,
     EngineDead,
     ShardError,
     StorageRefused,
     UnwritableShard,
     first_line,
+    storage_errors,
 )
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.schema import Provenance, stats_of
@@ -294,7 +294,7 @@ class Worker:
                 return commit_part(self._store, shard, part, token)
         except ConfigError as error:  # something else has the part's name
             raise UnwritableShard(str(error)) from error
-        except STORAGE_ERRORS as error:
+        except storage_errors() as error:
             message = f"the part cannot be written: {error}"
             if getattr(error, "errno", None) in _TOO_LARGE:
                 raise UnwritableShard(f"{message} ({len(part):,} bytes)") from error
@@ -309,7 +309,7 @@ class Worker:
         """
         try:
             yield
-        except STORAGE_ERRORS as error:
+        except storage_errors() as error:
             if is_transient(error) or getattr(error, "errno", None) in _TOO_LARGE:
                 raise
             raise StorageRefused(
@@ -328,10 +328,11 @@ class Worker:
     def _keep_record(self) -> None:
         """Rewrite the worker's record while the process lives."""
         while True:
-            # A record that cannot be written now is written 30 s later; answers do not wait for it.
-            with contextlib.suppress(*STORAGE_ERRORS):
-                record = self._record()
+            record = self._record()
+            try:
                 self._store.replace(record.name, record.to_bytes())
+            except storage_errors() as error:  # written 30 s later; answers do not wait for it
+                log.debug("the worker's record could not be written: %s", error)
             time.sleep(RECORD_SECONDS)
 
     def _record(self) -> WorkerRecord:

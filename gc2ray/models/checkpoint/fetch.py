@@ -7,7 +7,7 @@ model. One process of a node fetches and the others wait for it. A fetched model
 it is complete. Only files that loading reads are fetched: never pickles, never code.
 
 A model that is missing or forbidden is a `ConfigError`; a failing network and a full disk are an
-`OSError` (or botocore's, see `STORAGE_ERRORS`), because another worker or node may succeed.
+`OSError` (or botocore's, see `storage_errors`), because another worker or node may succeed.
 
 Transient errors of a storage are retried (`gc2ray.data.retries`); the hub's client retries by
 itself.
