@@ -1,3 +1,109 @@
-"""gc2ray: offline captioning and question answering with compressed high-resolution VLMs on Ray."""
+"""gc2ray: offline captioning and question answering with compressed high-resolution VLMs on Ray.
+
+`import gc2ray` loads none of the libraries behind it; each name is loaded at its first use.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gc2ray.api import (
+        check,
+        compact,
+        estimate,
+        evaluate,
+        load_job,
+        report,
+        retry,
+        run,
+        tune,
+        verify,
+    )
+    from gc2ray.core.config.job import Cluster, Job
+    from gc2ray.core.config.recipe import Recipe
+    from gc2ray.core.errors import ConfigError
+    from gc2ray.core.records import Answer, Request
+    from gc2ray.engine.local_model import Model, load_model
+    from gc2ray.output.compact import read_answers
 
 __version__ = "0.2.0"
+
+__all__ = [
+    "Answer",
+    "Cluster",
+    "ConfigError",
+    "Job",
+    "Model",
+    "Recipe",
+    "Request",
+    "__version__",
+    "check",
+    "compact",
+    "estimate",
+    "evaluate",
+    "load_job",
+    "load_model",
+    "read_answers",
+    "report",
+    "retry",
+    "run",
+    "tune",
+    "verify",
+]
+
+_PLACES = {
+    "Answer": "gc2ray.core.records",
+    "Cluster": "gc2ray.core.config.job",
+    "ConfigError": "gc2ray.core.errors",
+    "Job": "gc2ray.core.config.job",
+    "Model": "gc2ray.engine.local_model",
+    "Recipe": "gc2ray.core.config.recipe",
+    "Request": "gc2ray.core.records",
+    "load_model": "gc2ray.engine.local_model",
+    "read_answers": "gc2ray.output.compact",
+}
+"""Modules of public names; those that are not here are functions of `gc2ray.api`."""
+_FOLDERS = ("estimate", "report")
+"""Functions whose names are those of subpackages, too."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    if name in _FOLDERS:
+        return import_module(f"{__name__}.{name}")
+    return getattr(import_module(_PLACES.get(name, "gc2ray.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _CallableFolder(ModuleType):
+    """A subpackage that can be called like the function of `gc2ray.api` with its name."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        from gc2ray import api
+
+        return getattr(api, self.__name__.rpartition(".")[2])(*arguments, **settings)
+
+
+class _Package(ModuleType):
+    """This module: Python sets its subpackages on it when they are imported.
+
+    `gc2ray.estimate` is both a function and a subpackage. Whichever way it was imported, it must
+    be both: so the subpackage is made callable.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _FOLDERS and isinstance(value, ModuleType):
+            value.__class__ = _CallableFolder
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -273,7 +273,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_paths: dict[str, Path])
         assert run.returncode == 130
         told = stderr.splitlines()[-1]
         left = rf"interrupted: {50 - committed} shards are left to answer"
-        abandoned = r"(; [12] in flight were abandoned)?; run the same command again to go on"
+        abandoned = r"(; [12] in flight were abandoned)?; run the same command again to resume"
         assert re.fullmatch(left + abandoned, told), told
     result = here("verify", tmp_path / "out", "--deep")
     rows = len(pq.read_table(data))

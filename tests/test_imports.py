@@ -24,18 +24,20 @@ WINGS: dict[str, set[str]] = {
     "report": {
         "core", "data", "compression", "models", "output", "engine", "runner", "estimate",
     },
+    "api": {"core", "data", "models", "output", "engine", "runner", "estimate", "report"},
     "demo": {"core", "data", "compression", "models"},
-    "cli": {"core", "data", "models", "output", "engine", "runner", "estimate", "report", "demo"},
+    "cli": {"api", "demo"},
     "__main__": {"core", "cli"},
+    "__init__": {"core", "output", "engine", "api"},
 }  # fmt: skip
-"""What each wing may import beside itself."""
+"""What each wing may import beside itself; `__init__` is the package's own, which is lazy."""
 
 BORDERS: dict[str, set[str]] = {
     "torch": {"compression", "models", "engine", "report/show.py"},
     "transformers": {"models", "engine/decoding"},
     "tokenizers": {"models/families"},
     "ctypes": {"models/layers"},
-    "psutil": {"engine/device.py"},
+    "psutil": {"engine/device.py", "output/heartbeats.py", "runner/worker.py"},
     "pynvml": {"engine/device.py"},
     "ray": {"runner"},
     "requests": {"runner/submit.py"},
@@ -45,14 +47,14 @@ BORDERS: dict[str, set[str]] = {
     "filelock": {"models/checkpoint"},
     "fsspec": {"data", "models/checkpoint"},
     "pyarrow": {"core/schema.py", "data", "output", "runner", "report/show.py", "demo"},
-    "PIL": {"data", "models", "demo"},
+    "PIL": {"data", "models", "engine/local_model.py", "demo"},
     "pydantic": {"core/config", "estimate/hardware.py"},
     "yaml": {"core/config", "report"},
     "pythonjsonlogger": {"core/logs.py"},
     "rapidfuzz": {"core/metrics"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "rich": {"report", "cli.py"},
+    "rich": {"report"},
     "typer": {"cli.py"},
 }
 """Where each library may be imported: wings, folders or files."""
@@ -99,7 +101,7 @@ def offences(path: Path) -> list[str]:
 
 
 def test_every_module_is_in_a_wing() -> None:
-    assert {wing(path) for path in modules()} == {*WINGS, "__init__"}
+    assert {wing(path) for path in modules()} == {*WINGS}
 
 
 def test_wings_stand_above_what_they_import() -> None:
@@ -111,7 +113,7 @@ def test_wings_stand_above_what_they_import() -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=place)
 def test_imports_go_down_and_stay_behind_their_borders(path: Path) -> None:
-    if path.name == "__init__.py":
+    if path.name == "__init__.py" and path.parent != PACKAGE:
         assert list(imports(path)) == []
     else:
         assert offences(path) == []

@@ -20,6 +20,10 @@ _LIBRARY_ERRORS = {
 missing credentials on as botocore's, and broken connections, as fsspec's web filesystem does, as
 aiohttp's; the hub's are those of its HTTP library."""
 
+RESUME_STORAGE = (
+    "if access was denied, check your credentials; run the same command again to resume"
+)
+
 
 def storage_errors() -> tuple[type[Exception], ...]:
     """The exception types that filesystems raise, for an `except` clause.
@@ -43,6 +47,22 @@ class Status(StrEnum):
     KILLED_WORKER = "killed_worker"
     TIMEOUT = "timeout"
     FAILED = "failed"
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """What to tell a user about an error, and the exit code; None where the error is a bug."""
+    match error:
+        case ConfigError():
+            return f"configuration: {error}", 2
+        case GivenUp():
+            return f"given up: {error}", 1
+        case Interrupted():
+            return f"interrupted: {error}; run the same command again to resume", 130
+    if not isinstance(error, storage_errors()):
+        return None
+    text = " ".join(str(error).split())
+    parts = [*getattr(error, "__notes__", ()), type(error).__name__, text]
+    return f"storage: {': '.join(parts)}; {RESUME_STORAGE}", 1
 
 
 def first_line(error: Exception) -> str:

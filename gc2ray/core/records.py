@@ -144,6 +144,30 @@ class Answer:
     audit: Audit | None = None
     kept_mask: tuple[bytes, ...] | None = None
 
+    def __str__(self) -> str:
+        """The answer's text, or why there is none."""
+        return f"[{self.status}] {self.error}" if self.answer is None else self.answer
+
+    def __repr__(self) -> str:
+        text = f"answer={self.answer!r}" if self.answer is not None else f"error={self.error!r}"
+        tokens = f"visual_tokens={self.visual_tokens_kept} of {self.visual_tokens_full}"
+        kept = f", {tokens}" if self.visual_tokens_full else ""
+        return f"Answer(status={str(self.status)!r}, {text}{kept})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain values, ready for JSON; names are those of the answer columns.
+
+        Times are nanoseconds by stage, sizes bytes.
+        """
+        return {
+            "status": str(self.status),
+            "prompt": self.request.prompts[0] if self.request.prompts else None,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "retention_actual": self.retention_actual,
+            "kept_per_view": [list(counts) for counts in self.kept_per_view or ()],
+            "stage_ns": dict(self.stage_ns),
+        }
+
     @property
     def retention_actual(self) -> float | None:
         """Kept over full visual tokens, newlines in neither."""
@@ -161,6 +185,14 @@ class Answer:
         """See `gc2ray.core.stats.RETENTION_BUCKETS`; None without an image."""
         full, kept = self.visual_tokens_full, self.visual_tokens_kept or 0
         return f"{retention_bucket(kept, full):02d}" if full else None
+
+
+_PLAIN = (
+    "answer", "error", "finish_reason", "method", "retention_requested", "prompt_tokens",
+    "output_tokens", "visual_tokens_full", "visual_tokens_kept", "newline_tokens",
+    "newline_tokens_full", "kv_bytes", "kv_bytes_full", "device",
+)  # fmt: skip
+"""Fields of an answer that are plain values."""
 
 
 @dataclass(frozen=True)

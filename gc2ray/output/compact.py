@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from gc2ray import __version__
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.schema import answer_schema
 from gc2ray.data.store import Store, json_bytes
+from gc2ray.output.latest import MERGED_BY
 from gc2ray.output.run_directory import RetryRound
 from gc2ray.output.verify import Verdict, verify
 
@@ -118,6 +119,41 @@ def compact(
     return dataset
 
 
+def read_answers(output: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the latest answers of an output over all its retry rounds, in input order.
+
+    Args:
+        output: Of a run, which may be incomplete.
+        columns: Which columns; None: all of them.
+
+    Returns:
+        A row for each prompt that was answered: the `ok` answer where there is one, of equals the
+        one of the latest round.
+
+    Raises:
+        ConfigError: There is no run, it is damaged, or it has no such column.
+
+    Example:
+        >>> table = gc2ray.read_answers("out", ["row_key", "status", "answer"])
+        >>> table.num_rows, set(table["status"].to_pylist())
+        (6, {'ok'})
+    """
+    verdict = verify(output)
+    if verdict.damage:
+        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
+    schema = _schema(verdict.rounds[0].retry_round).remove_metadata()
+    names = schema.names if columns is None else list(columns)
+    missing = [name for name in names if name not in schema.names]
+    if missing:
+        raise ConfigError(
+            f"{output}: has no column {missing[0]!r}; input columns are written back if "
+            "recipe.input.keep names them"
+        )
+    tables = _answers(verdict, list(dict.fromkeys([*names, *MERGED_BY])))
+    found = [table.select(names).replace_schema_metadata() for table in tables]
+    return pa.concat_tables(found) if found else schema.empty_table().select(names)
+
+
 def _check_empty(target: Store) -> None:
     target.check_usable(writing=False)
     names = target.names("")
@@ -148,11 +184,11 @@ def _schema(first: RetryRound) -> pa.Schema:
     return answer_schema(first.plan.carried, about)
 
 
-def _answers(verdict: Verdict) -> Iterator[pa.Table]:
-    """The latest answers, in input order."""
+def _answers(verdict: Verdict, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The latest answers, in input order; columns as for `Latest.answers`."""
     latest = verdict.latest()
     for index in range(len(verdict.rounds[0].committed)):
-        table = latest.answers(index)
+        table = latest.answers(index, columns)
         if table is not None:
             yield table
 

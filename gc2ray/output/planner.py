@@ -23,7 +23,7 @@ from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
 from gc2ray.data.column_types import holds
 from gc2ray.data.store import Store, json_bytes
-from gc2ray.output.heartbeats import driver_records
+from gc2ray.output.heartbeats import WorkerRecord, driver_records, worker_records
 from gc2ray.output.parts import planned_parts, read_part, read_part_footers
 from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.run_directory import (
@@ -32,6 +32,7 @@ from gc2ray.output.run_directory import (
     dead_letter_reason,
     dead_letters,
     frozen_plan,
+    open_first_round,
     stored_run,
 )
 
@@ -312,3 +313,30 @@ def _reason(name: str | None, letter: bytes) -> str:
         return dead_letter_reason(letter)
     except (ValueError, KeyError, TypeError):
         return f"{name} is not a dead letter that gc2ray wrote, or is incomplete"
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is.
+
+    Attributes:
+        outcome: By what is committed.
+        workers: The records of its worker processes.
+    """
+
+    outcome: Outcome
+    workers: tuple[WorkerRecord, ...]
+
+
+def read_status(output: str) -> RunStatus:
+    """Read how far a run is, from its output alone.
+
+    Args:
+        output: Directory or URL of the run.
+
+    Raises:
+        ConfigError: There is no run, or it is damaged.
+    """
+    first = open_first_round(output)
+    state = outcome(first.store, first.plan, committed_parts(first.store, first.plan))
+    return RunStatus(state, tuple(worker_records(first.store)))

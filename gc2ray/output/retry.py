@@ -23,7 +23,7 @@ from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, cut_span
 from gc2ray.data.store import Store
 from gc2ray.output.latest import MERGED_BY, Latest, places, spans_where
 from gc2ray.output.plan import Plan
-from gc2ray.output.planner import store_plan
+from gc2ray.output.planner import Judged, Outcome, store_plan
 from gc2ray.output.run_directory import round_store
 from gc2ray.output.verify import Checked, Verdict, verify
 
@@ -57,6 +57,28 @@ class Retry:
     def job(self, cluster: Cluster) -> Job:
         """The retry as a job."""
         return Job(output=self.store.uri, recipe=self.recipe, cluster=cluster)
+
+
+@dataclass(frozen=True)
+class Retried:
+    """What a retry did.
+
+    Attributes:
+        retry_round: Its number; None where no row was left to answer again.
+        outcome: How it ended; None likewise.
+        judged: How many of all latest answers failed.
+    """
+
+    retry_round: int | None
+    outcome: Outcome | None
+    judged: Judged
+
+    @property
+    def exit_code(self) -> int:
+        """0 where the retry is complete, and no more answers failed than the cluster allows."""
+        if self.outcome is not None:
+            return self.outcome.exit_code
+        return 1 if self.judged.is_too_many else 0
 
 
 def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | None:

@@ -1,14 +1,31 @@
-"""How answers agree with references or with other answers, with intervals."""
+"""How good the answers of runs are: against a column of right answers, and against each other.
+
+The reference column is an input column that `recipe.input.keep` names, text or a list of texts.
+What is scored and counted are answer rows, one for each prompt; those that failed score 0. The
+first run is compared with each other one, answer by answer: agreement, and the paired difference
+of every metric.
+
+Not covered: that answers about one image are not independent; where rows have several prompts the
+intervals are too narrow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from gc2ray.core.config.yaml_models import unknown_key
+from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import MeanInterval, interval
 from gc2ray.core.metrics.scores import METRICS, exact_match, score
+from gc2ray.output.compact import read_answers
 
 ALL = "all"
 """Name of the group of all rows."""
@@ -83,3 +100,265 @@ def evaluate(
             if not np.isnan(part).all():
                 found.setdefault(name, {})[metric] = interval(part)
     return found
+
+
+class Lists(StrEnum):
+    """What a list of references is where rows have several prompts."""
+
+    ANY = "any"
+    EACH = "each"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is evaluated.
+
+    Attributes:
+        reference: Column with the right answer, or a list of them.
+        metrics: Keys of `METRICS`; none: all of them.
+        by: Column to group answers by.
+        lists: A value of `Lists`; None: rows have one prompt, or references are no lists.
+    """
+
+    reference: str
+    metrics: tuple[str, ...] = ()
+    by: str | None = None
+    lists: str | None = None
+
+    def checked_metrics(self) -> tuple[str, ...]:
+        """The metrics.
+
+        Raises:
+            ConfigError: One of them, or the value of `lists`, does not exist.
+        """
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise ConfigError(f"--metric: {unknown_key(metric, sorted(METRICS))}")
+        if self.lists is not None and self.lists not in list(Lists):
+            raise ConfigError(f"--lists: {unknown_key(self.lists, sorted(Lists))}")
+        return self.metrics or tuple(METRICS)
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """How good the answers of a run are.
+
+    Attributes:
+        output: Of the run.
+        answers: How many there are.
+        failed: How many of them failed; they score 0.
+        visual_tokens_each: Visual and newline tokens of an answer, on average; None without any.
+        scores: Group to metric to mean with its interval; the group `ALL` has all answers.
+    """
+
+    output: str
+    answers: int
+    failed: int
+    visual_tokens_each: float | None
+    scores: dict[str, dict[str, MeanInterval]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The first run against another one, over the answers that both have.
+
+    Attributes:
+        first: Output of the first run.
+        second: Output of the other one.
+        same: Share of answers that are the same.
+        only_first: Answers that only the first run has.
+        only_second: Answers that only the other run has.
+        differences: By metric, the first run's score minus the other's, paired.
+    """
+
+    first: str
+    second: str
+    same: MeanInterval
+    only_first: int
+    only_second: int
+    differences: dict[str, MeanInterval]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of runs.
+
+    Attributes:
+        metrics: What answers were scored by.
+        runs: In the order in which they were named.
+        comparisons: Of the first run with each other one.
+    """
+
+    metrics: tuple[str, ...]
+    runs: tuple[RunScores, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: runs by output, comparisons by `FIRST - SECOND`."""
+        plain: dict[str, Any] = {}
+        for run in self.runs:
+            plain[run.output] = asdict(run)
+            del plain[run.output]["output"]
+        for compared in self.comparisons:
+            values = asdict(compared)
+            plain[f"{values.pop('first')} - {values.pop('second')}"] = values
+        return plain
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The latest answers of a run, in order of `keys`; None where an answer failed."""
+
+    output: str
+    keys: list[str]
+    answers: list[str | None]
+    references: list[list[str]]
+    groups: list[str]
+    tokens: list[int]
+
+
+def evaluate_runs(outputs: Sequence[str], question: Question) -> Evaluation:
+    """Score the latest answers of runs.
+
+    Args:
+        outputs: Directories or URLs of the runs.
+        question: What they are scored against, and how.
+
+    Raises:
+        ConfigError: There is no run, no such column or metric, an answer has no reference, or
+            `lists` is needed and not given.
+        OSError: A storage does not answer.
+    """
+    metrics = question.checked_metrics()
+    runs = [_read(output, question) for output in outputs]
+    return Evaluation(
+        metrics=metrics,
+        runs=tuple(_scored(run, metrics) for run in runs),
+        comparisons=tuple(_compared(runs[0], other, metrics) for other in runs[1:]),
+    )
+
+
+def _read(output: str, question: Question) -> _Run:
+    reference, group = question.reference, question.by
+    columns = ["row_key", "prompt_index", "status", "answer", "visual_tokens_kept"]
+    columns += ["newline_tokens", reference, *([group] if group else [])]
+    table = read_answers(output, list(dict.fromkeys(columns))).to_pydict()
+    if not table["row_key"]:
+        raise ConfigError(f"{output}: holds no answers yet")
+    answers = [
+        answer if status == Status.OK else None
+        for answer, status in zip(table["answer"], table["status"], strict=True)
+    ]
+    counts = zip(table["visual_tokens_kept"], table["newline_tokens"], strict=True)
+    return _Run(
+        output=output,
+        keys=table["row_key"],
+        answers=answers,
+        references=_references(output, table, question),
+        groups=[str(name) for name in table[group]] if group else [],
+        tokens=[kept + newlines for kept, newlines in counts if kept is not None],
+    )
+
+
+def _references(output: str, table: Mapping[str, Any], question: Question) -> list[list[str]]:
+    """The right answers of each answer row; at least one."""
+    reference, lists = question.reference, question.lists
+    prompts, values = table["prompt_index"], table[reference]
+    if lists is None and any(prompts) and any(isinstance(value, list) for value in values):
+        raise ConfigError(
+            f"{output}: rows have several prompts and a list in column {reference!r}; say "
+            "--lists any where its entries are right for every prompt, --lists each where there is "
+            "one for each"
+        )
+    if lists == Lists.EACH:
+        values = [_entry(value, prompt) for value, prompt in zip(values, prompts, strict=True)]
+    references = [_as_list(value) for value in values]
+    if not all(references):
+        key = table["row_key"][[bool(item) for item in references].index(False)]
+        raise ConfigError(f"{output}: row {key} has no reference in column {reference!r}")
+    return references
+
+
+def _entry(value: Any, prompt: int) -> Any:
+    """The entry of a prompt; nothing where the list has none."""
+    return value[prompt] if isinstance(value, list) and prompt < len(value) else None
+
+
+def _as_list(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [str(item) for item in values if item is not None]
+
+
+def _scored(run: _Run, metrics: Sequence[str]) -> RunScores:
+    return RunScores(
+        output=run.output,
+        answers=len(run.keys),
+        failed=sum(answer is None for answer in run.answers),
+        visual_tokens_each=float(np.mean(run.tokens)) if run.tokens else None,
+        scores=evaluate(run.answers, run.references, run.groups, metrics),
+    )
+
+
+def _compared(first: _Run, second: _Run, metrics: Sequence[str]) -> Comparison:
+    """Answers that both runs have, paired by key.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    places = {key: place for place, key in enumerate(second.keys)}
+    pairs = [(here, places[key]) for here, key in enumerate(first.keys) if key in places]
+    if not pairs:
+        raise ConfigError(f"{first.output} and {second.output} have no answer in common")
+    references = [first.references[here] for here, _ in pairs]
+    answers = [first.answers[here] for here, _ in pairs]
+    others = [second.answers[there] for _, there in pairs]
+    differences: dict[str, MeanInterval] = {}
+    for metric in metrics:
+        values = score(metric, answers, references) - score(metric, others, references)
+        if not np.isnan(values).all():
+            differences[metric] = interval(values)
+    both = agreement(
+        dict(zip(first.keys, first.answers, strict=True)),
+        dict(zip(second.keys, second.answers, strict=True)),
+    )
+    return Comparison(
+        first=first.output,
+        second=second.output,
+        same=both.same,
+        only_first=both.only_first,
+        only_second=both.only_second,
+        differences=differences,
+    )
+
+
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """A table for each run, and a paragraph for each comparison."""
+    for run in evaluation.runs:
+        console.print(_table(run, evaluation.metrics))
+    for compared in evaluation.comparisons:
+        console.print(
+            f"{compared.first} against {compared.second}: same answer on {compared.same} of "
+            f"{compared.same.rows} prompts; {compared.only_first} and {compared.only_second} are "
+            "in one run only",
+            soft_wrap=True,
+            markup=False,
+        )
+        for metric, found in compared.differences.items():
+            console.print(f"  {metric}: {found}", markup=False)
+
+
+def _table(run: RunScores, metrics: Sequence[str]) -> Table:
+    """Metrics are rows: with the intervals five of them beside each other are too wide."""
+    tokens = run.visual_tokens_each
+    each = "" if tokens is None else f", {tokens:.0f} visual tokens each"
+    title = escape(f"{run.output}: {run.answers} answers, {run.failed} failed{each}")
+    table = Table(title=title, caption="95% bootstrap intervals; failed answers score 0")
+    for column in ("group", "answers", "metric", "score"):
+        table.add_column(column)
+    for name in sorted(run.scores, key=lambda group: (group != ALL, group)):
+        for metric in metrics:
+            found = run.scores[name].get(metric)
+            if found is not None:
+                table.add_row(escape(name), str(found.rows), metric, str(found))
+        table.add_section()
+    return table

@@ -1,14 +1,17 @@
 """Shows a run in the terminal: a progress bar while it runs, a table when it ends.
 
-On a terminal the bar moves; in a log a line is printed every half minute.
+On a terminal the bar moves; in a log a line is printed every half minute. `Terminal` shows the
+results of `gc2ray.api`, each in its form.
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,10 +27,20 @@ from rich.table import Table
 
 from gc2ray.core.stats import STAGES, RunStats
 from gc2ray.core.usage import Usage, UsageKind
-from gc2ray.output.planner import Outcome
+from gc2ray.output.planner import Outcome, RunStatus
+from gc2ray.output.retry import Retried
 from gc2ray.output.run_directory import object_name
 from gc2ray.output.verify import Verdict
-from gc2ray.runner.messages import Snapshot
+
+if TYPE_CHECKING:
+    from gc2ray.core.config.job import Job
+    from gc2ray.engine.parity_result import Parity
+    from gc2ray.estimate.estimate import Estimate
+    from gc2ray.estimate.recommendation import Tuning
+    from gc2ray.output.heartbeats import WorkerRecord
+    from gc2ray.report.evaluation import Evaluation
+    from gc2ray.report.writing import WrittenReport
+    from gc2ray.runner.messages import Snapshot
 
 LOG_SECONDS = 30.0
 MAX_DEAD_LETTERS = 10
@@ -243,3 +256,103 @@ def _usage_lines(usage: Usage) -> list[tuple[str, str]]:
 def _change(full: int, kept: int) -> str:
     share = f" ({kept / full:.1%} kept)" if full else ""
     return f"{full:,} -> {kept:,}{share}"
+
+
+class Terminal:
+    """Shows people what the functions of `gc2ray.api` return.
+
+    Args:
+        console: Where to; None: standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+
+    def line(self, text: str) -> None:
+        """Show a line as it is, however long."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def display(self) -> AbstractContextManager[Callable[[Snapshot], None]]:
+        """A progress bar for `run` and `retry`."""
+        return run_display(self._console)
+
+    def counter(self, label: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A counter on standard error for a `progress` argument."""
+        return counter(label)
+
+    def outcome(self, outcome: Outcome, output: str) -> None:
+        """How a run ended."""
+        print_outcome(self._console, outcome, output)
+
+    def retried(self, retried: Retried, output: str) -> None:
+        """How a retry ended, or that there was nothing to retry."""
+        if retried.outcome is not None:
+            print_outcome(self._console, retried.outcome, output, retried.retry_round or 0)
+            return
+        self.line(f"{output}: no row has to be answered again")
+        if retried.judged.is_too_many:
+            self._console.print(str(retried.judged), soft_wrap=True)
+
+    def status(self, status: RunStatus, output: str) -> None:
+        """How far a run is, and who works on it."""
+        outcome = status.outcome
+        self._console.print(f"{outcome.shards} of {outcome.planned_shards} shards committed")
+        print_outcome(self._console, outcome, output)
+        self._console.print(_worker_table(status.workers))
+
+    def verdict(self, verdict: Verdict, output: str) -> None:
+        """What an output holds, and what is wrong with it."""
+        print_verdict(self._console, verdict, output)
+
+    def estimate(self, estimate: Estimate, job: Job) -> None:
+        """What a run would cost."""
+        from gc2ray.report.terminal_tables import print_estimate
+
+        print_estimate(self._console, estimate, job)
+
+    def tuning(self, tuning: Tuning) -> None:
+        """What was measured, and what follows."""
+        from gc2ray.report.terminal_tables import print_tuning
+
+        print_tuning(self._console, tuning)
+
+    def parity(self, parity: Parity) -> None:
+        """How far answers are those of stock transformers."""
+        for line in parity.lines():
+            self.line(line)
+        color, word = ("green", "passed") if parity.passed else ("red", "failed")
+        self._console.print(f"[bold {color}]{word}[/]")
+
+    def written(self, written: WrittenReport) -> None:
+        """Where a report is, and the dataset cards."""
+        self.line(f"{written.place}/report.html, .md, .json")
+        for card in written.cards:
+            self.line(card)
+        for card in written.foreign_cards:
+            self.line(f"{card} was not written by gc2ray, and stays as it is")
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """How good answers are."""
+        from gc2ray.report.evaluation import print_evaluation
+
+        print_evaluation(self._console, evaluation)
+
+
+def _worker_table(records: Iterable[WorkerRecord]) -> Table:
+    """Nothing in it is cut: a text that is too long for its column continues in the next line."""
+    table = Table(title="worker processes so far (UTC)")
+    names = ("node", "pid", "device")
+    times = ("started", "loaded", "last_seen")
+    for name in names:
+        table.add_column(name, overflow="fold", min_width=4)
+    for name in times:
+        table.add_column(name, overflow="fold", min_width=10)  # of a date
+    for record in records:
+        cells = [str(getattr(record, name)) for name in names]
+        table.add_row(*map(escape, cells + [_seconds(getattr(record, name)) for name in times]))
+    return table
+
+
+def _seconds(time: datetime | None) -> str:
+    """A time of a record, to the second."""
+    return "None" if time is None else f"{time:%Y-%m-%d %H:%M:%S}"

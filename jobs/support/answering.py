@@ -6,21 +6,18 @@ from collections.abc import Sequence
 
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer, Request
+from gc2ray.engine import local_model
 from gc2ray.engine.engine import Engine
 
 
-def _place(answer: Answer) -> tuple[int, int]:
-    return answer.request.row, answer.request.prompt_index
-
-
 def answers_in_order(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
-    """Answers in the order of the rows.
+    """Answers in the order of the requests.
 
     Raises:
         RuntimeError: A row was not answered.
     """
-    answers = sorted(engine.stream(requests), key=_place)
+    answers = local_model.answers_in_order(engine, requests)
     bad = [answer.error for answer in answers if answer.status != Status.OK]
-    if bad or len(answers) != len(requests):
-        raise RuntimeError(f"{len(answers)} of {len(requests)} rows answered; errors: {bad[:3]}")
+    if bad:
+        raise RuntimeError(f"{len(bad)} of {len(requests)} rows failed; errors: {bad[:3]}")
     return answers

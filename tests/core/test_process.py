@@ -234,7 +234,7 @@ def test_a_job_that_is_followed_ends_with_a_code_of_ours(
     job.write_text(json.dumps(job_data("hub/model", "/data/in", "s3://bucket/out")))
     result = here("submit", job, "--follow")
     assert result.exit_code == expected
-    told = f"given up: job-1 ended with exit code {code}; submit it to go on\n"
+    told = f"given up: job-1 ended with exit code {code}; submit it again to resume\n"
     assert result.stderr == ("" if code == expected else told)
 
 

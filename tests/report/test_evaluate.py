@@ -1,4 +1,4 @@
-"""`python -m jobs.evaluate`: any run with a reference column."""
+"""`gc2ray evaluate`: any run with a reference column."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from gc2ray.core.config.job import Job
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.schema import Provenance, stats_of
-from gc2ray.core.shards import SourceFile, cut_shards
+from gc2ray.core.shards import Shard, Shards, SourceFile, Span, cut_shards
 from gc2ray.data.store import Store
 from gc2ray.output.parts import PartFooter, commit_part, part_bytes
-from jobs.evaluate import main
+from gc2ray.output.plan import Plan
+from gc2ray.output.planner import store_plan
+from tests.support.outputs import first_plan, retry_of, write_round
 from tests.support.rows import make_recipe
+from tests.test_cli import here
 
 CARRIED = pa.schema([("reference", pa.string()), ("topic", pa.string())])
 RECIPE = make_recipe("model")
@@ -27,10 +31,10 @@ ROWS = [("7", "7"), ("8", "9"), ("Yes.", "yes"), (None, "no")]
 
 def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.Schema) -> str:
     """A run of two parts; a row without an answer failed."""
-    store = Store(str(folder))
     half = len(rows) // 2
     file = SourceFile("r.parquet", "f", (half, len(rows) - half))
-    shards = cut_shards([file], half, RECIPE.fingerprint())
+    shards = list(cut_shards([file], half, RECIPE.fingerprint()))
+    store = planned(folder, shards, carried)
     for shard in shards:
         span = shard.spans[0]
         answers = [
@@ -41,6 +45,13 @@ def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.
         footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", len(answers), stats)
         commit_part(store, shard, part_bytes(answers, carried, Provenance(1, 0, "w"), footer), "t")
     return str(folder)
+
+
+def planned(folder: Path, shards: Sequence[Shard], carried: pa.Schema) -> Store:
+    store = Store(str(folder))
+    plan = Plan(RECIPE.fingerprint(), Shards.of(shards), carried)
+    store_plan(store, Job(output=store.uri, recipe=RECIPE), plan)
+    return store
 
 
 def answered(row: int, answer: str | None, reference: Any, topic: str) -> Answer:
@@ -57,8 +68,8 @@ def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> s
     """Rows with several prompts, and a list of references each."""
     references = [["7", "red"], ["8", "blue", "left"], ["yes"]]
     carried = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
-    store = Store(str(folder))
     (shard,) = cut_shards([SourceFile("r.parquet", "f", (3,))], 3, RECIPE.fingerprint())
+    store = planned(folder, [shard], carried)
     written = [
         replace(
             found,
@@ -74,109 +85,130 @@ def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> s
     return str(folder)
 
 
+BROKEN = Status.BAD_IMAGE
 LISTED = [["7", "red"], ["8", "green", None], ["yes"]]
 
 
-def test_each_prompt_has_its_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_prompt_has_its_reference(tmp_path: Path) -> None:
     run = write_listed_run(tmp_path / "a", LISTED)
     arguments = [run, "--reference", "reference", "--metric", "exact_match", "--by", "topic"]
-    assert main([*arguments, "--lists", "each"]) == 0
-    out, found = document(capsys)
-    assert "6 answers, 1 failed" in " ".join(out.split())
+    assert "6 answers, 1 failed" in tables(*arguments, "--lists", "each")
+    found = document(*arguments, "--lists", "each")
     assert found[run]["answers"] == 6
     scores = {name: each["exact_match"]["mid"] for name, each in found[run]["scores"].items()}
     assert scores == pytest.approx({"all": 4 / 6, "topic0": 1.0, "topic1": 1 / 3, "topic2": 1.0})
 
 
-def test_a_list_may_be_right_for_every_prompt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_list_may_be_right_for_every_prompt(tmp_path: Path) -> None:
     swapped = write_listed_run(tmp_path / "a", [["red", "7"], ["left", "8", "8"], ["yes"]])
     arguments = [swapped, "--reference", "reference", "--metric", "exact_match", "--lists"]
     for lists, mean in (("any", 1.0), ("each", 1 / 6)):
-        assert main([*arguments, lists]) == 0
-        scores = document(capsys)[1][swapped]["scores"]
+        scores = document(*arguments, lists)[swapped]["scores"]
         assert scores["all"]["exact_match"]["mid"] == pytest.approx(mean)
 
 
-def test_what_a_list_is_must_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_list_is_must_be_said(tmp_path: Path) -> None:
     run = write_listed_run(tmp_path / "a", LISTED)
-    assert main([run, "--reference", "reference"]) == 2
-    assert "say --lists any" in capsys.readouterr().err
+    assert "say --lists any" in problem(run, "--reference", "reference")
     more = write_listed_run(tmp_path / "b", [["7", "red"], ["8", "blue", "left"], ["yes", "no"]])
-    assert main([more, "--reference", "reference", "--lists", "each"]) == 2
-    assert "row r.parquet#2#1 has no reference" in capsys.readouterr().err
+    message = problem(more, "--reference", "reference", "--lists", "each")
+    assert "row r.parquet#2#1 has no reference" in message
 
 
-def test_runs_with_lists_are_paired_by_prompt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_with_lists_are_paired_by_prompt(tmp_path: Path) -> None:
     first = write_listed_run(tmp_path / "a", LISTED)
     second = write_listed_run(tmp_path / "b", [["7", "blue"], ["8", "blue", "left"], ["yes"]])
     arguments = ["--reference", "reference", "--metric", "exact_match", "--lists", "each"]
-    assert main([first, second, *arguments]) == 0
-    compared = document(capsys)[1][f"{first} - {second}"]
+    compared = document(first, second, *arguments)[f"{first} - {second}"]
     assert compared["same"]["mid"] == pytest.approx(3 / 6)
     assert compared["differences"]["exact_match"]["mid"] == pytest.approx(-1 / 6)
     assert (compared["only_first"], compared["only_second"]) == (0, 0)
 
 
-def document(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
-    out = capsys.readouterr().out
-    return out, json.loads(out.strip().splitlines()[-1])
+def tables(*arguments: str) -> str:
+    """What the command prints, without its line breaks."""
+    result = here("evaluate", *arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return " ".join(result.stdout.split())
 
 
-def test_scores_of_a_run_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def document(*arguments: str) -> dict[str, Any]:
+    """Its JSON, which is all that it prints then."""
+    result = here("evaluate", *arguments, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def problem(*arguments: str) -> str:
+    """The one line that says why runs cannot be evaluated."""
+    result = here("evaluate", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def test_scores_of_a_run_by_group(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ROWS, CARRIED)
-    assert main([run, "--reference", "reference", "--by", "topic"]) == 0
-    out, found = document(capsys)
-    assert "4 answers, 1 failed, 34 visual tokens each" in " ".join(out.split())
-    scores = found[run]["scores"]
+    arguments = [run, "--reference", "reference", "--by", "topic"]
+    assert "4 answers, 1 failed, 34 visual tokens each" in tables(*arguments)
+    scores = document(*arguments)[run]["scores"]
     assert scores["all"]["exact_match"]["mid"] == 0.5
     assert scores["digit"]["exact_match"]["mid"] == 0.5
     assert scores["all"]["yes_no"] == {"low": 0.0, "mid": 0.5, "high": 1.0, "rows": 2}
     assert set(scores["digit"]) == {"exact_match", "vqa_accuracy", "contains", "anls"}
 
 
-def test_two_runs_are_compared_row_by_row(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", ROWS, CARRIED)
     other = [("7", "7"), ("9", "9"), ("yes", "yes"), ("no", "no")]
     second = write_run(tmp_path / "b", other, CARRIED)
-    assert main([first, second, "--reference", "reference", "--metric", "exact_match"]) == 0
-    out, found = document(capsys)
-    compared = found[f"{first} - {second}"]
+    arguments = [first, second, "--reference", "reference", "--metric", "exact_match"]
+    compared = document(*arguments)[f"{first} - {second}"]
     assert compared["same"]["mid"] == 0.5
     assert compared["differences"]["exact_match"]["mid"] == -0.5
-    assert "same answer on 0.500" in out
+    assert "same answer on 0.500" in tables(*arguments)
 
 
-def test_a_reference_may_be_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reference_may_be_a_list(tmp_path: Path) -> None:
     carried = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
     rows = [("7", ["seven", "7"]), ("8", ["9"]), ("x", ["x", None]), ("y", ["z"])]
     run = write_run(tmp_path / "a", rows, carried)
-    assert main([run, "--reference", "reference", "--metric", "exact_match"]) == 0
-    assert document(capsys)[1][run]["scores"]["all"]["exact_match"]["mid"] == 0.5
+    scores = document(run, "--reference", "reference", "--metric", "exact_match")[run]["scores"]
+    assert scores["all"]["exact_match"]["mid"] == 0.5
 
 
-def test_what_is_missing_is_said_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_of_a_retry_count(tmp_path: Path) -> None:
+    """A row that failed first and was answered in a retry is scored by that answer."""
+    write_round(tmp_path, 0, first_plan(), lambda _, row: [BROKEN if row == 3 else Status.OK])
+    arguments = [str(tmp_path), "--reference", "id", "--metric", "contains"]
+    before = document(*arguments)[str(tmp_path)]
+    spans = [Span("a.parquet", "fa", 3, 4), Span("d/b.parquet", "fb", 3, 4)]
+    write_round(tmp_path, 1, retry_of(spans))
+    after = document(*arguments)[str(tmp_path)]
+    assert (before["answers"], before["failed"]) == (17, 2)
+    assert (after["answers"], after["failed"]) == (17, 0)
+    assert after["scores"]["all"]["contains"]["mid"] == 1.0
+
+
+def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ROWS, CARRIED)
     empty = write_run(tmp_path / "b", [("7", "7"), ("8", None)], CARRIED)
-    for arguments, problem in (
+    for arguments, message in (
         ([run, "--reference", "label"], "no column 'label'; input columns are written back"),
-        ([str(tmp_path / "none"), "--reference", "reference"], "holds no answers"),
+        ([str(tmp_path / "none"), "--reference", "reference"], "there is no run here"),
         ([empty, "--reference", "reference"], "row r.parquet#1 has no reference"),
+        ([run, "--reference", "reference", "--metric", "exact"], "did you mean 'exact_match'?"),
     ):
-        assert main(arguments) == 2
-        captured = capsys.readouterr()
-        assert problem in captured.err
-        assert len(captured.err.strip().splitlines()) == 1
-        assert captured.out == ""
+        assert message in problem(*arguments)
 
 
-def test_an_answer_column_is_no_reference_by_accident(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main([str(tmp_path)])
+def test_nothing_is_answered_yet(tmp_path: Path) -> None:
+    store_plan(Store(str(tmp_path)), Job(output=str(tmp_path), recipe=RECIPE), first_plan())
+    assert "holds no answers yet" in problem(str(tmp_path), "--reference", "id")
+
+
+def test_a_reference_must_be_named(tmp_path: Path) -> None:
+    result = here("evaluate", tmp_path)
+    assert result.exit_code == 2
+    assert "--reference" in result.stderr

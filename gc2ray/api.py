@@ -1,0 +1,499 @@
+"""What gc2ray does, as functions; `import gc2ray` offers them, and the command line calls them.
+
+Each function imports what it needs when it is called: torch, Ray and pyarrow take seconds. An
+`output` is always the directory or fsspec URL of a run, as a job's `output` names it.
+
+Errors: `ConfigError` where a setting, an input or an output cannot be used; `OSError` where a
+storage does not answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gc2ray.core.errors import ConfigError, GivenUp, explain
+from gc2ray.core.logs import LogForm, set_up, writes_json
+from gc2ray.core.process import INTERRUPTED, Stopped, run_process, unexpected
+
+if TYPE_CHECKING:
+    from gc2ray.core.config.job import Job
+    from gc2ray.engine.parity_result import Parity
+    from gc2ray.estimate.estimate import Estimate
+    from gc2ray.estimate.recommendation import Tuning
+    from gc2ray.output.compact import Dataset
+    from gc2ray.output.planner import Outcome, RunStatus
+    from gc2ray.output.retry import Retried
+    from gc2ray.output.verify import Verdict
+    from gc2ray.report.evaluation import Evaluation
+    from gc2ray.report.terminal import Terminal
+    from gc2ray.report.writing import WrittenReport
+    from gc2ray.runner.messages import Display
+
+__all__ = [
+    "INTERRUPTED", "ConfigError", "GivenUp", "LogForm", "Stopped", "check", "compact", "estimate",
+    "evaluate", "explain", "follow", "load_job", "report", "retry", "run", "run_process", "set_up",
+    "show", "status", "submit", "terminal", "tune", "unexpected", "verify",
+    "writes_json",
+]  # fmt: skip
+
+Count = Callable[[int], None]
+"""Called with how many more rows or parts were read."""
+
+
+def load_job(file: str | Path, *overrides: str) -> Job:
+    """Read a job from its YAML file.
+
+    Args:
+        file: YAML with `output`, `recipe` and `cluster`.
+        overrides: Settings in place of the file's, as `"recipe.compression.retention=0.5"`.
+
+    Raises:
+        ConfigError: The file cannot be read, has an unknown key, or a value is out of range.
+
+    Example:
+        >>> job = gc2ray.load_job("job.yaml", "recipe.compression.retention=0.5")
+        >>> job.recipe.compression.retention
+        0.5
+    """
+    from gc2ray.core.config.job import load_job as read
+
+    return read(Path(file), overrides)
+
+
+def run(
+    job: Job, address: str | None = None, *, extend: bool = False, display: Display | None = None
+) -> Outcome:
+    """Answer every row of a job on Ray; run it again to resume an interrupted run.
+
+    Args:
+        job: What is computed, and how.
+        address: Of a Ray cluster; None: `RAY_ADDRESS`, or else a Ray of its own on this machine.
+        extend: Also plan input files that are new since the run began.
+        display: Called about once a second with the state of the run.
+
+    Returns:
+        How it ended. `is_complete` says whether every row is answered; `stats` has the numbers.
+
+    Raises:
+        ConfigError: The job cannot be used, or the output belongs to another recipe.
+        GivenUp: The run stopped before its end.
+        Interrupted: A signal stopped it.
+
+    Example:
+        >>> outcome = gc2ray.run(gc2ray.load_job("job.yaml"))
+        >>> outcome.is_complete, outcome.rows, outcome.stats.bad_rows
+        (True, 6, 0)
+    """
+    from gc2ray.runner.run import run_job
+
+    return run_job(job, address=address, display=display, extend=extend)
+
+
+def retry(
+    output: str,
+    *overrides: str,
+    statuses: Sequence[str] = (),
+    address: str | None = None,
+    display: Display | None = None,
+) -> Retried:
+    """Answer the rows that failed again, as a new round of the output.
+
+    Args:
+        output: Of a run that is complete but for its failures.
+        overrides: Settings of the cluster, as `"cluster.max_bad_rows=1"`.
+        statuses: Only rows with these statuses, or `"dead"` ones; none: all that failed.
+        address: As for `run`.
+        display: As for `run`.
+
+    Raises:
+        ConfigError: There is no run, it is not finished, or no such status.
+        GivenUp: The retry stopped before its end.
+        Interrupted: A signal stopped it.
+
+    Example:
+        >>> gc2ray.retry("out").retry_round is None  # nothing failed
+        True
+    """
+    from gc2ray.core.config.job import load_cluster
+    from gc2ray.output.planner import Judged
+    from gc2ray.output.retry import FAILURES, Retried, latest_failures, next_retry
+    from gc2ray.runner.run import run_retry
+
+    cluster = load_cluster(overrides)
+    chosen = next_retry(output, statuses or FAILURES)
+    if chosen is None:
+        return Retried(None, None, Judged(*latest_failures(output), cluster.max_bad_rows))
+    outcome = run_retry(chosen, cluster, address=address, display=display)
+    judged = outcome.judged or Judged(*latest_failures(output), cluster.max_bad_rows)
+    return Retried(chosen.number, outcome, judged)
+
+
+def submit(
+    job: Job,
+    address: str,
+    *,
+    submission_id: str | None = None,
+    extend: bool = False,
+    log: str = "text",
+) -> str:
+    """Hand a job in to the job server of a Ray cluster, which runs it; this process may end.
+
+    Args:
+        job: Its paths are URLs, or the same on every node.
+        address: Of the job server, as `http://head:8265`.
+        submission_id: Name of the job on the cluster; None: the server chooses one.
+        extend: As for `run`.
+        log: Form of its log lines: `"text"` or `"json"`.
+
+    Returns:
+        The name of the job on the cluster.
+
+    Raises:
+        ConfigError: A path is relative, the name is taken, or the server does not answer.
+    """
+    import logging
+
+    from gc2ray.runner.submit import JobServer
+
+    job.check_portable()
+    server = JobServer(address)
+    for handler in logging.getLogger("ray").handlers:  # Ray would log each of its requests
+        handler.setLevel(logging.WARNING)
+    command = ["--log", log, "run", *(["--extend"] if extend else [])]
+    return server.submit(job, command, submission_id)
+
+
+def follow(address: str, submission_id: str, write: Callable[[str], object]) -> int:
+    """Pass on what a submitted job prints until it ends.
+
+    Args:
+        address: As for `submit`.
+        submission_id: Name of the job on the cluster.
+        write: Called with each piece of text.
+
+    Returns:
+        The job's exit code.
+
+    Raises:
+        GivenUp: The server is gone, or the job ended without an exit code.
+        ConfigError: The server refuses the connection.
+    """
+    from gc2ray.runner.submit import JobServer
+
+    return JobServer(address).follow(submission_id, write)
+
+
+def estimate(  # noqa: PLR0913 - assumptions, given by name
+    job: Job,
+    *,
+    rows: int | None = 1000,
+    like: str | None = None,
+    output_tokens: float | None = None,
+    hours: float = 1.0,
+    hardware: str | Path | None = None,
+    progress: Count | None = None,
+) -> Estimate:
+    """Estimate what a run would cost: tokens, hours, bytes and US dollars; no weights are loaded.
+
+    Args:
+        job: What would be computed.
+        rows: Rows whose image headers and prompts are read; None: all, so that tokens before
+            compression are exact.
+        like: Output of an earlier run of this model, whose measured rates are used.
+        output_tokens: Of an answer, on average; None: measured, or at most `max_new_tokens`.
+        hours: Time in which the run should end; says how many workers are suggested.
+        hardware: YAML of devices and prices in place of gc2ray's own.
+        progress: Called with the number of rows that were read.
+
+    Raises:
+        ConfigError: The job, its model or its input cannot be used.
+
+    Example:
+        >>> estimate = gc2ray.estimate(gc2ray.load_job("job.yaml"))
+        >>> estimate.rows, estimate.prompts.mid
+        (6, 6.0)
+    """
+    from gc2ray.estimate.estimate import Assumptions
+    from gc2ray.estimate.estimate import estimate as estimated
+    from gc2ray.estimate.hardware import load_hardware
+    from gc2ray.estimate.input_profile import profile_input
+    from gc2ray.estimate.measured_rates import MeasuredRates
+    from gc2ray.models.checkpoint.fetch import fetch_metadata
+    from gc2ray.models.loading import load_metadata
+    from gc2ray.output.totals import read_totals
+
+    recipe, table = job.recipe, load_hardware(_path(hardware))
+    rates = MeasuredRates.from_totals(read_totals(like)) if like else None
+    metadata = load_metadata(
+        str(fetch_metadata(recipe.model)),
+        dtype=recipe.model.dtype,
+        taken_over=recipe.generation.taken_over(),
+    )
+    profile = profile_input(recipe, metadata, rows, progress or _nothing)
+    assumptions = Assumptions(output_tokens=output_tokens, rates=rates, hours=hours)
+    return estimated(profile, metadata, job, table, assumptions)
+
+
+def tune(  # noqa: PLR0913 - settings of one measurement, given by name
+    job: Job,
+    *,
+    rows: int = 200,
+    methods: Sequence[str] = (),
+    retentions: Sequence[float] = (),
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    budget_usd: float | None = None,
+    reference: str | None = None,
+    usd_per_hour: float | None = None,
+    hardware: str | Path | None = None,
+    svg: str | Path | None = None,
+) -> Tuning:
+    """Measure on this device which method and retention meet a target on your rows.
+
+    Args:
+        job: Model, input and generation settings.
+        rows: Rows that every setting answers.
+        methods: Compression methods; none: the recipe's.
+        retentions: Fractions of visual tokens that are kept; none: 0.75 to 0.05.
+        min_agreement: Target: share of answers that equal the uncompressed ones; 0.95 where no
+            target is given.
+        min_accuracy: Target: share of answers that are right; needs `reference`.
+        budget_usd: Target: the best quality that answers all rows for this price.
+        reference: Column with right answers, which `recipe.input.keep` names.
+        usd_per_hour: Price of this device; None: the hardware table's.
+        hardware: As for `estimate`.
+        svg: File to draw quality against time into.
+
+    Returns:
+        What was measured; `recommended` is None where no setting meets the target.
+
+    Raises:
+        ConfigError: A setting, the model or the input cannot be used.
+
+    Example:
+        >>> tuning = gc2ray.tune(gc2ray.load_job("job.yaml"), rows=4, retentions=[0.5])
+        >>> [measured.setting.name for measured in tuning.measured]
+        ['none', 'globalcom2 at 0.5']
+    """
+    from gc2ray.estimate.hardware import Prices, load_hardware
+    from gc2ray.estimate.recommendation import Target
+    from gc2ray.estimate.tune import TuneRequest
+    from gc2ray.estimate.tune import tune as tune_job
+
+    request = TuneRequest(
+        rows=rows,
+        methods=tuple(methods),
+        retentions=tuple(retentions),
+        target=Target(min_agreement, min_accuracy, budget_usd),
+        reference=reference,
+        prices=Prices(load_hardware(_path(hardware)), usd_per_hour=usd_per_hour),
+    )
+    tuning = tune_job(job, request)
+    if svg is not None:
+        from gc2ray.report.terminal_tables import front_chart
+
+        _write(Path(svg), front_chart(tuning).encode())
+    return tuning
+
+
+def check(job: Job, rows: int = 16) -> Parity:
+    """Compare gc2ray with stock transformers, and batches with single rows, on your rows.
+
+    Args:
+        job: Its model and input are used.
+        rows: How many rows are compared.
+
+    Raises:
+        ConfigError: The model or the input cannot be used.
+
+    Example:
+        >>> gc2ray.check(gc2ray.load_job("job.yaml"), rows=2).passed
+        True
+    """
+    from gc2ray.engine.parity import check as compare
+
+    return compare(job, rows)
+
+
+def status(output: str) -> RunStatus:
+    """Read how far a run is, from its output alone.
+
+    Raises:
+        ConfigError: There is no run, or it is damaged.
+    """
+    from gc2ray.output.planner import read_status
+
+    return read_status(output)
+
+
+def verify(output: str, *, deep: bool = False) -> Verdict:
+    """Check that an output holds every planned row exactly once.
+
+    Args:
+        output: Of a run.
+        deep: Read every answer, and not only the footers of files.
+
+    Returns:
+        `problems` has a line for each thing that is wrong or missing.
+
+    Raises:
+        ConfigError: There is no run.
+
+    Example:
+        >>> gc2ray.verify("out", deep=True).problems
+        ()
+    """
+    from gc2ray.output.verify import verify as check_output
+
+    return check_output(output, deep=deep)
+
+
+def compact(
+    output: str, destination: str, *, file_bytes: int = 512 << 20, incomplete: bool = False
+) -> Dataset:
+    """Write the latest answers as a dataset of a few large Parquet files, in input order.
+
+    Args:
+        output: Of a run.
+        destination: Directory or URL of the dataset; empty, or not there yet.
+        file_bytes: Size of its files.
+        incomplete: Accept an output where rows are not answered yet.
+
+    Raises:
+        ConfigError: There is no run, it is damaged or incomplete, or the destination is not empty.
+
+    Example:
+        >>> [file.name for file in gc2ray.compact("out", "dataset").files]
+        ['part-00000.parquet']
+    """
+    from gc2ray.core.config.locations import check_place
+    from gc2ray.output.compact import compact as write
+
+    check_place("DESTINATION", destination)
+    return write(output, destination, file_bytes=file_bytes, incomplete=incomplete)
+
+
+def report(  # noqa: PLR0913 - settings, given by name
+    *outputs: str,
+    to: str | None = None,
+    price: str = "on_demand",
+    usd_per_hour: float | None = None,
+    hardware: str | Path | None = None,
+    show: int = 0,
+    rows: Sequence[str] = (),
+    card: bool = True,
+    progress: Count | None = None,
+) -> WrittenReport:
+    """Write what runs did and cost as a page, a text and JSON; several runs stand side by side.
+
+    Args:
+        outputs: Of one run or several.
+        to: Directory or URL for the report; None: `report/` in the first output.
+        price: `"on_demand"` or `"spot"` prices of the hardware table.
+        usd_per_hour: Price of one device, in place of the table's.
+        hardware: As for `estimate`.
+        show: Draw the kept tokens of so many rows; loads the model and reads their images.
+        rows: Rows to draw, by their `row_key`.
+        card: Also write a dataset card, `README.md`, into each output.
+        progress: Called with the number of parts that were read.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ConfigError: There is no run, or a setting cannot be used.
+
+    Example:
+        >>> gc2ray.report("out", card=False).files[0].endswith("out/report/report.html")
+        True
+    """
+    from gc2ray.core.config.locations import check_place
+    from gc2ray.estimate.hardware import Prices, load_hardware
+    from gc2ray.report.writing import ReportRequest, write_report
+
+    place = to or f"{outputs[0].rstrip('/')}/report"
+    check_place("--to" if to else "OUTPUT", place)
+    prices = Prices(load_hardware(_path(hardware)), price, usd_per_hour)
+    request = ReportRequest(place, prices, show, tuple(rows), card=card)
+    return write_report(outputs, request, progress or _nothing)
+
+
+def show(output: str, row_key: str, to: str | Path | None = None) -> Path:
+    """Draw the visual tokens that were kept of a row's image; loads the model.
+
+    Args:
+        output: Of a run.
+        row_key: The row, as the column `row_key` names it.
+        to: PNG to write; None: named for output and row, in the working directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: There is no such run or row, or the file cannot be written.
+    """
+    from gc2ray.report.heat_map import heat_map
+    from gc2ray.report.show import image_name, map_tokens
+
+    path = Path(to or image_name(output, row_key))
+    _write(path, heat_map(next(map_tokens(output, [row_key]))))
+    return path
+
+
+def evaluate(
+    *outputs: str,
+    reference: str,
+    metrics: Sequence[str] = (),
+    by: str | None = None,
+    lists: str | None = None,
+) -> Evaluation:
+    """Score the latest answers of runs against a column of right answers, with 95% intervals.
+
+    Args:
+        outputs: Of one run or several; the first is compared with each other one.
+        reference: Column with the right answer or a list of them, which `recipe.input.keep` names.
+        metrics: Of `exact_match`, `vqa_accuracy`, `contains`, `anls`, `yes_no`; none: all.
+        by: Column to group answers by.
+        lists: What a list of references is where rows have several prompts: `"any"`: each entry is
+            right for every prompt; `"each"`: one entry for each prompt.
+
+    Raises:
+        ConfigError: There is no run, no such column or metric, or an answer without a reference.
+
+    Example:
+        >>> evaluation = gc2ray.evaluate("out", reference="reference", metrics=["exact_match"])
+        >>> evaluation.runs[0].scores["all"]["exact_match"].rows
+        6
+    """
+    from gc2ray.report.evaluation import Question, evaluate_runs
+
+    return evaluate_runs(outputs, Question(reference, tuple(metrics), by, lists))
+
+
+def terminal() -> Terminal:
+    """What shows results of these functions to people: tables and progress bars."""
+    from gc2ray.report.terminal import Terminal
+
+    return Terminal()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file of this machine.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _path(place: str | Path | None) -> Path | None:
+    return None if place is None else Path(place)
+
+
+def _nothing(_: int) -> None:
+    """The progress that nobody asked for."""

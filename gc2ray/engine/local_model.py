@@ -1,0 +1,263 @@
+"""`Model`: a loaded model in this process that answers images and prompts, without a job or Ray.
+
+It brings images of any kind into the form of a job's rows and hands them to the same `Engine`, so
+answers are those that a job with the same recipe gives.
+
+Not covered: several images in one prompt; audits, which belong to jobs.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from gc2ray.core.config.job import Job, parse_job
+from gc2ray.core.config.locations import is_url
+from gc2ray.core.config.recipe import Recipe
+from gc2ray.core.config.yaml_models import apply_override
+from gc2ray.core.errors import BadRow, Status
+from gc2ray.core.records import Answer, ImageRef, Request
+from gc2ray.engine.device import cores
+from gc2ray.engine.engine import Engine, load_engine
+
+ImageInput: TypeAlias = (
+    "Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | None"
+)
+_ONE_IMAGE = (Image.Image, str, os.PathLike, bytes, bytearray, memoryview, np.ndarray)
+_LOSSLESS = {
+    **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "PNG"),
+    **dict.fromkeys(("I", "F", "CMYK"), "TIFF"),
+}
+"""Format that keeps every pixel of an image, by Pillow's mode; other modes become RGB."""
+
+
+class Model:
+    """A model on the GPU of this process, or on its CPU; `gc2ray.load_model` makes one.
+
+    A context manager: the device is free behind the `with` block, or after `close`. Calls of
+    `answer` on several threads take turns.
+
+    Attributes:
+        recipe: Model, compression and generation settings.
+        device: Name of the device that the model runs on.
+    """
+
+    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.device = engine.device
+        self._engine: Engine | None = engine
+        self._lock = threading.Lock()
+        self._calls = count()
+
+    def answer(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        prompts: str | Iterable[str],
+    ) -> list[Answer]:
+        """Answer one prompt about one image, or many of them.
+
+        Give one image with many prompts, many images with one prompt, or equally many of both.
+
+        Args:
+            images: A PIL image, a path or URL, the bytes of an image file, or an array of shape
+                (height, width, 3) and dtype uint8; or several of these. URLs need a
+                `recipe.input.image_roots` that covers them.
+            prompts: Text, without the model's chat template; or several.
+
+        Returns:
+            One answer for each pair, in their order. An image or prompt that cannot be answered
+            gets an answer with its `status` and `error`, and no exception.
+
+        Raises:
+            ValueError: The numbers of images and prompts do not fit.
+            TypeError: An argument is neither an image nor text.
+            RuntimeError: The model is closed.
+            EngineDead: The device is lost.
+
+        Example:
+            >>> with gc2ray.load_model(MODEL) as model:
+            ...     [answer] = model.answer("scene.png", "What is the digit?")
+            >>> print(answer.status, answer.visual_tokens_kept < answer.visual_tokens_full)
+            ok True
+        """
+        refs, texts = _paired(images, prompts)
+        with self._lock:
+            if self._engine is None:
+                raise RuntimeError("the model is closed; load it again with gc2ray.load_model")
+            source = f"call {next(self._calls)}"
+            pairs = enumerate(zip(refs, texts, strict=True))
+            requests = [_request(source, row, ref, text) for row, (ref, text) in pairs]
+            return answers_in_order(self._engine, requests)
+
+    def close(self) -> None:
+        """Free the memory of the device; closing twice does nothing."""
+        with self._lock:
+            self._engine = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        compression = self.recipe.compression
+        state = f"on {self.device}" if self._engine is not None else "closed"
+        return (
+            f"<gc2ray.Model {self.recipe.model.path}: {compression.method} at "
+            f"retention {compression.retention_requested:g}, {state}>"
+        )
+
+
+def load_model(
+    path: str | Path,
+    *overrides: str,
+    method: str = "globalcom2",
+    retention: float = 0.25,
+    max_new_tokens: int = 64,
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+) -> Model:
+    """Load a model to answer images and prompts in this process; no Ray is involved.
+
+    It runs on the first GPU that this process sees (`CUDA_VISIBLE_DEVICES`), and takes the memory
+    of it that a worker would take; without a GPU it runs on all cores.
+
+    Args:
+        path: Directory, hub id or fsspec URL of the model.
+        overrides: Any other setting of a job's `recipe` or `cluster`, as
+            `"recipe.generation.temperature=0.7"` or `"cluster.gpus_per_worker=0.5"`.
+        method: Compression method; `"none"` keeps every visual token.
+        retention: Fraction of the visual tokens that is kept, in (0, 1].
+        max_new_tokens: Longest answer, in tokens.
+        dtype: Of the weights: `"bfloat16"`, `"float16"` or `"float32"`.
+        revision: Of a model of the hub.
+
+    Raises:
+        ConfigError: A setting cannot be used, or the model cannot be loaded.
+        OSError: The model cannot be downloaded now.
+
+    Example:
+        >>> model = gc2ray.load_model(MODEL, retention=0.5, max_new_tokens=8)
+        >>> answers = model.answer("scene.png", ["What is the digit?", "What is the letter?"])
+        >>> [answer.to_dict()["status"] for answer in answers]
+        ['ok', 'ok']
+        >>> model.close()
+    """
+    rows = {"uri": ".", "prompt": {"column": "prompt"}, "image_roots": ["/"]}  # of a job alone
+    data: dict[str, Any] = {
+        "output": ".",
+        "recipe": {
+            "model": {"path": str(path), "dtype": dtype, "revision": revision},
+            "compression": {"method": method, "retention": retention},
+            "generation": {"max_new_tokens": max_new_tokens},
+            "input": rows,
+        },
+        "cluster": {"cpus_per_worker": cores()},
+    }
+    for override in overrides:
+        apply_override(Job, data, override)
+    job = parse_job(data)
+    return Model(load_engine(job.recipe, job.cluster), job.recipe)
+
+
+def answers_in_order(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
+    """The answers of an engine in the order of the requests.
+
+    Answers to requests of an earlier call that was interrupted are dropped: the engine still
+    finishes them.
+    """
+    order = {(request.source, request.row_key): at for at, request in enumerate(requests)}
+    found = {order.get((a.request.source, a.request.row_key)): a for a in engine.stream(requests)}
+    return [found[at] for at in range(len(requests))]
+
+
+def _request(source: str, row: int, image: ImageRef | BadRow, prompt: str) -> Request:
+    """The pair as a row; its key, and so its seed, is the same in every call."""
+    fault = image if isinstance(image, BadRow) else None
+    if fault is None and not prompt.strip():
+        fault = BadRow(Status.BAD_PROMPT, "the prompt is empty")
+    images = (image,) if isinstance(image, ImageRef) else ()
+    return Request(f"{row}", source, row, images, (prompt,), fault=fault)
+
+
+def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[str]]:
+    """Images and prompts as lists of one length; an image is encoded once."""
+    refs = [_image_ref(image) for image in _as_list(images, _ONE_IMAGE)]
+    texts = list(_as_list(prompts, (str,)))
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt is text, not {type(text).__name__}")
+    if len(refs) == 1:
+        refs *= len(texts)
+    elif len(texts) == 1:
+        texts *= len(refs)
+    if len(refs) != len(texts):
+        raise ValueError(
+            f"{len(refs)} images and {len(texts)} prompts: give one of either, or equally many"
+        )
+    return refs, texts
+
+
+def _as_list(given: Any, single: tuple[type, ...]) -> list[Any]:
+    is_one = given is None or isinstance(given, single) or not isinstance(given, Iterable)
+    return [given] if is_one else list(given)
+
+
+def _image_ref(image: Any) -> ImageRef | BadRow:
+    """An image as the engine reads it; a `BadRow` where it cannot be one.
+
+    Raises:
+        TypeError: It is of no kind that holds an image.
+    """
+    match image:
+        case None:
+            return ImageRef()
+        case bytes() | bytearray() | memoryview():
+            return ImageRef(data=bytes(image))
+        case str() if is_url(image):
+            return ImageRef(path=image)
+        case str() | os.PathLike():
+            return ImageRef(path=str(Path(image).expanduser().absolute()))
+        case np.ndarray():
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                problem = f"an array of shape {image.shape} and dtype {image.dtype}"
+                return BadRow(Status.BAD_IMAGE, f"{problem}; expected (height, width, 3) of uint8")
+            return _encoded(lambda: Image.fromarray(np.ascontiguousarray(image)))
+        case Image.Image():
+            return _encoded(lambda: ImageOps.exif_transpose(image))
+    raise TypeError(
+        f"an image is a PIL image, a path, bytes or a numpy array, not {type(image).__name__}"
+    )
+
+
+def _encoded(make: Any) -> ImageRef | BadRow:
+    """An image as the bytes of a file that loses nothing; quickly, not small."""
+    buffer = io.BytesIO()
+    try:
+        image = make()
+        kind = _LOSSLESS.get(image.mode)
+        image = image if kind else image.convert("RGB")
+        image.save(buffer, kind or "PNG", **({} if kind == "TIFF" else {"compress_level": 1}))
+    except (OSError, ValueError, SyntaxError, SystemError) as error:
+        return BadRow(Status.BAD_IMAGE, f"the image cannot be read: {error}")
+    return ImageRef(data=buffer.getvalue())
