@@ -3,6 +3,8 @@
 Each function imports what it needs when it is called: torch, Ray and pyarrow take seconds. An
 `output` is always the directory or fsspec URL of a run, as a job's `output` names it.
 
+Examples assume a job of six rows, `job.yaml` with output `out`, and the demo model as `MODEL`.
+
 Errors: `ConfigError` where a setting, an input or an output cannot be used; `OSError` where a
 storage does not answer.
 """

@@ -12,8 +12,8 @@ import gc
 import io
 import os
 import threading
+import traceback
 from collections.abc import Iterable, Sequence
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -22,14 +22,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from gc2ray.core.config.job import Job, parse_job
+from gc2ray.core.config.job import Cluster, Job, parse_job
 from gc2ray.core.config.locations import is_url
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.config.yaml_models import apply_override
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Answer, ImageRef, Request
-from gc2ray.engine.device import cores
-from gc2ray.engine.engine import Engine, load_engine
+from gc2ray.engine.device import cores, device_name
+from gc2ray.engine.engine import Engine
+from gc2ray.engine.engine import load_model as load_worker_model
+from gc2ray.models.base import LoadedModel
 
 ImageInput: TypeAlias = (
     "Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | None"
@@ -53,12 +55,13 @@ class Model:
         device: Name of the device that the model runs on.
     """
 
-    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+    def __init__(self, loaded: LoadedModel, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe = recipe
-        self.device = engine.device
-        self._engine: Engine | None = engine
+        self.device = device_name(loaded.family.device)
+        self._loaded: LoadedModel | None = loaded
+        self._cluster = cluster
+        self._engine: Engine | None = None
         self._lock = threading.Lock()
-        self._calls = count()
 
     def answer(
         self,
@@ -93,20 +96,27 @@ class Model:
         """
         refs, texts = _paired(images, prompts)
         with self._lock:
-            if self._engine is None:
+            if self._loaded is None:
                 raise RuntimeError("the model is closed; load it again with gc2ray.load_model")
-            source = f"call {next(self._calls)}"
+            if self._engine is None:
+                self._engine = Engine(self._loaded, self.recipe, self._cluster)
             pairs = enumerate(zip(refs, texts, strict=True))
-            requests = [_request(source, row, ref, text) for row, (ref, text) in pairs]
-            return answers_in_order(self._engine, requests)
+            requests = [_request(row, ref, text) for row, (ref, text) in pairs]
+            try:
+                return answers_in_order(self._engine, requests)
+            except BaseException as error:
+                # Ctrl-C, say. Rows are left in the engine, so the next call makes a new one; the
+                # frames of the traceback, which a notebook keeps, would hold the old one's memory.
+                self._engine = None
+                traceback.clear_frames(error.__traceback__)
+                _free_memory()
+                raise
 
     def close(self) -> None:
         """Free the memory of the device; closing twice does nothing."""
         with self._lock:
-            self._engine = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            self._engine = self._loaded = None
+        _free_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +131,7 @@ class Model:
 
     def __repr__(self) -> str:
         compression = self.recipe.compression
-        state = f"on {self.device}" if self._engine is not None else "closed"
+        state = f"on {self.device}" if self._loaded is not None else "closed"
         return (
             f"<gc2ray.Model {self.recipe.model.path}: {compression.method} at "
             f"retention {compression.retention_requested:g}, {state}>"
@@ -177,27 +187,28 @@ def load_model(
     for override in overrides:
         apply_override(Job, data, override)
     job = parse_job(data)
-    return Model(load_engine(job.recipe, job.cluster), job.recipe)
+    return Model(load_worker_model(job.recipe, job.cluster), job.recipe, job.cluster)
 
 
 def answers_in_order(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
-    """The answers of an engine in the order of the requests.
-
-    Answers to requests of an earlier call that was interrupted are dropped: the engine still
-    finishes them.
-    """
-    order = {(request.source, request.row_key): at for at, request in enumerate(requests)}
-    found = {order.get((a.request.source, a.request.row_key)): a for a in engine.stream(requests)}
-    return [found[at] for at in range(len(requests))]
+    """The answers of an engine in the order of the requests."""
+    order = {request.row_key: at for at, request in enumerate(requests)}
+    return sorted(engine.stream(requests), key=lambda answer: order[answer.request.row_key])
 
 
-def _request(source: str, row: int, image: ImageRef | BadRow, prompt: str) -> Request:
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _request(row: int, image: ImageRef | BadRow, prompt: str) -> Request:
     """The pair as a row; its key, and so its seed, is the same in every call."""
     fault = image if isinstance(image, BadRow) else None
     if fault is None and not prompt.strip():
         fault = BadRow(Status.BAD_PROMPT, "the prompt is empty")
     images = (image,) if isinstance(image, ImageRef) else ()
-    return Request(f"{row}", source, row, images, (prompt,), fault=fault)
+    return Request(f"{row}", "", row, images, (prompt,), fault=fault)
 
 
 def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[str]]:

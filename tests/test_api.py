@@ -1,0 +1,360 @@
+"""The Python API: lazy names, a model in this process, answers of outputs, and the examples."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import json
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gc2ray
+from gc2ray import api
+from gc2ray.core.errors import Status
+from gc2ray.core.records import Answer
+from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
+from gc2ray.demo.spec import MODEL
+from gc2ray.engine.engine import load_engine
+from gc2ray.engine.local_model import Model
+from gc2ray.models.chat_template import ChatPrompt
+from tests.support.outputs import (
+    all_ok,
+    drawn,
+    first_plan,
+    latest_answers,
+    parts,
+    retry_of,
+    write_round,
+)
+from tests.support.rows import SIZES, encoded, make_job, picture, requests
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "What is in the picture?"
+FUNCTIONS = [name for name in gc2ray.__all__ if name[0].islower()]
+
+
+def python(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.strip()
+
+
+# ------------------------------------------------------------------------------------- laziness
+
+
+@pytest.mark.parametrize("module", ["gc2ray", "gc2ray.api", "gc2ray.cli"])
+def test_importing_loads_no_large_library(module: str) -> None:
+    large = {"torch", "ray", "pyarrow", "pydantic", "numpy", "aiohttp", "rich", "transformers"}
+    assert python(f"import sys, {module}; print({large} & {{*sys.modules}})") == "set()"
+
+
+def test_importing_loads_little_of_the_standard_library() -> None:
+    """What takes time is what is imported: a bare `import gc2ray` needs next to nothing."""
+    script = "import sys; before = {*sys.modules}; import gc2ray; print({*sys.modules} - before)"
+    assert len(python(script).split(",")) < 10
+
+
+def test_names_are_listed_before_they_are_loaded() -> None:
+    script = (
+        "import gc2ray, sys; print({*gc2ray.__all__} <= {*dir(gc2ray)}, 'numpy' in sys.modules)"
+    )
+    assert python(script) == "True False"
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in gc2ray.__all__:
+        assert getattr(gc2ray, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'ansver'"):
+        _ = gc2ray.ansver  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["estimate", "report"])
+@pytest.mark.parametrize("first", ["", "import gc2ray.{0}.{0}x; "])
+def test_a_function_may_share_its_name_with_a_subpackage(name: str, first: str) -> None:
+    """Whatever is imported first, both can be used."""
+    module = {"estimate": "roofline", "report": "costs"}[name]
+    first = first.replace("{0}x", module).format(name)
+    script = f"{first}import gc2ray, gc2ray.api; gc2ray.api.{name} = lambda *given: given; "
+    script += f"print(gc2ray.{name}(1)); import gc2ray.{name}.{module} as module; "
+    script += f"print(gc2ray.{name}.{module} is module); print(gc2ray.{name}(2))"
+    assert python(script).split("\n") == ["(1,)", "True", "(2,)"]
+
+
+def test_editors_and_mypy_see_the_types() -> None:
+    """Under `TYPE_CHECKING` the package imports every public name."""
+    text = (ROOT / "gc2ray/__init__.py").read_text().partition("__version__ =")[0]
+    seen = set(re.findall(r"\w+", text))
+    assert {*gc2ray.__all__} - {"__version__"} <= seen
+
+
+def test_the_command_line_calls_the_api_only() -> None:
+    text = (ROOT / "gc2ray/cli.py").read_text()
+    assert set(re.findall(r"(?:from|import) (gc2ray[.\w]*)", text)) <= {"gc2ray", "gc2ray.demo"}
+
+
+# --------------------------------------------------------------------------- a model in a process
+
+
+@pytest.fixture(scope="module")
+def model(tiny_paths: dict[str, Path]) -> Iterator[Model]:
+    with gc2ray.load_model(tiny_paths["vicuna"], dtype="float32", max_new_tokens=8) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_paths: dict[str, Path]) -> list[Answer]:
+    """What a worker's engine says about the same images."""
+    job = make_job(tiny_paths["vicuna"])
+    return sorted(load_engine(job.recipe, job.cluster).stream(requests()), key=by_row)
+
+
+def by_row(answer: Answer) -> int:
+    return answer.request.row
+
+
+def facts(answers: list[Answer]) -> list[tuple[Any, ...]]:
+    return [(a.status, a.answer, a.token_ids, a.visual_tokens_kept, a.kv_bytes) for a in answers]
+
+
+def saved(folder: Path, image: Image.Image) -> Path:
+    path = folder / "image.png"
+    path.write_bytes(encoded(image))
+    return path
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda _, image: image,
+        lambda _, image: encoded(image),
+        lambda _, image: memoryview(encoded(image)),
+        lambda folder, image: saved(folder, image),
+        lambda folder, image: str(saved(folder, image)),
+        lambda _, image: np.asarray(image),
+        lambda _, image: np.asarray(image)[:, ::-1][:, ::-1],  # not contiguous
+    ],
+    ids=["PIL", "bytes", "memoryview", "path", "str", "array", "view of an array"],
+)
+def test_every_kind_of_image_gives_the_answer_of_a_job(
+    model: Model,
+    expected: list[Answer],
+    tmp_path: Path,
+    given: Callable[[Path, Image.Image], Any],
+) -> None:
+    for seed, size in enumerate(SIZES):
+        answers = model.answer(given(tmp_path, picture(size, seed)), PROMPT)
+        assert facts(answers) == facts(expected[seed : seed + 1])
+
+
+def test_answers_come_in_the_order_of_images_and_prompts(
+    model: Model, expected: list[Answer]
+) -> None:
+    images = [picture(size, seed) for seed, size in enumerate(SIZES)]
+    assert facts(model.answer(images, PROMPT)) == facts(expected)
+    assert facts(model.answer(iter(images), [PROMPT] * len(images))) == facts(expected)
+    prompts = [PROMPT, "What color is it?", PROMPT]
+    one, other, again = model.answer(images[0], prompts)
+    assert facts([one]) == facts([again]) == facts(expected[:1])
+    assert facts([other]) == facts(model.answer(images[0], prompts[1]))
+    assert model.answer([], []) == []
+
+
+def test_numbers_of_images_and_prompts_must_fit(model: Model) -> None:
+    images = [picture((20, 30))] * 3
+    with pytest.raises(ValueError, match="3 images and 2 prompts: give one of either, or equally"):
+        model.answer(images, [PROMPT] * 2)
+    with pytest.raises(TypeError, match="a prompt is text, not int"):
+        model.answer(images, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a PIL image, a path, bytes or a numpy array, not float"):
+        model.answer([0.5], PROMPT)  # type: ignore[list-item]
+
+
+def test_what_cannot_be_answered_says_so_in_its_answer(model: Model, tmp_path: Path) -> None:
+    cut = Image.open(io.BytesIO(encoded(picture((100, 200)), "BMP")[:500]))
+    images = [
+        picture((20, 30)), b"no image", tmp_path / "none.png", np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3)), None, cut, "https://example.org/a.png",
+    ]  # fmt: skip
+    answers = model.answer(images, PROMPT)
+    assert [answer.status for answer in answers] == [Status.OK] + [Status.BAD_IMAGE] * 7
+    assert "no such image file" in str(answers[2].error)
+    assert "shape (4, 4) and dtype uint8; expected (height, width, 3) of uint8" in str(answers[3])
+    assert "dtype float64" in str(answers[4])
+    assert "image is null" in str(answers[5])
+    assert "image_roots" in str(answers[7])
+    assert [answer.status for answer in model.answer(images[0], ["", " ", PROMPT])] == [
+        Status.BAD_PROMPT, Status.BAD_PROMPT, Status.OK,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "HSV", "I;16", "I", "F"])
+def test_modes_of_pillow(model: Model, mode: str) -> None:
+    image = picture((30, 40))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) << 8)
+    else:
+        image = image.convert("L" if mode in ("I", "F") else "RGB").convert(mode)
+    [answer] = model.answer(image, PROMPT)
+    assert answer.status == Status.OK
+
+
+def test_an_image_is_turned_as_its_camera_says(model: Model, tmp_path: Path) -> None:
+    image = picture((100, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.jpg"
+    image.save(path, exif=exif, quality=95)
+    with Image.open(path) as opened:
+        assert facts(model.answer(opened, PROMPT)) == facts(model.answer(path, PROMPT))
+
+
+def test_an_interrupted_call_leaves_nothing_for_the_next(
+    model: Model, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither rows nor memory, although a notebook keeps the traceback."""
+    images = [picture(size, seed) for seed, size in enumerate(SIZES)]
+    model.answer(images[0], PROMPT)
+    assert model._engine is not None
+    engines = [weakref.ref(model._engine)]
+    calls = iter([False, False, True])
+
+    def interrupted(chat: ChatPrompt, tokens: Sequence[int]) -> str:
+        if next(calls):
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(ChatPrompt, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        model.answer(images, PROMPT)
+    monkeypatch.undo()
+    assert kept.value.__traceback__ is not None
+    assert engines[0]() is None
+    assert facts(model.answer(images, PROMPT)) == facts(expected)
+
+
+def test_a_closed_model_holds_nothing(tiny_paths: dict[str, Path]) -> None:
+    settings = ["recipe.generation.repetition_penalty=1.1", "cluster.views_per_batch=3"]
+    model = gc2ray.load_model(
+        tiny_paths["vicuna"], *settings, method="random", retention=0.5, dtype="float32"
+    )
+    with model:
+        assert model.recipe.generation.repetition_penalty == 1.1
+        assert "random at retention 0.5, on cpu" in repr(model)
+    model.close()
+    assert "closed" in repr(model)
+    with pytest.raises(RuntimeError, match="the model is closed"):
+        model.answer(picture((20, 30)), PROMPT)
+
+
+def test_a_setting_that_does_not_exist_is_refused(tiny_paths: dict[str, Path]) -> None:
+    with pytest.raises(gc2ray.ConfigError, match="did you mean 'globalcom2'"):
+        gc2ray.load_model(tiny_paths["vicuna"], method="globalcom")
+    with pytest.raises(gc2ray.ConfigError, match="did you mean 'temperature'"):
+        gc2ray.load_model(tiny_paths["vicuna"], "recipe.generation.temprature=1")
+    with pytest.raises(gc2ray.ConfigError, match="there is no model in"):
+        gc2ray.load_model("/nowhere")
+
+
+def test_answers_print_well(model: Model) -> None:
+    good, bad = model.answer([picture((100, 200)), b"no image"], PROMPT)
+    assert str(good) == good.answer
+    assert re.fullmatch(
+        r"Answer\(status='ok', answer='.*', visual_tokens=\d+ of \d+\)", repr(good), re.DOTALL
+    )
+    assert repr(bad).startswith("Answer(status='bad_image', error='not an image")
+    assert str(bad).startswith("[bad_image] not an image")
+    plain = good.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert (plain["prompt"], plain["answer"]) == (PROMPT, good.answer)
+    assert plain.keys() == bad.to_dict().keys()
+
+
+# ------------------------------------------------------------------------------ answers of outputs
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_latest_answers_of_all_rounds_are_read(tmp_path: Path, *, listed: bool) -> None:
+    plan = first_plan()
+    write_round(tmp_path, 0, plan, drawn(1, 0, listed=listed), listed=listed)
+    spans = [span for shard in plan.shards for span in shard.spans]
+    write_round(tmp_path, 1, retry_of(spans), drawn(1, 1, listed=listed, dead=0.0), listed=listed)
+    latest = latest_answers(tmp_path)
+    rows = gc2ray.read_answers(str(tmp_path)).to_pylist()
+    assert {row["row_key"]: row for row in rows} == latest
+    assert len(rows) == len(latest)
+    places = [(row["source"], row["row"], row["prompt_index"]) for row in rows]
+    assert places == sorted(places)
+    some = gc2ray.read_answers(str(tmp_path), ["answer", "id"])
+    assert some.to_pylist() == [{"answer": row["answer"], "id": row["id"]} for row in rows]
+
+
+def test_answers_of_an_incomplete_run_are_read(tmp_path: Path) -> None:
+    write_round(tmp_path, 0, first_plan(), all_ok)
+    parts(tmp_path)[1].unlink()
+    assert gc2ray.read_answers(str(tmp_path)).num_rows == 14
+    for part in parts(tmp_path):
+        part.unlink()
+    empty = gc2ray.read_answers(str(tmp_path), ["row_key", "tag"])
+    assert (empty.num_rows, empty.column_names) == (0, ["row_key", "tag"])
+
+
+def test_outputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(gc2ray.ConfigError, match="there is no run here"):
+        gc2ray.read_answers(str(tmp_path))
+    write_round(tmp_path, 0, first_plan())
+    with pytest.raises(gc2ray.ConfigError, match="has no column 'anwser'"):
+        gc2ray.read_answers(str(tmp_path), ["anwser"])
+    parts(tmp_path)[0].write_bytes(b"PAR1")
+    with pytest.raises(gc2ray.ConfigError, match="run `gc2ray verify` for details"):
+        gc2ray.read_answers(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------- examples
+
+
+EXAMPLES = [
+    "load_model", "Model.answer", "load_job", "check", "estimate", "tune", "run", "read_answers",
+    "verify", "retry", "compact", "report", "evaluate",
+]  # fmt: skip
+"""In an order in which they can be typed: what reads an output comes after the run."""
+
+
+def example(name: str) -> doctest.DocTest:
+    thing: Any = gc2ray
+    for part in name.split("."):
+        thing = getattr(api, part) if part in ("estimate", "report") else getattr(thing, part)
+    text = thing.__doc__ or ""
+    names = {"gc2ray": gc2ray, "MODEL": str(MODEL)}
+    return doctest.DocTestParser().get_doctest(text, names, name, None, 0)
+
+
+def test_every_function_has_an_example() -> None:
+    assert {*FUNCTIONS} - {"__version__"} <= {*EXAMPLES}
+    assert all(example(name).examples for name in EXAMPLES)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_the_examples_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[PocketRow] = list(pocket_rows(Split.TEST, 6, ()))
+    write_rows(tmp_path / "in.parquet", iter(rows))
+    (tmp_path / "scene.png").write_bytes(rows[0].image)
+    job = make_job(MODEL, "in.parquet", "out", cluster__workers=1).model_dump(mode="json")
+    job["recipe"]["input"] |= {"prompt": {"column": "question"}, "keep": ["reference"]}
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    monkeypatch.chdir(tmp_path)
+    runner = doctest.DocTestRunner()
+    for name in EXAMPLES:
+        said: list[str] = []
+        assert runner.run(example(name), out=said.append).failed == 0, "".join(said)
