@@ -3,10 +3,9 @@
 Each function imports what it needs when it is called: torch, Ray and pyarrow take seconds. An
 `output` is always the directory or fsspec URL of a run, as a job's `output` names it.
 
-Examples assume a job of six rows, `job.yaml` with output `out`, and the demo model as `MODEL`.
-
-Errors: `ConfigError` where a setting, an input or an output cannot be used; `OSError` where a
-storage does not answer.
+Every function raises `ConfigError` where a setting, an input or an output cannot be used, and
+`OSError` where a storage does not answer; docstrings name other errors. Examples assume a job of
+six rows, `job.yaml` with output `out`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from gc2ray.core.errors import ConfigError, GivenUp, explain
 from gc2ray.core.logs import LogForm, set_up, writes_json
-from gc2ray.core.process import INTERRUPTED, Stopped, run_process, unexpected
+from gc2ray.core.process import INTERRUPTED, Stopped, unexpected
 
 if TYPE_CHECKING:
     from gc2ray.core.config.job import Job
@@ -35,13 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INTERRUPTED", "ConfigError", "GivenUp", "LogForm", "Stopped", "check", "compact", "estimate",
-    "evaluate", "explain", "follow", "load_job", "report", "retry", "run", "run_process", "set_up",
-    "show", "status", "submit", "terminal", "tune", "unexpected", "verify",
-    "writes_json",
+    "evaluate", "explain", "follow", "load_job", "report", "retry", "run", "set_up",
+    "show", "status", "submit", "terminal", "tune", "unexpected", "verify", "writes_json",
 ]  # fmt: skip
-
-Count = Callable[[int], None]
-"""Called with how many more rows or parts were read."""
 
 
 def load_job(file: str | Path, *overrides: str) -> Job:
@@ -50,9 +45,6 @@ def load_job(file: str | Path, *overrides: str) -> Job:
     Args:
         file: YAML with `output`, `recipe` and `cluster`.
         overrides: Settings in place of the file's, as `"recipe.compression.retention=0.5"`.
-
-    Raises:
-        ConfigError: The file cannot be read, has an unknown key, or a value is out of range.
 
     Example:
         >>> job = gc2ray.load_job("job.yaml", "recipe.compression.retention=0.5")
@@ -76,10 +68,9 @@ def run(
         display: Called about once a second with the state of the run.
 
     Returns:
-        How it ended. `is_complete` says whether every row is answered; `stats` has the numbers.
+        `is_complete` says whether every row is answered; `stats` has the numbers.
 
     Raises:
-        ConfigError: The job cannot be used, or the output belongs to another recipe.
         GivenUp: The run stopped before its end.
         Interrupted: A signal stopped it.
 
@@ -110,9 +101,7 @@ def retry(
         display: As for `run`.
 
     Raises:
-        ConfigError: There is no run, it is not finished, or no such status.
-        GivenUp: The retry stopped before its end.
-        Interrupted: A signal stopped it.
+        GivenUp, Interrupted: As for `run`.
 
     Example:
         >>> gc2ray.retry("out").retry_round is None  # nothing failed
@@ -140,7 +129,7 @@ def submit(
     extend: bool = False,
     log: str = "text",
 ) -> str:
-    """Hand a job in to the job server of a Ray cluster, which runs it; this process may end.
+    """Hand a job in to the job server of a Ray cluster; returns the job's name there.
 
     Args:
         job: Its paths are URLs, or the same on every node.
@@ -148,12 +137,6 @@ def submit(
         submission_id: Name of the job on the cluster; None: the server chooses one.
         extend: As for `run`.
         log: Form of its log lines: `"text"` or `"json"`.
-
-    Returns:
-        The name of the job on the cluster.
-
-    Raises:
-        ConfigError: A path is relative, the name is taken, or the server does not answer.
     """
     import logging
 
@@ -168,20 +151,7 @@ def submit(
 
 
 def follow(address: str, submission_id: str, write: Callable[[str], object]) -> int:
-    """Pass on what a submitted job prints until it ends.
-
-    Args:
-        address: As for `submit`.
-        submission_id: Name of the job on the cluster.
-        write: Called with each piece of text.
-
-    Returns:
-        The job's exit code.
-
-    Raises:
-        GivenUp: The server is gone, or the job ended without an exit code.
-        ConfigError: The server refuses the connection.
-    """
+    """Pass on what a submitted job prints until it ends; returns its exit code."""
     from gc2ray.runner.submit import JobServer
 
     return JobServer(address).follow(submission_id, write)
@@ -195,7 +165,7 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
     output_tokens: float | None = None,
     hours: float = 1.0,
     hardware: str | Path | None = None,
-    progress: Count | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Estimate:
     """Estimate what a run would cost: tokens, hours, bytes and US dollars; no weights are loaded.
 
@@ -208,9 +178,6 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
         hours: Time in which the run should end; says how many workers are suggested.
         hardware: YAML of devices and prices in place of gc2ray's own.
         progress: Called with the number of rows that were read.
-
-    Raises:
-        ConfigError: The job, its model or its input cannot be used.
 
     Example:
         >>> estimate = gc2ray.estimate(gc2ray.load_job("job.yaml"))
@@ -226,14 +193,14 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
     from gc2ray.models.loading import load_metadata
     from gc2ray.output.totals import read_totals
 
-    recipe, table = job.recipe, load_hardware(_path(hardware))
+    recipe, table = job.recipe, load_hardware(hardware)
     rates = MeasuredRates.from_totals(read_totals(like)) if like else None
     metadata = load_metadata(
         str(fetch_metadata(recipe.model)),
         dtype=recipe.model.dtype,
         taken_over=recipe.generation.taken_over(),
     )
-    profile = profile_input(recipe, metadata, rows, progress or _nothing)
+    profile = profile_input(recipe, metadata, rows, progress or (lambda _: None))
     assumptions = Assumptions(output_tokens=output_tokens, rates=rates, hours=hours)
     return estimated(profile, metadata, job, table, assumptions)
 
@@ -269,20 +236,18 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
         svg: File to draw quality against time into.
 
     Returns:
-        What was measured; `recommended` is None where no setting meets the target.
-
-    Raises:
-        ConfigError: A setting, the model or the input cannot be used.
+        `recommended` is None where no setting meets the target.
 
     Example:
         >>> tuning = gc2ray.tune(gc2ray.load_job("job.yaml"), rows=4, retentions=[0.5])
         >>> [measured.setting.name for measured in tuning.measured]
-        ['none', 'globalcom2 at 0.5']
+        ['none at 1', 'globalcom2 at 0.5']
     """
     from gc2ray.estimate.hardware import Prices, load_hardware
     from gc2ray.estimate.recommendation import Target
     from gc2ray.estimate.tune import TuneRequest
     from gc2ray.estimate.tune import tune as tune_job
+    from gc2ray.report.terminal_tables import front_chart
 
     request = TuneRequest(
         rows=rows,
@@ -290,12 +255,10 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
         retentions=tuple(retentions),
         target=Target(min_agreement, min_accuracy, budget_usd),
         reference=reference,
-        prices=Prices(load_hardware(_path(hardware)), usd_per_hour=usd_per_hour),
+        prices=Prices(load_hardware(hardware), usd_per_hour=usd_per_hour),
     )
     tuning = tune_job(job, request)
     if svg is not None:
-        from gc2ray.report.terminal_tables import front_chart
-
         _write(Path(svg), front_chart(tuning).encode())
     return tuning
 
@@ -307,9 +270,6 @@ def check(job: Job, rows: int = 16) -> Parity:
         job: Its model and input are used.
         rows: How many rows are compared.
 
-    Raises:
-        ConfigError: The model or the input cannot be used.
-
     Example:
         >>> gc2ray.check(gc2ray.load_job("job.yaml"), rows=2).passed
         True
@@ -320,28 +280,18 @@ def check(job: Job, rows: int = 16) -> Parity:
 
 
 def status(output: str) -> RunStatus:
-    """Read how far a run is, from its output alone.
-
-    Raises:
-        ConfigError: There is no run, or it is damaged.
-    """
+    """Read how far a run is, from its output alone."""
     from gc2ray.output.planner import read_status
 
     return read_status(output)
 
 
 def verify(output: str, *, deep: bool = False) -> Verdict:
-    """Check that an output holds every planned row exactly once.
+    """Check that an output holds every planned row exactly once; `problems` says what is wrong.
 
     Args:
         output: Of a run.
         deep: Read every answer, and not only the footers of files.
-
-    Returns:
-        `problems` has a line for each thing that is wrong or missing.
-
-    Raises:
-        ConfigError: There is no run.
 
     Example:
         >>> gc2ray.verify("out", deep=True).problems
@@ -363,9 +313,6 @@ def compact(
         file_bytes: Size of its files.
         incomplete: Accept an output where rows are not answered yet.
 
-    Raises:
-        ConfigError: There is no run, it is damaged or incomplete, or the destination is not empty.
-
     Example:
         >>> [file.name for file in gc2ray.compact("out", "dataset").files]
         ['part-00000.parquet']
@@ -386,9 +333,9 @@ def report(  # noqa: PLR0913 - settings, given by name
     show: int = 0,
     rows: Sequence[str] = (),
     card: bool = True,
-    progress: Count | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> WrittenReport:
-    """Write what runs did and cost as a page, a text and JSON; several runs stand side by side.
+    """Write a report of runs as a page, a text and JSON; returns the names of the files.
 
     Args:
         outputs: Of one run or several.
@@ -401,12 +348,6 @@ def report(  # noqa: PLR0913 - settings, given by name
         card: Also write a dataset card, `README.md`, into each output.
         progress: Called with the number of parts that were read.
 
-    Returns:
-        The files that were written.
-
-    Raises:
-        ConfigError: There is no run, or a setting cannot be used.
-
     Example:
         >>> gc2ray.report("out", card=False).files[0].endswith("out/report/report.html")
         True
@@ -417,24 +358,18 @@ def report(  # noqa: PLR0913 - settings, given by name
 
     place = to or f"{outputs[0].rstrip('/')}/report"
     check_place("--to" if to else "OUTPUT", place)
-    prices = Prices(load_hardware(_path(hardware)), price, usd_per_hour)
+    prices = Prices(load_hardware(hardware), price, usd_per_hour)
     request = ReportRequest(place, prices, show, tuple(rows), card=card)
-    return write_report(outputs, request, progress or _nothing)
+    return write_report(outputs, request, progress or (lambda _: None))
 
 
 def show(output: str, row_key: str, to: str | Path | None = None) -> Path:
-    """Draw the visual tokens that were kept of a row's image; loads the model.
+    """Draw the visual tokens that were kept of a row's image; returns the file's path.
 
     Args:
         output: Of a run.
         row_key: The row, as the column `row_key` names it.
         to: PNG to write; None: named for output and row, in the working directory.
-
-    Returns:
-        The file.
-
-    Raises:
-        ConfigError: There is no such run or row, or the file cannot be written.
     """
     from gc2ray.report.heat_map import heat_map
     from gc2ray.report.show import image_name, map_tokens
@@ -461,9 +396,6 @@ def evaluate(
         lists: What a list of references is where rows have several prompts: `"any"`: each entry is
             right for every prompt; `"each"`: one entry for each prompt.
 
-    Raises:
-        ConfigError: There is no run, no such column or metric, or an answer without a reference.
-
     Example:
         >>> evaluation = gc2ray.evaluate("out", reference="reference", metrics=["exact_match"])
         >>> evaluation.runs[0].scores["all"]["exact_match"].rows
@@ -475,27 +407,14 @@ def evaluate(
 
 
 def terminal() -> Terminal:
-    """What shows results of these functions to people: tables and progress bars."""
+    """What shows the results of these functions to people, as tables and progress bars."""
     from gc2ray.report.terminal import Terminal
 
     return Terminal()
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file of this machine.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
     try:
         path.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _path(place: str | Path | None) -> Path | None:
-    return None if place is None else Path(place)
-
-
-def _nothing(_: int) -> None:
-    """The progress that nobody asked for."""

@@ -20,6 +20,17 @@ import typer
 
 from gc2ray import __version__, api
 
+log = logging.getLogger(__name__)
+
+
+def _finite(value: float | list[float] | None) -> float | list[float] | None:
+    """Refuse NaN, which no limit of an option stops, and infinity."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number.")
+    return value
+
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,18 +51,14 @@ HardwareFile = Annotated[
     typer.Option("--hardware", help="YAML of devices and prices in place of gc2ray's own."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Usd = Annotated[
+    float | None,
+    typer.Option(
+        "--usd-per-hour", callback=_finite, min=0, help="Price of one device, not the table's."
+    ),
+]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 EXIT_CODES = (0, 1, 2, 130)
-
-log = logging.getLogger(__name__)
-
-
-def _finite(value: float | list[float] | None) -> float | list[float] | None:
-    """Refuse NaN, which no limit of an option stops, and infinity."""
-    for number in value if isinstance(value, list) else [value]:
-        if number is not None and not math.isfinite(number):
-            raise typer.BadParameter(f"{number} is not a finite number.")
-    return value
 
 
 class PriceKind(StrEnum):
@@ -59,18 +66,6 @@ class PriceKind(StrEnum):
 
     ON_DEMAND = "on_demand"
     SPOT = "spot"
-
-
-class Lists(StrEnum):
-    """What a list of references is where rows have several prompts."""
-
-    ANY = "any"
-    EACH = "each"
-
-
-def main() -> None:
-    """The `gc2ray` command, for scripts that call this module."""
-    api.run_process(app)
 
 
 @app.command()
@@ -95,10 +90,7 @@ def submit(  # noqa: PLR0913 - typer makes an option of each
     config: Config,
     overrides: Overrides = None,
     address: Annotated[
-        str,
-        typer.Option(
-            envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://head:8265."
-        ),
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server.")
     ] = "http://127.0.0.1:8265",
     follow: Annotated[  # noqa: FBT002 - typer makes an option of it
         bool,
@@ -177,9 +169,7 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
     ] = None,
     min_agreement: Annotated[
         float | None,
-        typer.Option(
-            callback=_finite, min=0, max=1, help="Same answers as uncompressed; else 0.95."
-        ),
+        typer.Option(callback=_finite, min=0, max=1, help="Share of equal answers; else 0.95."),
     ] = None,
     min_accuracy: Annotated[
         float | None,
@@ -192,10 +182,7 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
         float | None,
         typer.Option(callback=_finite, min=0, help="Best quality for this price of all rows."),
     ] = None,
-    usd_per_hour: Annotated[
-        float | None,
-        typer.Option(callback=_finite, min=0, help="Of this device, in place of the table's."),
-    ] = None,
+    usd_per_hour: Usd = None,
     hardware: HardwareFile = None,
     svg: Annotated[
         Path | None, typer.Option(help="Also draw quality against time, the Pareto front.")
@@ -250,11 +237,7 @@ def retry(
         terminal = api.terminal()
         with terminal.display() as display:
             result = api.retry(
-                output,
-                *overrides or [],
-                statuses=status or (),
-                address=address,
-                display=display,
+                output, *overrides or [], statuses=status or (), address=address, display=display
             )
         terminal.retried(result, output)
         raise typer.Exit(result.exit_code)
@@ -271,18 +254,10 @@ def report(  # noqa: PLR0913 - typer makes an option of each
     price: Annotated[PriceKind, typer.Option(help="Which prices of the table.")] = (
         PriceKind.ON_DEMAND
     ),
-    usd_per_hour: Annotated[
-        float | None,
-        typer.Option(callback=_finite, min=0, help="Of one device, in place of the table's."),
-    ] = None,
+    usd_per_hour: Usd = None,
     hardware: HardwareFile = None,
     show: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Draw the kept tokens of so many rows, those whose audit differs most first; "
-            "loads the model and reads their images.",
-        ),
+        int, typer.Option(min=0, help="Draw the kept tokens of so many rows; loads the model.")
     ] = 0,
     row: Annotated[
         list[str] | None, typer.Option(help="A row to draw, by its row_key; may be repeated.")
@@ -369,19 +344,15 @@ def evaluate(
     ] = None,
     by: Annotated[str | None, typer.Option(help="Column to group answers by.")] = None,
     lists: Annotated[
-        Lists | None,
-        typer.Option(
-            help="With several prompts a row: a list's entries are right for any prompt, or there "
-            "is one for each."
-        ),
+        str | None,
+        typer.Option(help="Lists of references are for `any` prompt, or one for `each`."),
     ] = None,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:
     """Score answers against a column of right answers."""
     with _exit_codes():
-        result = api.evaluate(
-            *outputs, reference=reference, metrics=metric or (), by=by, lists=lists
-        )
+        metrics = tuple(metric or ())
+        result = api.evaluate(*outputs, reference=reference, metrics=metrics, by=by, lists=lists)
         if as_json:
             typer.echo(json.dumps(result.to_dict()))
         else:

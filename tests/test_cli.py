@@ -81,6 +81,48 @@ def test_no_arguments_show_the_commands() -> None:
     assert all(name in result.stdout + result.stderr for name in ("run", "status", "check"))
 
 
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+def test_help_fits_a_terminal_of_80_columns() -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["--help"], prog_name="gc2ray")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    lines = result.stdout.partition("Commands")[2].splitlines()
+    listed = [line.split()[1] for line in lines if re.match("│ [a-z]", line)]
+    assert listed == COMMANDS, "each in one line"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_is_a_sentence_and_fits(command: str) -> None:
+    words = [command, "--help"]
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, words, prog_name="gc2ray")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    (callback,) = [c.callback for c in app.registered_commands if c.callback.__name__ == command]
+    assert re.fullmatch(r"[A-Z][^.\n]{15,60}\.", callback.__doc__)
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    for text, completions in (("gc2ray ver", ["verify"]), ("gc2ray verify --de", ["--deep"])):
+        words = {"COMP_WORDS": text, "COMP_CWORD": str(text.count(" "))}
+        shell = CliRunner(env={"_GC2RAY_COMPLETE": "complete_bash", **words})
+        assert shell.invoke(app, [], prog_name="gc2ray").stdout.split() == completions
+
+
+def test_completion_is_installed(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("gc2ray")
+    done = subprocess.run(
+        ["bash", "-c", f"{script} --install-completion; exit $?"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    installed = (tmp_path / ".bash_completions" / "gc2ray.sh").read_text()
+    assert "_GC2RAY_COMPLETE=complete_bash" in installed
+    assert "gc2ray.sh" in (tmp_path / ".bashrc").read_text()
+
+
 def test_an_unknown_key_is_refused_with_its_path_and_the_nearest(tmp_path: Path) -> None:
     path = job_file(tmp_path, tmp_path)
     result = here("run", path, "recipe.compression.retentoin=0.1")

@@ -139,13 +139,13 @@ class _Table(Frozen):
     hardware: tuple[Hardware, ...]
 
 
-def load_hardware(path: Path | None = None) -> tuple[Hardware, ...]:
+def load_hardware(path: str | Path | None = None) -> tuple[Hardware, ...]:
     """The table of a file, or the default one.
 
     Raises:
         ConfigError: The file is not such a table, is empty, or names a kind or a device twice.
     """
-    path = path or DEFAULT
+    path = Path(path or DEFAULT)
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected the key hardware at the top")

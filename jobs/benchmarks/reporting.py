@@ -41,7 +41,7 @@ KINDS = 500
 
 COMMAND = """
 import atexit
-from gc2ray.cli import main
+from gc2ray.__main__ import main
 
 def tell():
     from gc2ray.runner.worker import peak_host_bytes
