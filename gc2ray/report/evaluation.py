@@ -356,9 +356,9 @@ def _table(run: RunScores, metrics: Sequence[str]) -> Table:
     for column in ("group", "answers", "metric", "score"):
         table.add_column(column)
     for name in sorted(run.scores, key=lambda group: (group != ALL, group)):
-        for metric in metrics:
-            found = run.scores[name].get(metric)
-            if found is not None:
-                table.add_row(escape(name), str(found.rows), metric, str(found))
+        scores = run.scores[name]
+        for at, metric in enumerate(metric for metric in metrics if metric in scores):
+            found = scores[metric]
+            table.add_row("" if at else escape(name), str(found.rows), metric, str(found))
         table.add_section()
     return table
