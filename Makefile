@@ -26,11 +26,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/models/layers
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "pip>=25.1"
 	$(PY) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[demo]" --group dev
 	@touch $@
 
 demo: setup ## Run the whole job with the pocket model on this machine, with right and wrong answers
-	$(PY) -m jobs.demo
+	$(PY) -m gc2ray demo
 
 test: setup ## Run the tests
 	$(PY) -m pytest -m "not slow" $(PARALLEL)

@@ -372,6 +372,19 @@ def check(
         raise typer.Exit(0 if parity.passed else 1)
 
 
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option(help="Directory for its model, rows, job and answers.")
+    ] = Path("demo-output"),
+) -> None:
+    """Run a whole job with the small trained model of this package, and show its answers."""
+    with _exit_codes():
+        from gc2ray.demo.demo import demo as run_demo
+
+        raise typer.Exit(run_demo(output))
+
+
 def _version(show: bool | None) -> None:  # noqa: FBT001 - typer calls it so
     if show:
         typer.echo(f"gc2ray {__version__}")

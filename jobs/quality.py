@@ -22,6 +22,7 @@ import numpy as np
 from gc2ray.core.config.compression import Newlines, Positions
 from gc2ray.core.intervals import MeanInterval, difference, interval
 from gc2ray.core.metrics.scores import score
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.demo.spec import MODEL
@@ -39,7 +40,6 @@ from jobs.quality_curve.points import (
     shares_far_from_uniform,
 )
 from jobs.support.machine import cpu_name
-from jobs.support.photos import opened_photos
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("globalcom2", "globalcom2-reference", "local", "uniform", "random", "pool")

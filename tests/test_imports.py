@@ -25,7 +25,10 @@ WINGS: dict[str, set[str]] = {
         "core", "data", "compression", "models", "output", "engine", "runner", "estimate",
     },
     "api": {"core", "data", "models", "output", "engine", "runner", "estimate", "report"},
-    "demo": {"core", "data", "compression", "models"},
+    "demo": {
+        "core", "data", "compression", "models", "output", "engine", "runner", "estimate", "report",
+        "api",
+    },
     "cli": {"api", "demo"},
     "__main__": {"core", "cli"},
     "__init__": {"core", "output", "engine", "api"},
@@ -54,7 +57,7 @@ BORDERS: dict[str, set[str]] = {
     "rapidfuzz": {"core/metrics"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "rich": {"report"},
+    "rich": {"report", "demo"},
     "typer": {"cli.py"},
 }
 """Where each library may be imported: wings, folders or files."""

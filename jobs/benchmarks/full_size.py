@@ -33,6 +33,7 @@ from gc2ray.core.config.recipe import Recipe, parse_recipe
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.stats import STAGES
+from gc2ray.demo.photos import jpeg
 from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
 from gc2ray.engine.decoding.decoder import end_tokens
@@ -50,7 +51,6 @@ from jobs.benchmarks import Line
 from jobs.benchmarks.support.inputs import IN_PROPORTION, REAL_GEOMETRY
 from jobs.benchmarks.support.roofline import answering_stages, ideal_seconds
 from jobs.support.answering import answers_in_order
-from jobs.support.photos import jpeg
 
 VICUNA_7B = TinySpec(
     image_size=336,

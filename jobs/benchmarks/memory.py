@@ -20,12 +20,12 @@ from PIL import Image
 from gc2ray.core.config.job import Job, parse_job
 from gc2ray.core.shards import cut_shards
 from gc2ray.data.dataset import Source
+from gc2ray.demo.photos import jpeg, opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker, peak_host_bytes
 from jobs.benchmarks import Line, goal
-from jobs.support.photos import jpeg, opened_photos
 
 MIB = 2**20
 ROWS, SHARD_ROWS = 5000, 500

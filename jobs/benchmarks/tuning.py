@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from gc2ray.core.config.job import Job, parse_job
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.hardware import Prices
@@ -29,7 +30,6 @@ from gc2ray.estimate.recommendation import (
 )
 from gc2ray.estimate.tune import TuneRequest, tune
 from jobs.benchmarks import Line, goal
-from jobs.support.photos import opened_photos
 
 SAMPLES, SAMPLE_ROWS, FRESH_ROWS = 10, 400, 2000
 TARGET = 0.9

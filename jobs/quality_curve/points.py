@@ -20,6 +20,7 @@ from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.engine.engine import Engine
 from gc2ray.engine.prompt_builder import load_tiles
@@ -28,7 +29,6 @@ from gc2ray.models.base import LoadedModel, ModelAdapter
 from gc2ray.models.image_processor import Tiles
 from jobs.quality_curve.controls import Blind, ForeignScores
 from jobs.support.answering import answers_in_order
-from jobs.support.photos import opened_photos
 
 NEW_TOKENS = 32
 CONTROLS: dict[str, type[Compressor]] = {Blind.name: Blind, ForeignScores.name: ForeignScores}

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.records import ImageRef
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS, Question, quarter
 from gc2ray.demo.rows import Split, picture
 from gc2ray.demo.scenes import Scene, Style, sample_scene
 from gc2ray.demo.spec import GRIDS, pocket_anyres, pocket_spec
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models.image_processor import Tiles
-from jobs.support.photos import opened_photos
 from jobs.training.labels import ViewLabels, view_labels
 
 CROWDED_SHARE = 0.75

@@ -8,8 +8,9 @@ import pytest
 
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.job import load_job
+from gc2ray.demo.demo import CONFIG, demo_job
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = [CONFIG, *sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))]
 
 
 def test_there_are_the_four_promised() -> None:
@@ -20,6 +21,12 @@ def test_there_are_the_four_promised() -> None:
         "llava-next-7b-vqa",
         "llava-next-13b-caption",
     }
+
+
+def test_the_demo_keeps_everything_in_its_directory() -> None:
+    """Where it is by default, nothing of the file is changed."""
+    assert demo_job(Path("demo-output")) == load_job(CONFIG)
+    assert str(demo_job(Path("there")).model_dump()).count("demo-output") == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

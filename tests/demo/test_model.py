@@ -18,6 +18,7 @@ import torch
 from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.metrics.scores import score
 from gc2ray.data.image_decoding import decode
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.demo.spec import GRIDS, MODEL, pocket_anyres, pocket_spec
 from gc2ray.models.base import LoadedModel, ModelAdapter
@@ -32,7 +33,6 @@ from jobs.quality_curve.points import (
     load,
     shares_far_from_uniform,
 )
-from jobs.support.photos import opened_photos
 
 ROWS = 200
 UNCOMPRESSED = 0.91  # measured: 0.95

@@ -14,6 +14,7 @@ from gc2ray.core.config.input import ImagePolicy
 from gc2ray.core.records import ImageRef
 from gc2ray.demo import questions
 from gc2ray.demo.drawing import draw
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.scenes import (
     COLOURS,
@@ -27,7 +28,6 @@ from gc2ray.demo.scenes import (
 )
 from gc2ray.demo.spec import GRIDS, pocket_anyres
 from gc2ray.engine.prompt_builder import load_tiles
-from jobs.support.photos import opened_photos
 
 SCENE = Scene(
     size=(200, 100),

@@ -14,6 +14,8 @@ import yaml
 from gc2ray.core.config.job import load_job
 from gc2ray.core.format import duration, money, short, shown
 from gc2ray.core.intervals import Interval
+from gc2ray.demo.demo import CONFIG
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimate.estimate import Assumptions, estimate
@@ -22,11 +24,8 @@ from gc2ray.estimate.input_profile import profile_input
 from gc2ray.estimate.workload import NO_WORK
 from gc2ray.models.loading import load_metadata
 from gc2ray.output.totals import read_totals
-from jobs.support.photos import opened_photos
 from tests.estimate.test_hardware import GOOD
 from tests.test_cli import gc2ray, here, job_file
-
-ROOT = Path(__file__).parents[2]
 
 
 def mine(folder: Path) -> Path:
@@ -41,7 +40,7 @@ def demo(tmp_path: Path) -> Path:
     """The demo's configuration, on fewer of its rows; none of them is broken."""
     rows = write_rows(tmp_path / "questions.parquet", pocket_rows(Split.TEST, 40, opened_photos()))
     assert rows == 40
-    data = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    data = yaml.safe_load(CONFIG.read_text())
     data["output"] = str(tmp_path / "out")
     data["recipe"]["model"]["path"] = str(MODEL)
     data["recipe"]["input"]["uri"] = str(tmp_path / "questions.parquet")

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import quarter
 from gc2ray.demo.rows import Split, picture
 from gc2ray.demo.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
@@ -25,7 +26,6 @@ from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import untrained
 from gc2ray.models.hf_reference import stock_inputs
-from jobs.support.photos import opened_photos
 from jobs.train_pocket import STAGES, main
 from jobs.training.dialogues import attention_mask
 from jobs.training.labels import PATCH_COLOURS, view_labels

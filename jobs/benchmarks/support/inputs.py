@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from gc2ray.demo.photos import jpeg, opened_photos
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.tiny import TinySpec, build_tiny
-from jobs.support.photos import jpeg, opened_photos
 
 REAL_GEOMETRY = TinySpec(image_size=336, patch_size=14, vision=(64, 4, 4), text=(128, 3, 4, 4))
 """336-pixel views of 24 x 24 patches and the five pinpoints, as in LLaVA-NeXT-7B; tiny widths."""

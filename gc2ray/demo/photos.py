@@ -40,7 +40,7 @@ def sample_photos() -> list[Photo]:
     """All of them, in order of name.
 
     Raises:
-        ImportError: The packages are not installed; they belong to the development group.
+        ImportError: The packages are not installed; the extra `gc2ray[demo]` brings them.
     """
     folders = (("skimage", "data", _SKIMAGE), ("sklearn", "datasets/images", _SKLEARN))
     photos = []
@@ -48,7 +48,9 @@ def sample_photos() -> list[Photo]:
         try:
             root = Path(str(files(package))) / folder
         except ModuleNotFoundError as error:
-            raise ImportError(f"{package} is missing; install it with: make setup") from error
+            raise ImportError(
+                f"{package} is not installed; install it with: pip install 'gc2ray[demo]'"
+            ) from error
         photos += [Photo(name, (root / name).read_bytes()) for name in names]
     return sorted(photos, key=lambda photo: photo.name)
 
