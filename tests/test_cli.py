@@ -158,6 +158,44 @@ def test_a_bad_job_is_refused_before_ray(
     assert "Traceback" not in result.stderr
 
 
+def test_a_method_of_ones_own_is_allowed_on_the_command_line(
+    tmp_path: Path, tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    path = job_file(tmp_path, tiny_paths["vicuna"])
+    method = "recipe.compression.method=custom_method:CenterCrop"
+    refused = here("check", path, method, "--rows", 4)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "set recipe.compression.allow_code: true" in refused.stderr
+    allowed = here("check", path, method, "recipe.compression.allow_code=true", "--rows", 4)
+    assert allowed.exit_code == 0, allowed.output
+
+
+@pytest.mark.ray
+def test_a_run_with_a_method_in_the_working_directory(
+    tmp_path: Path, tiny_paths: dict[str, Path]
+) -> None:
+    """Through the console script, which does not put that directory on the Python path."""
+    path = job_file(tmp_path, tiny_paths["vicuna"])
+    shutil.copy(ROOT / "examples" / "custom_method.py", tmp_path)
+    job = json.loads(path.read_text())
+    job["recipe"]["compression"] |= {"method": "custom_method:CenterCrop", "allow_code": True}
+    path.write_text(json.dumps(job))
+    script = "import sys; sys.path.remove(''); from gc2ray.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "run", path],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    assert {row["method"] for row in rows} == {"center-crop"}
+
+
 @pytest.mark.parametrize("number", ["nan", "inf"])
 @pytest.mark.parametrize(
     ("command", "option"),

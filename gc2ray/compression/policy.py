@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.packing import Packing
-from gc2ray.compression.registry import build
+from gc2ray.compression.registry import build_configured
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.records import RECIPES_POLICY, UNCOMPRESSED
@@ -34,9 +34,7 @@ class CompressionPolicy:
     @staticmethod
     def from_config(config: CompressionConfig) -> CompressionPolicy:
         """The policy of a configuration."""
-        compressor = build(
-            config.method, retention=config.retention, temperature=config.temperature
-        )
+        compressor = build_configured(config)
         packing = Packing(config.positions, config.newlines)
         return CompressionPolicy(compressor, packing, config.retention_requested)
 

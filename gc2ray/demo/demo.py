@@ -29,6 +29,7 @@ from gc2ray.core.metrics.scores import score
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
+from gc2ray.output.compact import read_answers
 from gc2ray.output.planner import Outcome
 from gc2ray.report.evaluation import agreement
 from gc2ray.runner.ray_session import connected
@@ -64,7 +65,7 @@ def demo(root: Path) -> int:
             outcome = _run(job)
             if outcome.exit_code:
                 return outcome.exit_code
-            answers[job.output] = api.read_answers(job.output).to_pylist()
+            answers[job.output] = read_answers(job.output).to_pylist()
     _show_answers(console, answers[compressed.output])
     _show_accuracy(console, answers[compressed.output], answers[uncompressed.output])
     console.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gc2ray.core.config.compression import METHODS
+from gc2ray.core.config.compression import CUSTOM, METHODS
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Request
@@ -65,12 +65,12 @@ def compared_settings(job: Job, request: TuneRequest) -> list[CompressionSetting
     own = job.recipe.compression.method
     methods = request.methods or (own if own != "none" else DEFAULT_METHOD,)
     for method in methods:
-        if method not in METHODS:
-            names = ", ".join(sorted(METHODS))
+        if method not in {*METHODS, own}:
+            names = ", ".join(sorted({*METHODS, own}))
             raise ConfigError(f"--method: no method {method!r}; there are {names}")
     settings = []
     for method in methods:
-        settable = METHODS[method].takes_retention
+        settable = METHODS.get(method, CUSTOM).takes_retention
         for retention in (request.retentions or TUNED_RETENTIONS) if settable else (1.0,):
             if not 0 < retention <= 1:
                 raise ConfigError(f"--retention: the fraction KEPT, in (0, 1]; got {retention:g}")

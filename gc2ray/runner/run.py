@@ -219,9 +219,10 @@ def _check_before_answering(output: _Output) -> tuple[Sequence[SourceFile], pa.S
         The input files, if there is no plan yet, and the schema of the kept columns.
 
     Raises:
-        ConfigError: The model, the output or the input cannot be used.
+        ConfigError: The method, the model, the output or the input cannot be used.
     """
     recipe = output.job.recipe
+    recipe.compression.source()  # a custom method is found, and unchanged
     check_model(recipe.model, recipe.generation.taken_over())
     output.store.check_usable(writing=True)
     warn_of_others(output.store)

@@ -229,6 +229,7 @@ class Worker:
         # and the command line, which know workers too, start seconds sooner without them.
         from gc2ray.engine.engine import load_engine
 
+        job.recipe.compression.source()  # of this node; refused before the model is fetched
         engine = load_engine(job.recipe, job.cluster, self._tick)
         audit = job.recipe.audit
         if not audit.share:

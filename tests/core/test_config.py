@@ -656,6 +656,7 @@ CHANGES: dict[str, object] = {
     "compression.temperature": 9,
     "compression.positions": "original",
     "compression.newlines": "none",
+    "compression.allow_code": True,
     "generation.max_new_tokens": 9,
     "generation.temperature": 0.1,
     "generation.top_p": 0.9,
@@ -678,6 +679,7 @@ CHANGES: dict[str, object] = {
 """Every recipe setting that has a choice, and another value of it."""
 
 ONE_CHOICE = {
+    "compression.source_sha256",  # where the method is gc2ray's; see test_method_source.py
     "model.adapter",
     "model.quantization",
 }

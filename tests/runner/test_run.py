@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gc2ray import __version__
 from gc2ray.cli import app
-from gc2ray.core.config.job import Job
+from gc2ray.core.config.job import Job, parse_job
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
@@ -27,6 +27,7 @@ from gc2ray.runner.worker import Worker
 from tests.data.test_dataset import write
 from tests.output.test_retry import answer
 from tests.support.fakes import EchoEngine
+from tests.support.methods import SOURCE, write_method
 from tests.support.outputs import with_footer
 from tests.support.ray_head import until
 from tests.support.rows import make_job, write_rows
@@ -55,6 +56,13 @@ def answered(job: Job, shard_rows: int = 3) -> Plan:
     answer(worker, plan)
     until(lambda: Store(job.output).read(f"workers/{worker.uuid}.json"))  # written by a thread
     return plan
+
+
+def with_method(job: Job) -> Job:
+    """The same, read again, with a method of one's own."""
+    data = job.model_dump(mode="json")
+    data["recipe"]["compression"] = {"method": "own_method:Own", "allow_code": True}
+    return parse_job(data)
 
 
 def kept(job: Job, *names: object) -> Job:
@@ -152,6 +160,34 @@ def test_an_output_of_another_version_is_refused_by_every_command(
         assert told in " ".join(result.output.split()), command
         assert result.output.count("\n") <= 2, command
     assert sorted(tmp_path.rglob("*")) == sorted([*before, file])
+
+
+def test_a_run_whose_method_has_another_source_is_not_resumed(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_method(tmp_path, "own_method")
+    job = with_method(job)
+    answered(job)
+    assert run_job(job).exit_code == 0  # it is whole
+    path.write_text(SOURCE + "# changed\n")
+    with pytest.raises(ConfigError) as caught:
+        run_job(with_method(job))
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith("the output directory belongs to another recipe")
+    assert [line.split()[0] for line in others] == ["recipe.compression.source_sha256:"]
+
+
+def test_a_method_that_is_gone_is_refused_before_ray(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the recipe is that of the output, as a retry's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_method(tmp_path, "own_method")
+    job = with_method(job)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"recipe\.compression\.method: no module 'own_method'"):
+        run_job(job)
 
 
 # --- told ---------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from gc2ray.runner.journal import read_and_remove
 from gc2ray.runner.messages import PoisonRow, ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
+from tests.support.methods import SOURCE, write_method
 from tests.support.ray_head import until
 from tests.support.rows import encoded, make_job, picture, prompts_of, question_list, write_rows
 
@@ -426,6 +427,20 @@ def test_a_worker_with_another_model_is_refused(job: Job) -> None:
         make_worker(job, other)
     make_worker(job.model_copy(update={"output": f"{job.output}-2"}), other)
     assert json.loads(Store(job.output).read("model.json") or b"")["digest"] == "no model"
+
+
+def test_a_worker_with_another_source_of_the_method_is_refused(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it fetches the model: there is none here."""
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_method(tmp_path, "own_method")
+    recipe = job.recipe.model_dump(mode="json")
+    recipe["compression"] = {"method": "own_method:Own", "allow_code": True}
+    worker = Worker(job.model_copy(update={"recipe": parse_recipe(recipe)}), CARRIED)
+    path.write_text(SOURCE + "# of another node\n")
+    with pytest.raises(ConfigError, match=r"recipe\.compression\.source_sha256: the source of own"):
+        worker.load()
 
 
 def hand(shard: Shard, **known: object) -> ShardAssignment:

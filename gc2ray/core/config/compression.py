@@ -2,21 +2,31 @@
 
 The methods' code takes torch, which takes seconds and hundreds of megabytes to import. Commands,
 drivers and reports only read the configuration and need no torch, so the names of the methods and
-the settings that each takes are here; tests hold `gc2ray.compression.registry` to them.
+the settings that each takes are here; tests hold `gc2ray.compression.registry` to them. Methods
+that gc2ray does not bring (`gc2ray.core.config.method_source`) all take the settings of `CUSTOM`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
+from gc2ray.core.config.method_source import (
+    MethodSource,
+    entry_point_names,
+    find_method,
+    is_dotted,
+)
 from gc2ray.core.config.yaml_models import (
     Frozen,
+    setting_error,
     unknown_key,
 )
+from gc2ray.core.errors import ConfigError
 
 Positions = Literal["compact", "original"]
 Newlines = Literal["kept_rows", "all", "none"]
@@ -26,7 +36,8 @@ class CompressionConfig(Frozen):
     """The compression method and its settings.
 
     Attributes:
-        method: Name of the method.
+        method: One of gc2ray's methods; an entry point of the group `gc2ray.methods`; or, where
+            `allow_code` is true, `package.module:Class`.
         retention: Fraction of visual tokens that is KEPT.
         temperature: Of the softmax by which the thumbnail sets the crops' budgets; the higher, the
             more alike they are. Only methods that use the thumbnail's scores read it.
@@ -34,6 +45,9 @@ class CompressionConfig(Frozen):
             positions that they have without compression (`original`).
         newlines: Which canvas rows end in a newline token: those that keep a token, as in the
             paper, all, or none.
+        allow_code: Whether `method` may name a Python class by its path, whose code is then run.
+        source_sha256: Digest of the source file of a method that gc2ray does not bring. It is
+            filled in when the recipe is read; another source is another recipe.
     """
 
     method: str = "globalcom2"
@@ -41,18 +55,64 @@ class CompressionConfig(Frozen):
     temperature: float = Field(default=10.0, gt=0)
     positions: Positions = "compact"
     newlines: Newlines = "kept_rows"
+    allow_code: bool = Field(default=False, strict=True)
+    source_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
-    @field_validator("method")
+    @model_validator(mode="before")
     @classmethod
-    def _known(cls, method: str) -> str:
-        if method not in METHODS:
-            raise ValueError(unknown_key(method, sorted(METHODS)))
-        return method
+    def _with_source(cls, data: Any) -> Any:
+        """Fill in the digest of a method's source, where it is found."""
+        if not isinstance(data, Mapping) or data.get("source_sha256") is not None:
+            return data
+        method = data.get("method")
+        if not isinstance(method, str) or method in METHODS:
+            return data
+        try:
+            return {**data, "source_sha256": find_method(method).sha256}
+        except LookupError:  # `_known` says so
+            return data
+
+    @model_validator(mode="after")
+    def _known(self) -> CompressionConfig:
+        method = self.method
+        if method in METHODS:
+            if self.source_sha256 is not None:
+                raise setting_error("source_sha256", f"{method!r} is a method of gc2ray: remove it")
+            return self
+        if is_dotted(method) and not self.allow_code:
+            raise setting_error(
+                "method",
+                f"{method!r} runs Python code that gc2ray does not bring; if you trust it, set "
+                "recipe.compression.allow_code: true",
+            )
+        if self.source_sha256 is None:
+            raise setting_error("method", _why_unknown(method))
+        return self
+
+    def source(self) -> MethodSource | None:
+        """The source of the method, checked; None for a method of gc2ray.
+
+        Raises:
+            ConfigError: It is not found, or is not the one that the recipe was read with.
+        """
+        if self.method in METHODS:
+            return None
+        try:
+            source = find_method(self.method)
+        except LookupError as error:
+            raise ConfigError(f"recipe.compression.method: {error}") from error
+        if source.sha256 != self.source_sha256:
+            raise ConfigError(
+                f"recipe.compression.source_sha256: the source of {self.method} is not that of the "
+                f"recipe ({self.source_sha256}): {source.file} has {source.sha256}; restore that "
+                "file, or choose a new output"
+            )
+        return source
 
     @property
     def kind(self) -> Method:
         """What is known of the method."""
-        return METHODS[self.method]
+        return METHODS.get(self.method, CUSTOM)
 
     @property
     def retention_requested(self) -> float:
@@ -84,6 +144,9 @@ class Method:
         return "retention" in self.settings
 
 
+CUSTOM = Method(("retention", "temperature"))
+"""What holds of every method that gc2ray does not bring: it takes a retention, and 1 keeps all."""
+
 METHODS = {
     "globalcom2": Method(("retention", "temperature")),
     "globalcom2-reference": Method(("retention", "temperature"), whole_from=math.inf),
@@ -95,3 +158,14 @@ METHODS = {
     "pool": Method(),
 }
 """By the name in a recipe."""
+
+
+def _why_unknown(method: str) -> str:
+    """Why there is no such method."""
+    if not is_dotted(method) and method not in entry_point_names():
+        return unknown_key(method, sorted({*METHODS, *entry_point_names()}))
+    try:
+        find_method(method)
+    except LookupError as error:
+        return str(error)
+    return f"{method!r} cannot be read"

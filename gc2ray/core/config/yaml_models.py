@@ -9,7 +9,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from gc2ray.core.config.strict_yaml import joined, load, load_value
 from gc2ray.core.errors import ConfigError
@@ -17,6 +18,7 @@ from gc2ray.core.errors import ConfigError
 M = TypeVar("M", bound=BaseModel)
 MAX_PROBLEMS = 20
 """Of a configuration, that are told at once."""
+_OF_SETTING = "setting"
 _SHOWN = 300
 """Characters of a value that are told: aliases make gigabytes of a few lines of YAML."""
 
@@ -30,9 +32,10 @@ class Frozen(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth(cls, value: object) -> object:
-        """No setting is true or false, which YAML also reads from `on` and `no`."""
-        if isinstance(value, bool):
+    def _no_truth(cls, value: object, info: ValidationInfo) -> object:
+        """Few settings are true or false, which YAML also reads from `on` and `no`."""
+        wants_truth = cls.model_fields[info.field_name or ""].annotation is bool
+        if isinstance(value, bool) and not wants_truth:
             raise ValueError("true and false (yes, no, on, off) are no value of it")
         return value
 
@@ -151,6 +154,10 @@ def _check_characters(found: BaseModel) -> None:
 
 def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
+    given = problem["input"]
+    if problem["type"] == _OF_SETTING:
+        path.append(problem["ctx"]["setting"])
+        given = given.get(path[-1]) if isinstance(given, Mapping) else None
     where = ".".join(path) or "configuration"
     if problem["type"] == "extra_forbidden":
         owner = _model_at(model, path[:-1])
@@ -159,7 +166,6 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"{where}: required, and not set"
     if problem["type"] == "none_required":
         return f"{where}: not supported yet; leave it null"
-    given = problem["input"]
     unquoted = problem["type"] == "string_type" and not isinstance(given, list | dict | None)
     hint = " (in quotes it is text)" if unquoted else ""
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}{hint}; got {_shown(given)}"
@@ -185,6 +191,11 @@ def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
             break
         model = kind
     return model
+
+
+def setting_error(setting: str, message: str) -> PydanticCustomError:
+    """For checks over several settings: what is wrong with one of them, which is then named."""
+    return PydanticCustomError(_OF_SETTING, "{message}", {"setting": setting, "message": message})
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:

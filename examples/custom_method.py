@@ -1,0 +1,33 @@
+"""A compression method of your own: keep the middle of every view.
+
+Run it from this folder, or with this folder on PYTHONPATH:
+
+    gc2ray run job.yaml recipe.compression.method=custom_method:CenterCrop \
+        recipe.compression.allow_code=true
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gc2ray.compression.base import MaskCompressor, ViewBatch
+from gc2ray.compression.selection import share_of, top_k_mask
+
+
+@dataclass(frozen=True)
+class CenterCrop(MaskCompressor):
+    """Keep of each view the share `retention` of its tokens that lie nearest to its middle."""
+
+    name: ClassVar[str] = "center-crop"
+
+    def keep(self, batch: ViewBatch) -> Tensor:
+        """Mark what is kept, bool (V, N): V views of all images of the batch, N tokens of each."""
+        rows, columns = batch.images[0].canvas.side  # of a view's tokens, N = rows x columns
+        device = batch.valid.device
+        down = torch.arange(rows, device=device) - (rows - 1) / 2
+        right = torch.arange(columns, device=device) - (columns - 1) / 2
+        nearness = -(down[:, None] ** 2 + right**2).flatten().expand(batch.valid.shape)
+        shown = nearness.masked_fill(~batch.valid, -torch.inf)  # padding is never kept
+        return top_k_mask(shown, share_of(batch.counts, self.retention))

@@ -1,0 +1,123 @@
+"""Compression methods that gc2ray does not bring: where their source lies, and its digest.
+
+Such a method is named `package.module:Class`, or by an entry point of the group `gc2ray.methods`
+of an installed package. Finding its file runs none of its code and imports no package above it, so
+that a recipe can be read without either.
+
+Not covered: a digest of what the module imports, its package included; modules in zip files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+ENTRY_POINTS = "gc2ray.methods"
+_NAME = r"[^\W\d]\w*"
+_DOTTED = re.compile(rf"{_NAME}(\.{_NAME})*:{_NAME}")
+
+
+@dataclass(frozen=True)
+class MethodSource:
+    """The source of a method.
+
+    Attributes:
+        module: Its full name.
+        class_name: Of the class in it.
+        file: The module's file.
+        sha256: Digest of that file.
+    """
+
+    module: str
+    class_name: str
+    file: Path
+    sha256: str
+
+    @property
+    def root(self) -> Path:
+        """What has to be copied to import the module elsewhere: a file, or a package's folder."""
+        depth = self.module.count(".")
+        if self.file.name == "__init__.py":
+            return self.file.parents[depth]
+        return self.file.parents[depth - 1] if depth else self.file
+
+
+def is_dotted(method: str) -> bool:
+    """Whether a method is named by a path, `package.module:Class`, and not by an entry point."""
+    return ":" in method
+
+
+def entry_point_names() -> list[str]:
+    """Names of the methods that installed packages bring."""
+    return sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+
+
+def find_method(method: str) -> MethodSource:
+    """Find the source of a method, without running any of it.
+
+    Raises:
+        LookupError: There is no such method; the message says what is missing.
+    """
+    point = _entry_point(method)
+    file = _source_file(point.module)
+    if file is None:
+        raise LookupError(
+            f"no module {point.module!r} with a source file on the Python path or in "
+            f"{Path.cwd()}; install it, or add its folder to PYTHONPATH"
+        )
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise LookupError(f"{file} cannot be read: {error.strerror}") from error
+    return MethodSource(point.module, point.attr, file, hashlib.sha256(data).hexdigest())
+
+
+def _entry_point(method: str) -> EntryPoint:
+    """The module and the class that a method's name stands for.
+
+    Raises:
+        LookupError: It is neither a dotted path nor an entry point.
+    """
+    points = entry_points(group=ENTRY_POINTS, name=method)
+    if points:
+        point = next(iter(points))
+    elif is_dotted(method):
+        point = EntryPoint(method, method, ENTRY_POINTS)
+    else:
+        raise LookupError(f"no installed package has an entry point {method!r} in {ENTRY_POINTS}")
+    if not _DOTTED.fullmatch(point.value):
+        raise LookupError(f"{point.value!r} is not written package.module:Class")
+    return point
+
+
+def _source_file(module: str) -> Path | None:
+    importlib.invalidate_caches()
+    parts = module.split(".")
+    folders: Sequence[str] | None = None
+    spec = None
+    for depth in range(len(parts)):
+        if depth and folders is None:  # what is above it is no package
+            return None
+        spec = _spec(".".join(parts[: depth + 1]), folders)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations
+    if spec is None or not spec.has_location or not str(spec.origin).endswith(".py"):
+        return None
+    return Path(str(spec.origin)).absolute()
+
+
+def _spec(name: str, folders: Sequence[str] | None) -> ModuleSpec | None:
+    """As Python's own import finds it, and at last in the working directory."""
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, folders)
+        if spec is not None:
+            return spec
+    return PathFinder.find_spec(name, [str(Path.cwd())]) if folders is None else None
