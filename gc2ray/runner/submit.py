@@ -1,8 +1,9 @@
 """`JobServer`: runs a job on a Ray cluster from outside, through the cluster's job server.
 
-What travels is this package and the job file, as Ray's working directory. Nothing else: no
-environment variable, because Ray stores those in clear and shows them to whoever may list jobs.
-Nodes get credentials the way their storage hands them out: role, profile, mounted file.
+What travels is this package, the job file and the compression method that the job names, if it is
+not one of gc2ray's, as Ray's working directory. The weights of the demo's model do not, and no
+environment variable does, because Ray stores those in clear and shows them to whoever may list
+jobs. Nodes get their credentials from their own storage: role, profile, mounted file.
 
 The libraries that gc2ray depends on are expected in the cluster's image.
 
@@ -28,7 +29,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import gc2ray
+from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Job
+from gc2ray.core.config.method_source import ENTRY_POINTS, is_dotted
 from gc2ray.core.errors import ConfigError, GivenUp, first_line
 from gc2ray.runner.ray_session import check_port
 
@@ -37,6 +40,9 @@ JOB_FILE = "job.yaml"
 POLL_SECONDS = 1.0
 LOST_SECONDS = 60.0
 """Time that a job server may be silent before whoever follows a job gives up."""
+PACKAGE = Path(gc2ray.__file__).parent
+_DEMO_MODEL = Path("demo", "model")
+_METADATA = "Metadata-Version: 2.1\nName: gc2ray-job-method\nVersion: 0\n"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 log = logging.getLogger(__name__)
@@ -71,9 +77,11 @@ class JobServer:
             submission_id: Unique on the cluster; None: the server draws one.
 
         Raises:
-            ConfigError: A path is relative, the id is taken, or the server refuses.
+            ConfigError: A path is relative, the model is the demo's in this package, the source of
+                the compression method has changed, the id is taken, or the server refuses.
         """
         job.check_portable()
+        _check_model_travels(job)
         if submission_id is not None and self._is_taken(submission_id):
             raise ConfigError(
                 f"--id: there is a job {submission_id} already; choose another, or leave it out"
@@ -186,12 +194,59 @@ def _check_address(address: str) -> None:
         ) from error
 
 
+def _check_model_travels(job: Job) -> None:
+    """Refuse the demo's model where it lies in this package, because it is not uploaded.
+
+    Raises:
+        ConfigError: It is the job's model.
+    """
+    path = Path(job.recipe.model.path)
+    if path.is_absolute() and path.resolve() == (PACKAGE / _DEMO_MODEL).resolve():
+        raise ConfigError(
+            f"recipe.model.path: {path} is the demo's model, which is not uploaded; copy that "
+            "directory to a place that all nodes of the cluster read, and name it"
+        )
+
+
 @contextmanager
 def _packed(job: Job) -> Iterator[Path]:
-    """A directory with this package and the job file, for as long as it takes to upload it."""
-    with tempfile.TemporaryDirectory(prefix="gc2ray-job-") as folder:
-        package = Path(gc2ray.__file__).parent
-        leave_out = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(package, Path(folder) / package.name, ignore=leave_out)
-        (Path(folder) / JOB_FILE).write_text(job.to_yaml(), encoding="utf-8")
-        yield Path(folder)
+    """A directory with everything that is uploaded, for as long as that takes."""
+    with tempfile.TemporaryDirectory(prefix="gc2ray-job-") as name:
+        folder = Path(name)
+        shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=_left_out)
+        _pack_method(job.recipe.compression, folder)
+        (folder / JOB_FILE).write_text(job.to_yaml(), encoding="utf-8")
+        yield folder
+
+
+def _left_out(folder: str, names: Sequence[str]) -> set[str]:
+    """Names of a folder of this package that are not uploaded."""
+    return {
+        name
+        for name in names
+        if name == "__pycache__" or Path(folder, name) == PACKAGE / _DEMO_MODEL
+    }
+
+
+def _pack_method(compression: CompressionConfig, folder: Path) -> None:
+    """Add the module of a method that gc2ray does not bring, with its entry point if it has one.
+
+    Raises:
+        ConfigError: Its source is gone, or is not that of the recipe.
+    """
+    source = compression.source()
+    if source is None or source.root == PACKAGE:
+        return
+    root = source.root
+    if root.is_dir():
+        shutil.copytree(root, folder / root.name, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(root, folder)
+    if not is_dotted(compression.method):
+        about = folder / "gc2ray_job_method-0.dist-info"  # as of an installed package
+        about.mkdir()
+        name, value = compression.method, f"{source.module}:{source.class_name}"
+        (about / "METADATA").write_text(_METADATA, encoding="utf-8")
+        (about / "entry_points.txt").write_text(
+            f"[{ENTRY_POINTS}]\n{name} = {value}\n", encoding="utf-8"
+        )

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from gc2ray.core.config.job import load_job
+from gc2ray.core.config.job import Job, load_job
 from gc2ray.core.errors import ConfigError, GivenUp
 from gc2ray.core.stats import RunStats
 from gc2ray.data.store import Store
+from gc2ray.demo.spec import MODEL
 from gc2ray.output.parts import list_parts, read_part_footers
 from gc2ray.output.verify import verify
 from gc2ray.runner import submit as submission
 from gc2ray.runner.submit import JobServer
+from tests.support.methods import SOURCE, install_method, write_method
 from tests.support.object_servers import free_port
 from tests.support.ray_head import (
     ROOT,
@@ -35,6 +39,8 @@ from tests.support.ray_head import (
     until,
     write_job,
 )
+
+EXAMPLES = ROOT / "examples"
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -130,6 +136,105 @@ def test_a_job_ends_with_its_own_exit_code(head: RayHead, job_file: Path) -> Non
     assert result.returncode == 2
     refused = "configuration: recipe.input.uri: no Parquet files at /nowhere/rows.parquet\n"
     assert refused in result.stdout
+
+
+def test_a_method_of_ones_own_travels_with_the_job(
+    head: RayHead, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head was started without the folder that it is found in here."""
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
+    overrides = ["compression.method=custom_method:CenterCrop", "compression.allow_code=true"]
+    words = ["submit", job_file, *(f"recipe.{override}" for override in overrides)]
+    result = gc2ray(head, *words, "--address", head.address, "--follow")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = pq.read_table(Path(output_of(job_file)) / "data").to_pylist()
+    assert {row["method"] for row in rows} == {"center-crop"}
+
+
+# --- what is uploaded -----------------------------------------------------------------------------
+
+
+class Receiving:
+    """A client that keeps what is uploaded to its server."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def submit_job(self, *, runtime_env: dict[str, str], **_: object) -> str:
+        shutil.copytree(runtime_env["working_dir"], self.folder)
+        return "job"
+
+
+def uploaded(monkeypatch: pytest.MonkeyPatch, job: Job, folder: Path) -> Path:
+    monkeypatch.setattr(submission, "_check_address", lambda _: None)
+    monkeypatch.setattr(submission, "JobSubmissionClient", lambda _: Receiving(folder))
+    JobServer("http://head:8265").submit(job)
+    return folder
+
+
+def test_weights_of_the_demo_are_not_uploaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job_file: Path
+) -> None:
+    """Nor anything else that is large; everything but the weights is as in the package."""
+    folder = uploaded(monkeypatch, load_job(job_file), tmp_path / "uploaded")
+    assert {path.name for path in folder.iterdir()} == {"gc2ray", "job.yaml"}
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    assert max(path.stat().st_size for path in files.values()) < 1 << 20
+    there = {
+        path.relative_to(ROOT)
+        for path in (ROOT / "gc2ray").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {*files} == {Path("job.yaml")} | {path for path in there if MODEL.name not in path.parts}
+
+
+def test_a_job_runs_from_what_is_uploaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job_file: Path
+) -> None:
+    """With a method of an installed package, which the cluster does not have."""
+    site = tmp_path / "site"
+    (site / "own_package").mkdir(parents=True)
+    (site / "own_package" / "__init__.py").touch()
+    write_method(site / "own_package", "methods")
+    install_method(site, "own-entry", "own_package.methods:Own")
+    with monkeypatch.context() as here:
+        here.syspath_prepend(site)
+        job = load_job(job_file, ["recipe.compression.method=own-entry"])
+        folder = uploaded(here, job, tmp_path / "uploaded")
+    done = subprocess.run(
+        [sys.executable, "-m", "gc2ray", "run", "job.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(Path(job.output) / "data").to_pylist()
+    assert {row["method"] for row in rows} == {"own"}
+
+
+def test_the_demos_model_in_the_package_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job_file: Path
+) -> None:
+    job = load_job(job_file, [f"recipe.model.path={MODEL}"])
+    with pytest.raises(
+        ConfigError, match=r"recipe\.model\.path: .* the demo's model, which is not"
+    ):
+        uploaded(monkeypatch, job, tmp_path / "uploaded")
+
+
+def test_a_method_that_changed_is_not_uploaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job_file: Path
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_method(tmp_path, "own_method")
+    own = ["recipe.compression.method=own_method:Own", "recipe.compression.allow_code=true"]
+    job = load_job(job_file, own)
+    path.write_text(SOURCE + "# changed\n")
+    with pytest.raises(ConfigError, match=r"recipe\.compression\.source_sha256: the source of own"):
+        uploaded(monkeypatch, job, tmp_path / "uploaded")
 
 
 # --- not handed in ------------------------------------------------------------------------------
@@ -237,7 +342,7 @@ DRIVER = """
 import itertools, sys, time
 from functools import partial
 from pathlib import Path
-from gc2ray.core.config.job import load_job
+from gc2ray.core.config.job import Job, load_job
 from gc2ray.runner.run import run_job
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
