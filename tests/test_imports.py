@@ -52,6 +52,7 @@ BORDERS: dict[str, set[str]] = {
     "pyarrow": {"core/schema.py", "data", "output", "runner", "report/show.py", "demo"},
     "PIL": {"data", "models", "engine/local_model.py", "demo"},
     "pydantic": {"core/config", "estimate/hardware.py"},
+    "pydantic_core": {"core/config"},
     "yaml": {"core/config", "report"},
     "pythonjsonlogger": {"core/logs.py"},
     "rapidfuzz": {"core/metrics"},
