@@ -36,8 +36,9 @@ class CompressionConfig(Frozen):
     """The compression method and its settings.
 
     Attributes:
-        method: One of gc2ray's methods; an entry point of the group `gc2ray.methods`; or, where
-            `allow_code` is true, `package.module:Class`.
+        method: Name of the method: one of gc2ray's, or an entry point of the group
+            `gc2ray.methods` of an installed package; or `package.module:Class`, where `allow_code`
+            is true.
         retention: Fraction of visual tokens that is KEPT.
         temperature: Of the softmax by which the thumbnail sets the crops' budgets; the higher, the
             more alike they are. Only methods that use the thumbnail's scores read it.
@@ -45,9 +46,9 @@ class CompressionConfig(Frozen):
             positions that they have without compression (`original`).
         newlines: Which canvas rows end in a newline token: those that keep a token, as in the
             paper, all, or none.
-        allow_code: Whether `method` may name a Python class by its path, whose code is then run.
-        source_sha256: Digest of the source file of a method that gc2ray does not bring. It is
-            filled in when the recipe is read; another source is another recipe.
+        allow_code: Whether `method` may be `package.module:Class`, whose code is then run.
+        source_sha256: Digest of the source file of a method that is not gc2ray's. None: it is
+            filled in when the recipe is read. A changed source is a different recipe.
     """
 
     method: str = "globalcom2"
