@@ -3,7 +3,7 @@
 The methods' code takes torch, which takes seconds and hundreds of megabytes to import. Commands,
 drivers and reports only read the configuration and need no torch, so the names of the methods and
 the settings that each takes are here; tests hold `gc2ray.compression.registry` to them. Methods
-that gc2ray does not bring (`gc2ray.core.config.method_source`) all take the settings of `CUSTOM`.
+that are not part of gc2ray (`gc2ray.core.config.method_source`) all take the settings of `CUSTOM`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CompressionConfig(Frozen):
         if is_dotted(method) and not self.allow_code:
             raise setting_error(
                 "method",
-                f"{method!r} runs Python code that gc2ray does not bring; if you trust it, set "
+                f"{method!r} runs Python code that is not part of gc2ray; if you trust it, set "
                 "recipe.compression.allow_code: true",
             )
         if self.source_sha256 is None:
@@ -112,12 +112,12 @@ class CompressionConfig(Frozen):
 
     @property
     def kind(self) -> Method:
-        """What is known of the method."""
+        """What is known of the method without its code."""
         return METHODS.get(self.method, CUSTOM)
 
     @property
     def retention_requested(self) -> float:
-        """What the method was asked to keep: 1.0 where it has no retention to set."""
+        """The retention that the method is given; 1.0 for methods that take none."""
         return self.retention if self.kind.takes_retention else 1.0
 
     @property
@@ -128,10 +128,10 @@ class CompressionConfig(Frozen):
 
 @dataclass(frozen=True)
 class Method:
-    """A method of compression, as it is chosen.
+    """What is known of a compression method without its code.
 
     Attributes:
-        settings: What it can be told.
+        settings: Names of the settings that it takes.
         whole_from: The lowest retention at which images pass untouched; 0 where they always do,
             infinite where they never do.
     """
@@ -146,7 +146,7 @@ class Method:
 
 
 CUSTOM = Method(("retention", "temperature"))
-"""What holds of every method that gc2ray does not bring: it takes a retention, and 1 keeps all."""
+"""Every method that is not part of gc2ray: it takes a retention, and keeps everything at 1."""
 
 METHODS = {
     "globalcom2": Method(("retention", "temperature")),

@@ -1,4 +1,4 @@
-"""Compression methods that gc2ray does not bring: where their source lies, and its digest.
+"""Compression methods that are not part of gc2ray: their source files and digests.
 
 Such a method is named `package.module:Class`, or by an entry point of the group `gc2ray.methods`
 of an installed package. Finding its file runs none of its code and imports no package above it, so

@@ -194,7 +194,7 @@ def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
 
 
 def setting_error(setting: str, message: str) -> PydanticCustomError:
-    """For checks over several settings: what is wrong with one of them, which is then named."""
+    """An error of a check over several settings; the message will name the one at fault."""
     return PydanticCustomError(_OF_SETTING, "{message}", {"setting": setting, "message": message})
 
 
