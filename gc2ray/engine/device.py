@@ -16,6 +16,8 @@ import psutil
 import pynvml
 import torch
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 
 class EnergyMeter:
     """Counts energy from when it is made.
@@ -81,8 +83,7 @@ class Memory:
 def free_host_bytes() -> int:
     """Memory that this process may still take, of the machine and of its control group."""
     free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
     if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
         free = min(free, max(0, int(most) - int(used.read_text())))
     return free

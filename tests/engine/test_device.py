@@ -1,11 +1,16 @@
-"""What a GPU tells of its consumption, by a library that only looks like NVML."""
+"""A GPU's energy, from a library that only looks like NVML, and the host's free memory."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
 import pynvml
 import pytest
 
-from gc2ray.engine.device import EnergyMeter
+from gc2ray.engine import device
+from gc2ray.engine.device import EnergyMeter, free_host_bytes
 
 COUNTER = [5_000, 5_700, 9_000]
 
@@ -43,3 +48,18 @@ def test_neither_has_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert EnergyMeter("1234").millijoules() == 0
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "free"),
+    [("900", 300, 600), ("900", 950, 0), ("max", 300, 1000), (None, 0, 1000)],
+)
+def test_free_memory_ends_at_the_control_groups_limit(
+    most: str | None, used: int, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(device, "CONTROL_GROUP", tmp_path)
+    if most is not None:
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+    assert free_host_bytes() == free
