@@ -1,4 +1,4 @@
-/* Attention of packed float32 sequences on an x86 CPU with AVX2; see compiled_attention.py.
+/* Attention of packed float32 sequences on an x86 CPU with AVX2; see cpu_attention.py.
  *
  * A task is a sequence and a key-value head, so results depend neither on the number of threads
  * nor on a sequence's neighbours. Queries of a sequence are taken 24 at a time: their scores against
