@@ -259,7 +259,7 @@ def test_compact(tmp_path: Path) -> None:
     result = here("compact", tmp_path / "out", tmp_path / "dest")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"configuration: {tmp_path}/dest: holds a finished dataset; choose another place\n"
+        f"configuration: {tmp_path}/dest: holds a finished dataset; choose another destination\n"
     )
 
 

@@ -1,10 +1,10 @@
 """The latest answers of an output as a plain dataset: few files, in input order, `_SUCCESS` last.
 
-A file is written to a temporary folder of this machine first and then made under its name as a
-whole, so that nothing half written is ever seen. In memory are one part of each round and one
-row group. What was cut short has no `_SUCCESS`, and is begun anew in an empty place.
+Each file is written to a temporary folder on this machine and then created under its final name in
+one step, so a half-written file is never visible. Memory holds one part of each round and one row
+group. A dataset without `_SUCCESS` is incomplete: delete it and start again.
 
-Not covered: going on with what was cut short; partitions.
+Not covered: resuming an interrupted `compact`; partitions.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class DataFile:
     """A file of the dataset.
 
     Attributes:
-        name: Of it, in the dataset.
-        answers: Answer rows.
-        failed: Those of them that are not `ok`.
-        bytes: Its size.
-        sha256: Of its content.
+        name: Name of the file, relative to the dataset.
+        answers: Number of answer rows.
+        failed: Number of answer rows that are not `ok`.
+        bytes: Size of the file.
+        sha256: Digest of its content.
     """
 
     name: str
@@ -55,16 +55,16 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was written; `_SUCCESS` says the same.
+    """A dataset that was written; `_SUCCESS` holds the same fields.
 
     Attributes:
-        rows: Input rows.
-        answers: Answer rows.
-        failed: Answer rows that are not `ok`.
-        files: In input order.
+        rows: Number of input rows.
+        answers: Number of answer rows.
+        failed: Number of answer rows that are not `ok`.
+        files: Its files, in input order.
         run: Fingerprint of the recipe.
-        rounds: Whose answers they are.
-        version: Of gc2ray.
+        rounds: The rounds whose answers it holds.
+        version: Version of gc2ray that wrote it.
     """
 
     rows: int
@@ -84,8 +84,8 @@ def compact(
     Args:
         output: Directory or URL of the run.
         destination: Directory or URL of the dataset; empty, or not there yet.
-        file_bytes: A file ends with the row group that makes it as large.
-        incomplete: Also where rows are not answered yet, without those.
+        file_bytes: Size at which a file ends, with the row group that reaches it.
+        incomplete: Write the dataset even if some rows are not answered, without those rows.
 
     Raises:
         ConfigError: There is no run, it is damaged or incomplete, or the destination is taken.
@@ -93,13 +93,13 @@ def compact(
     """
     store, target = Store(output), Store(destination)
     if store.holds(target):
-        raise ConfigError(f"{destination}: lies in {output}; choose a place of its own")
+        raise ConfigError(f"{destination}: lies inside {output}; choose a destination outside it")
     verdict = verify(output)
     if verdict.damage:
-        raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
+        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
     if verdict.missing and not incomplete:
         raise ConfigError(
-            f"{output}: {verdict.missing[0]}; --incomplete takes what there is without it"
+            f"{output}: {verdict.missing[0]}; pass --incomplete to export only the answered rows"
         )
     _check_empty(target)
     first = verdict.rounds[0].retry_round
@@ -112,9 +112,9 @@ def compact(
         run=first.plan.recipe_fingerprint,
         rounds=tuple(checked.retry_round.number for checked in verdict.rounds),
     )
-    told = json_bytes(asdict(dataset))
-    if not target.create(SUCCESS_NAME, told):
-        _check_own(target, SUCCESS_NAME, hashlib.sha256(told).hexdigest())
+    record = json_bytes(asdict(dataset))
+    if not target.create(SUCCESS_NAME, record):
+        _check_own(target, SUCCESS_NAME, hashlib.sha256(record).hexdigest())
     target.tidy()
     return dataset
 
@@ -158,27 +158,29 @@ def _check_empty(target: Store) -> None:
     target.check_usable(writing=False)
     names = target.names("")
     if f"/{SUCCESS_NAME}" in names:
-        raise ConfigError(f"{target.uri}: holds a finished dataset; choose another place")
+        raise ConfigError(f"{target.uri}: holds a finished dataset; choose another destination")
     if names:
         raise ConfigError(
-            f"{target.uri}: is not empty, and has no {SUCCESS_NAME}; choose another place, or, if "
-            "it was left by a compact that was cut short, delete it"
+            f"{target.uri}: is not empty, and has no {SUCCESS_NAME}; choose another destination, "
+            "or delete it if an interrupted compact left it"
         )
     target.check_usable(writing=True)
 
 
 def _check_own(target: Store, name: str, sha256: str) -> None:
-    """Of a name that is taken: by us, if only the acknowledgement was lost.
+    """Accept a name that is taken if the content is ours: only the acknowledgement was lost.
 
     Raises:
-        ConfigError: By somebody else.
+        ConfigError: Another writer created it.
     """
     if target.sha256(name) != sha256:
-        raise ConfigError(f"{target.uri}: {name} is there already: somebody else writes here too")
+        raise ConfigError(
+            f"{target.uri}: {name} exists with other content; another process writes here too"
+        )
 
 
 def _schema(first: RetryRound) -> pa.Schema:
-    """The parts' schema; what its metadata says is the run's, not a part's."""
+    """The parts' schema; its metadata describes the run instead of a part."""
     recipe = json.dumps(first.run.recipe.model_dump(mode="json"))
     about = {"gc2ray.run": first.plan.recipe_fingerprint, "gc2ray.recipe": recipe}
     return answer_schema(first.plan.carried, about)
@@ -196,7 +198,7 @@ def _answers(verdict: Verdict, columns: Sequence[str] | None = None) -> Iterator
 def _row_groups(
     tables: Iterable[pa.Table], schema: pa.Schema, size_bytes: int
 ) -> Iterator[pa.Table]:
-    """The same rows in tables of about a size, in memory; the last may be smaller."""
+    """The same rows in tables of about `size_bytes` in memory; the last may be smaller."""
     held: list[pa.Table] = []
     held_bytes = 0
     for table in tables:
@@ -215,7 +217,7 @@ def _row_groups(
 def _write(
     tables: Iterable[pa.Table], schema: pa.Schema, target: Store, file_bytes: int
 ) -> Iterator[DataFile]:
-    """Write files until there are no more tables; at least one, so that the schema is told."""
+    """Write files until the tables are used up; at least one file, so that the schema is kept."""
     groups = _row_groups(tables, schema, min(ROW_GROUP_BYTES, file_bytes))
     with tempfile.TemporaryDirectory(prefix="gc2ray-") as folder:
         following = next(groups, schema.empty_table())
@@ -235,7 +237,7 @@ def _write(
 
 
 def _fill(path: Path, groups: Iterator[pa.Table], file_bytes: int) -> tuple[int, int]:
-    """Write row groups until a file is large enough; its answer rows, and how many failed."""
+    """Write row groups until a file is large enough; return its answer rows and how many failed."""
     answers = failed = 0
     first = next(groups)
     with (

@@ -1,11 +1,11 @@
-"""`Heartbeat`: a driver's record in the output directory, rewritten while it lives.
+"""Records of drivers and workers in the output directory, rewritten while their processes live.
 
-It says who is at work and what became of the workers' time so far. A second driver on the same
-output sees it and says so. Nothing depends on it: parts are created, never overwritten, so two
-drivers are never wrong, only twice as expensive.
+`Heartbeat` keeps the record of a driver: which process runs, and how its workers have spent their
+time so far. A second driver on the same output sees that record and warns. Nothing depends on it:
+parts are created, never overwritten, so two drivers produce correct results at twice the cost.
 
-Not covered: clocks of two hosts that differ by more than the lease; then a second driver may not
-notice.
+Not covered: clocks of two hosts that differ by more than `ALIVE_SECONDS`. A second driver may then
+miss the first one.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from gc2ray.data.store import Store, json_bytes, read_records
 
 HEARTBEAT_SECONDS = 10.0
 ALIVE_SECONDS = 35.0
-"""A driver that was not seen for so long is gone: three heartbeats and a slow write."""
+"""A driver whose record is older has ended: three heartbeats and a slow write."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DriverRecord:
-    """What a driver says of itself.
+    """What a driver reports about itself, `drivers/<uuid>.json`.
 
     Attributes:
-        uuid: Of the process.
-        host: Where it runs.
-        pid: Its process there.
-        started: When it took the output up.
-        last_seen: When it last wrote this.
-        has_ended: It will write no more.
+        uuid: Identifies the process.
+        host: The host it runs on.
+        pid: Its process id there.
+        started: When it started to work on the output.
+        last_seen: When it last wrote this record.
+        has_ended: Whether this is its last record.
         usage: How its workers spent their time.
     """
 
@@ -59,7 +59,7 @@ class DriverRecord:
 
     @property
     def name(self) -> str:
-        """Where it is stored."""
+        """Name of the object in the store."""
         return f"drivers/{self.uuid}.json"
 
     def to_bytes(self) -> bytes:
@@ -94,14 +94,14 @@ class DriverRecord:
         )
 
     def is_at_work(self, now: datetime) -> bool:
-        """Whether it seems to live: on this host its process tells, elsewhere the time."""
+        """Whether the driver seems to be alive, by its process on this host, else by the time."""
         if self.has_ended or (now - self.last_seen).total_seconds() > ALIVE_SECONDS:
             return False
         return self.host != socket.gethostname() or psutil.pid_exists(self.pid)
 
 
 class Heartbeat:
-    """Keeps a driver's record; a context manager.
+    """Keeps a driver's record up to date; a context manager.
 
     Args:
         store: The output.
@@ -144,7 +144,7 @@ class Heartbeat:
         )
         try:
             self._store.replace(record.name, record.to_bytes())
-        except storage_errors() as error:  # answers do not wait for it; the next may get through
+        except storage_errors() as error:  # the next heartbeat tries again
             log.warning("%s cannot be written: %s", record.name, error)
 
 
@@ -155,13 +155,13 @@ def driver_records(store: Store) -> Iterator[DriverRecord]:
 
 
 def warn_of_others(store: Store) -> int:
-    """Say so where another driver is at work on the output; how many there are."""
+    """Warn of other drivers that work on the output; return how many there are."""
     now = datetime.now(UTC)
     others = [record for record in driver_records(store) if record.is_at_work(now)]
     for record in others:
         log.warning(
-            "another driver is at work on %s (process %d on %s, seen %.0f s ago): nothing will be "
-            "wrong or doubled, but rows are answered twice; stop one of the two",
+            "another driver works on %s (process %d on %s, last seen %.0f s ago): results stay "
+            "correct, but rows are computed twice; stop one of the two",
             store.uri,
             record.pid,
             record.host,

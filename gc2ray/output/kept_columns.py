@@ -1,10 +1,10 @@
-"""Kept columns, tried the whole way into a part and back before anything is answered.
+"""Kept columns: which types they have once they were written to a part and read back.
 
-Parquet has not every type of Arrow: some come back as another one, some cannot be written at all.
-A plan carries columns as they come back, so that parts are what was planned; a column that cannot
-be written is refused.
+Parquet does not have every type of Arrow. Some types come back as another type, and some cannot be
+written at all. A plan carries the types that come back, so that parts have the planned schema; a
+column that cannot be written is refused before any row is answered.
 
-Not covered: single values that do not fit, as a time in seconds that milliseconds cannot count to.
+Not covered: single values that do not fit, such as a time in seconds too large for milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gc2ray.data.parquet_footer import open_parquet
 from gc2ray.output.parts import PartFooter, part_bytes
 
 ROUNDS = 4
-"""After so many, at most, a type comes back as itself; two are the rule."""
+"""Most times that a type is written and read until it comes back unchanged; two usually do."""
 
 _ERRORS = (pa.ArrowException, ValueError, TypeError, NotImplementedError, OSError)
 
@@ -29,10 +29,10 @@ def as_written(carried: pa.Schema) -> pa.Schema:
     """Kept columns with the types that they have in parts.
 
     Args:
-        carried: With the types that they have in the input.
+        carried: The same columns with the types that they have in the input.
 
     Raises:
-        ConfigError: One cannot be written; the message names it, and its type.
+        ConfigError: A column cannot be written; the message names it and its type.
     """
     return pa.schema([_written(item) for item in carried])
 
@@ -40,15 +40,15 @@ def as_written(carried: pa.Schema) -> pa.Schema:
 def _written(item: pa.Field) -> pa.Field:
     try:
         cells = [_cell(item.type), None]
-        found = _through_parquet(item, cells)
+        field = _through_parquet(item, cells)
         for _ in range(ROUNDS):
-            again = _through_parquet(found, cells)
-            if again.equals(found):
-                return pa.field(item.name, found.type)
-            found = again
+            again = _through_parquet(field, cells)
+            if again.equals(field):
+                return pa.field(item.name, field.type)
+            field = again
     except _ERRORS as error:
         raise _unwritable(item, first_line(error)) from error
-    raise _unwritable(item, "it comes back as another type each time")
+    raise _unwritable(item, "its type changes each time that it is written and read")
 
 
 def _unwritable(item: pa.Field, why: str) -> ConfigError:
@@ -59,23 +59,23 @@ def _unwritable(item: pa.Field, why: str) -> ConfigError:
 
 
 def _through_parquet(item: pa.Field, cells: list[pa.Scalar | None]) -> pa.Field:
-    """A column as it comes back from a part with some cells, and from one without rows."""
+    """The type with which a column comes back from a part, with rows or without any."""
     carried = pa.schema([item])
     fields = []
     for some in (cells, []):
         answers = [_answer(item.name, row, cell) for row, cell in enumerate(some)]
         footer = PartFooter("0" * 16, "", "", "", len(some), stats_of(answers))
         data = pa.BufferReader(part_bytes(answers, carried, Provenance(0, 0, ""), footer))
-        told = pq.read_schema(data).field(item.name)
+        field = pq.read_schema(data).field(item.name)
         data.seek(0)
         table = open_parquet(data).read([item.name], use_threads=False)
         rows = pa.array(range(len(some)), pa.int64())
-        column = pa.concat_tables([table, table]).take(rows).column(0)  # as is done after retries
-        if not told.type.equals(column.type) or column.null_count != some.count(None):
-            raise ValueError("it does not come back as it was written")
-        fields.append(told)
+        column = pa.concat_tables([table, table]).take(rows).column(0)  # as `Latest` does
+        if not field.type.equals(column.type) or column.null_count != some.count(None):
+            raise ValueError("it is not read as it was written")
+        fields.append(field)
     if not fields[0].equals(fields[1]):
-        raise ValueError(f"it comes back as {fields[0].type}, or as {fields[1].type}")
+        raise ValueError(f"it is read as {fields[0].type} with rows, as {fields[1].type} without")
     return fields[0]
 
 
@@ -86,7 +86,7 @@ def _answer(name: str, row: int, cell: pa.Scalar | None) -> Answer:
 
 
 def _cell(kind: pa.DataType) -> pa.Scalar | None:
-    """Some value of a type; None of one that has none."""
+    """A value of a type; None for the null type."""
     return None if types.is_null(kind) else _one(kind)[0]
 
 
@@ -94,7 +94,7 @@ def _one(kind: pa.DataType) -> pa.Array:
     """An array with one value of a type.
 
     Raises:
-        pa.ArrowException, ValueError, TypeError: Arrow has no way to make one.
+        pa.ArrowException, ValueError, TypeError: Arrow cannot make one.
     """
     if isinstance(kind, pa.BaseExtensionType):
         return pa.ExtensionArray.from_storage(kind, _one(kind.storage_type))

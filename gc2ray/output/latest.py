@@ -1,8 +1,8 @@
 """The latest answers of an output, over its rounds.
 
-Of the answers to a prompt one that is `ok` comes before one that failed, and of two equals the
-later round's. They are told shard by shard of round 0, in input order, with no more in
-memory than a part of each round.
+Among the answers to a prompt, an `ok` answer wins over a failed one; among equals, the latest round
+wins. Answers are read shard by shard of round 0, in input order. Memory holds at most one part of
+each round.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from gc2ray.output.parts import read_part
 from gc2ray.output.run_directory import RetryRound
 
 MERGED_BY = ("source", "row", "prompt_index", "status", "retry_round")
-"""Columns that tell which answer is the latest."""
+"""Columns that decide which answer is the latest."""
 _ROW_BITS = 40
-"""A file has fewer rows than these bits count, and an input fewer files than the others do."""
+"""Bits of a 64-bit number that hold a row's number; the others hold its file's number."""
 
 
 class Latest:
-    """The latest answers of rounds.
+    """The latest answers over several rounds.
 
     Args:
-        rounds: Round 0 and its retries, in order, and which of their shards are
-            committed, (shards,).
+        rounds: Round 0 and its retries, in order, each with the mask of its committed shards,
+            (shards,).
     """
 
     def __init__(self, rounds: Sequence[tuple[RetryRound, Booleans]]) -> None:
@@ -40,14 +40,14 @@ class Latest:
         self._read: dict[int, tuple[int, Sequence[str] | None, pa.Table]] = {}
 
     def retried(self) -> Booleans:
-        """Which shards of round 0 have answers in later ones, (shards,)."""
-        found = np.zeros(len(self._committed), np.bool_)
+        """Which shards of round 0 have answers in later rounds, (shards,)."""
+        mask = np.zeros(len(self._committed), np.bool_)
         for retry in self._retries:
-            found[retry.owners] = True
-        return found
+            mask[retry.owners] = True
+        return mask
 
     def unanswered(self, index: int) -> Booleans:
-        """Which rows of a shard of round 0 no round has answered, (rows,)."""
+        """Which rows of a shard of round 0 have no answer in any round, (rows,)."""
         shard = self._first.plan.shards[index]
         missing = np.full(shard.rows, not self._committed[index])
         for retry in self._retries:
@@ -60,12 +60,12 @@ class Latest:
         """The latest answers to the rows of a shard of round 0, in input order.
 
         Args:
-            index: The shard's.
-            columns: Which columns; with several rounds `MERGED_BY` must be among them. None:
-                all of them.
+            index: Index of the shard.
+            columns: Columns to read; with several rounds they must include `MERGED_BY`. None:
+                all columns.
 
         Returns:
-            None where no round has any.
+            The answers; None if no round has any.
 
         Raises:
             OSError: A part cannot be read.
@@ -86,21 +86,21 @@ class Latest:
         return _merged(shard, [*own, *later])
 
     def _retried(self, retry: _Retried, index: int, columns: Sequence[str] | None) -> pa.Table:
-        """A part of a retry; the last one is kept, for it has rows of several shards."""
+        """A part of a retry; the last part is cached because it has rows of several shards."""
         number = retry.retry_round.number
-        known = self._read.get(number)
-        if known is None or known[:2] != (index, columns):
+        cached = self._read.get(number)
+        if cached is None or cached[:2] != (index, columns):
             part = retry.retry_round.plan.shards[index].part_name
-            known = self._read[number] = (
+            cached = self._read[number] = (
                 index,
                 columns,
                 read_part(retry.retry_round.store, part, columns),
             )
-        return known[2]
+        return cached[2]
 
 
 class _Retried(NamedTuple):
-    """Which committed shards of a retry have rows of which shards of round 0, in pairs."""
+    """Pairs of shards: one of round 0, and a committed one of a retry that has rows of it."""
 
     retry_round: RetryRound
     owners: Integers  # of round 0, ascending
@@ -110,29 +110,29 @@ class _Retried(NamedTuple):
     def from_rounds(first: RetryRound, retry: RetryRound, committed: Booleans) -> _Retried:
         """The pairs of a retry."""
         spans = retry.plan.shards.spans
-        found = np.stack([owners(first.plan.shards, retry.plan.shards), spans.shard])
-        found = np.unique(found[:, committed[spans.shard] & (found[0] >= 0)], axis=1)
-        return _Retried(retry, *found)
+        pairs = np.stack([owners(first.plan.shards, retry.plan.shards), spans.shard])
+        pairs = np.unique(pairs[:, committed[spans.shard] & (pairs[0] >= 0)], axis=1)
+        return _Retried(retry, *pairs)
 
     def shards_of(self, owner: int) -> list[int]:
-        """The retry's shards that have rows of a shard of round 0."""
+        """The shards of the retry that have rows of a shard of round 0."""
         first, stop = np.searchsorted(self.owners, [owner, owner + 1])
         return [int(shard) for shard in self.shards[first:stop]]
 
 
 def owners(shards: Shards, others: Shards) -> Integers:
-    """Of each span of `others` the shard of `shards` that has all its rows; -1 where none has."""
+    """For each span of `others`, the shard of `shards` that has all its rows; -1 if none has."""
     numbers = {file: number for number, file in enumerate(shards.files)}
     files = np.array([numbers.get(file, -1) for file in others.files], np.int64)
-    own, asked = shards.spans, others.spans
+    own, spans = shards.spans, others.spans
     if not len(own.file):
-        return np.full(len(asked.file), -1)
+        return np.full(len(spans.file), -1)
     begins = (own.file.astype(np.int64) << _ROW_BITS) + own.first
     order = np.argsort(begins)
-    file = files[asked.file]
-    found = np.searchsorted(begins[order], (file << _ROW_BITS) + asked.first, side="right") - 1
-    at = order[np.maximum(found, 0)]
-    inside = (own.file[at] == file) & (own.first[at] <= asked.first) & (asked.stop <= own.stop[at])
+    file = files[spans.file]
+    slot = np.searchsorted(begins[order], (file << _ROW_BITS) + spans.first, side="right") - 1
+    at = order[np.maximum(slot, 0)]
+    inside = (own.file[at] == file) & (own.first[at] <= spans.first) & (spans.stop <= own.stop[at])
     return np.where(inside, own.shard[at], -1)
 
 
@@ -143,29 +143,29 @@ def spans_where(shard: Shard, chosen: Booleans) -> list[Span]:
         shard: The shard.
         chosen: Whether each of its rows is, (rows,).
     """
-    found, offset = [], 0
+    spans, offset = [], 0
     for span in shard.spans:
         for run in runs(chosen[offset : offset + span.rows]):
             first, stop = span.first + run.start, span.first + run.stop
-            found.append(Span(span.source, span.fingerprint, first, stop))
+            spans.append(Span(span.source, span.fingerprint, first, stop))
         offset += span.rows
-    return found
+    return spans
 
 
 def places(shard: Shard, table: pa.Table) -> Integers:
-    """Of each answer row the place of its row in a shard, from 0; -1 where it is not of it."""
-    found, offset = np.full(len(table), -1), 0
+    """For each answer row, the place of its input row in a shard, from 0; -1 if it has none."""
+    place, offset = np.full(len(table), -1), 0
     rows = table["row"].to_numpy()
     for span in shard.spans:
         inside = pc.equal(table["source"], span.source).to_numpy()
         inside &= (rows >= span.first) & (rows < span.stop)
-        found[inside] = offset + rows[inside] - span.first
+        place[inside] = offset + rows[inside] - span.first
         offset += span.rows
-    return found
+    return place
 
 
 def _places(shard: Shard, wanted: Span) -> slice:
-    """Where the rows of a span are in a shard; nowhere if they are of another one."""
+    """Where the rows of a span are in a shard; an empty slice if they are not in it."""
     offset = 0
     for span in shard.spans:
         if span.source == wanted.source and span.first <= wanted.first < span.stop:
@@ -176,7 +176,7 @@ def _places(shard: Shard, wanted: Span) -> slice:
 
 
 def _merged(shard: Shard, tables: Sequence[pa.Table]) -> pa.Table:
-    """Of all answers to the rows of a shard the latest of each prompt, in order."""
+    """The latest answer to each prompt of a shard's rows, in order."""
     table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
     place, prompt = places(shard, table), table["prompt_index"].to_numpy()
     failed = pc.not_equal(table["status"], str(Status.OK)).to_numpy()

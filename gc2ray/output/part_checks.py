@@ -1,9 +1,9 @@
-"""A part held against the shard that it answers: its footer, and each of its rows.
+"""A part compared with the shard that it answers: its footer, and each of its rows.
 
-The first problem is told, in a line that begins with the part's name.
+Only the first problem is reported, in a line that begins with the part's name.
 
-Not covered: the input is not read, so how many prompts a row has is not known. That the last ones
-of a row are missing is seen by the footer's counts.
+Not covered: the input is not read, so the number of prompts of a row is not known. If the last
+prompts of a row are missing, the counts in the footer differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gc2ray.output.run_directory import RetryRound
 
 @dataclass(frozen=True)
 class PartCheck:
-    """What was found: rows and statistics of a part that is good, or its problem."""
+    """The result of a check: rows and statistics of a good part, or the problem of a bad one."""
 
     rows: int = 0
     stats: RunStats = field(default_factory=RunStats)
@@ -37,15 +37,15 @@ class PartCheck:
 
 
 def check_part(retry_round: RetryRound, index: int, *, deep: bool) -> PartCheck:
-    """Hold a shard's part against the plan.
+    """Compare a shard's part with the plan.
 
     Args:
-        retry_round: Whose shard.
-        index: The shard's.
-        deep: Read its rows too, not only its footer.
+        retry_round: The round.
+        index: Index of the shard.
+        deep: Read the rows too, not only the footer.
 
     Raises:
-        ConfigError: The part is one of another version.
+        ConfigError: Another version of gc2ray wrote the part.
         OSError: The storage does not answer.
     """
     shard = retry_round.plan.shards[index]
@@ -55,7 +55,7 @@ def check_part(retry_round: RetryRound, index: int, *, deep: bool) -> PartCheck:
     except ConfigError as error:
         raise ConfigError(f"{retry_round.name(shard.part_name)}: {error}") from error
     except ValueError:
-        return _bad(retry_round, shard, "not a part that gc2ray wrote, or cut short")
+        return _bad(retry_round, shard, "not a part that gc2ray wrote, or incomplete")
     problem = next(_footer_problems(retry_round, shard, footer, metadata), None)
     if deep and problem is None:
         problem = next(_content_problems(retry_round, shard, footer), None)
@@ -78,22 +78,24 @@ def _footer_problems(
         yield f"answers another recipe, {footer.run}"
     if footer.rows != shard.rows:
         yield f"answers {footer.rows} rows, planned are {shard.rows}"
-    expected, found = answer_schema(plan.carried), metadata.schema.to_arrow_schema()
-    if not found.equals(expected, check_metadata=False):
-        yield f"its schema is another: {_schema_difference(expected, found)}"
+    expected, schema = answer_schema(plan.carried), metadata.schema.to_arrow_schema()
+    if not schema.equals(expected, check_metadata=False):
+        yield f"its schema is another: {_schema_difference(expected, schema)}"
 
 
-def _schema_difference(expected: pa.Schema, found: pa.Schema) -> str:
+def _schema_difference(expected: pa.Schema, actual: pa.Schema) -> str:
     for name in expected.names:
-        if name not in found.names:
+        if name not in actual.names:
             return f"no column {name!r}"
-        if not found.field(name).equals(expected.field(name)):
-            return f"{_shown(found.field(name))}, planned is {_shown(expected.field(name))}"
-    extra = [name for name in found.names if name not in expected.names]
+        if not actual.field(name).equals(expected.field(name)):
+            return (
+                f"{_described(actual.field(name))}, planned is {_described(expected.field(name))}"
+            )
+    extra = [name for name in actual.names if name not in expected.names]
     return f"column {extra[0]!r} was not planned" if extra else "the columns' order"
 
 
-def _shown(item: pa.Field) -> str:
+def _described(item: pa.Field) -> str:
     return f"{item.name!r} {item.type}{'' if item.nullable else ' not null'}"
 
 
@@ -113,7 +115,7 @@ def _content_problems(retry_round: RetryRound, shard: Shard, footer: PartFooter)
 
 
 def _readable(data: bytes, carried: pa.Schema) -> pa.Table:
-    """The answer columns. The carried ones, which may be large, are read one by one to be seen."""
+    """The answer columns. Carried columns may be large: they are read one by one, and dropped."""
     file = open_parquet(pa.BufferReader(data), check_pages=True)
     for name in carried.names:
         file.read(columns=[name], use_threads=False)
@@ -121,7 +123,7 @@ def _readable(data: bytes, carried: pa.Schema) -> pa.Table:
 
 
 def _row_problems(table: pa.Table, shard: Shard) -> Iterator[str]:
-    """The first answer that is not of the row and prompt whose turn it is."""
+    """The first answer that is not of the planned row and prompt at its place."""
     sources, keys = table["source"].to_numpy(), table["row_key"].to_numpy()
     rows, prompts = table["row"].to_numpy(), table["prompt_index"].to_numpy()
     starts = np.flatnonzero(prompts == 0)
@@ -157,7 +159,7 @@ def _key_problems(
     rows: Integers,
     prompts: Integers,
 ) -> Iterator[str]:
-    """The first key that is not made of its row; all keys of a source name a prompt, or none."""
+    """The first key that does not name its row; in a source all keys name a prompt, or none."""
     names, first, number = np.unique(sources.astype(str), return_index=True, return_inverse=True)
     plain = [row_key(str(name), int(rows[at])) for name, at in zip(names, first, strict=True)]
     listed = keys[first] != np.array(plain, object)
@@ -183,9 +185,9 @@ def _value_problems(table: pa.Table, number: int, footer: PartFooter) -> Iterato
             yield f"has answers of {column} {min(others)!r}"
 
 
-def _count_problems(told: RunStats, found: RunStats) -> Iterator[str]:
-    """Where footer and rows differ, in what rows can tell."""
+def _count_problems(footer: RunStats, rows: RunStats) -> Iterator[str]:
+    """The statistics in which the footer and the rows differ."""
     for item in fields(RunStats):
-        in_footer, in_rows = getattr(told, item.name), getattr(found, item.name)
+        in_footer, in_rows = getattr(footer, item.name), getattr(rows, item.name)
         if item.name not in UNWRITTEN_STATS and in_footer != in_rows:
             yield f"{item.name} is {in_footer} by its footer, {in_rows} by its rows"

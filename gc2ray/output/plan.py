@@ -1,9 +1,8 @@
 """The frozen `Plan` of a run: which rows each shard has.
 
-A plan is cut once and stored; nothing is recomputed from a setting afterwards. It goes to and from
-a Parquet file and knows its recipe by the fingerprint. A plan that grew has a file for each
-extension, `plan/0001.parquet` and on: its shards are numbered from 0, and it names the file before
-it by its digest.
+A plan is made once and stored as a Parquet file with the fingerprint of its recipe; settings that
+change later do not alter it. Each extension of a plan has a file of its own (`plan/0001.parquet`,
+…), whose shards are numbered from 0, and which holds the digest of the file before it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from gc2ray.core.shards import Shards, SourceFile, SpanColumns, cut_shards
 from gc2ray.data.parquet_footer import open_parquet
 
 PLAN_NAME = "plan/0000.parquet"
-"""The first file; `plan_name` tells those of extensions."""
+"""Name of the first file; `plan_name` has those of extensions."""
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 _PLAN_SCHEMA = pa.schema(
@@ -44,7 +43,7 @@ class Plan:
     """Every shard of a run.
 
     Attributes:
-        recipe_fingerprint: Of the recipe that it was cut for.
+        recipe_fingerprint: Fingerprint of its recipe.
         shards: In order of their index.
         carried: Schema of the input columns that are written back.
     """
@@ -69,25 +68,26 @@ class Plan:
         return self.shards.rows
 
     def extended(self, more: Plan) -> Plan:
-        """With the shards of another, numbered on.
+        """The plan followed by the shards of another plan, numbered on.
 
         Raises:
-            ConfigError: It is of another recipe, or writes other columns back.
+            ConfigError: The other plan has another recipe, or other kept columns.
         """
         if more.recipe_fingerprint != self.recipe_fingerprint:
             raise ConfigError("an extension of the plan is of another recipe")
         if not more.carried.equals(self.carried):
             raise ConfigError(
-                f"recipe.input.keep: the kept columns of new files are {_named(more.carried)}, and "
-                f"were {_named(self.carried)}; answers in one output must have the same"
+                f"recipe.input.keep: the kept columns of new files are {_named(more.carried)}, "
+                f"those of planned files {_named(self.carried)}; all answers in an output must have "
+                "the same"
             )
         return Plan(self.recipe_fingerprint, self.shards.followed_by(more.shards), self.carried)
 
     def to_bytes(self, follows: str = "") -> bytes:
-        """As a Parquet file, the same bytes for the same plan.
+        """The plan as a Parquet file; equal plans give equal bytes.
 
         Args:
-            follows: Digest of the file that this extends.
+            follows: Digest of the file that this plan extends.
         """
         spans, shard = self.shards.spans, pa.array(self.shards.spans.shard)
         sids = pa.array([self.shards.sid(index) for index in range(len(self.shards))], pa.string())
@@ -117,7 +117,7 @@ class Plan:
         """The inverse of `to_bytes`.
 
         Raises:
-            ConfigError: Not a plan.
+            ConfigError: The data is not a plan.
         """
         try:
             table = open_parquet(io.BytesIO(data)).read(use_threads=False)
@@ -137,7 +137,7 @@ def plan_name(number: int) -> str:
 
 
 def follows(data: bytes) -> str:
-    """Digest of the file that a plan file extends; empty where it extends none, or is none."""
+    """Digest of the file that a plan file extends; empty if it extends none."""
     try:
         metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
     except pa.ArrowException:

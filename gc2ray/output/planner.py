@@ -1,8 +1,8 @@
-"""The plan of a run, frozen once; and how far it is carried out (`Outcome`).
+"""How a plan is stored once, and how much of it is done (`Committed`, `Outcome`).
 
-What counts is what the store holds: `run.json` names the recipe and the digest of the plan, the
-listing of `data/` says what is committed, the parts' footers how many input rows that is, and how
-many answers failed.
+Only the objects in the store count. `run.json` holds the recipe and the digest of the plan; the
+listing of `data/` shows which shards are committed; the footers of the parts count input rows and
+failed answers.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ FIRST_ERRORS = 3
 
 CALIBRATION_ROWS = 24
 SHARDS_PER_WORKER = 4
-"""At least, so that no worker waits long for the last one."""
+"""Fewest shards per worker, so that no worker waits long for the last shard."""
 MAX_SHARD_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class Judged:
-    """How many answers failed, against how many may.
+    """How many answers failed, and how many may.
 
     Attributes:
-        answers: The latest ones of the whole output.
-        failed: Of them.
-        allowed: Share that may fail, `cluster.max_bad_rows`.
+        answers: Number of latest answers in the whole output.
+        failed: Number of those that failed.
+        allowed: Share of answers that may fail, `cluster.max_bad_rows`.
     """
 
     answers: int
@@ -60,7 +60,7 @@ class Judged:
 
     @property
     def is_too_many(self) -> bool:
-        """Whether more failed than may."""
+        """Whether more answers failed than allowed."""
         return self.failed > self.allowed * self.answers
 
     def __str__(self) -> str:
@@ -72,18 +72,18 @@ class Judged:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, by what is committed.
+    """How a run ended, according to its committed parts.
 
     Attributes:
-        shards: Committed.
-        planned_shards: All of the plan.
-        rows: Input rows that are committed.
-        planned_rows: All of the plan.
-        stats: Of the answers, of which a row may have several.
-        dead: Why shards were given up, a line each.
+        shards: Number of committed shards.
+        planned_shards: Number of shards in the plan.
+        rows: Number of input rows in committed shards.
+        planned_rows: Number of input rows in the plan.
+        stats: Statistics of the answers; a row may have several answers.
+        dead: A line for each shard that was given up, with the reason.
         usage: How the devices spent their time.
-        errors: Of the first answers that failed, a line each.
-        judged: Whether too many answers failed; None where nobody asked.
+        errors: A line for each of the first answers that failed.
+        judged: How many answers failed and how many may; None if that is not judged.
     """
 
     shards: int
@@ -103,20 +103,20 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 only when it is complete, and no more answers failed than may, if that is judged."""
+        """0 only if the run is complete and, where that is judged, not too many answers failed."""
         too_many = self.judged is not None and self.judged.is_too_many
         return 0 if self.is_complete and not too_many else 1
 
 
 @dataclass(frozen=True, eq=False)
 class Committed:
-    """What is committed of a plan.
+    """The committed part of a plan.
 
     Attributes:
-        shards: Whether each shard is, (shards,).
-        rows: Input rows of those that are.
-        stats: Of their answers.
-        failed: Names of some parts with answers that failed, `FIRST_ERRORS` at most.
+        shards: Whether each shard is committed, (shards,).
+        rows: Number of input rows in committed shards.
+        stats: Statistics of their answers.
+        failed: Names of parts with failed answers, at most `FIRST_ERRORS`.
     """
 
     shards: Booleans
@@ -126,12 +126,12 @@ class Committed:
 
     @staticmethod
     def nothing(plan: Plan) -> Committed:
-        """As at the start of a run."""
+        """No shard committed, as at the start of a run."""
         return Committed(np.zeros(len(plan.shards), np.bool_), 0, RunStats())
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether every shard is committed."""
         return bool(self.shards.all())
 
 
@@ -139,7 +139,7 @@ def stored_plan(store: Store, job: Job) -> Plan | None:
     """The plan of an earlier run into the same output; None for a new output.
 
     Raises:
-        ConfigError: It is of another recipe, or damaged.
+        ConfigError: The stored plan has another recipe, or is damaged.
     """
     run = stored_run(store)
     if run is None:
@@ -151,43 +151,45 @@ def stored_plan(store: Store, job: Job) -> Plan | None:
 def extend_plan(
     store: Store, job: Job, plan: Plan, files: Sequence[SourceFile], carried: pa.Schema
 ) -> Plan:
-    """The plan with the files that it does not have yet, frozen as its next extension.
+    """The plan with the input files that it does not have yet, stored as its next extension.
 
     Args:
         store: The output.
-        job: Whose input.
-        plan: As it is stored.
-        files: Of the input as it is now.
+        job: The job.
+        plan: The stored plan.
+        files: The files of the input as it is now.
         carried: Schema of its columns that are written back.
 
     Raises:
-        ConfigError: A file that is planned has changed, or kept columns have.
+        ConfigError: A planned file has changed, or the kept columns have.
     """
-    known = dict(plan.shards.files)
-    changed = [f.source for f in files if known.get(f.source, f.fingerprint) != f.fingerprint]
+    planned = dict(plan.shards.files)
+    changed = [f.source for f in files if planned.get(f.source, f.fingerprint) != f.fingerprint]
     if changed:
         raise ConfigError(
             f"--extend: {changed[0]} changed since it was planned"
             f"{f', and {len(changed) - 1} more' if changed[1:] else ''}; only new files can extend "
-            "a run: give changed ones another name, or choose a new output"
+            "a run: give changed files another name, or choose a new output"
         )
     if holds(plan.carried, carried):
         carried = plan.carried
-    new = [file for file in files if file.source not in known and file.rows]
+    new = [file for file in files if file.source not in planned and file.rows]
     if not new:
         return plan
     rows = job.cluster.shard_rows or int(plan.shards.rows_each.max(initial=1))
     more = Plan.cut(job.recipe, new, rows, carried)
-    plan.extended(more)  # or it must not be stored
+    plan.extended(more)  # refuses a plan that must not be stored
     names = store.names("plan")
     last = store.read(names[-1]) or b""
     store.create(plan_name(len(names)), more.to_bytes(digest(last)))
     grown = stored_plan(store, job) or plan
-    return extend_plan(store, job, grown, files, carried)  # another driver may have been faster
+    return extend_plan(
+        store, job, grown, files, carried
+    )  # another driver may have stored one first
 
 
 def store_plan(store: Store, job: Job, plan: Plan) -> Plan:
-    """Freeze a plan; if another driver was faster, its plan is returned instead.
+    """Store a plan for good; if another driver was faster, its plan is returned instead.
 
     Raises:
         ConfigError: The other driver's recipe is not this one.
@@ -205,7 +207,7 @@ def store_plan(store: Store, job: Job, plan: Plan) -> Plan:
 
 
 def shard_rows(cluster: Cluster, rows: int, workers: int, seconds_per_row: float) -> int:
-    """Rows of a shard: `shard_seconds` of work, fewer where workers would wait at the end."""
+    """Rows of a shard: `shard_seconds` of work, fewer if workers would be idle at the end."""
     if cluster.shard_rows is not None:
         return cluster.shard_rows
     fair = max(1, -(-rows // (workers * SHARDS_PER_WORKER)))
@@ -213,24 +215,24 @@ def shard_rows(cluster: Cluster, rows: int, workers: int, seconds_per_row: float
     return max(1, min(fair, timed, MAX_SHARD_ROWS))
 
 
-def committed_parts(store: Store, plan: Plan, known: Committed | None = None) -> Committed:
-    """What is committed of a plan, by one listing and the footers of parts that were not known.
+def committed_parts(store: Store, plan: Plan, earlier: Committed | None = None) -> Committed:
+    """The committed part of a plan, by one listing and the footers of new parts.
 
     Args:
         store: The output.
         plan: Its plan.
-        known: What was committed at an earlier look; its footers are not read again.
+        earlier: The result of an earlier call; footers that it counts are not read again.
 
     Raises:
-        ConfigError: A part is damaged, or not of this plan.
+        ConfigError: A part is damaged, or does not belong to this plan.
     """
-    known = known or Committed.nothing(plan)
+    earlier = earlier or Committed.nothing(plan)
     listed = planned_parts(store, plan.shards)
     if listed.foreign:
         raise _foreign(store, listed.foreign[0])
-    new: list[int] = np.flatnonzero(listed.committed & ~known.shards).tolist()
+    new: list[int] = np.flatnonzero(listed.committed & ~earlier.shards).tolist()
     names = [plan.shards.part_name(index) for index in new]
-    rows, stats, failed = known.rows, known.stats, list(known.failed)
+    rows, stats, failed = earlier.rows, earlier.stats, list(earlier.failed)
     planned = plan.shards.rows_each
     for index, name, footer in zip(new, names, read_part_footers(store, names), strict=True):
         fits = footer.rows == planned[index] and footer.sid == plan.shards.sid(index)
@@ -239,7 +241,7 @@ def committed_parts(store: Store, plan: Plan, known: Committed | None = None) ->
         rows, stats = rows + footer.rows, stats + footer.stats
         if footer.stats.bad_rows and len(failed) < FIRST_ERRORS:
             failed.append(name)
-    return Committed(known.shards | listed.committed, rows, stats, tuple(failed))
+    return Committed(earlier.shards | listed.committed, rows, stats, tuple(failed))
 
 
 def _foreign(store: Store, name: str) -> ConfigError:
@@ -247,7 +249,7 @@ def _foreign(store: Store, name: str) -> ConfigError:
 
 
 def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
-    """How a run stands, by what is committed of it."""
+    """The outcome of a run so far."""
     missing = np.flatnonzero(~committed.shards)
     return Outcome(
         shards=len(plan.shards) - len(missing),
@@ -262,11 +264,11 @@ def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:
 
 
 def _errors(store: Store, names: Iterable[str]) -> Iterator[str]:
-    """Answers of some parts that failed, as `row_key: status: error`."""
+    """Failed answers in some parts, as `row_key: status: error`."""
     for name in names:
         try:
             table = read_part(store, name, ["row_key", "status", "error"])
-        except OSError as error:  # the rest of the outcome is known without it
+        except OSError as error:  # the rest of the outcome does not depend on it
             yield str(error)
             continue
         for row in table.filter(pc.not_equal(table["status"], str(Status.OK))).to_pylist():
@@ -308,7 +310,7 @@ def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str
 
 
 def _reason(name: str | None, letter: bytes) -> str:
-    """Why a shard was given up, by its dead letter."""
+    """Why a shard was given up, according to its dead letter."""
     try:
         return dead_letter_reason(letter)
     except (ValueError, KeyError, TypeError):

@@ -1,10 +1,10 @@
-"""Retries: which rows of an output are answered anew, and the plan for them.
+"""Retries: which rows of an output are answered again, and the plan for them.
 
-A row is answered anew, with all its prompts, where the latest answer to one of them failed, and
-where it has no answer because its shard was given up. The plan is frozen like any other, as the
-plan of a round of its own.
+A row is answered again, with all its prompts, if the latest answer to one of them failed, or if it
+has no answer because its shard was given up. The plan is stored like any other, as the plan of a
+retry round.
 
-Not covered: running it, which is the driver's.
+Not covered: running a retry (`gc2ray.runner.run`).
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from gc2ray.output.run_directory import round_store
 from gc2ray.output.verify import Checked, Verdict, verify
 
 DEAD = "dead"
-"""Beside the statuses of answers: rows without one, because their shard was given up."""
+"""Beside the statuses of answers: rows without an answer because their shard was given up."""
 FAILURES: tuple[str, ...] = (*(str(status) for status in Status if status != Status.OK), DEAD)
 MIN_SHARDS = 16
-"""If there are as many rows: shards are small, so that a row that kills workers takes few along."""
+"""Fewest shards, if there are as many rows: a row that kills workers then affects few others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Retry:
-    """A retry to run: the next one, or the newest where that is not finished.
+    """A retry to run: the next one, or the newest one if that is not finished.
 
     Attributes:
         output: Directory or URL of the run.
-        number: Of its round.
-        store: Its directory.
-        recipe: The output's.
-        plan: Of the rows that are answered anew.
-        begun: Whether an earlier start has frozen the plan.
+        number: Number of the retry round.
+        store: Directory of the round.
+        recipe: Recipe of the output.
+        plan: Plan of the rows to answer again.
+        begun: Whether the plan is stored already.
     """
 
     output: str
@@ -57,6 +57,10 @@ class Retry:
     def job(self, cluster: Cluster) -> Job:
         """The retry as a job."""
         return Job(output=self.store.uri, recipe=self.recipe, cluster=cluster)
+
+    def freeze(self) -> Plan:
+        """Store the plan; if another start was faster, its plan is returned instead."""
+        return self.plan if self.begun else store_plan(self.store, self.job(Cluster()), self.plan)
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,26 @@ class Retried:
 
 
 def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | None:
-    """The retry that is to be run; None where no row is to be answered anew.
+    """The retry to run; None if there is no row to answer again.
 
-    A retry that is not finished is gone on with, whatever `failures` says now.
+    A retry that is not finished is resumed, regardless of `failures`.
 
     Args:
         output: Directory or URL of the run.
         failures: Statuses of answers, or `DEAD`.
 
     Raises:
-        ConfigError: There is no run, it is not finished, or damaged; or no such failure.
+        ConfigError: There is no run, it is not finished or damaged, or a failure is unknown.
         OSError: The storage does not answer.
     """
     unknown = sorted({*failures} - {*FAILURES})
     if unknown:
-        raise ConfigError(f"status {unknown[0]!r}: none to retry; there are {', '.join(FAILURES)}")
+        raise ConfigError(
+            f"--status {unknown[0]!r}: is not a failure; choose from {', '.join(FAILURES)}"
+        )
     verdict = verify(output)
     if verdict.damage:
-        raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
+        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
     first, newest = verdict.rounds[0], verdict.rounds[-1]
     waiting = int(first.waiting.sum())
     if waiting:
@@ -108,34 +114,29 @@ def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | Non
     if number and newest.waiting.any():
         store, plan = newest.retry_round.store, newest.retry_round.plan
         return Retry(output, number, store, recipe, plan, begun=True)
-    wanted = retry_plan(verdict, failures)
-    if wanted is None:
+    failed = retry_plan(verdict, failures)
+    if failed is None:
         return None
     store = round_store(output, number + 1)
-    return Retry(output, number + 1, store, recipe, wanted, begun=False)
-
-
-def freeze(retry: Retry) -> Plan:
-    """Store a retry's plan; if another start was faster, its plan is returned instead."""
-    return retry.plan if retry.begun else store_plan(retry.store, retry.job(Cluster()), retry.plan)
+    return Retry(output, number + 1, store, recipe, failed, begun=False)
 
 
 def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan | None:
-    """The plan of the rows of an output that failed; None where there are none.
+    """The plan of the failed rows of an output; None if there are none.
 
     Args:
-        verdict: The output, without damage.
+        verdict: The result of verifying the output, without damage.
         failures: As for `next_retry`.
     """
     first, latest = verdict.rounds[0], verdict.latest()
     plan = first.retry_round.plan
     numbers = {file: number for number, file in enumerate(plan.shards.files)}
-    found = array("q")  # file, first, stop of each span: a million of them may be failed rows
+    flat = array("q")  # file, first, stop of each span: there may be a million of them
     for index in _doubtful(first, latest):
         shard = plan.shards[int(index)]
         for span in spans_where(shard, _failed_rows(latest, shard, failures)):
-            found.extend((numbers[span.source, span.fingerprint], span.first, span.stop))
-    spans = np.array(found, np.int64).reshape(-1, 3)
+            flat.extend((numbers[span.source, span.fingerprint], span.first, span.stop))
+    spans = np.array(flat, np.int64).reshape(-1, 3)
     rows = int((spans[:, 2] - spans[:, 1]).sum())
     if not rows:
         return None
@@ -145,7 +146,7 @@ def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan |
 
 
 def latest_failures(output: str) -> tuple[int, int]:
-    """How many latest answers an output has, and how many of them failed.
+    """The number of latest answers of an output, and how many of them failed.
 
     Raises:
         ConfigError: There is no run, or it is damaged.
@@ -153,20 +154,20 @@ def latest_failures(output: str) -> tuple[int, int]:
     """
     verdict = verify(output)
     if verdict.damage:
-        raise ConfigError(f"{output}: {verdict.damage[0]}; `gc2ray verify` tells all")
+        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
     first, latest = verdict.rounds[0], verdict.latest()
     answers, failed = first.stats.rows, 0
     for index in _doubtful(first, latest):
-        found = latest.answers(int(index), MERGED_BY)
-        if found is not None:
-            statuses = found["status"].to_numpy().astype(str)
+        table = latest.answers(int(index), MERGED_BY)
+        if table is not None:
+            statuses = table["status"].to_numpy().astype(str)
             failed += int(np.count_nonzero(statuses != str(Status.OK)))
-            answers += 0 if first.committed[index] else len(found)
+            answers += 0 if first.committed[index] else len(table)
     return answers, failed
 
 
 def _doubtful(first: Checked, latest: Latest) -> Integers:
-    """Shards of round 0 whose answers are not all its own, and good."""
+    """Shards of round 0 with a failed answer, without a part, or with answers of a retry."""
     return np.flatnonzero((first.failed > 0) | latest.retried() | ~first.committed)
 
 
@@ -177,7 +178,7 @@ def _spans(files: Sequence[tuple[str, str]], columns: npt.NDArray[np.int64]) -> 
 
 
 def _failed_rows(latest: Latest, shard: Shard, failures: Collection[str]) -> Booleans:
-    """Which rows of a shard are to be answered anew, (rows,)."""
+    """Which rows of a shard are to be answered again, (rows,)."""
     chosen = latest.unanswered(shard.index) & (DEAD in failures)
     answers = latest.answers(shard.index, MERGED_BY)
     if answers is not None:

@@ -1,7 +1,7 @@
-"""The output directory: the `Run` that it is of (`run.json`), and the retries of its failed rows.
+"""The output directory: its `Run` (`run.json`) and its rounds.
 
-Round 0 is the output; round N is `retry_rounds/N` in it, a run like it: `run.json`, `plan/`,
-`data/`, `dead/`, `workers/`, `model.json`. No round edits another.
+Round 0 is the output itself. Round N is the directory `retry_rounds/N` in it, with the same layout:
+`run.json`, `plan/`, `data/`, `dead/`, `workers/`, `model.json`. No round changes another.
 
 Not covered: which round's answer counts (`gc2ray.output.latest`).
 """
@@ -24,28 +24,28 @@ from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.plan import PLAN_NAME, Plan, follows, plan_name
 
 FORMAT = 3
-"""Of a run and its plan; raised whenever this version would go on otherwise with an older one's.
+"""Format of a run and its plan; raised if this version would resume an older run differently.
 
-2: kept columns are carried as they come back from Parquet. 3: retries lie in `retry_rounds/N`."""
+2: kept columns have the types that come back from Parquet. 3: retries are in `retry_rounds/N`."""
 VERSIONED = ("ray", "torch", "transformers", "pyarrow", "pillow")
 RUN_NAME = "run.json"
 
 RETRY_ROUNDS = "retry_rounds"
 MODEL_NAME = "model.json"
-"""Digest of the model that the first worker had."""
+"""Holds the digest of the first worker's model."""
 _RETRY = re.compile(rf"{RETRY_ROUNDS}/([1-9]\d*)$")
 
 
 @dataclass(frozen=True, eq=False)
 class RetryRound:
-    """A run that was begun: its plan is frozen.
+    """A round of an output that was begun: its plan is stored.
 
     Attributes:
-        number: 0, or that of a retry.
+        number: 0, or the number of the retry.
         store: Its directory.
-        run: What its `run.json` says.
-        plan: Its plan, all of it.
-        model: Digest of the model that answers; None where none was loaded.
+        run: The content of its `run.json`.
+        plan: Its plan, with all extensions.
+        model: Digest of its model; None if no worker has loaded one yet.
     """
 
     number: int
@@ -77,7 +77,7 @@ def retry_numbers(names: Iterable[str]) -> list[int]:
 
 
 def stored_run(store: Store) -> Run | None:
-    """The run of a directory; None where none was begun.
+    """The run of a directory; None if none was begun.
 
     Raises:
         ConfigError: `run.json` is damaged; the message begins with its name.
@@ -87,7 +87,7 @@ def stored_run(store: Store) -> Run | None:
 
 
 def stored_digest(store: Store) -> str | None:
-    """The digest of the model that a directory's answers are of; None where none was loaded.
+    """The digest of the model of a round; None if no worker has loaded one yet.
 
     Raises:
         ConfigError: `model.json` is damaged; the message begins with its name.
@@ -137,7 +137,7 @@ def dead_letter_reason(letter: bytes) -> str:
 
 
 def open_round(output: str, number: int) -> RetryRound | None:
-    """A round of an output; None where it was not begun.
+    """A round of an output; None if it was not begun.
 
     Raises:
         ConfigError: `run.json`, the plan or `model.json` is damaged; the message begins with its
@@ -156,7 +156,7 @@ def frozen_plan(store: Store, run: Run) -> Plan:
     """The whole plan that a run names, with its extensions.
 
     Raises:
-        ConfigError: It is missing, or another one; the message begins with its name.
+        ConfigError: It is missing, or has another digest; the message begins with its name.
     """
     data = store.read(PLAN_NAME)
     if data is None:
@@ -166,8 +166,8 @@ def frozen_plan(store: Store, run: Run) -> Plan:
     plan = Plan.from_bytes(data)
     if (run.shards, run.rows) != (len(plan.shards), plan.rows):
         raise ConfigError(
-            f"{RUN_NAME}: {run.shards} shards of {run.rows} rows, {len(plan.shards)} of "
-            f"{plan.rows} are planned"
+            f"{RUN_NAME}: names {run.shards} shards with {run.rows} rows, but the plan has "
+            f"{len(plan.shards)} with {plan.rows}"
         )
     for name, extension in extensions(store, data):
         try:
@@ -178,14 +178,14 @@ def frozen_plan(store: Store, run: Run) -> Plan:
 
 
 def extensions(store: Store, plan: bytes) -> Iterator[tuple[str, bytes]]:
-    """Files that extend a plan, with their names, in order.
+    """The files that extend a plan, with their names, in order.
 
     Args:
         store: The directory.
-        plan: Its first file.
+        plan: The first file of the plan.
 
     Raises:
-        ConfigError: One does not follow the one before; the message begins with its name.
+        ConfigError: A file does not extend the one before; the message begins with its name.
     """
     before, before_name = digest(plan), PLAN_NAME
     for number, name in enumerate(store.names("plan")[1:], 1):
@@ -198,7 +198,7 @@ def extensions(store: Store, plan: bytes) -> Iterator[tuple[str, bytes]]:
 
 @dataclass(frozen=True)
 class Run:
-    """What `run.json` says: recipe, plan, versions."""
+    """The content of `run.json`: recipe, plan, versions."""
 
     recipe: Recipe
     plan_digest: str
@@ -209,13 +209,13 @@ class Run:
 
     @staticmethod
     def from_plan(recipe: Recipe, plan: Plan, plan_data: bytes) -> Run:
-        """The run of a stored plan, with this process's versions."""
+        """The run of a stored plan, with the versions of this process."""
         versions = {name: importlib.metadata.version(name) for name in VERSIONED}
         versions |= {"gc2ray": __version__, "python": sys.version.split()[0]}
         return Run(recipe, digest(plan_data), len(plan.shards), plan.rows, versions)
 
     def to_bytes(self) -> bytes:
-        """As JSON, for people too."""
+        """The run as JSON."""
         content: dict[str, Any] = {
             "format": self.format,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -232,7 +232,7 @@ class Run:
         """The inverse of `to_bytes`.
 
         Raises:
-            ConfigError: Not a run of this version.
+            ConfigError: The data is not a run, or of another version.
         """
         try:
             content = json.loads(data)
@@ -257,15 +257,15 @@ class Run:
         lines = recipe_difference(self.recipe, recipe)
         if lines:
             raise ConfigError(
-                "the output directory belongs to another recipe; choose a new output, or go back "
-                "to the stored settings:\n  " + "\n  ".join(lines)
+                "the output directory belongs to another recipe; choose a new output, or return to "
+                "the stored settings:\n  " + "\n  ".join(lines)
             )
 
 
 def _other_format(content: dict[str, Any]) -> ConfigError:
-    found, by = content["format"], content["versions"]["gc2ray"]
-    age = "an older" if found < FORMAT else "a newer"
+    number, version = content["format"], content["versions"]["gc2ray"]
+    age = "an older" if number < FORMAT else "a newer"
     return ConfigError(
-        f"{RUN_NAME}: begun by {age} gc2ray, {by} (format {found}); this is {__version__} (format "
-        f"{FORMAT}): choose a new output, or resume with that version"
+        f"{RUN_NAME}: begun by {age} gc2ray, {version} (format {number}); this is {__version__} "
+        f"(format {FORMAT}): choose a new output, or resume with that version"
     )

@@ -1,12 +1,12 @@
-"""`RunTotals`: what the footers and records of an output say, read once and kept small.
+"""`RunTotals`: the sums over all footers and records of an output, read once and kept small.
 
-Nothing is kept per row or per part: statistics are added up as footers come, in a few groups so
-that they tell their spread, and over time in buckets that widen. Runs of any size fit.
+Nothing is kept per row or per part. Statistics are added up while footers are read: in a few
+groups, to estimate their spread, and over time, in buckets that widen. Runs of any size fit in
+memory.
 
-Workers that were killed say when they were last seen, half a minute at most before their end.
+The record of a killed worker ends up to half a minute before its process did.
 
-Not covered: answers themselves; which of several rounds' answers counts
-(`gc2ray.output.latest`).
+Not covered: the answers themselves; which round's answer counts (`gc2ray.output.latest`).
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from gc2ray.output.run_directory import (
 )
 
 GROUPS = 64
-"""Parts are added up in so many groups, in turn: enough for a bootstrap."""
+"""Number of groups that parts are added to in turn: enough for a bootstrap."""
 BUCKETS = 200
 AHEAD = 4 * FOOTER_THREADS
 MOST_DEAD_LETTERS = 20
-"""Dead letters that are read; the others are counted."""
+"""Most dead letters that are read; the others are only counted."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What was committed within some time.
+    """What was committed within a period.
 
     Attributes:
-        answers: Answer rows.
-        input_starved_ns: Of the parts' workers.
-        busy_ns: Of their stages.
+        answers: Number of answer rows.
+        input_starved_ns: Time that the parts' workers waited for input.
+        busy_ns: Time that their stages were busy.
     """
 
     answers: int = 0
@@ -69,10 +69,10 @@ class Moment:
 
 
 class Timeline:
-    """Moments in buckets of equal width, which doubles whenever there would be too many.
+    """Moments in buckets of equal width; the width doubles when there would be too many buckets.
 
     Attributes:
-        width_seconds: Of a bucket.
+        width_seconds: Width of a bucket.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Timeline:
         self._buckets: dict[int, Moment] = {}
 
     def add(self, when: datetime, moment: Moment) -> None:
-        """Count something in."""
+        """Add a moment to its bucket."""
         at = int(when.timestamp() // self.width_seconds)
         self._buckets[at] = self._buckets.get(at, Moment()) + moment
         while max(self._buckets) - min(self._buckets) >= BUCKETS:
@@ -93,7 +93,7 @@ class Timeline:
         self.width_seconds, self._buckets = 2 * self.width_seconds, wider
 
     def moments(self) -> list[tuple[datetime, Moment]]:
-        """Every bucket from the first to the last, empty ones too, by when it begins."""
+        """Every bucket from the first to the last, empty ones included, with its start."""
         if not self._buckets:
             return []
         return [
@@ -104,18 +104,18 @@ class Timeline:
 
 @dataclass(frozen=True, eq=False)
 class RoundTotals:
-    """A round in the ledger.
+    """The totals of one round.
 
     Attributes:
-        number: 0, or that of a retry.
-        run: What its `run.json` says.
-        parts: Committed.
-        rows: Input rows of those.
-        stats: Of their answers.
-        groups: The same in up to `GROUPS` groups.
-        timeline: Over time, as far as parts tell when they were written.
-        workers: Its worker processes.
-        drivers: Its drivers.
+        number: 0, or the number of the retry.
+        run: The content of its `run.json`.
+        parts: Number of committed parts.
+        rows: Number of input rows in those parts.
+        stats: Statistics of their answers.
+        groups: The same statistics in up to `GROUPS` groups.
+        timeline: The same over time, for parts that record when they were written.
+        workers: Records of its worker processes.
+        drivers: Records of its drivers.
         dead_letters: Shards that were given up, each with the reason; at most
             `MOST_DEAD_LETTERS` of them.
         dead_letter_count: Number of dead letters, including those of shards committed later.
@@ -135,17 +135,17 @@ class RoundTotals:
 
     @property
     def usage(self) -> Usage:
-        """What became of the workers' time, as far as drivers tell."""
+        """How the workers spent their time, according to the drivers."""
         return sum((record.usage for record in self.drivers), Usage())
 
 
 @dataclass(frozen=True, eq=False)
 class RunTotals:
-    """What an output says.
+    """The totals of an output.
 
     Attributes:
         output: Directory or URL.
-        entries: Its rounds that were begun, in order.
+        rounds: The totals of its rounds, in order.
     """
 
     output: str
@@ -153,36 +153,36 @@ class RunTotals:
 
     @property
     def run(self) -> Run:
-        """What the output's `run.json` says."""
+        """The content of the output's `run.json`."""
         return self.rounds[0].run
 
     @property
     def stats(self) -> RunStats:
-        """Of the answers of all rounds."""
+        """Statistics of the answers of all rounds."""
         return sum((each.stats for each in self.rounds), RunStats())
 
     @property
     def usage(self) -> Usage:
-        """Of all rounds."""
+        """How the workers of all rounds spent their time."""
         return sum((each.usage for each in self.rounds), Usage())
 
     @property
     def workers(self) -> tuple[WorkerRecord, ...]:
-        """Of all rounds."""
+        """The worker processes of all rounds."""
         return tuple(worker for each in self.rounds for worker in each.workers)
 
     @property
     def model_shape(self) -> Mapping[str, Any] | None:
-        """Sizes of the model, if a worker says, as `ModelShape.to_dict` has them."""
+        """Sizes of the model, as `ModelShape.to_dict` has them; None if no worker recorded them."""
         return next((worker.model_shape for worker in self.workers if worker.model_shape), None)
 
 
 def read_totals(output: str, tick: Callable[[int], None] = lambda _: None) -> RunTotals:
-    """Read what an output says.
+    """Read the footers and records of an output.
 
     Args:
         output: Directory or URL.
-        tick: Called with 1 for each footer that was read.
+        tick: Called with 1 after each footer.
 
     Raises:
         ConfigError: There is no run, or something in it is damaged.
@@ -230,7 +230,7 @@ def _round_totals(store: Store, number: int, tick: Callable[[int], None]) -> Rou
 
 
 def _footers(store: Store, names: Sequence[str]) -> Iterator[PartFooter]:
-    """Footers in order, some read ahead, none kept."""
+    """Footers in order; some are read ahead, none is kept."""
     ahead: deque[Future[PartFooter]] = deque()
     with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
         for name in names:

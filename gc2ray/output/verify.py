@@ -1,8 +1,8 @@
-"""Does an output hold what was planned, every row once, and nothing else?
+"""Checks that an output holds what was planned: every row once, and nothing else.
 
-Quick: digests of run and plan, the listing of `data/` against the plan, every part's footer. Deep:
-every part is read, and its rows held against the plan and its footer, one part a thread. Of a
-retry the same is looked at, and that it plans rows of round 0 only.
+A quick check compares digests of run and plan, the listing of `data/` and every part's footer with
+the plan. A deep check also reads every part and compares its rows with the plan and the footer.
+Retries are checked in the same manner, and must plan rows of round 0 only.
 
 Not covered: the input, which is not read; whether answers are right.
 """
@@ -37,22 +37,22 @@ from gc2ray.output.run_directory import (
 DEEP_THREADS = 2
 """Threads that read whole parts: each holds one in memory."""
 AT_A_TIME = 1024
-"""Parts whose inspections are held at a time."""
+"""Number of parts whose checks are in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """A round, looked at.
+    """The check of one round.
 
     Attributes:
-        retry_round: Which.
-        committed: Whether each of its shards has a part, (shards,).
-        given_up: Whether it has none, and a dead letter, (shards,).
-        failed: Answers of each that failed, (shards,).
-        rows: Input rows of the good parts.
-        stats: Of their answers.
-        problems: What is wrong, a line each.
-        notes: What is worth knowing, and not wrong.
+        retry_round: The round.
+        committed: Whether each shard has a part, (shards,).
+        given_up: Whether each shard has a dead letter and no part, (shards,).
+        failed: Number of failed answers of each shard, (shards,).
+        rows: Number of input rows in good parts.
+        stats: Statistics of their answers.
+        problems: A line for each problem.
+        notes: Lines that are worth knowing, but no problems.
     """
 
     retry_round: RetryRound
@@ -66,21 +66,21 @@ class Checked:
 
     @property
     def waiting(self) -> Booleans:
-        """Whether each shard is still to be answered: it has neither a part nor a dead letter."""
+        """Whether each shard has neither a part nor a dead letter, (shards,)."""
         return ~(self.committed | self.given_up)
 
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What an output is found to be.
+    """The result of verifying an output.
 
     Attributes:
-        rounds: Those that could be looked at, in order; none without round 0.
-        rows: Input rows that have answers, in whatever round.
-        planned_rows: Of round 0.
-        damage: What is wrong, a line each.
-        missing: What is not answered, a line each.
-        notes: What is worth knowing, and not wrong.
+        rounds: The rounds that could be checked, in order; none if round 0 could not.
+        rows: Number of input rows that have answers, in any round.
+        planned_rows: Number of input rows in the plan of round 0.
+        damage: A line for each problem.
+        missing: A line for each run of shards without answers.
+        notes: Lines that are worth knowing, but no problems.
     """
 
     rounds: tuple[Checked, ...]
@@ -92,12 +92,12 @@ class Verdict:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Damage, then what is missing."""
+        """The lines of damage, then those of missing answers."""
         return self.damage + self.missing
 
     @property
     def exit_code(self) -> int:
-        """0 only where every planned row is answered, and nothing is wrong."""
+        """0 only if every planned row is answered and nothing is damaged."""
         return 1 if self.problems else 0
 
     def latest(self) -> Latest:
@@ -106,7 +106,7 @@ class Verdict:
 
 
 def verify(output: str, *, deep: bool = False) -> Verdict:
-    """Look at an output.
+    """Check an output.
 
     Args:
         output: Directory or URL.
@@ -119,8 +119,10 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
     store, _ = open_run(output)
     names = store.names(RETRY_ROUNDS)
     numbers = retry_numbers(names)
-    known = {object_name(number) for number in numbers}
-    damage = [f"{name}: is no retry round; move it away" for name in names if name not in known]
+    folders = {object_name(number) for number in numbers}
+    damage = [
+        f"{name}: is not a retry round; move it away" for name in names if name not in folders
+    ]
     notes: list[str] = []
     checked: list[Checked] = []
     for number in (0, *numbers):
@@ -132,7 +134,9 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
                 return Verdict((), 0, 0, tuple(damage), (), ())
             continue
         if retry_round is None:
-            notes.append(f"{object_name(number, RUN_NAME)}: not there yet; retry again to begin")
+            notes.append(
+                f"{object_name(number, RUN_NAME)}: missing; run `gc2ray retry` to begin this round"
+            )
             continue
         damage += _strayed(checked[0].retry_round, retry_round) if checked else ()
         checked.append(_check(retry_round, deep=deep))
@@ -146,9 +150,9 @@ def _verdict(checked: Sequence[Checked], damage: Sequence[str], notes: Sequence[
         rounds=tuple(checked),
         rows=planned - int(unanswered.sum()),
         planned_rows=planned,
-        damage=(*damage, *(line for found in checked for line in found.problems)),
+        damage=(*damage, *(line for each in checked for line in each.problems)),
         missing=tuple(_missing(checked, unanswered)),
-        notes=(*notes, *(line for found in checked for line in found.notes)),
+        notes=(*notes, *(line for each in checked for line in each.notes)),
     )
 
 
@@ -157,7 +161,7 @@ def _latest(rounds: Sequence[Checked]) -> Latest:
 
 
 def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
-    """What a retry has that is not of round 0."""
+    """What a retry has that does not belong to round 0."""
     run = retry.name(RUN_NAME)
     if retry.plan.recipe_fingerprint != first.plan.recipe_fingerprint:
         yield f"{run}: its recipe is not the output's; move {retry.name('')} away"
@@ -174,10 +178,10 @@ def _check(retry_round: RetryRound, *, deep: bool) -> Checked:
     for name in sorted([*foreign, *others]):
         problems.append(f"{retry_round.name(name)}: is no planned shard's part; move it away")
     failed, rows, stats = np.zeros(len(shards), np.int64), 0, RunStats()
-    for index, found in _inspected(retry_round, np.flatnonzero(committed), deep=deep):
-        problems += [found.problem] if found.problem else []
-        rows, stats = rows + found.rows, stats + found.stats
-        failed[index] = found.stats.bad_rows
+    for index, check in _part_checks(retry_round, np.flatnonzero(committed), deep=deep):
+        problems += [check.problem] if check.problem else []
+        rows, stats = rows + check.rows, stats + check.stats
+        failed[index] = check.stats.bad_rows
     sids = [int(sid, 16) for sid, _ in dead_letters(retry_round.store)]
     dead = np.isin(shards.sids, np.array(sids, np.uint64))
     return Checked(
@@ -193,10 +197,10 @@ def _check(retry_round: RetryRound, *, deep: bool) -> Checked:
 
 
 def _plan_problems(retry_round: RetryRound) -> Iterator[str]:
-    """What a plan with the right digest may still have."""
+    """Problems of a plan whose digest is right."""
     plan, run = retry_round.plan, retry_round.run
     if run.recipe.fingerprint() != plan.recipe_fingerprint:
-        yield f"{retry_round.name(PLAN_NAME)}: of another recipe than {RUN_NAME}"
+        yield f"{retry_round.name(PLAN_NAME)}: belongs to another recipe than {RUN_NAME}"
     spans, sources = plan.shards.spans, [source for source, _ in plan.shards.files]
     source = np.unique(sources, return_inverse=True)[1].astype(np.int64)[spans.file]
     order = np.lexsort((spans.first, source))
@@ -208,10 +212,10 @@ def _plan_problems(retry_round: RetryRound) -> Iterator[str]:
         yield f"{retry_round.name(PLAN_NAME)}: {name} is planned twice"
 
 
-def _inspected(
+def _part_checks(
     retry_round: RetryRound, parts: Integers, *, deep: bool
 ) -> Iterator[tuple[int, PartCheck]]:
-    """Inspections of parts, in their order."""
+    """Checks of parts, with their indices, in order."""
     threads = DEEP_THREADS if deep else FOOTER_THREADS
     with ThreadPoolExecutor(threads, "gc2ray-verify") as pool:
         for start in range(0, len(parts), AT_A_TIME):
@@ -223,15 +227,15 @@ def _inspected(
 def _notes(retry_round: RetryRound, revived: int) -> Iterator[str]:
     if revived:
         name = retry_round.name("dead")
-        yield f"{name}: {revived} shards were given up, and committed later"
+        yield f"{name}: {revived} shards were given up and committed later"
     left = len(retry_round.store.names("_tmp"))
     if left:
         name = retry_round.name("_tmp")
-        yield f"{name}: {left} leftovers of processes that were killed; a later run removes them"
+        yield f"{name}: {left} temporary files of killed processes; a later run removes them"
 
 
 def _unanswered(checked: Sequence[Checked]) -> Integers:
-    """Rows of each shard of round 0 that no round has answered, (shards,)."""
+    """Number of rows of each shard of round 0 without an answer in any round, (shards,)."""
     first, latest = checked[0], _latest(checked)
     rows = np.where(first.committed, 0, first.retry_round.plan.shards.rows_each)
     for index in np.flatnonzero(latest.retried() & ~first.committed):

@@ -43,7 +43,7 @@ from gc2ray.output.planner import (
     store_plan,
     stored_plan,
 )
-from gc2ray.output.retry import Retry, freeze, latest_failures
+from gc2ray.output.retry import Retry, latest_failures
 from gc2ray.output.run_directory import RETRY_ROUNDS, object_name, retry_numbers
 from gc2ray.runner import ray_session
 from gc2ray.runner.driver import Driver
@@ -150,7 +150,7 @@ def run_retry(
     Raises:
         ConfigError, GivenUp, Interrupted: As `run_job`.
     """
-    freeze(retry)
+    retry.freeze()
     result = run_job(
         retry.job(cluster.model_copy(update={"max_bad_rows": 1.0})),
         address=address,

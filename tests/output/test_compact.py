@@ -27,7 +27,7 @@ from gc2ray.core.shards import SourceFile
 from gc2ray.data.store import Store
 from gc2ray.output import compact as compact_module
 from gc2ray.output.compact import Dataset, compact
-from gc2ray.output.retry import freeze, next_retry
+from gc2ray.output.retry import next_retry
 from gc2ray.output.verify import verify
 from tests.support.outputs import (
     CARRIED,
@@ -59,7 +59,7 @@ def retried(output: Path, seed: int, retries: int, *, listed: bool, shard_rows: 
         retry = next_retry(str(output))
         if retry is not None:
             outcome = drawn(seed, retry.number, listed=listed)
-            write_round(output, retry.number, freeze(retry), outcome, listed=listed)
+            write_round(output, retry.number, retry.freeze(), outcome, listed=listed)
 
 
 def keyed(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -195,7 +195,7 @@ def test_any_kept_columns(tmp_path: Path) -> None:
     write_round(output, 0, replace(first_plan(), carried=carried), outcome, changed=changed)
     retry = next_retry(str(output))
     assert retry is not None
-    write_round(output, 1, freeze(retry), changed=changed)
+    write_round(output, 1, retry.freeze(), changed=changed)
     assert verify(str(output), deep=True).problems == ()
     compact(str(output), str(dest))
     table = read(dest)
@@ -217,7 +217,7 @@ def test_an_incomplete_run_is_refused_unless_asked_for(tmp_path: Path) -> None:
     many(output, rows=40)
     parts(output)[2].unlink()
     with pytest.raises(
-        ConfigError, match=r"shard 2 \(10 rows\): not answered yet; run again; --inc"
+        ConfigError, match=r"shard 2 \(10 rows\): not answered yet; run again; pass --inc"
     ):
         compact(str(output), str(dest))
     assert not dest.exists()
@@ -247,7 +247,7 @@ def test_a_part_whose_rows_are_damaged_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dest", ["out", "out/data", "out/new", "out/retry_rounds/1"])
 def test_a_place_in_the_output_is_refused(tmp_path: Path, dest: str) -> None:
     many(tmp_path / "out", rows=40)
-    with pytest.raises(ConfigError, match="choose a place of its own"):
+    with pytest.raises(ConfigError, match="choose a destination outside it"):
         compact(str(tmp_path / "out"), str(tmp_path / dest))
 
 
@@ -256,7 +256,7 @@ def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
     dest = tmp_path / "dest"
     dest.mkdir()
     first = compact(str(tmp_path / "out"), str(dest))
-    with pytest.raises(ConfigError, match="holds a finished dataset; choose another place"):
+    with pytest.raises(ConfigError, match="holds a finished dataset; choose another destination"):
         compact(str(tmp_path / "out"), str(dest))
     (dest / "_SUCCESS").unlink()
     with pytest.raises(ConfigError, match="is not empty, and has no _SUCCESS; choose another"):
@@ -302,7 +302,7 @@ def test_somebody_else_who_writes_there_is_noticed(
         return answers(verdict)
 
     monkeypatch.setattr(compact_module, "_answers", meanwhile)
-    with pytest.raises(ConfigError, match=r"part-00000\.parquet is there already: somebody else"):
+    with pytest.raises(ConfigError, match=r"part-00000\.parquet exists with other content"):
         compact(str(tmp_path / "out"), str(tmp_path / "dest"))
     assert (tmp_path / "dest/part-00000.parquet").read_bytes() == b"theirs"
 
@@ -313,7 +313,7 @@ def test_from_and_to_elsewhere(tmp_path: Path) -> None:
     store = write_round(output, 0, first_plan(), drawn(1, 0, listed=False))
     retry = next_retry(output)
     assert retry is not None
-    write_round(output, 1, freeze(retry), all_ok)
+    write_round(output, 1, retry.freeze(), all_ok)
     dataset: Dataset = compact(output, "memory://compacted/dest", file_bytes=2_000)
     target = Store("memory://compacted/dest")
     assert target.names("")[0] == "/_SUCCESS"

@@ -82,7 +82,9 @@ def test_a_changed_file_is_refused_and_nothing_is_stored(output: Store) -> None:
 def test_other_kept_columns_are_refused_and_nothing_is_stored(output: Store) -> None:
     job = job_of(output)
     carried = pa.schema([pa.field("id", pa.string())])
-    with pytest.raises(ConfigError, match=r"keep: .* are id string, and were id int64"):
+    with pytest.raises(
+        ConfigError, match=r"keep: .* are id string, those of planned files id int64"
+    ):
         extend_plan(output, job, first_plan(), (*FILES, *NEW), carried)
     assert output.names("plan") == [PLAN_NAME]
 

@@ -39,7 +39,7 @@ def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptu
         assert warn_of_others(store) == 1
     (message,) = caplog.messages
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
-    assert "nothing will be wrong or doubled" in message
+    assert "results stay correct" in message
     assert warn_of_others(store) == 0, "it has ended"
     (record,) = driver_records(store)
     assert (record.has_ended, record.usage, record.pid) == (True, BILL, os.getpid())

@@ -15,7 +15,7 @@ from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer
 from gc2ray.core.schema import stats_of, table_stats
-from gc2ray.output.retry import freeze, next_retry
+from gc2ray.output.retry import next_retry
 from gc2ray.runner.run import run_retry
 from tests.support.outputs import (
     FILES,
@@ -116,7 +116,7 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     write_round(output, 0, first_plan(), bad(range(10)))
     retry = next_retry(output)
     assert retry is not None
-    write_round(output, 1, freeze(retry), bad(range(mended, 10)))
+    write_round(output, 1, retry.freeze(), bad(range(mended, 10)))
     found = run_retry(retry, Cluster(max_bad_rows=0.1))
     assert found.judged is not None
     assert (found.judged.answers, found.judged.failed) == (ROWS, 10 - mended)
@@ -134,7 +134,7 @@ def test_a_run_whose_output_is_damaged_is_told_all_the_same(tmp_path: Path) -> N
     write_round(output, 0, first_plan(), bad(range(10)))
     retry = next_retry(output)
     assert retry is not None
-    write_round(output, 1, freeze(retry))
+    write_round(output, 1, retry.freeze())
     (tmp_path / "out/data/notes.txt").touch()
     result = run(tmp_path)
     assert result.exit_code == 1

@@ -18,7 +18,7 @@ from gc2ray.data.dataset import Source
 from gc2ray.data.store import Store
 from gc2ray.output.plan import PLAN_NAME, Plan
 from gc2ray.output.planner import store_plan
-from gc2ray.output.retry import DEAD, FAILURES, Retry, freeze, latest_failures, next_retry
+from gc2ray.output.retry import DEAD, FAILURES, Retry, latest_failures, next_retry
 from gc2ray.output.run_directory import RUN_NAME
 from gc2ray.output.verify import verify
 from gc2ray.runner.messages import ShardAssignment
@@ -77,7 +77,7 @@ def test_a_retry_plans_the_rows_whose_latest_answer_failed(
                 continue
             assert places(retry.plan) == expected
             outcome = drawn(seed, retry.number, listed=listed)
-            write_round(output, retry.number, freeze(retry), outcome, listed=listed)
+            write_round(output, retry.number, retry.freeze(), outcome, listed=listed)
             assert verify(str(output), deep=True).damage == ()
             latest = latest_answers(output).values()
             bad = sum(answer["status"] != "ok" for answer in latest)
@@ -132,7 +132,9 @@ def test_only_other_failures(output: Path) -> None:
 
 
 def test_an_unknown_failure(output: Path) -> None:
-    with pytest.raises(ConfigError, match="status 'bad': none to retry; there are bad_image, bad_"):
+    with pytest.raises(
+        ConfigError, match="--status 'bad': is not a failure; choose from bad_image, bad_"
+    ):
         next_retry(str(output), ["failed", "bad"])
     with pytest.raises(ConfigError, match="status 'ok'"):
         next_retry(str(output), ["ok"])
@@ -146,7 +148,9 @@ def test_a_run_that_is_not_finished_is_finished_first(output: Path) -> None:
 
 def test_a_damaged_output_is_not_retried(output: Path) -> None:
     parts(output)[0].write_bytes(b"garbage")
-    with pytest.raises(ConfigError, match=r"not a part that gc2ray wrote.*`gc2ray verify` tells"):
+    with pytest.raises(
+        ConfigError, match=r"not a part that gc2ray wrote.*`gc2ray verify` for details"
+    ):
         next_retry(str(output))
 
 
@@ -167,7 +171,7 @@ def test_generation_0_stays_as_it_was(output: Path) -> None:
     before = digests(output)
     for _ in range(2):
         retry = begun(output)
-        write_round(output, retry.number, freeze(retry), some_fail)
+        write_round(output, retry.number, retry.freeze(), some_fail)
     after = digests(output)
     assert {name: after[name] for name in before} == before
     assert all(name.startswith("retry_rounds/") for name in after.keys() - before.keys())
@@ -176,18 +180,18 @@ def test_generation_0_stays_as_it_was(output: Path) -> None:
 
 def test_a_retry_that_is_not_finished_is_gone_on_with(output: Path) -> None:
     retry = begun(output)
-    frozen = freeze(retry)
+    frozen = retry.freeze()
     assert (output / "retry_rounds/1" / RUN_NAME).exists()
     again = begun(output, failures=("too_long",))
     assert (again.number, again.begun, again.plan) == (1, True, frozen)
-    assert freeze(again) == frozen
+    assert again.freeze() == frozen
     write_round(output, 1, frozen, all_ok)
     assert next_retry(str(output)) is None
 
 
 def test_a_retry_whose_shards_are_dead_is_finished(output: Path) -> None:
     retry = begun(output, failures=("failed",))
-    write_round(output, 1, freeze(retry), lambda source, row: None)
+    write_round(output, 1, retry.freeze(), lambda source, row: None)
     again = begun(output, failures=("failed",))
     assert (again.number, again.begun, places(again.plan)) == (2, False, places(retry.plan))
 
@@ -200,7 +204,7 @@ def test_a_plan_that_was_left_without_its_run_is_taken(output: Path) -> None:
     retry = begun(output)
     assert (retry.number, retry.begun) == (1, False)
     assert retry.plan != left
-    assert freeze(retry) == left
+    assert retry.freeze() == left
     assert begun(output).begun
 
 
@@ -226,7 +230,7 @@ def test_an_output_elsewhere() -> None:
     retry = next_retry(output + "/")
     assert retry is not None
     assert retry.store.uri == "memory://retried/out/retry_rounds/1"
-    write_round(output, 1, freeze(retry))
+    write_round(output, 1, retry.freeze())
     verdict = verify(output, deep=True)
     assert (verdict.problems, verdict.rows) == ((), 17)
     assert next_retry(output) is None
@@ -248,7 +252,7 @@ def test_workers_answer_a_retry(tmp_path: Path) -> None:
     assert places(retry.plan) == [("a.parquet", row) for row in bad]
     again = retry.job(Cluster())
     assert again.recipe == job.recipe
-    answer(Worker(again, carried, retry_round=1, load=lambda job: EchoEngine()), freeze(retry))
+    answer(Worker(again, carried, retry_round=1, load=lambda job: EchoEngine()), retry.freeze())
     verdict = verify(job.output, deep=True)
     assert (verdict.problems, [found.rows for found in verdict.rounds]) == ((), [20, len(bad)])
     assert begun(tmp_path / "out").plan == retry.plan, "null prompts are bad for ever"

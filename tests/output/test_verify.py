@@ -91,17 +91,17 @@ def a_missing_part(output: Path) -> str:
 
 def a_truncated_part(output: Path) -> str:
     second(output).write_bytes(second(output).read_bytes()[:-30])
-    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or incomplete"
 
 
 def an_empty_part(output: Path) -> str:
     second(output).write_bytes(b"")
-    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or incomplete"
 
 
 def garbage(output: Path) -> str:
     second(output).write_bytes(b"garbage" * 100)
-    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or incomplete"
 
 
 def a_part_of_another_shard(output: Path) -> str:
@@ -122,7 +122,7 @@ def too_few_rows_by_the_footer(output: Path) -> str:
 
 def fewer_answers_than_the_footer_says(output: Path) -> str:
     rewrite(second(output), lambda table: table.slice(1))
-    return f"{SECOND.part_name}: not a part that gc2ray wrote, or cut short"
+    return f"{SECOND.part_name}: not a part that gc2ray wrote, or incomplete"
 
 
 def another_type(output: Path) -> str:
@@ -406,14 +406,18 @@ def edited_run(output: Path, **changes: object) -> None:
 
 def test_an_edited_count_of_the_run(output: Path) -> None:
     edited_run(output, rows=18)
-    assert found(output, deep=False) == ("run.json: 7 shards of 18 rows, 7 of 17 are planned",)
+    assert found(output, deep=False) == (
+        "run.json: names 7 shards with 18 rows, but the plan has 7 with 17",
+    )
 
 
 def test_an_edited_recipe_of_the_run(output: Path) -> None:
     recipe = json.loads((output / RUN_NAME).read_text())["recipe"]
     recipe["generation"]["max_new_tokens"] = 9
     edited_run(output, recipe=recipe)
-    assert found(output, deep=False) == ("plan/0000.parquet: of another recipe than run.json",)
+    assert found(output, deep=False) == (
+        "plan/0000.parquet: belongs to another recipe than run.json",
+    )
 
 
 def test_a_retry_with_another_model(output: Path) -> None:
@@ -452,8 +456,8 @@ def test_leftovers_and_letters_of_committed_shards_are_no_problem(output: Path) 
     verdict = verify(str(output), deep=True)
     assert (verdict.problems, verdict.exit_code) == ((), 0)
     assert verdict.notes == (
-        "dead: 1 shards were given up, and committed later",
-        "_tmp: 1 leftovers of processes that were killed; a later run removes them",
+        "dead: 1 shards were given up and committed later",
+        "_tmp: 1 temporary files of killed processes; a later run removes them",
     )
 
 
@@ -499,7 +503,7 @@ def test_a_damaged_part_of_a_retry(retried: Path, *, deep: bool) -> None:
     part.write_bytes(b"garbage")
     name = part.relative_to(retried)
     assert found(retried, deep=deep) == (
-        f"{name}: not a part that gc2ray wrote, or cut short; move it away, and retry again",
+        f"{name}: not a part that gc2ray wrote, or incomplete; move it away, and retry again",
     )
     part.unlink()
     assert found(retried, deep=deep) == (
@@ -542,8 +546,10 @@ def test_what_is_no_retry(retried: Path) -> None:
     (retried / "retry_rounds/old").mkdir()
     (retried / "retry_rounds/2").mkdir()
     verdict = verify(str(retried))
-    assert verdict.problems == ("retry_rounds/old: is no retry round; move it away",)
-    assert verdict.notes == ("retry_rounds/2/run.json: not there yet; retry again to begin",)
+    assert verdict.problems == ("retry_rounds/old: is not a retry round; move it away",)
+    assert verdict.notes == (
+        "retry_rounds/2/run.json: missing; run `gc2ray retry` to begin this round",
+    )
 
 
 def test_rows_of_a_dead_shard_that_a_retry_answered_are_not_missing(tmp_path: Path) -> None:

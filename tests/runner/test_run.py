@@ -255,7 +255,7 @@ def test_a_narrower_type_in_new_files_extends_a_run(job: Job, tmp_path: Path) ->
         table.set_column(0, "id", table["id"].cast(pa.string())), tmp_path / "in/c.parquet"
     )
     (tmp_path / "in/b.parquet").unlink()
-    with pytest.raises(ConfigError, match="id string, and were id int64"):
+    with pytest.raises(ConfigError, match="id string, those of planned files id int64"):
         run_job(wide, extend=True)
 
 
