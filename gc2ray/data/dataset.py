@@ -1,8 +1,8 @@
 """`Source`: the input of a recipe, planned by its footers and read span by span.
 
-Planning lists once and reads footers only. A file that changed since it was planned is an error,
-not a mixture. A span that begins where the one before it ended is read on from there, so that a row
-group that is cut into many shards is read once, if the same worker has them.
+Planning lists the files once and reads only their footers. A file that changed after planning is an
+error. A span that begins where the span before it ended continues that read, so a row group that is
+cut into many shards is read once if one worker has them.
 
 Not covered: reading from several threads at a time.
 """
@@ -50,7 +50,7 @@ BEGINNINGS = (
 )
 MAGICS = (b"PAR1", b"ARROW1")
 CHANGED = ("mtime", "LastModified", "Last-Modified", "created", "Content-MD5", "Digest")
-"""What storages call the time of a change, or tell in its place."""
+"""Names that storages use for the time of a change, or for what stands in its place."""
 WEAK = "W/"
 OF_AN_OUTPUT = re.compile(r"(^|/)(plan/\d{4}|data/part-\d{7}-[0-9a-f]{16})\.parquet$")
 
@@ -66,8 +66,8 @@ class Source:
     """The input of a recipe.
 
     Args:
-        config: Where it is and which columns it has.
-        retry_policy: With a storage in trouble.
+        config: Its place and its columns.
+        retry_policy: How long temporary trouble of the storage is waited out.
     """
 
     def __init__(self, config: InputConfig, retry_policy: RetryPolicy = RETRY_POLICY) -> None:
@@ -78,7 +78,7 @@ class Source:
 
     @cached_property
     def _listing(self) -> Listing:
-        """Where the input is: asking which entries are files costs a call each."""
+        """The files of the input; cached because it takes a call to the storage for each entry."""
         return Listing.from_uris(self.config.uris(), self._retry_policy)
 
     def scan(self) -> tuple[list[SourceFile], pa.Schema]:
@@ -87,45 +87,45 @@ class Source:
         Raises:
             ConfigError: There are no files, one cannot be read, or columns are missing.
         """
-        with self._listing.listed() as found:
-            if not found:
+        with self._listing.listed() as paths:
+            if not paths:
                 raise ConfigError(
                     f"{URI_KEY}: no Parquet files at {', '.join(self.config.uris())}"
                     f"{self._listing.missing()}"
                 )
-            looked = self._looked(found)
-        _check_keys([file.file.source for file in looked])
-        _warn_of_large_groups(looked)
-        columns = [(file.file.source, file.columns) for file in looked]
-        return [file.file for file in looked], self._rows.carried(columns)
+            probed = self._probe_all(paths)
+        _check_keys([probe.file.source for probe in probed])
+        _warn_of_large_groups(probed)
+        columns = [(probe.file.source, probe.columns) for probe in probed]
+        return [probe.file for probe in probed], self._rows.carried(columns)
 
     def apart(self, files: Sequence[SourceFile], planned: Collection[str]) -> list[SourceFile]:
-        """Files without those that are planned under another name."""
+        """The files that are not planned under another name."""
         paths = {self._listing.path(file.source): file for file in files}
         new = {*self._listing.others(list(paths), planned)}
         return [file for path, file in paths.items() if path in new or file.source in planned]
 
     def unplanned(self, planned: Collection[str]) -> list[str]:
-        """Sources that have rows, or cannot be read, and are not among some.
+        """Sources with rows, or that cannot be read, that are not among the planned ones.
 
         Raises:
             ConfigError: The storage does not answer.
         """
-        with self._listing.listed() as found:
-            new = self._listing.others(found, planned)
+        with self._listing.listed() as paths:
+            new = self._listing.others(paths, planned)
             with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
-                found = list(itertools.compress(new, pool.map(self._may_have_rows, new)))
-        return [self._listing.source(path) for path in found]
+                paths = list(itertools.compress(new, pool.map(self._may_have_rows, new)))
+        return [self._listing.source(path) for path in paths]
 
     def would_take(self, folder: str, names: Sequence[str]) -> bool:
-        """Whether one of some files would be input, if it were there.
+        """Whether one of some files would be part of the input, if it existed.
 
         Args:
-            folder: That they are below: local path, or any fsspec URL.
-            names: Theirs, below that.
+            folder: Local path or fsspec URL of a folder.
+            names: Names of the files, relative to it.
 
         Raises:
-            ConfigError: The input's storage does not answer.
+            ConfigError: The storage of the input does not answer.
         """
         return self._listing.would_take(folder, names)
 
@@ -136,18 +136,18 @@ class Source:
         except read_errors():
             return True
 
-    def _looked(self, paths: Sequence[str]) -> list[_Probed]:
-        """A look at every file, and at the first one first: what is wrong is so in all, as a rule.
+    def _probe_all(self, paths: Sequence[str]) -> list[_Probed]:
+        """Probe every file, the first one alone: a mistake is usually the same in all files.
 
         Raises:
-            ConfigError: One cannot be read, or has not the columns.
+            ConfigError: A file cannot be read, or does not have the columns.
         """
         folders = partition_types(partition_values(self._listing.source(path)) for path in paths)
-        first = self._look(paths[0], folders)
+        first = self._probe(paths[0], folders)
         with ThreadPoolExecutor(FOOTER_THREADS, "gc2ray-footer") as pool:
-            return [first, *pool.map(lambda path: self._look(path, folders), paths[1:])]
+            return [first, *pool.map(lambda path: self._probe(path, folders), paths[1:])]
 
-    def _look(self, path: str, folders: Mapping[str, pa.DataType]) -> _Probed:
+    def _probe(self, path: str, folders: Mapping[str, pa.DataType]) -> _Probed:
         source = self._listing.source(path)
         try:
             fingerprint = self._fingerprint(path)
@@ -158,30 +158,30 @@ class Source:
                 file = SourceFile(source, fingerprint, rows.groups())
                 return _Probed(file, columns, largest)
         except (*read_errors(), *self._web_errors) as error:
-            told = self._diagnosis(path, error)
-            raise ConfigError(f"{URI_KEY}: {source} cannot be read: {told}") from error
+            reason = self._diagnosis(path, error)
+            raise ConfigError(f"{URI_KEY}: {source} cannot be read: {reason}") from error
 
     @cached_property
     def _web_errors(self) -> tuple[type[Exception], ...]:
-        """What the web's filesystem raises, too, of servers that serve no ranges."""
+        """What the web's filesystem also raises: for servers that serve no ranges."""
         return (ValueError,) if is_web(self._listing.filesystem) else ()
 
     def _checked(
         self, schema: pa.Schema, source: str, folders: Mapping[str, pa.DataType]
     ) -> pa.Schema:
-        """As `RowReader.check`; of what looks like an output's own file that is said."""
+        """As `RowReader.check`, with a hint if the file looks like part of an output."""
         try:
             return self._rows.check(schema, source, folders)
         except ConfigError as error:
             if not OF_AN_OUTPUT.search(source):
                 raise
             raise ConfigError(
-                f"{URI_KEY}: {source} seems to be of an output of gc2ray that lies in the input; "
-                "move that output, or name the input's own files by a pattern"
+                f"{URI_KEY}: {source} seems to belong to an output of gc2ray inside the input; "
+                "move that output, or select the input's own files by a pattern"
             ) from error
 
     def _diagnosis(self, path: str, error: Exception) -> str:
-        """What a file is that cannot be read, as far as its size and beginning tell."""
+        """Why a file cannot be read, judged by its size and its first bytes."""
         if not isinstance(error, pa.ArrowException) and not _is_of_parquet(error):
             return str(error)  # the storage's trouble
         try:
@@ -190,18 +190,18 @@ class Source:
                 begin = file.read(PEEK_BYTES)
         except read_errors():
             return str(error)
-        told = f"{_what_begins(begin)} ({size:,} bytes)"
-        return f"{told}: {first_line(error)}" if begin.startswith(MAGICS) else told
+        kind = f"{_kind_of_file(begin)} ({size:,} bytes)"
+        return f"{kind}: {first_line(error)}" if begin.startswith(MAGICS) else kind
 
     def read(self, span: Span, host_memory_bytes: int) -> Iterator[Request]:
         """The requests of a span in order: at least one per row, one for each of its prompts.
 
         Args:
-            span: What to read.
-            host_memory_bytes: About how much undecoded input may be held at a time.
+            span: The rows to read.
+            host_memory_bytes: Approximate limit of undecoded input in memory.
 
         Raises:
-            ShardError: The file is gone, changed, or damaged.
+            ShardError: The file is missing, changed, or damaged.
         """
         path = self._listing.path(span.source)
         reading: _Reading | None = None
@@ -225,9 +225,9 @@ class Source:
                 reading.close()
 
     def _resumed(self, span: Span) -> _Reading | None:
-        """What was read last, if the span goes on there; otherwise it is closed."""
+        """The last reading, if the span continues it; otherwise that reading is closed."""
         kept, self._kept = self._kept, None
-        if kept is None or kept.goes_on_with(span):
+        if kept is None or kept.continues_with(span):
             return kept
         kept.close()
         return None
@@ -252,8 +252,8 @@ class Source:
             yield ArrowRows(path)
         else:
             raise ConfigError(
-                f"recipe.input.uri: {path} is an Arrow file on remote storage, which cannot be "
-                "read by rows; copy it to a local disk, or save it with dataset.to_parquet()"
+                f"{URI_KEY}: {path} is an Arrow file on remote storage, where single rows cannot "
+                "be read; copy it to a local disk, or save it with dataset.to_parquet()"
             )
 
     def _file(self, path: str, block_bytes: int | None = None) -> RetryingFile:
@@ -264,9 +264,9 @@ class Source:
             raise ShardError(f"{span.source} changed since the run was planned")
 
     def _fingerprint(self, path: str) -> str:
-        """The store's ETag; without one, size, time of change and a digest of the footer.
+        """The storage's ETag; without one, size, time of change and a digest of the footer.
 
-        A weak ETag alone will not do: bytes may change under it.
+        A weak ETag is not enough: bytes may change while it stays the same.
         """
         info = self._info(path)
         tag = str(info.get("ETag") or "")
@@ -275,14 +275,14 @@ class Source:
         with self._file(path) as file:
             footer = digest(_end(file) if path.endswith(ARROW) else read_footer(file))[:16]
         changed = next((str(info[key]) for key in CHANGED if info.get(key)), "")
-        told = f"{changed} {tag}".strip().replace('"', "")
-        return f"size:{int(info['size'])} changed:{told} footer:{footer}"
+        version = f"{changed} {tag}".strip().replace('"', "")
+        return f"size:{int(info['size'])} changed:{version} footer:{footer}"
 
     def _info(self, path: str) -> Mapping[str, Any]:
-        """What the storage says of a file.
+        """The storage's metadata of a file.
 
         Raises:
-            OSError: There is none, or it cannot be read but from its beginning to its end.
+            OSError: There is no such file, or it can only be read from beginning to end.
         """
         filesystem = self._listing.filesystem
         info: Mapping[str, Any] = self._retry_policy.call(
@@ -291,8 +291,8 @@ class Source:
         if info.get("size") is None or info.get("partial") is False:
             raise OSError(
                 errno.ESPIPE,
-                "the server gives no size or serves no ranges, which Parquet needs; copy the file "
-                "to a disk or a bucket",
+                "the server gives no size or serves no byte ranges, which Parquet needs; copy the "
+                "file to a disk or a bucket",
                 path,
             )
         return info
@@ -300,7 +300,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Probed:
-    """A file, the columns of it that are read, and the bytes of its largest row group."""
+    """A file, those of its columns that are read, and the bytes of its largest row group."""
 
     file: SourceFile
     columns: pa.Schema
@@ -308,17 +308,17 @@ class _Probed:
 
 
 class _Reading:
-    """A file that is being read, row after row.
+    """A file that is read row by row.
 
     Args:
         opened: The file; closed by `close`.
         span: Where to begin, and which row groups to read to their end.
-        columns: Those that are wanted.
-        host_memory_bytes: About how much of them may be held at a time.
+        columns: Names of the columns to read.
+        host_memory_bytes: Approximate limit of what is in memory at a time.
 
     Attributes:
-        row: The next one.
-        close: Lets go of the file.
+        row: Number of the next row.
+        close: Closes the file.
     """
 
     def __init__(
@@ -335,7 +335,7 @@ class _Reading:
             rows = stack.enter_context(opened)
             self._columns = _inside(rows, columns)
             said = partition_values(span.source)
-            self._said = {
+            self._spelled = {
                 name: pa.scalar(said.get(name), pa.string())
                 for name in columns
                 if name not in self._columns
@@ -345,23 +345,23 @@ class _Reading:
             self._end = next((end for end in ends if end >= span.stop), span.stop)
             self.close = stack.pop_all().close
 
-    def goes_on_with(self, span: Span) -> bool:
-        """Whether its next rows are those of a span, to the last one."""
+    def continues_with(self, span: Span) -> bool:
+        """Whether its next rows are those of a span, all of them."""
         same = (span.source, span.fingerprint) == (self._span.source, self._span.fingerprint)
         return same and span.first == self.row and span.stop <= self._end
 
     def records(self, stop: int) -> Iterator[tuple[int, dict[str, pa.Scalar]]]:
-        """Rows with their numbers, up to `stop` or the end of what is at hand."""
+        """Rows with their numbers, up to `stop` or the end of the reading."""
         while self.row < stop and (batch := self._ahead()) is not None:
             taken = min(len(batch), stop - self.row)
             self._rest = batch.slice(taken)
             for index in range(taken):
                 self.row += 1
                 record = {name: batch.column(name)[index] for name in self._columns}
-                yield self.row - 1, {**record, **self._said}
+                yield self.row - 1, {**record, **self._spelled}
 
     def _ahead(self) -> pa.RecordBatch | None:
-        """Rows from the next one on; None if none is at hand."""
+        """Rows from the next one on; None at the end of the reading."""
         while self._rest is None or not len(self._rest):
             start, batch = next(self._batches, (0, None))
             if batch is None:
@@ -371,45 +371,45 @@ class _Reading:
 
 
 def _inside(rows: ParquetRows | ArrowRows, columns: Sequence[str]) -> tuple[str, ...]:
-    """Those of some columns that are in a file; folders spell out the others."""
+    """The columns that are in the file; the others come from its folders."""
     return tuple(name for name in columns if name in rows.schema.names)
 
 
 def _is_of_parquet(error: Exception) -> bool:
-    """Whether an error is of pyarrow's reader, which raises plain ones, too."""
+    """Whether pyarrow's reader raised an error: it raises plain `OSError`, too."""
     return type(error) is OSError and error.errno is None
 
 
-def _what_begins(begin: bytes) -> str:
-    """What a file is that begins so."""
+def _kind_of_file(begin: bytes) -> str:
+    """What a file is, judged by its first bytes."""
     if not begin:
         return "it is empty"
-    return next((told for mark, told in BEGINNINGS if begin.startswith(mark)), "no Parquet file")
+    return next((kind for mark, kind in BEGINNINGS if begin.startswith(mark)), "no Parquet file")
 
 
 def _check_keys(sources: Sequence[str]) -> None:
-    """Refuse sources of which two rows could have one key.
+    """Refuse sources of which two rows could have the same key.
 
     Raises:
-        ConfigError: One is called as another's row or prompt is.
+        ConfigError: The name of a source is also the key of another source's row or prompt.
     """
-    known = {*sources}
+    names = {*sources}
     for source in sources:
         before, mark, number = source.rpartition("#")
-        if mark and number.isdecimal() and before in known:
+        if mark and number.isdecimal() and before in names:
             raise ConfigError(
-                f"{URI_KEY}: {source} is called as a row of {before} is, so that their answers "
-                "would have the same row_key; rename one of them"
+                f"{URI_KEY}: the name {source} is also the row_key of a row of {before}; rename "
+                "one of the two files"
             )
 
 
-def _warn_of_large_groups(looked: Sequence[_Probed]) -> None:
-    large = [file for file in looked if file.largest_bytes > LARGE_GROUP_BYTES]
+def _warn_of_large_groups(probed: Sequence[_Probed]) -> None:
+    large = [probe for probe in probed if probe.largest_bytes > LARGE_GROUP_BYTES]
     if large:
-        worst = max(large, key=lambda file: file.largest_bytes)
+        worst = max(large, key=lambda probe: probe.largest_bytes)
         log.warning(
             "%d input files have row groups above %d MB (%s: %d MB): a worker that gets a later "
-            "part of one reads it from its beginning; groups of some MB can be shared out",
+            "part of a row group reads it from its beginning; write row groups of a few MB",
             len(large),
             LARGE_GROUP_BYTES >> 20,
             worst.file.source,

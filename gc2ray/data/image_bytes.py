@@ -1,7 +1,6 @@
-"""Where the bytes of an image may come from, and how many.
+"""Reads the encoded bytes of images, from allowed places only and up to a size limit.
 
-What a dataset calls an image is not trusted. It is read only from places that the configuration
-names, and never beyond a size limit.
+A dataset is not trusted: its images are read only from places that the configuration names.
 
 Not covered: a symbolic link that changes between check and read.
 """
@@ -32,7 +31,7 @@ from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.storage import storage_of, without_dots
 
 WEB_RETRY_POLICY = RetryPolicy(total_seconds=20.0)
-"""With the web, where somebody else's server may fail for good."""
+"""Shorter for the web, where a server may have failed for good."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.IGNORECASE | re.DOTALL)
 _DOT_SEGMENT = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\?#;])")
@@ -48,9 +47,9 @@ def read_bytes(ref: ImageRef, policy: ImagePolicy) -> bytes:
     name. URLs are compared by protocol and whole components, and what is read
     is the URL that was compared. HTTP redirects are not followed: they could leave the root.
 
-    Trouble that may pass is waited out. Of a storage that stays in trouble nothing is known about
-    this image, and its shard is tried again; the web is another matter, where one page in a million
-    always fails.
+    Temporary trouble is waited out. If a storage stays in trouble, that says nothing about this
+    image, and its shard is tried again. On the web one page in a million always fails, so there the
+    row fails.
 
     Raises:
         BadRow: `BAD_IMAGE`: null, empty, too large, missing, not a file, not under a root, or a
@@ -99,7 +98,7 @@ def _locations(path: str, policy: ImagePolicy) -> list[str]:
 
 
 def _sneaky(path: str) -> bool:
-    """Whether a URL could be read as another than the one that is compared.
+    """Whether a URL could be read as another URL than the one that is compared.
 
     fsspec takes `::` for a chain of file systems. HTTP clients resolve dot segments, also if they
     are percent-encoded or stand before a query.
@@ -122,7 +121,7 @@ def _candidates(path: str, roots: tuple[str, ...]) -> Iterator[str]:
 
 
 def _resolved(location: str) -> str:
-    """A location with one spelling: a real absolute path, or `protocol://` and its components."""
+    """The canonical spelling of a location: a real absolute path, or `protocol://` and a path."""
     url = _URL.fullmatch(location)
     protocol, rest = (url[1].lower(), url[2]) if url else ("file", location)
     if protocol in ("file", "local"):
@@ -170,7 +169,7 @@ def _is_web(location: str) -> bool:
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
-    """Where a resolved location is; a local one is a path to the end, whatever it looks like."""
+    """The filesystem and path of a resolved location; all of a local location is its path."""
     if location.startswith("/"):
         return LocalFileSystem(), location
     options = {"allow_redirects": False} if _is_web(location) else {}
@@ -183,7 +182,7 @@ def _filesystem(location: str) -> tuple[Any, str]:
 
 
 def _read_at_most(file: IO[bytes], limit: int) -> bytes:
-    """Streams may return less than they are asked for; only nothing means the end."""
+    """Read up to `limit` bytes: streams may return fewer, and only an empty read is the end."""
     chunks = []
     while limit > 0 and (chunk := file.read(limit)):
         chunks.append(chunk)

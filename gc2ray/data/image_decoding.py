@@ -82,7 +82,7 @@ def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
     try:
         rgb = _to_rgb(image)
     except (ValueError, OSError, MemoryError) as error:
-        raise refusal(f"no way from mode {image.mode} to RGB") from error
+        raise refusal(f"cannot convert mode {image.mode} to RGB") from error
     turn = _TURNS.get(orientation)
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -98,7 +98,7 @@ def upright_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
     """
     image = _loaded(data, policy, pixels=False)
     late = image.format == "PNG" and "exif" not in image.info  # asking would decode the pixels
-    upright = image.format == "TIFF"  # Pillow tells the size that it will have
+    upright = image.format == "TIFF"  # Pillow gives the size after turning
     turned = not (late or upright) and _orientation(image) in (5, 6, 7, 8)
     width, height = image.size
     return (width, height) if turned else (height, width)
@@ -194,7 +194,7 @@ def _bytes_from_float(values: np.ndarray) -> np.ndarray:
 
 
 def refusal(what: str, path: str | None = None) -> BadRow:
-    """`BAD_IMAGE` with one short line; of a long path the end is shown, it tells more."""
+    """`BAD_IMAGE` with one short line; a long path is cut at its beginning."""
     if path is None:
         return BadRow(Status.BAD_IMAGE, one_line(what))
     place = path if len(path) <= _PLACE_LIMIT else "..." + path[3 - _PLACE_LIMIT :]

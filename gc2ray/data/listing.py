@@ -1,13 +1,13 @@
-"""`Listing`: which files an input is made of, and what they are called.
+"""`Listing`: the files of an input, and the names of its sources.
 
-An input is an entry or a list of these, all on one storage; `gc2ray.data.places` says what an
-entry is. A file that several entries name, or one in several ways, is one source.
+An input is one entry or a list of entries (`gc2ray.data.places`), all on one storage. A file that
+several entries name, or one entry under several names, is one source.
 
-Sources are named by their path below the root: the folder that is named, the one of the file, the
-one before the first component of a pattern; of a list the deepest that all have in common. Paths
-of a storage are never rewritten: their doubled slashes and dots may be part of a name. What stands
-behind `?` in a URL of the web, often a signature, is no part of its source's name where that names
-one URL only.
+A source is named by its path below the root: the folder that is given, the folder of a file that is
+given, or the folder before the first component of a pattern; for a list, the deepest folder that
+all entries share. Paths of a storage are never rewritten, because doubled slashes and dots may be
+part of a name. The query of a web URL (`?…`, often a signature) is not part of the source's name,
+unless several URLs differ by it alone.
 
 Folders may spell out columns, as Hive and Spark name them: `lang=de/year=2024/a.parquet`. Only
 folders below the root count. Such columns are typed as `pyarrow.dataset` types them, over all files
@@ -38,7 +38,7 @@ from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.storage import protocols, storage_of, without_dots
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"}
-"""Their names are keys, not paths: `..` is part of one."""
+"""Names of their objects are keys, not paths: `..` is part of a key."""
 
 NULL_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
@@ -53,10 +53,10 @@ class Listing:
 
     Attributes:
         filesystem: The storage.
-        root: What sources are named below; ends with a slash, where it is not empty.
+        root: The folder that names of sources are relative to; empty, or ends with a slash.
         places: The entries.
-        retry_policy: With the storage in trouble.
-        queries: Of URLs that are named without their query, by that name: the query, with its `?`.
+        retry_policy: How long temporary trouble of the storage is waited out.
+        queries: The query, with its `?`, of each URL that is named without it.
     """
 
     filesystem: Any
@@ -67,7 +67,7 @@ class Listing:
 
     @staticmethod
     def from_uris(uris: Sequence[str], retry_policy: RetryPolicy) -> Listing:
-        """Where an input is; nothing is listed yet.
+        """The listing of an input; no file is listed yet.
 
         Raises:
             ConfigError: There is no such storage, or several.
@@ -76,7 +76,8 @@ class Listing:
         first = places[0].filesystem
         if any(place.filesystem != first for place in places):
             raise ConfigError(
-                f"{URI_KEY}: its entries are on different storages; copy, or run twice"
+                f"{URI_KEY}: its entries are on different storages; copy the files to one storage, "
+                "or run once for each"
             )
         root = _common([place.root for place in places])
         queries = _queries(places) if is_web(first) else {}
@@ -84,10 +85,10 @@ class Listing:
 
     @contextmanager
     def listed(self) -> Iterator[list[str]]:
-        """Its files: entry after entry, each in order of name, none twice.
+        """The files: entry by entry, sorted by name within an entry, none twice.
 
-        Within, what the storage has told of each is remembered, so that it is not asked of each
-        again; afterwards nothing is, or a file that changes later would not be noticed.
+        Inside the context the storage's metadata is cached, which saves a call for each file. The
+        cache is dropped at the end, so that later changes are noticed.
 
         Raises:
             ConfigError: As `Place.files`.
@@ -107,7 +108,7 @@ class Listing:
             self.filesystem.invalidate_cache()
 
     def missing(self) -> str:
-        """What is not there, of an input without files: a word more than that, if any is known."""
+        """A hint at what is missing, for an input without files; empty if there is none."""
         for place in self.places:
             bucket = place.root.split("/")[0]
             if {"s3", "gs"} & set(protocols(self.filesystem)) and not self._is_there(bucket):
@@ -118,18 +119,18 @@ class Listing:
         return bool(self.filesystem.exists(path))
 
     def would_take(self, folder: str, names: Sequence[str]) -> bool:
-        """Whether one of some files would be input, if it were there.
+        """Whether one of some files would be part of the input, if it existed.
 
         Args:
-            folder: That they are below: local path, or any fsspec URL.
-            names: Theirs, below that.
+            folder: Local path or fsspec URL of a folder.
+            names: Names of the files, relative to it.
         """
         filesystem, path = storage_of(folder)
         same = bool(filesystem == self.filesystem)
         return same and any(place.would_take(path, names) for place in self.places)
 
     def source(self, path: str) -> str:
-        """What a file is called in answers."""
+        """The name of a file in answers."""
         plain, mark, query = path.partition("?")
         named = plain if self.queries.get(plain) == f"{mark}{query}" else path
         return named.removeprefix(self.root)
@@ -140,12 +141,12 @@ class Listing:
         return f"{named}{self.queries.get(named, '')}"
 
     def others(self, paths: Sequence[str], sources: Collection[str]) -> list[str]:
-        """Files that are none of some sources, under whatever name."""
-        known = {self._identity(self.path(source)) for source in sources}
-        return [path for path in paths if self._identity(path) not in known]
+        """The files that are not among some sources under any name."""
+        identities = {self._identity(self.path(source)) for source in sources}
+        return [path for path in paths if self._identity(path) not in identities]
 
     def _identity(self, path: str) -> str:
-        """The same for all spellings of a file."""
+        """A name that is the same for all spellings of a file."""
         if is_local(self.filesystem):
             return os.path.realpath(path)
         if OBJECT_STORES & set(protocols(self.filesystem)):
@@ -157,7 +158,7 @@ class Listing:
 
 
 def _common(roots: Sequence[str]) -> str:
-    """The deepest folder that some have in common, or all there are, with a slash at the end."""
+    """The deepest folder that all roots share, with a slash at its end."""
     if len(set(roots)) == 1:
         return f"{roots[0]}/"
     shared = []
@@ -169,30 +170,30 @@ def _common(roots: Sequence[str]) -> str:
 
 
 def _queries(places: Sequence[Place]) -> dict[str, str]:
-    """Queries of files that no other entry tells apart, by URL."""
+    """The queries of URLs that no other entry names with another query, by URL."""
     split = {place.path: place.path.partition("?") for place in places if place.path}
     count = Counter(plain for plain, _, _ in split.values())
     return {plain: f"{mark}{query}" for plain, mark, query in split.values() if count[plain] == 1}
 
 
 def partition_values(source: str) -> dict[str, str | None]:
-    """What the folders of a source say, by column."""
-    found: dict[str, str | None] = {}
+    """The values that the folders of a source spell out, by column."""
+    values: dict[str, str | None] = {}
     for folder in source.split("/")[:-1]:
         name, equals, text = folder.partition("=")
         if equals:
             value = None if text == NULL_VALUE else _unquoted(text)
-            found.setdefault(_unquoted(name), value)
-    return found
+            values.setdefault(_unquoted(name), value)
+    return values
 
 
 def partition_types(sources: Iterable[PartitionValues]) -> dict[str, pa.DataType]:
-    """The type of each column, by the values that it has in all sources."""
+    """The type of each column, judged by its values in all sources."""
     values: dict[str, set[str | None]] = {}
     for source in sources:
         for name, value in source.items():
             values.setdefault(name, set()).add(value)
-    return {name: _partition_type(known - {None}) for name, known in values.items()}
+    return {name: _partition_type(texts - {None}) for name, texts in values.items()}
 
 
 def _partition_type(values: set[str | None]) -> pa.DataType:

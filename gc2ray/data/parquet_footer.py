@@ -1,4 +1,4 @@
-"""Parquet files of ours opened; and the end of any, enough for its metadata and its version."""
+"""Opens Parquet files, and reads the footer of any: its metadata and its version."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import pyarrow.parquet as pq
 
 MAGIC = b"PAR1"
 TAIL_BYTES = 1 << 16
-"""Read at first; a footer is smaller, as a rule."""
+"""Bytes that are read first; most footers are smaller."""
 _LENGTH_AND_MAGIC_BYTES = 8
 
 
 class Readable(Protocol):
-    """What is needed of an open file."""
+    """The methods that an open file must have."""
 
     def read(self, size: int = -1, /) -> bytes:
-        """Up to so many bytes from where it stands."""
+        """Read up to `size` bytes from the current position."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a place; where that is."""
+        """Move to a position and return it."""
 
 
 def open_parquet(file: Any, *, check_pages: bool = False) -> pq.ParquetFile:
-    """An open file or a buffer, for whoever reads it on the thread that asks.
+    """A Parquet file that is read on the calling thread.
 
-    That takes `use_threads=False` in each read, too: a thread of pyarrow that lets a Python buffer
-    go while the interpreter ends aborts the process.
+    Each read must also pass `use_threads=False`: if a thread of pyarrow releases a Python buffer
+    while the interpreter shuts down, the process aborts.
 
     Args:
-        file: A file in binary mode, or what pyarrow takes for one.
-        check_pages: Whether checksums of pages are looked at.
+        file: A file in binary mode, or another object that pyarrow accepts.
+        check_pages: Whether the checksums of pages are verified.
     """
     return pq.ParquetFile(file, page_checksum_verification=check_pages, pre_buffer=False)
 
 
 def read_footer(handle: Readable) -> bytes:
-    """The footer of an open file, with its length and the magic number behind it.
+    """The footer of an open file, with its length and the magic number after it.
 
-    Of a file that is no Parquet some of the end is returned.
+    If the file is not Parquet, the result is some bytes from its end.
     """
     size = handle.seek(0, os.SEEK_END)
     handle.seek(max(0, size - TAIL_BYTES))
@@ -53,9 +53,9 @@ def read_footer(handle: Readable) -> bytes:
 
 
 def parse_footer(footer: bytes) -> pq.FileMetaData:
-    """What a footer says of its file.
+    """The metadata in a footer.
 
     Raises:
-        OSError, pa.ArrowException: It is no Parquet file's.
+        OSError, pa.ArrowException: It is not the footer of a Parquet file.
     """
     return pq.read_metadata(pa.BufferReader(MAGIC + footer))

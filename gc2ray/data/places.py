@@ -1,16 +1,15 @@
-"""`Place`: an entry of an input, which is a file, a folder or a pattern, and what it takes.
+"""`Place`: one entry of an input (a file, a folder or a pattern) and the files that it selects.
 
-A file that is named is taken, whatever it is called. Of a folder and all below it, Parquet files
-are; of a pattern, what it says, and of one with an open end, as `part-*`, Parquet files too, if
-there are any. Names that begin with `_` or `.` are left out, as are folders that do, unless the
-pattern spells that out.
+A file that is named is read under any name. A folder selects the Parquet files in it and below it.
+A pattern selects what it matches; one with an open end, such as `part-*`, selects only Parquet
+files if it matches any. Files and folders whose names begin with `_` or `.` are left out, unless
+the pattern spells that character out.
 
-`[`, `?` and `*` are characters where what they are part of exists as it stands. On local disks
-linked folders are followed, save into a folder that they lie in. A URL of the web is a folder if it
-ends in `/`, and a pattern only if it has `*` and no query; it is not asked what it is, because
-that may mean to fetch it.
+`[`, `?` and `*` are plain characters if a path with them exists. On local disks, linked folders are
+followed, except into a folder that contains the link. A web URL is a folder if it ends in `/`, and
+a pattern only if it has `*` and no query; the server is not asked, because that could fetch it.
 
-Not covered: links on remote file systems, which are as those follow them.
+Not covered: links on remote filesystems, which those filesystems follow or not.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ _MARKS = re.compile(r"[*?[]")
 _OPEN_END = re.compile(r"[*?\]]$")
 _HIDING = ("_", ".")
 _ALIKE = re.compile(r"\.(parquet|parq|pq)(\.|$)", re.IGNORECASE)
-"""In a name that is probably a Parquet file's, though it does not end in `.parquet`."""
+"""Matches names of probable Parquet files that do not end in `.parquet`."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Names below a folder, by components; `**` are any folders, also none.
+    """A pattern of names below a folder; `**` stands for any number of folders.
 
     Attributes:
         text: The pattern, relative to the folder.
@@ -74,21 +73,21 @@ class Pattern:
 
     @property
     def has_open_end(self) -> bool:
-        """Whether it does not say how names end."""
+        """Whether the pattern leaves open how names end."""
         return _OPEN_END.search(self.text) is not None
 
     def matches(self, parts: Sequence[str]) -> bool:
-        """Whether a name is meant.
+        """Whether a name matches.
 
         Args:
-            parts: Its components, below the folder.
+            parts: Components of the name, relative to the folder.
         """
-        if self == EVERYTHING:  # also what has an empty component, which is no folder to a regex
+        if self == EVERYTHING:  # also names with an empty component, which the regex does not match
             return not self._hides(parts)
         return not self._hides(parts) and self._whole.match("/".join(parts)) is not None
 
     def goes_into(self, parts: Sequence[str]) -> bool:
-        """Whether something below a folder may be meant."""
+        """Whether a name below a folder may match."""
         if self._hides(parts):
             return False
         for part, component, regex in zip(parts, self._components, self._regexes, strict=False):
@@ -98,8 +97,8 @@ class Pattern:
                 return False
         return len(parts) < len(self._components)
 
-    def may_go_on(self, parts: Sequence[str]) -> bool:
-        """Whether it has no end below a folder: then loops have to be cut there."""
+    def has_any_depth(self, parts: Sequence[str]) -> bool:
+        """Whether names of any depth below a folder may match, so that loops must be cut there."""
         return "**" in self._components[: len(parts) + 1]
 
     def _hides(self, parts: Sequence[str]) -> bool:
@@ -116,9 +115,9 @@ class Place:
 
     Attributes:
         filesystem: The storage.
-        root: The folder that its sources are named below.
-        path: A file; empty where it is none.
-        pattern: What is taken below the root, if it is no file.
+        root: The folder that names of sources are relative to.
+        path: Path of a file; empty if the entry is not a file.
+        pattern: Pattern of the files below the root, if the entry is not a file.
     """
 
     filesystem: Any
@@ -128,10 +127,10 @@ class Place:
 
     @staticmethod
     def from_uri(uri: str, retry_policy: RetryPolicy) -> Place:
-        """Where an entry is.
+        """The place of an entry.
 
         Raises:
-            ConfigError: No such storage, it does not answer, or no such way to name a dataset.
+            ConfigError: The storage is unknown or does not answer, or the entry is malformed.
         """
         try:
             filesystem, path = storage_of(_hub_url(uri) if _is_hub(uri) else uri)
@@ -149,28 +148,28 @@ class Place:
             raise ConfigError(f"{URI_KEY}: {path}: {error}") from error
 
     def files(self, retry_policy: RetryPolicy) -> list[str]:
-        """Paths of its files, in order; of a local file one, also where it has several names.
+        """Paths of its files, sorted; a local file with several names appears once.
 
         Args:
-            retry_policy: With a storage in trouble.
+            retry_policy: How long temporary trouble of the storage is waited out.
 
         Raises:
-            ConfigError: The storage does not answer, or what is there is no input.
+            ConfigError: The storage does not answer, or the files are not an input.
         """
         try:
-            found = retry_policy.call(f"listing {self.shown}", lambda: list(self._files()))
+            paths = retry_policy.call(f"listing {self.shown}", lambda: list(self._files()))
         except FileNotFoundError:
             return []
         except _listing_errors() as error:
             raise ConfigError(f"{URI_KEY}: {self.shown}: {error}") from error
-        return sorted(self._each_once(found) if is_local(self.filesystem) else found)
+        return sorted(self._each_once(paths) if is_local(self.filesystem) else paths)
 
     def would_take(self, folder: str, names: Sequence[str]) -> bool:
-        """Whether one of some files would be one of its, if it were there.
+        """Whether the place would select one of some files, if it existed.
 
         Args:
-            folder: That they are below, as the storage spells it.
-            names: Theirs, below that.
+            folder: Path of a folder on the storage.
+            names: Names of the files, relative to it.
         """
         if not is_local(self.filesystem):
             return any(self._takes(f"{folder.rstrip('/')}/{name}") for name in names)
@@ -197,7 +196,7 @@ class Place:
 
     def _files(self) -> Iterator[str]:
         if self.path:
-            # What is there and cannot be read is told when it is read.
+            # A file that exists but cannot be read is reported when it is read.
             there = is_web(self.filesystem) or self.filesystem.exists(self.path)
             yield from [self.path] if there else []
         elif self.pattern == EVERYTHING and self._is_saved():
@@ -247,7 +246,7 @@ class Place:
             )
 
     def _entries(self) -> Iterator[tuple[str, bool]]:
-        """What may be meant, and whether it is a folder."""
+        """Paths that may match, and whether each is a folder."""
         if is_local(self.filesystem):
             yield from _walk(self.root, self.pattern)
         elif self.pattern == EVERYTHING:
@@ -267,7 +266,7 @@ class Place:
         return inside and (not self.pattern.has_open_end or name.endswith(PARQUET))
 
     def _each_once(self, paths: Sequence[str]) -> list[str]:
-        """One name for each local file: one without links below the root, if there is one."""
+        """One name for each local file: if possible one without links below the root."""
         names: dict[str, str] = {}
         above = os.path.realpath(self.root or "/").rstrip("/")
         for path in sorted(paths):
@@ -277,13 +276,13 @@ class Place:
         return list(names.values())
 
     def _is_saved(self) -> bool:
-        """Whether `datasets` has saved a dataset here.
+        """Whether the library `datasets` saved a dataset here.
 
         Raises:
-            ConfigError: It has saved several, its splits.
+            ConfigError: It saved several splits.
         """
         if self.filesystem.exists(f"{self.root}/{SAVED_SPLITS}"):
-            splits = self._told(SAVED_SPLITS, lambda told: told["splits"])
+            splits = self._names_in(SAVED_SPLITS, lambda content: content["splits"])
             raise ConfigError(
                 f"{URI_KEY}: {self.root} holds the splits {', '.join(splits)}; name one of them, "
                 f"as {self.root}/{splits[0]}"
@@ -291,35 +290,37 @@ class Place:
         return bool(self.filesystem.exists(f"{self.root}/{SAVED_FILES}"))
 
     def _saved(self) -> Iterator[str]:
-        """Files of a dataset that was saved: beside them may lie others, of its cache."""
-        names = self._told(SAVED_FILES, lambda t: [file["filename"] for file in t["_data_files"]])
+        """The files of a saved dataset; files of its cache may lie beside them."""
+        names = self._names_in(
+            SAVED_FILES, lambda t: [file["filename"] for file in t["_data_files"]]
+        )
         yield from (f"{self.root}/{posixpath.basename(name)}" for name in names)
 
-    def _told(self, name: str, names: Callable[[Any], Iterable[str]]) -> list[str]:
-        """Names that a file of `datasets` tells.
+    def _names_in(self, name: str, names: Callable[[Any], Iterable[str]]) -> list[str]:
+        """Names in a file that `datasets` wrote.
 
         Raises:
-            ConfigError: It does not.
+            ConfigError: Something else wrote the file.
         """
         try:
-            told = json.loads(self.filesystem.cat_file(f"{self.root}/{name}"))
-            return list(map(str, names(told)))
+            content = json.loads(self.filesystem.cat_file(f"{self.root}/{name}"))
+            return list(map(str, names(content)))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{URI_KEY}: {self.root}/{name}: not written by datasets") from error
 
 
 def is_local(filesystem: Any) -> bool:
-    """Whether a storage is this machine's disks."""
+    """Whether a storage is a local disk."""
     return isinstance(filesystem, LocalFileSystem)
 
 
 def is_web(filesystem: Any) -> bool:
-    """Whether a storage is the web, whose names are URLs."""
+    """Whether a storage is the web, where paths are URLs."""
     return bool(WEB & set(protocols(filesystem)))
 
 
 def _of(filesystem: Any, path: str) -> Place:
-    """A place of any storage but the web."""
+    """A place on any storage but the web."""
     if not _MARKS.search(path) or filesystem.exists(path):
         if filesystem.isdir(path):
             return Place(filesystem, path.rstrip("/"))
@@ -344,7 +345,7 @@ def _of_web(filesystem: Any, url: str) -> Place:
 
 
 def _located(path: str) -> str:
-    """A local path without `.`, `..` and doubled slashes; `..` is taken of where a link leads."""
+    """A local path without `.`, `..` and doubled slashes; `..` is the parent of a link's target."""
     before, dots, rest = path.rpartition("/..")
     if dots and rest[:1] in ("", "/"):
         path = f"{os.path.realpath(before + dots)}{rest}"
@@ -352,7 +353,7 @@ def _located(path: str) -> str:
 
 
 def _walk(folder: str, pattern: Pattern) -> Iterator[tuple[str, bool]]:
-    """What is below a local folder where a pattern may match, and whether it is a folder.
+    """Paths below a local folder that a pattern may match, and whether each is a folder.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -371,10 +372,10 @@ def _walk(folder: str, pattern: Pattern) -> Iterator[tuple[str, bool]]:
                 yield f"{path}/{entry.name}", is_folder
                 if is_folder and pattern.goes_into(below):
                     real = os.path.realpath(entry.path)
-                    if real not in above or not pattern.may_go_on(below):
+                    if real not in above or not pattern.has_any_depth(below):
                         pending.append((f"{path}/{entry.name}", below, (*above, real)))
                 elif entry.is_symlink() and not Path(entry.path).exists():
-                    log.warning("%s: a link that leads nowhere; nothing is read there", entry.path)
+                    log.warning("%s: a broken link; nothing is read there", entry.path)
 
 
 def _is_hub(uri: str) -> bool:
@@ -382,20 +383,20 @@ def _is_hub(uri: str) -> bool:
 
 
 def _hub_url(uri: str) -> str:
-    """The converted files of a dataset of the hub.
+    """The URL of the Parquet files that the hub made of a dataset.
 
     Raises:
-        ConfigError: Not `hf:OWNER/NAME?split=SPLIT`, perhaps with a subset.
+        ConfigError: The entry is not `hf:OWNER/NAME?split=SPLIT`, perhaps with a subset.
     """
     parts = urlsplit(uri)
-    asked = parse_qs(parts.query)
-    if parts.path.count("/") > 1 or "split" not in asked or not {*asked} <= HUB_KEYS:
+    query = parse_qs(parts.query)
+    if parts.path.count("/") > 1 or "split" not in query or not {*query} <= HUB_KEYS:
         raise ConfigError(
-            f"{URI_KEY}: {uri} is not of the form hf:OWNER/NAME?split=SPLIT&subset=SUBSET, where "
-            "subset may be left out"
+            f"{URI_KEY}: {uri} is not of the form hf:OWNER/NAME?split=SPLIT&subset=SUBSET; subset "
+            "may be left out"
         )
-    subset = asked.get("subset", ["default"])[0]
-    converted = f"{parts.path}@refs/convert/parquet/{subset}/{asked['split'][0]}"
+    subset = query.get("subset", ["default"])[0]
+    converted = f"{parts.path}@refs/convert/parquet/{subset}/{query['split'][0]}"
     return f"hf://datasets/{converted}/*{PARQUET}"
 
 

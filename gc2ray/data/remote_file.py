@@ -1,9 +1,9 @@
-"""`RetryingFile`: a file on any storage, whose reads wait where the storage is in trouble.
+"""`RetryingFile`: a file on any storage, whose reads wait out temporary trouble of the storage.
 
-Two ways of reading. With the storage's own read-ahead, which suits one look at one place, a footer
-say. In blocks, of which the last ones are kept: that suits several places that are read in turn, as
-the columns of a row group are, where the read-ahead of s3fs would fetch 50 MB anew at each change
-of place.
+By default it uses the storage's own read-ahead, which suits a single read such as a footer. With
+`block_bytes` it reads blocks and caches the last ones. That suits several positions that are read
+in turn, such as the columns of a row group, where the read-ahead of s3fs would fetch 50 MB at each
+change of position.
 
 Not covered: writing.
 """
@@ -19,17 +19,17 @@ from gc2ray.data.retries import RetryPolicy
 T = TypeVar("T")
 
 BLOCKS = 8
-"""Kept: one for each column that is read, and some to spare."""
+"""Blocks that are cached: one for each column that is read, and some to spare."""
 
 
 class RetryingFile:
     """An open file; a context manager.
 
     Args:
-        filesystem: Where it is, by fsspec.
-        path: Of it, there.
-        retry_policy: With the storage.
-        block_bytes: Of the blocks in which it is read; None: with the storage's read-ahead.
+        filesystem: The fsspec filesystem.
+        path: Path of the file on it.
+        retry_policy: How long temporary trouble of the storage is waited out.
+        block_bytes: Size of the blocks to read; None uses the storage's read-ahead.
 
     Raises:
         OSError: It cannot be opened.
@@ -48,38 +48,38 @@ class RetryingFile:
         return bool(self._file.closed)
 
     def read(self, size: int = -1) -> bytes:
-        """Up to so many bytes from where it stands; all that follow where negative.
+        """Read up to `size` bytes from the current position; all remaining bytes if negative.
 
         Raises:
-            OSError: They cannot be read, or could not for too long.
+            OSError: The storage refused, or stayed in trouble for too long.
         """
         before = self._file.tell()
 
         def read() -> bytes:
-            self._file.seek(before)  # where an earlier try of this very call has begun, too
+            self._file.seek(before)  # an earlier attempt may have moved on
             content: bytes = self._file.read(size)
             return content
 
         return self._call(read)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place; where that is, from the beginning."""
+        """Move to a position and return it, counted from the beginning."""
         return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
-        """Where it stands, from the beginning."""
+        """The current position, counted from the beginning."""
         return int(self._file.tell())
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:

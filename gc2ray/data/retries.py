@@ -1,12 +1,12 @@
 """`RetryPolicy`: calls to a storage that may fail for a while.
 
-Trouble that passes is waited out: throttling, servers that are down or busy, lost connections,
-timeouts. Everything else is raised at once: what is forbidden, missing or full stays so. What is
-which is told by type, error number and HTTP status, never by the text.
+Temporary trouble is waited out: throttling, servers that are down or busy, lost connections,
+timeouts. Everything else is raised at once: missing permissions, missing files, full disks. Errors
+are classified by type, error number and HTTP status, never by their text.
 
-s3fs and botocore retry a little by themselves, for a second or two; this goes on where they end.
+s3fs and botocore retry for a second or two by themselves; `RetryPolicy` continues after that.
 
-Not covered: calls that wait for ever; filesystems have timeouts of their own.
+Not covered: calls that never return; filesystems have timeouts of their own.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long trouble that passes is waited out.
+    """How long temporary trouble is waited out.
 
     Attributes:
-        total_seconds: From the first failure; then it is raised.
-        first_seconds: Of waiting, at most, after the first failure; doubled each time.
-        longest_seconds: Of waiting, at most, after any.
+        total_seconds: Time from the first failure until the error is raised.
+        first_seconds: Longest wait after the first failure; doubled after each failure.
+        longest_seconds: Longest wait after any failure.
     """
 
     total_seconds: float = 120.0
@@ -62,15 +62,15 @@ class RetryPolicy:
     longest_seconds: float = 15.0
 
     def call(self, what: str, work: Callable[[], T]) -> T:
-        """The result of `work`, tried again while what fails may pass.
+        """The result of `work`, which is called again while its errors are temporary.
 
         Args:
-            what: For messages: what is done to which object.
-            work: Safe to be done twice.
+            what: The operation and its object, for messages.
+            work: The operation; it must be safe to repeat.
 
         Raises:
-            OSError: It lasted too long; the message says how long and what came last.
-            Exception: What does not pass, as `work` raised it, with `what` as a note.
+            OSError: The trouble lasted too long; the message has the time and the last error.
+            Exception: Another error of `work`, with `what` as a note.
         """
         started, failures = None, 0
         while True:
@@ -83,27 +83,28 @@ class RetryPolicy:
                 started = time.monotonic() if started is None else started
                 tried, wait = time.monotonic() - started, self._wait(failures)
                 if tried + wait > self.total_seconds:
-                    told = f"{what}: tried for {tried:.0f} s, last: {type(error).__name__}: {error}"
-                    raise OSError(errno.ETIMEDOUT, told) from error
+                    last = f"last: {type(error).__name__}: {error}"
+                    message = f"{what}: tried for {tried:.0f} s, {last}"
+                    raise OSError(errno.ETIMEDOUT, message) from error
                 log.warning("%s: %s; again in %.1f s", what, type(error).__name__, wait)
             failures += 1
             time.sleep(wait)
 
     def _wait(self, failures: int) -> float:
-        """Seconds after so many earlier failures: drawn from nothing up, so that callers spread."""
+        """A random wait after a number of failures, from 0 up, so that callers spread."""
         doubled = self.first_seconds * 2.0 ** min(failures, _MOST_DOUBLINGS)
         return random.uniform(0, min(doubled, self.longest_seconds))  # noqa: S311 - no secret
 
 
 RETRY_POLICY = RetryPolicy()
-"""With a storage, where nothing else is said."""
+"""The default for storages."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed in a while.
+    """Whether the same call may succeed later.
 
-    A file is not there for good, save where that is concluded from what failed: the web's
-    filesystem says so of whatever goes wrong, and names the cause.
+    A missing file stays missing, unless the error has a cause: the web's filesystem raises
+    `FileNotFoundError` for any failure, with the real error as its cause.
     """
     cause = error.__cause__
     status = _http_status(error) or _http_status(cause)
@@ -118,7 +119,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """What a server answered, if it did and an error tells."""
+    """The HTTP status in an error; None if it has none."""
     match error:
         case ClientError():
             return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

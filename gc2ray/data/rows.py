@@ -1,7 +1,7 @@
-"""`RowReader`: which columns an input must have, and the requests of one of its rows.
+"""`RowReader`: checks the columns of an input, and makes the requests of its rows.
 
-A row has a request for each of its prompts. What is wrong with a row is a fault of its requests;
-what is wrong with a schema, whichever file's it is, is refused before anything is read.
+A row has a request for each of its prompts. A problem of a row becomes a fault of its requests; a
+problem of any file's schema is refused before a row is read.
 
 Not covered: several images in a row.
 """
@@ -31,10 +31,10 @@ Record = Mapping[str, pa.Scalar]
 
 
 class RowReader:
-    """Rows of a recipe's input, whatever their files are.
+    """Rows of a recipe's input, for any format of files.
 
     Attributes:
-        columns: Those that are read.
+        columns: Names of the columns that are read.
     """
 
     def __init__(self, config: InputConfig) -> None:
@@ -46,30 +46,29 @@ class RowReader:
     def check(
         self, schema: pa.Schema, source: str, folders: Mapping[str, pa.DataType]
     ) -> pa.Schema:
-        """The columns of a file, with those that folders spell out, if they will do.
+        """Check the columns of a file, with those that its folders spell out, and return them.
 
         Args:
-            schema: The file's.
-            source: What it is called.
+            schema: Schema of the file.
+            source: Name of the file.
             folders: Types of the columns that folders of the input spell out.
 
         Raises:
-            ConfigError: One is missing, there twice, or of another type; the message names the
+            ConfigError: A column is missing, ambiguous, or of a wrong type; the message names the
                 file.
         """
-        found = [_field(schema, name, source, folders) for name in self.columns]
-        columns = pa.schema(found)
+        columns = pa.schema([_field(schema, name, source, folders) for name in self.columns])
         self._check_types(columns, source)
         return columns
 
     def carried(self, files: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
-        """The columns that are written back, with the types that have the values of all files.
+        """The columns that are written back, with types that fit the values of all files.
 
         Args:
-            files: Names, and columns as `check` gives them.
+            files: Names of the files, and their columns as `check` returns them.
 
         Raises:
-            ConfigError: A column's types have none in common; the message names two files.
+            ConfigError: No type fits a column in all files; the message names two files.
         """
         return pa.schema([pa.field(name, _shared(column, files)) for name, column in self._kept])
 
@@ -77,16 +76,16 @@ class RowReader:
         def check(key: str, name: str, fits: Callable[[pa.DataType], bool], expected: str) -> None:
             kind = columns.field(name).type
             if not fits(kind):
-                told = f"recipe.input.{key}: column {name!r} is {kind} in {source}"
-                raise ConfigError(f"{told}; expected {expected}")
+                message = f"recipe.input.{key}: column {name!r} is {kind} in {source}"
+                raise ConfigError(f"{message}; expected {expected}")
 
         prompt, image = self._prompt, self._config.image
         check("image", image, is_image, "a struct of bytes and path, binary, or a path")
         if not (carries_bytes(columns.field(image).type) or self._config.image_roots):
             raise ConfigError(
                 f"recipe.input.image_roots: column {image!r} is {columns.field(image).type} in "
-                f"{source}: images by path, which are read from below image_roots only, and none "
-                "is set; name the directories or URLs that they are in"
+                f"{source}: images by path are read from below image_roots only, and none is "
+                "set; set it to the directories or URLs of the images"
             )
         if prompt.column is not None:
             several = "string, or list<string> for several prompts per image"
@@ -95,7 +94,7 @@ class RowReader:
             check("prompt.template", name, reads_as_text, "text, numbers, booleans or times")
 
     def requests(self, source: str, row: int, record: Record) -> Iterator[Request]:
-        """One row; kept columns stay Arrow scalars, so that they come out as they went in."""
+        """The requests of one row; kept columns stay Arrow scalars, so that they do not change."""
         images: tuple[ImageRef, ...] = ()
         trouble: BadRow | None = None
         try:
@@ -109,7 +108,7 @@ class RowReader:
         texts = list(_texts(prompt, record)) if listed else [_text(prompt, record)]
         for index, text in enumerate(texts):
             fault = text if isinstance(text, BadRow) else None
-            if trouble is not None:  # a new one each, because raising an exception changes it
+            if trouble is not None:  # one each, because raising an exception changes it
                 fault = BadRow(trouble.status, trouble.message)
             yield Request(
                 row_key=row_key(source, row, index if listed else None),
@@ -125,10 +124,10 @@ class RowReader:
 
 
 def _value(record: Record, name: str, status: Status) -> object:
-    """A cell as Python has it.
+    """A cell as a Python value.
 
     Raises:
-        BadRow: Python cannot have it: text that is not UTF-8, a date out of range.
+        BadRow: Python has no such value: text that is not UTF-8, a date out of range.
     """
     try:
         return record[name].as_py()
@@ -161,7 +160,7 @@ def _text(prompt: PromptConfig, record: Record) -> str | BadRow:
 
 
 def _image(cell: object) -> ImageRef:
-    """An image cell: struct of bytes and path, bytes, or a path; anything else is no image."""
+    """The image of a cell (struct of bytes and path, bytes, or path); empty for other values."""
     if isinstance(cell, Mapping):
         return ImageRef(data=cell.get("bytes"), path=cell.get("path"))
     if isinstance(cell, bytes):
@@ -184,8 +183,8 @@ def _field(
         raise ConfigError(f"recipe.input: {source} has several columns {name!r}")
     if count and name in folders:
         raise ConfigError(
-            f"recipe.input: {name!r} is a column of {source}, and folders of the input are called "
-            f"'{name}=…', which makes a column, too; rename one of them"
+            f"recipe.input: {name!r} is a column of {source}, and folders named '{name}=…' make "
+            "a column of the same name; rename one of them"
         )
     if count:
         return schema.field(name)
@@ -198,19 +197,19 @@ def _field(
 
 
 def _shared(column: str, files: Sequence[tuple[str, pa.Schema]]) -> pa.DataType:
-    """The type that a column's values can have in all files."""
+    """A type that fits a column's values in all files."""
     shared: pa.DataType = pa.null()
     first = ""
     for source, columns in files:
         own = columns.field(column).type
-        found = in_common(shared, own)
-        if found is None or not _casts(own, sturdy(found)):
+        common = in_common(shared, own)
+        if common is None or not _casts(own, sturdy(common)):
             raise ConfigError(
                 f"recipe.input.keep: column {column!r} is {own} in {source} and {shared} in "
                 f"{first}; cast it in the input, or do not keep it"
             )
-        first = first if shared.equals(found) else source
-        shared = found
+        first = first if shared.equals(common) else source
+        shared = common
     return sturdy(shared)
 
 

@@ -1,7 +1,7 @@
-"""Which filesystem a place is on (`storage_of`), and what the place is called there.
+"""`storage_of`: the filesystem of a path or URL, and the path on that filesystem.
 
-A place that begins as a local path is one, whatever else is in its name: fsspec takes `::` for a
-chain of filesystems, and would read `/data/set` where `/data/set::v2` is named.
+A place that begins like a local path is always one: fsspec reads `::` as a chain of filesystems,
+and would read `/data/set` for `/data/set::v2`.
 
 Not covered: which places may be read (`gc2ray.data.image_bytes`), or make sense
 (`gc2ray.core.config.job`).
@@ -22,7 +22,7 @@ def storage_of(place: str, **options: Any) -> tuple[Any, str]:
 
     Args:
         place: The path or URL.
-        options: Of the filesystem, for a URL.
+        options: Options of the filesystem, for a URL.
 
     Raises:
         ValueError, ImportError: There is no such filesystem.
@@ -34,7 +34,7 @@ def storage_of(place: str, **options: Any) -> tuple[Any, str]:
 
 
 def protocols(filesystem: Any) -> tuple[str, ...]:
-    """What a filesystem's URLs begin with."""
+    """The protocols of a filesystem's URLs."""
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 

@@ -37,10 +37,10 @@ from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
 AT_START = RetryPolicy(total_seconds=15.0)
-"""While somebody waits for the first word: an address may be wrong."""
+"""Shorter at the start, where somebody waits and an address may be wrong."""
 COPY_BYTES = 1 << 20
 LEFTOVER_SECONDS = 3600.0
-"""A temporary file of that age belongs to nobody: a part is written in seconds."""
+"""Age at which a temporary file is a leftover: a part is written in seconds."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -54,10 +54,10 @@ class Store:
 
     Args:
         uri: Local directory or any fsspec URL.
-        retry_policy: With a remote storage in trouble.
+        retry_policy: How long temporary trouble of a remote storage is waited out.
 
     Raises:
-        ConfigError: No such filesystem.
+        ConfigError: The filesystem is unknown.
     """
 
     def __init__(self, uri: str, retry_policy: RetryPolicy = RETRY_POLICY) -> None:
@@ -74,10 +74,10 @@ class Store:
         return type(self), (self.uri, self._retry_policy)
 
     def check_usable(self, *, writing: bool) -> None:
-        """List, and if need be write something, before anything depends on it.
+        """Try to list and, if `writing`, to write, before anything depends on it.
 
         Raises:
-            ConfigError: The storage does not answer, or not to us.
+            ConfigError: The storage does not answer, or refuses.
         """
         at_start = Store(self.uri, AT_START)
         try:
@@ -91,20 +91,20 @@ class Store:
             ) from error
 
     def _probe(self) -> None:
-        """Write something, twice where that tells whether the second writer is refused."""
+        """Write a probe; on remote storages twice, to see whether the second write is refused."""
         probe = self._path(f"_tmp/probe-{uuid.uuid4().hex}")
         if self._local:
             self._create_local(probe, io.BytesIO(b""))
         elif not self._refuses_second(probe):
             log.warning(
-                "%s ignores conditional writes: of two drivers in the same moment the last one "
-                "wins, with whole parts; run one driver at a time on this output",
+                "%s ignores conditional writes: if two drivers commit at the same moment, the last "
+                "one wins, with whole parts; run one driver at a time on this output",
                 self.uri,
             )
         self._retry_policy.call("removing a probe", lambda: self._remove(probe))
 
     def _refuses_second(self, path: str) -> bool:
-        """Whether a name that is taken is refused on the condition that it is free."""
+        """Whether a conditional write to a name that is taken is refused."""
         call, pipe = self._retry_policy.call, self._fs.pipe_file
         call("writing a probe", lambda: pipe(path, b""))
         try:
@@ -114,14 +114,14 @@ class Store:
         return False
 
     def _remove(self, path: str) -> None:
-        with suppress(FileNotFoundError):  # an earlier try of this very call was faster
+        with suppress(FileNotFoundError):  # an earlier attempt of this call removed it
             self._fs.rm_file(path)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Make an object, whole or not at all; False if the name is taken.
+        """Create an object, whole or not at all; return False if the name is taken.
 
         Raises:
-            OSError: It could not be written.
+            OSError: The object could not be written.
         """
         return self._created(
             name,
@@ -130,7 +130,7 @@ class Store:
         )
 
     def create_from(self, name: str, path: Path) -> bool:
-        """As `create`, of a file on this machine, which need not fit into memory."""
+        """As `create`, from a file on this machine that need not fit into memory."""
         return self._created(
             name,
             lambda: path.open("rb"),
@@ -140,7 +140,7 @@ class Store:
     def _created(
         self, name: str, content: Callable[[], IO[bytes]], put: Callable[[str], object]
     ) -> bool:
-        """`content` is for a local disk, `put` for any other storage."""
+        """Use `content` for a local disk, `put` for any other storage."""
         try:
             if self._local:
                 with content() as opened:
@@ -152,7 +152,7 @@ class Store:
         return True
 
     def replace(self, name: str, data: bytes) -> None:
-        """Make or overwrite an object, whole or not at all."""
+        """Create or overwrite an object, whole or not at all."""
         if not self._local:
             path = self._path(name)
             self._retry_policy.call(f"writing {name}", lambda: self._fs.pipe_file(path, data))
@@ -162,7 +162,7 @@ class Store:
         self._temporary(io.BytesIO(data)).replace(target)
 
     def read(self, name: str) -> bytes | None:
-        """An object's content; None if there is none."""
+        """The content of an object; None if there is no such object."""
         try:
             content: bytes = self._retry_policy.call(
                 f"reading {name}", lambda: self._fs.cat_file(self._path(name))
@@ -172,10 +172,10 @@ class Store:
         return content
 
     def sha256(self, name: str) -> str:
-        """Of an object's content, which need not fit into memory.
+        """The digest of an object's content, which need not fit into memory.
 
         Raises:
-            OSError: There is none, or the storage does not answer.
+            OSError: There is no such object, or the storage does not answer.
         """
         digest = hashlib.sha256()
         with self.open(name) as handle:
@@ -186,18 +186,18 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """Names of the objects in a folder, sorted; empty if there is no folder."""
         try:
-            found = self._retry_policy.call(
+            paths = self._retry_policy.call(
                 f"listing {folder}/", lambda: self._fs.ls(self._path(folder), detail=False)
             )
         except FileNotFoundError:
             return []
-        return sorted(f"{folder}/{posixpath.basename(path)}" for path in found)
+        return sorted(f"{folder}/{posixpath.basename(path)}" for path in paths)
 
     def metadata(self, name: str) -> pq.FileMetaData:
-        """What the end of a Parquet file says of it.
+        """The metadata of a Parquet file.
 
         Raises:
-            ValueError: It is not Parquet.
+            ValueError: The object is not Parquet.
             OSError: The storage does not answer.
         """
         with self.open(name) as handle:
@@ -211,25 +211,25 @@ class Store:
         """An object, open for reading.
 
         Raises:
-            OSError: There is none, or the storage does not answer.
+            OSError: There is no such object, or the storage does not answer.
         """
         return RetryingFile(self._fs, self._path(name), self._retry_policy)
 
     def tidy(self) -> None:
-        """Remove the empty folder of temporary files; only where nobody writes any more."""
+        """Remove the empty folder of temporary files; only call it after the last write."""
         folder = Path(self._root) / "_tmp"
         if self._local and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
     def sweep(self, older_seconds: float = LEFTOVER_SECONDS) -> None:
-        """Remove temporary files of that age: of processes that were killed, not of living ones.
+        """Remove temporary files that killed processes left, by their age.
 
-        Where that fails they stay: nothing depends on it.
+        If that fails they stay; nothing depends on it.
         """
         try:
             for name in self.names("_tmp"):
                 path = self._path(name)
-                with suppress(FileNotFoundError):  # somebody else sweeps, too
+                with suppress(FileNotFoundError):  # another process removed it
                     age = datetime.now(UTC) - self._fs.modified(path)
                     if age.total_seconds() > older_seconds:
                         self._fs.rm_file(path)
@@ -237,7 +237,7 @@ class Store:
             log.warning("%s: leftovers in _tmp stay: %s", self.uri, error)
 
     def holds(self, other: Store) -> bool:
-        """Whether another root is this one, or lies within."""
+        """Whether another store's root is this root, or lies inside it."""
         own, its = (
             posixpath.join(os.path.realpath(root) if self._local else root, "")
             for root in (self._root, other._root)
@@ -248,7 +248,7 @@ class Store:
         return posixpath.join(self._root, name)
 
     def _temporary(self, content: IO[bytes]) -> Path:
-        """A synced file beside the data, on the same filesystem."""
+        """A synced temporary file on the same filesystem as the data."""
         folder = Path(self._root) / "_tmp"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / uuid.uuid4().hex
@@ -256,13 +256,13 @@ class Store:
         return path
 
     def _create_remote(self, name: str, write: Callable[[str], object]) -> None:
-        """One conditional put, tried again while the storage is in trouble.
+        """Make one conditional put, again while the storage is in trouble.
 
-        It is looked first whether the name is taken: a store that ignores the condition would
-        overwrite. Two writers in the same moment are then still possible there.
+        The name is looked up first, because a store that ignores the condition would overwrite the
+        object. On such a store two writers at the same moment may still collide.
 
         Raises:
-            FileExistsError: The name is taken, perhaps by an earlier try of this very call.
+            FileExistsError: The name is taken, perhaps by an earlier attempt of this call.
         """
         path = self._path(name)
 
@@ -289,26 +289,26 @@ class Store:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            _write_new(target, content)  # no links here: exclusive, though not atomic
+            _write_new(target, content)  # without links: exclusive, but not atomic
         finally:
             temporary.unlink()
         _sync_folder(target.parent)
 
 
 def json_bytes(content: object) -> bytes:
-    """A record as JSON, laid out for people too."""
+    """A record as indented JSON."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def read_records(
     store: Store, names: Iterable[str], parse: Callable[[bytes], T]
 ) -> Iterator[tuple[str, T]]:
-    """The records among some objects, with their names; what is none is left out, with a warning.
+    """The records in some objects, with their names; other objects are skipped with a warning.
 
     Args:
-        store: Where they are.
-        names: Their names.
-        parse: Makes a record of an object; raises ValueError, KeyError or TypeError if it is none.
+        store: The store.
+        names: Names of the objects.
+        parse: Parses a record; raises ValueError, KeyError or TypeError for other data.
     """
     for name in names:
         try:
@@ -320,7 +320,7 @@ def read_records(
 
 
 def _write_new(path: Path, content: IO[bytes]) -> None:
-    """Write and sync a file that is not there yet; nothing stays of it if that fails."""
+    """Write and sync a new file; if that fails, remove it."""
     content.seek(0)
     with path.open("xb") as handle:
         try:

@@ -77,9 +77,9 @@ class Plan:
             raise ConfigError("an extension of the plan is of another recipe")
         if not more.carried.equals(self.carried):
             raise ConfigError(
-                f"recipe.input.keep: the kept columns of new files are {_named(more.carried)}, "
-                f"those of planned files {_named(self.carried)}; all answers in an output must have "
-                "the same"
+                f"recipe.input.keep: kept columns of new files are {_named(more.carried)}, "
+                f"those of planned files {_named(self.carried)}; all answers in an output must "
+                "have the same"
             )
         return Plan(self.recipe_fingerprint, self.shards.followed_by(more.shards), self.carried)
 

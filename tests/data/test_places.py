@@ -118,7 +118,9 @@ def test_a_second_name_of_a_planned_file_is_no_new_file(tmp_path: Path) -> None:
 def test_a_file_that_is_called_as_a_row_of_another_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "x.parquet", tmp_path / "x.parquet#1")
     names = [str(tmp_path / "x.parquet"), str(tmp_path / "x.parquet#1")]
-    assert "x.parquet#1 is called as a row of x.parquet" in refusal(source_of(names))
+    assert "the name x.parquet#1 is also the row_key of a row of x.parquet" in refusal(
+        source_of(names)
+    )
     assert read(source_of(names[1:])) == ["x.parquet#1"]
 
 
@@ -137,7 +139,7 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a.parquet")
     link(tmp_path / "disk2", "/nowhere/at/all")
     assert read(source_of(tmp_path)) == ["a.parquet"]
-    assert "disk2: a link that leads nowhere" in caplog.text
+    assert "disk2: a broken link" in caplog.text
     link(tmp_path / "b.parquet", "/nowhere/b.parquet")
     assert "b.parquet cannot be read" in refusal(source_of(tmp_path))
 
@@ -475,4 +477,4 @@ def test_an_output_that_would_be_input_is_seen_on_s3(s3: str, output: str, *, ta
 def test_an_older_output_in_an_input_is_named_for_what_it_is(tmp_path: Path) -> None:
     put(tmp_path / "q.parquet")
     write(tmp_path / "old" / OWN[0], shard=[1])
-    assert "old/plan/0000.parquet seems to be of an output" in refusal(source_of(tmp_path))
+    assert "old/plan/0000.parquet seems to belong to an output" in refusal(source_of(tmp_path))
