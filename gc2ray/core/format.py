@@ -23,7 +23,7 @@ WHOLE_BELOW = 1e4
 
 
 def shown(value: Interval, text: Callable[[float], str] | None = None) -> str:
-    """A number, with what it may be instead; exact ones to the last digit."""
+    """A number with its bounds; an exact number to the last digit."""
     if value.is_exact:
         return (text or whole)(value.mid)
     text = text or short
@@ -49,7 +49,7 @@ def _si_prefix(value: float) -> tuple[float, str]:
 
 
 def precise(value: float) -> str:
-    """Three digits."""
+    """A number with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -74,15 +74,15 @@ def money(usd: float) -> str:
 
 
 def whole(value: float) -> str:
-    """To the last digit."""
+    """A number to the last digit before the point."""
     return f"{value:,.0f}"
 
 
 def percent(share: float | None) -> str:
-    """A share, to a tenth of a hundredth; nothing where it is not known."""
+    """A share in percent with one decimal; empty if it is not known."""
     return "" if share is None else f"{share:.1%}"
 
 
 def size(size_bytes: float) -> str:
-    """Of something in memory."""
+    """A number of bytes in MB or GB."""
     return f"{size_bytes / 1e9:.3g} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.3g} MB"

@@ -1,9 +1,9 @@
-"""Logging, set up by whoever owns the process: text for people, or a JSON object per line.
+"""Sets up logging for a process: text for people, or a JSON object per line.
 
-JSON lines carry the ids that they are given (`run`, `worker`) and those of single records, passed
-as `extra` (`shard`, `worker`).
+JSON lines carry the ids of the process (`run`, `worker`) and those of a single record, passed as
+`extra` (`shard`, `worker`).
 
-Not covered: where lines go from stderr; Ray collects those of its workers.
+Not covered: what happens to lines after stderr; Ray collects those of its workers.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _NAMES = {"levelname": "level", "name": "logger"}
 
 
 class LogForm(StrEnum):
-    """How a line looks."""
+    """The form of a log line."""
 
     TEXT = "text"
     JSON = "json"
 
 
 def set_up(form: LogForm, **ids: str) -> None:
-    """Log to stderr from here on, in place of what was set up before.
+    """Log to stderr from now on, instead of any earlier setup.
 
-    Text starts at warnings; JSON, which is read by programs, tells of every shard.
+    Text has warnings and errors only; JSON, which programs read, also has a line for every shard.
 
     Args:
-        form: How.
-        ids: Of JSON lines, all of them.
+        form: The form of a line.
+        ids: Fields of every JSON line.
     """
     handler = logging.StreamHandler()
     level = logging.WARNING
@@ -47,6 +47,6 @@ def set_up(form: LogForm, **ids: str) -> None:
 
 
 def writes_json() -> bool:
-    """Whether log lines are for programs here, as they were set up."""
+    """Whether logging is set up to write JSON."""
     handlers = logging.getLogger().handlers
     return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)

@@ -1,10 +1,10 @@
-"""How a process of gc2ray ends: with one line and an exit code of its own, whatever comes.
+"""Makes every process of gc2ray end with one line and an exit code of its own.
 
-A signal to stop is heard from the first line on, libraries are imported behind it. Whoever reads
-what is printed may go; the work goes on. What nobody has foreseen is a bug: one line names it, and
-a file keeps the traceback.
+Signals to stop are handled before the libraries are imported. If the reader of the output goes
+away, the work continues. An unexpected error is a bug: one line names it, and a file keeps its
+traceback.
 
-Not covered: SIGKILL, and libraries that end the process themselves; what errors mean
+Not covered: SIGKILL, and libraries that end the process themselves; the meaning of errors
 (`gc2ray.core.errors`).
 """
 
@@ -18,25 +18,25 @@ import sys
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-INTERRUPTED = "interrupted; run the same command again to go on"
+INTERRUPTED = "interrupted; run the same command again to resume"
 _UNREAD = {errno.EPIPE, errno.EIO}
-"""A pipe that nobody reads, a terminal that is closed."""
+"""Errors of a pipe without a reader and of a closed terminal."""
 
 
 class Stopped(BaseException):
-    """A signal to stop, while nobody had anything to end well.
+    """A signal to stop, while there is nothing to finish.
 
-    Not KeyboardInterrupt, which libraries of command lines turn into an exit code of theirs.
+    It is not a KeyboardInterrupt, which command-line libraries turn into their own exit code.
     """
 
 
 def heard(number: signal.Signals) -> bool:
-    """Whether a signal is to be heard: who ignored it for us, as `nohup` does, had a reason."""
+    """Whether to handle a signal: if the parent ignored it, as `nohup` does, it stays ignored."""
     return signal.getsignal(number) is not signal.SIG_IGN
 
 
 def run_process(command: Callable[[], object]) -> None:
-    """Run a command that ends with SystemExit, as all that this process does.
+    """Run a command as the whole work of this process.
 
     Raises:
         SystemExit: Always; the exit code is the command's, 130 after a signal, 1 after a bug.
@@ -50,25 +50,25 @@ def run_process(command: Callable[[], object]) -> None:
         # Ray's own handler of SIGTERM exits with its number, in place of ours while Ray starts.
         if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
-        _deafen()
-        _tell(INTERRUPTED)
+        _ignore_signals()
+        _print(INTERRUPTED)
         sys.exit(130)
-    except Exception as error:  # noqa: BLE001 - the end of the process: it is told
-        _deafen()
-        _tell(unexpected(error))
+    except Exception as error:  # noqa: BLE001 - the end of the process: it is reported
+        _ignore_signals()
+        _print(unexpected(error))
         sys.exit(1)
     finally:
-        _deafen()  # how it ends is settled
+        _ignore_signals()  # the exit code is settled
     sys.exit(0)
 
 
 def unexpected(error: BaseException) -> str:
-    """What to say of an error that nobody has foreseen; its traceback is in a file."""
+    """The line for an unexpected error, whose traceback is written to a file."""
     import tempfile
     import traceback
 
-    said = " ".join(str(error).split())[:500]
-    told = f"unexpected: {type(error).__name__}{f': {said}' if said else ''}; this is a bug"
+    text = " ".join(str(error).split())[:500]
+    message = f"unexpected: {type(error).__name__}{f': {text}' if text else ''}; this is a bug"
     trace = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(
@@ -76,27 +76,27 @@ def unexpected(error: BaseException) -> str:
             errors="backslashreplace",
         ) as file:  # fmt: skip
             file.write(trace)
-    except OSError:  # no room, no permission: better here than nowhere
-        return f"{told}:\n{trace}"
-    return f"{told}: please report it with its traceback, {file.name}"
+    except OSError:  # no space or no permission: then on stderr
+        return f"{message}:\n{trace}"
+    return f"{message}: please report it with its traceback, {file.name}"
 
 
 def _stop(_number: int, _frame: object) -> None:
     raise Stopped
 
 
-def _deafen() -> None:
+def _ignore_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     if sys.stderr is not None:
         sys.stderr.write(f"{line}\n")
 
 
 class _Lasting(io.TextIOWrapper):
-    """A stream that takes what nobody reads any more, and characters that it cannot show."""
+    """A stream that survives the loss of its reader, and characters that it cannot encode."""
 
     def write(self, text: str, /) -> int:
         try:
@@ -112,10 +112,10 @@ class _Lasting(io.TextIOWrapper):
             self._leave(error)
 
     def _leave(self, error: OSError) -> None:
-        """Nobody reads: what is still to be written goes nowhere.
+        """Discard further output, because its reader is gone.
 
         Raises:
-            OSError: It is something else, as a full disk.
+            OSError: The error is another one, such as a full disk.
         """
         if error.errno not in _UNREAD:
             raise error
@@ -125,7 +125,7 @@ class _Lasting(io.TextIOWrapper):
 
 
 def _outlive_readers() -> None:
-    """Let what is printed be read by nobody, or on a terminal that knows few characters."""
+    """Make stdout and stderr survive a lost reader and characters that they cannot encode."""
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):

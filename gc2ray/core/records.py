@@ -1,8 +1,8 @@
 """What goes in and what comes out: `Request` and `Answer`.
 
-A row is an input row; an answer, or answer row, is what is written for one of its prompts. Only
-audited answers have an `audit` and a `kept_mask` (see `gc2ray.engine.audit`). The columns that
-answers are written to are in `gc2ray.core.schema`.
+A row is an input row; an answer (or answer row) is written for each of its prompts. Only audited
+answers have an `audit` and a `kept_mask` (see `gc2ray.engine.audit`). The columns of answers are in
+`gc2ray.core.schema`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.stats import retention_bucket
 
 RECIPES_POLICY, UNCOMPRESSED = "recipe", "uncompressed"
-"""Ways of compression that every engine knows."""
+"""Names of the compression policies that every engine has."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image of a row: its encoded bytes, or where they are."""
+    """An image of a row: its encoded bytes, or the path to them."""
 
     data: bytes | None = None
     path: str | None = None
@@ -29,21 +29,21 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt of a row, to answer.
+    """One prompt of a row, to be answered.
 
     Attributes:
-        row_key: Unique in the run, see `gc2ray.output.plan.row_key`.
+        row_key: Unique in the run, see `gc2ray.core.shards.row_key`.
         source: Path of the source, relative to the input root.
         row: Row number in the source.
         images: The row's images; length 1 for now. The requests of a row share them.
-        prompts: The prompt; length 1, or 0 where there is a fault.
-        carried: The input columns that are written back, Arrow scalars or Python values.
-        fault: Set where the source already knows that there can be no answer.
-        prompt_index: Which of the row's prompts it is; a row without any has one request, with 0.
-        prompt_count: How many requests the row has, so that a lost one is missed.
-        is_audited: It is answered twice, see `gc2ray.engine.audit`.
-        way: How its image is to be compressed, see `gc2ray.compression.policy`; as a rule
-            as the recipe says.
+        prompts: The prompt; length 1, or 0 if there is a fault.
+        carried: The kept input columns, as Arrow scalars or Python values.
+        fault: Why the row cannot be answered, if reading it already showed that.
+        prompt_index: Index of the prompt in its row; a row without prompts has one request, 0.
+        prompt_count: Number of requests of the row, so that a lost one is noticed.
+        is_audited: Whether it is answered twice, see `gc2ray.engine.audit`.
+        policy: Name of the compression policy for its image (`gc2ray.compression.policy`); by
+            default the recipe's.
     """
 
     row_key: str
@@ -66,12 +66,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Escalation:
-    """What became of an audited row that was answered anew, with more visual tokens.
+    """How an audited row was answered again, with more visual tokens.
 
     Attributes:
-        first_answer: What it was answered before; None where that failed.
-        agreement: Of the answer that it has now with the uncompressed one.
-        stage_ns: Time of those of its answers that were replaced, by stage; not written.
+        first_answer: The first answer; None if it failed.
+        agreement: Agreement of the final answer with the uncompressed one.
+        stage_ns: Time of the replaced answers, by stage; not written.
     """
 
     first_answer: str | None
@@ -81,16 +81,16 @@ class Escalation:
 
 @dataclass(frozen=True)
 class Audit:
-    """A second look at an answer.
+    """The comparison of an answer with the uncompressed answer to the same prompt.
 
     Attributes:
-        answer: What the model says uncompressed; None where it failed.
-        agreement: `scores.similarity` of that and what the recipe's compression
-            gave: 1 where they are the same, 0 where the latter failed, None where the former did.
-        stage_ns: Time that the uncompressed answer took, by stage; not written.
-        own_ns: The same of the one that it was compared with.
-        escalation: Where the row was answered anew.
-        retention: Of the uncompressed answer.
+        answer: The uncompressed answer; None if it failed.
+        agreement: `scores.similarity` of that answer and the one with the recipe's compression: 1
+            if they are the same, 0 if the latter failed, None if the former failed.
+        stage_ns: Time of the uncompressed answer, by stage; not written.
+        own_ns: Time of the answer that it was compared with, by stage; not written.
+        escalation: Set if the row was answered again.
+        retention: Retention of the uncompressed answer.
     """
 
     answer: str | None
@@ -103,16 +103,16 @@ class Audit:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer row; see the README's table of columns for the meaning of each.
+    """One answer row; the documentation has a table of the columns.
 
     `kept_per_view` is one list per image, one count per view. `kept_mask` has a bitmap for each
     view: bit i, from the lowest of the first byte on, is token i in raster order.
 
-    Some are not written: `token_ids`; `retry`, which says that not the row but its image's storage
-    failed, so that its shard is to be tried again; and, counted in the statistics only,
-    `image_shared`: another row had encoded the image; `prompt_tokens_shared`: so many prompt tokens
-    another row had computed; `full_per_view`, as `kept_per_view` before compression; `demand`, what
-    the answer asked of the machine, and `demand_full`, what it would have asked uncompressed.
+    Some fields are not written: `token_ids`; `retry`, set if not the row but the storage of its
+    image failed, so that its shard is tried again. Others count in the statistics only:
+    `image_shared`, whether another row had encoded the image; `prompt_tokens_shared`, the number of
+    prompt tokens that another row had computed; `full_per_view`, as `kept_per_view` before
+    compression; `demand`, the work of the answer, and `demand_full`, its work without compression.
     """
 
     request: Request
@@ -197,11 +197,11 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class Demand:
-    """What an answer asks of a machine.
+    """The work of an answer.
 
     Attributes:
-        flops: As `matmul_flops`, by stage.
-        cache_read_bytes: KV cache that decoding reads.
+        flops: Operations of matrix products by stage, as `matmul_flops` counts them.
+        cache_read_bytes: Bytes of the KV cache that decoding reads.
     """
 
     flops: Mapping[str, int]

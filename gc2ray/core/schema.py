@@ -1,7 +1,7 @@
 """The one Arrow schema of answer rows, and answers as its tables.
 
-The only module that knows column names. An answer that failed has every column too, with nulls
-where nothing was measured, so that the schema is the same from the first part to the last.
+Only this module knows the column names. Failed answers have every column too, with nulls where
+nothing was measured, so all parts have the same schema.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gc2ray.core.records import Answer, Audit
 from gc2ray.core.stats import STAGES, RunStats, merged, retention_bucket, top
 
 SCHEMA_VERSION, SCHEMA_KEY = 4, "gc2ray.schema_version"
-"""Of the answer columns, and where a part's metadata says it."""
+"""Version of the answer columns, and its key in a part's metadata."""
 MILLION = 1_000_000
 _AUDIT = pa.struct(
     [
@@ -69,7 +69,7 @@ _SUMMED = (
     "prompt_tokens", "output_tokens", "kv_bytes", "kv_bytes_full",
 )  # fmt: skip
 _PLAIN = {pa.bool_(), pa.int32(), pa.int64(), pa.float64(), pa.string(), pa.binary()}
-"""Types of which single values make a column, and fast."""
+"""Types whose columns Arrow builds from single values, and fast."""
 UNWRITTEN_STATS = frozenset(
     {
         "view_tokens_full",
@@ -91,11 +91,11 @@ UNWRITTEN_STATS = frozenset(
         "peak_host_bytes",
     }
 )
-"""What a part's footer counts and its rows do not tell."""
+"""Statistics in a part's footer that cannot be computed from its rows."""
 
 
 def stats_of(answers: Sequence[Answer]) -> RunStats:
-    """What happened to some answers, all of them at once: adding them up one by one is slow."""
+    """The statistics of a batch of answers; adding them up one by one would be slow."""
     buckets = Counter(answer.retention_bucket for answer in answers)
     del buckets[None]
     demands = [answer.demand for answer in answers if answer.demand is not None]
@@ -135,32 +135,36 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
 
 
 def _is_empty(status: str, answer: str | None) -> bool:
-    """Whether an answer is good, and says nothing."""
+    """Whether an answer is `ok`, but blank."""
     return status == Status.OK and not (answer or "").strip()
 
 
 def _audit_stats(audits: Sequence[tuple[str, float, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Statistics of audits by row key, the retention of the row's answer and the audit's cell."""
-    known = [(key, cell["agreement"]) for key, _, cell in audits if cell["agreement"] is not None]
-    anew = [
+    """Statistics of audits: row key, retention of the answer, and cell of the column `audit`."""
+    compared = [
+        (key, cell["agreement"]) for key, _, cell in audits if cell["agreement"] is not None
+    ]
+    escalated = [
         (f"{retention:g}", cell["final_agreement"])
         for _, retention, cell in audits
         if cell["final_agreement"] is not None
     ]
     return {
-        "escalated": dict(Counter(retention for retention, _ in anew)),
-        "escalated_agreed": dict(Counter(retention for retention, now in anew if now == 1)),
-        "audits": len(known),
-        "audits_agreed": sum(agreement == 1 for _, agreement in known),
-        "agreement_millionths": sum(round(agreement * MILLION) for _, agreement in known),
+        "escalated": dict(Counter(retention for retention, _ in escalated)),
+        "escalated_agreed": dict(Counter(retention for retention, now in escalated if now == 1)),
+        "audits": len(compared),
+        "audits_agreed": sum(agreement == 1 for _, agreement in compared),
+        "agreement_millionths": sum(round(agreement * MILLION) for _, agreement in compared),
         "least_agreed": top(
-            (MILLION - round(agreement * MILLION), key) for key, agreement in known if agreement < 1
+            (MILLION - round(agreement * MILLION), key)
+            for key, agreement in compared
+            if agreement < 1
         ),
     }
 
 
 def _by_view(answers: Iterable[Sequence[Sequence[int]] | None]) -> dict[str, int]:
-    """Tokens by view, over the images of answers."""
+    """Numbers of tokens by view, over all images of answers."""
     total: Counter[int] = Counter()
     for images in answers:
         for views in images or ():
@@ -171,7 +175,7 @@ def _by_view(answers: Iterable[Sequence[Sequence[int]] | None]) -> dict[str, int
 
 @dataclass(frozen=True)
 class Provenance:
-    """Who wrote a part: the columns that are the same for all its rows."""
+    """The columns that are the same for all rows of a part."""
 
     attempt: int
     retry_round: int
@@ -199,10 +203,10 @@ def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Prov
 
 
 def _column(cells: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """Cells, perhaps of files that have them in other types, as one column.
+    """Cells as one column, even if they come from files with other types.
 
-    Array by array, where they are not plain: Arrow cannot build every type from single values,
-    lists with nulls among them.
+    Types that are not plain are built from arrays: Arrow cannot build every type from single
+    values, for example lists with nulls.
     """
     if kind in _PLAIN:
         with suppress(pa.ArrowInvalid):  # a cell is of another type
@@ -214,34 +218,34 @@ def _column(cells: Sequence[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _type_of(cell: Any) -> pa.DataType | None:
-    """Of an Arrow scalar; None of a null, and of a Python value."""
+    """The type of an Arrow scalar; None for a null or a Python value."""
     return cell.type if isinstance(cell, pa.Scalar) else None
 
 
 def _piece(cells: Sequence[Any], own: pa.DataType | None, kind: pa.DataType) -> pa.Array:
-    """Scalars of one type, or none, as another."""
+    """Cells of one type (None: no Arrow scalars) as an array of another type."""
     if own is None:
         nothing = all(cell is None for cell in cells)
         return pa.nulls(len(cells), kind) if nothing else pa.array(cells, kind)
-    if pa.types.is_dictionary(own):  # of each file another one, and all together may not fit
+    if pa.types.is_dictionary(own):  # each file has its own, and together they may not fit
         values = pa.concat_arrays([pa.repeat(cell, 1).dictionary_decode() for cell in cells])
         return (values.dictionary_encode() if pa.types.is_dictionary(kind) else values).cast(kind)
     single = [pa.repeat(cell, 1) for cell in cells]
     if own.equals(kind):
         return pa.concat_arrays(single)
-    if _has_list_view(own):  # as lists pyarrow 26 makes them empty
+    if _has_list_view(own):  # pyarrow 26 casts them to empty lists
         return pa.array([cell.as_py() for cell in cells], kind)
     return pa.concat_arrays([cell.cast(kind) for cell in single])
 
 
 def _has_list_view(kind: pa.DataType) -> bool:
-    """Whether a type is one of list views, or has one within."""
+    """Whether a type is a list view, or contains one."""
     is_one = pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
     return is_one or any(_has_list_view(kind.field(at).type) for at in range(kind.num_fields))
 
 
 def table_stats(table: pa.Table) -> RunStats:
-    """Statistics of answer rows by their columns: their `stats_of`, less `UNWRITTEN_STATS`."""
+    """The `stats_of` written answer rows, without `UNWRITTEN_STATS`."""
     stages = {stage: table[f"{stage}_ns"].to_numpy() for stage in STAGES}
     number = {name: pc.fill_null(table[name], 0).to_numpy() for name in _SUMMED}
     full, kept = number["visual_tokens_full"].tolist(), number["visual_tokens_kept"].tolist()
@@ -292,11 +296,11 @@ def _answer_row(answer: Answer, provenance: Provenance) -> dict[str, Any]:
 
 
 def _audit_cell(audit: Audit) -> dict[str, Any]:
-    anew = audit.escalation
+    escalation = audit.escalation
     return {
         "answer": audit.answer,
         "retention": audit.retention,
         "agreement": audit.agreement,
-        "first_answer": anew and anew.first_answer,
-        "final_agreement": anew and anew.agreement,
+        "first_answer": escalation and escalation.first_answer,
+        "final_agreement": escalation and escalation.agreement,
     }

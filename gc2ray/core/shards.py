@@ -1,9 +1,9 @@
-"""What is handed out: `SourceFile` -> `Span` -> `Shard`, and `Shards`, many of them in columns.
+"""Units of work: `SourceFile` -> `Span` -> `Shard`, and `Shards`, which holds many in columns.
 
-A shard is an object only while somebody looks at it. A plan of a billion rows is a few dozen bytes
-for each shard, and the driver holds nothing else of the shards that wait.
+A `Shard` object is made only when it is used. In columns a shard takes a few dozen bytes, so the
+driver can hold the plan of a billion rows.
 
-Not covered: where shards are stored (`gc2ray.output.plan`), and which are done
+Not covered: how shards are stored (`gc2ray.output.plan`), and which are done
 (`gc2ray.output.planner`).
 """
 
@@ -55,14 +55,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of hand-out, retry and commit.
+    """The unit of work: it is assigned, retried and committed as a whole.
 
     Attributes:
-        index: Its place in the plan.
+        index: Its index in the plan.
         sid: Digest of recipe and spans.
         spans: Its rows.
-        continues: It begins within a row group, where the shard before it ends: whoever has read
-            that one need not find the place again.
+        continues: Whether it begins inside a row group, where the shard before it ends; the worker
+            that read that shard can continue reading.
     """
 
     index: int
@@ -76,7 +76,7 @@ class Shard:
         return sum(span.rows for span in self.spans)
 
     def places(self) -> Iterator[tuple[str, int]]:
-        """Source and row number of every row; how many prompts it has only reading tells."""
+        """Source and row number of every row."""
         for span in self.spans:
             yield from ((span.source, row) for row in range(span.first, span.stop))
 
@@ -87,7 +87,7 @@ class Shard:
 
 
 class SpanColumns(NamedTuple):
-    """Spans in columns, shard by shard: of each its shard, file (an index), first and stop row."""
+    """Spans in columns, shard by shard: index of the shard and of the file, first and stop row."""
 
     shard: Integers
     file: Integers
@@ -99,10 +99,10 @@ class Shards(Sequence[Shard]):
     """Shards in columns, in order of their index from 0.
 
     Args:
-        files: Source and fingerprint of every file that a span is of.
+        files: Source and fingerprint of every file.
         spans: The spans.
-        sids: Of each shard, as integers.
-        continues: Of each shard.
+        sids: The sid of each shard, as an integer.
+        continues: `Shard.continues` of each shard.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Shards(Sequence[Shard]):
 
     @staticmethod
     def from_shards(shards: Iterable[Shard]) -> Shards:
-        """Shards one after the other, whatever their index was."""
+        """Shards in the given order, numbered from 0."""
         files: dict[tuple[str, str], int] = {}
         spans, sids, continues = array("q"), array("Q"), bytearray()
         for index, shard in enumerate(shards):
@@ -143,7 +143,7 @@ class Shards(Sequence[Shard]):
         )
 
     def followed_by(self, others: Shards) -> Shards:
-        """These, and others numbered on from them."""
+        """These shards, followed by others that are numbered on."""
         own, more = self.spans, others.spans
         spans = SpanColumns(
             np.concatenate([own.shard, more.shard + len(self)]),
@@ -216,25 +216,25 @@ def row_key(source: str, row: int, prompt_index: int | None = None) -> str:
     Args:
         source: Path of the source, relative to the input root.
         row: Row number in the source.
-        prompt_index: Which prompt of a list; None where prompts are no lists.
+        prompt_index: Index of the prompt; None if the prompt column does not hold lists.
     """
     return f"{source}#{row}" if prompt_index is None else f"{source}#{row}#{prompt_index}"
 
 
 def digest(data: bytes) -> str:
-    """SHA-256, hexadecimal."""
+    """The SHA-256 of data, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def runs(chosen: Booleans) -> Iterator[slice]:
-    """Runs of places that are chosen, in order."""
+    """Runs of chosen places, in order."""
     steps = np.diff(chosen.astype(np.int8), prepend=0, append=0)
     for first, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0), strict=True):
         yield slice(int(first), int(stop))
 
 
 def first_spans(files: Sequence[SourceFile], rows: int) -> list[Span]:
-    """Spans of the first `rows` rows of the input, or of all there are."""
+    """Spans of the first `rows` rows of the input, or of all rows if there are fewer."""
     spans: list[Span] = []
     for file in files:
         stop = min(rows, file.rows)
@@ -264,7 +264,7 @@ def cut_spans(spans: Iterable[Span], shard_rows: int, recipe_fingerprint: str) -
 def _cut(
     pieces: Iterable[tuple[Span, bool]], shard_rows: int, recipe_fingerprint: str
 ) -> Iterator[Shard]:
-    """Pack pieces into shards; True marks one that begins where the piece before it ends."""
+    """Pack pieces into shards; True marks a piece that begins inside a row group."""
     pending: list[Span] = []
     rows, begins_within = 0, False
     indices = itertools.count()
@@ -290,7 +290,7 @@ def _cut(
 
 
 def _pieces(files: Iterable[SourceFile], shard_rows: int) -> Iterator[tuple[Span, bool]]:
-    """Row groups, those above `shard_rows` in near-equal parts: True for all but the first."""
+    """Row groups, large ones in near-equal pieces; True for all but the first piece of one."""
     for file in files:
         first = 0
         for rows in file.groups:

@@ -1,4 +1,4 @@
-"""`RunStats`: what happened, in integers, so that parts add up exactly.
+"""`RunStats`: statistics of answers, in integers, so that parts add up exactly.
 
 Everything is a count, nanoseconds or bytes; peaks merge by maximum; the lists of slowest and
 largest rows are bounded. `a + b` is therefore exact, commutative and associative, and
@@ -48,7 +48,7 @@ def retention_bucket(kept: int, full: int) -> int:
 
 
 def merged(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Counts by key, added up; keys in order."""
+    """The sums of counts by key; keys are sorted."""
     total: dict[str, int] = {}
     for count in counts:
         for key, value in count.items():
@@ -57,7 +57,7 @@ def merged(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def top(rows: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
-    """The rows with the largest numbers, the largest first; of equals the first by key."""
+    """The rows with the largest numbers, the largest first; equal numbers are sorted by key."""
     return tuple(heapq.nsmallest(TOP_ROWS, rows, key=lambda row: (-row[0], row[1])))
 
 
@@ -88,22 +88,22 @@ class RunStats:
         cache_read_bytes: KV cache that decoding read, a step's rows each their own.
         cache_read_bytes_full: The same, uncompressed.
         decode_steps: Forwards of the language model, each over all rows that were live.
-        energy_millijoules: Of the device while it worked on them; 0 where it does not tell.
+        energy_millijoules: Energy of the device while it worked on them; 0 if not measured.
         audits: Answers that were compared with uncompressed ones.
-        audits_agreed: Those of them that said the same.
+        audits_agreed: Those of them with the same answer.
         agreement_millionths: Sum of their similarities, in millionths.
-        audit_uncompressed_ns: Busy nanoseconds of the uncompressed answers, by stage; in no other
-            number.
-        audit_compressed_ns: The same of the answers that they were compared with.
-        escalated: Audited answers that were given anew, by the retention of what they are now.
-        escalated_agreed: Those of them that now say the same.
-        escalation_ns: Busy nanoseconds of what those replaced, by stage; in no other number.
+        audit_uncompressed_ns: Busy nanoseconds of the uncompressed answers, by stage; not part of
+            other fields.
+        audit_compressed_ns: Busy nanoseconds of the answers that they were compared with.
+        escalated: Audited prompts that were answered again, by the retention of the final answer.
+        escalated_agreed: Those of them whose final answer agrees with the uncompressed one.
+        escalation_ns: Busy nanoseconds of the replaced answers, by stage; not part of other fields.
         least_agreed: Audited rows that differed most, as (difference in millionths, row key).
         stage_ns: Busy nanoseconds by stage (`STAGES`).
-        input_starved_ns: Time in which a worker had nothing to do, and rows were still to come.
-        oom_splits: Times that device memory was short, and fewer rows were decoded together.
+        input_starved_ns: Time that a worker was idle: waiting for input while rows remained.
+        oom_splits: How often a batch ran out of device memory and was split in half.
         retention: Rows by actual retention, see `RETENTION_BUCKETS`.
-        peak_device_bytes: Largest device memory seen; 0 where the device does not tell.
+        peak_device_bytes: Largest device memory in use; 0 if not measured.
         peak_host_bytes: Largest resident set of a worker process.
         slowest: Rows with the most busy time, as (ns, row key).
         largest: Rows with the largest KV cache, as (bytes, row key).
@@ -164,7 +164,7 @@ class RunStats:
         return RunStats(**total)  # type: ignore[arg-type]  # names and types are the fields' own
 
     def since(self, before: RunStats) -> RunStats:
-        """What came on top of an earlier state of the same totals; peaks stay peaks."""
+        """The difference to an earlier state of the same totals; peaks are not subtracted."""
         names = ("input_starved_ns", "oom_splits", "decode_steps", "energy_millijoules")
         return replace(
             self, **{name: getattr(self, name) - getattr(before, name) for name in names}
@@ -176,7 +176,7 @@ class RunStats:
         return self.rows - self.by_status.get("ok", 0)
 
     def to_json(self) -> str:
-        """Every field, always: an absent number and a zero are not the same."""
+        """All fields as JSON, zeros included: a missing number is not a zero."""
         return json.dumps({item.name: getattr(self, item.name) for item in fields(self)})
 
     @staticmethod

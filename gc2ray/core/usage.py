@@ -1,12 +1,12 @@
-"""`Usage`: what became of the time of workers' devices.
+"""`Usage`: device-seconds of workers, split into useful work and waste by cause.
 
-Every second of a worker that has a place in the cluster is spent on one thing, from when its
-process is up until it ends. What leads to a committed part is useful; the rest is waste, by cause.
-A worker works on its shards one after the other, as good as; the time since its last part (or since
-it was given a shard, if it had none) therefore belongs to the shard that ends, however it ends.
+Every second of a worker counts for exactly one use, from the start of its process to its end. Time
+that leads to a committed part is useful; the rest is waste. Workers answer their shards almost one
+after the other, so the time since a worker's last part (or since its first assignment) counts for
+the shard that ends.
 
-Not covered: money (a price times these seconds), and time that the accelerator starved within a
-useful shard, which parts' footers tell.
+Not covered: money (a price times these seconds), and idle time inside a useful shard, which the
+footers of parts record.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enum import StrEnum
 
 
 class UsageKind(StrEnum):
-    """What a worker's time is spent on; everything but `USEFUL` is waste."""
+    """Uses of a worker's time; everything but `USEFUL` is waste."""
 
     USEFUL = "useful"
     LOADING = "loading"
@@ -35,7 +35,7 @@ class Usage:
     """Device-seconds by use: a worker with two devices spends two each second.
 
     Attributes:
-        seconds: By use; what is not there is 0.
+        seconds: Seconds by use; missing uses are 0.
     """
 
     seconds: Mapping[UsageKind, float] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class Usage:
 
     @property
     def total_seconds(self) -> float:
-        """Of all uses."""
+        """Device-seconds of all uses."""
         return sum(self.seconds.values())
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """The seconds by name of the use, for JSON."""
         return {str(use): round(seconds, 3) for use, seconds in self.seconds.items()}
 
     @staticmethod
@@ -62,17 +62,17 @@ class Usage:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: A use that this version does not know.
+            ValueError: This version does not have one of the uses.
         """
         return Usage({UsageKind(name): float(seconds) for name, seconds in data.items()})
 
 
 @dataclass(eq=False)
 class UsageMeter:
-    """Adds up what workers spend.
+    """Adds up the time of workers.
 
     Args:
-        devices: Of a worker; a share of one where workers share it, 1 where they have none.
+        devices: Devices per worker: a fraction where workers share one, 1 for a worker without.
     """
 
     devices: float = 1.0
@@ -80,18 +80,18 @@ class UsageMeter:
     _since: dict[int, float] = field(default_factory=dict)
 
     def start(self, worker: int, now: float) -> None:
-        """A worker's process is up."""
+        """Note that a worker's process started."""
         self._since[worker] = now
 
     def spend(self, worker: int, use: UsageKind, now: float) -> None:
-        """What a worker did since it was last asked; nothing before it is up."""
+        """Count a worker's time since the last call for one use; a worker must be started."""
         since = self._since.get(worker)
         if since is not None:
             self._seconds[use] = self._seconds.get(use, 0.0) + (now - since) * self.devices
             self._since[worker] = now
 
     def stop(self, worker: int, use: UsageKind, now: float) -> None:
-        """A worker has ended; so it spent its last."""
+        """Count the last time of a worker that has ended."""
         self.spend(worker, use, now)
         self._since.pop(worker, None)
 

@@ -354,4 +354,4 @@ def test_what_is_written_elsewhere_goes_where_it_is_meant(tmp_path: Path, words:
     write_round(tmp_path, 0, first_plan())
     result = here(*(str(tmp_path) if word == "OUT" else word for word in words))
     assert result.exit_code == 2
-    assert "did you mean 's3://b/x'?" in result.stderr or "names a variable" in result.stderr
+    assert "did you mean 's3://b/x'?" in result.stderr or "has a shell variable" in result.stderr

@@ -1,4 +1,4 @@
-"""What a place in a configuration may look like, before any storage is asked."""
+"""Checks paths and URLs of a configuration without a call to any storage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCAL_STARTS = ("/", ".", "~")
 
 
 def is_local_path(place: str) -> bool:
-    """Whether a place can only be meant as a path of this machine."""
+    """Whether a place is clearly a local path."""
     return place.startswith(LOCAL_STARTS) and "://" not in place
 
 
@@ -33,27 +33,29 @@ def check_place(key: str, place: str) -> None:
             replaced.
     """
     if not place.strip() or "\0" in place:
-        raise ConfigError(f"{key}: {place!r} is no path and no URL")
+        raise ConfigError(f"{key}: {place!r} is neither a path nor a URL")
     for part in [] if is_local_path(place) else place.split("::"):
         found = _SCHEME.match(part)
         slashes = len(found.group(2)) if found else 2
         if found and (slashes == 1 or (not slashes and found.group(1).lower() in _STORAGES)):
             root = "/" if found.group(1) == "file" else ""
             meant = f"{found.group(1)}://{root}{part[found.end() :]}"
-            raise ConfigError(f"{key}: {place!r} is no URL; did you mean {meant!r}?")
+            raise ConfigError(f"{key}: {place!r} is not a URL; did you mean {meant!r}?")
     if _VARIABLE.search(place):
         raise ConfigError(
-            f"{key}: {place!r} names a variable, which nothing expands in a configuration; write "
-            "the path out"
+            f"{key}: {place!r} has a shell variable, and variables are not expanded; write the "
+            "whole path"
         )
     try:
         Path(place).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{key}: {place!r}: there is no such user here; {error}") from error
+        raise ConfigError(
+            f"{key}: {place!r}: there is no such user on this machine; {error}"
+        ) from error
 
 
 def is_url(place: str) -> bool:
-    """Whether fsspec is asked; what begins as a local path is one, see `gc2ray.data.storage`."""
+    """Whether a place is a URL for fsspec; see `gc2ray.data.storage`."""
     if is_local_path(place):
         return False
     return "://" in place or "::" in place or place.startswith(HUB)

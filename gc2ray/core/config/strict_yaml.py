@@ -1,4 +1,4 @@
-"""YAML that means what it says: nothing in it is dropped or read as something else.
+"""A strict reader of YAML: it drops nothing and misreads nothing.
 
 PyYAML takes the last of two equal keys, reads `010` as 8 and `1:30` as 90, and makes halves of
 characters of JSON's escapes for those beyond U+FFFF. Here the first two are refused, with the line,
@@ -60,8 +60,8 @@ def _loaded(text: str, *, is_value: bool) -> Any:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        told = [error.context, error.problem]
-        raise ValueError(", ".join(filter(None, told)) + _place(error.problem_mark)) from error
+        reasons = [error.context, error.problem]
+        raise ValueError(", ".join(filter(None, reasons)) + _place(error.problem_mark)) from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
@@ -104,7 +104,7 @@ def _date(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
 class _Loader(yaml.SafeLoader):
     """Plain data, strictly."""
 
-    yaml_constructors = {  # noqa: RUF012 - PyYAML's own way to say it
+    yaml_constructors = {  # noqa: RUF012 - as PyYAML declares it
         **yaml.SafeLoader.yaml_constructors,
         **dict.fromkeys(_NUMBERS, _number),
         "tag:yaml.org,2002:timestamp": _date,

@@ -17,14 +17,14 @@ from gc2ray.core.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
 MAX_PROBLEMS = 20
-"""Of a configuration, that are told at once."""
+"""Most problems of a configuration that one message lists."""
 _OF_SETTING = "setting"
 _SHOWN = 300
-"""Characters of a value that are told: aliases make gigabytes of a few lines of YAML."""
+"""Most characters of a value in a message: YAML aliases can make gigabytes of a few lines."""
 
 
 class Frozen(BaseModel):
-    """A model of a configuration: cannot be changed; refuses unknown keys, NaN and infinity."""
+    """Base of all settings: immutable; refuses unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
@@ -41,10 +41,10 @@ class Frozen(BaseModel):
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """The content of a YAML file.
 
     Raises:
-        ConfigError: It cannot be read, is no YAML, or has a key twice.
+        ConfigError: The file cannot be read, is not YAML, or has a key twice.
     """
     try:
         return load(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def apply_override(model: type[BaseModel], data: dict[str, Any], override: str) 
 
 
 def _kinds(model: type[BaseModel], keys: Sequence[str]) -> set[Any]:
-    """What a setting may be; nothing where there is none of that name."""
+    """The types that a setting accepts; none if there is no setting of that name."""
     kinds: set[Any] = {model}
     for key in keys:
         models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
@@ -99,12 +99,12 @@ def _kinds(model: type[BaseModel], keys: Sequence[str]) -> set[Any]:
 
 
 def _value(kinds: set[Any], text: str) -> Any:
-    """What somebody typed, as a value of one of some kinds.
+    """The value of an override, as one of the types that the setting accepts.
 
-    Text is taken as it stands, to the last blank; everything else is YAML.
+    Text is taken as typed, blanks included; other values are read as YAML.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The text is not a value.
     """
     if text in ("", "null"):
         return None
@@ -114,17 +114,18 @@ def _value(kinds: set[Any], text: str) -> Any:
     if str not in texts:
         return load_value(text)
     try:
-        found = load_value(text) if text.startswith("[") else text
+        value = load_value(text) if text.startswith("[") else text
     except ValueError:
         return text
-    return found if isinstance(found, list) else text
+    return value if isinstance(value, list) else text
 
 
 def parsed(model: type[M], data: Mapping[str, Any]) -> M:
-    """Data as what it should be.
+    """Validate plain data as a pydantic model.
 
     Raises:
-        ConfigError: It is not; a line for each problem, with its path and the nearest valid key.
+        ConfigError: The data is invalid; a line for each problem, with its path and, for an unknown
+            key, the nearest valid one.
     """
     try:
         found = model.model_validate(data)
