@@ -35,7 +35,9 @@ and may change from run to run. [Getting started](getting-started.md#your-first-
 Every setting can also be given
 [on the command line](getting-started.md#settings-on-the-command-line).
 """
-_PLAIN_TYPES = {str: "text", int: "whole number", float: "number", NoneType: "null"}
+_PLAIN_TYPES = {
+    str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "null",
+}  # fmt: skip
 _BOUNDS: tuple[tuple[type, str, str], ...] = (
     (Gt, "gt", "> "), (Ge, "ge", "≥ "), (Lt, "lt", "< "), (Le, "le", "≤ "),
 )  # fmt: skip
@@ -143,6 +145,8 @@ def _default(value: object) -> str:
     """A default as it would stand in YAML."""
     if isinstance(value, tuple):
         return json.dumps(list(value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else str(value)
 
 

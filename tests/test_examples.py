@@ -8,9 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-import gc2ray
 from gc2ray.demo.questions import CAPTION
 from gc2ray.demo.rows import Split, pocket_rows
 from gc2ray.demo.spec import MODEL
@@ -33,7 +30,6 @@ def run_example(name: str, *words: object, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not hasattr(gc2ray, "load_model"), reason="needs gc2ray.load_model")
 def test_images_are_answered(tmp_path: Path) -> None:
     rows = [row for row in pocket_rows(Split.TEST, 21, []) if row.question.text == CAPTION]
     names = [f"{row.id}.jpg" for row in rows]
