@@ -55,7 +55,7 @@ main()
 
 @dataclass(frozen=True)
 class MadeUpEngine:
-    """Answers every request at once as if it had computed; see `gc2ray.runner.worker.Answering`."""
+    """Answers every request at once as if it had computed; see `gc2ray.engine.answering.AnsweringEngine`."""
 
     kinds: tuple[Answer, ...]
     device: str = "NVIDIA H200"

@@ -38,7 +38,7 @@ def own_config(**settings: object) -> CompressionConfig:
 
 def test_a_method_of_ones_own_takes_its_settings(folder: Path) -> None:
     write_method(folder, "own_method")
-    policy = CompressionPolicy.of(own_config(retention=0.5))
+    policy = CompressionPolicy.from_config(own_config(retention=0.5))
     assert (policy.compressor.name, policy.retention_requested) == ("own", 0.5)
     views = random_views((700, 700))
     assert torch.equal(policy.compressor(views).source, build("local", retention=0.5)(views).source)

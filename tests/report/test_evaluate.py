@@ -49,7 +49,7 @@ def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.
 
 def planned(folder: Path, shards: Sequence[Shard], carried: pa.Schema) -> Store:
     store = Store(str(folder))
-    plan = Plan(RECIPE.fingerprint(), Shards.of(shards), carried)
+    plan = Plan(RECIPE.fingerprint(), Shards.from_shards(shards), carried)
     store_plan(store, Job(output=store.uri, recipe=RECIPE), plan)
     return store
 

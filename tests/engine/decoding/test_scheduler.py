@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.core.records import Sampling
 from gc2ray.engine.decoding.kv_cache import KvCache, SlotRange
 from gc2ray.engine.decoding.scheduler import DecodeLimits, DecodeRow, Scheduler
 from gc2ray.models.base import Prompt
@@ -23,7 +23,7 @@ def make_scheduler(limits: DecodeLimits) -> Scheduler:
 def make_row(tag: int, length: int, key: str | None = None) -> DecodeRow:
     visual = ((0, length - 1),) if key else ()
     prompt = Prompt(torch.zeros(length, 2), visual, prefix_key=key)
-    return DecodeRow(tag, prompt, Sampling(NEW), [], length)
+    return DecodeRow(tag, prompt, GenerationConfig(max_new_tokens=NEW), [], length)
 
 
 def admitted(scheduler: Scheduler) -> list[int]:
@@ -60,13 +60,13 @@ def test_a_row_waits_for_slots_and_gets_those_of_a_row_that_ended() -> None:
 def test_a_queue_takes_two_steps_of_prompts_and_none_that_can_never_fit() -> None:
     scheduler = make_scheduler(DecodeLimits(30, prefill_tokens=10, burst=3))
     prompt = make_row(0, 12).prompt
-    assert scheduler.accepts(prompt, Sampling(NEW))
+    assert scheduler.accepts(prompt, GenerationConfig(max_new_tokens=NEW))
     scheduler.add(make_row(0, 12))
-    assert not scheduler.accepts(prompt, Sampling(NEW))
-    assert scheduler.accepts(make_row(1, 8).prompt, Sampling(NEW))
-    assert scheduler.accepts(make_row(1, 8).prompt, Sampling(20))
+    assert not scheduler.accepts(prompt, GenerationConfig(max_new_tokens=NEW))
+    assert scheduler.accepts(make_row(1, 8).prompt, GenerationConfig(max_new_tokens=NEW))
+    assert scheduler.accepts(make_row(1, 8).prompt, GenerationConfig(max_new_tokens=20))
     with pytest.raises(BadRow) as caught:  # 29 tokens, and a burst writes 2 more
-        scheduler.accepts(make_row(1, 8).prompt, Sampling(21))
+        scheduler.accepts(make_row(1, 8).prompt, GenerationConfig(max_new_tokens=21))
     assert caught.value.status is Status.TOO_LONG
 
 
