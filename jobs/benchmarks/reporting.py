@@ -55,7 +55,7 @@ main()
 
 @dataclass(frozen=True)
 class MadeUpEngine:
-    """Answers every request at once as if it had computed; see `gc2ray.engine.answering.AnsweringEngine`."""
+    """An `AnsweringEngine` that answers every request at once, as if it had computed."""
 
     kinds: tuple[Answer, ...]
     device: str = "NVIDIA H200"
