@@ -268,7 +268,7 @@ def test_compact_of_an_incomplete_run(tmp_path: Path) -> None:
     parts(tmp_path / "out")[1].unlink()
     result = here("compact", tmp_path / "out", tmp_path / "dest")
     assert result.exit_code == 2
-    assert "shard 1 (3 rows): not answered yet; run again; --incomplete takes" in result.stderr
+    assert "shard 1 (3 rows): not answered yet; run again; pass --incomplete" in result.stderr
     result = here("compact", tmp_path / "out", tmp_path / "dest", "--incomplete")
     assert result.exit_code == 0
     assert result.stdout.startswith("14 answers to 14 rows, 0 of them failed")

@@ -105,7 +105,7 @@ def ragged(model: Any, requests: int = REQUESTS, **changes: Any) -> list[Submitt
         ids = torch.randint(VOCABULARY, (rng.randint(1, 70),), generator=generator)
         sampling = GenerationConfig(max_new_tokens=rng.randint(1, 16), seed=1000 + tag)
         with torch.no_grad():
-            made.append((tag, Prompt(table(ids)), replace(sampling, **changes)))
+            made.append((tag, Prompt(table(ids)), sampling.model_copy(update=changes)))
     return made
 
 
@@ -257,7 +257,7 @@ def test_rows_end_at_their_own_end(models: dict[str, Any], expected: Expected) -
     late = [row for row in full.values() if len(row) > 6]
     eos, own = late[0][2], late[1][3]
     requests = [
-        (tag, prompt, replace(sampling, stop_token_ids=(own,) if tag % 2 else ()))
+        (tag, prompt, sampling.model_copy(update={"stop_token_ids": (own,) if tag % 2 else ()}))
         for tag, prompt, sampling in ragged(models["llama"])
     ]
     done = decode(models["llama"], requests, DecodeLimits(700), eos=[eos])
@@ -274,10 +274,14 @@ def test_rows_end_at_their_own_end(models: dict[str, Any], expected: Expected) -
 
 def test_a_row_that_loops_is_cut_if_asked(models: dict[str, Any]) -> None:
     model = models["llama"]
-    requests = [(t, p, replace(s, max_new_tokens=200)) for t, p, s in ragged(model, 20)]
+    requests = [
+        (t, p, s.model_copy(update={"max_new_tokens": 200})) for t, p, s in ragged(model, 20)
+    ]
     free = decode(model, requests)
     guarded = decode(
-        model, [(t, p, replace(s, max_repeats=3)) for t, p, s in requests], DecodeLimits(2000)
+        model,
+        [(t, p, s.model_copy(update={"max_repeats": 3})) for t, p, s in requests],
+        DecodeLimits(2000),
     )
     cut = [tag for tag in free if guarded[tag].finish_reason == "repetition"]
     assert cut, "no row loops: nothing is tested"
@@ -654,7 +658,11 @@ def test_bursts_give_the_tokens_of_generate(
 def test_bursts_draw_as_steps_do(models: dict[str, Any]) -> None:
     model = models["llama"]
     mixed = [
-        (tag, prompt, replace(sampling, temperature=1.3 * (tag % 3 > 0), top_p=0.9))
+        (
+            tag,
+            prompt,
+            sampling.model_copy(update={"temperature": 1.3 * (tag % 3 > 0), "top_p": 0.9}),
+        )
         for tag, prompt, sampling in ragged(model)
     ]
     decoder = ContinuousBatchDecoder(LanguageModel(model), BURSTS, eos=(), attend=attend_padded)
@@ -802,7 +810,11 @@ def test_penalised_tokens_are_those_of_generate(
     model = models["llama"]
     room, attend = MODES[mode]
     requests = [
-        (tag, prompt, replace(sampling, repetition_penalty=penalty if tag % 4 else 1.0))
+        (
+            tag,
+            prompt,
+            sampling.model_copy(update={"repetition_penalty": penalty if tag % 4 else 1.0}),
+        )
         for tag, prompt, sampling in worded(model, 20)
     ]
     found = tokens(

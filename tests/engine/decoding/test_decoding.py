@@ -472,7 +472,7 @@ def test_ends_have_reasons() -> None:
     assert end_reason([1, 5], sampling, {2}) == "stop"
     assert end_reason([1, 3], sampling, {2}) is None
     assert end_reason([7] * 16, sampling, {2}) == "repetition"
-    assert end_reason([7] * 16, replace(sampling, max_repeats=None), {2}) is None
+    assert end_reason([7] * 16, sampling.model_copy(update={"max_repeats": None}), {2}) is None
     assert end_reason(list(range(20)), sampling, {99}) == "length"
 
 
@@ -557,7 +557,7 @@ def test_generate_penalises_prompt_and_answer(model: Any, temperature: float) ->
         for penalty in penalties
     ]
     together = decode(by_generate(model, max_tokens=ROOM), prompts, samplings)
-    plain = replace(samplings[0], repetition_penalty=1.0)
+    plain = samplings[0].model_copy(update={"repetition_penalty": 1.0})
     changed = 0
     for item, prompt, sampling in zip(together, prompts, samplings, strict=True):
         assert (item.token_ids,) == tuple(tokens_alone(model, [prompt], sampling))
