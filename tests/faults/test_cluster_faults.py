@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from gc2ray.output.parts import list_parts, read_part
 from gc2ray.output.verify import verify
 from tests.support.fault_proxy import EVERYTHING, FaultProxy, Faults
 from tests.support.object_servers import SECRET as STORE_SECRET
-from tests.support.object_servers import a_bucket
+from tests.support.object_servers import a_bucket, aws_environment
 from tests.support.ray_head import (
     ROOT,
+    SHARD_ROWS,
     RayHead,
     gc2ray,
     output_of,
@@ -36,15 +38,42 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 GIB = 1 << 30
 
 
+ROWS = 60
+SHARDS = ROWS // SHARD_ROWS
+SPARED = 3
+"""Parts that are stored before whatever befalls the job."""
+
+
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with ray_head() as head:
+def head(proxies: dict[str, FaultProxy]) -> Iterator[RayHead]:
+    """One for all but the test that needs its own; its jobs reach the store through the proxy."""
+    proxy = proxies["honours"]
+    with aws_environment(proxy.host, proxy.port), ray_head() as head:
         yield head
 
 
 @pytest.fixture
 def client(head: RayHead) -> JobSubmissionClient:
     return head.client()
+
+
+@pytest.fixture
+def bucket(proxy: FaultProxy) -> Iterator[str]:
+    with a_bucket(proxy.host, proxy.port) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def held() -> Iterator[threading.Event]:
+    """What parts wait for; none waits longer than its test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, tiny_paths: dict[str, Path], bucket: str) -> Path:
+    return write_job(tmp_path, tiny_paths["vicuna"], ROWS, f"{bucket}/run")
 
 
 def assert_whole(output: str) -> None:
@@ -56,41 +85,57 @@ def assert_whole(output: str) -> None:
 
 
 def test_a_stopped_job_goes_on_where_it_was(
-    head: RayHead, tmp_path: Path, tiny_paths: dict[str, Path], client: JobSubmissionClient
+    head: RayHead,
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    client: JobSubmissionClient,
+    bucket: str,
+    proxy: FaultProxy,
 ) -> None:
     """`ray job stop` leaves three seconds: what ends in time is committed, nothing is torn."""
-    job_file = write_job(tmp_path, tiny_paths["vicuna"], 600)
+    job_file = write_job(tmp_path, tiny_paths["vicuna"], 5 * ROWS, f"{bucket}/run")
     store, words = Store(output_of(job_file)), ["submit", job_file, "--address", head.address]
+    proxy.faults = Faults(part_seconds=0.5)  # 25 in all: time to stop it
     following = start(head, *words, "--follow", "--id", "stopped")
-    until(lambda: len(list_parts(store)) >= 3)
+    until(lambda: len(list_parts(store)) >= SPARED)
     assert client.stop_job("stopped")
     stdout, stderr = following.communicate(timeout=60)
+    proxy.faults = Faults()
     assert following.returncode == 1, stdout
     assert "stopped was stopped; submit it again to go on" in stderr
     assert client.get_job_status("stopped") is JobStatus.STOPPED
     logs = client.get_job_logs("stopped")
     assert "interrupted: " in logs, logs
-    assert len(list_parts(store)) < 100
+    assert SPARED <= len(list_parts(store)) < 5 * SHARDS
     assert gc2ray(head, *words, "--follow").returncode == 0
     assert_whole(output_of(job_file))
 
 
 def test_a_job_that_does_not_stop_in_time_is_ended_and_loses_what_was_in_flight(
-    head: RayHead, tmp_path: Path, tiny_paths: dict[str, Path], client: JobSubmissionClient
+    head: RayHead,
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    client: JobSubmissionClient,
+    bucket: str,
+    proxy: FaultProxy,
+    held: threading.Event,
 ) -> None:
-    """It would drain for longer than Ray leaves it."""
-    job_file = write_job(tmp_path, tiny_paths["vicuna"], 600, shard_rows=600, drain_seconds=60.0)
-    longer = "recipe.generation.max_new_tokens=100"
-    words = ["submit", job_file, longer, "--address", head.address]
+    """It would drain for longer than Ray leaves it; what it was storing may come in afterwards."""
+    model, output = tiny_paths["vicuna"], f"{bucket}/run"
+    job_file = write_job(tmp_path, model, ROWS, output, shard_rows=ROWS, drain_seconds=60.0)
+    words = ["submit", job_file, "--address", head.address]
     store = Store(output_of(job_file))
+    proxy.faults = Faults(held=held)
     following = start(head, *words, "--follow", "--id", "slow")
-    until(lambda: store.names("workers"))
+    until(lambda: proxy.met["held"])
     assert client.stop_job("slow")
     following.communicate(timeout=60)
+    proxy.faults = Faults()
     assert client.get_job_status("slow") is JobStatus.STOPPED
     assert "interrupted" not in client.get_job_logs("slow")
     assert list_parts(store) == {}
     assert gc2ray(head, *words, "--follow").returncode == 0
+    held.set()
     assert_whole(output_of(job_file))
 
 
@@ -98,52 +143,45 @@ def test_a_job_that_does_not_stop_in_time_is_ended_and_loses_what_was_in_flight(
 
 
 def test_two_drivers_on_one_output_on_s3(
-    tmp_path: Path, tiny_paths: dict[str, Path], moto: tuple[str, int]
+    head: RayHead, job_file: Path, proxy: FaultProxy, held: threading.Event
 ) -> None:
     """Both end well, every row is there once, and the second one says that there is a first."""
-    with a_bucket(*moto) as bucket, ray_head() as head:
-        job_file = write_job(tmp_path, tiny_paths["vicuna"], 900, f"{bucket}/run")
-        longer = "recipe.generation.max_new_tokens=40"  # so that both are at work at a time
-        words = ["submit", job_file, longer, "--address", head.address, "--follow"]
-        store = Store(output_of(job_file))
-        first = start(head, *words)
-        until(lambda: len(list_parts(store)) >= 3)
-        second = start(head, *words)
-        told = [driver.communicate(timeout=200)[0] for driver in (first, second)]
-        assert [first.returncode, second.returncode] == [0, 0], told
-        assert "another driver" in told[1]
-        assert_whole(output_of(job_file))
-        assert len(store.names("data")) == 150
-        logs = [path for path in head.folder.rglob("*") if path.is_file()]
-        leaking = [path for path in logs if STORE_SECRET.encode() in path.read_bytes()]
-        assert leaking == []
+    words = ["submit", job_file, "--address", head.address, "--follow"]
+    store = Store(output_of(job_file))
+    proxy.faults = Faults(spared_parts=SPARED, held=held)
+    first = start(head, *words)
+    until(lambda: proxy.met["held"])
+    second = start(head, *words)
+    until(lambda: len(store.names("workers")) == 2)  # both are at work at a time
+    held.set()
+    told = [driver.communicate(timeout=200)[0] for driver in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], told
+    assert "another driver" in told[1]
+    assert_whole(output_of(job_file))
+    assert len(store.names("data")) == SHARDS
+    logs = [path for path in head.folder.rglob("*") if path.is_file()]
+    leaking = [path for path in logs if STORE_SECRET.encode() in path.read_bytes()]
+    assert leaking == []
 
 
 # --- locked out ---------------------------------------------------------------------------------
 
 
-def test_credentials_that_expire(
-    tmp_path: Path, tiny_paths: dict[str, Path], moto: tuple[str, int]
-) -> None:
+def test_credentials_that_expire(head: RayHead, job_file: Path, proxy: FaultProxy) -> None:
     """The run ends and says why; with new ones the same command goes on."""
-    proxy = FaultProxy(*moto)
-    with proxy.running(), a_bucket(proxy.host, proxy.port) as bucket:
-        job_file = write_job(tmp_path, tiny_paths["vicuna"], 600, f"{bucket}/run")
-        store = Store(output_of(job_file))
-        running = start(None, "run", job_file)
-        until(lambda: len(list_parts(store)) >= 3)
-        proxy.faults = Faults(status=400, refused=EVERYTHING)
-        stdout, stderr = running.communicate(timeout=100)
-        assert proxy.met["status"] > 0
-        proxy.faults = Faults()
-        assert running.returncode == 1, stdout
-        by_worker = r"^given up: s3://\S+ refused data/part-.*check the storage's .*credentials"
-        by_driver = r"^storage: \w+ing .*: OSError: .*are the credentials"
-        assert re.search(f"{by_worker}|{by_driver}", stderr, re.M), "whoever is refused first"
-        assert 3 <= len(list_parts(store)) < 100
-        again = gc2ray(None, "run", job_file)
-        assert again.returncode == 0, again.stderr
-        assert_whole(output_of(job_file))
+    store, words = Store(output_of(job_file)), ["submit", job_file, "--address", head.address]
+    proxy.faults = Faults(status=400, refused=EVERYTHING, spared_parts=SPARED)
+    refused = gc2ray(head, *words, "--follow")
+    assert proxy.met["status"] > 0
+    proxy.faults = Faults()
+    assert refused.returncode == 1, refused.stdout
+    by_worker = r"^given up: s3://\S+ refused data/part-.*check the storage's .*credentials"
+    by_driver = r"^storage: \w+ing .*: OSError: .*are the credentials"
+    assert re.search(f"{by_worker}|{by_driver}", refused.stdout, re.M), "whoever is refused first"
+    assert len(list_parts(store)) == SPARED
+    again = gc2ray(head, *words, "--follow")
+    assert again.returncode == 0, again.stdout
+    assert_whole(output_of(job_file))
 
 
 # --- out of the host's memory -------------------------------------------------------------------
@@ -204,23 +242,27 @@ def test_a_row_that_takes_all_of_the_hosts_memory_costs_only_itself(tmp_path: Pa
 
 
 HASTY = """
-from gc2ray import cli
+from gc2ray.__main__ import main
 from gc2ray.runner import submit as submission
 submission.LOST_SECONDS = 5.0
-cli.main()
+main()
 """
 
 
-def test_a_head_that_is_killed(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
-    """Whoever follows is told; the output says how far it is, and another cluster goes on."""
-    job_file = write_job(tmp_path, tiny_paths["vicuna"], 1200)
-    store = Store(output_of(job_file))
-    with ray_head() as head:
-        words = ["submit", job_file, "--address", head.address, "--follow"]
-        following = start(head, *words, program=("-c", HASTY))
-        until(lambda: len(list_parts(store)) >= 3)
-        head.kill()
-        stdout, stderr = following.communicate(timeout=120)
+def test_a_head_that_is_killed(
+    head: RayHead, job_file: Path, proxy: FaultProxy, held: threading.Event
+) -> None:
+    """Whoever follows is told; the output says how far it is, and another cluster goes on.
+
+    The last test here: the others share the head.
+    """
+    proxy.faults = Faults(spared_parts=SPARED, held=held)
+    words = ["submit", job_file, "--address", head.address, "--follow"]
+    following = start(head, *words, program=("-c", HASTY))
+    until(lambda: proxy.met["held"])
+    head.kill()
+    stdout, stderr = following.communicate(timeout=120)
+    proxy.faults = Faults()
     assert following.returncode == 1, stdout
     assert "does not answer any more; `gc2ray status` tells" in stderr
     assert gc2ray(None, "status", output_of(job_file)).returncode == 1

@@ -36,6 +36,10 @@ class Faults:
         refused: Methods.
         outage_requests: So many requests in a row, whatever they are, are answered 503.
         trickle_seconds: Before each piece of an answer's body.
+        spared_parts: So many parts of a run are stored before `status` begins, or the parts after
+            them are slow or held: a job is in the middle then, however few rows it has.
+        part_seconds: Before such a part is stored.
+        held: Set once such parts may be stored; until then they wait.
     """
 
     busy: float = 0.0
@@ -45,6 +49,9 @@ class Faults:
     refused: tuple[str, ...] = ("PUT",)
     outage_requests: int = 0
     trickle_seconds: float = 0.0
+    spared_parts: int = 0
+    part_seconds: float = 0.0
+    held: threading.Event | None = None
 
 
 class FaultProxy(LoopbackServer):
@@ -52,7 +59,7 @@ class FaultProxy(LoopbackServer):
 
     Attributes:
         faults: May be replaced at any time.
-        met: Requests by what became of them.
+        met: Requests by what became of them; puts of parts, too, and those that were held.
         sent_bytes: Of bodies of answers that were passed on.
     """
 
@@ -68,6 +75,8 @@ class FaultProxy(LoopbackServer):
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         """One request: met by a fault, or forwarded."""
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        if request.command == "PUT" and "/data/part-" in request.path:
+            self._hold_up()
         fault = self._fault(request.command)
         if fault == "dropped":
             request.close_connection = True
@@ -82,6 +91,18 @@ class FaultProxy(LoopbackServer):
             else:
                 self._pass_on(request, status, headers, content)
 
+    def _hold_up(self) -> None:
+        """A part that is to be stored: counted, and slow or held if it is not spared."""
+        with self._lock:
+            self.met["part"] += 1
+            faults, spared = self.faults, self.met["part"] <= self.faults.spared_parts
+        if spared:
+            return
+        time.sleep(faults.part_seconds)
+        if faults.held is not None:
+            self.met["held"] += 1
+            faults.held.wait()
+
     def _fault(self, command: str) -> str:
         with self._lock:
             fault = self._drawn(command, self._draw.random())
@@ -92,7 +113,8 @@ class FaultProxy(LoopbackServer):
         faults = self.faults
         if self.met["outage"] < faults.outage_requests:
             return "outage"
-        if faults.status and command in faults.refused:
+        over = self.met["part"] > faults.spared_parts or not faults.spared_parts
+        if faults.status and command in faults.refused and over:
             return "status"
         for name in ("busy", "dropped", "lost"):
             share = getattr(faults, name) if name != "lost" or command == "PUT" else 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from tests.support.object_servers import free_port, wait_for_port
 from tests.support.rows import job_data, write_rows
 
 START_SECONDS = 90.0
-END_SECONDS = 10.0
+END_SECONDS = 30.0
 REPORT_MILLISECONDS = 500
 HOST = "127.0.0.1"
 ROOT = Path(__file__).parents[2]
@@ -151,18 +150,16 @@ def _started(folder: Path, environment: Mapping[str, str]) -> RayHead:
 
 
 def _end(head: RayHead) -> None:
-    """Politely, then not; nothing of it may be left."""
+    """Nothing of it may be left."""
     processes = head.processes() if head.process.poll() is None else []
-    head.process.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(processes, END_SECONDS)
-    kill_all(left)
-    _, left = psutil.wait_procs(left, END_SECONDS)
+    kill_all(processes)
     head.process.wait()
+    _, left = psutil.wait_procs(processes, END_SECONDS)
     left = [process for process in left if not has_ended(process.pid)]
     assert not left, left
 
 
-def until(condition: Callable[[], T], seconds: float = 60.0) -> T:
+def until(condition: Callable[[], T], seconds: float = 120.0) -> T:
     """What a condition says once it says something."""
     deadline = time.monotonic() + seconds
     while True:
