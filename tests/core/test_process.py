@@ -57,7 +57,7 @@ def test_a_signal_while_libraries_are_imported(tmp_path: Path, number: signal.Si
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.communicate(timeout=30) == ("", f"{INTERRUPTED}\n")
+    assert process.communicate(timeout=100) == ("", f"{INTERRUPTED}\n")
     assert process.returncode == 130
 
 
@@ -286,7 +286,7 @@ def test_a_bug_is_a_line_of_json_for_programs(
 def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise ImportError('no typer here')\n")
     process = start("--version", path=tmp_path)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
     assert stderr.startswith("unexpected: ImportError: no typer here; this is a bug: please report")
     assert len(stderr.splitlines()) == 1
@@ -320,7 +320,7 @@ def test_status_in_a_log_that_knows_few_characters(tmp_path: Path) -> None:
         path = tmp_path / f"workers/{name}.json"
         path.write_bytes(text.encode(errors="surrogateescape"))
     process = start("status", tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0", COLUMNS="60")
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=100)
     assert process.returncode == 0, stderr
     shown = re.sub(r"[^\w.:\[\] -]+", "", stdout)
     for text in ("2026-11-29", "19:04:05", "4711", "[cpu]"):

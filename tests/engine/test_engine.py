@@ -371,7 +371,7 @@ def test_rows_are_answered_while_the_reader_waits(loaded: LoadedModel) -> None:
     waiting: list[list[int]] = []
 
     def until(rows: int) -> None:
-        for _ in range(1000):
+        for _ in range(6000):
             if len(seen) < rows:
                 time.sleep(0.01)
         waiting.append(sorted(seen))

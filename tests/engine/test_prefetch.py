@@ -44,10 +44,13 @@ def test_it_runs_ahead_so_far_and_no_farther() -> None:
             yield item
 
     with Prefetcher(items(), lambda item: item, threads=2, ahead=5) as feed:
-        feed.wait()
+        while len(read) < 6:
+            time.sleep(0.01)
         time.sleep(0.05)
         assert len(read) == 6, "five with room, and one in the reader's hand"
         assert [feed.take(), feed.take()] == [0, 1]
+        while len(read) < 8:
+            time.sleep(0.01)
         time.sleep(0.05)
         assert len(read) == 8
 
@@ -57,7 +60,7 @@ def test_nothing_at_hand_is_none_and_waiting_is_counted() -> None:
 
     def items() -> Iterator[int]:
         yield 1
-        go.wait(5)
+        go.wait(60)
         yield 2
 
     with Prefetcher(items(), lambda item: item, threads=1, ahead=9) as feed:
@@ -116,7 +119,7 @@ def test_what_the_owner_adds_comes_before_what_is_still_to_be_read() -> None:
 
     def items() -> Iterator[int]:
         yield 1
-        go.wait(5)
+        go.wait(60)
         yield 2
 
     with Prefetcher(items(), lambda item: item * 10, threads=1, ahead=5) as feed:

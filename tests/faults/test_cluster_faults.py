@@ -99,7 +99,7 @@ def test_a_stopped_job_goes_on_where_it_was(
     following = start(head, *words, "--follow", "--id", "stopped")
     until(lambda: len(list_parts(store)) >= SPARED)
     assert client.stop_job("stopped")
-    stdout, stderr = following.communicate(timeout=60)
+    stdout, stderr = following.communicate(timeout=200)
     proxy.faults = Faults()
     assert following.returncode == 1, stdout
     assert "stopped was stopped; submit it again to go on" in stderr
@@ -129,7 +129,7 @@ def test_a_job_that_does_not_stop_in_time_is_ended_and_loses_what_was_in_flight(
     following = start(head, *words, "--follow", "--id", "slow")
     until(lambda: proxy.met["held"])
     assert client.stop_job("slow")
-    following.communicate(timeout=60)
+    following.communicate(timeout=200)
     proxy.faults = Faults()
     assert client.get_job_status("slow") is JobStatus.STOPPED
     assert "interrupted" not in client.get_job_logs("slow")
@@ -261,7 +261,7 @@ def test_a_head_that_is_killed(
     following = start(head, *words, program=("-c", HASTY))
     until(lambda: proxy.met["held"])
     head.kill()
-    stdout, stderr = following.communicate(timeout=120)
+    stdout, stderr = following.communicate(timeout=200)
     proxy.faults = Faults()
     assert following.returncode == 1, stdout
     assert "does not answer any more; `gc2ray status` tells" in stderr

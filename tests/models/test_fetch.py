@@ -375,7 +375,7 @@ def test_waiting_ticks_while_the_other_process_gets_on(
         wait_until(lambda: len(ticks) == 2)
         (partial / "more.safetensors").unlink()
         partial.rename(directory)
-    waiter.join(10)
+    waiter.join(60)
     assert files_in(directory) == WANTED
 
 

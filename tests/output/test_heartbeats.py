@@ -55,7 +55,7 @@ def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.Monkey
 
     with Heartbeat(store, bill):
         for _ in range(4):
-            assert beats.acquire(timeout=10)
+            assert beats.acquire(timeout=60)
         (record,) = driver_records(store)
         assert record.usage.of(UsageKind.USEFUL) >= 1
         assert record.last_seen >= record.started

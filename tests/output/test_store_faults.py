@@ -139,7 +139,7 @@ def test_patience_ends(proxy: FaultProxy, output: str) -> None:
     """The message says how long it lasted, and what came last."""
     proxy.faults = Faults(busy=1.0)
     store = Store(output, RetryPolicy(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2))
-    with pytest.raises(TimeoutError, match=r"writing data/a: tried for \d s, last: OSError: "):
+    with pytest.raises(TimeoutError, match=r"writing data/a: tried for \d+ s, last: OSError: "):
         store.create("data/a", b"x")
     assert proxy.met["busy"] > 1
 

@@ -416,6 +416,6 @@ def test_metrics_agree_with_the_footers(head: RayHead, job_file: Path, tmp_path:
         assert told["answers", "ok"] == 18
     finally:
         gate.touch()
-        _, stderr = driver.communicate(timeout=60)
+        _, stderr = driver.communicate(timeout=200)
         sys.stderr.write(stderr)  # for whoever reads why this failed
     assert driver.returncode == 0

@@ -220,7 +220,7 @@ def test_an_answer_that_the_engine_loses_commits_nothing(listed: Job) -> None:
         assert list_parts(Store(listed.output)) == {}
         worker._shards.close(EngineDead("ended by the test"))
         with pytest.raises(EngineDead):
-            call.result(timeout=5)
+            call.result(timeout=60)
 
 
 def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
@@ -231,7 +231,7 @@ def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
 
     class Waiting(EchoEngine):
         def stream(self, requests):
-            both_queued.wait(10)
+            both_queued.wait(60)
             yield from super().stream(requests)
 
     engine = Waiting(buffered=8)
@@ -242,7 +242,7 @@ def test_a_shards_border_does_not_drain_the_engine(job: Job) -> None:
             time.sleep(0.01)
         both_queued.set()
         for call in calls:
-            call.result(timeout=20)
+            call.result(timeout=60)
     first, second = [sid for step, sid in steps if step == "read"]
     assert steps.index(("read", second)) < steps.index(("answered", first))
 
@@ -309,7 +309,7 @@ def test_an_engine_that_loses_a_row_commits_nothing(job: Job) -> None:
         assert list_parts(Store(job.output)) == {}
         worker._shards.close(EngineDead("ended by the test"))
         with pytest.raises(EngineDead):
-            call.result(timeout=5)
+            call.result(timeout=60)
 
 
 def test_the_second_try_of_a_committed_shard_loses_the_race(job: Job) -> None:
@@ -513,17 +513,17 @@ def test_the_journal_names_what_is_in_hand(job: Job, tmp_path: Path) -> None:
     def on_row(request):
         if request.row == 4:
             stuck.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
     worker = make_worker(job, EchoEngine(on_row=on_row))
     shard = shards_of(job, rows=12)[0]
     with ThreadPoolExecutor(1) as caller:
         call = caller.submit(worker.process, ShardAssignment(shard))
-        assert stuck.wait(10)
+        assert stuck.wait(60)
         (page,) = worker.journal.parent.glob(f"{worker.journal.name}.*")
         counters = np.fromfile(page, np.uint32)
         go_on.set()
-        call.result(timeout=10)
+        call.result(timeout=60)
     assert page.suffix == f".{shard.sid}"
     assert counters[4] == 1
     assert not counters[:4].any()
@@ -643,7 +643,7 @@ def test_a_shard_that_waits_is_not_begun(job: Job) -> None:
                 for number, request in enumerate(requests):
                     if number == 3:
                         reading.set()
-                        go_on.wait(10)
+                        go_on.wait(60)
                     yield request
 
             yield from super().stream(held())
@@ -651,7 +651,7 @@ def test_a_shard_that_waits_is_not_begun(job: Job) -> None:
     worker, (first, second, *_) = make_worker(job, Slow(buffered=100)), shards_of(job)
     with ThreadPoolExecutor(2) as callers:
         calls = [callers.submit(worker.process, ShardAssignment(first))]
-        assert reading.wait(10)
+        assert reading.wait(60)
         calls.append(callers.submit(worker.process, ShardAssignment(second)))
         while worker._shards._queue.qsize() < 1:
             time.sleep(0.01)
@@ -659,7 +659,7 @@ def test_a_shard_that_waits_is_not_begun(job: Job) -> None:
         counters = {page.suffix[1:]: np.fromfile(page, np.uint32) for page in pages}
         go_on.set()
         for call in calls:
-            call.result(timeout=20)
+            call.result(timeout=60)
     assert counters[first.sid][-1] == 1
     assert counters[first.sid].sum() > 1
     assert not counters[second.sid].any()
