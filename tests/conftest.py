@@ -40,8 +40,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is to hear it
 
 
+def is_stray(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None and item.path.parent.name != "faults"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start Ray, or are slow, first: nothing should be left to wait for one of them."""
+    strays = [item.nodeid for item in items if is_stray(item)]
+    if strays:
+        raise pytest.UsageError(f"make looks for tests that run alone in tests/faults: {strays}")
     marks = ("ray", "slow")
     longest = {item.path for item in items if any(map(item.get_closest_marker, marks))}
     items.sort(key=lambda item: item.path not in longest)
