@@ -1,4 +1,7 @@
-"""Tiny models, made once a session, and rows to answer with them."""
+"""Tiny models, made once a session, and rows to answer with them.
+
+torch is imported by fixtures: the process that only hands out tests to others starts without it.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +17,19 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
 import pytest
-import torch
 
 from gc2ray.data.store import Store
-from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel
-from gc2ray.models.families.tiny import TinySpec, build_tiny
 from tests.support.chaos import Survived
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.object_servers import RcloneServer, a_bucket, moto_server, quick_clients
 
-SPECS = {
-    "vicuna": TinySpec(),
-    "mistral": TinySpec(backbone="mistral", text=(48, 2, 4, 2), seed=1),
-    "llama3": TinySpec(text=(64, 2, 8, 2), seed=2),
-    "one-crop": TinySpec(grids=((1, 1), (1, 2)), seed=3),
-}
-
+if TYPE_CHECKING:
+    from gc2ray.models.base import LoadedModel
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is to hear it
@@ -63,6 +58,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -86,12 +83,17 @@ def _levels_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from gc2ray.models.families.tiny import build_tiny
+    from tests.support.tiny_models import SPECS
+
     root = tmp_path_factory.mktemp("models")
     return {name: build_tiny(root / name, spec) for name, spec in SPECS.items()}
 
 
 @pytest.fixture(scope="session")
 def loaded_models(tiny_paths: dict[str, Path]) -> dict[str, LoadedModel]:
+    from gc2ray.models import loading
+
     return {
         name: loading.load(str(path), revision=None, dtype="float32", device="cpu")
         for name, path in tiny_paths.items()

@@ -34,8 +34,8 @@ from gc2ray.models.checkpoint.consistency import check_directory
 from gc2ray.models.families import llava_next
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.hf_reference import StockAnswer, StockModel, StockSettings, _chat_template
-from tests.conftest import SPECS
 from tests.support.rows import SIZES, encoded, make_job, picture, request
+from tests.support.tiny_models import SPECS
 
 PROMPTS = ("What is in the picture?", "How many\n\n objects  are there?", "Which colour?")
 

@@ -37,9 +37,9 @@ from gc2ray.models.hf_reference import prompt_logits, stock_generate, stock_inpu
 from gc2ray.models.image_processor import tile
 from gc2ray.models.layers.cpu_attention import compiled_kernel
 from gc2ray.models.layers.linear import packed_module
-from tests.conftest import SPECS
 from tests.support.greedy import plain_greedy
 from tests.support.rows import SIZES, make_recipe, request, requests
+from tests.support.tiny_models import SPECS
 
 NEW_TOKENS = 24
 
