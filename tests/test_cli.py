@@ -43,7 +43,7 @@ def start(*words: object) -> subprocess.Popen[str]:
 
 def gc2ray(*words: object) -> subprocess.CompletedProcess[str]:
     process = start(*words)
-    stdout, stderr = process.communicate(timeout=200)
+    stdout, stderr = process.communicate(timeout=400)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -294,7 +294,7 @@ def finished(
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(480)
 def test_run_then_status(
     finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -336,18 +336,18 @@ def test_a_home_that_cannot_be_written(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
     path = job_file(tmp_path, tiny_paths["vicuna"], rows=300)
     data, committed = tmp_path / "out" / "data", 0
     data.mkdir(parents=True)
     for number in (signal.SIGTERM, signal.SIGINT):
-        run, before, deadline = start("run", path), committed, time.monotonic() + 100
+        run, before, deadline = start("run", path), committed, time.monotonic() + 200
         while len(list(data.iterdir())) == before:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         run.send_signal(number)
-        _, stderr = run.communicate(timeout=200)
+        _, stderr = run.communicate(timeout=400)
         committed = len(list(data.iterdir()))
         assert before < committed < 50, "it was in the middle"
         assert run.returncode == 130
@@ -363,7 +363,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_paths: dict[str, Path])
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_everything_may_be_in_a_bucket(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
     tmp_path: Path,

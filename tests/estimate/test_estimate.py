@@ -51,7 +51,7 @@ def demo(tmp_path: Path) -> Path:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> None:
     result = here("estimate", demo, "--json")
     assert result.exit_code == 0, result.stderr

@@ -203,7 +203,7 @@ def test_drivers_are_killed(
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
             check=False,
         )
         codes.append(driver.returncode)

@@ -33,7 +33,7 @@ from tests.support.ray_head import (
     write_job,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 GIB = 1 << 30
 
@@ -99,7 +99,7 @@ def test_a_stopped_job_goes_on_where_it_was(
     following = start(head, *words, "--follow", "--id", "stopped")
     until(lambda: len(list_parts(store)) >= SPARED)
     assert client.stop_job("stopped")
-    stdout, stderr = following.communicate(timeout=200)
+    stdout, stderr = following.communicate(timeout=400)
     proxy.faults = Faults()
     assert following.returncode == 1, stdout
     assert "stopped was stopped; submit it again to go on" in stderr
@@ -129,7 +129,7 @@ def test_a_job_that_does_not_stop_in_time_is_ended_and_loses_what_was_in_flight(
     following = start(head, *words, "--follow", "--id", "slow")
     until(lambda: proxy.met["held"])
     assert client.stop_job("slow")
-    following.communicate(timeout=200)
+    following.communicate(timeout=400)
     proxy.faults = Faults()
     assert client.get_job_status("slow") is JobStatus.STOPPED
     assert "interrupted" not in client.get_job_logs("slow")
@@ -154,7 +154,7 @@ def test_two_drivers_on_one_output_on_s3(
     second = start(head, *words)
     until(lambda: len(store.names("workers")) == 2)  # both are at work at a time
     held.set()
-    told = [driver.communicate(timeout=200)[0] for driver in (first, second)]
+    told = [driver.communicate(timeout=400)[0] for driver in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], told
     assert "another driver" in told[1]
     assert_whole(output_of(job_file))
@@ -225,7 +225,7 @@ def test_a_row_that_takes_all_of_the_hosts_memory_costs_only_itself(tmp_path: Pa
             env={**os.environ, **head.credentials(), "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
             check=False,
         )
     assert driver.returncode == 0, driver.stderr[-2000:]
@@ -261,7 +261,7 @@ def test_a_head_that_is_killed(
     following = start(head, *words, program=("-c", HASTY))
     until(lambda: proxy.met["held"])
     head.kill()
-    stdout, stderr = following.communicate(timeout=200)
+    stdout, stderr = following.communicate(timeout=400)
     proxy.faults = Faults()
     assert following.returncode == 1, stdout
     assert "does not answer any more; `gc2ray status` tells" in stderr

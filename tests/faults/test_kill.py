@@ -37,7 +37,7 @@ from tests.support.fakes import Counted, Fault, counted_worker, faulty_worker
 from tests.support.ray_head import has_ended, until
 from tests.support.rows import job_data, make_job, question_list, write_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 ROWS = 240
 SHARD_ROWS = 20
@@ -319,7 +319,7 @@ def test_a_killed_driver(job_file: Path, marks: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", DRIVER, str(job_file), str(marks), step, address]
     driver = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert driver.returncode == -signal.SIGKILL, driver.stderr[-2000:]
     (mark,) = fired(marks, "kill_driver")

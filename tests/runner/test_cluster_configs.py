@@ -167,7 +167,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_script_runs_a_job_and_ends_what_it_started(
     slurm: dict[str, str], tmp_path: Path, tiny_paths: dict[str, Path], *, stopped: bool
@@ -186,10 +186,10 @@ def test_the_script_runs_a_job_and_ends_what_it_started(
     )
     store, started = Store(str(tmp_path / "out")), []
     if stopped:
-        until(lambda: len(list_parts(store)) >= 3, 90.0)
+        until(lambda: len(list_parts(store)) >= 3, 240.0)
         started = psutil.Process(script.pid).children(recursive=True)
         script.send_signal(signal.SIGTERM)
-    output, _ = script.communicate(timeout=120)
+    output, _ = script.communicate(timeout=400)
     assert script.returncode == (130 if stopped else 0), output
     until(lambda: all(has_ended(process.pid) for process in started), 30.0)
     verdict = verify(str(tmp_path / "out"), deep=True)

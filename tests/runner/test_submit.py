@@ -42,7 +42,7 @@ from tests.support.ray_head import (
 
 EXAMPLES = ROOT / "examples"
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 
 @pytest.fixture(scope="module")
@@ -416,6 +416,6 @@ def test_metrics_agree_with_the_footers(head: RayHead, job_file: Path, tmp_path:
         assert told["answers", "ok"] == 18
     finally:
         gate.touch()
-        _, stderr = driver.communicate(timeout=200)
+        _, stderr = driver.communicate(timeout=400)
         sys.stderr.write(stderr)  # for whoever reads why this failed
     assert driver.returncode == 0

@@ -203,5 +203,5 @@ def start(
 
 def gc2ray(head: RayHead | None, *words: object) -> subprocess.CompletedProcess[str]:
     process = start(head, *words)
-    stdout, stderr = process.communicate(timeout=200)
+    stdout, stderr = process.communicate(timeout=400)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
