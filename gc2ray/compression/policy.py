@@ -45,7 +45,7 @@ def policies_of(
     """The policies of the recipe and its audit, the one without compression, and the others."""
     named = {
         **others,
-        **recipe.rungs(),
+        **recipe.escalation_steps(),
         RECIPES_POLICY: recipe.compression,
         UNCOMPRESSED: CompressionConfig(method="none"),
     }

@@ -1,9 +1,9 @@
-"""The kinds of trouble, each with an owner.
+"""The kinds of errors, each with an owner.
 
-A bad row belongs to its answer (`BadRow`), a bad shard to the driver (`ShardError`), a dead device
-to the worker process (`EngineDead`), a bad configuration to the user (`ConfigError`), and so does a
-storage that takes nothing more (`StorageRefused`); `GivenUp` is the driver's decision to stop,
-`Interrupted` somebody else's. What is none of these is a bug, and is told as one.
+The answer owns a bad row (`BadRow`), the driver a bad shard (`ShardError`), the worker process a
+dead device (`EngineDead`), and the user a bad configuration (`ConfigError`) or a storage that
+refuses writes (`StorageRefused`). `GivenUp` is the driver's decision to stop, `Interrupted` the
+user's. Any other exception is a bug and reported as one.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ class StorageRefused(Exception):  # noqa: N818 - as in the design
 
 
 class EngineDead(Exception):  # noqa: N818 - as in the design
-    """The engine or its device cannot go on; the process that holds it must end."""
+    """The engine or its device cannot continue; the process that holds it must end."""
 
 
 class Interrupted(Exception):  # noqa: N818 - it is a wish, not a fault
-    """The run was told to stop, and has; the message says what it left. Exit code 130."""
+    """The run stopped on request; the message says what is left to do. Exit code 130."""
 
 
 class GivenUp(Exception):  # noqa: N818 - it is a decision, not a fault

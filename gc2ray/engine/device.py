@@ -1,8 +1,8 @@
 """The device of an engine: its name, memory and cores, and what it has consumed.
 
-`EnergyMeter` reads a GPU's own counter (NVML, Volta and newer). It counts the whole GPU, whoever
-uses it, so workers that share a GPU each take their share. Devices without a counter (CPUs, parts
-of a GPU, old drivers) have consumed 0.
+`EnergyMeter` reads a GPU's own counter (NVML, Volta and newer). It counts the whole GPU, with all
+processes that use it, so workers that share a GPU each take their share. Devices without a counter
+(CPUs, parts of a GPU, old drivers) have consumed 0.
 
 Not covered: energy that the host consumes.
 """

@@ -167,7 +167,7 @@ class _Workloads:
             return own
         uncompressed, *steps = (
             self._without_audit(recipe, config)
-            for config in (CompressionConfig(method="none"), *recipe.rungs().values())
+            for config in (CompressionConfig(method="none"), *recipe.escalation_steps().values())
         )
         higher = [step for step in steps if step.retention > own.retention]
         return own.with_audits(recipe.audit.share, uncompressed, higher)

@@ -2,8 +2,8 @@
 
 What travels is this package, the job file and the compression method that the job names, if it is
 not one of gc2ray's, as Ray's working directory. The weights of the demo's model do not, and no
-environment variable does, because Ray stores those in clear and shows them to whoever may list
-jobs. Nodes get their credentials from their own storage: role, profile, mounted file.
+environment variable does, because Ray stores those in clear and shows them to everybody who may
+list jobs. Nodes get their credentials from their own storage: role, profile, mounted file.
 
 The libraries that gc2ray depends on are expected in the cluster's image.
 
@@ -39,7 +39,7 @@ ENTRYPOINT = ("python", "-m", "gc2ray")
 JOB_FILE = "job.yaml"
 POLL_SECONDS = 1.0
 LOST_SECONDS = 60.0
-"""Time that a job server may be silent before whoever follows a job gives up."""
+"""Time that a job server may be silent before following a job is given up."""
 PACKAGE = Path(gc2ray.__file__).parent
 _DEMO_MODEL = Path("demo", "model")
 _METADATA = "Metadata-Version: 2.1\nName: gc2ray-job-method\nVersion: 0\n"
@@ -110,7 +110,7 @@ class JobServer:
             asyncio.run(self._pass_on(submission_id, write))
             details = self._ended(submission_id)
         if details.status is JobStatus.STOPPED:
-            raise GivenUp(f"{submission_id} was stopped; submit it again to go on")
+            raise GivenUp(f"{submission_id} was stopped; submit it again to resume")
         if details.driver_exit_code is None:
             said = " ".join(str(details.message).split())
             raise GivenUp(f"{submission_id} ended without an exit code: {said}")
@@ -183,7 +183,7 @@ def _check_address(address: str) -> None:
         parts, port = urlsplit(""), 0
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
         raise ConfigError(
-            f"--address: {address} is no address of a job server, which is as http://head:8265"
+            f"--address: {address} is not the address of a job server (expected http://HOST:8265)"
         )
     try:
         check_port(parts.hostname, port)

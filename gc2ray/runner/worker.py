@@ -234,7 +234,9 @@ class Worker:
         audit = job.recipe.audit
         if not audit.share:
             return engine
-        return AuditedEngine(engine, audit.share, tuple(job.recipe.rungs()), audit.min_agreement)
+        return AuditedEngine(
+            engine, audit.share, tuple(job.recipe.escalation_steps()), audit.min_agreement
+        )
 
     def _loaded_engine(self) -> AnsweringEngine:
         if self._engine is None:

@@ -544,7 +544,7 @@ def test_a_configuration_as_json_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ude00\\ud83d", "a\\ud83db"])
 def test_half_a_character_is_refused_with_its_line(tmp_path: Path, half: str) -> None:
     path = written(tmp_path, f'output: o\nrecipe:\n  x: "{half}"\n')
-    with pytest.raises(ConfigError, match=r"half of a character.* \(line 3, column 6\)"):
+    with pytest.raises(ConfigError, match=r"a lone surrogate.* \(line 3, column 6\)"):
         load_job(path)
 
 
@@ -555,7 +555,7 @@ def test_what_is_no_text_is_refused_with_its_key(path: str) -> None:
     """As bytes of a shell are that are not UTF-8."""
     bad = "caf\udce9"
     message = refusal(path, [bad] if path.endswith("keep") else {"constant": bad}.get(path, bad))
-    assert message.startswith(f"{path}: 'caf\\udce9' is not text: half of a character")
+    assert message.startswith(f"{path}: 'caf\\udce9' is not text: a lone surrogate")
 
 
 @pytest.mark.parametrize("lines", [7, 40])

@@ -255,7 +255,7 @@ def test_what_is_answered_anew_is_what_a_higher_retention_says(
         | {"audit": audit}
     )
     looked = AuditedEngine(
-        Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0, tuple(recipe.rungs())
+        Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0, tuple(recipe.escalation_steps())
     )
     found = by_row(looked.stream(requests()))
     assert found.keys() == at[0.1].keys()

@@ -102,7 +102,7 @@ def test_a_stopped_job_goes_on_where_it_was(
     stdout, stderr = following.communicate(timeout=400)
     proxy.faults = Faults()
     assert following.returncode == 1, stdout
-    assert "stopped was stopped; submit it again to go on" in stderr
+    assert "stopped was stopped; submit it again to resume" in stderr
     assert client.get_job_status("stopped") is JobStatus.STOPPED
     logs = client.get_job_logs("stopped")
     assert "interrupted: " in logs, logs

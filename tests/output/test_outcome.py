@@ -125,7 +125,7 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     assert again.exit_code == found.exit_code
     assert ("first failed answers" in again.stdout) == (mended < 10)
     nothing = here("retry", output, "cluster.max_bad_rows=0.1", "--status", "timeout")
-    assert "no row is to be answered anew" in nothing.stdout
+    assert "no row has to be answered again" in nothing.stdout
     assert nothing.exit_code == found.exit_code
 
 

@@ -122,7 +122,7 @@ def asked_for(places: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The rules that a model's files ask for.
 
     Args:
-        places: Where they may stand; the last has the last word.
+        places: Where they may stand; a later place overrides an earlier one.
     """
     found: dict[str, object] = {}
     for name, idle in RULES.items():

@@ -80,7 +80,7 @@ class AuditConfig(Frozen):
         if list(self.escalate) != sorted(set(self.escalate)):
             raise ValueError("escalate: retentions must rise, one after the other")
         if self.escalate and not self.share:
-            raise ValueError("escalate needs a share above 0: only audited rows are answered anew")
+            raise ValueError("escalate needs a share above 0: only audited rows are answered again")
         return self
 
 
@@ -107,8 +107,8 @@ class Recipe(Frozen):
             raise ValueError(f"audit.escalate: {self.compression.method} has no retention to raise")
         return self
 
-    def rungs(self) -> dict[str, CompressionConfig]:
-        """Compressions with which audited rows that disagree are answered anew, by name."""
+    def escalation_steps(self) -> dict[str, CompressionConfig]:
+        """The compressions that answer disagreeing audited rows again, by name, in order."""
         return {
             f"retention {retention:g}": self.compression.model_copy(update={"retention": retention})
             for retention in self.audit.escalate

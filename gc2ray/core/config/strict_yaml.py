@@ -22,7 +22,7 @@ def load(text: str) -> Any:
     """The one document of a text.
 
     Raises:
-        ValueError: It is no YAML, or says something twice, or ambiguously; in one line.
+        ValueError: It is not YAML, has a key twice, or is ambiguous; in one line.
     """
     return _loaded(text, is_value=False)
 
@@ -45,7 +45,7 @@ def joined(text: str) -> str:
     try:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError as error:
-        raise ValueError("half of a character, a lone surrogate") from error
+        raise ValueError("a lone surrogate") from error
 
 
 def _loaded(text: str, *, is_value: bool) -> Any:

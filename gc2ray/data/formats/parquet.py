@@ -29,8 +29,8 @@ class ParquetRows:
 
     Args:
         footer: As `gc2ray.data.parquet_footer.read_footer` reads it.
-        opened: Opens the file, when rows are read, to be read in blocks of so many bytes; whoever
-            gives this closes it.
+        opened: Opens the file, when rows are read, to be read in blocks of so many bytes; the
+            caller closes it.
 
     Attributes:
         schema: Its columns.

@@ -1,9 +1,9 @@
-"""`KvCache`: keys and values of all rows in one tensor, handed out in slots of one token each.
+"""`KvCache`: keys and values of all rows in one tensor of slots, one for each token.
 
 A row gets one contiguous range of slots for all the tokens that it may ever have, so that its keys
 are a plain slice: no pages to gather on a CPU, and on a GPU what variable-length attention takes as
 it is (start and length of every row). Long rows do not force padding onto short ones. Ranges are
-handed out first fit, and merge with their neighbours when they are released.
+allocated first fit, and merge with their neighbours when they are released.
 
 Not covered: moving ranges. A row may have to wait while enough slots are free, but not in one
 piece; they come together as rows finish.
