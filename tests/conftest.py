@@ -164,8 +164,8 @@ SOAKED = pytest.StashKey[dict[str, object]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="kills of each kind, a multiple of 3")
-    parser.addoption("--rows", type=int, default=1500, help="rows of the soak")
-    parser.addoption("--seconds", type=float, default=10.0, help="that the soak takes at least")
+    parser.addoption("--rows", type=int, default=3000, help="rows of the soak")
+    parser.addoption("--seconds", type=float, default=12.0, help="that the soak takes at least")
 
 
 @pytest.fixture
