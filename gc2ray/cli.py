@@ -378,7 +378,7 @@ def demo(
         Path, typer.Option(help="Directory for its model, rows, job and answers.")
     ] = Path("demo-output"),
 ) -> None:
-    """Run a whole job with the small trained model of this package, and show its answers."""
+    """Run a whole job with a small trained model, and score it."""
     with _exit_codes():
         from gc2ray.demo.demo import demo as run_demo
 
