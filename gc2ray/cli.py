@@ -151,10 +151,7 @@ def estimate(  # noqa: PLR0913 - typer makes an option of each
                 hardware=hardware,
                 progress=count,
             )
-        if as_json:
-            typer.echo(json.dumps(result.to_dict()))
-        else:
-            terminal.estimate(result, job)
+        _print_json(result.to_dict()) if as_json else terminal.estimate(result, job)
 
 
 @app.command()
@@ -204,10 +201,7 @@ def tune(  # noqa: PLR0913 - typer makes an option of each
             hardware=hardware,
             svg=svg,
         )
-        if as_json:
-            typer.echo(json.dumps(result.to_dict()))
-        else:
-            api.terminal().tuning(result)
+        _print_json(result.to_dict()) if as_json else api.terminal().tuning(result)
         raise typer.Exit(0 if result.recommended is not None else 1)
 
 
@@ -325,10 +319,7 @@ def compact(
     """Write the latest answers as a dataset of large files."""
     with _exit_codes():
         dataset = api.compact(output, destination, file_bytes=file_mb << 20, incomplete=incomplete)
-        api.terminal().line(
-            f"{dataset.answers:,} answers to {dataset.rows:,} rows, {dataset.failed:,} of them "
-            f"failed, in {len(dataset.files):,} files: {destination}"
-        )
+        api.terminal().dataset(dataset, destination)
 
 
 @app.command()
@@ -353,10 +344,7 @@ def evaluate(
     with _exit_codes():
         metrics = tuple(metric or ())
         result = api.evaluate(*outputs, reference=reference, metrics=metrics, by=by, lists=lists)
-        if as_json:
-            typer.echo(json.dumps(result.to_dict()))
-        else:
-            api.terminal().evaluation(result)
+        _print_json(result.to_dict()) if as_json else api.terminal().evaluation(result)
 
 
 @app.command()
@@ -383,6 +371,10 @@ def demo(
         from gc2ray.demo.demo import demo as run_demo
 
         raise typer.Exit(run_demo(output))
+
+
+def _print_json(document: object) -> None:
+    typer.echo(json.dumps(document))
 
 
 def _version(show: bool | None) -> None:  # noqa: FBT001 - typer calls it so

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +27,10 @@ from gc2ray.core.config.input import InputConfig
 from gc2ray.core.errors import ConfigError, ShardError, first_line, storage_errors
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span, digest
-from gc2ray.data.formats.arrow import ArrowRows
+from gc2ray.data.formats.arrow import ArrowRows, read_end
 from gc2ray.data.formats.parquet import ParquetRows
 from gc2ray.data.listing import Listing, partition_types, partition_values
-from gc2ray.data.parquet_footer import Readable, read_footer
+from gc2ray.data.parquet_footer import read_footer
 from gc2ray.data.places import ARROW, URI_KEY, is_web
 from gc2ray.data.remote_file import RetryingFile
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
@@ -39,7 +38,6 @@ from gc2ray.data.rows import RowReader
 
 FOOTER_THREADS = 16
 LARGE_GROUP_BYTES = 256 << 20
-END_BYTES = 64 << 10
 PEEK_BYTES = 64
 BEGINNINGS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file; `git lfs pull` fetches it"),
@@ -273,7 +271,7 @@ class Source:
         if tag and not tag.startswith(WEAK):
             return f"etag:{tag}".replace('"', "")
         with self._file(path) as file:
-            footer = digest(_end(file) if path.endswith(ARROW) else read_footer(file))[:16]
+            footer = digest(read_end(file) if path.endswith(ARROW) else read_footer(file))[:16]
         changed = next((str(info[key]) for key in CHANGED if info.get(key)), "")
         version = f"{changed} {tag}".strip().replace('"', "")
         return f"size:{int(info['size'])} changed:{version} footer:{footer}"
@@ -415,10 +413,3 @@ def _warn_of_large_groups(probed: Sequence[_Probed]) -> None:
             worst.file.source,
             worst.largest_bytes >> 20,
         )
-
-
-def _end(handle: Readable) -> bytes:
-    """The end of a file that has no footer."""
-    size = handle.seek(0, os.SEEK_END)
-    handle.seek(max(0, size - END_BYTES))
-    return handle.read()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gc2ray.engine.parity_result import Parity
     from gc2ray.estimate.estimate import Estimate
     from gc2ray.estimate.recommendation import Tuning
+    from gc2ray.output.compact import Dataset
     from gc2ray.output.heartbeats import WorkerRecord
     from gc2ray.report.evaluation import Evaluation
     from gc2ray.report.writing import WrittenReport
@@ -330,6 +331,13 @@ class Terminal:
             self.line(card)
         for card in written.foreign_cards:
             self.line(f"{card} was not written by gc2ray, and stays as it is")
+
+    def dataset(self, dataset: Dataset, destination: str) -> None:
+        """What `compact` wrote."""
+        self.line(
+            f"{dataset.answers:,} answers to {dataset.rows:,} rows, {dataset.failed:,} of them "
+            f"failed, in {len(dataset.files):,} files: {destination}"
+        )
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """How good answers are."""

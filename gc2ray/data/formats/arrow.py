@@ -1,16 +1,20 @@
 """`ArrowRows`: an Arrow file on a local disk, as `datasets` saves them, mapped into memory.
 
-Nothing is copied before a row is looked at. Its record batches are what row groups are elsewhere.
+Nothing is copied before a row is read. A record batch counts as a row group.
 
 Not covered: Arrow files on remote storage, which would have to be read whole to find a row.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from gc2ray.data.parquet_footer import Readable
+
+END_BYTES = 64 << 10
 MAGIC = b"ARROW1"
 """Files with an index begin so; streams, as `datasets` writes them, do not."""
 
@@ -19,14 +23,14 @@ class ArrowRows:
     """The rows of an Arrow file, streamed or with an index.
 
     Args:
-        path: On a local disk.
+        path: Path of the file on a local disk.
 
     Attributes:
-        schema: Its columns.
+        schema: The file's columns.
 
     Raises:
-        OSError: There is none.
-        pa.ArrowException: It is none.
+        OSError: There is no such file.
+        pa.ArrowException: It is not an Arrow file.
     """
 
     def __init__(self, path: str) -> None:
@@ -70,3 +74,10 @@ class ArrowRows:
             yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
         else:
             yield from reader
+
+
+def read_end(handle: Readable) -> bytes:
+    """The last bytes of a file, which say what it holds where there is no footer to read."""
+    size = handle.seek(0, os.SEEK_END)
+    handle.seek(max(0, size - END_BYTES))
+    return handle.read()
