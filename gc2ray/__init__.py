@@ -9,6 +9,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from gc2ray.core.version import __version__
+
 if TYPE_CHECKING:
     from gc2ray.api import (
         check,
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from gc2ray.core.records import Answer, Request
     from gc2ray.engine.local_model import Model, load_model
     from gc2ray.output.compact import read_answers
-
-__version__ = "0.2.0"
 
 __all__ = [
     "Answer",

@@ -20,9 +20,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray import __version__
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.schema import answer_schema
+from gc2ray.core.version import __version__
 from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.latest import MERGED_BY
 from gc2ray.output.run_directory import RetryRound

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gc2ray import __version__
 from gc2ray.core.config.recipe import Recipe, parse_recipe, recipe_difference
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import digest
+from gc2ray.core.version import __version__
 from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.plan import PLAN_NAME, Plan, follows, plan_name
 

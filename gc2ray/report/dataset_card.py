@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from gc2ray import __version__
 from gc2ray.core.format import money, precise, seconds_text
+from gc2ray.core.version import __version__
 from gc2ray.data.store import Store
 from gc2ray.report.page import KWH_JOULES, templates
 from gc2ray.report.summary import Summary

@@ -20,9 +20,9 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from gc2ray import __version__
 from gc2ray.core.format import money, percent, precise, seconds_text, short, size
 from gc2ray.core.intervals import Interval
+from gc2ray.core.version import __version__
 from gc2ray.report import charts
 from gc2ray.report.heat_map import TokenMap, panels
 from gc2ray.report.summary import Summary

@@ -28,7 +28,6 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-import gc2ray
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Job
 from gc2ray.core.config.method_source import ENTRY_POINTS, is_dotted
@@ -40,7 +39,7 @@ JOB_FILE = "job.yaml"
 POLL_SECONDS = 1.0
 LOST_SECONDS = 60.0
 """Time that a job server may be silent before following a job is given up."""
-PACKAGE = Path(gc2ray.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 _DEMO_MODEL = Path("demo", "model")
 _METADATA = "Metadata-Version: 2.1\nName: gc2ray-job-method\nVersion: 0\n"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
