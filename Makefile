@@ -68,7 +68,7 @@ bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of t
 quality: setup ## Measure accuracy against visual tokens; rewrites docs/quality.*
 	$(PY) -m jobs.quality
 
-pocket: setup ## Train the pocket model anew into pocket-training/ (hours on a CPU; may be stopped)
+pocket: setup ## Train the pocket model again into pocket-training/ (hours on a CPU; may be stopped)
 	$(PY) -m jobs.train_pocket pocket-training --processes $(PROCESSES)
 
 clean: ## Remove everything that make made

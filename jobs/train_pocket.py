@@ -88,7 +88,7 @@ class Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, or go on training."""
+    """Train, or continue training."""
     parser = argparse.ArgumentParser(prog="python -m jobs.train_pocket", description=__doc__)
     parser.add_argument("directory", type=Path, help="checkpoints, curve and model go here")
     parser.add_argument("--processes", type=int, default=1, help="that share each batch")

@@ -2,7 +2,7 @@
 # A job on Slurm: sbatch configs/cluster/slurm.sh JOB.yaml [a.b=c ...]
 #
 # Starts a Ray head on the first node and Ray on the others, runs the job, and ends both. Paths in
-# JOB.yaml must be URLs, or on a disk that all nodes share. Submit it again to go on where it was.
+# JOB.yaml must be URLs, or on a disk that all nodes share. Submit it again to resume.
 #
 #SBATCH --job-name=gc2ray
 #SBATCH --nodes=2
@@ -23,7 +23,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))  # other jobs may share the node
 address="$head:$port"
 
-# Whoever else can reach the nodes is kept out; srun passes both on.
+# Others who can reach the nodes are kept out; srun passes both on.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 

@@ -74,7 +74,7 @@ class ConfigError(Exception):
     """The configuration cannot be used; the message says which key, and what to do. Exit code 2."""
 
 
-class BadRow(Exception):  # noqa: N818 - the name of the kind, as in the design
+class BadRow(Exception):  # noqa: N818 - the name of the kind
     """One row cannot be answered; its answer carries this status and message."""
 
     def __init__(self, status: Status, message: str) -> None:
@@ -90,15 +90,15 @@ class ShardError(Exception):
     """A shard cannot be read or written as planned; it is retried, then given up."""
 
 
-class UnwritableShard(ShardError):  # noqa: N818 - as in the design
+class UnwritableShard(ShardError):  # noqa: N818 - the name of the kind
     """A shard is answered, but its part cannot be written; answering it again would not help."""
 
 
-class StorageRefused(Exception):  # noqa: N818 - as in the design
+class StorageRefused(Exception):  # noqa: N818 - the name of the kind
     """A storage takes nothing more, and waiting does not help: no shard would fare better."""
 
 
-class EngineDead(Exception):  # noqa: N818 - as in the design
+class EngineDead(Exception):  # noqa: N818 - the name of the kind
     """The engine or its device cannot continue; the process that holds it must end."""
 
 

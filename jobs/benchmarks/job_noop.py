@@ -38,7 +38,7 @@ ROWS_GOAL, SCALING_GOAL = 20_000, 1.8
 
 @dataclass(frozen=True)
 class NoopEngine:
-    """Answers every request at once, or after a sleep; see `gc2ray.runner.worker.Answering`."""
+    """Answers every request at once, or after a sleep; see `gc2ray.engine.answering.Answering`."""
 
     sleep_seconds: float = 0.0
     device: str = "no-op"
@@ -118,7 +118,7 @@ class _Runs:
         return {name: median(run[name] for run in self.runs) for name in self.runs[0]}
 
     def repeat(self, times: int, root: Path) -> None:
-        """Run the job anew so many times."""
+        """Run the job so many times."""
         for _ in range(times):
             with tempfile.TemporaryDirectory(dir=root) as output:
                 self.runs.append(self._once(Path(output)))

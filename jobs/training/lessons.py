@@ -1,4 +1,4 @@
-"""Batches of scenes: batch number in, tensors out, so that a run can stop and go on anywhere.
+"""Batches of scenes: batch number in, tensors out, so that a run can stop and resume anywhere.
 
 Every scene of training is drawn once, from the seed (split, stage, batch, place in it).
 """

@@ -41,7 +41,7 @@ class Stage:
         rate: The highest learning rate.
         least: The rate at the end, as a share of it.
         horizon: The rate falls as if there were this many times as many steps; above 1 where a
-            later stage goes on.
+            later stage continues.
     """
 
     name: str

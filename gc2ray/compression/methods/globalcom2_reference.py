@@ -1,9 +1,10 @@
 """GlobalCom² as in its authors' implementation, mistakes included; for parity, not for use.
 
 Given the scores, selection and packing equal the reference's in float32 on all fixtures in
-`tests/golden`: thumbnail tokens by descending score; crop tokens chosen over the valid tokens, then
-written at that index of the padded crop; one newline for every row of the padded grid; no least
-count, so a crop may keep nothing; padding cut without rounding; retention 1.0 still drops tokens.
+`tests/compression/golden`: thumbnail tokens by descending score; crop tokens chosen over the valid
+tokens, then written at that index of the padded crop; one newline for every row of the padded grid;
+no least count, so a crop may keep nothing; padding cut without rounding; retention 1.0 still drops
+tokens.
 
 Not reproduced: its cast of the result to float16, its mixing of scores between the images of a
 batch, the exception for images without valid crop tokens (this gives the thumbnail and bare
