@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gc2ray.core.version import __version__
@@ -66,8 +64,6 @@ _PLACES = {
     "read_answers": "gc2ray.output.compact",
 }
 """Modules of public names; those that are not here are functions of `gc2ray.api`."""
-_FOLDERS = ("estimate", "report")
-"""Functions whose names are those of subpackages, too."""
 
 
 def __getattr__(name: str) -> Any:
@@ -75,35 +71,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    if name in _FOLDERS:
-        return import_module(f"{__name__}.{name}")
     return getattr(import_module(_PLACES.get(name, "gc2ray.api")), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _CallableFolder(ModuleType):
-    """A subpackage that can be called like the function of `gc2ray.api` with its name."""
-
-    def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        from gc2ray import api
-
-        return getattr(api, self.__name__.rpartition(".")[2])(*arguments, **settings)
-
-
-class _Package(ModuleType):
-    """This module: Python sets its subpackages on it when they are imported.
-
-    `gc2ray.estimate` is both a function and a subpackage. Whichever way it was imported, it must
-    be both: so the subpackage is made callable.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _FOLDERS and isinstance(value, ModuleType):
-            value.__class__ = _CallableFolder
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

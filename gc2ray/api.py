@@ -21,15 +21,15 @@ from gc2ray.core.process import INTERRUPTED, Stopped, unexpected
 if TYPE_CHECKING:
     from gc2ray.core.config.job import Job
     from gc2ray.engine.parity_result import Parity
-    from gc2ray.estimate.estimate import Estimate
-    from gc2ray.estimate.recommendation import Tuning
+    from gc2ray.estimation.estimate import Estimate
+    from gc2ray.estimation.recommendation import Tuning
     from gc2ray.output.compact import Dataset
     from gc2ray.output.planner import Outcome, RunStatus
     from gc2ray.output.retry import Retried
     from gc2ray.output.verify import Verdict
-    from gc2ray.report.evaluation import Evaluation
-    from gc2ray.report.terminal import Terminal
-    from gc2ray.report.writing import WrittenReport
+    from gc2ray.reporting.evaluation import Evaluation
+    from gc2ray.reporting.terminal import Terminal
+    from gc2ray.reporting.writing import WrittenReport
     from gc2ray.runner.messages import Display
 
 __all__ = [
@@ -184,11 +184,11 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
         >>> estimate.rows, estimate.prompts.mid
         (6, 6.0)
     """
-    from gc2ray.estimate.estimate import Assumptions
-    from gc2ray.estimate.estimate import estimate as estimated
-    from gc2ray.estimate.hardware import load_hardware
-    from gc2ray.estimate.input_profile import profile_input
-    from gc2ray.estimate.measured_rates import MeasuredRates
+    from gc2ray.estimation.estimate import Assumptions
+    from gc2ray.estimation.estimate import estimate as estimated
+    from gc2ray.estimation.hardware import load_hardware
+    from gc2ray.estimation.input_profile import profile_input
+    from gc2ray.estimation.measured_rates import MeasuredRates
     from gc2ray.models.checkpoint.fetch import fetch_metadata
     from gc2ray.models.loading import load_metadata
     from gc2ray.output.totals import read_totals
@@ -243,11 +243,11 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
         >>> [measured.setting.name for measured in tuning.measured]
         ['none at 1', 'globalcom2 at 0.5']
     """
-    from gc2ray.estimate.hardware import Prices, load_hardware
-    from gc2ray.estimate.recommendation import Target
-    from gc2ray.estimate.tune import TuneRequest
-    from gc2ray.estimate.tune import tune as tune_job
-    from gc2ray.report.terminal_tables import front_chart
+    from gc2ray.estimation.hardware import Prices, load_hardware
+    from gc2ray.estimation.recommendation import Target
+    from gc2ray.estimation.tune import TuneRequest
+    from gc2ray.estimation.tune import tune as tune_job
+    from gc2ray.reporting.terminal_tables import front_chart
 
     request = TuneRequest(
         rows=rows,
@@ -353,8 +353,8 @@ def report(  # noqa: PLR0913 - settings, given by name
         True
     """
     from gc2ray.core.config.locations import check_place
-    from gc2ray.estimate.hardware import Prices, load_hardware
-    from gc2ray.report.writing import ReportRequest, write_report
+    from gc2ray.estimation.hardware import Prices, load_hardware
+    from gc2ray.reporting.writing import ReportRequest, write_report
 
     place = to or f"{outputs[0].rstrip('/')}/report"
     check_place("--to" if to else "OUTPUT", place)
@@ -371,8 +371,8 @@ def show(output: str, row_key: str, to: str | Path | None = None) -> Path:
         row_key: The row, as the column `row_key` names it.
         to: PNG to write; None: named for output and row, in the working directory.
     """
-    from gc2ray.report.heat_map import heat_map
-    from gc2ray.report.show import image_name, map_tokens
+    from gc2ray.reporting.heat_map import heat_map
+    from gc2ray.reporting.show import image_name, map_tokens
 
     path = Path(to or image_name(output, row_key))
     _write(path, heat_map(next(map_tokens(output, [row_key]))))
@@ -401,14 +401,14 @@ def evaluate(
         >>> evaluation.runs[0].scores["all"]["exact_match"].rows
         6
     """
-    from gc2ray.report.evaluation import Question, evaluate_runs
+    from gc2ray.reporting.evaluation import Question, evaluate_runs
 
     return evaluate_runs(outputs, Question(reference, tuple(metrics), by, lists))
 
 
 def terminal() -> Terminal:
     """What shows the results of these functions to people, as tables and progress bars."""
-    from gc2ray.report.terminal import Terminal
+    from gc2ray.reporting.terminal import Terminal
 
     return Terminal()
 

@@ -26,7 +26,7 @@ from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows
 from gc2ray.demo.spec import MODEL
-from gc2ray.estimate.retentions import TUNED_RETENTIONS
+from gc2ray.estimation.retentions import TUNED_RETENTIONS
 from jobs.quality_curve import page
 from jobs.quality_curve.controls import ForeignScores
 from jobs.quality_curve.points import (

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 import gc2ray
-from gc2ray import api
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer
 from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
@@ -79,16 +78,10 @@ def test_every_public_name_exists_and_is_documented() -> None:
         _ = gc2ray.ansver  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["estimate", "report"])
-@pytest.mark.parametrize("first", ["", "import gc2ray.{0}.{0}x; "])
-def test_a_function_may_share_its_name_with_a_subpackage(name: str, first: str) -> None:
-    """Whatever is imported first, both can be used."""
-    module = {"estimate": "roofline", "report": "costs"}[name]
-    first = first.replace("{0}x", module).format(name)
-    script = f"{first}import gc2ray, gc2ray.api; gc2ray.api.{name} = lambda *given: given; "
-    script += f"print(gc2ray.{name}(1)); import gc2ray.{name}.{module} as module; "
-    script += f"print(gc2ray.{name}.{module} is module); print(gc2ray.{name}(2))"
-    assert python(script).split("\n") == ["(1,)", "True", "(2,)"]
+def test_no_public_name_is_that_of_a_module() -> None:
+    """Python sets a module on its package once it is imported: the function would be gone."""
+    modules = {path.stem for path in (ROOT / "gc2ray").iterdir()}
+    assert {*gc2ray.__all__} & modules == set()
 
 
 def test_editors_and_mypy_see_the_types() -> None:
@@ -336,7 +329,7 @@ EXAMPLES = [
 def example(name: str) -> doctest.DocTest:
     thing: Any = gc2ray
     for part in name.split("."):
-        thing = getattr(api, part) if part in ("estimate", "report") else getattr(thing, part)
+        thing = getattr(thing, part)
     text = thing.__doc__ or ""
     names = {"gc2ray": gc2ray, "MODEL": str(MODEL)}
     return doctest.DocTestParser().get_doctest(text, names, name, None, 0)

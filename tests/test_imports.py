@@ -20,14 +20,14 @@ WINGS: dict[str, set[str]] = {
     "output": {"core", "data"},
     "engine": {"core", "data", "compression", "models"},
     "runner": {"core", "data", "models", "output", "engine"},
-    "estimate": {"core", "data", "compression", "models", "output", "engine"},
-    "report": {
-        "core", "data", "compression", "models", "output", "engine", "runner", "estimate",
+    "estimation": {"core", "data", "compression", "models", "output", "engine"},
+    "reporting": {
+        "core", "data", "compression", "models", "output", "engine", "runner", "estimation",
     },
-    "api": {"core", "data", "models", "output", "engine", "runner", "estimate", "report"},
+    "api": {"core", "data", "models", "output", "engine", "runner", "estimation", "reporting"},
     "demo": {
-        "core", "data", "compression", "models", "output", "engine", "runner", "estimate", "report",
-        "api",
+        "core", "data", "compression", "models", "output", "engine", "runner", "estimation",
+        "reporting", "api",
     },
     "cli": {"api", "demo"},
     "__main__": {"core", "cli"},
@@ -36,7 +36,7 @@ WINGS: dict[str, set[str]] = {
 """What each wing may import beside itself; `__init__` is the package's own, which is lazy."""
 
 BORDERS: dict[str, set[str]] = {
-    "torch": {"compression", "models", "engine", "report/show.py"},
+    "torch": {"compression", "models", "engine", "reporting/show.py"},
     "transformers": {"models", "engine/decoding"},
     "tokenizers": {"models/families"},
     "ctypes": {"models/layers"},
@@ -49,16 +49,16 @@ BORDERS: dict[str, set[str]] = {
     "huggingface_hub": {"data", "models/checkpoint"},
     "filelock": {"models/checkpoint"},
     "fsspec": {"data", "models/checkpoint"},
-    "pyarrow": {"core/schema.py", "data", "output", "runner", "report/show.py", "demo"},
+    "pyarrow": {"core/schema.py", "data", "output", "runner", "reporting/show.py", "demo"},
     "PIL": {"data", "models", "engine/local_model.py", "demo"},
-    "pydantic": {"core/config", "estimate/hardware.py"},
+    "pydantic": {"core/config", "estimation/hardware.py"},
     "pydantic_core": {"core/config"},
-    "yaml": {"core/config", "report"},
+    "yaml": {"core/config", "reporting"},
     "pythonjsonlogger": {"core/logs.py"},
     "rapidfuzz": {"core/metrics"},
-    "matplotlib": {"report"},
-    "jinja2": {"report"},
-    "rich": {"report", "demo"},
+    "matplotlib": {"reporting"},
+    "jinja2": {"reporting"},
+    "rich": {"reporting", "demo"},
     "typer": {"cli.py"},
 }
 """Where each library may be imported: wings, folders or files."""
@@ -140,7 +140,7 @@ def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
 def test_who_does_not_compute_starts_without_torch() -> None:
     """It takes seconds and hundreds of megabytes: commands, drivers and idle workers do without."""
     light = ["cli", "api", "runner.run", "runner.submit", "runner.worker", "output.retry"]
-    light += ["output.verify", "output.compact", "report.page", "report.dataset_card"]
+    light += ["output.verify", "output.compact", "reporting.page", "reporting.dataset_card"]
     script = f"import sys, {', '.join(f'gc2ray.{name}' for name in light)}\n"
     script += "print(sorted({'torch', 'transformers'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -31,7 +31,7 @@ from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.output.compact import read_answers
 from gc2ray.output.planner import Outcome
-from gc2ray.report.evaluation import agreement
+from gc2ray.reporting.evaluation import agreement
 from gc2ray.runner.ray_session import connected
 
 CONFIG = Path(__file__).with_name("demo.yaml")

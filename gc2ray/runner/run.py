@@ -6,7 +6,7 @@ the first signal to stop lets those in flight end, and the second ends the run a
 is judged by everything in the output, however little this run added, so that a rerun has the same
 outcome.
 
-Not covered: what a person sees of it (`gc2ray.report.terminal`).
+Not covered: what a person sees of it (`gc2ray.reporting.terminal`).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from gc2ray.engine.decoding.decoder import end_tokens
 from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.engine.device import memory
 from gc2ray.engine.engine import Engine
-from gc2ray.estimate.retentions import RETENTIONS
+from gc2ray.estimation.retentions import RETENTIONS
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import TinySpec, untrained

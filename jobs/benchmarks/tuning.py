@@ -20,15 +20,15 @@ from gc2ray.core.config.job import Job, parse_job
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
-from gc2ray.estimate.hardware import Prices
-from gc2ray.estimate.recommendation import (
+from gc2ray.estimation.hardware import Prices
+from gc2ray.estimation.recommendation import (
     BASELINE,
     CompressionSetting,
     Measured,
     Target,
     Tuning,
 )
-from gc2ray.estimate.tune import TuneRequest, tune
+from gc2ray.estimation.tune import TuneRequest, tune
 from jobs.benchmarks import Line, goal
 
 SAMPLES, SAMPLE_ROWS, FRESH_ROWS = 10, 400, 2000

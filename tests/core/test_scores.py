@@ -17,7 +17,7 @@ from gc2ray.core.metrics.scores import (
     vqa_accuracy,
     yes_no,
 )
-from gc2ray.report.evaluation import ALL, agreement, evaluate
+from gc2ray.reporting.evaluation import ALL, agreement, evaluate
 
 
 @pytest.mark.parametrize(

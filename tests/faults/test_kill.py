@@ -31,7 +31,7 @@ from gc2ray.output.plan import Plan
 from gc2ray.output.planner import Outcome, committed_parts, outcome
 from gc2ray.output.retry import next_retry
 from gc2ray.output.verify import verify
-from gc2ray.report.terminal import print_outcome
+from gc2ray.reporting.terminal import print_outcome
 from gc2ray.runner.run import run_job, run_retry
 from tests.support.fakes import Counted, Fault, counted_worker, faulty_worker
 from tests.support.ray_head import has_ended, until

@@ -1,0 +1,185 @@
+"""Token maps of answered rows: which tokens the recipe's method kept of their images.
+
+The image is read from the input again and goes through the vision tower and the recipe's method.
+The result is the one of the run, because the choice depends on the image and the recipe alone. The
+answer and the audit come from the output.
+
+Not covered: methods that read the prompt; outputs whose input has changed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from gc2ray.compression.policy import CompressionPolicy
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.config.recipe import Recipe
+from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
+from gc2ray.core.records import Request
+from gc2ray.core.shards import Shards, Span
+from gc2ray.data.dataset import Source
+from gc2ray.data.image_bytes import read_bytes
+from gc2ray.data.image_decoding import decode
+from gc2ray.engine.engine import load_model
+from gc2ray.engine.image_cache import CachedImage, image_key
+from gc2ray.models.base import LoadedModel
+from gc2ray.models.image_processor import tile
+from gc2ray.output.latest import MERGED_BY, Latest
+from gc2ray.output.parts import planned_parts
+from gc2ray.output.run_directory import (
+    RETRY_ROUNDS,
+    RetryRound,
+    open_first_round,
+    open_round,
+    retry_numbers,
+)
+from gc2ray.reporting.heat_map import TokenMap
+
+HOST_BYTES = 64 << 20
+COLUMNS = (*MERGED_BY, "row_key", "answer", "error", "retention_requested", "audit")
+
+
+@dataclass(frozen=True)
+class RowLocation:
+    """Location of a row: its source with the fingerprint in the plan, and its number there."""
+
+    source: str
+    fingerprint: str
+    row: int
+
+
+def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
+    """Token maps of some rows, one by one; the model is loaded once.
+
+    Args:
+        output: Directory or URL.
+        keys: The rows' `row_key`.
+
+    Raises:
+        ConfigError: There is no such run or row, or an image cannot be read.
+    """
+    first = open_first_round(output)
+    recipe = first.run.recipe
+    locations = [_location(first, key) for key in keys]
+    requests = [_request(recipe, *pair) for pair in zip(locations, keys, strict=True)]
+    latest, loaded = _latest(output, first), load_model(recipe, Cluster())
+    for location, request in zip(locations, requests, strict=True):
+        answer = _answer(latest, first.plan.shards, location, request.row_key)
+        captions = [f"{request.row_key}: {request.prompts[0]}", *answer_lines(answer)]
+        yield _token_map(loaded, recipe, request, captions)
+
+
+def _location(retry_round: RetryRound, key: str) -> RowLocation:
+    """Split a key from its end: a source's name may contain `#` itself."""
+    fingerprints = dict(retry_round.plan.shards.files)
+    for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
+        source, row = parts[0], parts[-1]
+        if source in fingerprints and row.isdigit():
+            return RowLocation(source, fingerprints[source], int(row))
+    raise ConfigError(f"no row {key!r} in the plan; the column row_key lists the keys")
+
+
+def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
+    span = Span(location.source, location.fingerprint, location.row, location.row + 1)
+    try:
+        requests = [r for r in Source(recipe.input).read(span, HOST_BYTES) if r.row_key == key]
+    except ShardError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if not requests:
+        raise ConfigError(f"{key}: the row has no such prompt")
+    if requests[0].fault is not None:
+        raise ConfigError(f"{key}: {requests[0].fault.message}")
+    return requests[0]
+
+
+@torch.inference_mode()
+def _token_map(
+    loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]
+) -> TokenMap:
+    family, policy = loaded.family, recipe.input.image_policy()
+    compressor = CompressionPolicy.from_config(recipe.compression).compressor
+    try:
+        data = read_bytes(request.images[0], policy)
+        image = decode(data, policy)
+    except (BadRow, ShardError) as error:
+        raise ConfigError(f"{request.row_key}: {error}") from error
+    seed = recipe.generation.mixed(CachedImage(image_key(data)).seed)
+    (views,) = family.encode([tile(image, family.anyres)], [seed])
+    selection = compressor(views)
+    count, tokens = len(views.valid_per_view), views.tokens_per_view
+    bits = [np.frombuffer(view, np.uint8) for view in selection.bitmaps(count, tokens)]
+    kept = np.unpackbits(np.stack(bits), axis=1, count=tokens, bitorder="little").astype(bool)
+    compression = recipe.compression
+    method = f"{compression.method}, retention {compression.retention_requested:g}"
+    full = sum(views.valid_per_view)
+    return TokenMap(
+        image=np.asarray(image),
+        canvas=views.canvas,
+        scores=views.scores[0].float().cpu().numpy(),
+        kept=kept,
+        captions=[*captions, f"{method}: {int(kept.sum())} of {full} visual tokens kept"],
+    )
+
+
+def _latest(output: str, first: RetryRound) -> Latest:
+    """The latest committed answers of an output."""
+    numbers = retry_numbers(first.store.names(RETRY_ROUNDS))
+    retries = (open_round(output, number) for number in numbers)
+    rounds = [first, *(retry for retry in retries if retry is not None)]
+    return Latest(
+        [(each, planned_parts(each.store, each.plan.shards).committed) for each in rounds]
+    )
+
+
+def _answer(
+    latest: Latest, shards: Shards, location: RowLocation, key: str
+) -> dict[str, Any] | None:
+    """The latest answer to a row; None where it has none yet."""
+    file, spans = shards.files.index((location.source, location.fingerprint)), shards.spans
+    holding = (spans.file == file) & (spans.first <= location.row) & (location.row < spans.stop)
+    for index in spans.shard[holding]:
+        answers = latest.answers(int(index), COLUMNS)
+        if answers is not None:
+            return next(iter(answers.filter(pc.equal(answers["row_key"], key)).to_pylist()), None)
+    return None
+
+
+def answer_lines(answer: Mapping[str, Any] | None) -> Iterator[str]:
+    """Lines about an answer row: the answer, the one after escalation, the uncompressed one."""
+    if answer is None:
+        yield "not answered yet"
+        return
+    text = answer["answer"]
+    if answer["status"] != Status.OK:
+        text = f"none ({answer['status']}: {answer['error']})"
+    audit = answer["audit"] or {}
+    final_agreement = audit.get("final_agreement")
+    if final_agreement is not None:
+        yield f"answer: {_text(audit['first_answer'])}{_agreement(audit['agreement'])}"
+        retention = f"{answer['retention_requested']:g}"
+        yield f"again at retention {retention}: {text}{_agreement(final_agreement)}"
+    else:
+        yield f"answer: {text}{_agreement(audit.get('agreement'))}"
+    if audit:
+        yield f"uncompressed: {_text(audit['answer'])}"
+
+
+def _text(answer: str | None) -> str:
+    return "none" if answer is None else answer
+
+
+def _agreement(agreement: float | None) -> str:
+    """Similarity of an answer to the uncompressed one."""
+    return "" if agreement is None else f" (agreement {agreement:.3f})"
+
+
+def image_name(output: str, key: str) -> str:
+    """File name for the token map of a row."""
+    last = output.rstrip("/").split("/")[-1]
+    return f"{last}-{''.join(c if c.isalnum() or c in '.-_' else '_' for c in key)}.png"

@@ -1,0 +1,240 @@
+"""Prints an estimate or a tuning: tables, and how certain their figures are.
+
+`--json` prints all figures instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from gc2ray.core.config.job import Job
+from gc2ray.core.format import duration, money, precise, shown
+from gc2ray.core.intervals import Interval, MeanInterval
+from gc2ray.estimation.device_estimate import DeviceEstimate
+from gc2ray.estimation.estimate import Estimate
+from gc2ray.estimation.hardware import PRICE_KINDS
+from gc2ray.estimation.recommendation import Measured, Tuning
+from gc2ray.estimation.roofline import ROOFLINE_SHARE
+from gc2ray.estimation.workload import Workload
+from gc2ray.reporting.charts import Point, front
+
+
+def print_estimate(console: Console, result: Estimate, job: Job) -> None:
+    """Print all tables of an estimate, and notes on where the figures come from."""
+    console.print(_input_table(result, job))
+    console.print(_token_table(result))
+    if any(item.misfit is None for item in result.devices):
+        console.print(_recipe_table(result))
+        console.print(_retention_table(result))
+    for note in (_sample_note(result), *_notes(result, job), *_misfits(result), *result.left_out):
+        console.print(f"* {note}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _input_table(result: Estimate, job: Job) -> Table:
+    table = Table("", "", title=", ".join(job.recipe.input.uris()), show_header=False)
+    table.add_row("rows", f"{result.rows:,}")
+    table.add_row("prompts that can be answered", shown(result.prompts))
+    for status, count in result.refused.items():
+        table.add_row(f"prompts that cannot: {status}", shown(count))
+    table.add_row("images to encode", shown(result.images))
+    table.add_row("views of these images", shown(result.views))
+    table.add_row("visual tokens before compression", shown(result.visual_tokens_full))
+    table.add_row("text tokens", shown(result.text_tokens))
+    table.add_row("output tokens per answer", shown(result.output_tokens, precise))
+    return table
+
+
+def _token_table(result: Estimate) -> Table:
+    table = Table(
+        "method", "retention", "visual tokens kept", "tokens a prompt", "GFLOP a prompt",
+        title="tokens by retention, the recipe's first",
+    )  # fmt: skip
+    too_long = any(item.too_long.high for item in result.workloads)
+    if too_long:
+        table.add_column("too long")
+    for item in result.workloads:
+        cells = (
+            item.method,
+            f"{item.retention:g}",
+            shown(item.visual_tokens),
+            shown(item.prompt_tokens),
+            shown(_gflops_each(item), precise),
+        )
+        table.add_row(*cells, *([shown(item.too_long)] if too_long else []))
+    return table
+
+
+def _gflops_each(item: Workload) -> Interval:
+    prompts = max(1, item.work[1].rows)
+    low, mid, high = (sum(end.flops.values()) / prompts / 1e9 for end in item.work)
+    return Interval(low, mid, high)
+
+
+def _recipe_table(result: Estimate) -> Table:
+    """The recipe's own retention, with ranges."""
+    own = result.workloads[0]
+    items = [d for d in result.devices if d.retention == own.retention and d.misfit is None]
+    kinds = _price_kinds(result.devices)
+    table = Table(
+        "device", "workers", "time", "device time", *(kind.replace("_", " ") for kind in kinds),
+        title=f"time and cost, {own.method} at {own.retention:g}",
+    )  # fmt: skip
+    for item in items:
+        table.add_row(*_cells(item, kinds))
+    return table
+
+
+def _price_kinds(devices: Sequence[DeviceEstimate]) -> list[str]:
+    """Kinds of prices that are known for any device."""
+    return [kind for kind in PRICE_KINDS if any(kind in (item.usd or {}) for item in devices)]
+
+
+def _cells(item: DeviceEstimate, kinds: Sequence[str]) -> Iterator[str]:
+    yield item.hardware
+    yield str(item.workers)
+    yield shown(item.hours, duration) if item.hours else ""
+    yield duration(item.device_hours.mid) if item.device_hours else ""
+    for kind in kinds:
+        usd = (item.usd or {}).get(kind)
+        yield shown(usd, money) if usd else ""
+
+
+def _retention_table(result: Estimate) -> Table:
+    """Best guesses, retentions side by side."""
+    own = result.workloads[0].retention
+    retentions = sorted({item.retention for item in result.devices}, reverse=True)
+    heads = [f"{kept:g}{' (recipe)' if kept == own else ''}" for kept in retentions]
+    price = ", on-demand price" if "on_demand" in _price_kinds(result.devices) else ""
+    table = Table("device", *heads, title=f"by retention: device time{price}")
+    for device in dict.fromkeys(item.hardware for item in result.devices):
+        by_retention = {i.retention: i for i in result.devices if i.hardware == device}
+        if any(item.misfit is None for item in by_retention.values()):
+            table.add_row(device, *(_guess(by_retention.get(kept)) for kept in retentions))
+    return table
+
+
+def _guess(item: DeviceEstimate | None) -> str:
+    if item is None or item.device_hours is None:
+        return "does not fit"
+    usd = (item.usd or {}).get("on_demand")
+    return ", ".join([duration(item.device_hours.mid), *([money(usd.mid)] if usd else [])])
+
+
+def _sample_note(result: Estimate) -> str:
+    if result.sampled_rows == result.rows:
+        return (
+            "Every image header and prompt was read: tokens before compression are exact, except "
+            "for images that are damaged behind their header."
+        )
+    return (
+        f"{result.sampled_rows:,} of {result.rows:,} rows were sampled; ranges hold with 95 % "
+        "confidence. --all reads every image header, and with it the whole image column."
+    )
+
+
+def _notes(result: Estimate, job: Job) -> Iterator[str]:
+    yield (
+        "Tokens after compression lie within these bounds whatever the images show; a prompt also "
+        "has its text and the newline tokens."
+    )
+    yield f"Output tokens: {result.output_basis}."
+    fits = [item for item in result.devices if item.misfit is None]
+    yield from _audit_note(result, job)
+    for device in dict.fromkeys(item.hardware for item in fits if item.basis == "run"):
+        yield f"{device}: from the rates of an earlier run."
+    if any(item.basis == "roofline" for item in fits):
+        low, mid, high = ROOFLINE_SHARE.low, ROOFLINE_SHARE.mid, ROOFLINE_SHARE.high
+        yield (
+            f"A device without an earlier run is assumed to reach {low:.0%} to {high:.0%} of its "
+            f"roofline, best guess {mid:.0%}; --like OUTPUT, an earlier run, replaces this "
+            "assumption."
+        )
+    unpriced = dict.fromkeys(item.hardware for item in fits if not item.usd)
+    if unpriced:
+        yield (
+            f"No cost of {', '.join(unpriced)}: the hardware table has no price; use --hardware "
+            "FILE with your own."
+        )
+
+
+def _audit_note(result: Estimate, job: Job) -> Iterator[str]:
+    """The share of audits on the device where it is largest."""
+    own = result.workloads[0].retention
+    shares = [
+        item.audit_seconds.mid / item.device_seconds.mid
+        for item in result.devices
+        if item.retention == own and item.audit_seconds and item.device_seconds
+        if item.device_seconds.mid
+    ]
+    if not job.recipe.audit.share or not shares:
+        return
+    steps = len(job.recipe.audit.escalate)
+    text = f"{job.recipe.audit.share:.1%} of the rows are also answered uncompressed"
+    if steps:
+        times = "once" if steps == 1 else f"up to {steps} times"
+        text += f", and rows that differ (assumed: half of them, each time) again, {times}"
+    yield f"{text}: up to {max(shares):.1%} of the device time, included in all figures."
+
+
+def _misfits(result: Estimate) -> Iterator[str]:
+    retentions: dict[tuple[str, str], list[str]] = {}
+    for item in result.devices:
+        if item.misfit is not None:
+            reason = (item.hardware, item.misfit)
+            retentions.setdefault(reason, []).append(f"{item.retention:g}")
+    for (hardware, why), values in retentions.items():
+        yield f"{hardware} does not fit retention {', '.join(values)}: {why}"
+
+
+def print_tuning(console: Console, result: Tuning) -> None:
+    """Print all settings, and the verdict."""
+    columns: dict[str, Callable[[Measured], str]] = {
+        "setting": lambda item: item.setting.name,
+        "visual tokens": lambda item: precise(item.visual_tokens),
+        "ms a row": lambda item: precise(1e3 * item.seconds_per_row),
+        "speed-up": lambda item: _speed_up(item.speed_up),
+        "agreement": lambda item: str(item.agreement),
+        "accuracy": lambda item: str(item.accuracy or ""),
+        "all rows": lambda item: "" if item.usd is None else money(item.usd),
+        "target": _marks,
+    }
+    cells = {name: [text(item) for item in result.measured] for name, text in columns.items()}
+    cells = {name: texts for name, texts in cells.items() if any(texts)}
+    table = Table(*cells)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
+    notes = [
+        "target: met with 90 % confidence; front: no other setting is both faster and better",
+        *([result.no_cost] if result.no_cost else []),
+        result.verdict,
+    ]
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+
+
+def front_chart(result: Tuning) -> str:
+    """The Pareto front, as SVG."""
+    points = [
+        Point(
+            name=item.setting.name,
+            milliseconds=1e3 * item.seconds_per_row,
+            quality=item.quality.mean,
+            low=item.quality.low,
+            high=item.quality.high,
+            on_front=item.on_front,
+        )
+        for item in result.measured
+    ]
+    return front("Quality against time", points)
+
+
+def _speed_up(speed: MeanInterval) -> str:
+    return f"{speed.mean:.2f} [{speed.low:.2f}, {speed.high:.2f}]"
+
+
+def _marks(item: Measured) -> str:
+    return " ".join((["met"] if item.meets else []) + (["front"] if item.on_front else []))

@@ -1,0 +1,196 @@
+"""What is counted without a pixel or a weight is what an engine counts with both."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from gc2ray.compression.canvas import Canvas
+from gc2ray.core.config.job import Cluster, Job
+from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.intervals import Interval
+from gc2ray.core.records import Answer
+from gc2ray.core.schema import stats_of
+from gc2ray.core.shards import SourceFile
+from gc2ray.data.dataset import Source
+from gc2ray.engine.engine import Engine
+from gc2ray.estimation.input_profile import (
+    InputProfile,
+    PromptShape,
+    SampleBlock,
+    profile_input,
+    sample_spans,
+)
+from gc2ray.models.base import LoadedModel, ModelMetadata
+from gc2ray.models.loading import load_metadata
+from tests.support.rows import SIZES, encoded, make_job, picture, prompts_of, write_rows
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.fixture
+def outlined(tiny_paths: dict[str, Path]) -> ModelMetadata:
+    return load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
+
+
+def mixed(folder: Path) -> Path:
+    """Images of all shapes; one of no format, one that is null; a prompt that is null."""
+    images: list[bytes | None] = [encoded(picture(size, i)) for i, size in enumerate(SIZES)]
+    images += [b"no image", None, images[0], images[0]]
+    prompts = [f"What is {'very ' * i}odd?" for i in range(len(images))]
+    table = pa.table(
+        {
+            "image": pa.array([{"bytes": data, "path": None} for data in images], IMAGE),
+            "prompt": pa.array([*prompts[:-1], None]),
+        }
+    )
+    folder.mkdir()
+    pq.write_table(table, folder / "mixed.parquet", row_group_size=4)
+    return folder
+
+
+def answers(job: Job, loaded: LoadedModel) -> list[Answer]:
+    source = Source(job.recipe.input)
+    files, _ = source.scan()
+    spans = [span for file in files for span in [whole(file)]]
+    engine = Engine(loaded, job.recipe, Cluster())
+    return list(engine.stream(r for span in spans for r in source.read(span, 1 << 20)))
+
+
+def whole(file: SourceFile):
+    from gc2ray.core.shards import Span
+
+    return Span(file.source, file.fingerprint, 0, file.rows)
+
+
+def test_all_rows_are_what_an_engine_finds(
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    loaded_models: dict[str, LoadedModel],
+    outlined: ModelMetadata,
+) -> None:
+    source = mixed(tmp_path / "in")
+    job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompt"})
+    found = profile_input(job.recipe, outlined)
+    stats = stats_of(answers(job, loaded_models["vicuna"]))
+    assert (found.rows, found.sampled_rows, found.is_exact) == (11, 11, True)
+    assert found.refused == {Status.BAD_IMAGE: 2, Status.BAD_PROMPT: 1}
+    assert {**found.refused, "ok": found.prompts.total()} == stats.by_status
+    shown = found.prompts
+    assert sum(n * sum(s.canvas.tokens_per_view()) for s, n in shown.items()) == (
+        stats.visual_tokens_full
+    )
+    assert sum(n * s.canvas.newlines for s, n in shown.items()) == stats.newline_tokens_full
+    text = stats.prompt_tokens - stats.visual_tokens_kept - stats.newline_tokens
+    assert sum(n * s.text_tokens for s, n in shown.items()) == text
+    assert sum(n for s, n in shown.items() if s.is_new) == stats.images == 7
+    total = found.total(lambda block: block.prompts.total())
+    assert total == Interval.exactly(8)
+
+
+def test_prompts_of_one_row_show_one_image(
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+) -> None:
+    source = write_rows(tmp_path / "in" / "a.parquet", 20)
+    job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompts"})
+    found = profile_input(job.recipe, outlined)
+    assert found.prompts.total() + found.refused.total() == sum(map(prompts_of, range(20)))
+    assert sum(n for shown, n in found.prompts.items() if shown.is_new) <= 20
+
+
+def test_pixels_are_not_decoded(
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+) -> None:
+    """An image of which only the header is there is counted: its damage is not seen."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(buffer, "JPEG")
+    data = buffer.getvalue()[:700]
+    table = pa.table({"image": pa.array([{"bytes": data, "path": None}], IMAGE)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = profile_input(make_job(tiny_paths["vicuna"], tmp_path).recipe, outlined)
+    ((shown, count),) = found.prompts.items()
+    assert (shown.canvas, count) == (outlined.canvas((200, 300)), 1)
+
+
+def test_a_sample_is_spread_over_the_input(
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+) -> None:
+    for name in "abc":
+        write_rows(tmp_path / "in" / f"{name}.parquet", 40)
+    recipe = make_job(tiny_paths["vicuna"], tmp_path / "in").recipe
+    ticks: list[int] = []
+    found = profile_input(recipe, outlined, 30, ticks.append)
+    assert (found.rows, found.sampled_rows, sum(ticks)) == (120, 30, 30)
+    assert not found.is_exact
+    everything = profile_input(recipe, outlined, 120)
+    assert everything.is_exact
+
+
+def test_blocks_lie_in_order_and_do_not_meet() -> None:
+    files = [SourceFile(f"{n}", "f", (rows,)) for n, rows in enumerate((5, 0, 700, 1, 3000))]
+    spans = sample_spans(files, 640)
+    starts = np.cumsum([0, *(file.rows for file in files)])
+    places = [(starts[int(s.source)] + s.first, starts[int(s.source)] + s.stop) for s in spans]
+    assert all(first < stop for first, stop in places)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
+    assert 600 <= sum(span.rows for span in spans) <= 640
+    assert all(span.stop <= files[int(span.source)].rows for span in spans)
+    assert sample_spans(files, 640) == spans
+    for rows in (3706, 10_000):
+        assert [span.rows for span in sample_spans(files, rows)] == [5, 700, 1, 3000]
+
+
+def test_an_input_that_cannot_be_read_is_refused(
+    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+) -> None:
+    path = write_rows(tmp_path / "in" / "a.parquet", 20)
+    data = bytearray(path.read_bytes())
+    data[50:2000] = bytes(1950)  # the footer is whole, the pages are not
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"recipe.input: a.parquet"):
+        profile_input(make_job(tiny_paths["vicuna"], path).recipe, outlined)
+
+
+def made_up(rows: int, counts: list[int], each: int) -> InputProfile:
+    """Blocks with so many prompts in them."""
+    shown = PromptShape(Canvas.from_image_size((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
+    found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in counts)
+    return InputProfile(rows, found)
+
+
+def test_intervals_hold_as_often_as_they_say() -> None:
+    """Inputs whose blocks differ; 95 % of intervals are to hold the truth, and few are."""
+    draw, held, widths = np.random.default_rng(3), 0, []
+    trials, parts, each = 300, 400, 16
+    for _ in range(trials):
+        truth = draw.poisson(draw.gamma(4.0, 3.0, parts))
+        seen = draw.choice(parts, 64, replace=False)
+        found = made_up(parts * each, truth[seen].tolist(), each).total(lambda s: s.prompts.total())
+        held += found.low <= truth.sum() <= found.high
+        widths.append((found.high - found.low) / found.mid)
+    assert held / trials > 0.9
+    assert np.median(widths) < 0.35
+
+
+def test_a_sample_knows_at_least_what_it_saw() -> None:
+    found = made_up(1000, [0, 0, 40], 10).total(lambda s: s.prompts.total())
+    assert found.low >= 40
+    alone = made_up(1000, [4], 10).total(lambda s: s.prompts.total())
+    assert (alone.low, alone.mid, alone.high) == (4, 400, np.inf)
+
+
+def test_ranges_add_and_multiply_at_their_ends() -> None:
+    a, b = Interval(1, 2, 4), Interval(10, 20, 30)
+    assert a.plus(b) == Interval(11, 22, 34)
+    assert a.times(b) == Interval(10, 40, 120)
+    assert a.scaled(2) == Interval(2, 4, 8)
+    assert Interval.exactly(3).is_exact
+    assert not a.is_exact

@@ -1,0 +1,233 @@
+"""What was kept of an image, drawn: the right tokens at the right places, for any row."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.methods.globalcom2 import GlobalCom2
+from gc2ray.core.config.job import Job
+from gc2ray.core.errors import ConfigError, Status
+from gc2ray.core.shards import Span
+from gc2ray.data.dataset import Source
+from gc2ray.data.store import Store
+from gc2ray.output.parts import read_part
+from gc2ray.output.plan import Plan
+from gc2ray.output.planner import store_plan
+from gc2ray.output.run_directory import open_round
+from gc2ray.reporting.heat_map import TokenMap, heat_map, panels
+from gc2ray.reporting.show import answer_lines, image_name, map_tokens
+from gc2ray.runner.messages import ShardAssignment
+from gc2ray.runner.worker import Worker
+from tests.support.outputs import retry_of, write_round
+from tests.support.rows import SIZES, encoded, make_job, picture
+from tests.support.views import random_views
+from tests.test_cli import here
+
+
+def mask(packed: bytes) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([*SIZES, (10, 900), (900, 10)]),
+    st.sampled_from([(2, 2), (1, 3), (3, 1)]),
+    st.integers(0, 99),
+)
+def test_tokens_are_drawn_where_they_are(
+    size: tuple[int, int], grid: tuple[int, int], seed: int
+) -> None:
+    """Place by place: canvas row and column of every kept token of every crop."""
+    views = random_views(size, grid, 6, seed)
+    selection = GlobalCom2(0.3).many([views])[0]
+    count = len(views.valid_per_view)
+    kept = np.stack([mask(view)[:36] for view in selection.bitmaps(count, 36)]).astype(bool)
+    looked = TokenMap(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
+    expected = np.zeros((views.canvas.height, views.canvas.width), bool)
+    for source in selection.source.tolist():
+        if source >= 36:
+            crop, token = divmod(source - 36, 36)
+            row = crop // grid[1] * 6 + token // 6 - views.canvas.rows[0]
+            column = crop % grid[1] * 6 + token % 6 - views.canvas.columns[0]
+            expected[row, column] = True
+    assert (looked.covered() == expected).all()
+    assert looked.kept_per_view == list(selection.kept_per_view(count, 36))
+
+
+@pytest.mark.parametrize("size", [(40, 60), (3, 400), (400, 3)])
+def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
+    canvas = Canvas.from_image_size(size, (1, 2), (6, 6))
+    kept = np.zeros((3, 36), bool)
+    image = np.full((*size, 3), 200, np.uint8)
+    looked = TokenMap(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of letters that no font has
+        drawn = Image.open(io.BytesIO(heat_map(looked)))
+    assert drawn.format == "PNG"
+    assert drawn.width > 1000
+    assert heat_map(looked) == heat_map(looked)
+    alone = list(panels(looked))
+    assert list(panels(looked)) == alone
+    titles = [
+        "image",
+        "the thumbnail's scores",
+        "tokens kept in each crop",
+        "tokens kept in the crops",
+    ]
+    for panel, title in zip(alone, titles, strict=True):
+        assert panel.title.startswith(title)
+        drawn = Image.open(io.BytesIO(panel.webp))
+        assert (drawn.format, drawn.width) == ("WEBP", 600)
+
+
+@pytest.fixture
+def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
+    """A run of three rows in one shard, one of them broken, and a shard that is not answered."""
+    images = [encoded(picture((100, 200), 1)), b"no image", encoded(picture((168, 168), 2))]
+    images += [images[0]] * 3
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array([{"bytes": i, "path": None} for i in images], kind)})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "odd#1.parquet")
+    output = tmp_path / "out"
+    job = make_job(tiny_paths["vicuna"], tmp_path / "in", output, audit__share=1.0).located()
+    files, carried = Source(job.recipe.input).scan()
+    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 3, carried))
+    worker = Worker(job, carried)
+    worker.load()
+    worker.process(ShardAssignment(plan.shards[0]))
+    return job
+
+
+def test_rows_are_looked_at_again(answered: Job) -> None:
+    """The same tokens as when it was answered: the mask in the output is the one drawn."""
+    store = Store(answered.output)
+    rows = read_part(store, store.names("data")[0]).to_pylist()
+    unanswered = "odd#1.parquet#3"
+    *found, other = map_tokens(
+        answered.output, [rows[0]["row_key"], rows[2]["row_key"], unanswered]
+    )
+    for row, looked in zip((rows[0], rows[2]), found, strict=True):
+        assert [mask(view)[:36].tolist() for view in row["kept_mask"]] == (
+            looked.kept.astype(int).tolist()
+        )
+        told = "\n".join(looked.captions)
+        assert row["row_key"] in told
+        assert f"answer: {row['answer']}" in told
+        assert f"uncompressed: {row['audit']['answer']}" in told
+        assert f"{row['visual_tokens_kept']} of {row['visual_tokens_full']}" in told
+    assert other.captions[0].startswith(f"{unanswered}: ")
+    assert "not answered yet" in other.captions
+    assert other.image.shape == (100, 200, 3)
+
+
+def test_the_latest_answer_is_told(answered: Job) -> None:
+    """A retry answers a row that had no answer, and fails at one that had a good one."""
+    first = open_round(answered.output, 0)
+    assert first is not None
+    ((source, fingerprint),) = first.plan.shards.files
+    outcomes = {2: Status.FAILED, 3: Status.OK}
+    write_round(
+        answered.output,
+        1,
+        retry_of([Span(source, fingerprint, row, row + 1) for row in outcomes], 1),
+        lambda _, row: [outcomes[row]],
+    )
+    good, late = map_tokens(answered.output, ["odd#1.parquet#2", "odd#1.parquet#3"])
+    assert "answer: odd#1.parquet 3 0 of 1" in late.captions
+    assert not any("bad in 1" in line for line in good.captions)
+
+
+ESCALATED = {"first_answer": "a dog", "agreement": 0.25, "final_agreement": 1.0, "answer": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("status", "audit", "lines"),
+    [
+        ("ok", None, ["answer: a cat"]),
+        ("failed", None, ["answer: none (failed: broken)"]),
+        (
+            "ok",
+            ESCALATED,
+            [
+                "answer: a dog (agreement 0.250)",
+                "again at retention 0.5: a cat (agreement 1.000)",
+                "uncompressed: a cat",
+            ],
+        ),
+        (
+            "ok",
+            {**ESCALATED, "final_agreement": None, "agreement": None, "answer": None},
+            ["answer: a cat", "uncompressed: none"],
+        ),
+        (
+            "ok",
+            {"agreement": 1.0, "answer": ""},
+            ["answer: a cat (agreement 1.000)", "uncompressed: "],
+        ),
+    ],
+)
+def test_an_answer_is_told_with_its_audit(
+    status: str, audit: dict[str, object] | None, lines: list[str]
+) -> None:
+    """The last one is from before rows were answered again."""
+    row = {"status": status, "answer": "a cat", "error": "broken", "retention_requested": 0.5}
+    assert list(answer_lines({**row, "audit": audit})) == lines
+    assert list(answer_lines(None)) == ["not answered yet"]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("odd#1.parquet#1", r"odd#1.parquet#1: not an image of a known format"),
+        ("odd#1.parquet#7", "ends at row|no such prompt"),
+        ("other.parquet#0", "no row 'other.parquet#0' in the plan"),
+        ("odd#1.parquet", "no row"),
+        ("odd#1.parquet#0#2", "the row has no such prompt"),
+    ],
+)
+def test_what_cannot_be_shown_says_why(answered: Job, key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        next(map_tokens(answered.output, [key]))
+
+
+def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
+    file = tmp_path / "row.png"
+    result = here("show", answered.output, "odd#1.parquet#0", "--to", file)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(file)
+    assert Image.open(file).format == "PNG"
+    refused = here("show", tmp_path / "nowhere", "a#0")
+    assert refused.exit_code == 2
+    assert "there is no run here" in refused.stderr
+
+
+def test_the_report_shows_rows(answered: Job, tmp_path: Path) -> None:
+    """Two of its own choice, and one that was asked for."""
+    words = ["--show", "2", "--row", "odd#1.parquet#3", "--to", tmp_path / "told"]
+    result = here("report", answered.output, *words)
+    assert result.exit_code == 0, result.stderr
+    page = (tmp_path / "told" / "report.html").read_text()
+    assert page.count("<img ") == 3 * 4
+    assert "not answered yet" in page
+    plain = here("report", answered.output)
+    assert "<img " not in (Path(answered.output) / "report" / "report.html").read_text()
+    assert "Loading weights" not in plain.stderr
+    refused = here("report", answered.output, "--row", "other#0")
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
+    assert "no row 'other#0' in the plan" in refused.stderr
+
+
+def test_a_picture_is_named_for_its_row() -> None:
+    assert image_name("s3://b/run-7/", "a/b c.parquet#3") == "run-7-a_b_c.parquet_3.png"
