@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_files
 
 from gc2ray.core.config.generation import NOTHING, TakenOver
@@ -258,7 +259,10 @@ def _tied_head(checkpoint: Checkpoint, missing: Collection[str]) -> str:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Without transformers' table of missing tensors, as gc2ray reports them in one line."""
+    """Without transformers' table of missing tensors and its progress bar of weights.
+
+    gc2ray reports missing tensors itself, in one line.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -266,7 +270,11 @@ def without_load_report() -> Iterator[None]:
 
     theirs = logging.getLogger("transformers.modeling_utils")
     theirs.addFilter(keep)
+    had_bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         theirs.removeFilter(keep)
+        if had_bar:
+            hf_logging.enable_progress_bar()

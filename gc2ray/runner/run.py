@@ -22,6 +22,7 @@ from functools import partial
 import pyarrow as pa
 
 from gc2ray.core.config.job import Cluster, Job
+from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.process import STOP_SIGNALS, heard
 from gc2ray.core.shards import Shard, SourceFile, first_spans
@@ -150,9 +151,11 @@ def run_retry(
     Raises:
         ConfigError, GivenUp, Interrupted: As `run_job`.
     """
+    job = retry.job(cluster.model_copy(update={"max_bad_rows": 1.0}))
+    _check_recipe(job.recipe)  # a retry that is refused is not begun
     retry.freeze()
     result = run_job(
-        retry.job(cluster.model_copy(update={"max_bad_rows": 1.0})),
+        job,
         address=address,
         display=display,
         make_worker=partial(make_worker, retry_round=retry.number),
@@ -221,15 +224,23 @@ def _check_before_answering(output: _Output) -> tuple[Sequence[SourceFile], pa.S
     Raises:
         ConfigError: The method, the model, the output or the input cannot be used.
     """
-    recipe = output.job.recipe
-    recipe.compression.source()  # a custom method is found, and unchanged
-    check_model(recipe.model, recipe.generation.taken_over())
+    _check_recipe(output.job.recipe)
     output.store.check_usable(writing=True)
     warn_of_others(output.store)
     if output.plan is not None:
         return [], output.plan.carried
     files, schema = output.source.scan()
     return files, as_written(schema)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Refuse a custom method that is missing or changed, and a model that cannot be used.
+
+    Raises:
+        ConfigError: The message names the setting.
+    """
+    recipe.compression.source()
+    check_model(recipe.model, recipe.generation.taken_over())
 
 
 @contextmanager

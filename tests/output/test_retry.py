@@ -22,6 +22,7 @@ from gc2ray.output.retry import DEAD, FAILURES, Retry, latest_failures, next_ret
 from gc2ray.output.run_directory import RUN_NAME
 from gc2ray.output.verify import verify
 from gc2ray.runner.messages import ShardAssignment
+from gc2ray.runner.run import run_retry
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
 from tests.support.outputs import (
@@ -235,6 +236,21 @@ def test_an_output_elsewhere() -> None:
     assert (verdict.problems, verdict.rows) == ((), 17)
     assert next_retry(output) is None
     verdict.rounds[0].retry_round.store._fs.store.clear()
+
+
+def test_a_retry_that_is_refused_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output with a round that was begun and never answered would be incomplete."""
+
+    def refuse(*_: object) -> None:
+        raise ConfigError("recipe.model.path: there is no model")
+
+    monkeypatch.setattr("gc2ray.runner.run.check_model", refuse)
+    write_round(tmp_path, 0, first_plan(), some_fail)
+    with pytest.raises(ConfigError, match="there is no model"):
+        run_retry(begun(tmp_path), Cluster())
+    assert not (tmp_path / "retry_rounds").exists()
 
 
 def test_workers_answer_a_retry(tmp_path: Path) -> None:

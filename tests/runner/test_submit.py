@@ -80,7 +80,7 @@ First = tuple[Path, subprocess.CompletedProcess[str]]
 def test_a_job_runs_and_is_followed_to_its_end(first: First, client: JobSubmissionClient) -> None:
     job_file, result = first
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("submitted first; how far it is: gc2ray status ")
+    assert result.stdout.startswith("submitted first; to see its progress: gc2ray status ")
     assert f"{ROWS} of {ROWS}" in result.stdout
     verdict = verify(output_of(job_file), deep=True)
     assert (verdict.problems, verdict.exit_code) == ((), 0)
