@@ -139,7 +139,8 @@ def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_who_does_not_compute_starts_without_torch() -> None:
     """It takes seconds and hundreds of megabytes: commands, drivers and idle workers do without."""
-    light = ["cli", "api", "runner.run", "runner.submit", "runner.worker", "output.retry"]
+    light = ["cli", "api", "runner.run", "runner.submit", "runner.worker", "engine.device"]
+    light += ["output.retry"]
     light += ["output.verify", "output.compact", "reporting.page", "reporting.dataset_card"]
     script = f"import sys, {', '.join(f'gc2ray.{name}' for name in light)}\n"
     script += "print(sorted({'torch', 'transformers'} & {*sys.modules}))"

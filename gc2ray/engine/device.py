@@ -9,14 +9,19 @@ Not covered: energy that the host consumes.
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pynvml
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+PROCESS_STATUS = Path("/proc/self/status")
 
 
 class EnergyMeter:
@@ -48,27 +53,27 @@ class EnergyMeter:
 
 def own_device() -> str:
     """The device on which this process runs models: the GPU that it was given, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if _cuda().is_available() else "cpu"
 
 
 def memory(device: torch.device) -> Memory:
     """Memory of the device: all of a GPU's, the free part of a host's."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+        total = _cuda().get_device_properties(device).total_memory
         return Memory(is_gpu=True, total_bytes=total, cores=cores())
     return Memory(is_gpu=False, total_bytes=free_host_bytes(), cores=cores())
 
 
 def device_name(device: torch.device) -> str:
     """The device's own name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return str(_cuda().get_device_name(device)) if device.type == "cuda" else device.type
 
 
 def gpu_uuid(device: torch.device) -> str | None:
     """The UUID of a GPU; None for a CPU."""
     if device.type != "cuda":
         return None
-    return str(torch.cuda.get_device_properties(device).uuid)
+    return str(_cuda().get_device_properties(device).uuid)
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,27 @@ def free_host_bytes() -> int:
     return free
 
 
+def peak_host_bytes() -> int:
+    """Largest resident set of this process so far.
+
+    psutil knows the current size only, and `ru_maxrss` on Linux is inherited from the parent over
+    fork and exec, so it is read where there is no /proc (macOS) only.
+    """
+    if not PROCESS_STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    lines = PROCESS_STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def cores() -> int:
     """Cores that this process may run on."""
     if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
         return len(psutil.Process().cpu_affinity())
     return psutil.cpu_count() or 1
+
+
+def _cuda() -> Any:
+    """The CUDA module of torch, imported late: a worker reads its memory before it needs torch."""
+    import torch
+
+    return torch.cuda

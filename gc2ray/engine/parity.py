@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import gc
 import math
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +41,7 @@ from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
-from gc2ray.engine.device import own_device
+from gc2ray.engine.device import own_device, peak_host_bytes
 from gc2ray.engine.engine import Engine, load_model
 from gc2ray.engine.parity_result import Parity, StockCheck
 from gc2ray.models import loading
@@ -86,7 +84,7 @@ def check(job: Job, rows: int) -> Parity:
         near_ties=near_ties,
         left_out=tuple(ours.left_out.values()),
         failed=tuple(ours.failed.values()),
-        host_bytes=_host_peak(),
+        host_bytes=peak_host_bytes(),
         device_bytes=ours.device_bytes,
     )
 
@@ -360,9 +358,3 @@ def _first_difference(ours: Sequence[int], stock: Sequence[int]) -> int | None:
 
 def _penalised(logit: float, penalty: float) -> float:
     return logit * penalty if logit < 0 else logit / penalty
-
-
-def _host_peak() -> int:
-    """Peak memory of this process; psutil does not have it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -52,6 +52,7 @@ from gc2ray.data.retries import is_transient
 from gc2ray.data.store import Store
 from gc2ray.engine.answering import AnsweringEngine
 from gc2ray.engine.audit import AuditedEngine
+from gc2ray.engine.device import peak_host_bytes
 from gc2ray.output.heartbeats import WorkerRecord
 from gc2ray.output.parts import Commit, PartFooter, commit_part, in_order, part_bytes
 from gc2ray.output.run_directory import MODEL_NAME, stored_digest
@@ -354,19 +355,6 @@ class Worker:
             loaded=self._loaded,
             last_seen=datetime.now(UTC),
         )
-
-
-def peak_host_bytes() -> int:
-    """Largest resident set of this process so far; 0 where there is no /proc.
-
-    Neither psutil nor `ru_maxrss` has it: psutil knows the current size only, and `ru_maxrss` is
-    inherited from the parent over fork and exec.
-    """
-    path = Path("/proc/self/status")
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _bytes_moved() -> int:

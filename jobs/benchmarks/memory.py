@@ -23,8 +23,9 @@ from gc2ray.data.dataset import Source
 from gc2ray.demo.photos import jpeg, opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
+from gc2ray.engine.device import peak_host_bytes
 from gc2ray.runner.messages import ShardAssignment
-from gc2ray.runner.worker import Worker, peak_host_bytes
+from gc2ray.runner.worker import Worker
 from jobs.benchmarks import Line, goal
 
 MIB = 2**20

@@ -44,7 +44,7 @@ import atexit
 from gc2ray.__main__ import main
 
 def tell():
-    from gc2ray.runner.worker import peak_host_bytes
+    from gc2ray.engine.device import peak_host_bytes
     print(peak_host_bytes())
 
 atexit.register(tell)

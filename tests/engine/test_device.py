@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import pynvml
 import pytest
 
 from gc2ray.engine import device
-from gc2ray.engine.device import EnergyMeter, free_host_bytes
+from gc2ray.engine.device import EnergyMeter, free_host_bytes, peak_host_bytes
 
 COUNTER = [5_000, 5_700, 9_000]
 
@@ -63,3 +65,11 @@ def test_free_memory_ends_at_the_control_groups_limit(
         (tmp_path / "memory.max").write_text(f"{most}\n")
         (tmp_path / "memory.current").write_text(f"{used}\n")
     assert free_host_bytes() == free
+
+
+def test_the_peak_is_the_processes_own_and_not_its_parents() -> None:
+    """A child that was started by a large process has not been large itself."""
+    held = bytearray(b"x" * (400 << 20))
+    script = "from gc2ray.engine.device import peak_host_bytes; print(peak_host_bytes())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert 0 < int(done.stdout) < len(held) < peak_host_bytes()
