@@ -1,8 +1,9 @@
 """Records of drivers and workers in the output directory, rewritten while their processes live.
 
-`Heartbeat` keeps the record of a driver: which process runs, and how its workers have spent their
-time so far. A second driver on the same output sees that record and warns. Nothing depends on it:
-parts are created, never overwritten, so two drivers produce correct results at twice the cost.
+`Heartbeat` rewrites the record of either kind. A driver's says which process runs, and how its
+workers have spent their time so far. A second driver on the same output sees that record and warns.
+Nothing depends on it: parts are created, never overwritten, so two drivers produce correct results
+at twice the cost.
 
 Not covered: clocks of two hosts that differ by more than `ALIVE_SECONDS`. A second driver may then
 miss the first one.
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import psutil
 
@@ -29,6 +30,7 @@ from gc2ray.core.usage import Usage
 from gc2ray.data.store import Store, json_bytes, read_records
 
 HEARTBEAT_SECONDS = 10.0
+"""Between two writes of a driver's record."""
 ALIVE_SECONDS = 35.0
 """A driver whose record is older has ended: three heartbeats and a slow write."""
 
@@ -61,6 +63,12 @@ class DriverRecord:
     def name(self) -> str:
         """Name of the object in the store."""
         return f"drivers/{self.uuid}.json"
+
+    @staticmethod
+    def of_this_process() -> DriverRecord:
+        """The first record of a driver that begins now."""
+        now = datetime.now(UTC)
+        return DriverRecord(uuid.uuid4().hex, socket.gethostname(), os.getpid(), now, now)
 
     def to_bytes(self) -> bytes:
         """As JSON."""
@@ -100,25 +108,58 @@ class DriverRecord:
         return self.host != socket.gethostname() or psutil.pid_exists(self.pid)
 
 
+class Record(Protocol):
+    """What a process reports about itself in an object of the output."""
+
+    @property
+    def name(self) -> str:
+        """Name of the object in the store."""
+
+    def to_bytes(self) -> bytes:
+        """Content of the object."""
+
+
+class MakeRecord(Protocol):
+    """Makes the present record of a process."""
+
+    def __call__(self, *, has_ended: bool) -> Record:
+        """The record; the last one if the process's work has ended."""
+
+
 class Heartbeat:
-    """Keeps a driver's record up to date; a context manager.
+    """Rewrites the record of a process while it lives, on a thread of its own.
+
+    As a context manager, it has tried to write the record when the block begins, and writes it a
+    last time when the block ends.
 
     Args:
         store: The output.
-        usage: Returns how the workers have spent their time so far; called on another thread.
+        make_record: Called on the thread.
+        seconds: Time between two writes.
+        log_level: Level of the message about a write that failed; the next write tries again.
     """
 
-    def __init__(self, store: Store, usage: Callable[[], Usage]) -> None:
-        now = datetime.now(UTC)
+    def __init__(
+        self,
+        store: Store,
+        make_record: MakeRecord,
+        seconds: float,
+        log_level: int = logging.WARNING,
+    ) -> None:
         self._store = store
-        self._usage = usage
-        self._ended = threading.Event()
+        self._make_record = make_record
+        self._seconds = seconds
+        self._log_level = log_level
+        self._has_tried, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="gc2ray-heartbeat")
-        self.record = DriverRecord(uuid.uuid4().hex, socket.gethostname(), os.getpid(), now, now)
+
+    def start(self) -> None:
+        """Write the record until the process ends; does not wait for the first write."""
+        self._thread.start()
 
     def __enter__(self) -> Self:
-        self._write()
-        self._thread.start()
+        self.start()
+        self._has_tried.wait()
         return self
 
     def __exit__(
@@ -132,20 +173,34 @@ class Heartbeat:
         self._write()
 
     def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
+        try:
+            self._write()
+        finally:
+            self._has_tried.set()
+        while not self._ended.wait(self._seconds):
             self._write()
 
     def _write(self) -> None:
-        record = replace(
-            self.record,
-            last_seen=datetime.now(UTC),
-            has_ended=self._ended.is_set(),
-            usage=self._usage(),
-        )
+        record = self._make_record(has_ended=self._ended.is_set())
         try:
             self._store.replace(record.name, record.to_bytes())
-        except storage_errors() as error:  # the next heartbeat tries again
-            log.warning("%s cannot be written: %s", record.name, error)
+        except storage_errors() as error:
+            log.log(self._log_level, "%s cannot be written: %s", record.name, error)
+
+
+def driver_heartbeat(store: Store, usage: Callable[[], Usage]) -> Heartbeat:
+    """The heartbeat of a driver in this process.
+
+    Args:
+        store: The output.
+        usage: Returns how the workers have spent their time so far; called on another thread.
+    """
+    own = DriverRecord.of_this_process()
+
+    def make_record(*, has_ended: bool) -> DriverRecord:
+        return replace(own, last_seen=datetime.now(UTC), has_ended=has_ended, usage=usage())
+
+    return Heartbeat(store, make_record, HEARTBEAT_SECONDS)
 
 
 def driver_records(store: Store) -> Iterator[DriverRecord]:

@@ -29,7 +29,7 @@ from gc2ray.core.shards import Shard, SourceFile, first_spans
 from gc2ray.data.dataset import Source
 from gc2ray.data.store import AT_START, Store
 from gc2ray.models.checkpoint.fetch import check_model
-from gc2ray.output.heartbeats import Heartbeat, warn_of_others
+from gc2ray.output.heartbeats import driver_heartbeat, warn_of_others
 from gc2ray.output.kept_columns import as_written
 from gc2ray.output.plan import PLAN_NAME, Plan
 from gc2ray.output.planner import (
@@ -111,7 +111,7 @@ def run_job(
         stopping() as stop,
     ):
         driver = Driver(pool.cluster, output.store, pool, display or (lambda _: None), stop)
-        with Heartbeat(output.store, driver.usage):
+        with driver_heartbeat(output.store, driver.usage):
             plan = output.plan or _freeze_plan(output, files, carried, driver)
             # Another driver may have been faster, and have committed parts of a new plan.
             committed = output.committed or committed_parts(output.store, plan)

@@ -53,7 +53,7 @@ from gc2ray.data.store import Store
 from gc2ray.engine.answering import AnsweringEngine
 from gc2ray.engine.audit import AuditedEngine
 from gc2ray.engine.device import peak_host_bytes
-from gc2ray.output.heartbeats import WorkerRecord
+from gc2ray.output.heartbeats import Heartbeat, WorkerRecord
 from gc2ray.output.parts import Commit, PartFooter, commit_part, in_order, part_bytes
 from gc2ray.output.run_directory import MODEL_NAME, stored_digest
 from gc2ray.runner.journal import Journal, Page
@@ -129,7 +129,7 @@ class Worker:
         with self._writing(MODEL_NAME):
             self._check_model(self._engine.model_digest)
         self._loaded = datetime.now(UTC)
-        threading.Thread(target=self._keep_record, daemon=True, name="gc2ray-record").start()
+        Heartbeat(self._store, self._record, RECORD_SECONDS, logging.DEBUG).start()
         return self._engine.device
 
     def calibrate(self, spans: Sequence[Span]) -> float:
@@ -329,17 +329,7 @@ class Worker:
         own = replace(new, peak_host_bytes=peak_host_bytes())
         return stats_of(answers) + own
 
-    def _keep_record(self) -> None:
-        """Rewrite the worker's record while the process lives."""
-        while True:
-            record = self._record()
-            try:
-                self._store.replace(record.name, record.to_bytes())
-            except storage_errors() as error:  # written 30 s later; answers do not wait for it
-                log.debug("the worker's record could not be written: %s", error)
-            time.sleep(RECORD_SECONDS)
-
-    def _record(self) -> WorkerRecord:
+    def _record(self, *, has_ended: bool) -> WorkerRecord:  # noqa: ARG002 - it never writes a last one
         engine, cluster = self._loaded_engine(), self._job.cluster
         shape = engine.model_shape
         return WorkerRecord(

@@ -20,8 +20,10 @@ from gc2ray.data.store import Store
 from gc2ray.output import heartbeats as lease
 from gc2ray.output.heartbeats import (
     ALIVE_SECONDS,
+    DriverRecord,
     Heartbeat,
     WorkerRecord,
+    driver_heartbeat,
     driver_records,
     warn_of_others,
 )
@@ -35,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), Heartbeat(store, lambda: BILL):
+    with caplog.at_level(logging.WARNING), driver_heartbeat(store, lambda: BILL):
         assert warn_of_others(store) == 1
     (message,) = caplog.messages
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
@@ -53,7 +55,7 @@ def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.Monkey
         beats.release()
         return Usage({UsageKind.USEFUL: float(next(bills))})
 
-    with Heartbeat(store, bill):
+    with driver_heartbeat(store, bill):
         for _ in range(4):
             assert beats.acquire(timeout=60)
         (record,) = driver_records(store)
@@ -64,7 +66,7 @@ def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.Monkey
 
 def test_a_driver_that_is_gone_is_not_at_work(store: Store) -> None:
     now = datetime.now(UTC)
-    record = Heartbeat(store, Usage).record
+    record = DriverRecord.of_this_process()
     assert record.is_at_work(now)
     assert not replace(record, has_ended=True).is_at_work(now)
     assert not record.is_at_work(now + timedelta(seconds=ALIVE_SECONDS + 1))
@@ -81,9 +83,26 @@ def test_a_store_that_does_not_take_it_stops_nobody(
         raise OSError("no space left")
 
     monkeypatch.setattr(Store, "replace", full)
-    with Heartbeat(store, Usage):
+    with driver_heartbeat(store, Usage):
         pass
     assert "cannot be written: no space left" in caplog.messages[0]
+
+
+def test_a_process_does_not_wait_for_its_first_record(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker answers rows while a slow storage takes its record."""
+    answering, written = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        assert answering.wait(timeout=60)
+        written.set()
+
+    monkeypatch.setattr(Store, "replace", slow)
+    Heartbeat(store, lambda has_ended: DriverRecord.of_this_process(), seconds=3600).start()
+    assert not written.is_set()
+    answering.set()
+    assert written.wait(timeout=60)
 
 
 def test_a_foreign_file_is_named_and_left_out(
