@@ -15,24 +15,21 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
 from gc2ray.core.config.input import InputConfig
 from gc2ray.core.errors import ConfigError, ShardError, first_line, storage_errors
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span, digest
-from gc2ray.data.formats.arrow import ArrowRows, read_end
-from gc2ray.data.formats.parquet import ParquetRows
+from gc2ray.data.formats.base import InputFile, RowFile
+from gc2ray.data.formats.registry import format_of
 from gc2ray.data.listing import Listing, partition_types, partition_values
-from gc2ray.data.parquet_footer import read_footer
-from gc2ray.data.places import ARROW, URI_KEY, is_web
-from gc2ray.data.remote_file import RetryingFile
+from gc2ray.data.places import URI_KEY, is_web
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.rows import RowReader
 
@@ -184,7 +181,7 @@ class Source:
             return str(error)  # the storage's trouble
         try:
             size = int(self._info(path)["size"])
-            with self._file(path) as file:
+            with self._file(path).open() as file:
                 begin = file.read(PEEK_BYTES)
         except read_errors():
             return str(error)
@@ -230,32 +227,17 @@ class Source:
         kept.close()
         return None
 
-    @contextmanager
-    def _opened(self, path: str) -> Iterator[ParquetRows | ArrowRows]:
+    def _opened(self, path: str) -> AbstractContextManager[RowFile]:
         """A file's rows; it is closed at the end.
 
         Raises:
             OSError, pa.ArrowException: It cannot be read.
-            ConfigError: It is an Arrow file elsewhere than on a local disk.
+            ConfigError: Files of its format cannot be read from such a storage.
         """
-        filesystem = self._listing.filesystem
-        if not path.endswith(ARROW):
-            with self._file(path) as file:
-                footer = read_footer(file)
-            with ExitStack() as stack:
-                yield ParquetRows(
-                    footer, lambda block_bytes: stack.enter_context(self._file(path, block_bytes))
-                )
-        elif isinstance(filesystem, LocalFileSystem):
-            yield ArrowRows(path)
-        else:
-            raise ConfigError(
-                f"{URI_KEY}: {path} is an Arrow file on remote storage, where single rows cannot "
-                "be read; copy it to a local disk, or save it with dataset.to_parquet()"
-            )
+        return format_of(path).open_rows(self._file(path))
 
-    def _file(self, path: str, block_bytes: int | None = None) -> RetryingFile:
-        return RetryingFile(self._listing.filesystem, path, self._retry_policy, block_bytes)
+    def _file(self, path: str) -> InputFile:
+        return InputFile(self._listing.filesystem, path, self._retry_policy)
 
     def _check_unchanged(self, path: str, span: Span) -> None:
         if self._fingerprint(path) != span.fingerprint:
@@ -270,8 +252,8 @@ class Source:
         tag = str(info.get("ETag") or "")
         if tag and not tag.startswith(WEAK):
             return f"etag:{tag}".replace('"', "")
-        with self._file(path) as file:
-            footer = digest(read_end(file) if path.endswith(ARROW) else read_footer(file))[:16]
+        with self._file(path).open() as file:
+            footer = digest(format_of(path).read_end(file))[:16]
         changed = next((str(info[key]) for key in CHANGED if info.get(key)), "")
         version = f"{changed} {tag}".strip().replace('"', "")
         return f"size:{int(info['size'])} changed:{version} footer:{footer}"
@@ -321,7 +303,7 @@ class _Reading:
 
     def __init__(
         self,
-        opened: AbstractContextManager[ParquetRows | ArrowRows],
+        opened: AbstractContextManager[RowFile],
         span: Span,
         columns: tuple[str, ...],
         host_memory_bytes: int,
@@ -368,7 +350,7 @@ class _Reading:
         return self._rest
 
 
-def _inside(rows: ParquetRows | ArrowRows, columns: Sequence[str]) -> tuple[str, ...]:
+def _inside(rows: RowFile, columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that are in the file; the others come from its folders."""
     return tuple(name for name in columns if name in rows.schema.names)
 

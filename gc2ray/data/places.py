@@ -35,7 +35,7 @@ from gc2ray.core.errors import ConfigError, storage_errors
 from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
-PARQUET, ARROW = ".parquet", ".arrow"
+PARQUET = ".parquet"
 URI_KEY = "recipe.input.uri"
 HUB_KEYS = {"split", "subset"}
 SAVED_FILES, SAVED_SPLITS = "state.json", "dataset_dict.json"

@@ -21,6 +21,10 @@ from gc2ray.models.shape import ModelShape, Needs
 class ModelAdapter(Protocol):
     """Vision side, projector and text table of a loaded model.
 
+    Args:
+        model: The transformers model.
+        processor: The model's processor.
+
     Attributes:
         anyres: How images are cut into views.
         device: Device of the model's tensors.
@@ -34,6 +38,18 @@ class ModelAdapter(Protocol):
     shape: ModelShape
     max_positions: int
     kv_bytes_per_token: int
+
+    def __init__(self, model: Any, processor: Any) -> None: ...
+
+    @staticmethod
+    def metadata(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
+        """The model without its weights.
+
+        Args:
+            config: The model's config.
+            processor: The model's processor.
+            itemsize: Bytes of a weight.
+        """
 
     def needs(self) -> Needs:
         """The memory that the model needs."""

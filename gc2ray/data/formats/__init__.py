@@ -1,1 +1,1 @@
-"""Formats of input files, one file each."""
+"""Formats of input files; `gc2ray.data.formats.registry` lists them."""

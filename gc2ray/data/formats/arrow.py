@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
+from gc2ray.core.errors import ConfigError
+from gc2ray.data.formats.base import InputFile, RowFormat
 from gc2ray.data.parquet_footer import Readable
+from gc2ray.data.places import URI_KEY
 
 END_BYTES = 64 << 10
 MAGIC = b"ARROW1"
@@ -53,7 +58,7 @@ class ArrowRows:
         columns: Sequence[str],
         host_memory_bytes: int,  # noqa: ARG002 - nothing is held
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """As `ParquetRows.batches`."""
+        """As `gc2ray.data.formats.base.RowFile.batches`; whole record batches."""
         row = 0
         for batch in self._batches():
             if row >= stop:
@@ -81,3 +86,21 @@ def read_end(handle: Readable) -> bytes:
     size = handle.seek(0, os.SEEK_END)
     handle.seek(max(0, size - END_BYTES))
     return handle.read()
+
+
+@contextmanager
+def open_rows(file: InputFile) -> Iterator[ArrowRows]:
+    """The rows of a file; see `gc2ray.data.formats.base.RowFormat`.
+
+    Raises:
+        ConfigError: It is not on a local disk.
+    """
+    if not isinstance(file.filesystem, LocalFileSystem):
+        raise ConfigError(
+            f"{URI_KEY}: {file.path} is an Arrow file on remote storage, where single rows cannot "
+            "be read; copy it to a local disk, or save it with dataset.to_parquet()"
+        )
+    yield ArrowRows(file.path)
+
+
+FORMAT = RowFormat(open_rows, read_end)

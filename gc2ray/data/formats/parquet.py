@@ -10,11 +10,13 @@ page (measured: 411 MiB for a group of 300 MB of 100 KB images, 12 to 63 MiB wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray.data.parquet_footer import parse_footer
+from gc2ray.data.formats.base import InputFile, RowFormat
+from gc2ray.data.parquet_footer import parse_footer, read_footer
 from gc2ray.data.remote_file import RetryingFile
 
 MAX_BATCH_ROWS = 256
@@ -33,7 +35,7 @@ class ParquetRows:
             caller closes it.
 
     Attributes:
-        schema: Its columns.
+        schema: The file's columns.
 
     Raises:
         OSError, pa.ArrowException: It is none.
@@ -57,14 +59,7 @@ class ParquetRows:
     def batches(
         self, first: int, stop: int, columns: Sequence[str], host_memory_bytes: int
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Batches with their first row, from row `first` to the end of the row group of `stop`.
-
-        Args:
-            first: A row.
-            stop: The row after another one.
-            columns: Those that are wanted.
-            host_memory_bytes: About how much of them may be held at a time.
-        """
+        """As `gc2ray.data.formats.base.RowFile.batches`."""
         groups, row = self._holding(first, stop)
         file = pq.ParquetFile(
             self._opened(self._block_bytes(groups, columns)),
@@ -130,3 +125,15 @@ def _holds_dictionaries(kind: pa.DataType) -> bool:
     """Whether lists, structs and the like have dictionaries in them."""
     inner = [kind.field(number).type for number in range(kind.num_fields)]
     return any(pa.types.is_dictionary(item) or _holds_dictionaries(item) for item in inner)
+
+
+@contextmanager
+def open_rows(file: InputFile) -> Iterator[ParquetRows]:
+    """The rows of a file; see `gc2ray.data.formats.base.RowFormat`."""
+    with file.open() as handle:
+        footer = read_footer(handle)
+    with ExitStack() as stack:
+        yield ParquetRows(footer, lambda block_bytes: stack.enter_context(file.open(block_bytes)))
+
+
+FORMAT = RowFormat(open_rows, read_footer)

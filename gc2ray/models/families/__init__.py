@@ -1,1 +1,1 @@
-"""Model architectures, one file each; `gc2ray.models.registry` lists them."""
+"""Model architectures, which `gc2ray.models.registry` lists, and tiny models for tests."""

@@ -69,13 +69,7 @@ class LlavaNext:
 
     @staticmethod
     def metadata(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
-        """The model without its weights.
-
-        Args:
-            config: The model's config.
-            processor: The model's processor.
-            itemsize: Bytes of a weight.
-        """
+        """See `gc2ray.models.base.ModelAdapter.metadata`."""
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
         anyres = anyres_from_processor(processor.image_processor, config)
