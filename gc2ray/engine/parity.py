@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,13 +37,13 @@ from gc2ray.core.config.recipe import AuditConfig, Recipe
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.shards import first_spans
-from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.device import own_device, peak_host_bytes
 from gc2ray.engine.engine import Engine, load_model
 from gc2ray.engine.parity_result import Parity, StockCheck
+from gc2ray.engine.sample import refusing_unreadable_input, sample_requests
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel, Prompt
 from gc2ray.models.checkpoint.fetch import fetch_model
@@ -65,7 +65,7 @@ def check(job: Job, rows: int) -> Parity:
     Raises:
         ConfigError: Model or input cannot be used.
     """
-    recipe, requests = job.recipe, list(_requests(job, rows))
+    recipe, requests = job.recipe, _first_requests(job, rows)
     directory, taken_over = fetch_model(recipe.model).directory, recipe.generation.taken_over()
     # Before stock, which accepts checkpoints that gc2ray refuses.
     loading.load_metadata(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
@@ -89,11 +89,9 @@ def check(job: Job, rows: int) -> Parity:
     )
 
 
-def _requests(job: Job, rows: int) -> Iterator[Request]:
-    source = Source(job.recipe.input)
-    files, _ = source.scan()
-    for span in first_spans(files, rows):
-        yield from source.read(span, job.cluster.host_memory_bytes)
+def _first_requests(job: Job, rows: int) -> list[Request]:
+    requests, _ = sample_requests(job.recipe.input, rows, first_spans)
+    return requests
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,8 @@ def _run_stock(recipe: Recipe, directory: Path, requests: Sequence[Request]) -> 
                     left_out[key] = f"{key}: its text spells out {special}"
                     continue
                 try:
-                    image = decode(read_bytes(request.images[0], policy), policy)
+                    with refusing_unreadable_input():
+                        image = decode(read_bytes(request.images[0], policy), policy)
                 except BadRow:
                     continue  # our engine reports it, too
                 answers[key] = model.answer(image, text)

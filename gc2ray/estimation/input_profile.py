@@ -22,19 +22,19 @@ import numpy as np
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.core.config.recipe import Recipe
-from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
+from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.intervals import Interval, ratio
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import upright_size
+from gc2ray.engine.sample import read_requests, refusing_unreadable_input
 from gc2ray.models.base import ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
 
 SAMPLE_BLOCKS = 64
 """At most: each opens a file, and reads a row group up to where the block lies."""
-HOST_BYTES = 128 << 20
 REMEMBERED = 4096
 """Images that later rows of a block may share; an engine remembers no more either."""
 
@@ -150,10 +150,8 @@ def profile_input(
     total = sum(file.rows for file in files)
     blocks = []
     for span in sample_spans(files, total if rows is None else rows):
-        try:
-            blocks.append(profiler.block(source.read(span, HOST_BYTES), span.rows))
-        except ShardError as error:
-            raise ConfigError(f"recipe.input: {error}") from error
+        with refusing_unreadable_input():  # the profiler reads images that rows name
+            blocks.append(profiler.block(read_requests(source, [span]), span.rows))
         tick(span.rows)
     return InputProfile(total, tuple(blocks))
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 from gc2ray.core.config.compression import CUSTOM, METHODS
 from gc2ray.core.config.job import Job
-from gc2ray.core.errors import ConfigError, ShardError
-from gc2ray.core.records import Request
-from gc2ray.data.dataset import Source
+from gc2ray.core.errors import ConfigError
 from gc2ray.engine.engine import Engine, load_model
+from gc2ray.engine.sample import sample_requests
 from gc2ray.estimation.hardware import Prices
-from gc2ray.estimation.input_profile import HOST_BYTES, sample_spans
+from gc2ray.estimation.input_profile import sample_spans
 from gc2ray.estimation.recommendation import CompressionSetting, Target, TuneQuestion, Tuning, judge
 from gc2ray.estimation.retentions import DEFAULT_METHOD, TUNED_RETENTIONS
 from gc2ray.estimation.trials import measure, references_of
@@ -87,7 +86,7 @@ def tune(job: Job, request: TuneRequest) -> Tuning:
     target, settings = request.checked_target(), compared_settings(job, request)
     if request.reference is not None and request.reference not in job.recipe.input.kept():
         raise ConfigError(f"--reference: recipe.input.keep does not name {request.reference!r}")
-    sample, total_rows = _sample(job, request.rows)
+    sample, total_rows = sample_requests(job.recipe.input, request.rows, sample_spans)
     own = job.recipe.compression
     policies = {setting.name: setting.config(own) for setting in settings}
     engine = Engine(load_model(job.recipe, job.cluster), job.recipe, job.cluster, policies=policies)
@@ -101,20 +100,3 @@ def tune(job: Job, request: TuneRequest) -> Tuning:
     references = references_of(sample, request.reference) if request.reference else {}
     question = TuneQuestion(target, references, usd_per_hour=price, total_rows=total_rows)
     return replace(judge(trials, question), no_cost=request.prices.missing([engine.device]))
-
-
-def _sample(job: Job, rows: int) -> tuple[list[Request], int]:
-    """Requests of about so many rows spread over the input, and the rows of the whole input.
-
-    Raises:
-        ConfigError: The input cannot be read.
-    """
-    source = Source(job.recipe.input)
-    files, _ = source.scan()
-    requests: list[Request] = []
-    try:
-        for span in sample_spans(files, rows):
-            requests += source.read(span, HOST_BYTES)
-    except ShardError as error:
-        raise ConfigError(f"recipe.input: {error}") from error
-    return requests, sum(file.rows for file in files)

@@ -28,6 +28,7 @@ from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
 from gc2ray.engine.engine import load_model
 from gc2ray.engine.image_cache import CachedImage, image_key
+from gc2ray.engine.sample import read_requests
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.image_processor import tile
 from gc2ray.output.latest import MERGED_BY, Latest
@@ -41,7 +42,6 @@ from gc2ray.output.run_directory import (
 )
 from gc2ray.reporting.heat_map import TokenMap
 
-HOST_BYTES = 64 << 20
 COLUMNS = (*MERGED_BY, "row_key", "answer", "error", "retention_requested", "audit")
 
 
@@ -87,10 +87,7 @@ def _location(retry_round: RetryRound, key: str) -> RowLocation:
 
 def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
     span = Span(location.source, location.fingerprint, location.row, location.row + 1)
-    try:
-        requests = [r for r in Source(recipe.input).read(span, HOST_BYTES) if r.row_key == key]
-    except ShardError as error:
-        raise ConfigError(f"{key}: {error}") from error
+    requests = [r for r in read_requests(Source(recipe.input), [span]) if r.row_key == key]
     if not requests:
         raise ConfigError(f"{key}: the row has no such prompt")
     if requests[0].fault is not None:

@@ -20,7 +20,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 from typer.testing import CliRunner
 
 from gc2ray.cli import app
-from gc2ray.core.errors import ConfigError
+from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Answer, Request
 from gc2ray.engine import parity, parity_result
 from gc2ray.engine.decoding import continuous_batching as native
@@ -424,6 +424,34 @@ def test_stock_that_cannot_run_is_told_in_a_line(
     assert "stock transformers cannot run the model: RuntimeError: stock is out of" in result.stdout
     assert "3 of 3 answers the same" in result.stdout
     assert result.stdout.endswith("failed\n")
+
+
+@pytest.mark.parametrize("place", ["shard", "image"])
+def test_an_input_that_cannot_be_read_is_told_in_a_line(
+    tiny_paths: dict[str, Path],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    damaged = tmp_path / "damaged.parquet"
+    data = bytearray(source.read_bytes())
+    if place == "shard":
+        data[4:50] = bytes(46)  # the footer is whole, the first page is not
+    else:
+
+        def no_answer(*_: Any) -> None:
+            raise ShardError("the storage of the image does not answer")
+
+        monkeypatch.setattr(parity, "read_bytes", no_answer)
+    damaged.write_bytes(data)
+    file = tmp_path / "job.yaml"
+    file.write_text(make_job(tiny_paths["vicuna"], damaged).to_yaml())
+    result = CliRunner().invoke(app, ["check", str(file)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("configuration: recipe.input: ")
+    assert ("damaged.parquet" if place == "shard" else "storage of the image") in line
 
 
 def test_a_model_that_cannot_be_used_is_a_bad_configuration(
