@@ -74,10 +74,12 @@ class Engine:
         compressor: Compressor | None = None,
         policies: Mapping[str, CompressionConfig] | None = None,
     ) -> None:
-        self._family: ModelAdapter = loaded.family
+        self._adapter: ModelAdapter = loaded.adapter
         self._chat = ChatPrompt(loaded.processor)
         self._recipe = recipe
-        self._sizes = derive_batch_sizes(cluster, self._family.needs(), memory(self._family.device))
+        self._sizes = derive_batch_sizes(
+            cluster, self._adapter.needs(), memory(self._adapter.device)
+        )
         self._policies = policies_of(recipe, policies or {})
         if compressor is not None:
             own = self._policies[RECIPES_POLICY]
@@ -86,16 +88,16 @@ class Engine:
         self._model = loaded.model
         self._end_tokens = loaded.end_tokens
         self._prompt_builder = PromptBuilder(
-            self._family, self._chat, recipe, self._policies, self._sizes.cached_image_bytes
+            self._adapter, self._chat, recipe, self._policies, self._sizes.cached_image_bytes
         )
         self._open: dict[int, RequestState] = {}
         self._prefetcher: Prefetcher[Request, RequestState] | None = None
         self._tags = 0
-        self.device = device_name(self._family.device)
+        self.device = device_name(self._adapter.device)
         self.model_digest = loaded.digest
-        self.model_shape = self._family.shape
+        self.model_shape = self._adapter.shape
         self._input_starved_ns = 0
-        self._energy = EnergyMeter(gpu_uuid(self._family.device))
+        self._energy = EnergyMeter(gpu_uuid(self._adapter.device))
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -150,7 +152,7 @@ class Engine:
 
     def _vision_executor(self) -> Executor:
         """Encodes batches: beside the decoder on a GPU, in turn with it on a CPU."""
-        if self._family.device.type == "cuda":
+        if self._adapter.device.type == "cuda":
             return ThreadPoolExecutor(1, "gc2ray-vision")
         return InlineExecutor()
 
@@ -215,7 +217,7 @@ class Engine:
         Energy and peak memory are 0 where the device does not report them. Of a GPU that workers
         share, each counts its share.
         """
-        device = self._family.device
+        device = self._adapter.device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return RunStats(
             input_starved_ns=self._input_starved_ns,
@@ -271,7 +273,7 @@ class Engine:
             shared=completion.shared,
         )
         full = text_tokens + cached_image.full_tokens + cached_image.full_newlines
-        shape, per_token = self.model_shape, self._family.kv_bytes_per_token
+        shape, per_token = self.model_shape, self._adapter.kv_bytes_per_token
         stages = {"prefill": completion.prefill_ns, "generate": completion.generate_ns}
         return Answer(
             request=row.request,

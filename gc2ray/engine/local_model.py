@@ -57,7 +57,7 @@ class Model:
 
     def __init__(self, loaded: LoadedModel, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe = recipe
-        self.device = device_name(loaded.family.device)
+        self.device = device_name(loaded.adapter.device)
         self._loaded: LoadedModel | None = loaded
         self._cluster = cluster
         self._engine: Engine | None = None

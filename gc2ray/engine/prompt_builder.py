@@ -38,7 +38,7 @@ class PromptBuilder:
     """Makes prompts from requests.
 
     Args:
-        family: The model's vision side, projector and text table.
+        adapter: The model's vision side, projector and text table.
         chat: The model's chat template.
         recipe: Limits of images, seed and generation.
         policies: Compression policies by name.
@@ -47,13 +47,13 @@ class PromptBuilder:
 
     def __init__(
         self,
-        family: ModelAdapter,
+        adapter: ModelAdapter,
         chat: ChatPrompt,
         recipe: Recipe,
         policies: Mapping[str, CompressionPolicy],
         cached_image_bytes: int,
     ) -> None:
-        self._family = family
+        self._adapter = adapter
         self._chat = chat
         self._policies = policies
         self._images = recipe.input.image_policy()
@@ -92,7 +92,7 @@ class PromptBuilder:
     def _decode(self, cached_image: CachedImage, request: Request, data: bytes) -> None:
         def work(cached_images: Sequence[CachedImage]) -> None:
             ref = request.images[0]
-            cached_images[0].tiles = tiles_of(data, ref, self._family.anyres, self._images)
+            cached_images[0].tiles = tiles_of(data, ref, self._adapter.anyres, self._images)
 
         try:
             run_isolated([cached_image], work)
@@ -133,13 +133,13 @@ class PromptBuilder:
         ]
         started = self._now()
         seeds = [self._generation.mixed(cached_image.seed) for cached_image in cached_images]
-        views = self._family.encode(tiles, seeds)
+        views = self._adapter.encode(tiles, seeds)
         finite = torch.stack([view.scores.isfinite().all() for view in views]).all()
         encoded = self._now()
         if not finite:  # in some image of the batch; `run_isolated` finds out which
             raise _scores_not_finite()
         selections, positions = self._select(cached_images, views)
-        packed = self._family.pack(views, selections)
+        packed = self._adapter.pack(views, selections)
         compressed = self._now()
         rows = [payers[cached_image] for cached_image in cached_images]
         share_time(
@@ -183,7 +183,7 @@ class PromptBuilder:
             if cached_image is None or cached_image.packed is None:
                 raise RuntimeError(f"{row.request.row_key} has no image")
             row.token_ids = self._chat.encode(row.request.prompts[0])
-            prompt = self._family.embed(
+            prompt = self._adapter.embed(
                 row.token_ids, [cached_image.packed], [cached_image.positions]
             )
             row.failure = self._too_long(prompt)
@@ -195,7 +195,7 @@ class PromptBuilder:
                 )
 
     def _too_long(self, prompt: Prompt) -> BadRow | None:
-        new, limit = self._generation.max_new_tokens, self._family.max_positions
+        new, limit = self._generation.max_new_tokens, self._adapter.max_positions
         positions = prompt.positions
         stop = len(prompt) if positions is None else int(positions.max()) + 1
         if stop + new <= limit:
@@ -207,16 +207,16 @@ class PromptBuilder:
 
     def _own_stream(self) -> torch.cuda.Stream | None:
         """The stream that runs beside the decoder's; None on a CPU."""
-        if self._family.device.type != "cuda":
+        if self._adapter.device.type != "cuda":
             return None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self._family.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self._adapter.device)  # type: ignore[no-untyped-call]
         return self._stream
 
     def _now(self) -> int:
         """The time in nanoseconds, once all work on this thread's stream is done."""
-        if self._family.device.type == "cuda":
-            torch.cuda.current_stream(self._family.device).synchronize()
+        if self._adapter.device.type == "cuda":
+            torch.cuda.current_stream(self._adapter.device).synchronize()
         return time.perf_counter_ns()
 
 

@@ -112,7 +112,7 @@ class LoadedModel:
     Attributes:
         model: The transformers model, unchanged.
         processor: Its processor: tokenizer, chat template, image settings.
-        family: The adapter of its architecture.
+        adapter: The adapter of its architecture.
         end_tokens: Token ids that end an answer.
         digest: Digest of its files (`gc2ray.models.checkpoint.fetch.digest`); empty if none was
             computed.
@@ -120,7 +120,7 @@ class LoadedModel:
 
     model: Any
     processor: Any
-    family: ModelAdapter
+    adapter: ModelAdapter
     end_tokens: tuple[int, ...]
     digest: str = ""
 

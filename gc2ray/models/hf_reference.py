@@ -49,7 +49,7 @@ def stock_inputs(loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequ
         add_special_tokens=not has_bos,
         return_tensors="pt",
     )
-    return inputs.to(loaded.family.device, dtype=loaded.model.dtype)
+    return inputs.to(loaded.adapter.device, dtype=loaded.model.dtype)
 
 
 @torch.inference_mode()

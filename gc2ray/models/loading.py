@@ -61,9 +61,9 @@ def load(
         model = _whole_model(checkpoint, path, revision, getattr(torch, dtype))
     model.to(device).eval()
     with _loading(path):
-        family = FAMILIES[config.model_type](model, processor)
-        family.freeze()
-    return LoadedModel(model, processor, family, checkpoint.ends)
+        adapter = FAMILIES[config.model_type](model, processor)
+        adapter.freeze()
+    return LoadedModel(model, processor, adapter, checkpoint.ends)
 
 
 def load_metadata(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> ModelMetadata:

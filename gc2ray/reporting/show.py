@@ -99,7 +99,7 @@ def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
 def _token_map(
     loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]
 ) -> TokenMap:
-    family, policy = loaded.family, recipe.input.image_policy()
+    adapter, policy = loaded.adapter, recipe.input.image_policy()
     compressor = CompressionPolicy.from_config(recipe.compression).compressor
     try:
         data = read_bytes(request.images[0], policy)
@@ -107,7 +107,7 @@ def _token_map(
     except (BadRow, ShardError) as error:
         raise ConfigError(f"{request.row_key}: {error}") from error
     seed = recipe.generation.mixed(CachedImage(image_key(data)).seed)
-    (views,) = family.encode([tile(image, family.anyres)], [seed])
+    (views,) = adapter.encode([tile(image, adapter.anyres)], [seed])
     selection = compressor(views)
     count, tokens = len(views.valid_per_view), views.tokens_per_view
     bits = [np.frombuffer(view, np.uint8) for view in selection.bitmaps(count, tokens)]

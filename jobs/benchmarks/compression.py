@@ -38,7 +38,7 @@ def run() -> list[Line]:
 
 
 def _views(pool: Tensor, size: tuple[int, int], seed: int) -> Views:
-    canvas = Canvas.from_image_size(size, tiny_model().family.anyres.grid(size), (SIDE, SIDE))
+    canvas = Canvas.from_image_size(size, tiny_model().adapter.anyres.grid(size), (SIDE, SIDE))
     count = canvas.crops + 1
     first = seed * 5 % (len(pool) - count + 1)
     scores = torch.randn(count, TOKENS, generator=torch.Generator().manual_seed(seed))

@@ -94,9 +94,9 @@ def run(name: str, rows: int | None = None) -> list[Line]:
     device, dtype = _device(name)
     model, processor = untrained(SIZES[name], device=device, dtype=dtype)
     model.eval().generation_config.eos_token_id = None
-    family = LlavaNext(model, processor)
-    family.freeze()
-    loaded = LoadedModel(model, processor, family, end_tokens(model))
+    adapter = LlavaNext(model, processor)
+    adapter.freeze()
+    loaded = LoadedModel(model, processor, adapter, end_tokens(model))
     rates = _rates(device, dtype)
     count = rows or (GPU_ROWS if device.type == "cuda" else CPU_ROWS)
     requests = _requests(count)
@@ -135,7 +135,7 @@ def _requests(rows: int) -> list[Request]:
 def _figures(
     loaded: LoadedModel, retention: float, requests: Sequence[Request], rates: Rates
 ) -> dict[str, float]:
-    device = loaded.family.device
+    device = loaded.adapter.device
     engine = Engine(loaded, _recipe(retention), Cluster())
     prefill_ms = _prefill_ms(loaded, engine, requests[0])
     answers_in_order(engine, requests)  # warms up, and records a graph for each number of rows
@@ -149,13 +149,13 @@ def _figures(
     text = TextModel.from_config(loaded.model.config.text_config)
     stages = answering_stages(loaded.model.config, answers, NEW_TOKENS, loaded.model.dtype.itemsize)
     ideal = ideal_seconds(stages, rates.flops, rates.bytes_read)
-    room = derive_batch_sizes(Cluster(), loaded.family.needs(), memory(device)).kv_tokens
-    arena = room * loaded.family.kv_bytes_per_token  # takes what there is, whatever is in use
+    room = derive_batch_sizes(Cluster(), loaded.adapter.needs(), memory(device)).kv_tokens
+    arena = room * loaded.adapter.kv_bytes_per_token  # takes what there is, whatever is in use
     spent = {stage: sum(a.stage_ns[stage] for a in answers) for stage in STAGES}
     return {
         "visual_tokens": kept,
         "paper_tflops": paper_flops(text, round(kept)) / 1e12,
-        "kv_mb": kept * loaded.family.kv_bytes_per_token / 1e6,
+        "kv_mb": kept * loaded.adapter.kv_bytes_per_token / 1e6,
         "prefill_ms": prefill_ms,
         "samples_per_s": len(answers) / seconds,
         "weights_and_work_gb": max(0, engine.totals().peak_device_bytes - arena) / 1e9,

@@ -36,7 +36,7 @@ def run() -> list[Line]:
 
 
 def _compare(name: str, data: Sequence[bytes]) -> list[Line]:
-    anyres, mode = tiny_model().family.anyres, ImagePolicy()
+    anyres, mode = tiny_model().adapter.anyres, ImagePolicy()
     images = [decode(item, mode) for item in data]
     stock: Any = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}

@@ -84,23 +84,23 @@ def measure_all(data: Data, points: Sequence[Point], processes: int) -> Iterator
 
 
 class RememberedViews:
-    """A family that encodes each row once: points differ in what they keep, not in what they see.
+    """An adapter that encodes each row once: points differ in what they keep, not in what they see.
 
-    Rows are told apart by their seed. Everything else is the family's own.
+    Rows are told apart by their seed. Everything else is the adapter's own.
     """
 
-    def __init__(self, family: ModelAdapter) -> None:
-        self._family = family
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._adapter = adapter
         self._views: dict[int, Views] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
+        return getattr(self._adapter, name)
 
     def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
-        """As the family's; from memory where the seed is known."""
+        """As the adapter's; from memory where the seed is known."""
         new = [place for place, seed in enumerate(seeds) if seed not in self._views]
         if new:
-            made = self._family.encode([tiles[i] for i in new], [seeds[i] for i in new])
+            made = self._adapter.encode([tiles[i] for i in new], [seeds[i] for i in new])
             self._views |= {seeds[place]: view for place, view in zip(new, made, strict=True)}
         return [self._views[seed] for seed in seeds]
 
@@ -113,7 +113,7 @@ class _Workplace:
         transformers_logging.disable_progress_bar()
         self._data = data
         loaded = load(data.model)
-        self._loaded = replace(loaded, family=cast(ModelAdapter, RememberedViews(loaded.family)))
+        self._loaded = replace(loaded, adapter=cast(ModelAdapter, RememberedViews(loaded.adapter)))
         self._rows = list(pocket_rows(data.split, data.rows, opened_photos()))
 
     def measure(self, point: Point) -> Measured:
@@ -186,8 +186,8 @@ def shares_far_from_uniform(
     far: dict[float, list[bool]] = {temperature: [] for temperature in temperatures}
     for first in range(0, len(rows), BATCH):
         refs = [ImageRef(row.image) for row in rows[first : first + BATCH]]
-        tiles = [load_tiles(ref, loaded.family.anyres, ImagePolicy()) for ref in refs]
-        batch = ViewBatch.from_images(loaded.family.encode(tiles, [0] * len(tiles)))
+        tiles = [load_tiles(ref, loaded.adapter.anyres, ImagePolicy()) for ref in refs]
+        batch = ViewBatch.from_images(loaded.adapter.encode(tiles, [0] * len(tiles)))
         for temperature, found in far.items():
             scales = crop_scales(batch, retention, temperature)
             found += ((scales / retention - 1).abs() > FAR_FROM_UNIFORM).tolist()

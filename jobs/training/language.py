@@ -74,7 +74,7 @@ class LanguageLearner:
         self._place_words = _words(processor.tokenizer, ("top", "bottom", "left", "right"))
         self._model, self._tower, self._share = model, tower, tower_share
         self._reads = reads
-        self._family = LlavaNext(model, processor)
+        self._adapter = LlavaNext(model, processor)
         self._tokenizer = processor.tokenizer
         self._dialogues = DialogueMaker(processor)
         self._device = model.device
@@ -157,7 +157,7 @@ class LanguageLearner:
     def _packed(self, lesson: Lesson, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Projected visual tokens and newlines of each image, and where they come from."""
         views = [
-            Views(part, part.new_zeros(part.shape[:2]), self._family.canvas(tiles), tiles.size)
+            Views(part, part.new_zeros(part.shape[:2]), self._adapter.canvas(tiles), tiles.size)
             for tiles, part in zip(
                 lesson.tiles,
                 features.split([len(tiles.pixels) for tiles in lesson.tiles]),  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ class LanguageLearner:
             )
         ]
         selections = [everything(view) for view in views]
-        return self._family.pack(views, selections), [chosen.source for chosen in selections]
+        return self._adapter.pack(views, selections), [chosen.source for chosen in selections]
 
     def _language_loss(
         self, dialogues: Sequence[Dialogue], visual: Tensor

@@ -51,7 +51,7 @@ def model() -> LoadedModel:
 @cache
 def quick() -> LoadedModel:
     """The same, and rows that it has seen are not encoded again; see the test of that."""
-    return replace(model(), family=cast(ModelAdapter, RememberedViews(model().family)))
+    return replace(model(), adapter=cast(ModelAdapter, RememberedViews(model().adapter)))
 
 
 @cache
@@ -74,7 +74,7 @@ def test_it_is_small_and_stock() -> None:
     assert weights.stat().st_size <= 10_000_000
     assert 2e6 <= sum(p.numel() for p in model().model.parameters()) <= 5e6
     assert type(model().model).__module__.startswith("transformers.models.llava_next")
-    assert model().family.anyres == pocket_anyres()
+    assert model().adapter.anyres == pocket_anyres()
     assert {tuple(p) for p in model().model.config.image_grid_pinpoints} == {
         (rows * 56, columns * 56) for rows, columns in GRIDS
     }
@@ -134,7 +134,7 @@ def test_remembered_views_change_nothing() -> None:
     """What `make quality` does to be quick, against encoding afresh."""
     some, point = rows()[:35], Point("random", 0.25)
     fresh = [a.token_ids for a in answer(model(), str(MODEL), some, point)]
-    remembering = replace(model(), family=cast(ModelAdapter, RememberedViews(model().family)))
+    remembering = replace(model(), adapter=cast(ModelAdapter, RememberedViews(model().adapter)))
     for _ in range(2):
         assert [a.token_ids for a in answer(remembering, str(MODEL), some, point)] == fresh
 

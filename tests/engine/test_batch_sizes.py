@@ -85,8 +85,8 @@ def test_this_machine_has_memory_and_cores() -> None:
 
 
 def test_a_model_knows_its_needs(loaded_models: dict[str, LoadedModel]) -> None:
-    needs = loaded_models["llama3"].family.needs()
+    needs = loaded_models["llama3"].adapter.needs()
     model = loaded_models["llama3"].model
     assert needs.weights == sum(p.numel() * 4 for p in model.parameters())
-    assert needs.kv_per_token == loaded_models["llama3"].family.kv_bytes_per_token
+    assert needs.kv_per_token == loaded_models["llama3"].adapter.kv_bytes_per_token
     assert needs.features_per_view == 36 * 32 * 4

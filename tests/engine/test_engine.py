@@ -56,11 +56,11 @@ def tokens_of(engine: Engine, rows: Iterable[Request]) -> list[tuple[int, ...]]:
     return [answer.token_ids for answer in answers]
 
 
-class OtherFamily:
-    """A family whose `encode` is watched, or fails, and that may have other limits."""
+class OtherAdapter:
+    """An adapter whose `encode` is watched, or fails, and that may have other limits."""
 
-    def __init__(self, family: Any, **changes: Any) -> None:
-        self._family = family
+    def __init__(self, adapter: Any, **changes: Any) -> None:
+        self._adapter = adapter
         self.error: Exception | None = None
         self.on_size: tuple[int, int] | None = None
         self.batches: list[int] = []
@@ -68,21 +68,21 @@ class OtherFamily:
         vars(self).update(changes)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
+        return getattr(self._adapter, name)
 
     def encode(self, tiles: Any, seeds: Any) -> Any:
         self.batches.append(len(tiles))
         if self.error and (self.on_size is None or self.on_size in [t.size for t in tiles]):
             raise self.error
         started = time.perf_counter_ns()
-        views = self._family.encode(tiles, seeds)
+        views = self._adapter.encode(tiles, seeds)
         self.ns += time.perf_counter_ns() - started
         return views
 
 
-def with_family(loaded: LoadedModel, **changes: Any) -> tuple[LoadedModel, OtherFamily]:
-    family = OtherFamily(loaded.family, **changes)
-    return replace(loaded, family=family), family
+def with_adapter(loaded: LoadedModel, **changes: Any) -> tuple[LoadedModel, OtherAdapter]:
+    adapter = OtherAdapter(loaded.adapter, **changes)
+    return replace(loaded, adapter=adapter), adapter
 
 
 def mixed_rows() -> list[Request]:
@@ -200,7 +200,7 @@ def test_kv_bytes_are_those_of_the_config(loaded: LoadedModel) -> None:
 
 def test_an_answer_asks_what_its_tokens_do(loaded: LoadedModel) -> None:
     """The demand follows from what is written of the answer, and from the model's sizes."""
-    shape = loaded.family.shape
+    shape = loaded.adapter.shape
     for answer in answers_of(make_engine(loaded, compression__retention=0.25), requests()):
         views, newlines = answer.kept_per_view, answer.newline_tokens
         assert views is not None
@@ -263,11 +263,11 @@ def test_shares_of_a_batch_sum_to_the_stage_exactly(
 
 
 def test_the_vision_tower_is_timed_whole(loaded: LoadedModel) -> None:
-    watched, family = with_family(loaded)
+    watched, adapter = with_adapter(loaded)
     started = time.perf_counter_ns()
     answers = list(make_engine(watched).stream(requests()))
     passed = time.perf_counter_ns() - started
-    assert family.ns <= sum(answer.stage_ns["encode"] for answer in answers) <= passed
+    assert adapter.ns <= sum(answer.stage_ns["encode"] for answer in answers) <= passed
 
 
 def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: LoadedModel) -> None:
@@ -276,7 +276,7 @@ def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: LoadedModel) -> No
     lengths = [len(prompt) for prompt in make_engine(loaded).prompts(rows)]
     assert lengths[0] < lengths[1]
     for limit, status in ((lengths[1] + NEW, Status.OK), (lengths[1] + NEW - 1, Status.TOO_LONG)):
-        small, _ = with_family(loaded, max_positions=limit)
+        small, _ = with_adapter(loaded, max_positions=limit)
         answers = answers_of(make_engine(small), rows)
         assert [answer.status for answer in answers] == [Status.OK, status]
     assert answers[1].error == (
@@ -298,7 +298,7 @@ def test_newlines_are_counted_as_they_were_read(
         assert answer.newline_tokens_full == before.newline_tokens_full
         read = around_image(loaded) + answer.visual_tokens_kept + answer.newline_tokens
         assert answer.prompt_tokens == read == len(engine.prompts([row])[0])
-        assert answer.kv_bytes == (read + answer.output_tokens) * loaded.family.kv_bytes_per_token
+        assert answer.kv_bytes == (read + answer.output_tokens) * loaded.adapter.kv_bytes_per_token
 
 
 @pytest.mark.parametrize("retention", [1.0, 0.25, 0.05])
@@ -349,7 +349,7 @@ def test_a_prompt_with_gaps_is_as_long_as_its_largest_position(loaded: LoadedMod
     (full,) = make_engine(loaded, compression__method="none").prompts(rows)
     needed = len(full) + NEW
     for limit, fits in ((needed, True), (needed - 1, False)):
-        small, _ = with_family(loaded, max_positions=limit)
+        small, _ = with_adapter(loaded, max_positions=limit)
         (prompt,) = make_engine(small).prompts(rows)
         assert len(prompt) < needed - NEW
         engine = make_engine(small, compression__positions="original")
@@ -396,10 +396,10 @@ def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
 ) -> None:
     rows = requests()
     expected = tokens_of(make_engine(loaded), rows)
-    broken, family = with_family(loaded, error=error, on_size=SIZES[4])
+    broken, adapter = with_adapter(loaded, error=error, on_size=SIZES[4])
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
     answers = answers_of(Patient(broken, recipe, Cluster(views_per_batch=100)), rows)
-    assert family.batches[0] == len(rows)
+    assert adapter.batches[0] == len(rows)
     assert [answer.token_ids for answer in answers if answer.error is None] == [
         tokens for place, tokens in enumerate(expected) if place != 4
     ]
@@ -433,7 +433,7 @@ def test_a_batch_that_fails_late_is_tried_again_whole(
 
 
 def test_an_error_message_is_one_bounded_line(loaded: LoadedModel) -> None:
-    broken, _ = with_family(loaded, error=ValueError("a\n  b" * 1000))
+    broken, _ = with_adapter(loaded, error=ValueError("a\n  b" * 1000))
     (answer,) = make_engine(broken).stream([request()])
     assert answer.error.startswith("ValueError: a b")
     assert "\n" not in answer.error
@@ -447,7 +447,7 @@ def test_an_image_whose_scores_are_not_finite_fails_alone(
 ) -> None:
     """Whatever the method: such a tower's features are no better. Rows that share it fail, too."""
 
-    class Overflowing(OtherFamily):
+    class Overflowing(OtherAdapter):
         def encode(self, tiles: Any, seeds: Any) -> Any:
             views = super().encode(tiles, seeds)
             for image, view in zip(tiles, views, strict=True):
@@ -458,7 +458,7 @@ def test_an_image_whose_scores_are_not_finite_fails_alone(
     rows = requests(SIZES[:5])
     rows.append(replace(rows[2], row=5, row_key="rows.parquet#5"))
     wanted = tokens_of(make_engine(loaded, compression__method=method), rows)
-    broken = replace(loaded, family=Overflowing(loaded.family))
+    broken = replace(loaded, adapter=Overflowing(loaded.adapter))
     answers = answers_of(make_engine(broken, compression__method=method), rows)
     assert [a.status is Status.OK for a in answers] == [True, True, False, True, True, False]
     for at in (2, 5):
@@ -474,9 +474,9 @@ def test_a_row_whose_logits_are_not_finite_says_so(
 ) -> None:
     """A projector that overflows on one image: only its row fails, and its answer is no answer."""
 
-    class Overflowing(OtherFamily):
+    class Overflowing(OtherAdapter):
         def pack(self, views: Any, selections: Any) -> Any:
-            packed = [part.clone() for part in self._family.pack(views, selections)]
+            packed = [part.clone() for part in self._adapter.pack(views, selections)]
             for view, part in zip(views, packed, strict=True):
                 if view.size == SIZES[1]:
                     part[-1] = torch.inf
@@ -486,7 +486,7 @@ def test_a_row_whose_logits_are_not_finite_says_so(
         monkeypatch.setattr("gc2ray.engine.engine.unsupported", lambda model: "it is new")
     rows = requests(SIZES[:4])
     wanted = tokens_of(make_engine(loaded), rows)
-    broken = replace(loaded, family=Overflowing(loaded.family))
+    broken = replace(loaded, adapter=Overflowing(loaded.adapter))
     answers = answers_of(make_engine(broken), rows)
     assert [a.status for a in answers] == [Status.OK, Status.FAILED, Status.OK, Status.OK]
     assert (answers[1].answer, answers[1].token_ids) == (None, ())
@@ -508,10 +508,10 @@ def test_a_row_that_does_not_fit_the_decoder_is_out_of_memory(
 
 
 def test_a_lost_device_ends_the_engine(loaded: LoadedModel) -> None:
-    broken, family = with_family(loaded, error=torch.AcceleratorError("CUDA error"))
+    broken, adapter = with_adapter(loaded, error=torch.AcceleratorError("CUDA error"))
     with pytest.raises(EngineDead, match="the device is lost: CUDA error"):
         list(make_engine(broken).stream(requests()))
-    assert len(family.batches) == 1, "tried again on a dead device"
+    assert len(adapter.batches) == 1, "tried again on a dead device"
 
 
 def test_a_device_lost_while_decoding_ends_the_engine(
@@ -586,16 +586,16 @@ def test_an_answer_does_not_depend_on_its_batch(
 
 
 def test_batch_sizes_are_kept(loaded: LoadedModel) -> None:
-    watched, family = with_family(loaded)
+    watched, adapter = with_adapter(loaded)
     rows = [request((40, 300), seed) for seed in range(6)]  # a thumbnail and three crops
     engine = Patient(watched, make_recipe("unused"), Cluster(views_per_batch=8))
     engine.rows = 2
     list(engine.stream(rows))
-    assert family.batches == [2, 2, 2]
-    family.batches.clear()
+    assert adapter.batches == [2, 2, 2]
+    adapter.batches.clear()
     list(make_engine(watched, Cluster(views_per_batch=8)).stream(rows))
-    assert sum(family.batches) == 6
-    assert max(family.batches) <= 2
+    assert sum(adapter.batches) == 6
+    assert max(adapter.batches) <= 2
 
 
 def test_the_seed_is_of_the_row_and_of_the_recipe(loaded: LoadedModel) -> None:
@@ -662,16 +662,18 @@ ASKED = ("What is it?", "How many objects are there?", "Which colour is it?", "D
 def make_vision(loaded: LoadedModel) -> PromptBuilder:
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
     chat = ChatPrompt(loaded.processor)
-    return PromptBuilder(loaded.family, chat, recipe, policies_of(recipe, {}), cached_image_bytes=0)
+    return PromptBuilder(
+        loaded.adapter, chat, recipe, policies_of(recipe, {}), cached_image_bytes=0
+    )
 
 
 def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: LoadedModel) -> None:
-    broken, family = with_family(loaded, error=RuntimeError("not now"))
+    broken, adapter = with_adapter(loaded, error=RuntimeError("not now"))
     vision = make_vision(broken)
     first, second = questions(0, ASKED[:2])
     (failed,) = vision.encode([vision.open(first)])
     assert failed.failure is not None
-    family.error = None
+    adapter.error = None
     later = vision.open(second)  # while the row that failed, and its picture, are still there
     assert not later.shares_image
     assert vision.encode([later])[0].prompt is not None
@@ -706,14 +708,14 @@ def test_a_row_waits_for_the_picture_that_another_decodes(
 def test_rows_that_show_one_image_share_it_and_answer_the_same(
     loaded: LoadedModel, method: str
 ) -> None:
-    watched, family = with_family(loaded)
+    watched, adapter = with_adapter(loaded)
     rows = questions(3, ASKED)
     alone = [tokens_of(make_engine(loaded, compression__method=method), [row])[0] for row in rows]
     assert len(set(alone)) > 1, "all answers alike: nothing could fail"
     engine = make_engine(watched, compression__method=method)
     answers = answers_of(engine, rows)
     assert [answer.token_ids for answer in answers] == alone
-    assert sum(family.batches) == 1, "the image was encoded again"
+    assert sum(adapter.batches) == 1, "the image was encoded again"
     assert sorted(answer.image_shared for answer in answers) == [False, True, True, True]
     total = stats_of(answers)
     assert total.images_shared == 3
@@ -741,7 +743,7 @@ def test_what_is_shared_asks_for_nothing(loaded: LoadedModel) -> None:
     engine = Patient(loaded, recipe, Cluster())
     engine.rows = 4
     answers = answers_of(engine, questions(3, ASKED))
-    stats, shape = stats_of(answers), loaded.family.shape
+    stats, shape = stats_of(answers), loaded.adapter.shape
     assert (stats.images, stats.images_shared) == (1, 3)
     views = len(answers[0].kept_per_view[0] if answers[0].kept_per_view else ())
     assert stats.flops["encode"] == stats.flops_full["encode"] == shape.tower.needed(views)
@@ -769,14 +771,14 @@ def test_prompts_alone_take_no_kv_cache(loaded: LoadedModel) -> None:
 
 
 def test_what_was_forgotten_is_encoded_again(loaded: LoadedModel) -> None:
-    watched, family = with_family(loaded)
+    watched, adapter = with_adapter(loaded)
     engine = make_engine(watched)
     for _ in range(2):
         answers_of(engine, [request()])
-    assert len(family.batches) == 1
+    assert len(adapter.batches) == 1
     engine.clear_cache()
     answers_of(engine, [request()])
-    assert len(family.batches) == 2
+    assert len(adapter.batches) == 2
 
 
 def test_so_is_the_beginning_of_prompts(loaded: LoadedModel) -> None:
@@ -806,10 +808,10 @@ def test_a_method_that_reads_the_prompt_shares_nothing(loaded: LoadedModel) -> N
         reads_prompt: ClassVar[bool] = True
 
     recipe = make_recipe("unused", generation__max_new_tokens=NEW)
-    watched, family = with_family(loaded)
+    watched, adapter = with_adapter(loaded)
     engine = Engine(watched, recipe, Cluster(), Reading())
     answers = answers_of(engine, questions(3, [*ASKED, ASKED[0]]))
-    assert sum(family.batches) == 4
+    assert sum(adapter.batches) == 4
     assert sum(answer.image_shared for answer in answers) == 1
 
 
@@ -819,14 +821,14 @@ def test_the_vision_side_may_run_beside_the_decoder(
     """As on a GPU: on a thread of its own, one batch ahead."""
     expected = tokens_of(make_engine(loaded), requests())
     threads: set[str] = set()
-    watched, family = with_family(loaded)
-    encode = family.encode
+    watched, adapter = with_adapter(loaded)
+    encode = adapter.encode
 
     def noted(*arguments: Any) -> Any:
         threads.add(threading.current_thread().name.rsplit("_", 1)[0])
         return encode(*arguments)
 
-    family.encode = noted  # type: ignore[method-assign]
+    adapter.encode = noted  # type: ignore[method-assign]
     executor = lambda _: ThreadPoolExecutor(1, "gc2ray-vision")  # noqa: E731
     monkeypatch.setattr(Engine, "_vision_executor", executor)
     assert tokens_of(make_engine(watched, Cluster(views_per_batch=4)), requests()) == expected

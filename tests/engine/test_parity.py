@@ -196,9 +196,9 @@ def a_blank(patch: pytest.MonkeyPatch) -> None:
 def a_row_of_the_projector(patch: pytest.MonkeyPatch) -> None:
     freeze = LlavaNext.freeze
 
-    def frozen(family: Any) -> None:
-        family._projector.linear_2.weight.data[3] *= 1.2
-        freeze(family)
+    def frozen(adapter: Any) -> None:
+        adapter._projector.linear_2.weight.data[3] *= 1.2
+        freeze(adapter)
 
     patch.setattr(LlavaNext, "freeze", frozen)
 

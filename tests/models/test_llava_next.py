@@ -88,7 +88,7 @@ def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
 ) -> None:
     loaded = loaded_models["vicuna"]
     tower = loaded.model.model.vision_tower.encoder.layers
-    ours = loaded.family._layers
+    ours = loaded.adapter._layers
     packed = [not any(isinstance(m, torch.nn.Linear) for m in layer.modules()) for layer in ours]
     assert packed == [True] * (len(tower) - 1) + [False], "the last layer does not run"
     assert all(isinstance(layer.mlp.fc1, torch.nn.Linear) for layer in tower)
@@ -98,7 +98,7 @@ def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
     tiles = [load_tiles(row.images[0], thawed.anyres, ImagePolicy()) for row in requests(SIZES[:2])]
     with torch.inference_mode():
         for a, b in zip(
-            thawed.encode(tiles, [0, 0]), loaded.family.encode(tiles, [0, 0]), strict=True
+            thawed.encode(tiles, [0, 0]), loaded.adapter.encode(tiles, [0, 0]), strict=True
         ):
             torch.testing.assert_close(a.features, b.features)
             torch.testing.assert_close(a.scores, b.scores)
@@ -217,11 +217,11 @@ def test_batch_equals_one_by_one(
 def test_views_equal_the_stock_tower(loaded_models: dict[str, LoadedModel]) -> None:
     """Features are hidden_states[-2] bit for bit; packing everything is stock's own."""
     loaded = loaded_models["vicuna"]
-    family, rows = loaded.family, requests(SIZES)
-    tiles = [load_tiles(row.images[0], family.anyres, ImagePolicy()) for row in rows]
+    adapter, rows = loaded.adapter, requests(SIZES)
+    tiles = [load_tiles(row.images[0], adapter.anyres, ImagePolicy()) for row in rows]
     with torch.inference_mode():
-        views = family.encode(tiles, [0] * len(rows))
-        packed = family.pack(views, [everything(view) for view in views])
+        views = adapter.encode(tiles, [0] * len(rows))
+        packed = adapter.pack(views, [everything(view) for view in views])
         for row, ours in zip(rows, packed, strict=True):
             inputs = stock_inputs(loaded, [opened(row)], ["<image>"])
             stock = loaded.model.model.get_image_features(
@@ -277,19 +277,19 @@ def test_the_model_is_left_as_it_was(loaded_models: dict[str, LoadedModel]) -> N
 
 def test_kv_bytes_follow_the_config(loaded_models: dict[str, LoadedModel]) -> None:
     # keys and values x 2 layers x 2 key-value heads x head size 8 x 4 bytes
-    assert loaded_models["llama3"].family.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
+    assert loaded_models["llama3"].adapter.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
 
 
 def test_placeholders_and_images_must_agree(loaded_models: dict[str, LoadedModel]) -> None:
     with pytest.raises(ValueError, match="placeholders"):
-        loaded_models["vicuna"].family.embed([5, 6], [torch.zeros(2, 48)])
+        loaded_models["vicuna"].adapter.embed([5, 6], [torch.zeros(2, 48)])
 
 
 def test_text_behind_an_image_starts_behind_the_uncompressed_one(
     loaded_models: dict[str, LoadedModel],
 ) -> None:
     """Two images between three texts: of 7 places the first keeps two, of 5 the second one."""
-    family = loaded_models["vicuna"].family
+    adapter = loaded_models["vicuna"].adapter
     image = loaded_models["vicuna"].model.config.image_token_id
     ids, packed = [5, image, 6, 7, image, 8], [torch.zeros(2, 48), torch.zeros(1, 48)]
     first, second = (
@@ -298,7 +298,7 @@ def test_text_behind_an_image_starts_behind_the_uncompressed_one(
     )
 
     def positions(*places: OriginalPositions | None) -> list[int]:
-        prompt = family.embed(ids, packed, places)
+        prompt = adapter.embed(ids, packed, places)
         assert prompt.positions is not None
         assert prompt.positions.dtype == torch.int64
         assert len(prompt.positions) == len(prompt)
@@ -307,10 +307,10 @@ def test_text_behind_an_image_starts_behind_the_uncompressed_one(
     assert positions(first, second) == [0, 2, 7, 8, 9, 14, 15]
     assert positions(first, None) == [0, 2, 7, 8, 9, 10, 11]
     assert positions(None, second) == [0, 1, 2, 3, 4, 9, 10]
-    assert family.embed(ids, packed, [None, None]).positions is None
-    assert family.embed(ids, packed).positions is None
+    assert adapter.embed(ids, packed, [None, None]).positions is None
+    assert adapter.embed(ids, packed).positions is None
     with pytest.raises(ValueError, match="zip"):
-        family.embed(ids, packed, [first])
+        adapter.embed(ids, packed, [first])
 
 
 def test_logits_behind_a_gap_are_those_of_the_plain_loop(
@@ -352,12 +352,15 @@ def test_an_outline_needs_no_weights(
     """And says what the loaded model says."""
     bare = tmp_path / "bare"
     shutil.copytree(tiny_paths[name], bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    outline, family = loading.load_metadata(str(bare), dtype="float32"), loaded_models[name].family
-    assert (outline.shape, outline.anyres) == (family.shape, family.anyres)
-    assert outline.shape.needs() == family.needs()
+    outline, adapter = (
+        loading.load_metadata(str(bare), dtype="float32"),
+        loaded_models[name].adapter,
+    )
+    assert (outline.shape, outline.anyres) == (adapter.shape, adapter.anyres)
+    assert outline.shape.needs() == adapter.needs()
     for size in SIZES:
-        image = tile(Image.new("RGB", size[::-1]), family.anyres)
-        assert outline.canvas(size) == family.canvas(image)
+        image = tile(Image.new("RGB", size[::-1]), adapter.anyres)
+        assert outline.canvas(size) == adapter.canvas(image)
     chat = ChatPrompt(outline.processor)
     assert chat.encode("what is it?") == ChatPrompt(loaded_models[name].processor).encode(
         "what is it?"

@@ -145,7 +145,7 @@ def test_a_token_beyond_the_table_fails_its_row_alone(model: Path) -> None:
     loaded = load(model)
     rows = loaded.model.get_input_embeddings().num_embeddings
     with pytest.raises(BadRow, match=f"the prompt has token {rows}, .* text table {rows} rows"):
-        loaded.family.embed([1, rows], [])
+        loaded.adapter.embed([1, rows], [])
 
 
 def test_a_model_with_tensors_of_other_sizes_is_refused(model: Path) -> None:
