@@ -83,12 +83,12 @@ class _Uncompressed:
 
 @lru_cache(maxsize=4096)
 def _uncompressed(canvas: Canvas, thumbnail: int | None, device: torch.device) -> _Uncompressed:
-    plan = canvas_index(canvas, thumbnail, device)
-    order, newline = plan.order.long(), plan.order == NEWLINE
-    present = torch.where(newline, plan.image_rows, plan.valid.flatten()[order.clamp_min(0)])
+    index = canvas_index(canvas, thumbnail, device)
+    order, newline = index.order.long(), index.order == NEWLINE
+    present = torch.where(newline, index.image_rows, index.valid.flatten()[order.clamp_min(0)])
     positions = (present.cumsum(0) - 1).clamp_min(0)
     canvas_rows = canvas.grid[0] * canvas.side[0]
-    row_of = plan.row_of.masked_fill(plan.row_of == canvas_rows, THUMBNAIL_ROW)
+    row_of = index.row_of.masked_fill(index.row_of == canvas_rows, THUMBNAIL_ROW)
     by_token = order[~newline].argsort()
     return _Uncompressed(
         rows=row_of[~newline][by_token],

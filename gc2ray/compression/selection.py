@@ -72,25 +72,25 @@ def everything(views: Views) -> Selection:
 
 def _emit(views: Sequence[Views], keep: Tensor, *, only_kept_rows: bool) -> list[Selection]:
     """One gather for all images; `keep` is bool (sum of V, N)."""
-    plans = [canvas_index(view.canvas, view.thumbnail, view.scores.device) for view in views]
-    sizes = [len(plan.order) for plan in plans]
-    tokens = [plan.valid.numel() for plan in plans]
+    indexes = [canvas_index(view.canvas, view.thumbnail, view.scores.device) for view in views]
+    sizes = [len(index.order) for index in indexes]
+    tokens = [index.valid.numel() for index in indexes]
     rows = [view.canvas.grid[0] * view.canvas.side[0] + 1 for view in views]
     table = torch.tensor([_starts(tokens), _starts(rows)]).to(keep.device)  # (2, B)
     owner = torch.arange(len(views), device=keep.device).repeat_interleave(
         torch.tensor(sizes, device=keep.device), output_size=sum(sizes)
     )
-    order = torch.cat([plan.order for plan in plans])
+    order = torch.cat([index.order for index in indexes])
     is_newline = order == NEWLINE
     tokens_at = (order + table[0][owner]).masked_fill_(is_newline, 0)
     emitted = keep.flatten()[tokens_at] & ~is_newline
     if only_kept_rows:
-        row_of = torch.cat([plan.row_of for plan in plans]) + table[1][owner]
+        row_of = torch.cat([index.row_of for index in indexes]) + table[1][owner]
         kept_rows = torch.zeros(sum(rows), dtype=torch.bool, device=keep.device)
         kept_rows[row_of[emitted]] = True
         newlines = kept_rows[row_of]
     else:
-        newlines = torch.cat([plan.image_rows for plan in plans])
+        newlines = torch.cat([index.image_rows for index in indexes])
     emitted |= is_newline & newlines
     if len(views) == 1:
         return [Selection(order[emitted])]

@@ -102,8 +102,8 @@ def crop_scales(batch: ViewBatch, retention: float, temperature: float) -> Tenso
     images, crops = len(batch.images), len(batch.crops)
     region, first = [], 0
     for image in batch.images:
-        plan = canvas_index(image.canvas, image.thumbnail, image.scores.device)
-        region.append(plan.region_of + first)
+        index = canvas_index(image.canvas, image.thumbnail, image.scores.device)
+        region.append(index.region_of + first)
         first += image.canvas.crops
     sums = thumbnails.new_zeros(crops, dtype=torch.float64)
     sums.index_add_(0, torch.cat(region), thumbnails.double().flatten())
@@ -125,9 +125,9 @@ def combined_scores(batch: ViewBatch) -> Tensor:
     thumbnail's, resampled bilinearly to the covered canvas.
     """
     images = batch.images
-    plans = [canvas_index(image.canvas, image.thumbnail, image.scores.device) for image in images]
-    rows = torch.cat([plan.row_weights for plan in plans])
-    columns = torch.cat([plan.column_weights for plan in plans])
+    indexes = [canvas_index(image.canvas, image.thumbnail, image.scores.device) for image in images]
+    rows = torch.cat([index.row_weights for index in indexes])
+    columns = torch.cat([index.column_weights for index in indexes])
     thumbnails = _thumbnails(batch)[batch.crop_owner].view(-1, *images[0].canvas.side)
     # Products of small matrices take all geometries in one batch; F.interpolate takes one each.
     guidance = torch.bmm(torch.bmm(rows, thumbnails), columns.transpose(1, 2)).flatten(1)
