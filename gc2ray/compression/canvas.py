@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NEWLINE = -1
-"""Marks a newline token in `Selection.source`."""
+"""Marks a newline token in `Selection.token_index`."""
 
 
 @dataclass(frozen=True)

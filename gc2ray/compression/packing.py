@@ -117,7 +117,7 @@ def _lines(views: Views, source: Tensor) -> Tensor:
 
 
 def _original_positions(views: Views, selection: Selection) -> OriginalPositions:
-    whole, source = _whole(views), selection.source
+    whole, source = _whole(views), selection.token_index
     newline = source == NEWLINE
     closed = _lines(views, source).masked_fill(~newline, 0)
     index = torch.where(newline, whole.newlines[closed], whole.tokens[source.clamp_min(0)])
@@ -125,19 +125,19 @@ def _original_positions(views: Views, selection: Selection) -> OriginalPositions
 
 
 def _without_newlines(selection: Selection) -> Selection:
-    token = selection.source != NEWLINE
+    token = selection.token_index != NEWLINE
     features = selection.features
-    return Selection(selection.source[token], None if features is None else features[token])
+    return Selection(selection.token_index[token], None if features is None else features[token])
 
 
 def _with_all_newlines(views: Views, selection: Selection) -> Selection:
     """Each token moves behind the newlines of the covered rows before its own."""
     first, height = views.canvas.rows[0], views.canvas.height
-    token = selection.source != NEWLINE
-    lines = _lines(views, selection.source)[token]
+    token = selection.token_index != NEWLINE
+    lines = _lines(views, selection.token_index)[token]
     target = torch.arange(len(lines), device=lines.device) + (lines - first).clamp(0, height)
-    source = selection.source.new_full((len(lines) + height,), NEWLINE)
-    source[target] = selection.source[token]
+    source = selection.token_index.new_full((len(lines) + height,), NEWLINE)
+    source[target] = selection.token_index[token]
     if selection.features is None:
         return Selection(source)
     features = selection.features.new_zeros(len(source), selection.features.shape[1])

@@ -19,25 +19,25 @@ class Selection:
     """The tokens of an image that the language model reads, in order.
 
     Attributes:
-        source: int32 (K,); view * N + token, or `NEWLINE`.
+        token_index: int32 (K,); view * N + token, or `NEWLINE`.
         features: For methods that merge tokens: float (K, D), the merged tokens (rows at newlines
-            are not read), and `source` names a token that each stands for.
+            are not read), and `token_index` names a token that each stands for.
     """
 
-    source: Tensor
+    token_index: Tensor
     features: Tensor | None = None
 
     def kept_per_view(self, views: int, tokens_per_view: int) -> tuple[int, ...]:
-        """Kept tokens of each view. Brings `source` to the host."""
-        source = self.source.cpu()
-        kept = source[source >= 0] // tokens_per_view
+        """Kept tokens of each view. Brings `token_index` to the host."""
+        index = self.token_index.cpu()
+        kept = index[index >= 0] // tokens_per_view
         return tuple(torch.bincount(kept, minlength=views).tolist())
 
     def bitmaps(self, views: int, tokens_per_view: int) -> tuple[bytes, ...]:
         """Which tokens of each view are kept; bit i, counted from the lowest, is token i."""
         kept = torch.zeros(views * tokens_per_view, dtype=torch.bool)
-        source = self.source.cpu().long()
-        kept[source[source >= 0]] = True
+        index = self.token_index.cpu().long()
+        kept[index[index >= 0]] = True
         rows = kept.view(views, tokens_per_view).numpy()
         return tuple(row.tobytes() for row in np.packbits(rows, axis=1, bitorder="little"))
 
@@ -95,7 +95,7 @@ def _emit(views: Sequence[Views], keep: Tensor, *, only_kept_rows: bool) -> list
     if len(views) == 1:
         return [Selection(order[emitted])]
     counts = torch.bincount(owner[emitted], minlength=len(views)).tolist()
-    return [Selection(source) for source in torch.split(order[emitted], counts)]
+    return [Selection(chosen) for chosen in torch.split(order[emitted], counts)]
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

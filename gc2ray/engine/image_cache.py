@@ -80,10 +80,10 @@ class CachedImage:
         """Count the tokens that the compressor kept."""
         self.full_per_view = views.valid_per_view
         views_count = len(self.full_per_view)
-        selection = Selection(selection.source.cpu())  # once
+        selection = Selection(selection.token_index.cpu())  # once
         self.kept_per_view = selection.kept_per_view(views_count, views.tokens_per_view)
         self.kept_mask = selection.bitmaps(views_count, views.tokens_per_view)
-        self.newlines = len(selection.source) - sum(self.kept_per_view)
+        self.newlines = len(selection.token_index) - sum(self.kept_per_view)
         self.full_newlines = views.canvas.newlines
 
 

@@ -62,17 +62,17 @@ def _compare(images: Sequence[Views], turns: int, calls: int) -> dict[str, float
 
 def _gathered(views: Views, selection: Selection) -> Tensor:
     """Kept features, gathered as `families.llava_next` does."""
-    return views.features.flatten(0, 1).index_select(0, selection.source.clamp_min(0))
+    return views.features.flatten(0, 1).index_select(0, selection.token_index.clamp_min(0))
 
 
 def _same(views: Views, selection: Selection) -> bool:
-    (source, features), tokens = _loop(views), selection.source != NEWLINE
-    same = selection.source.tolist() == source
+    (source, features), tokens = _loop(views), selection.token_index != NEWLINE
+    same = selection.token_index.tolist() == source
     return same and torch.equal(_gathered(views, selection)[tokens], features[tokens])
 
 
 def _loop(views: Views) -> tuple[list[int], Tensor]:
-    """As one would write it down, token by token: `Selection.source`, and features (K, D)."""
+    """As one would write it down, token by token: `Selection.token_index`, and features (K, D)."""
     canvas, scores, features = views.canvas, views.scores, views.features
     places = torch.full((canvas.grid[0] * SIDE, canvas.grid[1] * SIDE), NEWLINE)
     kept = torch.zeros(*places.shape, WIDTH)

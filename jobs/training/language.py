@@ -165,7 +165,7 @@ class LanguageLearner:
             )
         ]
         selections = [everything(view) for view in views]
-        return self._adapter.pack(views, selections), [chosen.source for chosen in selections]
+        return self._adapter.pack(views, selections), [chosen.token_index for chosen in selections]
 
     def _language_loss(
         self, dialogues: Sequence[Dialogue], visual: Tensor

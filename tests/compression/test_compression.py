@@ -74,8 +74,8 @@ def test_reference_method_equals_the_reference(index: int) -> None:
     views = golden_views(data)
     method = GlobalCom2Reference(retention=float(data["ratio"]))
     selection = method(views)
-    assert selection.source.tolist() == data["packed_src"].tolist()
-    source = selection.source.long()
+    assert selection.token_index.tolist() == data["packed_src"].tolist()
+    source = selection.token_index.long()
     packed = views.features.flatten(0, 1)[source.clamp_min(0)]
     packed[source == NEWLINE] = torch.from_numpy(data["newline"]).float()
     assert torch.equal(packed, torch.from_numpy(data["packed"]).float())
@@ -93,7 +93,7 @@ def test_globalcom2_keeps_the_reference_sets(index: int) -> None:
     data = golden(index)
     views = golden_views(data)
     retention = float(data["ratio"])
-    kept = kept_sets(views, GlobalCom2(retention)(views).source.tolist())
+    kept = kept_sets(views, GlobalCom2(retention)(views).token_index.tolist())
     assert kept[0] == set(data["thumb_idx"].tolist())
     ptr = data["kept_ptr"]
     for crop in range(len(ptr) - 1):
@@ -107,7 +107,7 @@ def test_the_excepted_fixtures_do_differ() -> None:
     for index in (21, 24):
         data = golden(index)
         views = golden_views(data)
-        kept = kept_sets(views, GlobalCom2(float(data["ratio"]))(views).source.tolist())
+        kept = kept_sets(views, GlobalCom2(float(data["ratio"]))(views).token_index.tolist())
         assert sum(map(len, kept[1:])) != len(data["kept_true"])
     for index in (14, 15, 16):
         data = golden(index)
@@ -120,16 +120,16 @@ def test_the_excepted_fixtures_do_differ() -> None:
 
 def test_thumbnail_in_raster_order() -> None:
     views = make_views((700, 700))
-    thumbnail = [place for place in GlobalCom2(0.3)(views).source.tolist() if 0 <= place < 36]
+    thumbnail = [place for place in GlobalCom2(0.3)(views).token_index.tolist() if 0 <= place < 36]
     assert thumbnail == sorted(thumbnail)
-    accident = [p for p in GlobalCom2Reference(0.3)(views).source.tolist() if 0 <= p < 36]
+    accident = [p for p in GlobalCom2Reference(0.3)(views).token_index.tolist() if 0 <= p < 36]
     assert accident != sorted(accident)
 
 
 def test_kept_tokens_stand_where_they_were() -> None:
     """1000x400 has padding above and below: the reference writes its tokens to other rows."""
     views = make_views((400, 1000))
-    source = GlobalCom2(0.4)(views).source.tolist()
+    source = GlobalCom2(0.4)(views).token_index.tolist()
     canvas_rows: list[int] = []
     line: list[int] = []
     for place in source[source.index(next(p for p in source if p >= 36)) :]:
@@ -143,16 +143,17 @@ def test_kept_tokens_stand_where_they_were() -> None:
             line.append((token // 6, crop * 6 + token % 6))
     assert canvas_rows == sorted(set(canvas_rows))
     assert (
-        oracle.pack(kept_sets(views, GlobalCom2(0.4)(views).source.tolist()), (1, 3), 6) == source
+        oracle.pack(kept_sets(views, GlobalCom2(0.4)(views).token_index.tolist()), (1, 3), 6)
+        == source
     )
 
 
 def test_one_newline_per_row_that_keeps_a_token() -> None:
     views = make_views((400, 1000), seed=3)
-    source = GlobalCom2(0.05)(views).source
+    source = GlobalCom2(0.05)(views).token_index
     rows = {(p % 36) // 6 for p in source.tolist() if p >= 36}
     assert int((source == NEWLINE).sum()) == len(rows) < views.canvas.newlines
-    assert int((GlobalCom2Reference(0.05)(views).source == NEWLINE).sum()) == 6
+    assert int((GlobalCom2Reference(0.05)(views).token_index == NEWLINE).sum()) == 6
 
 
 def test_every_view_keeps_a_token() -> None:
@@ -176,7 +177,7 @@ def test_unpadding_rounds_as_transformers() -> None:
 @pytest.mark.parametrize("size", [(10, 2000), (2000, 10), (500, 3), (1, 1)])
 @pytest.mark.parametrize("method", COMPRESSORS)
 def test_extreme_aspect_ratios(method: str, size: tuple[int, int]) -> None:
-    source = build(method, retention=0.25)(make_views(size)).source
+    source = build(method, retention=0.25)(make_views(size)).token_index
     assert (source >= 0).any()
 
 
@@ -187,7 +188,7 @@ def test_many_equals_one_by_one(method: str) -> None:
     compressor = build(method, retention=0.3)
     for image, selection in zip(images, compressor.many(images), strict=True):
         alone = compressor(image)
-        assert torch.equal(alone.source, selection.source)
+        assert torch.equal(alone.token_index, selection.token_index)
         if alone.features is not None:
             assert selection.features is not None
             assert torch.equal(alone.features, selection.features)
@@ -206,7 +207,9 @@ SIZES = [(700, 700), (400, 1000), (10, 2000), (2000, 10), (50, 40)]
 @pytest.mark.parametrize("method", METHODS)
 def test_images_pass_untouched_from_where_it_is_said(method: str, retention: float) -> None:
     compressor, images = build(method, retention=retention), list(map(make_views, SIZES))
-    untouched = all(compressor(image).source.equal(everything(image).source) for image in images)
+    untouched = all(
+        compressor(image).token_index.equal(everything(image).token_index) for image in images
+    )
     assert CompressionConfig(method=method, retention=retention).keeps_everything == untouched
 
 
@@ -215,16 +218,16 @@ def test_images_pass_untouched_from_where_it_is_said(method: str, retention: flo
 def test_retention_one_is_the_identity(method: str, size: tuple[int, int]) -> None:
     views = make_views(size)
     selection = build(method, retention=1.0)(views)
-    assert torch.equal(selection.source, everything(views).source)
+    assert torch.equal(selection.token_index, everything(views).token_index)
     assert selection.features is None
     expected = oracle.everything(size, views.canvas.grid, 6)
-    assert selection.source.tolist() == expected.packed
+    assert selection.token_index.tolist() == expected.packed
 
 
 def test_ties_go_to_the_lower_index() -> None:
     views = make_views((700, 700))
     flat = replace(views, scores=torch.ones_like(views.scores))
-    kept = kept_sets(flat, GlobalCom2(0.25)(flat).source.tolist())
+    kept = kept_sets(flat, GlobalCom2(0.25)(flat).token_index.tolist())
     assert kept == [set(range(9))] * 5
 
 
@@ -253,7 +256,7 @@ def test_globalcom2_equals_the_oracle(
         views.scores.tolist(), size, views.canvas.grid, side, retention, temperature
     )
     assume(expected.gap > NEAR_TIE)
-    assert GlobalCom2(retention, temperature)(views).source.tolist() == expected.packed
+    assert GlobalCom2(retention, temperature)(views).token_index.tolist() == expected.packed
 
 
 @settings(max_examples=60, deadline=None)
@@ -264,9 +267,9 @@ def test_local_and_uniform_equal_the_oracle(
     views = make_views(size, seed=seed)
     grid = views.canvas.grid
     local = oracle.local(views.scores.tolist(), size, grid, 6, retention)
-    assert build("local", retention=retention)(views).source.tolist() == local.packed
+    assert build("local", retention=retention)(views).token_index.tolist() == local.packed
     uniform = oracle.uniform(size, grid, 6, retention)
-    assert build("uniform", retention=retention)(views).source.tolist() == uniform.packed
+    assert build("uniform", retention=retention)(views).token_index.tolist() == uniform.packed
 
 
 def promised(method: str, views: Views, retention: float) -> list[int]:
@@ -297,9 +300,9 @@ def test_contract(method: str, size: tuple[int, int], retention: float, seed: in
     compressor = build(method, retention=retention)
     selection = compressor(views)
     again = compressor(views)
-    source = selection.source
+    source = selection.token_index
     assert source.dtype == torch.int32
-    assert torch.equal(source, again.source), "not deterministic"
+    assert torch.equal(source, again.token_index), "not deterministic"
     assert torch.equal(views.scores, before[0]), "input changed"
     assert torch.equal(views.features, before[1]), "input changed"
     tokens = source[source >= 0].long()
@@ -372,21 +375,21 @@ def test_pool_averages_its_cells() -> None:
     assert selection.features is not None
     first = views.features[0].view(6, 6, 4)[:2, :2].mean(dim=(0, 1))
     torch.testing.assert_close(selection.features[0], first)
-    whole = selection.features[selection.source >= 0].mean(dim=0)
+    whole = selection.features[selection.token_index >= 0].mean(dim=0)
     torch.testing.assert_close(whole, views.features.mean(dim=(0, 1)))
 
 
 def test_random_follows_the_row_only() -> None:
     views = make_views((700, 700), seed=1)
     method = build("random", retention=0.3)
-    assert not torch.equal(method(views).source, method(replace(views, seed=2)).source)
+    assert not torch.equal(method(views).token_index, method(replace(views, seed=2)).token_index)
     other_scores = replace(views, scores=views.scores.flip(1))
-    assert torch.equal(method(views).source, method(other_scores).source)
+    assert torch.equal(method(views).token_index, method(other_scores).token_index)
 
 
 def test_newlines_are_counted_apart_from_tokens() -> None:
     views = make_views((2000, 10))
-    source = everything(views).source
+    source = everything(views).token_index
     assert source[36:].tolist() == [NEWLINE] * 18  # bare newlines, as stock packs them
     assert views.canvas.newlines == 18
 
@@ -409,7 +412,7 @@ def test_globalcom2_needs_a_thumbnail() -> None:
     crops = Views(views.features[1:], views.scores[1:], views.canvas, views.size, thumbnail=None)
     with pytest.raises(ValueError, match="thumbnail"):
         GlobalCom2(0.5)(crops)
-    assert build("local", retention=0.5)(crops).source.max() < 4 * 36
+    assert build("local", retention=0.5)(crops).token_index.max() < 4 * 36
 
 
 def test_views_of_the_wrong_shape_are_refused() -> None:

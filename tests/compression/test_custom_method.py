@@ -41,7 +41,9 @@ def test_a_method_of_ones_own_takes_its_settings(folder: Path) -> None:
     policy = CompressionPolicy.from_config(own_config(retention=0.5))
     assert (policy.compressor.name, policy.retention_requested) == ("own", 0.5)
     views = random_views((700, 700))
-    assert torch.equal(policy.compressor(views).source, build("local", retention=0.5)(views).source)
+    assert torch.equal(
+        policy.compressor(views).token_index, build("local", retention=0.5)(views).token_index
+    )
 
 
 def test_an_entry_point_needs_no_permission(folder: Path) -> None:
@@ -122,14 +124,14 @@ def example(monkeypatch: pytest.MonkeyPatch) -> CompressionConfig:
 @pytest.mark.parametrize("size", [(672, 672), (90, 2000), (400, 1000)])
 def test_the_example_keeps_the_middle(example: CompressionConfig, size: tuple[int, int]) -> None:
     compressor, views = build_configured(example), random_views(size)
-    for view, kept in enumerate(kept_sets(views, compressor(views).source.tolist())):
+    for view, kept in enumerate(kept_sets(views, compressor(views).token_index.tolist())):
         valid = [token for token in range(36) if views.valid[view, token]]
         assert kept <= {*valid}
         assert len(kept) == min(len(valid), max(1, len(valid) // 4))
         farthest_kept = max(map(from_the_middle, kept), default=0.0)
         assert all(from_the_middle(token) >= farthest_kept for token in {*valid} - kept)
     whole = build_configured(example.model_copy(update={"retention": 1.0}))
-    assert torch.equal(whole(views).source, everything(views).source)
+    assert torch.equal(whole(views).token_index, everything(views).token_index)
 
 
 def from_the_middle(token: int) -> float:

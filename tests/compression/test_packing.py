@@ -54,10 +54,10 @@ def places_of(packing: Packing, views: Views, selection: Selection) -> OriginalP
 def check_places(views: Views, selection: Selection, closed: list[int]) -> None:
     grid, side = views.canvas.grid, views.canvas.side[0]
     found = places_of(ORIGINAL, views, selection)
-    packed = selection.source.tolist()
+    packed = selection.token_index.tolist()
     assert found.index.tolist() == oracle.places(packed, closed, views.size, grid, side)
     assert found.length == oracle.uncompressed_places(views.size, grid, side)[2]
-    assert found.length == len(everything(views).source)
+    assert found.length == len(everything(views).token_index)
 
 
 # --- against the oracle ------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_places_are_those_of_the_uncompressed_image(
 ) -> None:
     views = random_views(size, grid, side, seed)
     selection = build(method, retention=retention)(views)
-    closed = rows_closed(method, retention, views, selection.source.tolist())
+    closed = rows_closed(method, retention, views, selection.token_index.tolist())
     check_places(views, selection, closed)
 
 
@@ -93,11 +93,11 @@ def test_places_of_random_masks(
 ) -> None:
     views = random_views(size, grid, side)
     (selection,) = reading_order([views], random_mask(views, share, seed))
-    check_places(views, selection, oracle.rows_closed(selection.source.tolist(), grid, side))
+    check_places(views, selection, oracle.rows_closed(selection.token_index.tolist(), grid, side))
     (full,) = ALL.apply([views], [selection])
-    assert full.source.dtype == selection.source.dtype
-    packed = full.source.tolist()
-    kept = kept_sets(views, selection.source.tolist())
+    assert full.token_index.dtype == selection.token_index.dtype
+    packed = full.token_index.tolist()
+    kept = kept_sets(views, selection.token_index.tolist())
     assert packed == oracle.pack_with_all_newlines(kept, size, grid, side)
     check_places(views, full, list(oracle.valid_rectangle(size, grid, side)[0]))
 
@@ -117,9 +117,9 @@ def test_newlines_of_every_method(
 ) -> None:
     views = random_views(size, grid, side, seed)
     before = build(method, retention=retention)(views)
-    emitted = before.source.tolist()
+    emitted = before.token_index.tolist()
     (after,) = Packing(newlines=newlines).apply([views], [before])
-    packed = after.source.tolist()
+    packed = after.token_index.tolist()
     if newlines == "none":
         assert packed == [source for source in emitted if source != NEWLINE]
         closed = []
@@ -136,9 +136,10 @@ def test_newlines_of_every_method(
         assert after.features is None
     else:  # every token keeps its merged features, in order
         assert after.features is not None
-        assert len(after.features) == len(after.source)
+        assert len(after.features) == len(after.token_index)
         assert torch.equal(
-            after.features[after.source != NEWLINE], before.features[before.source != NEWLINE]
+            after.features[after.token_index != NEWLINE],
+            before.features[before.token_index != NEWLINE],
         )
 
 
@@ -148,18 +149,18 @@ def test_newlines_of_every_method(
 def test_a_small_image_by_hand() -> None:
     """A 1x2 grid of 2x2 views: thumbnail 0..3, rows (4 5 8 9) and (6 7 10 11)."""
     views = random_views((100, 200), (1, 2), 2)
-    assert everything(views).source.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
+    assert everything(views).token_index.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
     keep = torch.zeros(3, 4, dtype=torch.bool)
     keep.view(-1)[[1, 6, 10]] = True
     (selection,) = reading_order([views], keep)
-    assert selection.source.tolist() == [1, 6, 10, -1]
+    assert selection.token_index.tolist() == [1, 6, 10, -1]
     found = places_of(ORIGINAL, views, selection)
     assert (found.index.tolist(), found.length) == ([1, 9, 11, 13], 14)
     (full,) = ALL.apply([views], [selection])
-    assert full.source.tolist() == [1, -1, 6, 10, -1]
+    assert full.token_index.tolist() == [1, -1, 6, 10, -1]
     assert places_of(ORIGINAL, views, full).index.tolist() == [1, 8, 9, 11, 13]
     (bare,) = NONE.apply([views], [selection])
-    assert bare.source.tolist() == [1, 6, 10]
+    assert bare.token_index.tolist() == [1, 6, 10]
     assert places_of(ORIGINAL, views, bare).index.tolist() == [1, 9, 11]
 
 
@@ -168,13 +169,13 @@ def test_the_reference_counts_the_rows_of_padding_too() -> None:
     views = random_views((400, 1000))
     assert views.canvas.rows == (4, 8)
     selection = build(EVERY_ROW, retention=0.3)(views)
-    newline = selection.source == NEWLINE
+    newline = selection.token_index == NEWLINE
     found = places_of(ORIGINAL, views, selection).index[newline].tolist()
     rows = [36 + 13 * row - 1 for row in range(1, 5)]
     assert found == [35] * 4 + rows + [rows[-1]] * 4
     (full,) = ALL.apply([views], [selection])
-    assert int((full.source == NEWLINE).sum()) == 4
-    thumbnail = selection.source[:10].tolist()
+    assert int((full.token_index == NEWLINE).sum()) == 4
+    thumbnail = selection.token_index[:10].tolist()
     assert thumbnail != sorted(thumbnail)
     assert places_of(ORIGINAL, views, selection).index[:10].tolist() == thumbnail
 
@@ -186,7 +187,7 @@ def test_at_retention_one_every_token_has_its_own_place(method: str, size: tuple
     selection = build(method, retention=1.0)(views)
     for packing in (ORIGINAL, replace(ORIGINAL, newlines="all")):
         (packed,) = packing.apply([views], [selection])
-        assert torch.equal(packed.source, selection.source)
+        assert torch.equal(packed.token_index, selection.token_index)
         found = places_of(packing, views, packed)
         assert found.index.tolist() == list(range(found.length))
 
@@ -198,8 +199,8 @@ def test_an_image_without_a_thumbnail() -> None:
     keep[0] = False
     (expected,) = ALL.apply([views], reading_order([views], keep))
     (selection,) = ALL.apply([crops], reading_order([crops], keep[1:]))
-    shifted = expected.source - 36 * (expected.source != NEWLINE)
-    assert selection.source.tolist() == shifted.tolist()
+    shifted = expected.token_index - 36 * (expected.token_index != NEWLINE)
+    assert selection.token_index.tolist() == shifted.tolist()
     found, with_thumbnail = (
         places_of(ORIGINAL, *pair) for pair in ((crops, selection), (views, expected))
     )
@@ -218,9 +219,9 @@ def test_of_nothing_kept() -> None:
     views = random_views((400, 1000))
     empty = Selection(torch.empty(0, dtype=torch.int32))
     (full,) = ALL.apply([views], [empty])
-    assert full.source.tolist() == [NEWLINE] * 4
+    assert full.token_index.tolist() == [NEWLINE] * 4
     assert places_of(ORIGINAL, views, empty).index.tolist() == []
-    assert NONE.apply([views], [full])[0].source.tolist() == []
+    assert NONE.apply([views], [full])[0].token_index.tolist() == []
 
 
 @pytest.mark.parametrize("method", COMPRESSORS)
@@ -232,7 +233,7 @@ def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
     placed = packing.original_positions(images, together)
     for image, selection, packed, places in zip(images, selections, together, placed, strict=True):
         (alone,) = packing.apply([image], [selection])
-        assert torch.equal(alone.source, packed.source)
+        assert torch.equal(alone.token_index, packed.token_index)
         if packing.positions == "original":
             assert places is not None
             assert torch.equal(places.index, places_of(packing, image, alone).index)

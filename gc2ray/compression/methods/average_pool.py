@@ -36,7 +36,7 @@ class AveragePool(MaskCompressor):
         if self.retention == 1:
             return selections
         return [
-            Selection(selection.source, self._pooled(image, selection.source))
+            Selection(selection.token_index, self._pooled(image, selection.token_index))
             for image, selection in zip(images, selections, strict=True)
         ]
 

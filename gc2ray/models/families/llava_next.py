@@ -132,7 +132,7 @@ class LlavaNext:
         """Gather, project in one call, insert newlines; per image (K, D_text)."""
         rows = [_gathered(view, chosen) for view, chosen in zip(views, selections, strict=True)]
         packed = self._projector(torch.cat(rows))
-        newlines = torch.cat([chosen.source for chosen in selections]) == NEWLINE
+        newlines = torch.cat([chosen.token_index for chosen in selections]) == NEWLINE
         packed[newlines] = self._newline
         return list(torch.split(packed, [len(part) for part in rows]))
 
@@ -259,7 +259,7 @@ def _positions(
 def _gathered(views: Views, selection: Selection) -> Tensor:
     if selection.features is not None:
         return selection.features.to(views.features.dtype)
-    return views.features.flatten(0, 1).index_select(0, selection.source.clamp_min(0))
+    return views.features.flatten(0, 1).index_select(0, selection.token_index.clamp_min(0))
 
 
 def _feature_states(config: Any, layers: int) -> tuple[int, ...]:
