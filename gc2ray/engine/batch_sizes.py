@@ -26,7 +26,7 @@ GPU_USABLE = 0.92
 """Usable part of a worker's share; the rest is for fragments, the CUDA context and workspaces."""
 CPU_SHARE, CPU_MOST_BYTES = 1 / 8, 1024 * MIB
 SMALLEST_KV_TOKENS = 1024
-GPU_BURST = 8
+GPU_GRAPH_STEPS = 8
 GPU_BATCH_VIEWS, CPU_BATCH_VIEWS = 160, 40
 """Views of a batch. On an H200 a 7B at retention 0.1 answers 39.9 rows a second with 160 and 31.2
 with 80 (320 rows of 5 views, 32 new tokens, 2026-11-26): more rows are decoded together."""
@@ -39,7 +39,7 @@ class BatchSizes:
     """The batch sizes of `Cluster`, all of them set.
 
     Attributes:
-        burst: Decoding steps between two checks of which rows have ended.
+        graph_steps: Decoding steps between two checks of which rows have ended.
         gpu_share: This worker's share of the GPU's memory.
         cached_image_bytes: Packed images that are kept for later rows.
     """
@@ -49,7 +49,7 @@ class BatchSizes:
     kv_tokens: int
     prefill_tokens: int
     live_rows: int | None
-    burst: int
+    graph_steps: int
     gpu_share: float
     cached_image_bytes: int
 
@@ -70,7 +70,7 @@ def derive_batch_sizes(cluster: Cluster, needs: Needs, memory: Memory) -> BatchS
         kv_tokens=cluster.kv_tokens or 0,
         prefill_tokens=prefill,
         live_rows=cluster.live_rows,
-        burst=GPU_BURST if memory.is_gpu else 1,
+        graph_steps=GPU_GRAPH_STEPS if memory.is_gpu else 1,
         gpu_share=share,
         cached_image_bytes=(256 if memory.is_gpu else 16) * MIB,
     )

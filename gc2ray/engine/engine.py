@@ -327,7 +327,7 @@ def _build_decoder(model: Any, sizes: BatchSizes, end_tokens: tuple[int, ...]) -
     if reason is not None:
         log.warning("decoding with stock generate, which is slower: %s", reason)
         return GenerateDecoder(model, max_tokens=sizes.kv_tokens, eos=end_tokens)
-    limits = DecodeLimits(sizes.kv_tokens, sizes.prefill_tokens, sizes.live_rows, sizes.burst)
+    limits = DecodeLimits(sizes.kv_tokens, sizes.prefill_tokens, sizes.live_rows, sizes.graph_steps)
     return ContinuousBatchDecoder(LanguageModel(model), limits, eos=end_tokens)
 
 

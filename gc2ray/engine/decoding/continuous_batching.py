@@ -59,18 +59,18 @@ class ContinuousBatchDecoder:
         attend: Attend | None = None,
     ) -> None:
         self._model = model
-        self._burst = limits.burst
+        self._graph_steps = limits.graph_steps
         self._eos = frozenset(eos)
         self._attend = attend or choose_attention(
             model.kv_shape, model.heads, model.dtype, model.device
         )
-        tokens = limits.kv_tokens + (limits.burst > 1)
+        tokens = limits.kv_tokens + (limits.graph_steps > 1)
         self._kv_cache = KvCache(model.kv_shape, tokens, dtype=model.dtype, device=model.device)
         self._scheduler = Scheduler(self._kv_cache, limits)
         self._graphs: dict[GraphShape, CudaGraphRunner] = {}
         on_gpu = model.device.type == "cuda"
         self._graph_pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        if limits.burst > 1:
+        if limits.graph_steps > 1:
             self._kv_cache.allocate(1)  # the slot that bursts write to for rows that are missing
         self.oom_splits = self.steps = 0
 
@@ -106,10 +106,10 @@ class ContinuousBatchDecoder:
         if not rows:
             return []
         try:
-            if admitted or self._burst == 1:
+            if admitted or self._graph_steps == 1:
                 self._run_step(rows)
             else:
-                self._run_burst(rows)
+                self._run_graph_steps(rows)
         except torch.AcceleratorError:
             raise
         except ROW_ERRORS as error:
@@ -141,11 +141,11 @@ class ContinuousBatchDecoder:
             row.cached = chunk.length
             row.tokens.append(token)
 
-    def _run_burst(self, rows: Sequence[DecodeRow]) -> None:
+    def _run_graph_steps(self, rows: Sequence[DecodeRow]) -> None:
         """Several steps: each row gets its next tokens, up to its end."""
         started = time.perf_counter_ns()
         longest_rest = max(row.sampling.max_new_tokens - len(row.tokens) for row in rows)
-        steps = min(self._burst, longest_rest)
+        steps = min(self._graph_steps, longest_rest)
         written = self._graph(rows).run([_graph_row(row) for row in rows], steps)
         self.steps += steps
         taken = [self._take(row, tokens) for row, tokens in zip(rows, written, strict=True)]
@@ -167,7 +167,7 @@ class ContinuousBatchDecoder:
                 self._kv_cache.states,
                 self._attend,
                 shape,
-                self._burst,
+                self._graph_steps,
                 self._graph_pool,
             )
         return self._graphs[shape]

@@ -30,17 +30,17 @@ class DecodeLimits:
         prefill_tokens: Prompt tokens admitted per step, if more than one prompt is; at least one
             prompt always is.
         live_rows: Rows decoded together; None where only tokens count.
-        burst: Decoding steps between two checks of which rows have ended, while no row is admitted;
+        graph_steps: Decoding steps between two checks of which rows have ended, while no row is admitted;
             more than 1 needs attention that runs on the device alone (`attend_by_row` does not).
     """
 
     kv_tokens: int
     prefill_tokens: int = 2048
     live_rows: int | None = None
-    burst: int = 1
+    graph_steps: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.kv_tokens, self.prefill_tokens, self.live_rows or 1, self.burst) < 1:
+        if min(self.kv_tokens, self.prefill_tokens, self.live_rows or 1, self.graph_steps) < 1:
             raise ValueError(f"all limits must be at least 1: {self}")
 
 
@@ -153,7 +153,7 @@ class Scheduler:
 
     def slots_for(self, tokens: int) -> int:
         """Slots that a row of so many tokens needs; a burst writes beyond the row's end."""
-        return tokens + self._limits.burst - 1
+        return tokens + self._limits.graph_steps - 1
 
     def admit(self) -> list[DecodeRow]:
         """Give slots to rows that start now: the oldest one and others of about its length."""

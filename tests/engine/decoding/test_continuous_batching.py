@@ -640,12 +640,13 @@ def test_prefixes_stay_until_room_is_wanted() -> None:
 # Bursts: what GPUs do, without the GPU
 
 
-BURSTS = DecodeLimits(20_000, burst=4)
+BURSTS = DecodeLimits(20_000, graph_steps=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "room", [BURSTS, DecodeLimits(400, burst=7), DecodeLimits(20_000, live_rows=3, burst=16)]
+    "room",
+    [BURSTS, DecodeLimits(400, graph_steps=7), DecodeLimits(20_000, live_rows=3, graph_steps=16)],
 )
 def test_bursts_give_the_tokens_of_generate(
     models: dict[str, Any], expected: Expected, kind: str, room: DecodeLimits
@@ -745,7 +746,7 @@ MODES: dict[str, tuple[DecodeLimits, Any]] = {
     "few slots": (DecodeLimits(20_000, live_rows=5), None),
     "attention of torch": (PLENTY, attend_by_row),
     "bursts": (BURSTS, attend_padded),
-    "long bursts": (DecodeLimits(20_000, burst=16), attend_padded),
+    "long bursts": (DecodeLimits(20_000, graph_steps=16), attend_padded),
 }
 
 

@@ -58,7 +58,7 @@ def test_a_row_waits_for_slots_and_gets_those_of_a_row_that_ended() -> None:
 
 
 def test_a_queue_takes_two_steps_of_prompts_and_none_that_can_never_fit() -> None:
-    scheduler = make_scheduler(DecodeLimits(30, prefill_tokens=10, burst=3))
+    scheduler = make_scheduler(DecodeLimits(30, prefill_tokens=10, graph_steps=3))
     prompt = make_row(0, 12).prompt
     assert scheduler.accepts(prompt, GenerationConfig(max_new_tokens=NEW))
     scheduler.add(make_row(0, 12))
