@@ -55,7 +55,7 @@ class Prefetcher(Generic[S, T]):
         self, items: Iterable[S], work: Callable[[S], T], *, threads: int, ahead: int
     ) -> None:
         self._items, self._work = items, work
-        self._pool = ThreadPoolExecutor(threads, "gc2ray-prefetch")
+        self._executor = ThreadPoolExecutor(threads, "gc2ray-prefetch")
         self._capacity = threading.Semaphore(ahead)
         self._futures: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
         self._next: Future[T] | None = None
@@ -70,7 +70,7 @@ class Prefetcher(Generic[S, T]):
     def __exit__(self, *_: object) -> None:
         self._closed = True
         self._capacity.release()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     @property
     def ended(self) -> bool:
@@ -79,7 +79,7 @@ class Prefetcher(Generic[S, T]):
 
     def add(self, item: S) -> None:
         """Process an item of the owner, too; their number is not bounded."""
-        self._own.append(self._pool.submit(self._work, item))
+        self._own.append(self._executor.submit(self._work, item))
 
     def take(self) -> T | None:
         """The next result if it is ready, else None; see `ended`."""
@@ -114,7 +114,7 @@ class Prefetcher(Generic[S, T]):
                 self._capacity.acquire()
                 if self._closed:
                     return
-                self._futures.put(self._pool.submit(self._work, item))
+                self._futures.put(self._executor.submit(self._work, item))
         except Exception as error:  # noqa: BLE001 - raised where the owner takes it
             failed: Future[T] = Future()
             failed.set_exception(error)

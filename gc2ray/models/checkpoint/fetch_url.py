@@ -142,5 +142,5 @@ def _fetch(filesystem: Any, files: Sequence[_File], partial: Path, tick: Tick) -
         if size != file.size_bytes > 0:
             raise OSError(f"{file.path}: only {size} of {file.size_bytes} bytes were received")
 
-    with ThreadPoolExecutor(FETCH_THREADS, "gc2ray-fetch") as pool:
-        list(pool.map(fetch, files))
+    with ThreadPoolExecutor(FETCH_THREADS, "gc2ray-fetch") as executor:
+        list(executor.map(fetch, files))
