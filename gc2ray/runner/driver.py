@@ -367,7 +367,7 @@ class Driver:
         """Kill workers that make no progress, and report those that find no room."""
         now = self._pool.now()
         for worker, state in list(self._workers.items()):
-            if state.is_waiting_for_room and now - state.started > self._cluster.place_seconds:
+            if state.is_waiting_for_placement and now - state.started > self._cluster.place_seconds:
                 self._on_unplaced(state)
             reason = state.overdue(now, self._cluster)
             if reason is not None:
@@ -382,9 +382,7 @@ class Driver:
         Raises:
             GivenUp: Fewer than the minimum have a place.
         """
-        message = (
-            f"no room for a worker within {self._cluster.place_seconds:g} s: {self._pool.room()}"
-        )
+        message = f"no room for a worker within {self._cluster.place_seconds:g} s: {self._pool.resource_summary()}"
         placed = sum(other.placed is not None for _, other in self._workers.items())
         if placed < self._range.min:
             raise GivenUp(message)

@@ -279,7 +279,7 @@ class WorkerPool(Protocol):
     def poll(self, seconds: float) -> list[Event]:
         """New events; waits at most so many seconds for the first."""
 
-    def room(self) -> str:
+    def resource_summary(self) -> str:
         """What resources a worker needs and the cluster has, as a message."""
 
     def now(self) -> float:

@@ -50,6 +50,7 @@ _DETAIL = re.compile(r"\w+: ")  # which actor it was: a line each
 log = logging.getLogger(__name__)
 
 MakeWorker = Callable[..., Worker]
+"""Makes a worker, in its own process, from the job and the schema of the kept columns."""
 
 
 class RayPool:
@@ -144,7 +145,7 @@ class RayPool:
         exits, self._exit_events = self._exit_events, []
         return [*events, *exits]
 
-    def room(self) -> str:
+    def resource_summary(self) -> str:
         request = {"CPU": self.cluster.cpus_per_worker, "GPU": self._gpus}
         return (
             f"a worker needs {_amounts(request)}; the cluster has "

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,13 +49,10 @@ from gc2ray.output.run_directory import RETRY_ROUNDS, object_name, retry_numbers
 from gc2ray.runner import ray_session
 from gc2ray.runner.driver import Driver
 from gc2ray.runner.messages import Display
-from gc2ray.runner.ray_pool import RayPool
+from gc2ray.runner.ray_pool import MakeWorker, RayPool
 from gc2ray.runner.worker import Worker
 
 log = logging.getLogger(__name__)
-
-MakeWorker = Callable[..., Worker]
-"""Makes a worker, in its own process, from the job and the schema of the kept columns."""
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class ShardQueue:
         self._starts = np.flatnonzero(~follows).astype(np.int32) + 1  # of runs, except the first
         self._free: deque[range] = deque([range(len(self._wanted))])  # places in `_wanted`
         self._owned: dict[int, range] = {}
-        self._retries: deque[int] = deque()
+        self._lost: deque[int] = deque()
         self._history: dict[int, _LossHistory] = {}  # of shards that were lost
         self._waiting = len(self._wanted)
 
@@ -164,8 +164,8 @@ class ShardQueue:
             alone: Whether the worker has no other shard. Only then it gets a shard that was lost
                 before, which could take another shard with it.
         """
-        if alone and self._retries:
-            index = self._retries.popleft()
+        if alone and self._lost:
+            index = self._lost.popleft()
         else:
             place = self._next_place(worker)
             if place is None:
@@ -192,7 +192,7 @@ class ShardQueue:
 
     def put_back(self, shard: Shard) -> None:
         """Queue a shard again that was not lost by its own fault."""
-        self._retries.append(shard.index)
+        self._lost.append(shard.index)
         self._waiting += 1
 
     def done(self, shard: Shard) -> None:

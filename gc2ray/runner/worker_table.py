@@ -85,7 +85,7 @@ class WorkerState:
         return self.loaded is None or self.is_calibrating
 
     @property
-    def is_waiting_for_room(self) -> bool:
+    def is_waiting_for_placement(self) -> bool:
         """Whether its process is not up, and no warning was logged yet."""
         return self.placed is None and not (self.is_unplaced or self.has_ended)
 
@@ -105,14 +105,14 @@ class WorkerState:
         self.progress = progress
         return new
 
-    def overdue(self, now: float, clocks: Cluster) -> str | None:
+    def overdue(self, now: float, cluster: Cluster) -> str | None:
         """Why the worker is to be killed, if it made no progress for too long."""
         if self.has_ended or self.placed is None:
             return None
         if self.loaded is None:
-            limit, reason = clocks.load_seconds, "no progress in loading"
+            limit, reason = cluster.load_seconds, "no progress in loading"
         elif self.is_busy:
-            limit, reason = clocks.stall_seconds, "stalled: no answer"
+            limit, reason = cluster.stall_seconds, "stalled: no answer"
         else:
             return None
         return f"{reason} for {limit:g} s" if now - self.active > limit else None

@@ -146,7 +146,7 @@ def die(
 
 def peek(queue: ShardQueue) -> ShardAssignment:
     assignment = take(queue, 1)
-    queue._retries.appendleft(assignment.shard.index)
+    queue._lost.appendleft(assignment.shard.index)
     queue._waiting += 1
     return assignment
 

@@ -169,7 +169,7 @@ class SimulatedPool:
                 events.append(event)
         return events
 
-    def room(self) -> str:
+    def resource_summary(self) -> str:
         return "a worker needs 1 GPU; the cluster has 0 GPU"
 
     def now(self) -> float:
