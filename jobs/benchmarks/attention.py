@@ -14,7 +14,7 @@ from gc2ray.models.layers.attention import Chunk, Step
 from gc2ray.models.layers.attention_backends import Compiled, attend_by_row
 from gc2ray.models.layers.cpu_attention import (
     CompiledAttention,
-    Pattern,
+    MaskPattern,
     SequenceTable,
     compiled_kernel,
 )
@@ -72,7 +72,7 @@ def _measured(case: _Case) -> Line:
 def _views(compiled: CompiledAttention, heads: int, size: int) -> _Case:
     """All tokens of a view see each other."""
     states = torch.randn(3, VIEWS * VIEW_TOKENS, heads, size)
-    pattern = Pattern(size**-0.5, causal=False)
+    pattern = MaskPattern(size**-0.5, causal=False)
     table = SequenceTable.from_sequences(
         [(view * VIEW_TOKENS, VIEW_TOKENS, VIEW_TOKENS) for view in range(VIEWS)]
     )

@@ -16,7 +16,7 @@ from gc2ray.models.layers.attention import KvShape
 from gc2ray.models.layers.attention_backends import Compiled, attend_by_row, choose_attention
 from gc2ray.models.layers.cpu_attention import (
     CompiledAttention,
-    Pattern,
+    MaskPattern,
     SequenceTable,
     compiled_kernel,
     kernel_for,
@@ -46,7 +46,7 @@ def drawn(*size: int, seed: int = 0) -> Tensor:
 
 
 def right(
-    queries: Tensor, keys: Tensor, values: Tensor, sequences: SequenceTable, pattern: Pattern
+    queries: Tensor, keys: Tensor, values: Tensor, sequences: SequenceTable, pattern: MaskPattern
 ) -> Tensor:
     """In float64, one sequence after the other, with the whole mask."""
     shared = queries.shape[1] // len(keys)
@@ -86,16 +86,16 @@ def test_installing_builds_it_where_there_is_a_compiler() -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        Pattern(0.3),
-        Pattern(0.3, window=1),
-        Pattern(0.3, window=7),
-        Pattern(0.3, window=33),
-        Pattern(0.1, causal=False),
+        MaskPattern(0.3),
+        MaskPattern(0.3, window=1),
+        MaskPattern(0.3, window=7),
+        MaskPattern(0.3, window=33),
+        MaskPattern(0.1, causal=False),
     ],
     ids=str,
 )
 def test_it_computes_what_float64_computes(
-    attend: CompiledAttention, size: int, shared: int, pattern: Pattern
+    attend: CompiledAttention, size: int, shared: int, pattern: MaskPattern
 ) -> None:
     lengths = [(1, 1), (5, 1), (8, 8), (16, 9), (17, 17), (25, 24), (70, 50), (330, 1), (600, 600)]
     starts = itertools.accumulate([3, *(tokens + 2 for tokens, _ in lengths)])
@@ -115,7 +115,7 @@ def test_it_computes_what_float64_computes(
 def test_every_length_is_right(attend: CompiledAttention, tokens: int, part: str) -> None:
     sequences = SequenceTable.from_sequences([(0, tokens, tokens if part == "whole" else 1)])
     queries, keys, values = drawn(sequences.queries, 1, 32), *drawn(2, 1, tokens, 32, seed=1)
-    for pattern in (Pattern(0.2), Pattern(0.2, causal=False)):
+    for pattern in (MaskPattern(0.2), MaskPattern(0.2, causal=False)):
         out = attend(queries, keys, values, sequences, pattern)
         torch.testing.assert_close(
             out.double(), right(queries, keys, values, sequences, pattern), atol=1e-5, rtol=0
@@ -124,7 +124,7 @@ def test_every_length_is_right(attend: CompiledAttention, tokens: int, part: str
 
 def test_large_scores_neither_overflow_nor_vanish(attend: CompiledAttention) -> None:
     queries, (keys, values) = drawn(40, 2, 32) * 30, drawn(2, 2, 40, 32)
-    sequences, pattern = SequenceTable.from_sequences([(0, 40, 40)]), Pattern(1.0)
+    sequences, pattern = SequenceTable.from_sequences([(0, 40, 40)]), MaskPattern(1.0)
     out = attend(queries, keys, values, sequences, pattern)
     torch.testing.assert_close(
         out.double(), right(queries, keys, values, sequences, pattern), atol=1e-4, rtol=0
@@ -139,7 +139,7 @@ def test_queries_keys_and_outputs_may_lie_in_any_order_but_for_features(
     queries, keys, values = joined.unbind(1)
     sequences, pattern = (
         SequenceTable.from_sequences([(view * 50, 50, 50) for view in range(4)]),
-        Pattern(0.2, causal=False),
+        MaskPattern(0.2, causal=False),
     )
     out = attend(queries, keys.transpose(0, 1), values.transpose(0, 1), sequences, pattern)
     plain = attend(
@@ -167,7 +167,7 @@ def test_a_sequence_depends_neither_on_neighbours_nor_on_place_nor_on_threads(
                 keys,
                 values,
                 SequenceTable.from_sequences([(0, 90, new)]),
-                Pattern(0.1, window=window),
+                MaskPattern(0.1, window=window),
             )
             for count in (1, 2):
                 torch.set_num_threads(count)
@@ -176,7 +176,7 @@ def test_a_sequence_depends_neither_on_neighbours_nor_on_place_nor_on_threads(
                     wide[0],
                     wide[1],
                     SequenceTable.from_sequences([(10, 10, 3), (201, 90, new), (12, 8, 1)]),
-                    Pattern(0.1, window=window),
+                    MaskPattern(0.1, window=window),
                 )
                 assert torch.equal(together[3:-1], alone)
                 assert together.isfinite().all(), "what lies beside a sequence came in"
@@ -191,7 +191,7 @@ def test_a_nan_stays_one(attend: CompiledAttention, new: int) -> None:
         keys,
         values,
         SequenceTable.from_sequences([(0, 30, new)]),
-        Pattern(0.2, causal=False),
+        MaskPattern(0.2, causal=False),
     )
     assert out.isnan().all()
 
@@ -202,7 +202,7 @@ def test_no_sequence_gives_no_output(attend: CompiledAttention) -> None:
         drawn(2, 8, 32),
         drawn(2, 8, 32),
         SequenceTable.from_sequences([]),
-        Pattern(1.0),
+        MaskPattern(1.0),
     )
     assert out.shape == (0, 2, 32)
 
@@ -215,9 +215,9 @@ def test_impossible_sequences_are_refused(sequence: tuple[int, int, int]) -> Non
 
 def test_impossible_patterns_are_refused() -> None:
     with pytest.raises(ValueError, match="a window of 0"):
-        Pattern(1.0, window=0)
+        MaskPattern(1.0, window=0)
     with pytest.raises(ValueError, match="a window of 4 tokens, causal: False"):
-        Pattern(1.0, causal=False, window=4)
+        MaskPattern(1.0, causal=False, window=4)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_what_would_be_read_wrongly_is_refused(
     attend: CompiledAttention, queries: Tensor, keys: Tensor, values: Tensor, trouble: str
 ) -> None:
     with pytest.raises(ValueError, match=trouble):
-        attend(queries, keys, values, SequenceTable.from_sequences([(2, 6, 5)]), Pattern(1.0))
+        attend(queries, keys, values, SequenceTable.from_sequences([(2, 6, 5)]), MaskPattern(1.0))
 
 
 @pytest.mark.parametrize("missing", ["library", "processor", "right library"])

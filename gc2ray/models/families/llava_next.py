@@ -38,7 +38,12 @@ from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.models.base import ModelMetadata, Prompt
 from gc2ray.models.image_processor import AnyRes, Tiles, anyres_from_processor
-from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, SequenceTable, kernel_for
+from gc2ray.models.layers.cpu_attention import (
+    CompiledAttention,
+    MaskPattern,
+    SequenceTable,
+    kernel_for,
+)
 from gc2ray.models.layers.linear import Linear, packed_module
 from gc2ray.models.shape import CPU_TOWER_VIEWS, GPU_TOWER_VIEWS, ModelShape, Needs
 
@@ -194,7 +199,7 @@ class _ViewAttention(nn.Module):
         self._inputs = Linear.from_layers(attention.q_proj, attention.k_proj, attention.v_proj)
         self._output = Linear.from_layers(attention.out_proj)
         self._size = int(attention.head_dim)
-        self._pattern = Pattern(float(attention.scale), causal=False)
+        self._pattern = MaskPattern(float(attention.scale), causal=False)
         self._attend = compiled
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gc2ray.models.layers.attention import Attend, Chunk, KvShape, Step
-from gc2ray.models.layers.cpu_attention import CompiledAttention, Pattern, kernel_for
+from gc2ray.models.layers.cpu_attention import CompiledAttention, MaskPattern, kernel_for
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Compiled:
             TypeError: Only the device knows the step's sequences.
         """
         keys, values = step.kv_states[layer].unbind()
-        return self.attend(queries, keys, values, step.table, Pattern(scale, window=window))
+        return self.attend(queries, keys, values, step.table, MaskPattern(scale, window=window))
 
 
 def attend_varlen(

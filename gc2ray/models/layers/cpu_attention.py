@@ -101,7 +101,7 @@ class SequenceTable:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class MaskPattern:
     """The tokens that a query sees, and the scale of scores.
 
     Attributes:
@@ -135,7 +135,7 @@ class CompiledAttention:
         keys: Tensor,
         values: Tensor,
         sequences: SequenceTable,
-        pattern: Pattern,
+        pattern: MaskPattern,
     ) -> Tensor:
         """Attention of sequences to themselves.
 
