@@ -316,7 +316,7 @@ class Engine:
             error=failure.message[:MESSAGE_CHARACTERS],
             stage_ns=row.stage_ns,
             device=self.device,
-            retry=row.retry,
+            retry=row.is_retryable,
             oom_splits=row.oom_splits,
         )
 

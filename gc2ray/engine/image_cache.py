@@ -40,7 +40,7 @@ class CachedImage:
         packed: Its visual tokens for the language model, (K, D).
         positions: Their positions in the uncompressed image, or None.
         failure: Why it cannot be used.
-        retry: Whether the failure may pass.
+        is_retryable: Whether the failure may pass.
         oom_splits: How often a batch with it ran out of memory and was split in half.
         row_count: Rows with this image so far.
     """
@@ -53,7 +53,7 @@ class CachedImage:
     packed: Tensor | None = None
     positions: OriginalPositions | None = None
     failure: BadRow | None = None
-    retry: bool = False
+    is_retryable: bool = False
     oom_splits: int = 0
     row_count: int = 0
     kept_per_view: tuple[int, ...] = ()

@@ -204,11 +204,11 @@ def _free_memory() -> None:
 
 def _request(row: int, image: ImageRef | BadRow, prompt: str) -> Request:
     """The pair as a row; its key, and so its seed, is the same in every call."""
-    fault = image if isinstance(image, BadRow) else None
-    if fault is None and not prompt.strip():
-        fault = BadRow(Status.BAD_PROMPT, "the prompt is empty")
+    failure = image if isinstance(image, BadRow) else None
+    if failure is None and not prompt.strip():
+        failure = BadRow(Status.BAD_PROMPT, "the prompt is empty")
     images = (image,) if isinstance(image, ImageRef) else ()
-    return Request(f"{row}", "", row, images, (prompt,), fault=fault)
+    return Request(f"{row}", "", row, images, (prompt,), fault=failure)
 
 
 def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[str]]:

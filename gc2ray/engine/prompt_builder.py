@@ -119,7 +119,10 @@ class PromptBuilder:
             for row in rows:
                 if row.cached_image is not None and row.cached_image.failure is not None:
                     self._image_cache.discard(row.cached_image)
-                    row.failure, row.retry = row.cached_image.failure, row.cached_image.retry
+                    row.failure, row.is_retryable = (
+                        row.cached_image.failure,
+                        row.cached_image.is_retryable,
+                    )
             run_isolated([row for row in rows if row.failure is None], self._embed)
             self._now()  # the results are complete before another stream reads them
         return rows

@@ -27,12 +27,12 @@ class CanFail(Protocol):
 
     Attributes:
         failure: Why it cannot be answered or used.
-        retry: Whether the failure may pass.
+        is_retryable: Whether the failure may pass.
         oom_splits: How often a batch with it ran out of memory and was split in half.
     """
 
     failure: BadRow | None
-    retry: bool
+    is_retryable: bool
     oom_splits: int
 
 
@@ -50,7 +50,7 @@ class RequestState:
         token_ids: Token ids of its chat prompt, with the image's placeholder.
         prompt: Input of the language model, until the decoder has it.
         failure: Why it cannot be answered.
-        retry: Whether the failure may pass, so that its shard is tried again.
+        is_retryable: Whether the failure may pass, so that its shard is tried again.
         oom_splits: How often a batch with it ran out of memory and was split in half, before the
             decoder had it.
         stage_ns: Time by stage so far.
@@ -62,7 +62,7 @@ class RequestState:
     token_ids: list[int] = field(default_factory=list)
     prompt: Prompt | None = None
     failure: BadRow | None = None
-    retry: bool = False
+    is_retryable: bool = False
     oom_splits: int = 0
     stage_ns: dict[str, int] = field(default_factory=dict)
 
@@ -94,11 +94,11 @@ def run_isolated(items: Sequence[U], work: Callable[[Sequence[U]], None]) -> Non
     try:
         work(items)
     except Exception as error:  # noqa: BLE001 - any error of one row belongs to that row
-        failure, retry = failure_from(error), isinstance(error, ShardError)
+        failure, is_retryable = failure_from(error), isinstance(error, ShardError)
     else:
         return
     if len(items) == 1:
-        items[0].failure, items[0].retry = failure, retry
+        items[0].failure, items[0].is_retryable = failure, is_retryable
         return
     for item in items if failure.status == Status.OUT_OF_MEMORY else ():
         item.oom_splits += 1
