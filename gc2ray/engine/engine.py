@@ -338,10 +338,10 @@ def load_engine(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> 
         ConfigError: The model cannot be loaded.
         OSError: It could not be fetched now.
     """
-    return Engine(load_model(recipe, cluster, tick), recipe, cluster)
+    return Engine(load_recipe_model(recipe, cluster, tick), recipe, cluster)
 
 
-def load_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> LoadedModel:
+def load_recipe_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: None) -> LoadedModel:
     """The recipe's model; on a CPU, torch takes the threads that the cluster allows a worker.
 
     Args:

@@ -29,8 +29,7 @@ from gc2ray.core.config.yaml_models import apply_override
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.device import cores, device_name
-from gc2ray.engine.engine import Engine
-from gc2ray.engine.engine import load_model as load_worker_model
+from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.models.base import LoadedModel
 
 ImageInput: TypeAlias = (
@@ -187,7 +186,7 @@ def load_model(
     for override in overrides:
         apply_override(Job, data, override)
     job = parse_job(data)
-    return Model(load_worker_model(job.recipe, job.cluster), job.recipe, job.cluster)
+    return Model(load_recipe_model(job.recipe, job.cluster), job.recipe, job.cluster)
 
 
 def answers_in_order(engine: Engine, requests: Sequence[Request]) -> list[Answer]:

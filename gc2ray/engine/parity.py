@@ -41,7 +41,7 @@ from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.device import own_device, peak_host_bytes
-from gc2ray.engine.engine import Engine, load_model
+from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.parity_result import Parity, StockCheck
 from gc2ray.engine.sample import refusing_unreadable_input, sample_requests
 from gc2ray.models import loading
@@ -70,7 +70,7 @@ def check(job: Job, rows: int) -> Parity:
     # Before stock, which accepts checkpoints that gc2ray refuses.
     loading.load_metadata(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
     stock = _run_stock(recipe, directory, requests)
-    loaded = load_model(job.recipe, job.cluster)
+    loaded = load_recipe_model(job.recipe, job.cluster)
     ours = _Comparison(job, loaded, stock)
     ours.compare_with_stock(requests)
     pairs = ours.batched_and_alone(requests)

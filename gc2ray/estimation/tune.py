@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from gc2ray.core.config.compression import CUSTOM, METHODS
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError
-from gc2ray.engine.engine import Engine, load_model
+from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.sample import sample_requests
 from gc2ray.estimation.hardware import Prices
 from gc2ray.estimation.input_profile import sample_spans
@@ -89,7 +89,9 @@ def tune(job: Job, request: TuneRequest) -> Tuning:
     sample, total_rows = sample_requests(job.recipe.input, request.rows, sample_spans)
     own = job.recipe.compression
     policies = {setting.name: setting.config(own) for setting in settings}
-    engine = Engine(load_model(job.recipe, job.cluster), job.recipe, job.cluster, policies=policies)
+    engine = Engine(
+        load_recipe_model(job.recipe, job.cluster), job.recipe, job.cluster, policies=policies
+    )
     price = request.prices.per_hour(engine.device)
     if target.budget_usd is not None and price is None:
         raise ConfigError(

@@ -26,7 +26,7 @@ from gc2ray.core.shards import Shards, Span
 from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
-from gc2ray.engine.engine import load_model
+from gc2ray.engine.engine import load_recipe_model
 from gc2ray.engine.image_cache import CachedImage, image_key
 from gc2ray.engine.sample import read_requests
 from gc2ray.models.base import LoadedModel
@@ -68,7 +68,7 @@ def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
     recipe = first.run.recipe
     locations = [_location(first, key) for key in keys]
     requests = [_request(recipe, *pair) for pair in zip(locations, keys, strict=True)]
-    latest, loaded = _latest(output, first), load_model(recipe, Cluster())
+    latest, loaded = _latest(output, first), load_recipe_model(recipe, Cluster())
     for location, request in zip(locations, requests, strict=True):
         answer = _answer(latest, first.plan.shards, location, request.row_key)
         captions = [f"{request.row_key}: {request.prompts[0]}", *answer_lines(answer)]

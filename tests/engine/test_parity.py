@@ -25,7 +25,7 @@ from gc2ray.core.records import Answer, Request
 from gc2ray.engine import parity, parity_result
 from gc2ray.engine.decoding import continuous_batching as native
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
-from gc2ray.engine.engine import Engine, load_model
+from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.parity import check
 from gc2ray.engine.parity_result import Parity, StockCheck
 from gc2ray.models.base import Prompt
@@ -181,11 +181,15 @@ def test_a_repetition_penalty_is_stocks_too(tiny_paths: dict[str, Path], source:
 
 
 def no_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(parity, "load_model", lambda *a: replace(load_model(*a), end_tokens=()))
+    patch.setattr(
+        parity, "load_recipe_model", lambda *a: replace(load_recipe_model(*a), end_tokens=())
+    )
 
 
 def another_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(parity, "load_model", lambda *a: replace(load_model(*a), end_tokens=(1, 9)))
+    patch.setattr(
+        parity, "load_recipe_model", lambda *a: replace(load_recipe_model(*a), end_tokens=(1, 9))
+    )
 
 
 def a_blank(patch: pytest.MonkeyPatch) -> None:
@@ -553,7 +557,7 @@ def test_dictated_tokens_change_nothing_but_what_is_drawn(
 ) -> None:
     """Along its own answer a model's logits are those that it drew from."""
     job = make_job(tiny_paths["mistral"], source)
-    loaded = load_model(job.recipe, job.cluster)
+    loaded = load_recipe_model(job.recipe, job.cluster)
     table = loaded.model.get_input_embeddings()
     with torch.inference_mode():
         prompt = native.Prompt(table(torch.arange(10, 30)))

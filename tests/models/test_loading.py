@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gc2ray.core.errors import BadRow, ConfigError
-from gc2ray.engine.engine import load_model
+from gc2ray.engine.engine import load_recipe_model
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.llava_next import LlavaNext
@@ -296,8 +296,8 @@ def test_the_recipe_takes_rules_over_wherever_its_model_is_loaded(
         make_job(model, generation__ignore_model_rules=rules) for rules in ([], ["min_length"])
     )
     with pytest.raises(ConfigError, match="min_length 3"):
-        load_model(kept.recipe, kept.cluster)
-    assert load_model(taken_over.recipe, taken_over.cluster).end_tokens == (1,)
+        load_recipe_model(kept.recipe, kept.cluster)
+    assert load_recipe_model(taken_over.recipe, taken_over.cluster).end_tokens == (1,)
     source = write_rows(tmp_path / "rows.parquet", 4)
     job = tmp_path / "job.yaml"
     job.write_text(json.dumps(job_data(model, source, tmp_path / "out")))
