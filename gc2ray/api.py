@@ -274,9 +274,9 @@ def check(job: Job, rows: int = 16) -> Parity:
         >>> gc2ray.check(gc2ray.load_job("job.yaml"), rows=2).passed
         True
     """
-    from gc2ray.engine.parity import check as compare
+    from gc2ray.engine.parity import check_parity
 
-    return compare(job, rows)
+    return check_parity(job, rows)
 
 
 def status(output: str) -> RunStatus:

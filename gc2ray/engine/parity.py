@@ -1,6 +1,6 @@
 """Parity with stock transformers on the user's own model and rows: `gc2ray check`.
 
-`check` compares two implementations that share nothing but the checkpoint's files:
+`check_parity` compares two implementations that share nothing but the checkpoint's files:
 
 1. Stock transformers loads the checkpoint and answers a few prompts, made with the tokenizer's own
    chat template. Its logits at every position behind the image, its greedy answer and the end of
@@ -59,7 +59,7 @@ STOCK_PROMPTS, STOCK_BYTES = 8, 1 << 30
 """Prompts that stock answers; fewer where their logits take more memory than this."""
 
 
-def check(job: Job, rows: int) -> Parity:
+def check_parity(job: Job, rows: int) -> Parity:
     """Compare answers to the prompts of the first `rows` rows; stock answers the first of these.
 
     Raises:

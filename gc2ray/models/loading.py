@@ -27,7 +27,7 @@ from gc2ray.core.config.generation import NOTHING, TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.base import LoadedModel, ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.checkpoint.consistency import check, check_directory
+from gc2ray.models.checkpoint.consistency import check_checkpoint, check_directory
 from gc2ray.models.checkpoint.description import FILES, Checkpoint
 from gc2ray.models.registry import FAMILIES
 
@@ -113,7 +113,7 @@ def _described(
     # Pillow's image processor, also where torchvision is installed, which resizes differently.
     processor = AutoProcessor.from_pretrained(path, backend="pil", **where)
     checkpoint = _filled(checkpoint, config, processor)
-    check(checkpoint, taken_over)
+    check_checkpoint(checkpoint, taken_over)
     _check_prompts(checkpoint, processor)
     return checkpoint, config, processor
 

@@ -26,7 +26,7 @@ from gc2ray.engine import parity, parity_result
 from gc2ray.engine.decoding import continuous_batching as native
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.engine import Engine, load_recipe_model
-from gc2ray.engine.parity import check
+from gc2ray.engine.parity import check_parity
 from gc2ray.engine.parity_result import Parity, StockCheck
 from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
@@ -63,7 +63,7 @@ def checked(model: Path, source: Path, **changes: Any) -> Parity:
     job = make_job(model, source, **settings)
     data = job.model_dump(mode="json")
     data["recipe"]["input"]["prompt"] = {"column": "prompt"}
-    return check(type(job).model_validate(data), rows=10)
+    return check_parity(type(job).model_validate(data), rows=10)
 
 
 def copy_of(model: Path, to: Path) -> Path:

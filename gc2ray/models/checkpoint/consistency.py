@@ -85,20 +85,20 @@ def check_directory(
         ConfigError: The checkpoint cannot be used; the message says why.
     """
     checkpoint = read_checkpoint(directory, name or str(directory))
-    check(checkpoint, taken_over)
+    check_checkpoint(checkpoint, taken_over)
     if weights:
         headers = tensor_headers(directory)
         check_unquantised(directory, headers)
         check_named_once(directory, headers)
         checkpoint = replace(checkpoint, table_rows=table_rows(headers))
-        check(checkpoint, taken_over)
+        check_checkpoint(checkpoint, taken_over)
     slow, fast = directory / "tokenizer.model", directory / "tokenizer.json"
     if slow.is_file() and not fast.is_file():
         log.warning(SLOW_TOKENIZER, slow)
     return checkpoint
 
 
-def check(checkpoint: Checkpoint, taken_over: TakenOver = NOTHING) -> None:
+def check_checkpoint(checkpoint: Checkpoint, taken_over: TakenOver = NOTHING) -> None:
     """Refuse a checkpoint that contradicts itself, or needs something that is not supported.
 
     Raises:
