@@ -50,7 +50,8 @@ from gc2ray.models.checkpoint.fetch import fetch_model
 from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.llama import LanguageModel, unsupported
 
-MESSAGE_CHARACTERS = 300
+ERROR_CHARACTERS = 300
+"""Longest error of an answer."""
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +314,7 @@ class Engine:
             request=row.request,
             status=failure.status,
             **self._compression_of(row.request),
-            error=failure.message[:MESSAGE_CHARACTERS],
+            error=failure.message[:ERROR_CHARACTERS],
             stage_ns=row.stage_ns,
             device=self.device,
             retry=row.is_retryable,

@@ -27,6 +27,7 @@ from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode, refusal
+from gc2ray.engine.decoding.decoder import overflow
 from gc2ray.engine.image_cache import CachedImage, ImageCache, image_key
 from gc2ray.engine.request_state import RequestState, run_isolated, share_time
 from gc2ray.models.base import ModelAdapter, Prompt
@@ -140,7 +141,7 @@ class PromptBuilder:
         finite = torch.stack([view.scores.isfinite().all() for view in views]).all()
         encoded = self._now()
         if not finite:  # in some image of the batch; `run_isolated` finds out which
-            raise _scores_not_finite()
+            raise overflow("the vision tower's scores of the image")
         selections, positions = self._select(cached_images, views)
         packed = self._adapter.pack(views, selections)
         compressed = self._now()
@@ -221,16 +222,6 @@ class PromptBuilder:
         if self._adapter.device.type == "cuda":
             torch.cuda.current_stream(self._adapter.device).synchronize()
         return time.perf_counter_ns()
-
-
-def _scores_not_finite() -> BadRow:
-    """The error of scores that no compression method can rank tokens by."""
-    return BadRow(
-        Status.FAILED,
-        "the vision tower's scores of the image are not finite (NaN or infinite): in float16 that "
-        "is an overflow (set recipe.model.dtype to bfloat16 or float32), else the weights are "
-        "damaged",
-    )
 
 
 def _prefix_key(row: RequestState, cached_image: CachedImage, prompt: Prompt) -> str | None:

@@ -382,7 +382,8 @@ class Driver:
         Raises:
             GivenUp: Fewer than the minimum have a place.
         """
-        message = f"no room for a worker within {self._cluster.place_seconds:g} s: {self._pool.resource_summary()}"
+        message = f"no room for a worker within {self._cluster.place_seconds:g} s"
+        message += f": {self._pool.resource_summary()}"
         placed = sum(other.placed is not None for _, other in self._workers.items())
         if placed < self._range.min:
             raise GivenUp(message)

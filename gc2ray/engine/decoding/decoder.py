@@ -100,11 +100,15 @@ def end_reason(
 
 def not_finite(tokens: int) -> BadRow:
     """The error of a row whose logits are not finite after so many tokens of its answer."""
+    return overflow("the model's logits", f" after {tokens} tokens of the answer")
+
+
+def overflow(values: str, place: str = "") -> BadRow:
+    """The error of a row in which some values are not finite, in some place."""
     return BadRow(
         Status.FAILED,
-        f"the model's logits are not finite (NaN or infinite) after {tokens} tokens of the answer: "
-        "in float16 that is an overflow (set recipe.model.dtype to bfloat16 or float32), else the "
-        "weights are damaged",
+        f"{values} are not finite (NaN or infinite){place}: in float16 that is an overflow (set "
+        "recipe.model.dtype to bfloat16 or float32), else the weights are damaged",
     )
 
 

@@ -29,7 +29,7 @@ FILES = (
 """The files that are read here."""
 BARE_TOKENIZERS = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 """Tokenizers without an end token unless their files name one."""
-MESSAGE_CHARACTERS = 120
+QUOTED_CHARACTERS = 120
 """Longest value that a message quotes in full."""
 
 
@@ -168,7 +168,7 @@ def _content(token: object) -> str | None:
 def as_json(value: object) -> str:
     """A value for a message, written as JSON and cut where it is long."""
     text = json.dumps(value, default=repr, ensure_ascii=False)
-    return text if len(text) <= MESSAGE_CHARACTERS else f"{text[:MESSAGE_CHARACTERS]}…"
+    return text if len(text) <= QUOTED_CHARACTERS else f"{text[:QUOTED_CHARACTERS]}…"
 
 
 def _has_templates(directory: Path) -> bool:

@@ -51,6 +51,7 @@ from gc2ray.models.checkpoint.cache import (
 )
 from gc2ray.models.checkpoint.consistency import check_directory
 from gc2ray.models.checkpoint.fetch_url import fetch_from_url, list_files
+from gc2ray.models.checkpoint.tensors import MAX_HEADER_BYTES
 
 METADATA_FILES = tuple(pattern for pattern in FETCHED if pattern != "*.safetensors")
 """Files of a model but its weights."""
@@ -67,7 +68,6 @@ COMMIT = re.compile("[0-9a-f]{40}")
 REFUSALS = (401, 403, 404)
 """Status codes of the hub for a model that does not exist or is forbidden; others may pass."""
 TAIL_BYTES = 64 * 1024
-MAX_HEADER_BYTES = 100_000_000  # more is refused when it is loaded
 
 
 @dataclass(frozen=True)
