@@ -8,7 +8,6 @@ Not covered: several images in one prompt; audits, which belong to jobs.
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import threading
@@ -19,7 +18,6 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from gc2ray.core.config.job import Cluster, Job, parse_job
@@ -31,6 +29,7 @@ from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.device import cores, device_name
 from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.models.base import LoadedModel
+from gc2ray.models.loading import free_device_memory
 
 ImageInput: TypeAlias = (
     "Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | None"
@@ -108,14 +107,14 @@ class Model:
                 # frames of the traceback, which a notebook keeps, would hold the old one's memory.
                 self._engine = None
                 traceback.clear_frames(error.__traceback__)
-                _free_memory()
+                free_device_memory()
                 raise
 
     def close(self) -> None:
         """Free the memory of the device; closing twice does nothing."""
         with self._lock:
             self._engine = self._loaded = None
-        _free_memory()
+        free_device_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -193,12 +192,6 @@ def answers_in_order(engine: Engine, requests: Sequence[Request]) -> list[Answer
     """The answers of an engine in the order of the requests."""
     order = {request.row_key: at for at, request in enumerate(requests)}
     return sorted(engine.stream(requests), key=lambda answer: order[answer.request.row_key])
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _request(row: int, image: ImageRef | BadRow, prompt: str) -> Request:

@@ -6,7 +6,6 @@ that gc2ray loaded, without its preprocessing, tower, packing or decoding.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from transformers.utils.logging import (
 from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
 from gc2ray.models.base import LoadedModel, Prompt
-from gc2ray.models.loading import without_load_report
+from gc2ray.models.loading import free_device_memory, without_load_report
 
 
 def stock_inputs(loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
@@ -176,9 +175,7 @@ class StockModel:
     def __exit__(self, *_: object) -> None:
         """Free the model's memory on host and device."""
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_device_memory()
 
     def _follow(self, settings: StockSettings) -> None:
         """Make answers greedy, by the model's own rules unless the settings replace them.

@@ -10,6 +10,7 @@ runs none of its code.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,6 +65,13 @@ def load(
         adapter = FAMILIES[config.model_type](model, processor)
         adapter.freeze()
     return LoadedModel(model, processor, adapter, checkpoint.ends)
+
+
+def free_device_memory() -> None:
+    """Give the memory of models that are not used any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_metadata(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> ModelMetadata:
