@@ -31,7 +31,7 @@ from transformers.utils.logging import (
 
 from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
-from gc2ray.models.base import LoadedModel, Prompt
+from gc2ray.models.base import LoadedModel
 from gc2ray.models.loading import free_device_memory, without_load_report
 
 
@@ -52,14 +52,6 @@ def stock_inputs(loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequ
 
 
 @torch.inference_mode()
-def stock_logits(loaded: LoadedModel, image: Image.Image, text: str) -> Tensor:
-    """Logits of the token after the prompt, (vocabulary,)."""
-    inputs = stock_inputs(loaded, [image], [text])
-    logits: Tensor = loaded.model(**inputs, logits_to_keep=1).logits[0, -1]
-    return logits
-
-
-@torch.inference_mode()
 def stock_generate(
     loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
@@ -68,19 +60,6 @@ def stock_generate(
     output = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
     return new
-
-
-@torch.inference_mode()
-def prompt_logits(loaded: LoadedModel, prompt: Prompt) -> Tensor:
-    """Logits of the token after one of our prompts, (vocabulary,)."""
-    explicit: dict[str, Tensor] = {}
-    if prompt.positions is not None:
-        # Without a mask transformers takes a gap for the start of another packed sequence.
-        mask = torch.ones_like(prompt.positions)
-        explicit = {"position_ids": prompt.positions[None], "attention_mask": mask[None]}
-    output = loaded.model(inputs_embeds=prompt.embeds[None], logits_to_keep=1, **explicit)
-    logits: Tensor = output.logits[0, -1]
-    return logits
 
 
 @dataclass(frozen=True)

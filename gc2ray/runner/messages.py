@@ -153,7 +153,6 @@ class ModelLoaded:
     """A worker's model is in memory."""
 
     worker: int
-    device: str
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class RayPool:
             self._places[worker] = _Placement(*value)
             return messages.WorkerPlaced(worker)
         if kind == "load":
-            return messages.ModelLoaded(worker, value)
+            return messages.ModelLoaded(worker)
         if kind == "calibrate":
             return messages.Calibrated(worker, value)
         if shard is not None:

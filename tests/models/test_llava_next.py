@@ -33,12 +33,13 @@ from gc2ray.models.families.llava_next import (
     class_token_scores,
 )
 from gc2ray.models.families.tiny import TinySpec, build_tiny
-from gc2ray.models.hf_reference import prompt_logits, stock_generate, stock_inputs, stock_logits
+from gc2ray.models.hf_reference import stock_generate, stock_inputs
 from gc2ray.models.image_processor import tile
 from gc2ray.models.layers.cpu_attention import compiled_kernel
 from gc2ray.models.layers.linear import packed_module
 from tests.support.greedy import plain_greedy
 from tests.support.rows import SIZES, make_recipe, request, requests
+from tests.support.stock import prompt_logits, stock_logits
 from tests.support.tiny_models import SPECS
 
 NEW_TOKENS = 24

@@ -62,11 +62,6 @@ class KvCache:
         """Copy keys and values of a range to the slots from `start` on."""
         self.view(SlotRange(start, start + len(source))).copy_(self.view(source))
 
-    @property
-    def free_tokens(self) -> int:
-        """Slots that are free."""
-        return sum(len(slots) for slots in self._free)
-
     def allocate(self, tokens: int) -> SlotRange | None:
         """Slots for a row, or None where no free range is long enough.
 

@@ -170,7 +170,3 @@ class KvShape:
     layers: int
     heads: int
     head_size: int
-
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Keys and values of one token over all layers."""
-        return 2 * self.layers * self.heads * self.head_size * dtype.itemsize

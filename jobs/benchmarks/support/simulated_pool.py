@@ -107,9 +107,9 @@ class SimulatedPool:
         elif goes == "slow":
             for step in range(1, 100):
                 self.at(10.0 * step, Progressed(worker, Progress(ticks=step)))
-            self.at(1000.0, ModelLoaded(worker, "fake"))
+            self.at(1000.0, ModelLoaded(worker))
         elif goes == "done":
-            self.at(self.load_seconds, ModelLoaded(worker, "fake"))
+            self.at(self.load_seconds, ModelLoaded(worker))
         elif goes != "hang":
             self.at(STEP_SECONDS, CallFailed(worker, None, RuntimeError(goes)))
 
