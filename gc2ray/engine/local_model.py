@@ -157,8 +157,8 @@ def load_model(
         method: Compression method; `"none"` keeps every visual token.
         retention: Fraction of the visual tokens that is kept, in (0, 1].
         max_new_tokens: Longest answer, in tokens.
-        dtype: Of the weights: `"bfloat16"`, `"float16"` or `"float32"`.
-        revision: Of a model of the hub.
+        dtype: Dtype of the weights: `"bfloat16"`, `"float16"` or `"float32"`.
+        revision: Commit or tag of a model of the hub.
 
     Raises:
         ConfigError: A setting cannot be used, or the model cannot be loaded.

@@ -99,7 +99,7 @@ class _StockAnswers:
     """Stock's answers.
 
     Attributes:
-        answers: By row key.
+        answers: Answers by row key.
         end_tokens: Token ids that end an answer.
         left_out: Rows that stock reads differently on purpose, and why.
         error: Why stock cannot run the model.

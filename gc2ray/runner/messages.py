@@ -208,11 +208,11 @@ class WorkerDied:
     """A worker is gone, and so is everything that it had not committed.
 
     Attributes:
-        worker: Its number.
+        worker: The worker's number.
         reason: Why it ended; the reason given to `kill`, if it was killed.
         in_hand: Rows that it had in hand; empty if its node is gone too.
         ended: When it ended, on the pool's clock; None means now.
-        node_lost: The cluster lost a node in the worker's time, perhaps the worker's own.
+        node_lost: Whether the cluster lost a node in the worker's time, perhaps the worker's own.
     """
 
     worker: int

@@ -64,7 +64,7 @@ class _Output:
         store: The output's store.
         source: The job's input.
         plan: The frozen plan; None for a new output.
-        committed: What is committed of the plan; None for a new output.
+        committed: The committed parts of the plan; None for a new output.
     """
 
     job: Job
@@ -87,7 +87,7 @@ def run_job(
 
     Args:
         job: The job.
-        address: Of a Ray cluster; None means `RAY_ADDRESS`, or else a local Ray.
+        address: Address of a Ray cluster; None means `RAY_ADDRESS`, or else a local Ray.
         display: Called with the state about once a second.
         make_worker: Makes the workers.
         extend: Add input files that are new since the run began to the plan.
@@ -137,9 +137,9 @@ def run_retry(
     Args:
         retry: The rows to answer; its plan is frozen first.
         cluster: Workers and limits of the run.
-        address: As in `run_job`.
-        display: As in `run_job`.
-        make_worker: As in `run_job`; called with `retry_round` as well.
+        address: Address of a Ray cluster, as in `run_job`.
+        display: Display of the run's state, as in `run_job`.
+        make_worker: Makes a worker, as in `run_job`; called with `retry_round` as well.
 
     Returns:
         The outcome of the retry. Whether too many answers failed is judged once, at the end, by the

@@ -53,10 +53,10 @@ class JobServer:
     """The job server of one cluster.
 
     Args:
-        address: As `http://head:8265`.
+        address: URL of the server, as `http://head:8265`.
 
     Raises:
-        ConfigError: It is no such address, nobody answers there, or not to us.
+        ConfigError: The address is malformed, no server answers, or it rejects the credentials.
     """
 
     def __init__(self, address: str) -> None:
@@ -71,9 +71,9 @@ class JobServer:
         """Hand in a job, which starts at once; returns its id.
 
         Args:
-            job: Its paths mean the same on the cluster as here.
-            command: Of ours, to which the job file is given.
-            submission_id: Unique on the cluster; None: the server draws one.
+            job: The job; its paths mean the same on the cluster as here.
+            command: The command of gc2ray to which the job file is given.
+            submission_id: An id that is unique on the cluster; None: the server draws one.
 
         Raises:
             ConfigError: A path is relative, the model is the demo's in this package, the source of
@@ -125,7 +125,7 @@ class JobServer:
     def _ended(self, submission_id: str) -> JobDetails:
         """What is known of a job when it has ended.
 
-        A server that fails may know it in a moment; one whose head is gone says that it has none.
+        A failing server may recover; without its head node it reports no job.
         """
         heard = time.monotonic()
         while True:

@@ -1,8 +1,8 @@
 """`WorkerTable`: what the driver knows about each worker, and which workers can take a shard.
 
 The driver asks after every event who is loading, who is to be replaced and who can take a shard.
-The table keeps these groups up to date as workers change, so that an answer does not cost a look at
-every worker.
+The table keeps these groups up to date as workers change, so that an answer does not scan all
+workers.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class WorkerState:
         placed: When its process was up.
         loaded: When its model was in memory.
         active: When it last did anything.
-        progress: What it has done, as last reported.
+        progress: Its progress, as last reported.
         assignments: The shards that it has, by sid.
-        is_calibrating: It measures its speed.
-        is_replaced: It gets no more shards, and another worker may start in its place.
-        has_ended: Its process is gone or was killed; `WorkerDied` has not come yet.
-        is_stalled: It was killed because it made no progress.
-        is_unplaced: A warning was logged that it found no room.
+        is_calibrating: Whether it measures its speed.
+        is_replaced: Whether it gets no more shards, so that another worker may start in its place.
+        has_ended: Whether its process is gone or was killed; `WorkerDied` has not come yet.
+        is_stalled: Whether it was killed because it made no progress.
+        is_unplaced: Whether a warning was logged that it found no room.
     """
 
     started: float
@@ -244,8 +244,8 @@ class SetupDeaths:
 
         Args:
             reason: Why it died.
-            now: On the pool's clock.
-            is_alone: No other worker answers.
+            now: The time on the pool's clock.
+            is_alone: Whether no other worker answers.
 
         Raises:
             GivenUp: `SETUP_DEATHS` of them in a row.

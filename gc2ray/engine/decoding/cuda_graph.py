@@ -60,8 +60,8 @@ class GraphShape:
     """Sizes that a recorded step is made for.
 
     Attributes:
-        rows: Most rows.
-        longest: Most tokens of a row.
+        rows: Largest number of rows.
+        longest: Largest number of tokens of a row.
         draws: Whether some rows are sampled.
         penalises: Whether some rows have a repetition penalty.
     """

@@ -126,8 +126,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) 
     Args:
         logits: (S, vocabulary).
         temperature: Above 0, float64 (S, 1).
-        top_p: In (0, 1], float64 (S, 1).
-        numbers: In [0, 1), float64 (S, 1).
+        top_p: Share of the probability, in (0, 1], float64 (S, 1).
+        numbers: Random numbers in [0, 1), float64 (S, 1).
 
     Rows whose logits are not finite get any valid token.
     """

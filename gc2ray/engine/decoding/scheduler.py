@@ -55,8 +55,8 @@ class DecodeRow:
         slots: Its slots of the KV cache.
         cached: Its tokens whose keys and values are in the cache.
         shared: Cached tokens that were copied from another row's prefix.
-        owns_prefix: It computed a prefix that others may copy.
-        alone: A step with this row failed, so it runs with no other row.
+        owns_prefix: Whether it computed a prefix that others may copy.
+        alone: Whether a step with this row failed, so that it runs with no other row.
         oom_splits: Times that a step with this row ran out of memory.
     """
 

@@ -75,8 +75,8 @@ class FetchedModel:
     """A model that can be loaded.
 
     Attributes:
-        directory: Its directory on this node.
-        digest: See `digest`.
+        directory: The model's directory on this node.
+        digest: Digest of its files; see `digest`.
     """
 
     directory: Path
