@@ -70,12 +70,12 @@ class Escalation:
 
     Attributes:
         first_answer: The first answer; None if it failed.
-        agreement: Agreement of the final answer with the uncompressed one.
+        similarity: `scores.similarity` of the final answer and the uncompressed one.
         stage_ns: Time of the replaced answers, by stage; not written.
     """
 
     first_answer: str | None
-    agreement: float
+    similarity: float
     stage_ns: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -85,7 +85,7 @@ class Audit:
 
     Attributes:
         answer: The uncompressed answer; None if it failed.
-        agreement: `scores.similarity` of that answer and the one with the recipe's compression: 1
+        similarity: `scores.similarity` of that answer and the one with the recipe's compression: 1
             if they are the same, 0 if the latter failed, None if the former failed.
         stage_ns: Time of the uncompressed answer, by stage; not written.
         own_ns: Time of the answer that it was compared with, by stage; not written.
@@ -94,7 +94,7 @@ class Audit:
     """
 
     answer: str | None
-    agreement: float | None
+    similarity: float | None
     stage_ns: Mapping[str, int] = field(default_factory=dict)
     own_ns: Mapping[str, int] = field(default_factory=dict)
     escalation: Escalation | None = None

@@ -28,9 +28,9 @@ _AUDIT = pa.struct(
     [
         ("answer", pa.string()),
         ("retention", pa.float64()),
-        ("agreement", pa.float64()),
+        ("similarity", pa.float64()),
         ("first_answer", pa.string()),
-        ("final_agreement", pa.float64()),
+        ("final_similarity", pa.float64()),
     ]
 )
 ANSWER_FIELDS: tuple[pa.Field, ...] = (
@@ -142,23 +142,23 @@ def _is_empty(status: str, answer: str | None) -> bool:
 def _audit_stats(audits: Sequence[tuple[str, float, Mapping[str, Any]]]) -> dict[str, Any]:
     """Statistics of audits: row key, retention of the answer, and cell of the column `audit`."""
     compared = [
-        (key, cell["agreement"]) for key, _, cell in audits if cell["agreement"] is not None
+        (key, cell["similarity"]) for key, _, cell in audits if cell["similarity"] is not None
     ]
     escalated = [
-        (f"{retention:g}", cell["final_agreement"])
+        (f"{retention:g}", cell["final_similarity"])
         for _, retention, cell in audits
-        if cell["final_agreement"] is not None
+        if cell["final_similarity"] is not None
     ]
     return {
         "escalated": dict(Counter(retention for retention, _ in escalated)),
         "escalated_agreed": dict(Counter(retention for retention, now in escalated if now == 1)),
         "audits": len(compared),
-        "audits_agreed": sum(agreement == 1 for _, agreement in compared),
-        "agreement_millionths": sum(round(agreement * MILLION) for _, agreement in compared),
-        "least_agreed": top(
-            (MILLION - round(agreement * MILLION), key)
-            for key, agreement in compared
-            if agreement < 1
+        "audits_agreed": sum(similarity == 1 for _, similarity in compared),
+        "similarity_millionths": sum(round(similarity * MILLION) for _, similarity in compared),
+        "least_similar": top(
+            (MILLION - round(similarity * MILLION), key)
+            for key, similarity in compared
+            if similarity < 1
         ),
     }
 
@@ -300,7 +300,7 @@ def _audit_cell(audit: Audit) -> dict[str, Any]:
     return {
         "answer": audit.answer,
         "retention": audit.retention,
-        "agreement": audit.agreement,
+        "similarity": audit.similarity,
         "first_answer": escalation and escalation.first_answer,
-        "final_agreement": escalation and escalation.agreement,
+        "final_similarity": escalation and escalation.similarity,
     }

@@ -91,14 +91,14 @@ class RunStats:
         energy_millijoules: Energy of the device while it worked on them; 0 if not measured.
         audits: Answers that were compared with uncompressed ones.
         audits_agreed: Those of them with the same answer.
-        agreement_millionths: Sum of their similarities, in millionths.
+        similarity_millionths: Sum of their similarities, in millionths.
         audit_uncompressed_ns: Busy nanoseconds of the uncompressed answers, by stage; not part of
             other fields.
         audit_compressed_ns: Busy nanoseconds of the answers that they were compared with.
         escalated: Audited prompts that were answered again, by the retention of the final answer.
         escalated_agreed: Those of them whose final answer agrees with the uncompressed one.
         escalation_ns: Busy nanoseconds of the replaced answers, by stage; not part of other fields.
-        least_agreed: Audited rows that differed most, as (difference in millionths, row key).
+        least_similar: Audited rows that differed most, as (difference in millionths, row key).
         stage_ns: Busy nanoseconds by stage (`STAGES`).
         input_starved_ns: Time that a worker was idle: waiting for input while rows remained.
         oom_splits: How often a batch ran out of device memory and was split in half.
@@ -133,7 +133,7 @@ class RunStats:
     energy_millijoules: int = 0
     audits: int = 0
     audits_agreed: int = 0
-    agreement_millionths: int = 0
+    similarity_millionths: int = 0
     audit_uncompressed_ns: dict[str, int] = field(default_factory=dict)
     audit_compressed_ns: dict[str, int] = field(default_factory=dict)
     escalated: dict[str, int] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class RunStats:
     peak_host_bytes: int = 0
     slowest: tuple[tuple[int, str], ...] = ()
     largest: tuple[tuple[int, str], ...] = ()
-    least_agreed: tuple[tuple[int, str], ...] = ()
+    least_similar: tuple[tuple[int, str], ...] = ()
 
     def __add__(self, other: RunStats) -> RunStats:
         total: dict[str, object] = {}
@@ -183,6 +183,6 @@ class RunStats:
     def from_json(text: str | bytes) -> RunStats:
         """The inverse of `to_json`."""
         data = json.loads(text)
-        for name in ("slowest", "largest", "least_agreed"):
+        for name in ("slowest", "largest", "least_similar"):
             data[name] = tuple((int(value), str(key)) for value, key in data.get(name, ()))
         return RunStats(**data)

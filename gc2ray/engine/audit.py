@@ -3,10 +3,10 @@
 A row's key alone decides whether it is audited, so the same rows are audited in every run, on every
 worker and after every retry. The same engine answers both requests, one right after the other, so
 that they are decoded under the same conditions; images of audited rows are encoded twice. The
-result is one answer: the configured one, with the uncompressed text and the agreement of the two.
+result is one answer: the configured one, with the uncompressed text and the similarity of the two.
 
 A row whose answers disagree may be answered again with more visual tokens, escalating step by step
-until an answer agrees. The agreement that is reported stays that of the configured answer.
+until an answer agrees. The similarity that is reported stays that of the configured answer.
 
 The time of the other answers is not in the stages of the resulting answer; it is counted apart.
 
@@ -44,13 +44,13 @@ class AuditedEngine:
         share: Share of the rows that is audited, in (0, 1].
         escalation_policies: Names of the policies with which rows that disagree are answered again,
             one after the other.
-        min_agreement: Answers that agree less than this disagree.
+        min_similarity: Answers that are less similar than this disagree.
     """
 
     engine: RequeuingEngine
     share: float
     escalation_policies: Sequence[str] = ()
-    min_agreement: float = 1.0
+    min_similarity: float = 1.0
 
     @property
     def device(self) -> str:
@@ -85,7 +85,7 @@ class AuditedEngine:
             key = answer.request.row_key
             row = audited[key]
             row.add(answer)
-            policy = row.next_policy(self.escalation_policies, self.min_agreement)
+            policy = row.next_policy(self.escalation_policies, self.min_similarity)
             if policy is not None:
                 self.engine.requeue(replace(row.request, policy=policy))
             elif row.is_complete:
@@ -131,15 +131,15 @@ class _AuditedRow:
         else:
             self.compressed.append(answer)
 
-    def next_policy(self, policies: Sequence[str], min_agreement: float) -> str | None:
+    def next_policy(self, policies: Sequence[str], min_similarity: float) -> str | None:
         """The policy to answer with next; None where answers agree or cannot be compared."""
         reference = self.uncompressed
         if reference is None or not self.compressed or len(self.compressed) > len(policies):
             return None
         if reference.status != Status.OK or self.compressed[-1].retry:
             return None
-        agreement = _agreement(self.compressed[-1], reference) or 0.0
-        return policies[len(self.compressed) - 1] if agreement < min_agreement else None
+        reached = _similarity(self.compressed[-1], reference) or 0.0
+        return policies[len(self.compressed) - 1] if reached < min_similarity else None
 
     def joined(self) -> Answer:
         """The last compressed answer without an error, with the results of its audit."""
@@ -150,11 +150,11 @@ class _AuditedRow:
         escalation = None
         if escalated:
             replaced = [answer.stage_ns for answer in self.compressed if answer is not chosen]
-            agreement = _agreement(chosen, reference) or 0.0
-            escalation = Escalation(first.answer, agreement, merged(replaced))
+            final = _similarity(chosen, reference) or 0.0
+            escalation = Escalation(first.answer, final, merged(replaced))
         audit = Audit(
             answer=reference.answer,
-            agreement=_agreement(first, reference),
+            similarity=_similarity(first, reference),
             stage_ns=reference.stage_ns,
             own_ns=first.stage_ns,
             escalation=escalation,
@@ -163,9 +163,9 @@ class _AuditedRow:
         return replace(chosen, audit=audit, retry=failed)
 
 
-def _agreement(answer: Answer, uncompressed: Answer) -> float | None:
+def _similarity(answer: Answer, uncompressed: Answer) -> float | None:
     if uncompressed.status != Status.OK:
-        return None  # there is nothing to agree with
+        return None  # there is nothing to compare with
     if answer.status != Status.OK:
         return 0.0
     return similarity(answer.answer or "", uncompressed.answer or "")

@@ -156,13 +156,13 @@ def answer_lines(answer: Mapping[str, Any] | None) -> Iterator[str]:
     if answer["status"] != Status.OK:
         text = f"none ({answer['status']}: {answer['error']})"
     audit = answer["audit"] or {}
-    final_agreement = audit.get("final_agreement")
-    if final_agreement is not None:
-        yield f"answer: {_text(audit['first_answer'])}{_agreement(audit['agreement'])}"
+    final_similarity = audit.get("final_similarity")
+    if final_similarity is not None:
+        yield f"answer: {_text(audit['first_answer'])}{_similarity(audit['similarity'])}"
         retention = f"{answer['retention_requested']:g}"
-        yield f"again at retention {retention}: {text}{_agreement(final_agreement)}"
+        yield f"again at retention {retention}: {text}{_similarity(final_similarity)}"
     else:
-        yield f"answer: {text}{_agreement(audit.get('agreement'))}"
+        yield f"answer: {text}{_similarity(audit.get('similarity'))}"
     if audit:
         yield f"uncompressed: {_text(audit['answer'])}"
 
@@ -171,9 +171,9 @@ def _text(answer: str | None) -> str:
     return "none" if answer is None else answer
 
 
-def _agreement(agreement: float | None) -> str:
+def _similarity(similarity: float | None) -> str:
     """Similarity of an answer to the uncompressed one."""
-    return "" if agreement is None else f" (agreement {agreement:.3f})"
+    return "" if similarity is None else f" (similarity {similarity:.3f})"
 
 
 def image_name(output: str, key: str) -> str:

@@ -296,11 +296,11 @@ def _audit(stats: RunStats) -> AuditSummary | None:
     return AuditSummary(
         audits=stats.audits,
         agreed=agreed,
-        similarity=stats.agreement_millionths / stats.audits / MILLION,
+        similarity=stats.similarity_millionths / stats.audits / MILLION,
         share_of_time=audit_share(stats),
         uncompressed_seconds=busy_seconds(stats.audit_uncompressed_ns),
         compressed_seconds=busy_seconds(stats.audit_compressed_ns),
-        least_similar=tuple((1 - off / MILLION, key) for off, key in stats.least_agreed),
+        least_similar=tuple((1 - off / MILLION, key) for off, key in stats.least_similar),
         steps=tuple(
             EscalationStep(float(retention), rows, stats.escalated_agreed.get(retention, 0))
             for retention, rows in sorted(stats.escalated.items(), key=lambda item: float(item[0]))

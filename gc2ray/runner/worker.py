@@ -236,7 +236,7 @@ class Worker:
         if not audit.share:
             return engine
         return AuditedEngine(
-            engine, audit.share, tuple(job.recipe.escalation_steps()), audit.min_agreement
+            engine, audit.share, tuple(job.recipe.escalation_steps()), audit.min_similarity
         )
 
     def _loaded_engine(self) -> AnsweringEngine:

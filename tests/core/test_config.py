@@ -667,7 +667,7 @@ CHANGES: dict[str, object] = {
     "generation.ignore_model_rules": ["no_repeat_ngram_size"],
     "audit.share": 0.01,
     "audit.escalate": [0.5],
-    "audit.min_agreement": 0.9,
+    "audit.min_similarity": 0.9,
     "input.uri": "elsewhere",
     "input.image": "picture",
     "input.prompt": {"column": "prompt"},

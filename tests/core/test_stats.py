@@ -25,7 +25,7 @@ DICTS = {
     for item in fields(RunStats)
     if item.default_factory is dict
 }
-TOPS = ("slowest", "largest", "least_agreed")
+TOPS = ("slowest", "largest", "least_similar")
 
 
 def top(rows: list[tuple[int, str]]) -> tuple[tuple[int, str], ...]:

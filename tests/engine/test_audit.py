@@ -100,27 +100,27 @@ def test_every_request_has_one_answer(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compressed", "whole", "agreement"),
+    ("compressed", "whole", "similarity"),
     [
         ("a cat", "A cat.", 1.0), ("a cat", "a car", 0.8), ("yes", "no", 0.0),
         (None, "a cat", 0.0), ("a cat", None, None), (None, None, None), ("", "", 1.0),
     ],
 )  # fmt: skip
-def test_agreement_is_how_alike_both_answers_are(
-    compressed: str | None, whole: str | None, agreement: float | None
+def test_similarity_is_how_alike_both_answers_are(
+    compressed: str | None, whole: str | None, similarity: float | None
 ) -> None:
     found = list(AuditedEngine(two_faced(compressed, whole), 1.0).stream(rows(6)))
     for answer in found:
         assert answer.audit is not None
         assert answer.audit.answer == whole
         assert answer.audit.retention == 1.0
-        assert answer.audit.agreement == agreement
+        assert answer.audit.similarity == similarity
         assert answer.status == (Status.OK if compressed is not None else Status.TOO_LONG)
     stats = stats_of(found)
-    known = 0 if agreement is None else 6
-    assert (stats.audits, stats.audits_agreed) == (known, known if agreement == 1 else 0)
-    assert stats.agreement_millionths == round((agreement or 0) * 1e6) * known
-    assert len(stats.least_agreed) == (known if agreement != 1 else 0)
+    known = 0 if similarity is None else 6
+    assert (stats.audits, stats.audits_agreed) == (known, known if similarity == 1 else 0)
+    assert stats.similarity_millionths == round((similarity or 0) * 1e6) * known
+    assert len(stats.least_similar) == (known if similarity != 1 else 0)
     assert stats.stage_ns["generate"] == 6 * 7
     assert stats.audit_uncompressed_ns == {"encode": 300, "generate": 420}
     assert stats.audit_compressed_ns == {"encode": 30, "generate": 42}
@@ -180,7 +180,7 @@ def test_a_row_that_disagrees_is_answered_anew_rung_by_rung(
         anew = row.audit.escalation
         assert (anew is None) == (now is None)
         if anew is not None:
-            assert (anew.first_answer, anew.agreement) == (first, pytest.approx(now))
+            assert (anew.first_answer, anew.similarity) == (first, pytest.approx(now))
             assert anew.stage_ns.get("encode", 0) == 5 * extra
     stats = stats_of(found)
     assert stats.escalated == ({} if now is None else {f"{retention:g}": 4})
@@ -192,12 +192,12 @@ def test_a_row_that_disagrees_is_answered_anew_rung_by_rung(
 
 def test_answers_that_are_alike_enough_agree() -> None:
     says = {RECIPES_POLICY: "a cat", RUNGS[0]: "a car", UNCOMPRESSED: "a car"}
-    for min_agreement, anew in ((0.8, False), (0.81, True)):
+    for min_similarity, anew in ((0.8, False), (0.81, True)):
         engine = ManyFaced(says)
-        found = list(AuditedEngine(engine, 1.0, RUNGS[:1], min_agreement).stream(rows(5)))
+        found = list(AuditedEngine(engine, 1.0, RUNGS[:1], min_similarity).stream(rows(5)))
         assert {answer.answer for answer in found} == {"a car" if anew else "a cat"}
         assert (RUNGS[0] in engine.policies) == anew
-        assert {a.audit.agreement for a in found if a.audit} == {0.8}, "the recipe's own"
+        assert {a.audit.similarity for a in found if a.audit} == {0.8}, "the recipe's own"
 
 
 def test_only_audited_rows_are_answered_anew() -> None:
@@ -264,10 +264,10 @@ def test_what_is_answered_anew_is_what_a_higher_retention_says(
         assert answer.kept_per_view == at[answer.retention_requested][row].kept_per_view
         assert answer.audit is not None
         first, anew = at[0.1][row], answer.audit.escalation
-        assert (anew is None) == (answer.audit.agreement == 1)
+        assert (anew is None) == (answer.audit.similarity == 1)
         if anew is not None:
             assert anew.first_answer == first.answer
-            assert (anew.agreement == 1) or answer.retention_requested == 0.6
+            assert (anew.similarity == 1) or answer.retention_requested == 0.6
     assert any(answer.retention_requested > 0.1 for answer in found.values())
 
 
@@ -326,9 +326,9 @@ def test_a_worker_writes_down_what_it_saw(
         assert (row["kept_mask"] is not None) == (row["audit"] is not None)
         if row["audit"]:
             assert row["audit"]["retention"] == 1.0
-            assert 0 <= row["audit"]["agreement"] <= 1
-            anew = bool(escalate) and row["audit"]["agreement"] < 1
-            assert (row["audit"]["final_agreement"] is not None) == anew
+            assert 0 <= row["audit"]["similarity"] <= 1
+            anew = bool(escalate) and row["audit"]["similarity"] < 1
+            assert (row["audit"]["final_similarity"] is not None) == anew
             assert (row["audit"]["first_answer"] is not None) == anew
             assert (row["retention_requested"] > 0.25) == anew
     assert bool(done.stats.escalated) == bool(escalate)

@@ -149,7 +149,12 @@ def test_the_latest_answer_is_told(answered: Job) -> None:
     assert not any("bad in 1" in line for line in good.captions)
 
 
-ESCALATED = {"first_answer": "a dog", "agreement": 0.25, "final_agreement": 1.0, "answer": "a cat"}
+ESCALATED = {
+    "first_answer": "a dog",
+    "similarity": 0.25,
+    "final_similarity": 1.0,
+    "answer": "a cat",
+}
 
 
 @pytest.mark.parametrize(
@@ -161,20 +166,20 @@ ESCALATED = {"first_answer": "a dog", "agreement": 0.25, "final_agreement": 1.0,
             "ok",
             ESCALATED,
             [
-                "answer: a dog (agreement 0.250)",
-                "again at retention 0.5: a cat (agreement 1.000)",
+                "answer: a dog (similarity 0.250)",
+                "again at retention 0.5: a cat (similarity 1.000)",
                 "uncompressed: a cat",
             ],
         ),
         (
             "ok",
-            {**ESCALATED, "final_agreement": None, "agreement": None, "answer": None},
+            {**ESCALATED, "final_similarity": None, "similarity": None, "answer": None},
             ["answer: a cat", "uncompressed: none"],
         ),
         (
             "ok",
-            {"agreement": 1.0, "answer": ""},
-            ["answer: a cat (agreement 1.000)", "uncompressed: "],
+            {"similarity": 1.0, "answer": ""},
+            ["answer: a cat (similarity 1.000)", "uncompressed: "],
         ),
     ],
 )

@@ -68,12 +68,12 @@ class AuditConfig(Frozen):
         share: Share of the prompts to audit; which ones depends on their keys alone.
         escalate: Rising retentions at which a row whose answers disagree is answered again, until
             one agrees; that answer, or else the last, is the row's. Empty: no row is.
-        min_agreement: Answers that are less similar than this disagree.
+        min_similarity: Answers that are less similar than this disagree.
     """
 
     share: float = Field(default=0.0, ge=0, le=1)
     escalate: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-    min_agreement: float = Field(default=1.0, gt=0, le=1)
+    min_similarity: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _rising(self) -> AuditConfig:
