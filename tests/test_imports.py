@@ -44,9 +44,9 @@ BORDERS: dict[str, set[str]] = {
     "pynvml": {"engine/device.py"},
     "ray": {"runner"},
     "requests": {"runner/submit.py"},
-    "aiohttp": {"data", "runner/submit.py"},
-    "botocore": {"data", "models/checkpoint"},
-    "huggingface_hub": {"data", "models/checkpoint"},
+    "aiohttp": {"runner/submit.py"},
+    "botocore": {"models/checkpoint"},
+    "huggingface_hub": {"models/checkpoint"},
     "filelock": {"models/checkpoint"},
     "fsspec": {"data", "models/checkpoint"},
     "pyarrow": {"core/schema.py", "data", "output", "runner", "reporting/show.py", "demo"},
@@ -144,6 +144,19 @@ def test_who_does_not_compute_starts_without_torch() -> None:
     light += ["output.verify", "output.compact", "reporting.page", "reporting.dataset_card"]
     script = f"import sys, {', '.join(f'gc2ray.{name}' for name in light)}\n"
     script += "print(sorted({'torch', 'transformers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("core.config.job", {"pyarrow", "numpy"}),
+        ("data.retries", {"aiohttp", "botocore", "huggingface_hub"}),
+    ],
+)
+def test_what_every_command_needs_is_quick_to_import(module: str, unwanted: set[str]) -> None:
+    script = f"import sys, gc2ray.{module}\nprint(sorted({unwanted} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 

@@ -9,16 +9,19 @@ user's. Any other exception is a bug and reported as one.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 
-_LIBRARY_ERRORS = {
-    "aiohttp.client_exceptions": "ClientError",
-    "botocore.exceptions": "BotoCoreError",
-    "huggingface_hub.errors": "HTTPError",
-}
-"""Errors that filesystems raise beside `OSError`, by the module that defines them: s3fs passes
-missing credentials on as botocore's, and broken connections, as fsspec's web filesystem does, as
-aiohttp's; the hub's are those of its HTTP library."""
+ErrorName = tuple[str, str]
+"""Module and name of a library's exception type."""
+_LIBRARY_ERRORS: tuple[ErrorName, ...] = (
+    ("aiohttp.client_exceptions", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("huggingface_hub.errors", "HTTPError"),
+)
+"""Errors that filesystems raise beside `OSError`: s3fs passes missing credentials on as botocore's,
+and broken connections, as fsspec's web filesystem does, as aiohttp's; the hub's are those of its
+HTTP library."""
 
 RESUME_STORAGE = (
     "if access was denied, check your credentials; run the same command again to resume"
@@ -28,12 +31,19 @@ RESUME_STORAGE = (
 def storage_errors() -> tuple[type[Exception], ...]:
     """The exception types that filesystems raise, for an `except` clause.
 
-    Nothing is imported for it, as these libraries take 0.2 s: an error of a library that was never
-    imported cannot be raised. Call it where the error is caught, not before.
+    Call it where the error is caught, not before, see `loaded_errors`.
     """
-    loaded = [(sys.modules.get(module), name) for module, name in _LIBRARY_ERRORS.items()]
-    kinds = [getattr(module, name, None) for module, name in loaded]
-    return (OSError, *(kind for kind in kinds if kind is not None))
+    return (OSError, *loaded_errors(_LIBRARY_ERRORS))
+
+
+def loaded_errors(names: Iterable[ErrorName]) -> tuple[type[Exception], ...]:
+    """The exception types of those libraries that are imported.
+
+    Nothing is imported for it, as these libraries take 0.2 s: an error of a library that was never
+    imported cannot be raised.
+    """
+    kinds = [getattr(sys.modules.get(module), name, None) for module, name in names]
+    return tuple(kind for kind in kinds if kind is not None)
 
 
 class Status(StrEnum):

@@ -1,8 +1,8 @@
 """What goes in and what comes out: `Request` and `Answer`.
 
 A row is an input row; an answer (or answer row) is written for each of its prompts. Only audited
-answers have an `audit` and a `kept_mask` (see `gc2ray.engine.audit`). The columns of answers are in
-`gc2ray.core.schema`.
+answers have an `audit` and a `kept_mask` (see `gc2ray.engine.audit`). The types of the columns of
+answers are in `gc2ray.core.schema`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gc2ray.core.errors import BadRow, Status
-from gc2ray.core.stats import retention_bucket
+from gc2ray.core.stats import STAGES, retention_bucket
 
 RECIPES_POLICY, UNCOMPRESSED = "recipe", "uncompressed"
 """Names of the compression policies that every engine has."""
+ANSWER_COLUMNS: tuple[str, ...] = (
+    "row_key", "source", "row", "prompt_index", "answer", "status", "error", "finish_reason",
+    "prompt_tokens", "output_tokens", "visual_tokens_full", "visual_tokens_kept", "newline_tokens",
+    "newline_tokens_full", "kept_per_view", "method", "retention_requested", "retention_actual",
+    "kv_bytes", "kv_bytes_full", *(f"{stage}_ns" for stage in STAGES), "oom_splits", "attempt",
+    "retry_round", "device", "worker", "audit", "kept_mask",
+)  # fmt: skip
+"""Names of the columns of answers, in order; here, because their types take pyarrow to import."""
 
 
 @dataclass(frozen=True)

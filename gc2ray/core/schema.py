@@ -1,7 +1,7 @@
 """The one Arrow schema of answer rows, and answers as its tables.
 
-Only this module knows the column names. Failed answers have every column too, with nulls where
-nothing was measured, so all parts have the same schema.
+Failed answers have every column too, with nulls where nothing was measured, so all parts have the
+same schema. The names of the columns alone, `ANSWER_COLUMNS`, are in `gc2ray.core.records`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ ANSWER_FIELDS: tuple[pa.Field, ...] = (
     pa.field("audit", _AUDIT),
     pa.field("kept_mask", pa.list_(pa.binary())),
 )
-ANSWER_COLUMNS = frozenset(item.name for item in ANSWER_FIELDS)
 _SUMMED = (
     "visual_tokens_full", "visual_tokens_kept", "newline_tokens_full", "newline_tokens",
     "prompt_tokens", "output_tokens", "kv_bytes", "kv_bytes_full",

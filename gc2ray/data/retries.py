@@ -18,15 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from aiohttp import ClientConnectionError, ClientPayloadError, ClientResponseError
-from botocore.exceptions import ClientError, HTTPClientError
-from botocore.exceptions import ConnectionError as StoreConnectionError
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # see errors
-
-from gc2ray.core.errors import storage_errors
+from gc2ray.core.errors import ErrorName, loaded_errors, storage_errors
 
 T = TypeVar("T")
 
@@ -34,15 +28,27 @@ PASSING_STATUS = {HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.
 LASTING_STATUS = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.INSUFFICIENT_STORAGE}
 _MOST_DOUBLINGS = 32  # more would overflow some day
 _PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN, errno.ETIMEDOUT}
-_PASSING = (
-    TimeoutError,
-    ConnectionError,
-    HTTPClientError,
-    StoreConnectionError,
-    ClientConnectionError,
-    ClientPayloadError,
-    HubError,
+_AIOHTTP, _BOTOCORE, _HUB = (
+    "aiohttp.client_exceptions",
+    "botocore.exceptions",
+    "huggingface_hub.errors",
 )
+_PASSING: tuple[ErrorName, ...] = (
+    (_BOTOCORE, "HTTPClientError"),
+    (_BOTOCORE, "ConnectionError"),
+    (_AIOHTTP, "ClientConnectionError"),
+    (_AIOHTTP, "ClientPayloadError"),
+    (_HUB, "HTTPError"),
+)
+_LASTING: tuple[ErrorName, ...] = ((_HUB, "OfflineModeIsEnabled"),)
+_HTTP_STATUS: dict[ErrorName, Callable[[Any], Any]] = {
+    (_BOTOCORE, "ClientError"): lambda error: error.response.get("ResponseMetadata", {}).get(
+        "HTTPStatusCode", 0
+    ),
+    (_AIOHTTP, "ClientResponseError"): lambda error: error.status,
+    (_HUB, "HfHubHTTPError"): lambda error: error.response.status_code,
+}
+"""The HTTP status in an error, by the error's type."""
 
 log = logging.getLogger(__name__)
 
@@ -113,19 +119,15 @@ def is_transient(error: BaseException) -> bool:
         return is_server or status in PASSING_STATUS
     if isinstance(error, FileNotFoundError) and cause is not None:
         return is_transient(cause)
-    if isinstance(error, _PASSING) and not isinstance(error, OfflineModeIsEnabled):
+    passing: tuple[type[Exception], ...] = (TimeoutError, ConnectionError, *loaded_errors(_PASSING))
+    if isinstance(error, passing) and not isinstance(error, loaded_errors(_LASTING)):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
 
 
 def _http_status(error: BaseException | None) -> int | None:
     """The HTTP status in an error; None if it has none."""
-    match error:
-        case ClientError():
-            return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        case ClientResponseError():
-            return error.status
-        case HfHubHTTPError():
-            return int(error.response.status_code)
-        case _:
-            return None
+    for name, status in _HTTP_STATUS.items():
+        if isinstance(error, loaded_errors([name])):
+            return int(status(error))
+    return None

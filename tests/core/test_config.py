@@ -19,7 +19,7 @@ from gc2ray.core.config.generation import NOTHING, GenerationConfig, TakenOver
 from gc2ray.core.config.job import Cluster, Job, WorkerRange, load_cluster, load_job, parse_job
 from gc2ray.core.config.recipe import parse_recipe, recipe_difference
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.schema import ANSWER_COLUMNS
+from gc2ray.core.records import ANSWER_COLUMNS
 from tests.support.rows import job_data, make_job
 
 

@@ -19,7 +19,7 @@ from gc2ray.core.config.yaml_models import (
     Frozen,
 )
 from gc2ray.core.errors import BadRow, ConfigError, Status
-from gc2ray.core.schema import ANSWER_COLUMNS
+from gc2ray.core.records import ANSWER_COLUMNS
 
 ROOTS_KEY = "recipe.input.image_roots"
 BYTES_KEY = "recipe.input.max_image_bytes"
