@@ -116,8 +116,8 @@ class Answer:
     `kept_per_view` is one list per image, one count per view. `kept_mask` has a bitmap for each
     view: bit i, from the lowest of the first byte on, is token i in raster order.
 
-    Some fields are not written: `token_ids`; `retry`, set if not the row but the storage of its
-    image failed, so that its shard is tried again. Others count in the statistics only:
+    Some fields are not written: `token_ids`; `is_retryable`, set if not the row but the storage of
+    its image failed, so that its shard is tried again. Others count in the statistics only:
     `image_shared`, whether another row had encoded the image; `prompt_tokens_shared`, the number of
     prompt tokens that another row had computed; `full_per_view`, as `kept_per_view` before
     compression; `demand`, the work of the answer, and `demand_full`, its work without compression.
@@ -142,7 +142,7 @@ class Answer:
     stage_ns: Mapping[str, int] = field(default_factory=dict)
     device: str = ""
     token_ids: tuple[int, ...] = ()
-    retry: bool = False
+    is_retryable: bool = False
     image_shared: bool = False
     prompt_tokens_shared: int = 0
     oom_splits: int = 0

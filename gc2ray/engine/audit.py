@@ -136,7 +136,7 @@ class _AuditedRow:
         reference = self.uncompressed
         if reference is None or not self.compressed or len(self.compressed) > len(policies):
             return None
-        if reference.status != Status.OK or self.compressed[-1].retry:
+        if reference.status != Status.OK or self.compressed[-1].is_retryable:
             return None
         reached = _similarity(self.compressed[-1], reference) or 0.0
         return policies[len(self.compressed) - 1] if reached < min_similarity else None
@@ -159,8 +159,8 @@ class _AuditedRow:
             own_ns=first.stage_ns,
             escalation=escalation,
         )
-        failed = reference.retry or any(answer.retry for answer in self.compressed)
-        return replace(chosen, audit=audit, retry=failed)
+        failed = reference.is_retryable or any(answer.is_retryable for answer in self.compressed)
+        return replace(chosen, audit=audit, is_retryable=failed)
 
 
 def _similarity(answer: Answer, uncompressed: Answer) -> float | None:

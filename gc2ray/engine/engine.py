@@ -317,7 +317,7 @@ class Engine:
             error=failure.message[:ERROR_CHARACTERS],
             stage_ns=row.stage_ns,
             device=self.device,
-            retry=row.is_retryable,
+            is_retryable=row.is_retryable,
             oom_splits=row.oom_splits,
         )
 

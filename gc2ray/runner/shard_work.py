@@ -124,7 +124,7 @@ class ShardStream:
                 return
             if row is not None:
                 work.page.end(row)
-            if answer.retry:
+            if answer.is_retryable:
                 self._fail(work, ShardError(f"{key}: {answer.error}"))
                 return
             work.answers[key] = answer

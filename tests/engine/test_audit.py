@@ -131,14 +131,14 @@ def test_a_storage_that_failed_the_second_look_has_the_shard_tried_again() -> No
         failing = UNCOMPRESSED
 
         def said(self, row: Request) -> Answer:
-            return replace(super().said(row), retry=row.policy == self.failing)
+            return replace(super().said(row), is_retryable=row.policy == self.failing)
 
     for failing in (UNCOMPRESSED, RUNGS[0]):
         engine = Failing({RECIPES_POLICY: "a", RUNGS[0]: "b", UNCOMPRESSED: "c"})
         engine.failing = failing
         found = list(AuditedEngine(engine, 0.5, RUNGS[:1]).stream(rows()))
-        assert all(answer.retry == (answer.audit is not None) for answer in found)
-        assert 5 < sum(answer.retry for answer in found) < 35
+        assert all(answer.is_retryable == (answer.audit is not None) for answer in found)
+        assert 5 < sum(answer.is_retryable for answer in found) < 35
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -634,13 +634,13 @@ def test_a_storage_that_fails_is_not_the_rows_fault(
 
     monkeypatch.setattr("gc2ray.engine.prompt_builder.read_bytes", outage)
     (answer,) = make_engine(loaded).stream([request()])
-    assert answer.retry
+    assert answer.is_retryable
     assert answer.error == "ShardError: the image store does not answer"
 
 
 def test_a_bad_row_is_not_to_be_tried_again(loaded: LoadedModel) -> None:
     (answer,) = make_engine(loaded).stream([replace(request(), prompts=())])
-    assert (answer.retry, answer.error) == (
+    assert (answer.is_retryable, answer.error) == (
         False,
         "a request has one image and one prompt, for now",
     )
