@@ -25,7 +25,7 @@ from gc2ray.core.schema import answer_schema
 from gc2ray.core.version import __version__
 from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.latest import MERGED_BY
-from gc2ray.output.run_directory import RetryRound
+from gc2ray.output.run_directory import Round
 from gc2ray.output.verify import Verdict, verify
 
 FILE_BYTES = 512 << 20
@@ -102,7 +102,7 @@ def compact(
             f"{output}: {verdict.missing[0]}; pass --incomplete to export only the answered rows"
         )
     _check_empty(target)
-    first = verdict.rounds[0].retry_round
+    first = verdict.rounds[0].round
     files = tuple(_write(_answers(verdict), _schema(first), target, file_bytes))
     dataset = Dataset(
         rows=verdict.rows,
@@ -110,7 +110,7 @@ def compact(
         failed=sum(file.failed for file in files),
         files=files,
         run=first.plan.recipe_fingerprint,
-        rounds=tuple(checked.retry_round.number for checked in verdict.rounds),
+        rounds=tuple(checked.round.number for checked in verdict.rounds),
     )
     record = json_bytes(asdict(dataset))
     if not target.create(SUCCESS_NAME, record):
@@ -141,7 +141,7 @@ def read_answers(output: str, columns: Sequence[str] | None = None) -> pa.Table:
     verdict = verify(output)
     if verdict.damage:
         raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
-    schema = _schema(verdict.rounds[0].retry_round).remove_metadata()
+    schema = _schema(verdict.rounds[0].round).remove_metadata()
     names = schema.names if columns is None else list(columns)
     missing = [name for name in names if name not in schema.names]
     if missing:
@@ -179,7 +179,7 @@ def _check_own(target: Store, name: str, sha256: str) -> None:
         )
 
 
-def _schema(first: RetryRound) -> pa.Schema:
+def _schema(first: Round) -> pa.Schema:
     """The parts' schema; its metadata describes the run instead of a part."""
     recipe = json.dumps(first.run.recipe.model_dump(mode="json"))
     about = {"gc2ray.run": first.plan.recipe_fingerprint, "gc2ray.recipe": recipe}

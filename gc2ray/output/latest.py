@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from gc2ray.core.errors import Status
 from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, runs
 from gc2ray.output.parts import read_part
-from gc2ray.output.run_directory import RetryRound
+from gc2ray.output.run_directory import Round
 
 MERGED_BY = ("source", "row", "prompt_index", "status", "retry_round")
 """Columns that decide which answer is the latest."""
@@ -33,10 +33,10 @@ class Latest:
             (shards,).
     """
 
-    def __init__(self, rounds: Sequence[tuple[RetryRound, Booleans]]) -> None:
+    def __init__(self, rounds: Sequence[tuple[Round, Booleans]]) -> None:
         (first, self._committed), *retries = rounds
         self._first = first
-        self._retries = [_Retried.from_rounds(first, retry, done) for retry, done in retries]
+        self._retries = [_RetriedShards.from_rounds(first, retry, done) for retry, done in retries]
         self._read: dict[int, tuple[int, Sequence[str] | None, pa.Table]] = {}
 
     def retried(self) -> Booleans:
@@ -52,7 +52,7 @@ class Latest:
         missing = np.full(shard.rows, not self._committed[index])
         for retry in self._retries:
             for number in retry.shards_of(index):
-                for span in retry.retry_round.plan.shards[number].spans:
+                for span in retry.round.plan.shards[number].spans:
                     missing[_places(shard, span)] = False
         return missing
 
@@ -85,34 +85,36 @@ class Latest:
             return own[0] if own else None
         return _merged(shard, [*own, *later])
 
-    def _retried(self, retry: _Retried, index: int, columns: Sequence[str] | None) -> pa.Table:
+    def _retried(
+        self, retry: _RetriedShards, index: int, columns: Sequence[str] | None
+    ) -> pa.Table:
         """A part of a retry; the last part is cached because it has rows of several shards."""
-        number = retry.retry_round.number
+        number = retry.round.number
         cached = self._read.get(number)
         if cached is None or cached[:2] != (index, columns):
-            part = retry.retry_round.plan.shards[index].part_name
+            part = retry.round.plan.shards[index].part_name
             cached = self._read[number] = (
                 index,
                 columns,
-                read_part(retry.retry_round.store, part, columns),
+                read_part(retry.round.store, part, columns),
             )
         return cached[2]
 
 
-class _Retried(NamedTuple):
+class _RetriedShards(NamedTuple):
     """Pairs of shards: one of round 0, and a committed one of a retry that has rows of it."""
 
-    retry_round: RetryRound
+    round: Round
     owners: Integers  # of round 0, ascending
     shards: Integers  # of the retry
 
     @staticmethod
-    def from_rounds(first: RetryRound, retry: RetryRound, committed: Booleans) -> _Retried:
+    def from_rounds(first: Round, retry: Round, committed: Booleans) -> _RetriedShards:
         """The pairs of a retry."""
         spans = retry.plan.shards.spans
         pairs = np.stack([owners(first.plan.shards, retry.plan.shards), spans.shard])
         pairs = np.unique(pairs[:, committed[spans.shard] & (pairs[0] >= 0)], axis=1)
-        return _Retried(retry, *pairs)
+        return _RetriedShards(retry, *pairs)
 
     def shards_of(self, owner: int) -> list[int]:
         """The shards of the retry that have rows of a shard of round 0."""

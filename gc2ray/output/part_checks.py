@@ -24,7 +24,7 @@ from gc2ray.core.shards import Integers, Shard, row_key
 from gc2ray.core.stats import RunStats
 from gc2ray.data.parquet_footer import open_parquet
 from gc2ray.output.parts import PartFooter
-from gc2ray.output.run_directory import RetryRound
+from gc2ray.output.run_directory import Round
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class PartCheck:
     problem: str | None = None
 
 
-def check_part(retry_round: RetryRound, index: int, *, deep: bool) -> PartCheck:
+def check_part(this_round: Round, index: int, *, deep: bool) -> PartCheck:
     """Compare a shard's part with the plan.
 
     Args:
-        retry_round: The round.
+        this_round: The round.
         index: Index of the shard.
         deep: Read the rows too, not only the footer.
 
@@ -48,30 +48,30 @@ def check_part(retry_round: RetryRound, index: int, *, deep: bool) -> PartCheck:
         ConfigError: Another version of gc2ray wrote the part.
         OSError: The storage does not answer.
     """
-    shard = retry_round.plan.shards[index]
+    shard = this_round.plan.shards[index]
     try:
-        metadata = retry_round.store.metadata(shard.part_name)
+        metadata = this_round.store.metadata(shard.part_name)
         footer = PartFooter.from_metadata(metadata)
     except ConfigError as error:
-        raise ConfigError(f"{retry_round.name(shard.part_name)}: {error}") from error
+        raise ConfigError(f"{this_round.name(shard.part_name)}: {error}") from error
     except ValueError:
-        return _bad(retry_round, shard, "not a part that gc2ray wrote, or incomplete")
-    problem = next(_footer_problems(retry_round, shard, footer, metadata), None)
+        return _bad(this_round, shard, "not a part that gc2ray wrote, or incomplete")
+    problem = next(_footer_problems(this_round, shard, footer, metadata), None)
     if deep and problem is None:
-        problem = next(_content_problems(retry_round, shard, footer), None)
-    return _bad(retry_round, shard, problem) if problem else PartCheck(footer.rows, footer.stats)
+        problem = next(_content_problems(this_round, shard, footer), None)
+    return _bad(this_round, shard, problem) if problem else PartCheck(footer.rows, footer.stats)
 
 
-def _bad(retry_round: RetryRound, shard: Shard, problem: str) -> PartCheck:
-    name = retry_round.name(shard.part_name)
-    again = "run again" if retry_round.number == 0 else "retry again"
+def _bad(this_round: Round, shard: Shard, problem: str) -> PartCheck:
+    name = this_round.name(shard.part_name)
+    again = "run again" if this_round.number == 0 else "retry again"
     return PartCheck(problem=f"{name}: {problem}; move it away, and {again}")
 
 
 def _footer_problems(
-    retry_round: RetryRound, shard: Shard, footer: PartFooter, metadata: pq.FileMetaData
+    this_round: Round, shard: Shard, footer: PartFooter, metadata: pq.FileMetaData
 ) -> Iterator[str]:
-    plan = retry_round.plan
+    plan = this_round.plan
     if footer.sid != shard.sid:
         yield f"its footer is of shard {footer.sid}"
     if footer.run != plan.recipe_fingerprint:
@@ -99,18 +99,18 @@ def _described(item: pa.Field) -> str:
     return f"{item.name!r} {item.type}{'' if item.nullable else ' not null'}"
 
 
-def _content_problems(retry_round: RetryRound, shard: Shard, footer: PartFooter) -> Iterator[str]:
-    data = retry_round.store.read(shard.part_name)
+def _content_problems(this_round: Round, shard: Shard, footer: PartFooter) -> Iterator[str]:
+    data = this_round.store.read(shard.part_name)
     if data is None:
         yield "vanished while it was read"
         return
     try:
-        table = _readable(data, retry_round.plan.carried)
+        table = _readable(data, this_round.plan.carried)
     except (OSError, pa.ArrowException) as error:
         yield f"cannot be read: {' '.join(str(error).split())}"
         return
     yield from _row_problems(table, shard)
-    yield from _value_problems(table, retry_round.number, footer)
+    yield from _value_problems(table, this_round.number, footer)
     yield from _count_problems(footer.stats, table_stats(table))
 
 

@@ -110,9 +110,9 @@ def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | Non
     waiting = int(first.waiting.sum())
     if waiting:
         raise ConfigError(f"{output}: {waiting} shards are not answered yet; run again, then retry")
-    recipe, number = first.retry_round.run.recipe, newest.retry_round.number
+    recipe, number = first.round.run.recipe, newest.round.number
     if number and newest.waiting.any():
-        store, plan = newest.retry_round.store, newest.retry_round.plan
+        store, plan = newest.round.store, newest.round.plan
         return Retry(output, number, store, recipe, plan, begun=True)
     failed = retry_plan(verdict, failures)
     if failed is None:
@@ -129,7 +129,7 @@ def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan |
         failures: As for `next_retry`.
     """
     first, latest = verdict.rounds[0], verdict.latest()
-    plan = first.retry_round.plan
+    plan = first.round.plan
     numbers = {file: number for number, file in enumerate(plan.shards.files)}
     flat = array("q")  # file, first, stop of each span: there may be a million of them
     for index in _doubtful(first, latest):

@@ -37,7 +37,7 @@ _RETRY = re.compile(rf"{RETRY_ROUNDS}/([1-9]\d*)$")
 
 
 @dataclass(frozen=True, eq=False)
-class RetryRound:
+class Round:
     """A round of an output that was begun: its plan is stored.
 
     Attributes:
@@ -113,7 +113,7 @@ def open_run(output: str) -> tuple[Store, Run]:
     return store, run
 
 
-def open_first_round(output: str) -> RetryRound:
+def open_first_round(output: str) -> Round:
     """Round 0 of an output.
 
     Raises:
@@ -136,7 +136,7 @@ def dead_letter_reason(letter: bytes) -> str:
     return str(json.loads(letter)["reason"])
 
 
-def open_round(output: str, number: int) -> RetryRound | None:
+def open_round(output: str, number: int) -> Round | None:
     """A round of an output; None if it was not begun.
 
     Raises:
@@ -148,8 +148,8 @@ def open_round(output: str, number: int) -> RetryRound | None:
     return None if run is None else _with_plan(number, store, run)
 
 
-def _with_plan(number: int, store: Store, run: Run) -> RetryRound:
-    return RetryRound(number, store, run, frozen_plan(store, run), stored_digest(store))
+def _with_plan(number: int, store: Store, run: Run) -> Round:
+    return Round(number, store, run, frozen_plan(store, run), stored_digest(store))
 
 
 def frozen_plan(store: Store, run: Run) -> Plan:

@@ -26,7 +26,7 @@ from gc2ray.output.run_directory import (
     MODEL_NAME,
     RETRY_ROUNDS,
     RUN_NAME,
-    RetryRound,
+    Round,
     dead_letters,
     object_name,
     open_round,
@@ -45,7 +45,7 @@ class Checked:
     """The check of one round.
 
     Attributes:
-        retry_round: The round.
+        round: The round.
         committed: Whether each shard has a part, (shards,).
         given_up: Whether each shard has a dead letter and no part, (shards,).
         failed: Number of failed answers of each shard, (shards,).
@@ -55,7 +55,7 @@ class Checked:
         notes: Lines that are worth knowing, but no problems.
     """
 
-    retry_round: RetryRound
+    round: Round
     committed: Booleans
     given_up: Booleans
     failed: Integers
@@ -127,25 +127,25 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
     checked: list[Checked] = []
     for number in (0, *numbers):
         try:
-            retry_round = open_round(output, number)
+            this_round = open_round(output, number)
         except ConfigError as error:
             damage.append(object_name(number, str(error)))
             if number == 0:
                 return Verdict((), 0, 0, tuple(damage), (), ())
             continue
-        if retry_round is None:
+        if this_round is None:
             notes.append(
                 f"{object_name(number, RUN_NAME)}: missing; run `gc2ray retry` to begin this round"
             )
             continue
-        damage += _strayed(checked[0].retry_round, retry_round) if checked else ()
-        checked.append(_check(retry_round, deep=deep))
+        damage += _strayed(checked[0].round, this_round) if checked else ()
+        checked.append(_check(this_round, deep=deep))
     return _verdict(checked, damage, notes)
 
 
 def _verdict(checked: Sequence[Checked], damage: Sequence[str], notes: Sequence[str]) -> Verdict:
     unanswered = _unanswered(checked)
-    planned = checked[0].retry_round.plan.rows
+    planned = checked[0].round.plan.rows
     return Verdict(
         rounds=tuple(checked),
         rows=planned - int(unanswered.sum()),
@@ -157,10 +157,10 @@ def _verdict(checked: Sequence[Checked], damage: Sequence[str], notes: Sequence[
 
 
 def _latest(rounds: Sequence[Checked]) -> Latest:
-    return Latest([(checked.retry_round, checked.committed) for checked in rounds])
+    return Latest([(checked.round, checked.committed) for checked in rounds])
 
 
-def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
+def _strayed(first: Round, retry: Round) -> Iterator[str]:
     """What a retry has that does not belong to round 0."""
     run = retry.name(RUN_NAME)
     if retry.plan.recipe_fingerprint != first.plan.recipe_fingerprint:
@@ -171,36 +171,36 @@ def _strayed(first: RetryRound, retry: RetryRound) -> Iterator[str]:
         yield f"{retry.name(PLAN_NAME)}: plans rows that {PLAN_NAME} does not; move it away"
 
 
-def _check(retry_round: RetryRound, *, deep: bool) -> Checked:
-    shards = retry_round.plan.shards
-    problems = list(_plan_problems(retry_round))
-    committed, foreign, others = planned_parts(retry_round.store, shards)
+def _check(this_round: Round, *, deep: bool) -> Checked:
+    shards = this_round.plan.shards
+    problems = list(_plan_problems(this_round))
+    committed, foreign, others = planned_parts(this_round.store, shards)
     for name in sorted([*foreign, *others]):
-        problems.append(f"{retry_round.name(name)}: is no planned shard's part; move it away")
+        problems.append(f"{this_round.name(name)}: is no planned shard's part; move it away")
     failed, rows, stats = np.zeros(len(shards), np.int64), 0, RunStats()
-    for index, check in _part_checks(retry_round, np.flatnonzero(committed), deep=deep):
+    for index, check in _part_checks(this_round, np.flatnonzero(committed), deep=deep):
         problems += [check.problem] if check.problem else []
         rows, stats = rows + check.rows, stats + check.stats
         failed[index] = check.stats.bad_rows
-    sids = [int(sid, 16) for sid, _ in dead_letters(retry_round.store)]
+    sids = [int(sid, 16) for sid, _ in dead_letters(this_round.store)]
     dead = np.isin(shards.sids, np.array(sids, np.uint64))
     return Checked(
-        retry_round=retry_round,
+        round=this_round,
         committed=committed,
         given_up=dead & ~committed,
         failed=failed,
         rows=rows,
         stats=stats,
         problems=tuple(problems),
-        notes=tuple(_notes(retry_round, int((dead & committed).sum()))),
+        notes=tuple(_notes(this_round, int((dead & committed).sum()))),
     )
 
 
-def _plan_problems(retry_round: RetryRound) -> Iterator[str]:
+def _plan_problems(this_round: Round) -> Iterator[str]:
     """Problems of a plan whose digest is right."""
-    plan, run = retry_round.plan, retry_round.run
+    plan, run = this_round.plan, this_round.run
     if run.recipe.fingerprint() != plan.recipe_fingerprint:
-        yield f"{retry_round.name(PLAN_NAME)}: belongs to another recipe than {RUN_NAME}"
+        yield f"{this_round.name(PLAN_NAME)}: belongs to another recipe than {RUN_NAME}"
     spans, sources = plan.shards.spans, [source for source, _ in plan.shards.files]
     source = np.unique(sources, return_inverse=True)[1].astype(np.int64)[spans.file]
     order = np.lexsort((spans.first, source))
@@ -209,35 +209,35 @@ def _plan_problems(retry_round: RetryRound) -> Iterator[str]:
     )
     for at in order[1:][overlap]:
         name = f"{sources[spans.file[at]]}#{spans.first[at]}"
-        yield f"{retry_round.name(PLAN_NAME)}: {name} is planned twice"
+        yield f"{this_round.name(PLAN_NAME)}: {name} is planned twice"
 
 
 def _part_checks(
-    retry_round: RetryRound, parts: Integers, *, deep: bool
+    this_round: Round, parts: Integers, *, deep: bool
 ) -> Iterator[tuple[int, PartCheck]]:
     """Checks of parts, with their indices, in order."""
     threads = DEEP_THREADS if deep else FOOTER_THREADS
     with ThreadPoolExecutor(threads, "gc2ray-verify") as pool:
         for start in range(0, len(parts), AT_A_TIME):
             indices = parts[start : start + AT_A_TIME].tolist()
-            checks = pool.map(lambda index: check_part(retry_round, index, deep=deep), indices)
+            checks = pool.map(lambda index: check_part(this_round, index, deep=deep), indices)
             yield from zip(indices, checks, strict=True)
 
 
-def _notes(retry_round: RetryRound, revived: int) -> Iterator[str]:
+def _notes(this_round: Round, revived: int) -> Iterator[str]:
     if revived:
-        name = retry_round.name("dead")
+        name = this_round.name("dead")
         yield f"{name}: {revived} shards were given up and committed later"
-    left = len(retry_round.store.names("_tmp"))
+    left = len(this_round.store.names("_tmp"))
     if left:
-        name = retry_round.name("_tmp")
+        name = this_round.name("_tmp")
         yield f"{name}: {left} temporary files of killed processes; a later run removes them"
 
 
 def _unanswered(checked: Sequence[Checked]) -> Integers:
     """Number of rows of each shard of round 0 without an answer in any round, (shards,)."""
     first, latest = checked[0], _latest(checked)
-    rows = np.where(first.committed, 0, first.retry_round.plan.shards.rows_each)
+    rows = np.where(first.committed, 0, first.round.plan.shards.rows_each)
     for index in np.flatnonzero(latest.retried() & ~first.committed):
         rows[index] = latest.unanswered(int(index)).sum()
     return rows
@@ -253,13 +253,13 @@ def _missing(checked: Sequence[Checked], unanswered: Integers) -> Iterator[str]:
             "dead/ says why; run again, or `gc2ray retry`"
         )
     if newest is not first:
-        rows = newest.retry_round.plan.shards.rows_each
+        rows = newest.round.plan.shards.rows_each
         yield from _waiting(newest, rows, "retry again")
 
 
 def _waiting(checked: Checked, rows: Integers, remedy: str) -> Iterator[str]:
     for shards in runs(checked.waiting):
-        name = checked.retry_round.name(_named(shards))
+        name = checked.round.name(_named(shards))
         yield f"{name} ({rows[shards].sum()} rows): not answered yet; {remedy}"
 
 

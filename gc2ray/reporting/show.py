@@ -35,7 +35,7 @@ from gc2ray.output.latest import MERGED_BY, Latest
 from gc2ray.output.parts import planned_parts
 from gc2ray.output.run_directory import (
     RETRY_ROUNDS,
-    RetryRound,
+    Round,
     open_first_round,
     open_round,
     retry_numbers,
@@ -75,9 +75,9 @@ def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
         yield _token_map(loaded, recipe, request, captions)
 
 
-def _location(retry_round: RetryRound, key: str) -> RowLocation:
+def _location(this_round: Round, key: str) -> RowLocation:
     """Split a key from its end: a source's name may contain `#` itself."""
-    fingerprints = dict(retry_round.plan.shards.files)
+    fingerprints = dict(this_round.plan.shards.files)
     for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
         source, row = parts[0], parts[-1]
         if source in fingerprints and row.isdigit():
@@ -124,7 +124,7 @@ def _token_map(
     )
 
 
-def _latest(output: str, first: RetryRound) -> Latest:
+def _latest(output: str, first: Round) -> Latest:
     """The latest committed answers of an output."""
     numbers = retry_numbers(first.store.names(RETRY_ROUNDS))
     retries = (open_round(output, number) for number in numbers)

@@ -182,9 +182,9 @@ def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
     table = Table("round", "shards", "rows", "answers", "errors among them")
     table.title = escape(output)
     for checked in verdict.rounds:
-        plan, stats = checked.retry_round.plan, checked.stats
+        plan, stats = checked.round.plan, checked.stats
         table.add_row(
-            str(checked.retry_round.number),
+            str(checked.round.number),
             f"{checked.committed.sum():,} of {len(plan.shards):,}",
             f"{checked.rows:,} of {plan.rows:,}",
             f"{stats.rows:,}",

@@ -235,7 +235,7 @@ def test_an_output_elsewhere() -> None:
     verdict = verify(output, deep=True)
     assert (verdict.problems, verdict.rows) == ((), 17)
     assert next_retry(output) is None
-    verdict.rounds[0].retry_round.store._fs.store.clear()
+    verdict.rounds[0].round.store._fs.store.clear()
 
 
 def test_a_retry_that_is_refused_is_not_begun(
