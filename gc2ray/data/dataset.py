@@ -29,11 +29,11 @@ from gc2ray.core.shards import SourceFile, Span, digest
 from gc2ray.data.formats.base import InputFile, RowFile
 from gc2ray.data.formats.registry import format_of
 from gc2ray.data.listing import Listing, partition_types, partition_values
+from gc2ray.data.parquet_footer import FOOTER_THREADS
 from gc2ray.data.places import URI_KEY, is_web
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.rows import RowReader
 
-FOOTER_THREADS = 16
 LARGE_GROUP_BYTES = 256 << 20
 PEEK_BYTES = 64
 BEGINNINGS = (

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 MAGIC = b"PAR1"
 TAIL_BYTES = 1 << 16
 """Bytes that are read first; most footers are smaller."""
+FOOTER_THREADS = 16
+"""Threads that read footers: they wait for the storage most of the time."""
 _LENGTH_AND_MAGIC_BYTES = 8
 
 

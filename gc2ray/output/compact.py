@@ -95,8 +95,7 @@ def compact(
     if store.holds(target):
         raise ConfigError(f"{destination}: lies inside {output}; choose a destination outside it")
     verdict = verify(output)
-    if verdict.damage:
-        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
+    verdict.raise_if_damaged(output)
     if verdict.missing and not incomplete:
         raise ConfigError(
             f"{output}: {verdict.missing[0]}; pass --incomplete to export only the answered rows"
@@ -139,8 +138,7 @@ def read_answers(output: str, columns: Sequence[str] | None = None) -> pa.Table:
         (6, {'ok'})
     """
     verdict = verify(output)
-    if verdict.damage:
-        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
+    verdict.raise_if_damaged(output)
     schema = _schema(verdict.rounds[0].round).remove_metadata()
     names = schema.names if columns is None else list(columns)
     missing = [name for name in names if name not in schema.names]

@@ -32,11 +32,8 @@ from gc2ray.core.schema import (
 )
 from gc2ray.core.shards import Booleans, Shard, Shards
 from gc2ray.core.stats import RunStats
-from gc2ray.data.parquet_footer import open_parquet
+from gc2ray.data.parquet_footer import FOOTER_THREADS, open_parquet
 from gc2ray.data.store import Store
-
-FOOTER_THREADS = 16
-"""Threads that read footers: they wait for the storage most of the time."""
 
 SID_KEY = "gc2ray.sid"
 RUN_KEY = "gc2ray.run"
@@ -214,6 +211,11 @@ def planned_parts(store: Store, shards: Shards) -> PlannedParts:
         else:
             listed.foreign.append(name)
     return listed
+
+
+def foreign_part(store: Store, name: str) -> ConfigError:
+    """The error for a part that does not belong to the run of its directory."""
+    return ConfigError(f"{store.uri}: {name} is not a part of this run; move it away")
 
 
 def read_part_footer(store: Store, name: str) -> PartFooter:

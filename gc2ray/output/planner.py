@@ -24,7 +24,7 @@ from gc2ray.core.usage import Usage
 from gc2ray.data.column_types import holds
 from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.heartbeats import WorkerRecord, driver_records, worker_records
-from gc2ray.output.parts import planned_parts, read_part, read_part_footers
+from gc2ray.output.parts import foreign_part, planned_parts, read_part, read_part_footers
 from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.run_directory import (
     RUN_NAME,
@@ -229,7 +229,7 @@ def committed_parts(store: Store, plan: Plan, earlier: Committed | None = None) 
     earlier = earlier or Committed.nothing(plan)
     listed = planned_parts(store, plan.shards)
     if listed.foreign:
-        raise _foreign(store, listed.foreign[0])
+        raise foreign_part(store, listed.foreign[0])
     new: list[int] = np.flatnonzero(listed.committed & ~earlier.shards).tolist()
     names = [plan.shards.part_name(index) for index in new]
     rows, stats, failed = earlier.rows, earlier.stats, list(earlier.failed)
@@ -237,15 +237,11 @@ def committed_parts(store: Store, plan: Plan, earlier: Committed | None = None) 
     for index, name, footer in zip(new, names, read_part_footers(store, names), strict=True):
         fits = footer.rows == planned[index] and footer.sid == plan.shards.sid(index)
         if not fits or footer.run != plan.recipe_fingerprint:
-            raise _foreign(store, name)
+            raise foreign_part(store, name)
         rows, stats = rows + footer.rows, stats + footer.stats
         if footer.stats.bad_rows and len(failed) < FIRST_ERRORS:
             failed.append(name)
     return Committed(earlier.shards | listed.committed, rows, stats, tuple(failed))
-
-
-def _foreign(store: Store, name: str) -> ConfigError:
-    return ConfigError(f"{store.uri}: {name} is not a part of this run; move it away")
 
 
 def outcome(store: Store, plan: Plan, committed: Committed) -> Outcome:

@@ -104,8 +104,7 @@ def next_retry(output: str, failures: Collection[str] = FAILURES) -> Retry | Non
             f"--status {unknown[0]!r}: is not a failure; choose from {', '.join(FAILURES)}"
         )
     verdict = verify(output)
-    if verdict.damage:
-        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
+    verdict.raise_if_damaged(output)
     first, newest = verdict.rounds[0], verdict.rounds[-1]
     waiting = int(first.waiting.sum())
     if waiting:
@@ -153,8 +152,7 @@ def latest_failures(output: str) -> tuple[int, int]:
         OSError: The storage does not answer.
     """
     verdict = verify(output)
-    if verdict.damage:
-        raise ConfigError(f"{output}: {verdict.damage[0]}; run `gc2ray verify` for details")
+    verdict.raise_if_damaged(output)
     first, latest = verdict.rounds[0], verdict.latest()
     answers, failed = first.stats.rows, 0
     for index in _doubtful(first, latest):

@@ -19,12 +19,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from gc2ray.core.errors import ConfigError
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
+from gc2ray.data.parquet_footer import FOOTER_THREADS
 from gc2ray.data.store import Store, read_records
 from gc2ray.output.heartbeats import DriverRecord, WorkerRecord, driver_records, worker_records
-from gc2ray.output.parts import FOOTER_THREADS, PartFooter, list_parts, read_part_footer
+from gc2ray.output.parts import (
+    PartFooter,
+    foreign_part,
+    list_parts,
+    read_part_footer,
+)
 from gc2ray.output.run_directory import (
     RETRY_ROUNDS,
     Run,
@@ -203,9 +208,7 @@ def _round_totals(store: Store, number: int, tick: Callable[[int], None]) -> Rou
     rows, timeline, fingerprint = 0, Timeline(), run.recipe.fingerprint()
     for index, footer in enumerate(_footers(store, names)):
         if footer.run != fingerprint:
-            raise ConfigError(
-                f"{store.uri}: {names[index]} is not a part of this run; move it away"
-            )
+            raise foreign_part(store, names[index])
         stats = footer.stats
         groups[index % GROUPS] += stats
         rows += footer.rows

@@ -18,9 +18,10 @@ import numpy as np
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Booleans, Integers, runs
 from gc2ray.core.stats import RunStats
+from gc2ray.data.parquet_footer import FOOTER_THREADS
 from gc2ray.output.latest import Latest, owners
 from gc2ray.output.part_checks import PartCheck, check_part
-from gc2ray.output.parts import FOOTER_THREADS, planned_parts
+from gc2ray.output.parts import planned_parts
 from gc2ray.output.plan import PLAN_NAME
 from gc2ray.output.run_directory import (
     MODEL_NAME,
@@ -99,6 +100,18 @@ class Verdict:
     def exit_code(self) -> int:
         """0 only if every planned row is answered and nothing is damaged."""
         return 1 if self.problems else 0
+
+    def raise_if_damaged(self, output: str) -> None:
+        """Refuse an output that is damaged.
+
+        Args:
+            output: Its directory or URL, for the message.
+
+        Raises:
+            ConfigError: Names the first problem.
+        """
+        if self.damage:
+            raise ConfigError(f"{output}: {self.damage[0]}; run `gc2ray verify` for details")
 
     def latest(self) -> Latest:
         """The latest answers."""

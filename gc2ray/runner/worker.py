@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import socket
@@ -49,7 +48,7 @@ from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
 from gc2ray.data.dataset import Source
 from gc2ray.data.retries import is_transient
-from gc2ray.data.store import Store
+from gc2ray.data.store import Store, json_bytes
 from gc2ray.engine.answering import AnsweringEngine
 from gc2ray.engine.audit import AuditedEngine
 from gc2ray.engine.device import peak_host_bytes
@@ -209,8 +208,7 @@ class Worker:
         """
         model = self._job.recipe.model
         content = {"digest": digest, "path": model.path, "revision": model.revision}
-        data = (json.dumps(content, indent=2) + "\n").encode()
-        if self._store.create(MODEL_NAME, data):
+        if self._store.create(MODEL_NAME, json_bytes(content)):
             return
         first = stored_digest(self._store)
         if first != digest:
