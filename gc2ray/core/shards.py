@@ -221,7 +221,7 @@ def row_key(source: str, row: int, prompt_index: int | None = None) -> str:
     return f"{source}#{row}" if prompt_index is None else f"{source}#{row}#{prompt_index}"
 
 
-def digest(data: bytes) -> str:
+def bytes_digest(data: bytes) -> str:
     """The SHA-256 of data, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
@@ -304,4 +304,4 @@ def _pieces(files: Iterable[SourceFile], shard_rows: int) -> Iterator[tuple[Span
 
 def _sid(recipe_fingerprint: str, spans: Sequence[Span]) -> str:
     identity = json.dumps([recipe_fingerprint, *(vars(span) for span in spans)])
-    return digest(identity.encode())[:16]
+    return bytes_digest(identity.encode())[:16]

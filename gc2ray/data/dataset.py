@@ -25,7 +25,7 @@ import pyarrow as pa
 from gc2ray.core.config.input import InputConfig
 from gc2ray.core.errors import ConfigError, ShardError, first_line, storage_errors
 from gc2ray.core.records import Request
-from gc2ray.core.shards import SourceFile, Span, digest
+from gc2ray.core.shards import SourceFile, Span, bytes_digest
 from gc2ray.data.formats.base import InputFile, RowFile
 from gc2ray.data.formats.registry import format_of
 from gc2ray.data.listing import Listing, partition_types, partition_values
@@ -253,10 +253,10 @@ class Source:
         if tag and not tag.startswith(WEAK):
             return f"etag:{tag}".replace('"', "")
         with self._file(path).open() as file:
-            footer = digest(format_of(path).read_end(file))[:16]
+            footer = format_of(path).read_end(file)
         changed = next((str(info[key]) for key in CHANGED if info.get(key)), "")
         version = f"{changed} {tag}".strip().replace('"', "")
-        return f"size:{int(info['size'])} changed:{version} footer:{footer}"
+        return f"size:{int(info['size'])} changed:{version} footer:{bytes_digest(footer)[:16]}"
 
     def _info(self, path: str) -> Mapping[str, Any]:
         """The storage's metadata of a file.

@@ -33,7 +33,7 @@ class AnsweringEngine(Answering, Protocol):
 
     @property
     def model_digest(self) -> str:
-        """Digest of the model; see `gc2ray.models.checkpoint.fetch.digest`."""
+        """Digest of the model; see `gc2ray.models.checkpoint.fetch.model_digest`."""
 
     @property
     def model_shape(self) -> ModelShape | None:

@@ -114,8 +114,8 @@ class LoadedModel:
         processor: Its processor: tokenizer, chat template, image settings.
         adapter: The adapter of its architecture.
         end_tokens: Token ids that end an answer.
-        digest: Digest of its files (`gc2ray.models.checkpoint.fetch.digest`); empty if none was
-            computed.
+        digest: Digest of its files (`gc2ray.models.checkpoint.fetch.model_digest`); empty if none
+            was computed.
     """
 
     model: Any

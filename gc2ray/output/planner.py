@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError, Status
-from gc2ray.core.shards import Booleans, Shard, SourceFile, digest
+from gc2ray.core.shards import Booleans, Shard, SourceFile, bytes_digest
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import Usage
 from gc2ray.data.column_types import holds
@@ -181,7 +181,7 @@ def extend_plan(
     plan.extended(more)  # refuses a plan that must not be stored
     names = store.names("plan")
     last = store.read(names[-1]) or b""
-    store.create(plan_name(len(names)), more.to_bytes(digest(last)))
+    store.create(plan_name(len(names)), more.to_bytes(bytes_digest(last)))
     grown = stored_plan(store, job) or plan
     return extend_plan(
         store, job, grown, files, carried

@@ -18,7 +18,7 @@ from typing import Any
 
 from gc2ray.core.config.recipe import Recipe, parse_recipe, recipe_difference
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.shards import digest
+from gc2ray.core.shards import bytes_digest
 from gc2ray.core.version import __version__
 from gc2ray.data.store import Store, json_bytes
 from gc2ray.output.plan import PLAN_NAME, Plan, follows, plan_name
@@ -161,7 +161,7 @@ def frozen_plan(store: Store, run: Run) -> Plan:
     data = store.read(PLAN_NAME)
     if data is None:
         raise ConfigError(f"{PLAN_NAME}: missing, and {RUN_NAME} names it")
-    if digest(data) != run.plan_digest:
+    if bytes_digest(data) != run.plan_digest:
         raise ConfigError(f"{PLAN_NAME}: not the one that {RUN_NAME} names")
     plan = Plan.from_bytes(data)
     if (run.shards, run.rows) != (len(plan.shards), plan.rows):
@@ -187,13 +187,13 @@ def extensions(store: Store, plan: bytes) -> Iterator[tuple[str, bytes]]:
     Raises:
         ConfigError: A file does not extend the one before; the message begins with its name.
     """
-    before, before_name = digest(plan), PLAN_NAME
+    before, before_name = bytes_digest(plan), PLAN_NAME
     for number, name in enumerate(store.names("plan")[1:], 1):
         data = store.read(name) or b""
         if name != plan_name(number) or follows(data) != before:
             raise ConfigError(f"{name}: does not extend {before_name}; move it away")
         yield name, data
-        before, before_name = digest(data), name
+        before, before_name = bytes_digest(data), name
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Run:
         """The run of a stored plan, with the versions of this process."""
         versions = {name: importlib.metadata.version(name) for name in VERSIONED}
         versions |= {"gc2ray": __version__, "python": sys.version.split()[0]}
-        return Run(recipe, digest(plan_data), len(plan.shards), plan.rows, versions)
+        return Run(recipe, bytes_digest(plan_data), len(plan.shards), plan.rows, versions)
 
     def to_bytes(self) -> bytes:
         """The run as JSON."""

@@ -16,9 +16,9 @@ from gc2ray.core.shards import (
     Shards,
     SourceFile,
     Span,
+    bytes_digest,
     cut_shards,
     cut_spans,
-    digest,
     row_key,
 )
 
@@ -110,7 +110,7 @@ def test_a_sid_is_a_digest_of_recipe_and_spans() -> None:
     (shard,) = cut_shards([a_file([3])], 5, FINGERPRINT)
     identity = [FINGERPRINT, {"source": "a.parquet", "fingerprint": "size:3"}]
     identity[1] |= {"first": 0, "stop": 3}
-    assert shard.sid == digest(json.dumps(identity).encode())[:16]
+    assert shard.sid == bytes_digest(json.dumps(identity).encode())[:16]
     assert len(shard.sid) == 16
 
 

@@ -35,9 +35,9 @@ from gc2ray.models.checkpoint import fetch_url
 from gc2ray.models.checkpoint.fetch import (
     FetchedModel,
     check_model,
-    digest,
     fetch_metadata,
     fetch_model,
+    model_digest,
 )
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share open files, and torch's threads
@@ -106,7 +106,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_a_directory_is_used_where_it_is(source: Path, cache: Path) -> None:
-    assert staged(source) == FetchedModel(source, digest(source))
+    assert staged(source) == FetchedModel(source, model_digest(source))
     assert not cache.exists()
 
 
@@ -390,8 +390,9 @@ def test_a_digest_is_of_the_model_not_of_its_place(
     here = tiny_paths["vicuna"]
     copy = tiny_copy(here, tmp_path / "copy")
     (copy / "README.md").write_text("notes")
-    assert digest(copy) == digest(here) == staged(here).digest == staged(here.as_uri()).digest
-    assert digest(copy) != digest(tiny_paths["mistral"])
+    assert model_digest(copy) == model_digest(here)
+    assert model_digest(copy) == staged(here).digest == staged(here.as_uri()).digest
+    assert model_digest(copy) != model_digest(tiny_paths["mistral"])
 
 
 def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -414,10 +415,10 @@ def test_a_digest_sees_names_shapes_and_weights(
     tmp_path: Path,
 ) -> None:
     copy = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
-    before = digest(copy)
+    before = model_digest(copy)
     file = copy / "model.safetensors"
     save_file(changed(load_file(file)), file, {"format": "pt"})
-    assert digest(copy) != before
+    assert model_digest(copy) != before
 
 
 SEEN = [
@@ -453,11 +454,11 @@ def test_a_digest_sees_every_small_file_that_changes_answers(
 ) -> None:
     """A byte of it, or that it is there; and it is among what a node is given."""
     model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
-    before = digest(model)
-    assert digest(touched(model, name)) != before
-    assert staged(model.as_uri()).digest == digest(model)
+    before = model_digest(model)
+    assert model_digest(touched(model, name)) != before
+    assert staged(model.as_uri()).digest == model_digest(model)
     (model / name).unlink()
-    assert digest(model) != digest(touched(model, name))
+    assert model_digest(model) != model_digest(touched(model, name))
 
 
 @pytest.mark.parametrize(
@@ -470,9 +471,9 @@ def test_a_digest_sees_no_notes_and_no_logs(
 ) -> None:
     model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
     (model / name).parent.mkdir(exist_ok=True, parents=True)
-    before = digest(model)
+    before = model_digest(model)
     (model / name).write_text("{}")
-    assert digest(model) == before == staged(model.as_uri()).digest
+    assert model_digest(model) == before == staged(model.as_uri()).digest
 
 
 def test_no_digest_reads_weights_whole(
@@ -480,11 +481,11 @@ def test_no_digest_reads_weights_whole(
 ) -> None:
     """A change in the middle is not seen: 14 GB would have to be read for it."""
     model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
-    before = digest(model)
+    before = model_digest(model)
     with (model / "model.safetensors").open("r+b") as file:
         file.seek((model / "model.safetensors").stat().st_size // 2)
         file.write(b"\x01\x02")
-    assert digest(model) == before
+    assert model_digest(model) == before
 
 
 def test_an_unknown_hub_id_offline_is_refused_in_one_line(
@@ -537,7 +538,7 @@ def test_a_hub_id_is_found_in_the_hubs_cache_offline(
     hub: Path, tiny_paths: dict[str, Path]
 ) -> None:
     found = staged("some/model")
-    assert found == FetchedModel(hub / "snapshots" / ("c" * 40), digest(tiny_paths["vicuna"]))
+    assert found == FetchedModel(hub / "snapshots" / ("c" * 40), model_digest(tiny_paths["vicuna"]))
 
 
 def test_from_the_hub_only_what_loading_reads_is_fetched_under_a_lock(

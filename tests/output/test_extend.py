@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.shards import Shards, SourceFile, cut_shards, digest
+from gc2ray.core.shards import Shards, SourceFile, bytes_digest, cut_shards
 from gc2ray.data.store import Store
 from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.planner import extend_plan, store_plan, stored_plan
@@ -134,7 +134,7 @@ def test_what_does_not_follow_is_damage(
 def test_an_extension_of_another_recipe_is_damage(output: Store) -> None:
     plan = first_plan()
     other = Plan("another", plan.shards, plan.carried)
-    output.create(plan_name(1), other.to_bytes(digest(output.read(PLAN_NAME) or b"")))
+    output.create(plan_name(1), other.to_bytes(bytes_digest(output.read(PLAN_NAME) or b"")))
     (problem,) = verify(output.uri).problems
     assert problem == "plan/0001.parquet: an extension of the plan is of another recipe"
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gc2ray.core.errors import ConfigError
-from gc2ray.core.shards import Shards, SourceFile, digest
+from gc2ray.core.shards import Shards, SourceFile, bytes_digest
 from gc2ray.output.plan import Plan
 from gc2ray.output.run_directory import Run
 from tests.support.rows import make_recipe
@@ -53,7 +53,7 @@ def test_a_run_survives_its_file() -> None:
     run = Run.from_plan(RECIPE, plan, plan.to_bytes())
     assert Run.from_bytes(run.to_bytes()) == run
     assert (run.shards, run.rows) == (len(plan.shards), 48)
-    assert run.plan_digest == digest(plan.to_bytes())
+    assert run.plan_digest == bytes_digest(plan.to_bytes())
     assert {"gc2ray", "python", "torch", "transformers", "ray"} <= set(run.versions)
 
 
@@ -61,7 +61,7 @@ def test_a_run_says_its_recipe_to_people() -> None:
     content = json.loads(Run.from_plan(RECIPE, a_plan(), b"").to_bytes())
     assert content["recipe"]["compression"]["retention"] == 0.25
     assert content["recipe_fingerprint"] == RECIPE.fingerprint()
-    assert content["plan"] == {"file": "plan/0000.parquet", "sha256": digest(b"")}
+    assert content["plan"] == {"file": "plan/0000.parquet", "sha256": bytes_digest(b"")}
 
 
 def test_another_recipe_is_refused_with_every_difference() -> None:

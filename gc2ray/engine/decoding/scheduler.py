@@ -31,7 +31,8 @@ class DecodeLimits:
             prompt always is.
         live_rows: Rows decoded together; None where only tokens count.
         graph_steps: Decoding steps between two checks of which rows have ended, while no row is
-            admitted; more than 1 needs attention that runs on the device alone (`attend_by_row` does not).
+            admitted; more than 1 needs attention that runs on the device alone (`attend_by_row`
+            does not).
     """
 
     kv_tokens: int

@@ -76,7 +76,7 @@ class FetchedModel:
 
     Attributes:
         directory: The model's directory on this node.
-        digest: Digest of its files; see `digest`.
+        digest: Digest of its files; see `model_digest`.
     """
 
     directory: Path
@@ -101,7 +101,7 @@ def fetch_model(
     if model.is_url or not (model.is_local or constants.is_offline_mode()):
         pause(jitter_seconds)
     directory = _fetched(model, FETCHED, tick)
-    return FetchedModel(directory, digest(directory))
+    return FetchedModel(directory, model_digest(directory))
 
 
 def fetch_metadata(model: ModelConfig) -> Path:
@@ -169,7 +169,7 @@ def _snapshot_here(model: ModelConfig) -> Path | None:
     return snapshot if all(any(snapshot.glob(sign)) for sign in WHOLE_SIGNS) else None
 
 
-def digest(directory: Path) -> str:
+def model_digest(directory: Path) -> str:
     """SHA-256 over a model's small files, and of each weight file name, size, header, last 64 KiB.
 
     Copies of a model have the same digest. A tensor's name, shape or dtype changes it, and so does
