@@ -1,6 +1,6 @@
 """`Listing`: the files of an input, and the names of its sources.
 
-An input is one entry or a list of entries (`gc2ray.data.places`), all on one storage. A file that
+An input is one entry or a list of entries (`gc2ray.data.input_entries`), all on one storage. A file that
 several entries name, or one entry under several names, is one source.
 
 A source is named by its path below the root: the folder that is given, the folder of a file that is
@@ -33,7 +33,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from gc2ray.core.errors import ConfigError
-from gc2ray.data.places import URI_KEY, Place, is_local, is_web
+from gc2ray.data.input_entries import URI_KEY, Place, is_local, is_web
 from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.storage import protocols, storage_of, without_dots
 

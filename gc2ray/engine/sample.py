@@ -13,7 +13,7 @@ from gc2ray.core.config.input import InputConfig
 from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 
 HOST_BYTES = 128 << 20
 """Approximate limit of undecoded input in memory."""

@@ -26,9 +26,9 @@ from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.intervals import Interval, ratio
 from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span
-from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import upright_size
+from gc2ray.data.source import Source
 from gc2ray.engine.sample import read_requests, refusing_unreadable_input
 from gc2ray.models.base import ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt

@@ -23,9 +23,9 @@ from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.core.records import Request
 from gc2ray.core.shards import Shards, Span
-from gc2ray.data.dataset import Source
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
+from gc2ray.data.source import Source
 from gc2ray.engine.engine import load_recipe_model
 from gc2ray.engine.image_cache import CachedImage, image_key
 from gc2ray.engine.sample import read_requests

@@ -26,7 +26,7 @@ from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.process import STOP_SIGNALS, heard
 from gc2ray.core.shards import Shard, SourceFile, first_spans
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.data.store import AT_START, Store
 from gc2ray.models.checkpoint.fetch import check_model
 from gc2ray.output.heartbeats import driver_heartbeat, warn_of_others

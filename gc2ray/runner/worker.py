@@ -46,8 +46,8 @@ from gc2ray.core.records import Answer, Request
 from gc2ray.core.schema import Provenance, stats_of
 from gc2ray.core.shards import Shard, Span
 from gc2ray.core.stats import RunStats
-from gc2ray.data.dataset import Source
 from gc2ray.data.retries import is_transient
+from gc2ray.data.source import Source
 from gc2ray.data.store import Store, json_bytes
 from gc2ray.engine.answering import AnsweringEngine
 from gc2ray.engine.audit import AuditedEngine

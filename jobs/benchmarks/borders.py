@@ -18,7 +18,7 @@ from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.shards import Shard, cut_shards
 from gc2ray.core.stats import RunStats
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.engine.prefetch import Prefetcher
 from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker

@@ -19,7 +19,7 @@ from PIL import Image
 
 from gc2ray.core.config.job import Job, parse_job
 from gc2ray.core.shards import cut_shards
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.demo.photos import jpeg, opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL

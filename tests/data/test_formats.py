@@ -12,10 +12,10 @@ import pytest
 
 from gc2ray.core.config.input import InputConfig
 from gc2ray.core.shards import Span
-from gc2ray.data.dataset import Source
 from gc2ray.data.formats import registry
 from gc2ray.data.formats.base import InputFile, RowFormat
 from gc2ray.data.formats.registry import FORMATS, format_of
+from gc2ray.data.source import Source
 
 
 class CsvRows:

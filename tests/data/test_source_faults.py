@@ -16,9 +16,9 @@ from huggingface_hub import HfFileSystem
 from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Request
 from gc2ray.core.shards import cut_shards
-from gc2ray.data.dataset import Source
 from gc2ray.data.retries import RetryPolicy
-from tests.data.test_dataset import whole
+from gc2ray.data.source import Source
+from tests.data.test_source import whole
 from tests.support.fake_hub import FakeHub
 from tests.support.fault_proxy import EVERYTHING, PATIENT, FaultProxy, Faults
 from tests.support.object_servers import a_bucket, hasty_clients

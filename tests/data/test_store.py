@@ -18,7 +18,7 @@ import s3fs
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Span
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.data.store import Store
 from gc2ray.output.parts import (
     list_parts,

@@ -304,7 +304,7 @@ def test_the_mask_names_the_tokens_that_were_kept(loaded_models: dict[str, Loade
 def test_a_worker_writes_down_what_it_saw(
     tmp_path: Path, tiny_paths: dict[str, Path], escalate: list[float]
 ) -> None:
-    from gc2ray.data.dataset import Source
+    from gc2ray.data.source import Source
     from gc2ray.output.plan import Plan
     from gc2ray.output.planner import store_plan
     from tests.support.rows import write_rows

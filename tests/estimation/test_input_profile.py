@@ -20,7 +20,7 @@ from gc2ray.core.intervals import Interval
 from gc2ray.core.records import Answer
 from gc2ray.core.schema import stats_of
 from gc2ray.core.shards import SourceFile
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.engine.engine import Engine
 from gc2ray.estimation.input_profile import (
     InputProfile,

@@ -29,7 +29,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from gc2ray.core.config.job import Job, load_job
 from gc2ray.core.shards import cut_shards
 from gc2ray.core.usage import Usage, UsageKind
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.data.store import Store
 from gc2ray.output.heartbeats import driver_records
 from gc2ray.output.parts import list_parts, read_part

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import SourceFile
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.data.store import Store
 from gc2ray.output.plan import PLAN_NAME, Plan
 from gc2ray.output.planner import store_plan

@@ -19,7 +19,7 @@ from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import Span
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.data.store import Store
 from gc2ray.output.parts import read_part
 from gc2ray.output.plan import Plan

@@ -16,7 +16,7 @@ from gc2ray import __version__
 from gc2ray.cli import app
 from gc2ray.core.config.job import Job, parse_job
 from gc2ray.core.errors import ConfigError
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.data.store import Store
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
@@ -24,7 +24,7 @@ from gc2ray.output.retry import next_retry
 from gc2ray.output.run_directory import RUN_NAME
 from gc2ray.runner.run import run_job, run_retry
 from gc2ray.runner.worker import Worker
-from tests.data.test_dataset import write
+from tests.data.test_source import write
 from tests.output.test_retry import answer
 from tests.support.fakes import EchoEngine
 from tests.support.methods import SOURCE, write_method

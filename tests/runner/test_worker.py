@@ -30,7 +30,7 @@ from gc2ray.core.errors import (
     UnwritableShard,
 )
 from gc2ray.core.shards import Shard, Shards, cut_shards
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from gc2ray.data.store import Store
 from gc2ray.models.shape import LLAVA_7B, ModelShape
 from gc2ray.output.parts import Commit, list_parts, read_part_footer

@@ -16,8 +16,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.formats.base import InputFile, RowFormat
+from gc2ray.data.input_entries import URI_KEY
 from gc2ray.data.parquet_footer import Readable
-from gc2ray.data.places import URI_KEY
 
 END_BYTES = 64 << 10
 MAGIC = b"ARROW1"

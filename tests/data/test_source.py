@@ -28,9 +28,9 @@ from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.core.schema import Provenance, answer_table
 from gc2ray.core.shards import SourceFile, Span, cut_shards
 from gc2ray.data import places
-from gc2ray.data.dataset import Source
 from gc2ray.data.formats.parquet import ParquetRows
 from gc2ray.data.retries import RetryPolicy
+from gc2ray.data.source import Source
 from tests.support.rows import make_recipe, picture, write_rows
 
 MEMORY = 1 << 20
@@ -892,7 +892,7 @@ def test_large_row_groups_are_warned_of(
 ) -> None:
     source_of(tree).scan()
     assert caplog.messages == []
-    monkeypatch.setattr("gc2ray.data.dataset.LARGE_GROUP_BYTES", 10)
+    monkeypatch.setattr("gc2ray.data.source.LARGE_GROUP_BYTES", 10)
     source_of(tree).scan()
     (message,) = caplog.messages
     assert message.startswith("4 input files have row groups above 0 MB (a.parquet: ")
@@ -901,7 +901,7 @@ def test_large_row_groups_are_warned_of(
 READER = r"""
 import json, re, sys
 from pathlib import Path
-from gc2ray.data.dataset import Source
+from gc2ray.data.source import Source
 from tests.data.test_dataset import source_of, whole
 
 def peak():  # not ru_maxrss: that starts at the peak of the process that started this one

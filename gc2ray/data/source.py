@@ -28,9 +28,9 @@ from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span, bytes_digest
 from gc2ray.data.formats.base import InputFile, RowFile
 from gc2ray.data.formats.registry import format_of
+from gc2ray.data.input_entries import URI_KEY, is_web
 from gc2ray.data.listing import Listing, partition_types, partition_values
 from gc2ray.data.parquet_footer import FOOTER_THREADS
-from gc2ray.data.places import URI_KEY, is_web
 from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.rows import RowReader
 
@@ -314,9 +314,9 @@ class _Reading:
         with ExitStack() as stack:
             rows = stack.enter_context(opened)
             self._columns = _inside(rows, columns)
-            said = partition_values(span.source)
+            from_folders = partition_values(span.source)
             self._spelled = {
-                name: pa.scalar(said.get(name), pa.string())
+                name: pa.scalar(from_folders.get(name), pa.string())
                 for name in columns
                 if name not in self._columns
             }
