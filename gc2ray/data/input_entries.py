@@ -1,4 +1,4 @@
-"""`Place`: one entry of an input (a file, a folder or a pattern) and the files that it selects.
+"""`InputEntry`: one entry of an input (a file, a folder or a pattern) and the files that it selects.
 
 A file that is named is read under any name. A folder selects the Parquet files in it and below it.
 A pattern selects what it matches; one with an open end, such as `part-*`, selects only Parquet
@@ -110,7 +110,7 @@ EVERYTHING = Pattern("**/*")
 
 
 @dataclass(frozen=True)
-class Place:
+class InputEntry:
     """An entry of an input.
 
     Attributes:
@@ -126,8 +126,8 @@ class Place:
     pattern: Pattern = EVERYTHING
 
     @staticmethod
-    def from_uri(uri: str, retry_policy: RetryPolicy) -> Place:
-        """The place of an entry.
+    def from_uri(uri: str, retry_policy: RetryPolicy) -> InputEntry:
+        """The entry that a path or URL names.
 
         Raises:
             ConfigError: The storage is unknown or does not answer, or the entry is malformed.
@@ -141,7 +141,7 @@ class Place:
                 return _of_web(filesystem, path)
             if _is_hub(uri):
                 root, _, names = path.rpartition("/")
-                return Place(filesystem, root, pattern=Pattern(names))
+                return InputEntry(filesystem, root, pattern=Pattern(names))
             path = _located(path) if is_local(filesystem) else path
             return retry_policy.call(f"asking for {path}", lambda: _of(filesystem, path))
         except storage_errors() as error:
@@ -165,7 +165,7 @@ class Place:
         return sorted(self._each_once(paths) if is_local(self.filesystem) else paths)
 
     def would_take(self, folder: str, names: Sequence[str]) -> bool:
-        """Whether the place would select one of some files, if it existed.
+        """Whether the entry would select one of some files, if it existed.
 
         Args:
             folder: Path of a folder on the storage.
@@ -215,7 +215,7 @@ class Place:
             yield from files
             for path, is_folder in found:
                 if is_folder:  # Spark calls folders like files
-                    yield from Place(self.filesystem, path)._of_pattern()
+                    yield from InputEntry(self.filesystem, path)._of_pattern()
             return
         folders = [path for path, is_folder in found if is_folder]
         if folders and "**" not in self.pattern.text:
@@ -319,29 +319,29 @@ def is_web(filesystem: Any) -> bool:
     return bool(WEB & set(protocols(filesystem)))
 
 
-def _of(filesystem: Any, path: str) -> Place:
-    """A place on any storage but the web."""
+def _of(filesystem: Any, path: str) -> InputEntry:
+    """An entry on any storage but the web."""
     if not _MARKS.search(path) or filesystem.exists(path):
         if filesystem.isdir(path):
-            return Place(filesystem, path.rstrip("/"))
-        return Place(filesystem, path.rpartition("/")[0], path)
+            return InputEntry(filesystem, path.rstrip("/"))
+        return InputEntry(filesystem, path.rpartition("/")[0], path)
     parts, fixed = path.split("/"), 0
     for number, part in enumerate(parts):
         if _MARKS.search(part) and not filesystem.isdir("/".join(parts[: number + 1])):
             break
         fixed = number + 1
     pattern = Pattern("/".join(parts[fixed:]))
-    return Place(filesystem, "/".join(parts[:fixed]), pattern=pattern)
+    return InputEntry(filesystem, "/".join(parts[:fixed]), pattern=pattern)
 
 
-def _of_web(filesystem: Any, url: str) -> Place:
+def _of_web(filesystem: Any, url: str) -> InputEntry:
     plain, has_query, _ = url.partition("?")
     if "*" in plain and not has_query:
         root = plain[: plain.index("*")].rpartition("/")[0]
-        return Place(filesystem, root, pattern=Pattern(plain.removeprefix(f"{root}/")))
+        return InputEntry(filesystem, root, pattern=Pattern(plain.removeprefix(f"{root}/")))
     if plain.endswith("/") and not has_query:
-        return Place(filesystem, plain.rstrip("/"))
-    return Place(filesystem, plain.rpartition("/")[0], url)
+        return InputEntry(filesystem, plain.rstrip("/"))
+    return InputEntry(filesystem, plain.rpartition("/")[0], url)
 
 
 def _located(path: str) -> str:

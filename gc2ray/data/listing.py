@@ -33,7 +33,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from gc2ray.core.errors import ConfigError
-from gc2ray.data.input_entries import URI_KEY, Place, is_local, is_web
+from gc2ray.data.input_entries import URI_KEY, InputEntry, is_local, is_web
 from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.storage import protocols, storage_of, without_dots
 
@@ -54,14 +54,14 @@ class Listing:
     Attributes:
         filesystem: The storage.
         root: The folder that names of sources are relative to; empty, or ends with a slash.
-        places: The entries.
+        entries: The entries.
         retry_policy: How long temporary trouble of the storage is waited out.
         queries: The query, with its `?`, of each URL that is named without it.
     """
 
     filesystem: Any
     root: str
-    places: tuple[Place, ...]
+    entries: tuple[InputEntry, ...]
     retry_policy: RetryPolicy
     queries: dict[str, str] = field(default_factory=dict)
 
@@ -72,16 +72,16 @@ class Listing:
         Raises:
             ConfigError: There is no such storage, or several.
         """
-        places = tuple(Place.from_uri(uri, retry_policy) for uri in uris)
-        first = places[0].filesystem
-        if any(place.filesystem != first for place in places):
+        entries = tuple(InputEntry.from_uri(uri, retry_policy) for uri in uris)
+        first = entries[0].filesystem
+        if any(entry.filesystem != first for entry in entries):
             raise ConfigError(
                 f"{URI_KEY}: its entries are on different storages; copy the files to one storage, "
                 "or run once for each"
             )
-        root = _common([place.root for place in places])
-        queries = _queries(places) if is_web(first) else {}
-        return Listing(first, root, places, retry_policy, queries)
+        root = _common([entry.root for entry in entries])
+        queries = _queries(entries) if is_web(first) else {}
+        return Listing(first, root, entries, retry_policy, queries)
 
     @contextmanager
     def listed(self) -> Iterator[list[str]]:
@@ -91,15 +91,15 @@ class Listing:
         cache is dropped at the end, so that later changes are noticed.
 
         Raises:
-            ConfigError: As `Place.files`.
+            ConfigError: As `InputEntry.files`.
         """
         self.filesystem.invalidate_cache()
         try:
-            files = [place.files(self.retry_policy) for place in self.places]
-            empty = [place for place, found in zip(self.places, files, strict=True) if not found]
+            files = [entry.files(self.retry_policy) for entry in self.entries]
+            empty = [entry for entry, found in zip(self.entries, files, strict=True) if not found]
             if len(empty) < len(files):
-                for place in empty:
-                    log.warning("%s: no Parquet files at %s", URI_KEY, place.shown)
+                for entry in empty:
+                    log.warning("%s: no Parquet files at %s", URI_KEY, entry.shown)
             once: dict[str, str] = {}
             for path in itertools.chain(*files) if len(files) > 1 else ():
                 once.setdefault(self._identity(path), path)
@@ -109,8 +109,8 @@ class Listing:
 
     def missing(self) -> str:
         """A hint at what is missing, for an input without files; empty if there is none."""
-        for place in self.places:
-            bucket = place.root.split("/")[0]
+        for entry in self.entries:
+            bucket = entry.root.split("/")[0]
             if {"s3", "gs"} & set(protocols(self.filesystem)) and not self._is_there(bucket):
                 return f": there is no bucket {bucket!r}, or no permission to list it"
         return ""
@@ -127,7 +127,7 @@ class Listing:
         """
         filesystem, path = storage_of(folder)
         same = bool(filesystem == self.filesystem)
-        return same and any(place.would_take(path, names) for place in self.places)
+        return same and any(entry.would_take(path, names) for entry in self.entries)
 
     def source(self, path: str) -> str:
         """The name of a file in answers."""
@@ -169,9 +169,9 @@ def _common(roots: Sequence[str]) -> str:
     return "".join(f"{part}/" for part in shared)
 
 
-def _queries(places: Sequence[Place]) -> dict[str, str]:
+def _queries(entries: Sequence[InputEntry]) -> dict[str, str]:
     """The queries of URLs that no other entry names with another query, by URL."""
-    split = {place.path: place.path.partition("?") for place in places if place.path}
+    split = {entry.path: entry.path.partition("?") for entry in entries if entry.path}
     count = Counter(plain for plain, _, _ in split.values())
     return {plain: f"{mark}{query}" for plain, mark, query in split.values() if count[plain] == 1}
 

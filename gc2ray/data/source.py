@@ -61,7 +61,7 @@ class Source:
     """The input of a recipe.
 
     Args:
-        config: Its place and its columns.
+        config: Its files and its columns.
         retry_policy: How long temporary trouble of the storage is waited out.
     """
 

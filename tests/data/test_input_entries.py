@@ -17,7 +17,7 @@ import s3fs
 from gc2ray.core.errors import ShardError
 from gc2ray.data.source import Source
 from gc2ray.data.store import Store
-from tests.data.test_dataset import MEMORY, refusal, rows_of, source_of, sources_in, whole, write
+from tests.data.test_source import MEMORY, refusal, rows_of, source_of, sources_in, whole, write
 from tests.support.loopback import LoopbackServer
 
 

@@ -27,7 +27,7 @@ from gc2ray.core.errors import ConfigError, ShardError, Status
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.core.schema import Provenance, answer_table
 from gc2ray.core.shards import SourceFile, Span, cut_shards
-from gc2ray.data import places
+from gc2ray.data import input_entries
 from gc2ray.data.formats.parquet import ParquetRows
 from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.source import Source
@@ -628,7 +628,7 @@ def test_any_filesystem_will_do(in_memory: str, pattern: str) -> None:
     ]
 
 
-# --- several places -----------------------------------------------------------------------------
+# --- several entries ----------------------------------------------------------------------------
 
 
 def sources_in(source: Source) -> list[str]:
@@ -824,13 +824,13 @@ def test_shards_of_one_group_are_read_in_one_go(tmp_path: Path, begun: list[int]
 def test_an_input_is_located_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of its entries are files has to be asked of the storage, one by one."""
     located: list[str] = []
-    from_uri = places.Place.from_uri
+    from_uri = input_entries.InputEntry.from_uri
 
-    def noted(uri: str, *rest: Any) -> places.Place:
+    def noted(uri: str, *rest: Any) -> input_entries.InputEntry:
         located.append(uri)
         return from_uri(uri, *rest)
 
-    monkeypatch.setattr(places.Place, "from_uri", noted)
+    monkeypatch.setattr(input_entries.InputEntry, "from_uri", noted)
     uris = [f"{tree}/a.parquet", f"{tree}/b.parquet"]
     source = source_of(uris)
     files, _ = source.scan()
@@ -902,7 +902,7 @@ READER = r"""
 import json, re, sys
 from pathlib import Path
 from gc2ray.data.source import Source
-from tests.data.test_dataset import source_of, whole
+from tests.data.test_source import source_of, whole
 
 def peak():  # not ru_maxrss: that starts at the peak of the process that started this one
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
