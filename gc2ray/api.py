@@ -317,10 +317,10 @@ def compact(
         >>> [file.name for file in gc2ray.compact("out", "dataset").files]
         ['part-00000.parquet']
     """
-    from gc2ray.core.config.locations import check_place
+    from gc2ray.core.config.locations import check_location
     from gc2ray.output.compact import compact as write
 
-    check_place("DESTINATION", destination)
+    check_location("DESTINATION", destination)
     return write(output, destination, file_bytes=file_bytes, incomplete=incomplete)
 
 
@@ -352,12 +352,12 @@ def report(  # noqa: PLR0913 - settings, given by name
         >>> gc2ray.report("out", card=False).files[0].endswith("out/report/report.html")
         True
     """
-    from gc2ray.core.config.locations import check_place
+    from gc2ray.core.config.locations import check_location
     from gc2ray.estimation.hardware import Prices, load_hardware
     from gc2ray.reporting.writing import ReportRequest, write_report
 
     place = to or f"{outputs[0].rstrip('/')}/report"
-    check_place("--to" if to else "OUTPUT", place)
+    check_location("--to" if to else "OUTPUT", place)
     prices = Prices(load_hardware(hardware), price, usd_per_hour)
     request = ReportRequest(place, prices, show, tuple(rows), card=card)
     return write_report(outputs, request, progress or (lambda _: None))

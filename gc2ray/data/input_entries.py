@@ -1,4 +1,4 @@
-"""`InputEntry`: one entry of an input (a file, a folder or a pattern) and the files that it selects.
+"""`InputEntry`: one entry of an input (file, folder or pattern) and the files that it selects.
 
 A file that is named is read under any name. A folder selects the Parquet files in it and below it.
 A pattern selects what it matches; one with an open end, such as `part-*`, selects only Parquet

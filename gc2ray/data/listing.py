@@ -1,7 +1,7 @@
 """`Listing`: the files of an input, and the names of its sources.
 
-An input is one entry or a list of entries (`gc2ray.data.input_entries`), all on one storage. A file that
-several entries name, or one entry under several names, is one source.
+An input is one entry or a list of entries (`gc2ray.data.input_entries`), all on one storage. A file
+that several entries name, or one entry under several names, is one source.
 
 A source is named by its path below the root: the folder that is given, the folder of a file that is
 given, or the folder before the first component of a pattern; for a list, the deepest folder that

@@ -1,10 +1,10 @@
 """`storage_of`: the filesystem of a path or URL, and the path on that filesystem.
 
-A place that begins like a local path is always one: fsspec reads `::` as a chain of filesystems,
+A location that begins like a local path is always one: fsspec reads `::` as a chain of filesystems,
 and would read `/data/set` for `/data/set::v2`.
 
-Not covered: which places may be read (`gc2ray.data.image_bytes`), or make sense
-(`gc2ray.core.config.job`).
+Not covered: which locations images may be read from (`gc2ray.data.image_bytes`), and the checks of
+locations in a configuration (`gc2ray.core.config.locations`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fsspec.implementations.local import LocalFileSystem
 from gc2ray.core.config.locations import is_local_path
 
 
-def storage_of(place: str, **options: Any) -> tuple[Any, str]:
+def storage_of(location: str, **options: Any) -> tuple[Any, str]:
     """The filesystem of a local path or of any fsspec URL, and the path there.
 
     Args:
-        place: The path or URL.
+        location: The path or URL.
         options: Options of the filesystem, for a URL.
 
     Raises:
         ValueError, ImportError: There is no such filesystem.
     """
-    if is_local_path(place):
-        return LocalFileSystem(), LocalFileSystem._strip_protocol(place)
-    filesystem, path = fsspec.core.url_to_fs(place, **options)
+    if is_local_path(location):
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(location)
+    filesystem, path = fsspec.core.url_to_fs(location, **options)
     return filesystem, path
 
 

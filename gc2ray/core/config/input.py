@@ -142,7 +142,7 @@ class InputConfig(Frozen):
         return keep
 
     def uris(self) -> tuple[str, ...]:
-        """Where the rows are: one place or several."""
+        """The locations of the rows, one or several."""
         return (self.uri,) if isinstance(self.uri, str) else self.uri
 
     def image_policy(self) -> ImagePolicy:

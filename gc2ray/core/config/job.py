@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from gc2ray.core.config.input import MIB
-from gc2ray.core.config.locations import check_place, is_url
+from gc2ray.core.config.locations import check_location, is_url
 from gc2ray.core.config.recipe import (
     Recipe,
 )
@@ -150,10 +150,10 @@ class Job(Frozen):
         Raises:
             ConfigError: A local path is not absolute.
         """
-        places = _places(self)
+        locations = _locations(self)
         if not self.recipe.model.is_local:
-            del places["recipe.model.path"]
-        for key, values in places.items():
+            del locations["recipe.model.path"]
+        for key, values in locations.items():
             for value in values:
                 if not is_url(value) and not Path(value).is_absolute():
                     raise ConfigError(
@@ -197,18 +197,18 @@ def parse_job(data: Mapping[str, Any]) -> Job:
         ConfigError: As `load_job`.
     """
     job = parsed(Job, data)
-    for key, places in _places(job).items():
-        for place in places:
-            check_place(key, place)
+    for key, locations in _locations(job).items():
+        for location in locations:
+            check_location(key, location)
     return job
 
 
-def _absolute(place: str) -> str:
+def _absolute(location: str) -> str:
     """A local path made absolute; URLs stay as they are."""
-    return place if is_url(place) else str(Path(place).expanduser().absolute())
+    return location if is_url(location) else str(Path(location).expanduser().absolute())
 
 
-def _places(job: Job) -> dict[str, list[str]]:
+def _locations(job: Job) -> dict[str, list[str]]:
     """Every path or URL of a job, by its setting."""
     recipe = job.recipe
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from gc2ray.core.errors import ConfigError
 
 HUB = "hf:"
-"""Datasets of the Hugging Face hub begin so, see `gc2ray.data.listing`."""
+"""Prefix of datasets of the Hugging Face hub, see `gc2ray.data.input_entries`."""
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(/*)")
 _STORAGES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "file"}
 _VARIABLE = re.compile(r"(?:^|/)\$(?:\w|\{)")
@@ -16,46 +16,46 @@ _VARIABLE = re.compile(r"(?:^|/)\$(?:\w|\{)")
 LOCAL_STARTS = ("/", ".", "~")
 
 
-def is_local_path(place: str) -> bool:
-    """Whether a place is clearly a local path."""
-    return place.startswith(LOCAL_STARTS) and "://" not in place
+def is_local_path(location: str) -> bool:
+    """Whether a location is clearly a local path."""
+    return location.startswith(LOCAL_STARTS) and "://" not in location
 
 
-def check_place(key: str, place: str) -> None:
+def check_location(key: str, location: str) -> None:
     """Refuse a path or URL that would be taken for something else.
 
     Args:
         key: The setting that names it.
-        place: What it says.
+        location: Its value.
 
     Raises:
         ConfigError: It is empty, a URL without its slashes, or has in it what a shell would have
             replaced.
     """
-    if not place.strip() or "\0" in place:
-        raise ConfigError(f"{key}: {place!r} is neither a path nor a URL")
-    for part in [] if is_local_path(place) else place.split("::"):
+    if not location.strip() or "\0" in location:
+        raise ConfigError(f"{key}: {location!r} is neither a path nor a URL")
+    for part in [] if is_local_path(location) else location.split("::"):
         found = _SCHEME.match(part)
         slashes = len(found.group(2)) if found else 2
         if found and (slashes == 1 or (not slashes and found.group(1).lower() in _STORAGES)):
             root = "/" if found.group(1) == "file" else ""
             meant = f"{found.group(1)}://{root}{part[found.end() :]}"
-            raise ConfigError(f"{key}: {place!r} is not a URL; did you mean {meant!r}?")
-    if _VARIABLE.search(place):
+            raise ConfigError(f"{key}: {location!r} is not a URL; did you mean {meant!r}?")
+    if _VARIABLE.search(location):
         raise ConfigError(
-            f"{key}: {place!r} has a shell variable, and variables are not expanded; write the "
+            f"{key}: {location!r} has a shell variable, and variables are not expanded; write the "
             "whole path"
         )
     try:
-        Path(place).expanduser()
+        Path(location).expanduser()
     except RuntimeError as error:
         raise ConfigError(
-            f"{key}: {place!r}: there is no such user on this machine; {error}"
+            f"{key}: {location!r}: there is no such user on this machine; {error}"
         ) from error
 
 
-def is_url(place: str) -> bool:
-    """Whether a place is a URL for fsspec; see `gc2ray.data.storage`."""
-    if is_local_path(place):
+def is_url(location: str) -> bool:
+    """Whether a location is a URL for fsspec; see `gc2ray.data.storage`."""
+    if is_local_path(location):
         return False
-    return "://" in place or "::" in place or place.startswith(HUB)
+    return "://" in location or "::" in location or location.startswith(HUB)
