@@ -75,7 +75,7 @@ class Shard:
         """Rows of the shard."""
         return sum(span.rows for span in self.spans)
 
-    def places(self) -> Iterator[tuple[str, int]]:
+    def row_ids(self) -> Iterator[tuple[str, int]]:
         """Source and row number of every row."""
         for span in self.spans:
             yield from ((span.source, row) for row in range(span.first, span.stop))
@@ -167,11 +167,11 @@ class Shards(Sequence[Shard]):
             return tuple(self[number] for number in range(*index.indices(len(self))))
         index = range(len(self))[index]  # negative ones too; IndexError beyond
         columns = self.spans
-        places = range(self._edges[index], self._edges[index + 1])
-        files = [self.files[columns.file[at]] for at in places]
+        edges = range(self._edges[index], self._edges[index + 1])
+        files = [self.files[columns.file[at]] for at in edges]
         spans = tuple(
             Span(source, fingerprint, int(columns.first[at]), int(columns.stop[at]))
-            for at, (source, fingerprint) in zip(places, files, strict=True)
+            for at, (source, fingerprint) in zip(edges, files, strict=True)
         )
         return Shard(index, self.sid(index), spans, bool(self.continues[index]))
 
@@ -227,7 +227,7 @@ def bytes_digest(data: bytes) -> str:
 
 
 def runs(chosen: Booleans) -> Iterator[slice]:
-    """Runs of chosen places, in order."""
+    """Runs of chosen positions, in order."""
     steps = np.diff(chosen.astype(np.int8), prepend=0, append=0)
     for first, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0), strict=True):
         yield slice(int(first), int(stop))

@@ -53,7 +53,7 @@ class Latest:
         for retry in self._retries:
             for number in retry.shards_of(index):
                 for span in retry.round.plan.shards[number].spans:
-                    missing[_places(shard, span)] = False
+                    missing[_slice_of(shard, span)] = False
         return missing
 
     def answers(self, index: int, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -154,19 +154,19 @@ def spans_where(shard: Shard, chosen: Booleans) -> list[Span]:
     return spans
 
 
-def places(shard: Shard, table: pa.Table) -> Integers:
-    """For each answer row, the place of its input row in a shard, from 0; -1 if it has none."""
-    place, offset = np.full(len(table), -1), 0
+def row_positions(shard: Shard, table: pa.Table) -> Integers:
+    """For each answer row, the position of its input row in a shard, from 0; -1 if it has none."""
+    position, offset = np.full(len(table), -1), 0
     rows = table["row"].to_numpy()
     for span in shard.spans:
         inside = pc.equal(table["source"], span.source).to_numpy()
         inside &= (rows >= span.first) & (rows < span.stop)
-        place[inside] = offset + rows[inside] - span.first
+        position[inside] = offset + rows[inside] - span.first
         offset += span.rows
-    return place
+    return position
 
 
-def _places(shard: Shard, wanted: Span) -> slice:
+def _slice_of(shard: Shard, wanted: Span) -> slice:
     """Where the rows of a span are in a shard; an empty slice if they are not in it."""
     offset = 0
     for span in shard.spans:
@@ -180,10 +180,10 @@ def _places(shard: Shard, wanted: Span) -> slice:
 def _merged(shard: Shard, tables: Sequence[pa.Table]) -> pa.Table:
     """The latest answer to each prompt of a shard's rows, in order."""
     table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
-    place, prompt = places(shard, table), table["prompt_index"].to_numpy()
+    position, prompt = row_positions(shard, table), table["prompt_index"].to_numpy()
     failed = pc.not_equal(table["status"], str(Status.OK)).to_numpy()
-    order = np.lexsort((-table["retry_round"].to_numpy(), failed, prompt, place))
-    order = order[place[order] >= 0]
-    prompts = np.stack([place[order], prompt[order]])
+    order = np.lexsort((-table["retry_round"].to_numpy(), failed, prompt, position))
+    order = order[position[order] >= 0]
+    prompts = np.stack([position[order], prompt[order]])
     latest = np.diff(prompts, axis=1, prepend=-1).any(axis=0)
     return table.take(order[latest])

@@ -131,12 +131,12 @@ def in_order(shard: Shard, answers: Iterable[Answer]) -> list[Answer]:
     Raises:
         ShardError: A planned row has no answer, a row was not planned, or a prompt is missing.
     """
-    by_row: dict[tuple[str, int], list[Answer]] = {place: [] for place in shard.places()}
+    by_row: dict[tuple[str, int], list[Answer]] = {row_id: [] for row_id in shard.row_ids()}
     for answer in answers:
-        place = (answer.request.source, answer.request.row)
-        if place not in by_row:
+        row_id = (answer.request.source, answer.request.row)
+        if row_id not in by_row:
             raise ShardError(f"{answer.request.row_key} is answered, but not planned")
-        by_row[place].append(answer)
+        by_row[row_id].append(answer)
     for (source, row), of_row in by_row.items():
         of_row.sort(key=lambda answer: answer.request.prompt_index)
         answered = [answer.request.prompt_index for answer in of_row]

@@ -21,7 +21,7 @@ from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.shards import Booleans, Integers, Shard, Shards, Span, cut_spans
 from gc2ray.data.store import Store
-from gc2ray.output.latest import MERGED_BY, Latest, places, spans_where
+from gc2ray.output.latest import MERGED_BY, Latest, row_positions, spans_where
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import Judged, Outcome, store_plan
 from gc2ray.output.run_directory import round_store
@@ -181,5 +181,5 @@ def _failed_rows(latest: Latest, shard: Shard, failures: Collection[str]) -> Boo
     answers = latest.answers(shard.index, MERGED_BY)
     if answers is not None:
         failed = np.isin(answers["status"].to_numpy().astype(str), list(failures))
-        chosen[places(shard, answers)[failed]] = True
+        chosen[row_positions(shard, answers)[failed]] = True
     return chosen

@@ -37,7 +37,7 @@ def some_files(max_group: int = 40) -> st.SearchStrategy[list[SourceFile]]:
 
 
 def places(shards: Sequence[Shard]) -> list[tuple[str, int]]:
-    return [place for shard in shards for place in shard.places()]
+    return [place for shard in shards for place in shard.row_ids()]
 
 
 @settings(deadline=None)
@@ -45,7 +45,7 @@ def places(shards: Sequence[Shard]) -> list[tuple[str, int]]:
 def test_every_row_is_planned_once_and_in_order(files: list[SourceFile], shard_rows: int) -> None:
     shards = tuple(cut_shards(files, shard_rows, FINGERPRINT))
     assert places(shards) == [(file.source, row) for file in files for row in range(file.rows)]
-    assert [len(list(shard.places())) for shard in shards] == [shard.rows for shard in shards]
+    assert [len(list(shard.row_ids())) for shard in shards] == [shard.rows for shard in shards]
     assert [shard.index for shard in shards] == list(range(len(shards)))
     assert len({shard.sid for shard in shards}) == len(shards)
     assert all(0 < shard.rows <= shard_rows for shard in shards)

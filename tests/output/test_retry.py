@@ -40,7 +40,7 @@ EVERY_ROW = [(file.source, row) for file in FILES for row in range(file.rows)]
 
 
 def places(plan: Plan) -> list[tuple[str, int]]:
-    return [place for shard in plan.shards for place in shard.places()]
+    return [place for shard in plan.shards for place in shard.row_ids()]
 
 
 def failed(output: Path, failures: tuple[str, ...] = FAILURES) -> list[tuple[str, int]]:

@@ -339,7 +339,7 @@ def test_files_with_lists_and_without_are_good_in_one_part(tmp_path: Path, shard
     for shard in plan.shards:
         answers = [
             an_answer(source, row, prompt, Status.OK)
-            for source, row in shard.places()
+            for source, row in shard.row_ids()
             for prompt in (range(1 + row % 2) if source in listed else [None])
         ]
         commit_part(store, shard, part_of(shard, answers), "token")

@@ -82,7 +82,7 @@ def answers_of(
 ) -> list[Answer] | None:
     """The answers of a shard; None if one of its rows has none."""
     found = []
-    for source, row in shard.places():
+    for source, row in shard.row_ids():
         statuses = outcome(source, row)
         if statuses is None:
             return None
