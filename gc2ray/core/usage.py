@@ -1,6 +1,6 @@
 """`Usage`: device-seconds of workers, split into useful work and waste by cause.
 
-Every second of a worker counts for exactly one use, from the start of its process to its end. Time
+Every second of a worker counts for exactly one kind of use, from the start of its process to its end. Time
 that leads to a committed part is useful; the rest is waste. Workers answer their shards almost one
 after the other, so the time since a worker's last part (or since its first assignment) counts for
 the shard that ends.
@@ -17,7 +17,7 @@ from enum import StrEnum
 
 
 class UsageKind(StrEnum):
-    """Uses of a worker's time; everything but `USEFUL` is waste."""
+    """Kinds of use of a worker's time; everything but `USEFUL` is waste."""
 
     USEFUL = "useful"
     LOADING = "loading"
@@ -32,37 +32,43 @@ class UsageKind(StrEnum):
 
 @dataclass(frozen=True)
 class Usage:
-    """Device-seconds by use: a worker with two devices spends two each second.
+    """Device-seconds by kind of use: a worker with two devices spends two each second.
 
     Attributes:
-        seconds: Seconds by use; missing uses are 0.
+        seconds: Seconds by kind; missing kinds are 0.
     """
 
     seconds: Mapping[UsageKind, float] = field(default_factory=dict)
 
     def __add__(self, other: Usage) -> Usage:
-        uses = {*self.seconds, *other.seconds}
-        return Usage({use: self.of(use) + other.of(use) for use in UsageKind if use in uses})
+        kinds = {*self.seconds, *other.seconds}
+        return Usage(
+            {
+                kind: self.seconds_for(kind) + other.seconds_for(kind)
+                for kind in UsageKind
+                if kind in kinds
+            }
+        )
 
-    def of(self, use: UsageKind) -> float:
-        """Device-seconds of one use."""
-        return self.seconds.get(use, 0.0)
+    def seconds_for(self, kind: UsageKind) -> float:
+        """Device-seconds of one kind of use."""
+        return self.seconds.get(kind, 0.0)
 
     @property
     def total_seconds(self) -> float:
-        """Device-seconds of all uses."""
+        """Device-seconds of all kinds."""
         return sum(self.seconds.values())
 
     def to_dict(self) -> dict[str, float]:
-        """The seconds by name of the use, for JSON."""
-        return {str(use): round(seconds, 3) for use, seconds in self.seconds.items()}
+        """The seconds by name of the kind, for JSON."""
+        return {str(kind): round(seconds, 3) for kind, seconds in self.seconds.items()}
 
     @staticmethod
     def from_dict(data: Mapping[str, float]) -> Usage:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: This version does not have one of the uses.
+            ValueError: This version does not have one of the kinds.
         """
         return Usage({UsageKind(name): float(seconds) for name, seconds in data.items()})
 
@@ -83,26 +89,26 @@ class UsageMeter:
         """Note that a worker's process started."""
         self._since[worker] = now
 
-    def spend(self, worker: int, use: UsageKind, now: float) -> None:
-        """Count a worker's time since the last call for one use; a worker must be started."""
+    def spend(self, worker: int, kind: UsageKind, now: float) -> None:
+        """Count a worker's time since the last call for one kind of use; a worker must be started."""
         since = self._since.get(worker)
         if since is not None:
-            self._seconds[use] = self._seconds.get(use, 0.0) + (now - since) * self.devices
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + (now - since) * self.devices
             self._since[worker] = now
 
-    def stop(self, worker: int, use: UsageKind, now: float) -> None:
+    def stop(self, worker: int, kind: UsageKind, now: float) -> None:
         """Count the last time of a worker that has ended."""
-        self.spend(worker, use, now)
+        self.spend(worker, kind, now)
         self._since.pop(worker, None)
 
-    def usage(self, now: float, uses: Mapping[int, UsageKind]) -> Usage:
+    def usage(self, now: float, kinds: Mapping[int, UsageKind]) -> Usage:
         """The usage so far.
 
         Args:
             now: The time.
-            uses: What each worker that is still up spends its time on now.
+            kinds: What each worker that is still up spends its time on now.
         """
         spent = dict(self._seconds)
         for worker, since in self._since.items():
-            spent[uses[worker]] = spent.get(uses[worker], 0.0) + (now - since) * self.devices
-        return Usage({use: spent[use] for use in UsageKind if use in spent})
+            spent[kinds[worker]] = spent.get(kinds[worker], 0.0) + (now - since) * self.devices
+        return Usage({kind: spent[kind] for kind in UsageKind if kind in spent})

@@ -67,7 +67,7 @@ class MeasuredRates:
             raise ConfigError(f"{totals.output}: {_device_problem(devices)}")
         (device,), workers = devices, len(entry.workers)
         busy, once = busy_seconds(stats.stage_ns), 1 - audit_share(stats)
-        useful = usage.of(UsageKind.USEFUL) or sum(busy.values()) / once
+        useful = usage.seconds_for(UsageKind.USEFUL) or sum(busy.values()) / once
         answering = useful * once
         # On a GPU stages overlap, and their sum may be more than the time that passed.
         scale = min(1.0, answering / sum(busy.values()))

@@ -243,7 +243,7 @@ def _usage_lines(usage: Usage) -> list[tuple[str, str]]:
     total = usage.total_seconds
     if not total:
         return []
-    useful = usage.of(UsageKind.USEFUL)
+    useful = usage.seconds_for(UsageKind.USEFUL)
     wasted = {use: seconds for use, seconds in usage.seconds.items() if use != UsageKind.USEFUL}
     causes = ", ".join(
         f"{use} {seconds:,.1f}" for use, seconds in wasted.items() if seconds >= 0.05

@@ -144,7 +144,7 @@ def _simulated(plan: Plan, workers: int, before_bytes: int) -> Line:
         "efficiency": float(service.seconds.sum()) / (workers * pool.time),
         "days": pool.time / DAY_SECONDS,
         "deaths": float(service.dies.sum()),
-        "useful": driver.usage().of(UsageKind.USEFUL) / driver.usage().total_seconds,
+        "useful": driver.usage().seconds_for(UsageKind.USEFUL) / driver.usage().total_seconds,
         "us_per_shard": cpu / len(plan.shards) * 1e6,
     }
     what = f"{workers} simulated workers, {len(plan.shards):,} shards"

@@ -50,4 +50,7 @@ def test_what_is_in_flight_is_on_the_bill() -> None:
     bill = meter.usage(20.0, {1: UsageKind.ABANDONED, 2: UsageKind.LOADING})
     assert dict(bill.seconds) == {UsageKind.LOADING: 12.0, UsageKind.ABANDONED: 8.0}
     meter.spend(1, UsageKind.USEFUL, 30.0)
-    assert meter.usage(30.0, {1: UsageKind.IDLE, 2: UsageKind.LOADING}).of(UsageKind.USEFUL) == 18.0
+    assert (
+        meter.usage(30.0, {1: UsageKind.IDLE, 2: UsageKind.LOADING}).seconds_for(UsageKind.USEFUL)
+        == 18.0
+    )

@@ -142,7 +142,12 @@ def assert_survived(
     assert {row["status"] for row in rows} == {"ok"}
     assert verify(job.output, deep=True).problems == ()
     bill = bill_of(job)
-    wasted = late_seconds + bill.total_seconds - bill.of(UsageKind.USEFUL) - bill.of(UsageKind.IDLE)
+    wasted = (
+        late_seconds
+        + bill.total_seconds
+        - bill.seconds_for(UsageKind.USEFUL)
+        - bill.seconds_for(UsageKind.IDLE)
+    )
     survived.note(happened, Toll(len(planned), lost, doubled, wasted))
 
 
@@ -313,7 +318,7 @@ def test_a_node_that_is_about_to_go_loses_nothing(cluster: LocalCluster, slow_jo
     assert {row["attempt"] for row in rows} == {1}, "nothing was answered twice"
     assert committed < SLOW_ROWS / SHARD_ROWS
     assert len({row["worker"] for row in rows}) == 3
-    assert bill_of(slow_job).of(UsageKind.DIED) == 0.0
+    assert bill_of(slow_job).seconds_for(UsageKind.DIED) == 0.0
 
 
 def drain(cluster: LocalCluster, node: str) -> float:

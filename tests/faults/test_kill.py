@@ -283,9 +283,9 @@ def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     assert useful > ROWS * counted.row_seconds
     assert wasted > 2.0, "the kills cost nothing"
     bill = result.usage
-    assert bill.of(UsageKind.USEFUL) == pytest.approx(useful, rel=0.05)
-    assert bill.of(UsageKind.DIED) == pytest.approx(wasted, rel=0.05)
-    assert bill.of(UsageKind.LOADING) == pytest.approx(
+    assert bill.seconds_for(UsageKind.USEFUL) == pytest.approx(useful, rel=0.05)
+    assert bill.seconds_for(UsageKind.DIED) == pytest.approx(wasted, rel=0.05)
+    assert bill.seconds_for(UsageKind.LOADING) == pytest.approx(
         counted.loads() * counted.load_seconds, rel=0.05
     )
     console = Console(record=True, width=160)

@@ -59,7 +59,7 @@ def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.Monkey
         for _ in range(4):
             assert beats.acquire(timeout=60)
         (record,) = driver_records(store)
-        assert record.usage.of(UsageKind.USEFUL) >= 1
+        assert record.usage.seconds_for(UsageKind.USEFUL) >= 1
         assert record.last_seen >= record.started
         assert not record.has_ended
 

@@ -507,7 +507,7 @@ def test_another_starts_while_a_journal_is_read(tmp_path: Path) -> None:
     harness.run(make_plan(rows=10))
     assert harness.finished
     assert min(time for time, number in started if number == 2) < 12.0
-    assert harness.driver.usage().of(UsageKind.DIED) == pytest.approx(8.0, abs=0.1)
+    assert harness.driver.usage().seconds_for(UsageKind.DIED) == pytest.approx(8.0, abs=0.1)
 
 
 def test_a_worker_that_has_ended_is_not_killed_again(tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_a_worker_that_has_ended_is_not_killed_again(tmp_path: Path) -> None:
     harness.run(make_plan(rows=10))
     assert harness.finished
     assert pool.killed == []
-    assert harness.driver.usage().of(UsageKind.STALLED) == 0.0
+    assert harness.driver.usage().seconds_for(UsageKind.STALLED) == 0.0
 
 
 def test_an_idle_worker_that_has_ended_is_not_dropped(tmp_path: Path) -> None:
@@ -614,8 +614,8 @@ def test_the_bill_of_a_smooth_run(tmp_path: Path) -> None:
     harness = Harness(tmp_path, SimulatedPool(), gpus_per_worker=2.0)
     harness.run(make_plan())
     bill = harness.driver.usage()
-    assert bill.of(UsageKind.USEFUL) == 200.0
-    assert bill.of(UsageKind.LOADING) == 4.0
+    assert bill.seconds_for(UsageKind.USEFUL) == 200.0
+    assert bill.seconds_for(UsageKind.LOADING) == 4.0
     assert bill.total_seconds == pytest.approx(204.0, abs=3.0)
 
 
@@ -637,12 +637,12 @@ def test_the_bill_names_every_waste(tmp_path: Path) -> None:
     pool.poll = lose_one
     harness.run(make_plan())
     bill = harness.driver.usage()
-    assert bill.of(UsageKind.USEFUL) == pytest.approx(90.0, abs=1.0)
-    assert bill.of(UsageKind.LOST_RACE) == pytest.approx(10.0, abs=0.5)
-    assert bill.of(UsageKind.STALLED) == pytest.approx(100.0, abs=2.0)
-    assert 0 < bill.of(UsageKind.DIED) < 12.0
-    assert 0 < bill.of(UsageKind.FAILED) < 12.0
-    assert bill.of(UsageKind.LOADING) == 3.0
+    assert bill.seconds_for(UsageKind.USEFUL) == pytest.approx(90.0, abs=1.0)
+    assert bill.seconds_for(UsageKind.LOST_RACE) == pytest.approx(10.0, abs=0.5)
+    assert bill.seconds_for(UsageKind.STALLED) == pytest.approx(100.0, abs=2.0)
+    assert 0 < bill.seconds_for(UsageKind.DIED) < 12.0
+    assert 0 < bill.seconds_for(UsageKind.FAILED) < 12.0
+    assert bill.seconds_for(UsageKind.LOADING) == 3.0
     assert harness.driver.lost_races == 1
 
 
