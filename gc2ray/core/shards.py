@@ -167,11 +167,11 @@ class Shards(Sequence[Shard]):
             return tuple(self[number] for number in range(*index.indices(len(self))))
         index = range(len(self))[index]  # negative ones too; IndexError beyond
         columns = self.spans
-        edges = range(self._edges[index], self._edges[index + 1])
-        files = [self.files[columns.file[at]] for at in edges]
+        positions = range(self._edges[index], self._edges[index + 1])
+        files = [self.files[columns.file[at]] for at in positions]
         spans = tuple(
             Span(source, fingerprint, int(columns.first[at]), int(columns.stop[at]))
-            for at, (source, fingerprint) in zip(edges, files, strict=True)
+            for at, (source, fingerprint) in zip(positions, files, strict=True)
         )
         return Shard(index, self.sid(index), spans, bool(self.continues[index]))
 

@@ -1,7 +1,7 @@
 """`Usage`: device-seconds of workers, split into useful work and waste by cause.
 
-Every second of a worker counts for exactly one kind of use, from the start of its process to its end. Time
-that leads to a committed part is useful; the rest is waste. Workers answer their shards almost one
+Every second of a worker counts for exactly one kind of use, from the start of its process to its
+end. Time that leads to a committed part is useful; the rest is waste. Workers answer their shards almost one
 after the other, so the time since a worker's last part (or since its first assignment) counts for
 the shard that ends.
 
@@ -90,7 +90,7 @@ class UsageMeter:
         self._since[worker] = now
 
     def spend(self, worker: int, kind: UsageKind, now: float) -> None:
-        """Count a worker's time since the last call for one kind of use; a worker must be started."""
+        """Count a started worker's time since the last call for one kind of use."""
         since = self._since.get(worker)
         if since is not None:
             self._seconds[kind] = self._seconds.get(kind, 0.0) + (now - since) * self.devices

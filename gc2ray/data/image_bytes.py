@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from gc2ray.core.config.input import (
     CONTROL_CHARACTERS,
     ROOTS_KEY,
-    ImagePolicy,
+    ImageLimits,
 )
 from gc2ray.core.errors import ConfigError, ShardError, storage_errors
 from gc2ray.core.records import ImageRef
@@ -39,7 +39,7 @@ _ROW_ERRNOS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-def read_bytes(ref: ImageRef, policy: ImagePolicy) -> bytes:
+def read_bytes(ref: ImageRef, limits: ImageLimits) -> bytes:
     """The encoded image: the bytes of the row, else what lies at its path.
 
     A relative path is looked for under each root in turn. Local paths are compared with symbolic
@@ -58,38 +58,38 @@ def read_bytes(ref: ImageRef, policy: ImagePolicy) -> bytes:
         ShardError: The storage failed in a way that says nothing about this image.
     """
     if ref.data is not None:
-        return _checked(ref.data, policy, None)
+        return _checked(ref.data, limits, None)
     if not ref.path:
         raise refusal("the image is null: it has neither bytes nor a path")
-    for location in _locations(ref.path, policy):
-        data = _fetch(location, ref.path, policy)
+    for location in _locations(ref.path, limits):
+        data = _fetch(location, ref.path, limits)
         if data is not None:
-            return _checked(data, policy, ref.path)
+            return _checked(data, limits, ref.path)
     raise refusal("no such image file", ref.path)
 
 
-def _checked(data: bytes, policy: ImagePolicy, path: str | None) -> bytes:
+def _checked(data: bytes, limits: ImageLimits, path: str | None) -> bytes:
     if not data:
         raise refusal("the image has no bytes", path)
-    if len(data) > policy.max_bytes:
-        raise refusal(f"the image has more than {policy.max_bytes} bytes", path)
+    if len(data) > limits.max_bytes:
+        raise refusal(f"the image has more than {limits.max_bytes} bytes", path)
     return data
 
 
-def _locations(path: str, policy: ImagePolicy) -> list[str]:
+def _locations(path: str, limits: ImageLimits) -> list[str]:
     """Where to look for a path: resolved, under a root, at least one.
 
     Raises:
         BadRow: Not under any root.
     """
-    if not policy.roots:
+    if not limits.roots:
         raise refusal(f"images by path are off; {ROOTS_KEY} must name their directory", path)
     if CONTROL_CHARACTERS.search(path) or _sneaky(path):
         raise refusal("the path is refused: control characters, '::', or dots in a URL", path)
-    roots = [_resolved(root) for root in policy.roots]
+    roots = [_resolved(root) for root in limits.roots]
     allowed = [
         location
-        for location in map(_resolved, _candidates(path, policy.roots))
+        for location in map(_resolved, _candidates(path, limits.roots))
         if any(_lies_under(location, root) for root in roots)
     ]
     if not allowed:
@@ -133,12 +133,12 @@ def _lies_under(location: str, root: str) -> bool:
     return location == root or location.startswith(root.rstrip("/") + "/")
 
 
-def _fetch(location: str, path: str, policy: ImagePolicy) -> bytes | None:
+def _fetch(location: str, path: str, limits: ImageLimits) -> bytes | None:
     """At most `max_bytes` + 1 bytes of a file, or None where there is none."""
     fs, inner = _filesystem(location)
     retry_policy = WEB_RETRY_POLICY if _is_web(location) else RETRY_POLICY
     try:
-        return retry_policy.call("reading an image", lambda: _content(fs, inner, path, policy))
+        return retry_policy.call("reading an image", lambda: _content(fs, inner, path, limits))
     except FileNotFoundError:
         return None
     except storage_errors() as error:
@@ -148,14 +148,14 @@ def _fetch(location: str, path: str, policy: ImagePolicy) -> bytes | None:
         raise ShardError(one_line(f"{reason}: {path}: {error}")) from error
 
 
-def _content(fs: Any, inner: str, path: str, policy: ImagePolicy) -> bytes:
+def _content(fs: Any, inner: str, path: str, limits: ImageLimits) -> bytes:
     info = fs.info(inner)
     if info.get("type") != "file":
         raise refusal("not a file", path)
-    if (info.get("size") or 0) > policy.max_bytes:
-        raise refusal(f"the image has more than {policy.max_bytes} bytes", path)
+    if (info.get("size") or 0) > limits.max_bytes:
+        raise refusal(f"the image has more than {limits.max_bytes} bytes", path)
     with fs.open(inner, "rb") as file:
-        return _read_at_most(file, policy.max_bytes + 1)
+        return _read_at_most(file, limits.max_bytes + 1)
 
 
 def _is_refused(error: Exception) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from gc2ray.core.config.input import (
-    ImagePolicy,
+    ImageLimits,
 )
 from gc2ray.core.errors import BadRow, Status
 
@@ -66,7 +66,7 @@ _TURNS = {
 }
 
 
-def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
+def decode(data: bytes, limits: ImageLimits) -> Image.Image:
     """The first frame as an upright RGB image.
 
     More than 8 bits: samples of 16 bits lose their lower byte. 32-bit integers are taken as they
@@ -77,7 +77,7 @@ def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
     Raises:
         BadRow: `BAD_IMAGE`: not an image of a known format, too large, damaged or cut short.
     """
-    image = _loaded(data, policy)
+    image = _loaded(data, limits)
     orientation = _orientation(image)
     try:
         rgb = _to_rgb(image)
@@ -87,7 +87,7 @@ def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def upright_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
+def upright_size(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     """(height, width) of the image that `decode` would give, from its header alone.
 
     Damage behind the header is not seen. A PNG whose orientation stands behind its pixels is taken
@@ -96,7 +96,7 @@ def upright_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
     Raises:
         BadRow: `BAD_IMAGE`: not an image of a known format, or too large.
     """
-    image = _loaded(data, policy, pixels=False)
+    image = _loaded(data, limits, pixels=False)
     late = image.format == "PNG" and "exif" not in image.info  # asking would decode the pixels
     upright = image.format == "TIFF"  # Pillow gives the size after turning
     turned = not (late or upright) and _orientation(image) in (5, 6, 7, 8)
@@ -104,10 +104,10 @@ def upright_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _loaded(data: bytes, policy: ImagePolicy, *, pixels: bool = True) -> Image.Image:
+def _loaded(data: bytes, limits: ImageLimits, *, pixels: bool = True) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        _check_size(image.size, policy)  # only the header has been read so far
+        _check_size(image.size, limits)  # only the header has been read so far
         if image.format == "JPEG2000":
             _check_end(data)
         if pixels:
@@ -115,19 +115,19 @@ def _loaded(data: bytes, policy: ImagePolicy, *, pixels: bool = True) -> Image.I
     except UnidentifiedImageError as error:
         raise refusal(f"not an image of a known format ({', '.join(_FORMATS)})") from error
     except Image.DecompressionBombError as error:
-        raise refusal(f"the image has more than {policy.max_pixels} pixels") from error
+        raise refusal(f"the image has more than {limits.max_pixels} pixels") from error
     except _DECODE_ERRORS as error:
         detail = _BYTES_REPR.sub("...", str(error))
         raise refusal(f"cannot decode the image: {type(error).__name__}: {detail}") from error
     return image
 
 
-def _check_size(size: tuple[int, int], policy: ImagePolicy) -> None:
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise refusal(f"the image is {width} x {height} pixels")
-    if width * height > policy.max_pixels:
-        limit = f"more than {policy.max_pixels} pixels"
+    if width * height > limits.max_pixels:
+        limit = f"more than {limits.max_pixels} pixels"
         raise refusal(f"the image is {width} x {height} pixels, {limit}")
     if max(size) > MAX_SIDE:
         raise refusal(f"the image is {width} x {height} pixels, a side over {MAX_SIDE}")

@@ -115,7 +115,7 @@ def _run_stock(recipe: Recipe, directory: Path, requests: Sequence[Request]) -> 
     """Load the checkpoint in stock transformers, answer the first prompts, and free it."""
     answers: dict[str, StockAnswer] = {}
     left_out: dict[str, str] = {}
-    policy, logit_bytes = recipe.input.image_policy(), 0
+    policy, logit_bytes = recipe.input.image_limits(), 0
     try:
         with StockModel(directory, _settings(recipe)) as model:
             for request in requests:

@@ -21,7 +21,7 @@ import torch
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
-from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import ImageRef, Request
@@ -57,7 +57,7 @@ class PromptBuilder:
         self._adapter = adapter
         self._chat = chat
         self._policies = policies
-        self._images = recipe.input.image_policy()
+        self._images = recipe.input.image_limits()
         self._generation = recipe.generation
         self._cached_image_bytes = cached_image_bytes
         self._image_cache = ImageCache(cached_image_bytes)
@@ -233,7 +233,7 @@ def _prefix_key(row: RequestState, cached_image: CachedImage, prompt: Prompt) ->
     return f"{cached_image.key}/{text}"
 
 
-def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
+def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImageLimits) -> Tiles:
     """Read, decode and tile one image.
 
     Raises:
@@ -243,7 +243,7 @@ def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
     return tiles_of(read_bytes(ref, policy), ref, anyres, policy)
 
 
-def tiles_of(data: bytes, ref: ImageRef, anyres: AnyRes, policy: ImagePolicy) -> Tiles:
+def tiles_of(data: bytes, ref: ImageRef, anyres: AnyRes, policy: ImageLimits) -> Tiles:
     """Decode and tile the bytes of an image.
 
     Raises:

@@ -161,7 +161,7 @@ class _Profiler:
 
     def __init__(self, recipe: Recipe, model: ModelMetadata) -> None:
         self._model = model
-        self._policy = recipe.input.image_policy()
+        self._policy = recipe.input.image_limits()
         self._chat = ChatPrompt(model.processor)
         self._constant = recipe.input.prompt.constant
         self._counted: tuple[int, int] | None = None

@@ -99,7 +99,7 @@ def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
 def _token_map(
     loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]
 ) -> TokenMap:
-    adapter, policy = loaded.adapter, recipe.input.image_policy()
+    adapter, policy = loaded.adapter, recipe.input.image_limits()
     compressor = CompressionPolicy.from_config(recipe.compression).compressor
     try:
         data = read_bytes(request.images[0], policy)

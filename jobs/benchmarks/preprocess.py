@@ -16,7 +16,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.records import ImageRef
 from gc2ray.data.image_decoding import decode
 from gc2ray.engine.prompt_builder import load_tiles
@@ -36,7 +36,7 @@ def run() -> list[Line]:
 
 
 def _compare(name: str, data: Sequence[bytes]) -> list[Line]:
-    anyres, mode = tiny_model().adapter.anyres, ImagePolicy()
+    anyres, mode = tiny_model().adapter.anyres, ImageLimits()
     images = [decode(item, mode) for item in data]
     stock: Any = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}

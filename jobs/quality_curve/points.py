@@ -16,7 +16,7 @@ from gc2ray.compression.base import Compressor, ViewBatch
 from gc2ray.compression.methods.globalcom2 import crop_scales
 from gc2ray.compression.views import Views
 from gc2ray.core.config.compression import Newlines, Positions
-from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
@@ -186,7 +186,7 @@ def shares_far_from_uniform(
     far: dict[float, list[bool]] = {temperature: [] for temperature in temperatures}
     for first in range(0, len(rows), BATCH):
         refs = [ImageRef(row.image) for row in rows[first : first + BATCH]]
-        tiles = [load_tiles(ref, loaded.adapter.anyres, ImagePolicy()) for ref in refs]
+        tiles = [load_tiles(ref, loaded.adapter.anyres, ImageLimits()) for ref in refs]
         batch = ViewBatch.from_images(loaded.adapter.encode(tiles, [0] * len(tiles)))
         for temperature, found in far.items():
             scales = crop_scales(batch, retention, temperature)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.records import ImageRef
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS, Question, quarter
@@ -95,7 +95,7 @@ class Lessons(Dataset[Lesson]):
             rng = np.random.default_rng([self._split.value, self._stage, batch, place])
             scene = self._scene(rng, batch, place)
             ref = ImageRef(picture(scene, self._photographs))
-            tiles.append(load_tiles(ref, self._anyres, ImagePolicy()))
+            tiles.append(load_tiles(ref, self._anyres, ImageLimits()))
             labels.append(view_labels(scene, self._anyres, self._patch))
             questions.append(self._asked(scene, rng))
             seeds.append(int(rng.integers(2**31)))

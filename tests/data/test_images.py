@@ -26,7 +26,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from gc2ray.core.config.input import MAX_PIXELS, ImagePolicy
+from gc2ray.core.config.input import MAX_PIXELS, ImageLimits
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.core.records import ImageRef
 from gc2ray.data import image_bytes as images
@@ -42,7 +42,7 @@ from tests.support.object_servers import a_bucket
 # Pillow remarks on damaged metadata; here most of it is damaged on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
-POLICY = ImagePolicy()
+POLICY = ImageLimits()
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 SMALL_PINPOINTS = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84), (84, 56))
 
@@ -174,9 +174,9 @@ def test_header_bomb_is_refused_undecoded(side, monkeypatch):
 @pytest.mark.parametrize("name", SAMPLE_NAMES)
 def test_pixel_limit_holds_before_decoding_in_every_format(name, monkeypatch):
     data = samples()[name]
-    assert decode(data, ImagePolicy(max_pixels=960)).mode == "RGB"
+    assert decode(data, ImageLimits(max_pixels=960)).mode == "RGB"
     calls = forbid_decoding(monkeypatch)
-    assert "959 pixels" in refused(decode, data, ImagePolicy(max_pixels=959))
+    assert "959 pixels" in refused(decode, data, ImageLimits(max_pixels=959))
     assert not calls
 
 
@@ -190,9 +190,9 @@ def test_endless_side_is_refused_undecoded(monkeypatch):
 def test_policy_never_reaches_where_pillow_warns():
     assert MAX_PIXELS <= Image.MAX_IMAGE_PIXELS
     with pytest.raises(ConfigError, match="max_image_pixels"):
-        ImagePolicy(max_pixels=Image.MAX_IMAGE_PIXELS + 1)
+        ImageLimits(max_pixels=Image.MAX_IMAGE_PIXELS + 1)
     with pytest.raises(ConfigError, match="max_image_bytes"):
-        ImagePolicy(max_bytes=0)
+        ImageLimits(max_bytes=0)
 
 
 def test_eps_is_refused():
@@ -213,15 +213,15 @@ def test_zero_bytes_are_refused(tmp_path):
     assert "no bytes" in refused(read_bytes, ImageRef(data=b""), POLICY)
     empty = tmp_path / "empty.png"
     empty.touch()
-    policy = ImagePolicy(roots=(str(tmp_path),))
+    policy = ImageLimits(roots=(str(tmp_path),))
     message = refused(read_bytes, ImageRef(path=str(empty)), policy)
     assert "no bytes" in message
     assert "empty.png" in message
 
 
 def test_too_many_bytes_are_refused(tmp_path):
-    assert read_bytes(ImageRef(data=PNG), ImagePolicy(max_bytes=len(PNG))) == PNG
-    small = ImagePolicy(max_bytes=len(PNG) - 1, roots=(str(tmp_path),))
+    assert read_bytes(ImageRef(data=PNG), ImageLimits(max_bytes=len(PNG))) == PNG
+    small = ImageLimits(max_bytes=len(PNG) - 1, roots=(str(tmp_path),))
     path = tmp_path / "image.png"
     path.write_bytes(PNG)
     for ref in (ImageRef(data=PNG), ImageRef(path=str(path))):
@@ -262,27 +262,27 @@ def endless():
 
 
 def test_no_more_than_the_limit_is_read(endless):
-    policy = ImagePolicy(max_bytes=100, roots=("endless://",))
+    policy = ImageLimits(max_bytes=100, roots=("endless://",))
     assert "more than 100" in refused(read_bytes, ImageRef(path="endless://a.png"), policy)
     assert endless.taken == 101
 
 
 def test_what_is_known_to_be_too_large_is_not_read(endless):
-    policy = ImagePolicy(max_bytes=100, roots=("endless://",))
+    policy = ImageLimits(max_bytes=100, roots=("endless://",))
     assert "more than 100" in refused(read_bytes, ImageRef(path="endless://sized.png"), policy)
     assert endless.taken == 0
 
 
 @pytest.mark.usefixtures("endless")
 def test_broken_storage_is_not_the_fault_of_the_row():
-    policy = ImagePolicy(roots=("endless://",))
+    policy = ImageLimits(roots=("endless://",))
     with pytest.raises(ShardError, match="broken") as caught:
         read_bytes(ImageRef(path=f"endless://broken{'x' * 500}.png"), policy)
     assert len(str(caught.value)) <= 200
 
 
 def test_missing_file_is_refused(tmp_path):
-    policy = ImagePolicy(roots=(str(tmp_path), "memory://nothing"))
+    policy = ImageLimits(roots=(str(tmp_path), "memory://nothing"))
     for path in (str(tmp_path / "gone.png"), "gone.png", "memory://nothing/gone.png"):
         message = refused(read_bytes, ImageRef(path=path), policy)
         assert "no such" in message
@@ -292,7 +292,7 @@ def test_missing_file_is_refused(tmp_path):
 def test_directory_and_pipe_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    policy = ImagePolicy(roots=(str(tmp_path),))
+    policy = ImageLimits(roots=(str(tmp_path),))
     for name in ("pipe", "folder", "."):
         assert "not a file" in refused(read_bytes, ImageRef(path=name), policy)
 
@@ -345,7 +345,7 @@ def tree(tmp_path):
     ],
 )
 def test_path_outside_the_roots_is_refused(path, tree):
-    policy = ImagePolicy(roots=(str(tree),))
+    policy = ImageLimits(roots=(str(tree),))
     message = refused(read_bytes, ImageRef(path=path.format(root=tree)), policy)
     assert "outside" in message or "the path is refused" in message
 
@@ -363,7 +363,7 @@ def test_path_outside_the_roots_is_refused(path, tree):
 )
 def test_path_under_a_root_is_read(path, tree):
     (tree.parent / "other").mkdir()
-    policy = ImagePolicy(roots=(str(tree.parent / "other"), f"{tree}/"))
+    policy = ImageLimits(roots=(str(tree.parent / "other"), f"{tree}/"))
     assert read_bytes(ImageRef(path=path.format(root=tree)), policy) == PNG
 
 
@@ -396,7 +396,7 @@ def test_path_under_a_root_is_read(path, tree):
 )
 def test_a_local_path_is_nothing_but_a_path(path, tree):
     """Whatever a library would read into it: no such name is there, so there is no such file."""
-    policy = ImagePolicy(roots=(str(tree),))
+    policy = ImageLimits(roots=(str(tree),))
     message = refused(read_bytes, ImageRef(path=path.format(root=tree)), policy)
     assert "no such image file" in message or "outside" in message
 
@@ -404,14 +404,14 @@ def test_a_local_path_is_nothing_but_a_path(path, tree):
 @pytest.mark.parametrize("name", ["a::b.png", "::.png", "x::zip", "file:x.png", "~", "*?.png", "#"])
 def test_a_name_may_have_any_characters(name, tree):
     (tree / name).write_bytes(PNG)
-    policy = ImagePolicy(roots=(str(tree),))
+    policy = ImageLimits(roots=(str(tree),))
     for path in (name, f"{tree}/{name}"):
         assert read_bytes(ImageRef(path=path), policy) == PNG
 
 
 def test_root_may_itself_be_a_link(tree):
     (tree.parent / "alias").symlink_to(tree)
-    policy = ImagePolicy(roots=(f"file://{tree.parent}/alias",))
+    policy = ImageLimits(roots=(f"file://{tree.parent}/alias",))
     assert read_bytes(ImageRef(path=f"{tree.parent}/alias/sub/image.png"), policy) == PNG
 
 
@@ -420,7 +420,7 @@ def test_first_root_with_the_file_wins(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("b", "c"):
         (tmp_path / name / "image.png").write_bytes(name.encode())
-    policy = ImagePolicy(roots=tuple(str(tmp_path / name) for name in ("a", "b", "c")))
+    policy = ImageLimits(roots=tuple(str(tmp_path / name) for name in ("a", "b", "c")))
     assert read_bytes(ImageRef(path="image.png"), policy) == b"b"
 
 
@@ -444,7 +444,7 @@ def memory():
     ],
 )
 def test_url_under_a_root_is_read(path):
-    policy = ImagePolicy(roots=("memory://photos/dir/",))
+    policy = ImageLimits(roots=("memory://photos/dir/",))
     assert read_bytes(ImageRef(path=path), policy) == PNG
     assert load_tiles(ImageRef(path=path), anyres(), policy).size == (24, 40)
 
@@ -474,18 +474,18 @@ def test_url_under_a_root_is_read(path):
     ],
 )
 def test_url_outside_the_roots_is_refused(root, path):
-    message = refused(read_bytes, ImageRef(path=path), ImagePolicy(roots=(root,)))
+    message = refused(read_bytes, ImageRef(path=path), ImageLimits(roots=(root,)))
     assert "outside" in message or "the path is refused" in message
 
 
 @pytest.mark.parametrize("root", ["", "simplecache::s3://bucket", "a\nb"])
 def test_bad_root_is_a_configuration_error(root):
     with pytest.raises(ConfigError, match=r"recipe\.input\.image_roots"):
-        ImagePolicy(roots=(root,))
+        ImageLimits(roots=(root,))
 
 
 def test_unknown_protocol_is_a_configuration_error():
-    policy = ImagePolicy(roots=("nosuch://bucket",))
+    policy = ImageLimits(roots=("nosuch://bucket",))
     with pytest.raises(ConfigError, match="nosuch"):
         read_bytes(ImageRef(path="nosuch://bucket/image.png"), policy)
 
@@ -538,13 +538,13 @@ def site():
 
 
 def test_http_is_read_under_its_root_only_and_redirects_are_not_followed(site):
-    policy = ImagePolicy(roots=(f"{site}/dir",))
+    policy = ImageLimits(roots=(f"{site}/dir",))
     assert read_bytes(ImageRef(path=f"{site}/dir/image.png"), policy) == PNG
     assert read_bytes(ImageRef(path="image.png"), policy) == PNG
     assert "no such" in refused(read_bytes, ImageRef(path=f"{site}/dir/gone.png"), policy)
     assert "outside" in refused(read_bytes, ImageRef(path=f"{site}/secret.png"), policy)
     refused(read_bytes, ImageRef(path=f"{site}/dir/elsewhere.png"), policy)
-    small = ImagePolicy(roots=policy.roots, max_bytes=len(PNG) - 1)
+    small = ImageLimits(roots=policy.roots, max_bytes=len(PNG) - 1)
     assert "more than" in refused(read_bytes, ImageRef(path=f"{site}/dir/image.png"), small)
 
 
@@ -559,7 +559,7 @@ def impatient(monkeypatch):
 @pytest.mark.parametrize("status", [503, 500, 429, 0])
 def test_a_page_that_cannot_be_had_for_a_moment_is_waited_for(site, monkeypatch, status):
     monkeypatch.setattr(Site, "trouble", [status] * 5)
-    policy = ImagePolicy(roots=(f"{site}/dir",))
+    policy = ImageLimits(roots=(f"{site}/dir",))
     assert read_bytes(ImageRef(path=f"{site}/dir/image.png"), policy) == PNG
     assert Site.trouble == []
 
@@ -567,7 +567,7 @@ def test_a_page_that_cannot_be_had_for_a_moment_is_waited_for(site, monkeypatch,
 @pytest.mark.usefixtures("impatient")
 def test_a_page_that_always_fails_is_its_rows_fault(site, monkeypatch):
     monkeypatch.setattr(Site, "trouble", [500] * 10_000)
-    policy = ImagePolicy(roots=(f"{site}/dir",))
+    policy = ImageLimits(roots=(f"{site}/dir",))
     message = refused(read_bytes, ImageRef(path=f"{site}/dir/image.png"), policy)
     assert "cannot read the image (TimeoutError)" in message
     assert len(Site.trouble) < 9_990
@@ -577,7 +577,7 @@ def test_a_page_that_always_fails_is_its_rows_fault(site, monkeypatch):
 @pytest.mark.parametrize("status", [403, 410])
 def test_a_page_that_is_not_for_us_is_not_waited_for(site, monkeypatch, status):
     monkeypatch.setattr(Site, "trouble", [status] * 10)
-    policy = ImagePolicy(roots=(f"{site}/dir",))
+    policy = ImageLimits(roots=(f"{site}/dir",))
     assert "no such image" in refused(read_bytes, ImageRef(path=f"{site}/dir/image.png"), policy)
     assert len(Site.trouble) == 8, "HEAD, then GET"
 
@@ -586,7 +586,7 @@ def test_a_bucket_in_trouble_is_waited_for(proxy):
     with a_bucket(proxy.host, proxy.port) as bucket:
         s3fs.S3FileSystem().pipe_file(f"{bucket}/image.png", PNG)
         proxy.faults = Faults(dropped=0.4)
-        policy = ImagePolicy(roots=(bucket,))
+        policy = ImageLimits(roots=(bucket,))
         for _ in range(10):
             assert read_bytes(ImageRef(path="image.png"), policy) == PNG
         assert proxy.met["dropped"] > 0
@@ -599,7 +599,7 @@ def test_bytes_of_the_row_come_before_its_path():
 
 def test_undecodable_file_is_named(tmp_path):
     (tmp_path / "page.png").write_bytes(b"<html>")
-    policy = ImagePolicy(roots=(str(tmp_path),))
+    policy = ImageLimits(roots=(str(tmp_path),))
     message = refused(load_tiles, ImageRef(path="page.png"), anyres(), policy)
     assert "not an image" in message
     assert message.endswith(": page.png")
@@ -613,7 +613,7 @@ def test_messages_quote_no_bytes():
 
 
 def test_messages_stay_short_and_on_one_line(tmp_path):
-    policy = ImagePolicy(roots=(str(tmp_path),))
+    policy = ImageLimits(roots=(str(tmp_path),))
     path = "folder/" * 40 + "the end\u2028.png"
     message = refused(read_bytes, ImageRef(path=path), policy)
     assert message.endswith("the end .png")
@@ -733,7 +733,7 @@ def test_rotated_jpeg_swaps_sides():
 @pytest.mark.parametrize("name", samples())
 def test_the_size_of_every_format_is_known_from_its_header(name):
     data = samples()[name]
-    assert upright_size(data, ImagePolicy()) == decode(data, ImagePolicy()).size[::-1]
+    assert upright_size(data, ImageLimits()) == decode(data, ImageLimits()).size[::-1]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -742,22 +742,22 @@ def test_the_size_is_known_from_the_header(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(gradient(), kind, exif=exif)
-    assert upright_size(data, ImagePolicy()) == decode(data, ImagePolicy()).size[::-1]
+    assert upright_size(data, ImageLimits()) == decode(data, ImageLimits()).size[::-1]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_the_header_is_enough_for_the_size(kind):
     data = encode(gradient(), kind)
     data = data[: len(data) - 120]
-    assert upright_size(data, ImagePolicy()) == gradient().size[::-1]
+    assert upright_size(data, ImageLimits()) == gradient().size[::-1]
     with pytest.raises(BadRow, match="cannot decode"):
-        decode(data, ImagePolicy())
+        decode(data, ImageLimits())
 
 
 def test_what_a_header_tells_is_refused_as_when_it_is_decoded():
     for data, policy in (
-        (b"nothing", ImagePolicy()),
-        (encode(gradient(), "PNG"), ImagePolicy(max_pixels=100)),
+        (b"nothing", ImageLimits()),
+        (encode(gradient(), "PNG"), ImageLimits(max_pixels=100)),
     ):
         with pytest.raises(BadRow) as decoding:
             decode(data, policy)
@@ -804,7 +804,7 @@ def test_mutated_images_are_decoded_or_refused(draw):
 def decoded_or_refused(data):
     message = ""
     try:
-        image = decode(data, ImagePolicy(max_pixels=1_000_000))
+        image = decode(data, ImageLimits(max_pixels=1_000_000))
     except BadRow as error:
         message = error.message
     else:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.metrics.scores import score
 from gc2ray.data.image_decoding import decode
 from gc2ray.demo.photos import opened_photos
@@ -119,7 +119,7 @@ def test_scores_of_another_image_are_as_good_as_chance() -> None:
 def test_stock_transformers_answers_the_same() -> None:
     """Token ids of stock `generate` in float32, on rows of every grid and topic."""
     chat, some = ChatPrompt(model().processor), rows()[:35]
-    images = [decode(row.image, ImagePolicy()) for row in some]
+    images = [decode(row.image, ImageLimits()) for row in some]
     texts = [chat.render(row.question.text) for row in some]
     stock = stock_generate(model(), images, texts, NEW_TOKENS)
     ours = answer(model(), str(MODEL), some, Point("none"))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.records import ImageRef
 from gc2ray.demo import questions
 from gc2ray.demo.drawing import draw
@@ -75,7 +75,7 @@ def test_nothing_overlaps_nor_lies_on_a_cut_or_a_middle_line() -> None:
             mask.paste((255, 255, 255), tuple(round(edge) for edge in box))
             buffer = io.BytesIO()
             mask.save(buffer, "PNG")
-            tiles = load_tiles(ImageRef(buffer.getvalue()), anyres, ImagePolicy())
+            tiles = load_tiles(ImageRef(buffer.getvalue()), anyres, ImageLimits())
             light = (tiles.pixels[1:] > 127).any(axis=-1).sum(axis=(1, 2))
             assert np.sort(light)[::-1][1:].sum() <= 0.1 * light.sum()
 

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
 from gc2ray.compression.selection import OriginalPositions, everything
-from gc2ray.core.config.input import ImagePolicy
+from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import Request
@@ -96,7 +96,7 @@ def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
     assert all(isinstance(layer.mlp, _FeedForward) for layer in ours[:-1])
     assert not any(isinstance(layer.mlp, _FeedForward) for layer in tower)
     thawed = LlavaNext(loaded.model, loaded.processor)
-    tiles = [load_tiles(row.images[0], thawed.anyres, ImagePolicy()) for row in requests(SIZES[:2])]
+    tiles = [load_tiles(row.images[0], thawed.anyres, ImageLimits()) for row in requests(SIZES[:2])]
     with torch.inference_mode():
         for a, b in zip(
             thawed.encode(tiles, [0, 0]), loaded.adapter.encode(tiles, [0, 0]), strict=True
@@ -219,7 +219,7 @@ def test_views_equal_the_stock_tower(loaded_models: dict[str, LoadedModel]) -> N
     """Features are hidden_states[-2] bit for bit; packing everything is stock's own."""
     loaded = loaded_models["vicuna"]
     adapter, rows = loaded.adapter, requests(SIZES)
-    tiles = [load_tiles(row.images[0], adapter.anyres, ImagePolicy()) for row in rows]
+    tiles = [load_tiles(row.images[0], adapter.anyres, ImageLimits()) for row in rows]
     with torch.inference_mode():
         views = adapter.encode(tiles, [0] * len(rows))
         packed = adapter.pack(views, [everything(view) for view in views])

@@ -1,7 +1,7 @@
 """Settings of the input: which columns are read, how prompts are made, which images are accepted.
 
 `InputConfig` is the section `recipe.input` of a job. `PromptConfig` also renders the text of a
-row's prompt, and `ImagePolicy` holds the limits for untrusted images.
+row's prompt, and `ImageLimits` holds the limits for untrusted images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gc2ray.core.records import ANSWER_COLUMNS
 ROOTS_KEY = "recipe.input.image_roots"
 BYTES_KEY = "recipe.input.max_image_bytes"
 PIXELS_KEY = "recipe.input.max_image_pixels"
-"""The configuration keys behind `ImagePolicy`; messages name them."""
+"""The configuration keys behind `ImageLimits`; messages name them."""
 MAX_PIXELS = 89_478_485
 """Most pixels a policy may allow: from here on Pillow itself warns, then refuses.
 
@@ -122,7 +122,7 @@ class InputConfig(Frozen):
 
     @model_validator(mode="after")
     def _images(self) -> InputConfig:
-        self.image_policy()
+        self.image_limits()
         return self
 
     @field_validator("keep")
@@ -145,9 +145,9 @@ class InputConfig(Frozen):
         """The locations of the rows, one or several."""
         return (self.uri,) if isinstance(self.uri, str) else self.uri
 
-    def image_policy(self) -> ImagePolicy:
+    def image_limits(self) -> ImageLimits:
         """Limits for untrusted images."""
-        return ImagePolicy(
+        return ImageLimits(
             max_bytes=self.max_image_bytes,
             max_pixels=self.max_image_pixels,
             roots=self.image_roots,
@@ -185,7 +185,7 @@ def _fields(template: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class ImagePolicy:
+class ImageLimits:
     """What is accepted as an image. `MAX_SIDE` holds besides.
 
     Attributes:
