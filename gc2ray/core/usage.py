@@ -1,9 +1,9 @@
 """`Usage`: device-seconds of workers, split into useful work and waste by cause.
 
 Every second of a worker counts for exactly one kind of use, from the start of its process to its
-end. Time that leads to a committed part is useful; the rest is waste. Workers answer their shards almost one
-after the other, so the time since a worker's last part (or since its first assignment) counts for
-the shard that ends.
+end. Time that leads to a committed part is useful; the rest is waste. Workers answer their shards
+almost one after the other, so the time since a worker's last part (or since its first assignment)
+counts for the shard that ends.
 
 Not covered: money (a price times these seconds), and idle time inside a useful shard, which the
 footers of parts record.

@@ -87,7 +87,7 @@ class GenerationConfig(Frozen):
         return names
 
     def taken_over(self) -> TakenOver:
-        """What the model's files have no say in."""
+        """Settings that the recipe decides instead of the model's files."""
         own = {"repetition_penalty"} if self.repetition_penalty is not None else set()
         return TakenOver(frozenset(self.ignore_model_rules) | own, self.stop_token_ids)
 
@@ -107,7 +107,7 @@ class GenerationConfig(Frozen):
 
 @dataclass(frozen=True)
 class TakenOver:
-    """What a recipe decides in place of the model's files.
+    """Settings that a recipe decides instead of the model's files.
 
     Attributes:
         rules: Names of generation rules.
@@ -118,17 +118,17 @@ class TakenOver:
     stop_token_ids: tuple[int, ...] = ()
 
 
-def asked_for(places: Sequence[Mapping[str, object]]) -> dict[str, object]:
+def rules_in(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The rules that a model's files ask for.
 
     Args:
-        places: Where they may stand; a later place overrides an earlier one.
+        settings: Settings of the files that may have rules; later ones override earlier ones.
     """
     found: dict[str, object] = {}
     for name, idle in RULES.items():
-        for place in places:
-            if place.get(name) not in (None, idle, [], {}):
-                found[name] = place[name]
+        for some in settings:
+            if some.get(name) not in (None, idle, [], {}):
+                found[name] = some[name]
     return found
 
 

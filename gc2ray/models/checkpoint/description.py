@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gc2ray.core.config.generation import asked_for
+from gc2ray.core.config.generation import rules_in
 from gc2ray.core.errors import ConfigError, first_line
 
 IMAGE_TOKEN_KEYS = ("image_token_index", "image_token_id")
@@ -124,7 +124,7 @@ def read_checkpoint(directory: Path, name: str) -> Checkpoint:
         written_ends=next(filter(None, map(_written_ends, (generation, text, config))), ()),
         tokenizer_ends=_tokenizer_ends(directory, tokenizer, tokens),
         # Before transformers had generation_config.json, config.json held these settings.
-        rules=asked_for([generation] if generation else [text, config]),
+        rules=rules_in([generation] if generation else [text, config]),
     )
 
 
