@@ -22,7 +22,7 @@ WHOLE_BELOW = 1e4
 """Smaller numbers are written in full in texts."""
 
 
-def shown(value: Interval, text: Callable[[float], str] | None = None) -> str:
+def interval_text(value: Interval, text: Callable[[float], str] | None = None) -> str:
     """A number with its bounds; an exact number to the last digit."""
     if value.is_exact:
         return (text or whole)(value.mid)

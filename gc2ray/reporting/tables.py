@@ -15,7 +15,6 @@ from gc2ray.core.format import (
     precise,
     seconds_text,
     short,
-    shown,
     size,
 )
 from gc2ray.estimation.hardware import PRICE_KINDS
@@ -209,8 +208,11 @@ def _what_if_table(costs: Costs) -> Table:
         [
             [
                 item.hardware,
-                shown(item.device_hours, duration),
-                *(shown(item.usd[kind], money) if kind in item.usd else "" for kind in kinds),
+                interval_text(item.device_hours, duration),
+                *(
+                    interval_text(item.usd[kind], money) if kind in item.usd else ""
+                    for kind in kinds
+                ),
             ]
             for item in costs.what_if
         ],

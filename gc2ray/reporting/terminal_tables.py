@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gc2ray.core.config.job import Job
-from gc2ray.core.format import duration, money, precise, shown
+from gc2ray.core.format import duration, interval_text, money, precise
 from gc2ray.core.intervals import Interval, MeanInterval
 from gc2ray.estimation.device_estimate import DeviceEstimate
 from gc2ray.estimation.estimate import Estimate
@@ -36,14 +36,14 @@ def print_estimate(console: Console, result: Estimate, job: Job) -> None:
 def _input_table(result: Estimate, job: Job) -> Table:
     table = Table("", "", title=", ".join(job.recipe.input.uris()), show_header=False)
     table.add_row("rows", f"{result.rows:,}")
-    table.add_row("prompts that can be answered", shown(result.prompts))
+    table.add_row("prompts that can be answered", interval_text(result.prompts))
     for status, count in result.refused.items():
-        table.add_row(f"prompts that cannot: {status}", shown(count))
-    table.add_row("images to encode", shown(result.images))
-    table.add_row("views of these images", shown(result.views))
-    table.add_row("visual tokens before compression", shown(result.visual_tokens_full))
-    table.add_row("text tokens", shown(result.text_tokens))
-    table.add_row("output tokens per answer", shown(result.output_tokens, precise))
+        table.add_row(f"prompts that cannot: {status}", interval_text(count))
+    table.add_row("images to encode", interval_text(result.images))
+    table.add_row("views of these images", interval_text(result.views))
+    table.add_row("visual tokens before compression", interval_text(result.visual_tokens_full))
+    table.add_row("text tokens", interval_text(result.text_tokens))
+    table.add_row("output tokens per answer", interval_text(result.output_tokens, precise))
     return table
 
 
@@ -59,11 +59,11 @@ def _token_table(result: Estimate) -> Table:
         cells = (
             item.method,
             f"{item.retention:g}",
-            shown(item.visual_tokens),
-            shown(item.prompt_tokens),
-            shown(_gflops_each(item), precise),
+            interval_text(item.visual_tokens),
+            interval_text(item.prompt_tokens),
+            interval_text(_gflops_each(item), precise),
         )
-        table.add_row(*cells, *([shown(item.too_long)] if too_long else []))
+        table.add_row(*cells, *([interval_text(item.too_long)] if too_long else []))
     return table
 
 
@@ -95,11 +95,11 @@ def _price_kinds(devices: Sequence[DeviceEstimate]) -> list[str]:
 def _cells(item: DeviceEstimate, kinds: Sequence[str]) -> Iterator[str]:
     yield item.hardware
     yield str(item.workers)
-    yield shown(item.hours, duration) if item.hours else ""
+    yield interval_text(item.hours, duration) if item.hours else ""
     yield duration(item.device_hours.mid) if item.device_hours else ""
     for kind in kinds:
         usd = (item.usd or {}).get(kind)
-        yield shown(usd, money) if usd else ""
+        yield interval_text(usd, money) if usd else ""
 
 
 def _retention_table(result: Estimate) -> Table:

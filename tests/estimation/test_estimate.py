@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from gc2ray.core.config.job import load_job
-from gc2ray.core.format import duration, money, short, shown
+from gc2ray.core.format import duration, interval_text, money, short
 from gc2ray.core.intervals import Interval
 from gc2ray.demo.demo import CONFIG
 from gc2ray.demo.photos import opened_photos
@@ -216,8 +216,8 @@ def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_pat
 
 
 def test_numbers_are_told_as_people_do() -> None:
-    assert shown(Interval.exactly(1_234_567)) == "1,234,567"
-    assert shown(Interval(1.9e6, 2e6, 2.1e6)) == "2M (1.9M to 2.1M)"
+    assert interval_text(Interval.exactly(1_234_567)) == "1,234,567"
+    assert interval_text(Interval(1.9e6, 2e6, 2.1e6)) == "2M (1.9M to 2.1M)"
     assert [short(n) for n in (999, 9_999, 14_918, 2.5e6, 3.25e9, 1.5e13)] == [
         "999", "9,999", "14.9k", "2.5M", "3.25G", "15T"
     ]  # fmt: skip
