@@ -70,11 +70,11 @@ class CompressionConfig(Frozen):
             return data
         try:
             return {**data, "source_sha256": find_method(method).sha256}
-        except LookupError:  # `_known` says so
+        except LookupError:  # `_check_method` says so
             return data
 
     @model_validator(mode="after")
-    def _known(self) -> CompressionConfig:
+    def _check_method(self) -> CompressionConfig:
         method = self.method
         if method in METHODS:
             if self.source_sha256 is not None:

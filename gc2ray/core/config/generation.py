@@ -80,7 +80,7 @@ class GenerationConfig(Frozen):
 
     @field_validator("ignore_model_rules")
     @classmethod
-    def _known_rules(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_rule_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in RULES:
                 raise ValueError(unknown_key(name, sorted(RULES)))

@@ -54,7 +54,7 @@ class PromptConfig(Frozen):
     constant: str | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> PromptConfig:
+    def _check_one_source(self) -> PromptConfig:
         if sum(value is not None for value in (self.column, self.template, self.constant)) != 1:
             raise ValueError("set exactly one of column, template, constant")
         if self.constant is not None and not self.constant.strip():
@@ -121,13 +121,15 @@ class InputConfig(Frozen):
     max_image_pixels: int = Field(default=MAX_IMAGE_PIXELS, gt=0)
 
     @model_validator(mode="after")
-    def _images(self) -> InputConfig:
+    def _check_image_limits(self) -> InputConfig:
         self.image_limits()
         return self
 
     @field_validator("keep")
     @classmethod
-    def _free(cls, keep: tuple[str | dict[str, str], ...]) -> tuple[str | dict[str, str], ...]:
+    def _check_kept_names(
+        cls, keep: tuple[str | dict[str, str], ...]
+    ) -> tuple[str | dict[str, str], ...]:
         if any(isinstance(item, dict) and len(item) != 1 for item in keep):
             raise ValueError("a renamed column is written {column: name}, each by itself")
         names = [name for name, _ in map(_renamed, keep)]

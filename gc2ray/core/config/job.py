@@ -44,7 +44,7 @@ class WorkerRange(Frozen):
     max: int = Field(gt=0)
 
     @model_validator(mode="after")
-    def _ordered(self) -> WorkerRange:
+    def _check_order(self) -> WorkerRange:
         if self.min > self.max:
             raise ValueError(f"min is {self.min}, more than max, {self.max}")
         return self

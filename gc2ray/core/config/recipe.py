@@ -76,7 +76,7 @@ class AuditConfig(Frozen):
     min_similarity: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _rising(self) -> AuditConfig:
+    def _check_escalation(self) -> AuditConfig:
         if list(self.escalate) != sorted(set(self.escalate)):
             raise ValueError("escalate: retentions must rise, one after the other")
         if self.escalate and not self.share:
@@ -94,7 +94,7 @@ class Recipe(Frozen):
     input: InputConfig
 
     @model_validator(mode="after")
-    def _something_to_audit(self) -> Recipe:
+    def _check_audit(self) -> Recipe:
         if self.audit.share and self.compression.keeps_everything:
             raise ValueError("audit.share is above 0, but nothing is compressed; set it to 0")
         lowest = min(self.audit.escalate, default=None)

@@ -32,10 +32,10 @@ class Frozen(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth(cls, value: object, info: ValidationInfo) -> object:
-        """Few settings are true or false, which YAML also reads from `on` and `no`."""
-        wants_truth = cls.model_fields[info.field_name or ""].annotation is bool
-        if isinstance(value, bool) and not wants_truth:
+    def _check_booleans(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse true and false, which YAML also reads from `on` and `no`, in other settings."""
+        takes_boolean = cls.model_fields[info.field_name or ""].annotation is bool
+        if isinstance(value, bool) and not takes_boolean:
             raise ValueError("true and false (yes, no, on, off) are no value of it")
         return value
 
