@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gc2ray.core.format import (
     duration,
+    interval_text,
     money,
     percent,
     precise,
