@@ -295,20 +295,20 @@ def write_dead_letter(store: Store, shard: Shard, tries: int, reason: str) -> No
 def _dead_letters(store: Store, plan: Plan, missing: Iterable[int]) -> tuple[str, ...]:
     """The last dead letter of each missing shard that has one, a line each."""
     last = dict(dead_letters(store))
-    letters = []
+    lines = []
     for index in missing if last else ():
         name = last.get(plan.shards.sid(index))
         data = store.read(name) if name else None
         if data is not None:
             shard = plan.shards[index]
-            letters.append(f"shard {shard.index} ({shard.rows} rows): {_reason(name, data)}")
-    return tuple(letters)
+            lines.append(f"shard {shard.index} ({shard.rows} rows): {_reason(name, data)}")
+    return tuple(lines)
 
 
-def _reason(name: str | None, letter: bytes) -> str:
+def _reason(name: str | None, dead_letter: bytes) -> str:
     """Why a shard was given up, according to its dead letter."""
     try:
-        return dead_letter_reason(letter)
+        return dead_letter_reason(dead_letter)
     except (ValueError, KeyError, TypeError):
         return f"{name} is not a dead letter that gc2ray wrote, or is incomplete"
 
@@ -318,7 +318,7 @@ class RunStatus:
     """How far a run is.
 
     Attributes:
-        outcome: By what is committed.
+        outcome: The outcome so far, judged by committed parts.
         workers: The records of its worker processes.
     """
 

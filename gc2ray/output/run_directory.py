@@ -127,13 +127,13 @@ def dead_letters(store: Store) -> list[tuple[str, str]]:
     return [(name.split("/")[1].split(".")[0], name) for name in store.names("dead")]
 
 
-def dead_letter_reason(letter: bytes) -> str:
+def dead_letter_reason(dead_letter: bytes) -> str:
     """Why a shard was given up.
 
     Raises:
         ValueError, KeyError, TypeError: The data is not a dead letter.
     """
-    return str(json.loads(letter)["reason"])
+    return str(json.loads(dead_letter)["reason"])
 
 
 def open_round(output: str, number: int) -> Round | None:

@@ -118,7 +118,7 @@ class RoundTotals:
         rows: Number of input rows in those parts.
         stats: Statistics of their answers.
         groups: The same statistics in up to `GROUPS` groups.
-        timeline: The same over time, for parts that record when they were written.
+        timeline: Answers and times over time, of parts that record when they were written.
         workers: Records of its worker processes.
         drivers: Records of its drivers.
         dead_letters: Shards that were given up, each with the reason; at most
@@ -216,7 +216,7 @@ def _round_totals(store: Store, number: int, tick: Callable[[int], None]) -> Rou
             moment = Moment(stats.rows, stats.input_starved_ns, sum(stats.stage_ns.values()))
             timeline.add(footer.written, moment)
         tick(1)
-    letters = dead_letters(store)
+    given_up = dead_letters(store)
     return RoundTotals(
         number=number,
         run=run,
@@ -227,8 +227,8 @@ def _round_totals(store: Store, number: int, tick: Callable[[int], None]) -> Rou
         timeline=timeline,
         workers=tuple(worker_records(store)),
         drivers=tuple(driver_records(store)),
-        dead_letters=tuple(_reasons(store, letters[:MOST_DEAD_LETTERS])),
-        dead_letter_count=len(letters),
+        dead_letters=tuple(_reasons(store, given_up[:MOST_DEAD_LETTERS])),
+        dead_letter_count=len(given_up),
     )
 
 
@@ -244,8 +244,8 @@ def _footers(store: Store, names: Sequence[str]) -> Iterator[PartFooter]:
             yield ahead.popleft().result()
 
 
-def _reasons(store: Store, letters: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _reasons(store: Store, given_up: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """The shards of dead letters, and why they were given up."""
-    sids = {name: sid for sid, name in letters}
+    sids = {name: sid for sid, name in given_up}
     for name, reason in read_records(store, sids, dead_letter_reason):
         yield sids[name], reason
