@@ -62,12 +62,12 @@ class MeanInterval(Interval):
 
     @property
     def mean(self) -> float:
-        """The mean itself."""
+        """The estimate of the mean, as `mid`."""
         return self.mid
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference is distinguishable from none."""
+        """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 

@@ -102,7 +102,7 @@ class Shards(Sequence[Shard]):
         files: Source and fingerprint of every file.
         spans: The spans.
         sids: The sid of each shard, as an integer.
-        continues: `Shard.continues` of each shard.
+        continues: Whether each shard begins inside a row group, see `Shard.continues`.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Shards(Sequence[Shard]):
         )
 
     def followed_by(self, others: Shards) -> Shards:
-        """These shards, followed by others that are numbered on."""
+        """These shards, followed by others with indices that continue."""
         own, more = self.spans, others.spans
         spans = SpanColumns(
             np.concatenate([own.shard, more.shard + len(self)]),

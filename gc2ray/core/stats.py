@@ -68,35 +68,35 @@ class RunStats:
     Attributes:
         rows: Answer rows.
         by_status: Rows by status.
-        empty_answers: Those with status `ok` whose answer is blank.
+        empty_answers: Rows with status `ok` whose answer is blank.
         visual_tokens_full: Visual tokens before compression, newlines not counted.
         visual_tokens_kept: Visual tokens the language model read.
         newline_tokens_full: Newline tokens of the uncompressed sequence.
         newline_tokens: Newline tokens the language model read.
         view_tokens_full: Visual tokens before compression by view: 0 the thumbnail, then crops.
-        view_tokens_kept: The same after it.
+        view_tokens_kept: Visual tokens the language model read, by view.
         images: Images that were decoded and encoded for them.
         images_shared: Rows whose image another row had decoded and encoded.
         prompt_tokens: Text, visual and newline tokens the language model read.
-        prompt_tokens_shared: Those of them that another row had computed.
+        prompt_tokens_shared: Prompt tokens that another row had computed.
         output_tokens: Tokens it wrote.
         kv_bytes: KV cache of prompt and output.
-        kv_bytes_full: The same, uncompressed.
+        kv_bytes_full: KV cache of prompt and output without compression.
         flops: Operations of matrix products by stage, as `gc2ray.models.flops.matmul_flops` counts
-        them.
-        flops_full: The same, uncompressed.
+            them.
+        flops_full: Operations by stage without compression.
         cache_read_bytes: KV cache that decoding read, a step's rows each their own.
-        cache_read_bytes_full: The same, uncompressed.
+        cache_read_bytes_full: KV cache that decoding would read without compression.
         decode_steps: Forwards of the language model, each over all rows that were live.
         energy_millijoules: Energy of the device while it worked on them; 0 if not measured.
         audits: Answers that were compared with uncompressed ones.
-        audits_agreed: Those of them with the same answer.
+        audits_agreed: Audited answers that equal the uncompressed ones.
         similarity_millionths: Sum of their similarities, in millionths.
         audit_uncompressed_ns: Busy nanoseconds of the uncompressed answers, by stage; not part of
             other fields.
         audit_compressed_ns: Busy nanoseconds of the answers that they were compared with.
         escalated: Audited prompts that were answered again, by the retention of the final answer.
-        escalated_agreed: Those of them whose final answer agrees with the uncompressed one.
+        escalated_agreed: Escalated prompts whose final answer equals the uncompressed one.
         escalation_ns: Busy nanoseconds of the replaced answers, by stage; not part of other fields.
         least_similar: Audited rows that differed most, as (difference in millionths, row key).
         stage_ns: Busy nanoseconds by stage (`STAGES`).

@@ -37,7 +37,7 @@ from gc2ray.data.retries import RETRY_POLICY, RetryPolicy
 from gc2ray.data.storage import protocols, storage_of
 
 AT_START = RetryPolicy(total_seconds=15.0)
-"""Shorter at the start, where somebody waits and an address may be wrong."""
+"""Retries of the check at the start; short, as somebody waits and the address may be wrong."""
 COPY_BYTES = 1 << 20
 LEFTOVER_SECONDS = 3600.0
 """Age at which a temporary file is a leftover: a part is written in seconds."""

@@ -122,8 +122,8 @@ def read_answers(output: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the latest answers of an output over all its retry rounds, in input order.
 
     Args:
-        output: Of a run, which may be incomplete.
-        columns: Which columns; None: all of them.
+        output: Directory or URL of a run, which may be incomplete.
+        columns: Names of the columns; None: all of them.
 
     Returns:
         A row for each prompt that was answered: the `ok` answer where there is one, of equals the

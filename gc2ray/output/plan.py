@@ -68,7 +68,7 @@ class Plan:
         return self.shards.rows
 
     def extended(self, more: Plan) -> Plan:
-        """The plan followed by the shards of another plan, numbered on.
+        """The plan followed by the shards of another plan, with indices that continue.
 
         Raises:
             ConfigError: The other plan has another recipe, or other kept columns.

@@ -69,7 +69,7 @@ class Retried:
 
     Attributes:
         retry_round: Its number; None where no row was left to answer again.
-        outcome: How it ended; None likewise.
+        outcome: How it ended; None where no row was left.
         judged: How many of all latest answers failed.
     """
 
@@ -125,7 +125,7 @@ def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan |
 
     Args:
         verdict: The result of verifying the output, without damage.
-        failures: As for `next_retry`.
+        failures: Statuses of answers, or `DEAD`, as for `next_retry`.
     """
     first, latest = verdict.rounds[0], verdict.latest()
     plan = first.round.plan

@@ -40,8 +40,8 @@ class CompressionConfig(Frozen):
             `gc2ray.methods` of an installed package; or `package.module:Class`, where `allow_code`
             is true.
         retention: Fraction of visual tokens that is KEPT.
-        temperature: Of the softmax by which the thumbnail sets the crops' budgets; the higher, the
-            more alike they are. Only methods that use the thumbnail's scores read it.
+        temperature: Temperature of the softmax by which the thumbnail sets the crops' budgets; the
+            higher, the more alike they are. Only methods that use the thumbnail's scores read it.
         positions: Whether kept tokens are numbered as they are read (`compact`), or keep the
             positions that they have without compression (`original`).
         newlines: Which canvas rows end in a newline token: those that keep a token, as in the

@@ -188,7 +188,7 @@ def _fields(template: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is accepted as an image. `MAX_SIDE` holds besides.
+    """Limits for untrusted images; `gc2ray.data.image_decoding.MAX_SIDE` applies as well.
 
     Attributes:
         max_bytes: Most bytes of an encoded image.

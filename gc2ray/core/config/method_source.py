@@ -30,7 +30,7 @@ class MethodSource:
 
     Attributes:
         module: Its full name.
-        class_name: Of the class in it.
+        class_name: Name of the class in it.
         file: The module's file.
         sha256: Digest of that file.
     """

@@ -1,8 +1,8 @@
 """A strict reader of YAML: it drops nothing and misreads nothing.
 
-PyYAML takes the last of two equal keys, reads `010` as 8 and `1:30` as 90, and makes halves of
-characters of JSON's escapes for those beyond U+FFFF. Here the first two are refused, with the line,
-and the halves are joined. Only plain data is built, never objects.
+PyYAML takes the last of two equal keys, reads `010` as 8 and `1:30` as 90, and turns JSON escapes
+beyond U+FFFF into lone surrogates. Here the first two are refused, with the line, and surrogates
+are joined to characters. Only plain data is built, never objects.
 
 Not covered: what the data mean (`gc2ray.core.config.job`).
 """
@@ -67,7 +67,7 @@ def _loaded(text: str, *, is_value: bool) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except OverflowError as error:
-        raise ValueError(f"a character that there is none of: {error}") from error
+        raise ValueError(f"not a valid character: {error}") from error
 
 
 def _place(mark: yaml.Mark | None) -> str:

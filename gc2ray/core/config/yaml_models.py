@@ -36,7 +36,7 @@ class Frozen(BaseModel):
         """Refuse true and false, which YAML also reads from `on` and `no`, in other settings."""
         takes_boolean = cls.model_fields[info.field_name or ""].annotation is bool
         if isinstance(value, bool) and not takes_boolean:
-            raise ValueError("true and false (yes, no, on, off) are no value of it")
+            raise ValueError("true and false (yes, no, on, off) are not valid here")
         return value
 
 

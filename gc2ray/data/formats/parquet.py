@@ -30,7 +30,7 @@ class ParquetRows:
     """The rows of a Parquet file.
 
     Args:
-        footer: As `gc2ray.data.parquet_footer.read_footer` reads it.
+        footer: The footer, as `gc2ray.data.parquet_footer.read_footer` reads it.
         opened: Opens the file, when rows are read, to be read in blocks of so many bytes; the
             caller closes it.
 
@@ -38,7 +38,7 @@ class ParquetRows:
         schema: The file's columns.
 
     Raises:
-        OSError, pa.ArrowException: It is none.
+        OSError, pa.ArrowException: The footer is not that of a Parquet file.
     """
 
     def __init__(self, footer: bytes, opened: Callable[[int], RetryingFile]) -> None:
@@ -110,7 +110,7 @@ class ParquetRows:
         return max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, stored // 8))
 
     def _bytes(self, index: int, columns: Sequence[str]) -> tuple[int, int]:
-        """Of some columns of a row group: bytes in the file, and uncompressed."""
+        """Bytes of some columns of a row group: in the file, and uncompressed."""
         group, stored, uncompressed = self._metadata.row_group(index), 0, 0
         for number in range(group.num_columns):
             chunk = group.column(number)
