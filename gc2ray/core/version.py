@@ -1,3 +1,3 @@
-"""The version of gc2ray, as `pyproject.toml` has it."""
+"""The version of gc2ray; `pyproject.toml` reads it from here."""
 
 __version__ = "0.2.0"
