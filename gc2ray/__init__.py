@@ -19,6 +19,9 @@ if TYPE_CHECKING:
         report,
         retry,
         run,
+        show,
+        status,
+        submit,
         tune,
         verify,
     )
@@ -48,11 +51,14 @@ __all__ = [
     "report",
     "retry",
     "run",
+    "show",
+    "status",
+    "submit",
     "tune",
     "verify",
 ]
 
-_PLACES = {
+_MODULES = {
     "Answer": "gc2ray.core.records",
     "Cluster": "gc2ray.core.config.job",
     "ConfigError": "gc2ray.core.errors",
@@ -71,7 +77,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_PLACES.get(name, "gc2ray.api")), name)
+    return getattr(import_module(_MODULES.get(name, "gc2ray.api")), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,7 @@
-"""What gc2ray does, as functions; `import gc2ray` offers them, and the command line calls them.
+"""What gc2ray does, as functions: `import gc2ray` offers them, and the command line calls them.
+
+Only `follow`, the signals and errors that the command line handles, and what shows results in a
+terminal are offered here alone; `load_model` and `read_answers` come from other modules.
 
 Each function imports what it needs when it is called: torch, Ray and pyarrow take seconds. An
 `output` is always the directory or fsspec URL of a run, as a job's `output` names it.
@@ -33,9 +36,13 @@ if TYPE_CHECKING:
     from gc2ray.runner.messages import Display
 
 __all__ = [
-    "INTERRUPTED", "ConfigError", "GivenUp", "LogForm", "Stopped", "check", "compact", "estimate",
-    "evaluate", "explain", "follow", "load_job", "report", "retry", "run", "set_up",
-    "show", "status", "submit", "terminal", "tune", "unexpected", "verify", "writes_json",
+    "check", "compact", "estimate", "evaluate", "load_job", "report", "retry", "run", "show",
+    "status", "submit", "tune", "verify",
+]  # fmt: skip
+# What the command line needs besides, so that it imports this module alone.
+__all__ += [
+    "INTERRUPTED", "ConfigError", "GivenUp", "LogForm", "Stopped", "explain", "follow", "set_up",
+    "terminal", "unexpected", "writes_json",
 ]  # fmt: skip
 
 
@@ -91,7 +98,7 @@ def retry(
     address: str | None = None,
     display: Display | None = None,
 ) -> Retried:
-    """Answer the rows that failed again, as a new round of the output.
+    """Answer the rows that failed again, as a new round of the output; raises what `run` does.
 
     Args:
         output: Of a run that is complete but for its failures.
@@ -99,9 +106,6 @@ def retry(
         statuses: Only rows with these statuses, or `"dead"` ones; none: all that failed.
         address: As for `run`.
         display: As for `run`.
-
-    Raises:
-        GivenUp, Interrupted: As for `run`.
 
     Example:
         >>> gc2ray.retry("out").retry_round is None  # nothing failed
@@ -137,15 +141,15 @@ def submit(
         submission_id: Name of the job on the cluster; None: the server chooses one.
         extend: As for `run`.
         log: Form of its log lines: `"text"` or `"json"`.
-    """
-    import logging
 
+    Example:
+        >>> gc2ray.submit(job, "http://head:8265", submission_id="captions")  # doctest: +SKIP
+        'captions'
+    """
     from gc2ray.runner.submit import JobServer
 
     job.check_portable()
     server = JobServer(address)
-    for handler in logging.getLogger("ray").handlers:  # Ray would log each of its requests
-        handler.setLevel(logging.WARNING)
     command = ["--log", log, "run", *(["--extend"] if extend else [])]
     return server.submit(job, command, submission_id)
 
@@ -184,25 +188,14 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
         >>> estimate.rows, estimate.prompts.mid
         (6, 6.0)
     """
-    from gc2ray.estimation.estimate import Assumptions
-    from gc2ray.estimation.estimate import estimate as estimated
+    from gc2ray.estimation.estimate import Assumptions, estimate_run
     from gc2ray.estimation.hardware import load_hardware
-    from gc2ray.estimation.input_profile import profile_input
     from gc2ray.estimation.measured_rates import MeasuredRates
-    from gc2ray.models.checkpoint.fetch import fetch_metadata
-    from gc2ray.models.loading import load_metadata
     from gc2ray.output.totals import read_totals
 
-    recipe, table = job.recipe, load_hardware(hardware)
     rates = MeasuredRates.from_totals(read_totals(like)) if like else None
-    metadata = load_metadata(
-        str(fetch_metadata(recipe.model)),
-        dtype=recipe.model.dtype,
-        taken_over=recipe.generation.taken_over(),
-    )
-    profile = profile_input(recipe, metadata, rows, progress or (lambda _: None))
     assumptions = Assumptions(output_tokens=output_tokens, rates=rates, hours=hours)
-    return estimated(profile, metadata, job, table, assumptions)
+    return estimate_run(job, load_hardware(hardware), assumptions, rows, progress)
 
 
 def tune(  # noqa: PLR0913 - settings of one measurement, given by name
@@ -226,8 +219,7 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
         rows: Rows that every setting answers.
         methods: Compression methods; none: the recipe's.
         retentions: Fractions of visual tokens that are kept; none: 0.75 to 0.05.
-        min_agreement: Target: share of answers that equal the uncompressed ones; 0.95 where no
-            target is given.
+        min_agreement: Target: share of answers equal to the uncompressed; 0.95 without a target.
         min_accuracy: Target: share of answers that are right; needs `reference`.
         budget_usd: Target: the best quality that answers all rows for this price.
         reference: Column with right answers, which `recipe.input.keep` names.
@@ -245,8 +237,7 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
     """
     from gc2ray.estimation.hardware import Prices, load_hardware
     from gc2ray.estimation.recommendation import Target
-    from gc2ray.estimation.tune import TuneRequest
-    from gc2ray.estimation.tune import tune as tune_job
+    from gc2ray.estimation.tune import TuneRequest, tune_run
     from gc2ray.reporting.terminal_tables import front_chart
 
     request = TuneRequest(
@@ -257,7 +248,7 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
         reference=reference,
         prices=Prices(load_hardware(hardware), usd_per_hour=usd_per_hour),
     )
-    tuning = tune_job(job, request)
+    tuning = tune_run(job, request)
     if svg is not None:
         _write(Path(svg), front_chart(tuning).encode())
     return tuning
@@ -280,7 +271,12 @@ def check(job: Job, rows: int = 16) -> Parity:
 
 
 def status(output: str) -> RunStatus:
-    """Read how far a run is, from its output alone."""
+    """Read how far a run is, from its output alone.
+
+    Example:
+        >>> gc2ray.status("out").outcome.is_complete
+        True
+    """
     from gc2ray.output.planner import read_status
 
     return read_status(output)
@@ -370,6 +366,10 @@ def show(output: str, row_key: str, to: str | Path | None = None) -> Path:
         output: Of a run.
         row_key: The row, as the column `row_key` names it.
         to: PNG to write; None: named for output and row, in the working directory.
+
+    Example:
+        >>> gc2ray.show("out", "in.parquet#0", "tokens.png").name
+        'tokens.png'
     """
     from gc2ray.reporting.heat_map import heat_map
     from gc2ray.reporting.show import image_name, map_tokens

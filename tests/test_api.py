@@ -321,7 +321,7 @@ def test_outputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 EXAMPLES = [
     "load_model", "Model.answer", "load_job", "check", "estimate", "tune", "run", "read_answers",
-    "verify", "retry", "compact", "report", "evaluate",
+    "status", "verify", "retry", "compact", "report", "show", "evaluate", "submit",
 ]  # fmt: skip
 """In an order in which they can be typed: what reads an output comes after the run."""
 

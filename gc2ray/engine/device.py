@@ -69,6 +69,11 @@ def device_name(device: torch.device) -> str:
     return str(_cuda().get_device_name(device)) if device.type == "cuda" else device.type
 
 
+def own_device_name() -> str:
+    """The name of the device on which this process runs models."""
+    return device_name(torch.device(own_device()))
+
+
 def gpu_uuid(device: torch.device) -> str | None:
     """The UUID of a GPU; None for a CPU."""
     if device.type != "cuda":

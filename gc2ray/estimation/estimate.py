@@ -1,7 +1,7 @@
 """The cost of a run before it starts: rows, tokens, time, memory, money.
 
 `InputProfile` counts rows, `Workload` the work that they ask for, and `DeviceEstimate` says what
-that takes on a device. A figure that is not known exactly is a `Interval` that covers everything
+that takes on a device. A figure that is not known exactly is an `Interval` that covers everything
 unknown together.
 
 Not covered: retries, and a cluster that shares its machines with others.
@@ -21,11 +21,18 @@ from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Interval
 from gc2ray.estimation.device_estimate import DeviceEstimate, RunSetup, estimate_device
 from gc2ray.estimation.hardware import Hardware, find_hardware, incomplete_notes
-from gc2ray.estimation.input_profile import InputProfile, PromptShape, SampleBlock
+from gc2ray.estimation.input_profile import (
+    InputProfile,
+    PromptShape,
+    SampleBlock,
+    profile_input,
+)
 from gc2ray.estimation.measured_rates import MeasuredRates
 from gc2ray.estimation.retentions import DEFAULT_METHOD, RETENTIONS
 from gc2ray.estimation.workload import Workload, estimate_workload
 from gc2ray.models.base import ModelMetadata
+from gc2ray.models.checkpoint.fetch import fetch_metadata
+from gc2ray.models.loading import load_metadata
 
 
 @dataclass(frozen=True)
@@ -88,21 +95,50 @@ class Assumptions:
     retentions: tuple[float, ...] = RETENTIONS
 
 
-def estimate(
+def estimate_run(
+    job: Job,
+    hardware: Sequence[Hardware],
+    assumptions: Assumptions,
+    rows: int | None,
+    progress: Callable[[int], None] | None = None,
+) -> Estimate:
+    """Read a sample of a job's input and the metadata of its model, and estimate the cost of a run.
+
+    Args:
+        job: What would be computed.
+        hardware: Devices to compare; those without peaks are left out.
+        assumptions: What the input does not settle.
+        rows: Size of the sample, about; None: all rows.
+        progress: Called with the number of rows that were read.
+
+    Raises:
+        ConfigError: Model or input cannot be read.
+    """
+    recipe = job.recipe
+    model = load_metadata(
+        str(fetch_metadata(recipe.model)),
+        dtype=recipe.model.dtype,
+        taken_over=recipe.generation.taken_over(),
+    )
+    profile = profile_input(recipe, model, rows, progress or (lambda _: None))
+    return estimate_profile(profile, model, job, hardware, assumptions)
+
+
+def estimate_profile(
     profile: InputProfile,
     model: ModelMetadata,
     job: Job,
     hardware: Sequence[Hardware],
     assumptions: Assumptions,
 ) -> Estimate:
-    """Estimate the cost of a run.
+    """Estimate the cost of a run from the profile of its input.
 
     Args:
         profile: Of its input.
         model: Metadata of its model.
         job: Recipe and cluster.
         hardware: Devices to compare; those without peaks are left out.
-        assumptions: That the input does not settle.
+        assumptions: What the input does not settle.
     """
     output, basis = _output(job.recipe, assumptions)
     workload_of = _Workloads(profile, model, output)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from gc2ray.core.config.compression import CUSTOM, METHODS
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError
+from gc2ray.engine.device import own_device_name
 from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.sample import sample_requests
 from gc2ray.estimation.hardware import Prices
@@ -77,7 +78,7 @@ def compared_settings(job: Job, request: TuneRequest) -> list[CompressionSetting
     return settings
 
 
-def tune(job: Job, request: TuneRequest) -> Tuning:
+def tune_run(job: Job, request: TuneRequest) -> Tuning:
     """Measure settings on a sample of a job's rows, and recommend one.
 
     Raises:
@@ -86,19 +87,20 @@ def tune(job: Job, request: TuneRequest) -> Tuning:
     target, settings = request.checked_target(), compared_settings(job, request)
     if request.reference is not None and request.reference not in job.recipe.input.kept():
         raise ConfigError(f"--reference: recipe.input.keep does not name {request.reference!r}")
+    device = own_device_name()
+    price = request.prices.per_hour(device)
+    if target.budget_usd is not None and price is None:
+        raise ConfigError(
+            f"--budget-usd: no price of {device} is known; use --usd-per-hour, or --hardware FILE "
+            "with your own"
+        )
     sample, total_rows = sample_requests(job.recipe.input, request.rows, sample_spans)
     own = job.recipe.compression
     policies = {setting.name: setting.config(own) for setting in settings}
     engine = Engine(
         load_recipe_model(job.recipe, job.cluster), job.recipe, job.cluster, policies=policies
     )
-    price = request.prices.per_hour(engine.device)
-    if target.budget_usd is not None and price is None:
-        raise ConfigError(
-            f"--budget-usd: no price of {engine.device} is known; use --usd-per-hour, or "
-            "--hardware FILE with your own"
-        )
     trials = measure(engine, sample, settings)
     references = references_of(sample, request.reference) if request.reference else {}
     question = TuneQuestion(target, references, usd_per_hour=price, total_rows=total_rows)
-    return replace(judge(trials, question), no_cost=request.prices.missing([engine.device]))
+    return replace(judge(trials, question), no_cost=request.prices.missing([device]))

@@ -64,6 +64,8 @@ class JobServer:
         _check_address(address)
         with self._explained():
             self._client = JobSubmissionClient(address)
+        for handler in logging.getLogger("ray").handlers:  # Ray would log each of its requests
+            handler.setLevel(logging.WARNING)
 
     def submit(
         self, job: Job, command: Sequence[str] = ("run",), submission_id: str | None = None

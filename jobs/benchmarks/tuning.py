@@ -28,7 +28,7 @@ from gc2ray.estimation.recommendation import (
     Target,
     Tuning,
 )
-from gc2ray.estimation.tune import TuneRequest, tune
+from gc2ray.estimation.tune import TuneRequest, tune_run
 from jobs.benchmarks import Line, goal
 
 SAMPLES, SAMPLE_ROWS, FRESH_ROWS = 10, 400, 2000
@@ -57,7 +57,7 @@ def _tuning(folder: Path, photographs: Sequence[Image], first: int, rows: int) -
     path = folder / f"{first}.parquet"
     write_rows(path, pocket_rows(Split.TEST, rows, photographs, first))
     request = TuneRequest(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
-    return tune(_job(path), request)
+    return tune_run(_job(path), request)
 
 
 def _job(rows: Path) -> Job:

@@ -18,7 +18,7 @@ from gc2ray.demo.demo import CONFIG
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
-from gc2ray.estimation.estimate import Assumptions, estimate
+from gc2ray.estimation.estimate import Assumptions, estimate_profile
 from gc2ray.estimation.hardware import load_hardware
 from gc2ray.estimation.input_profile import profile_input
 from gc2ray.estimation.workload import NO_WORK
@@ -152,7 +152,7 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
     model = load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
     file = mine(tmp_path)
     looked = profile_input(job.recipe, model)
-    found = estimate(looked, model, job, load_hardware(file), Assumptions())
+    found = estimate_profile(looked, model, job, load_hardware(file), Assumptions())
     assert [(item.method, item.retention) for item in found.workloads] == [
         ("none", 1.0), *(("globalcom2", kept) for kept in (0.75, 0.5, 0.25, 0.1))
     ]  # fmt: skip
@@ -170,7 +170,7 @@ def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) 
     job = load_job(job_file(tmp_path, path), changes)
     model = load_metadata(str(path), dtype="float32")
     looked = profile_input(job.recipe, model)
-    found = estimate(looked, model, job, (), Assumptions(output_tokens=4))
+    found = estimate_profile(looked, model, job, (), Assumptions(output_tokens=4))
     by_retention = {item.retention: item for item in found.workloads}
     own, whole = by_retention[0.25], by_retention[1.0]
     assert whole.audit_work == NO_WORK  # nothing is compressed there

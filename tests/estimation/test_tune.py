@@ -288,9 +288,16 @@ def test_the_command_measures_and_says_what_to_take(
         (["--budget-usd", "3"], "no price of cpu is known"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
-    tiny_paths: dict[str, Path], tmp_path: Path, words: list[str], message: str
+def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(
+    tiny_paths: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setattr(
+        "gc2ray.estimation.tune.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     result = here("tune", job_file(tmp_path, tiny_paths["vicuna"]), *words)
     assert result.exit_code == 2
     assert message in result.stderr
