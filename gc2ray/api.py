@@ -1,7 +1,6 @@
 """What gc2ray does, as functions: `import gc2ray` offers them, and the command line calls them.
 
-Only `follow`, the signals and errors that the command line handles, and what shows results in a
-terminal are offered here alone; `load_model` and `read_answers` come from other modules.
+`load_model` and `read_answers` come from other modules; `follow` and `terminal` are here alone.
 
 Each function imports what it needs when it is called: torch, Ray and pyarrow take seconds. An
 `output` is always the directory or fsspec URL of a run, as a job's `output` names it.
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gc2ray.core.choices import PriceKind, ReferenceLists
 from gc2ray.core.errors import ConfigError, GivenUp, explain
 from gc2ray.core.logs import LogForm, set_up, writes_json
 from gc2ray.core.process import INTERRUPTED, Stopped, unexpected
@@ -41,8 +41,8 @@ __all__ = [
 ]  # fmt: skip
 # What the command line needs besides, so that it imports this module alone.
 __all__ += [
-    "INTERRUPTED", "ConfigError", "GivenUp", "LogForm", "Stopped", "explain", "follow", "set_up",
-    "terminal", "unexpected", "writes_json",
+    "INTERRUPTED", "ConfigError", "GivenUp", "LogForm", "PriceKind", "ReferenceLists", "Stopped",
+    "explain", "follow", "set_up", "terminal", "unexpected", "writes_json",
 ]  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def compact(
 def report(  # noqa: PLR0913 - settings, given by name
     *outputs: str,
     to: str | None = None,
-    price: str = "on_demand",
+    price: str = PriceKind.ON_DEMAND,
     usd_per_hour: float | None = None,
     hardware: str | Path | None = None,
     show: int = 0,

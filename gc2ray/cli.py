@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -59,13 +58,6 @@ Usd = Annotated[
 ]
 Output = Annotated[str, typer.Argument(help="Output directory or URL of a run.")]
 EXIT_CODES = (0, 1, 2, 130)
-
-
-class PriceKind(StrEnum):
-    """Kinds of prices in a table of hardware."""
-
-    ON_DEMAND = "on_demand"
-    SPOT = "spot"
 
 
 @app.command()
@@ -245,8 +237,8 @@ def report(  # noqa: PLR0913 - typer makes an option of each
     to: Annotated[
         str | None, typer.Option(help="Directory or URL; else report/ in the first output.")
     ] = None,
-    price: Annotated[PriceKind, typer.Option(help="Which prices of the table.")] = (
-        PriceKind.ON_DEMAND
+    price: Annotated[api.PriceKind, typer.Option(help="Which prices of the table.")] = (
+        api.PriceKind.ON_DEMAND
     ),
     usd_per_hour: Usd = None,
     hardware: HardwareFile = None,
@@ -267,7 +259,7 @@ def report(  # noqa: PLR0913 - typer makes an option of each
             written = api.report(
                 *outputs,
                 to=to,
-                price=str(price),
+                price=price,
                 usd_per_hour=usd_per_hour,
                 hardware=hardware,
                 show=show,
@@ -335,8 +327,8 @@ def evaluate(
     ] = None,
     by: Annotated[str | None, typer.Option(help="Column to group answers by.")] = None,
     lists: Annotated[
-        str | None,
-        typer.Option(help="Lists of references are for `any` prompt, or one for `each`."),
+        api.ReferenceLists | None,
+        typer.Option(help="A list of references is for any prompt, or has one for each."),
     ] = None,
     as_json: AsJson = False,  # noqa: FBT002 - typer makes an option of it
 ) -> None:

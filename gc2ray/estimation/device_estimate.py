@@ -12,13 +12,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from gc2ray.core.choices import PriceKind
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.format import SECONDS_PER_HOUR
 from gc2ray.core.intervals import Interval
 from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.device import Memory
-from gc2ray.estimation.hardware import PRICE_KINDS, Hardware, Peaks
+from gc2ray.estimation.hardware import Hardware, Peaks
 from gc2ray.estimation.measured_rates import MeasuredRates
 from gc2ray.estimation.roofline import ROOFLINE_SHARE, WorkRange, roofline_seconds
 from gc2ray.estimation.workload import Workload
@@ -172,7 +173,7 @@ def _with_cost(
     configured = setup.cluster.workers
     workers = configured.max if configured else _workers(seconds, start, setup.hours)
     paid = seconds.plus(own.scaled(workers)).scaled(1 / SECONDS_PER_HOUR)
-    prices = {kind: hardware.usd_per_hour(kind) for kind in PRICE_KINDS}
+    prices = {str(kind): hardware.usd_per_hour(kind) for kind in PriceKind}
     usd = {kind: paid.scaled(price) for kind, price in prices.items() if price is not None}
     return replace(
         timed,

@@ -14,15 +14,15 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from gc2ray.core.choices import PriceKind
 from gc2ray.core.config.yaml_models import Frozen, parsed, read_yaml
 from gc2ray.core.errors import ConfigError
 
 DEFAULT = Path(__file__).with_name("hardware.yaml")
-PRICE_KINDS = ("on_demand", "spot")
 _PEAKS = ("tflops", "gb_per_s", "memory_gib")
 Positive = Annotated[float, Field(gt=0)]
 
@@ -38,7 +38,7 @@ class Price(Frozen):
         date: When it was read.
     """
 
-    kind: Literal["on_demand", "spot"]
+    kind: PriceKind
     usd_per_hour: Positive
     where: str
     source: str
@@ -196,7 +196,7 @@ class Prices:
     """
 
     table: tuple[Hardware, ...]
-    kind: str = "on_demand"
+    kind: str = PriceKind.ON_DEMAND
     usd_per_hour: float | None = None
 
     def per_hour(self, device: str) -> float | None:

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gc2ray.core.choices import PriceKind
 from gc2ray.core.errors import first_line
 from gc2ray.core.format import SECONDS_PER_HOUR
 from gc2ray.core.intervals import Interval
 from gc2ray.core.stats import RunStats
 from gc2ray.core.usage import UsageKind
 from gc2ray.estimation.hardware import (
-    PRICE_KINDS,
     Hardware,
     Prices,
     find_hardware,
@@ -208,7 +208,7 @@ def _what_if(
 
 def _priced(hardware: Hardware, seconds: Interval) -> WhatIf:
     hours = seconds.scaled(1 / SECONDS_PER_HOUR)
-    prices = {kind: hardware.usd_per_hour(kind) for kind in PRICE_KINDS}
+    prices = {str(kind): hardware.usd_per_hour(kind) for kind in PriceKind}
     usd = {kind: hours.scaled(price) for kind, price in prices.items() if price is not None}
     return WhatIf(hardware.name, hours, usd)
 

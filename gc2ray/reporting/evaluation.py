@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gc2ray.core.choices import ReferenceLists
 from gc2ray.core.config.yaml_models import unknown_key
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import MeanInterval, interval
@@ -102,13 +102,6 @@ def evaluate(
     return found
 
 
-class Lists(StrEnum):
-    """What a list of references is where rows have several prompts."""
-
-    ANY = "any"
-    EACH = "each"
-
-
 @dataclass(frozen=True)
 class Question:
     """What is evaluated.
@@ -117,7 +110,7 @@ class Question:
         reference: Column with the right answer, or a list of them.
         metrics: Keys of `METRICS`; none: all of them.
         by: Column to group answers by.
-        lists: A value of `Lists`; None: rows have one prompt, or references are no lists.
+        lists: A value of `ReferenceLists`; None: rows have one prompt, or references are no lists.
     """
 
     reference: str
@@ -134,8 +127,8 @@ class Question:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ConfigError(f"--metric: {unknown_key(metric, sorted(METRICS))}")
-        if self.lists is not None and self.lists not in list(Lists):
-            raise ConfigError(f"--lists: {unknown_key(self.lists, sorted(Lists))}")
+        if self.lists is not None and self.lists not in list(ReferenceLists):
+            raise ConfigError(f"--lists: {unknown_key(self.lists, sorted(ReferenceLists))}")
         return self.metrics or tuple(METRICS)
 
 
@@ -270,7 +263,7 @@ def _references(output: str, table: Mapping[str, Any], question: Question) -> li
             "--lists any where its entries are right for every prompt, --lists each where there is "
             "one for each"
         )
-    if lists == Lists.EACH:
+    if lists == ReferenceLists.EACH:
         values = [_entry(value, prompt) for value, prompt in zip(values, prompts, strict=True)]
     references = [_as_list(value) for value in values]
     if not all(references):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from gc2ray.core.choices import PriceKind
 from gc2ray.core.format import (
     duration,
     interval_text,
@@ -18,7 +19,6 @@ from gc2ray.core.format import (
     short,
     size,
 )
-from gc2ray.estimation.hardware import PRICE_KINDS
 from gc2ray.reporting.costs import Costs
 from gc2ray.reporting.summary import AuditSummary, BeforeAfter, Summary
 
@@ -202,7 +202,7 @@ def _use_table(costs: Costs) -> Table:
 
 
 def _what_if_table(costs: Costs) -> Table:
-    kinds = [kind for kind in PRICE_KINDS if any(kind in item.usd for item in costs.what_if)]
+    kinds = [kind for kind in PriceKind if any(kind in item.usd for item in costs.what_if)]
     return Table(
         "What if: the same answers on other devices",
         ["device", "device time", *(kind.replace("_", " ") for kind in kinds)],

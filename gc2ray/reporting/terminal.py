@@ -152,10 +152,10 @@ def print_outcome(console: Console, outcome: Outcome, output: str, retry_round: 
         )
     for dead_letter in outcome.dead[:MAX_DEAD_LETTERS]:
         console.print(f"  {_plain(dead_letter)}", markup=False, soft_wrap=True)
-    _print_failures(console, outcome, output)
+    _print_failures(console, outcome, output, is_retry=retry_round > 0)
 
 
-def _print_failures(console: Console, outcome: Outcome, output: str) -> None:
+def _print_failures(console: Console, outcome: Outcome, output: str, *, is_retry: bool) -> None:
     judged = outcome.judged
     if not outcome.errors or (judged is not None and not judged.failed):
         return
@@ -166,7 +166,9 @@ def _print_failures(console: Console, outcome: Outcome, output: str) -> None:
         console.print(
             f"{judged}; cluster.max_bad_rows=1 accepts any share", style="red", soft_wrap=True
         )
-    if outcome.is_complete:
+    if is_retry:  # another retry would most likely end as this one did
+        console.print(f"{outcome.stats.bad_rows:,} answers failed again", soft_wrap=True)
+    elif outcome.is_complete:
         command = shlex.join(["gc2ray", "retry", output])
         console.print(f"to answer them again: {command}", markup=False, soft_wrap=True)
 
@@ -203,6 +205,11 @@ def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
     if not verdict.problems:
         color, word = "green", "complete"
     console.print(f"[bold {color}]{word}[/]: {answered}", soft_wrap=True)
+    for checked in verdict.rounds[1:]:
+        if checked.waiting.any():
+            line = f"retry round {checked.retry_round.number} is not finished; to resume it: "
+            command = shlex.join(["gc2ray", "retry", output])
+            console.print(f"{line}{command}", markup=False, soft_wrap=True)
 
 
 def _row_lines(outcome: Outcome) -> list[tuple[str, str]]:

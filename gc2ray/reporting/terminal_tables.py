@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from gc2ray.core.choices import PriceKind
 from gc2ray.core.config.job import Job
 from gc2ray.core.format import duration, interval_text, money, precise
 from gc2ray.core.intervals import Interval, MeanInterval
 from gc2ray.estimation.device_estimate import DeviceEstimate
 from gc2ray.estimation.estimate import Estimate
-from gc2ray.estimation.hardware import PRICE_KINDS
 from gc2ray.estimation.recommendation import Measured, Tuning
 from gc2ray.estimation.roofline import ROOFLINE_SHARE
 from gc2ray.estimation.workload import Workload
@@ -89,7 +89,7 @@ def _recipe_table(result: Estimate) -> Table:
 
 def _price_kinds(devices: Sequence[DeviceEstimate]) -> list[str]:
     """Kinds of prices that are known for any device."""
-    return [kind for kind in PRICE_KINDS if any(kind in (item.usd or {}) for item in devices)]
+    return [kind for kind in PriceKind if any(kind in (item.usd or {}) for item in devices)]
 
 
 def _cells(item: DeviceEstimate, kinds: Sequence[str]) -> Iterator[str]:
@@ -107,7 +107,7 @@ def _retention_table(result: Estimate) -> Table:
     own = result.workloads[0].retention
     retentions = sorted({item.retention for item in result.devices}, reverse=True)
     heads = [f"{kept:g}{' (recipe)' if kept == own else ''}" for kept in retentions]
-    price = ", on-demand price" if "on_demand" in _price_kinds(result.devices) else ""
+    price = ", on-demand price" if PriceKind.ON_DEMAND in _price_kinds(result.devices) else ""
     table = Table("device", *heads, title=f"by retention: device time{price}")
     for device in dict.fromkeys(item.hardware for item in result.devices):
         by_retention = {i.retention: i for i in result.devices if i.hardware == device}
@@ -119,7 +119,7 @@ def _retention_table(result: Estimate) -> Table:
 def _guess(item: DeviceEstimate | None) -> str:
     if item is None or item.device_hours is None:
         return "does not fit"
-    usd = (item.usd or {}).get("on_demand")
+    usd = (item.usd or {}).get(PriceKind.ON_DEMAND)
     return ", ".join([duration(item.device_hours.mid), *([money(usd.mid)] if usd else [])])
 
 
@@ -193,21 +193,24 @@ def print_tuning(console: Console, result: Tuning) -> None:
     """Print all settings, and the verdict."""
     columns: dict[str, Callable[[Measured], str]] = {
         "setting": lambda item: item.setting.name,
-        "visual tokens": lambda item: precise(item.visual_tokens),
-        "ms a row": lambda item: precise(1e3 * item.seconds_per_row),
-        "speed-up": lambda item: _speed_up(item.speed_up),
-        "agreement": lambda item: str(item.agreement),
-        "accuracy": lambda item: str(item.accuracy or ""),
+        "tokens": lambda item: precise(item.visual_tokens),
+        "ms/row": lambda item: precise(1e3 * item.seconds_per_row),
+        "speed-up": lambda item: _on_two_lines(item.speed_up),
+        "agreement": lambda item: _on_two_lines(item.agreement),
+        "accuracy": lambda item: _on_two_lines(item.accuracy) if item.accuracy else "",
         "all rows": lambda item: "" if item.usd is None else money(item.usd),
         "target": _marks,
     }
     cells = {name: [text(item) for item in result.measured] for name, text in columns.items()}
     cells = {name: texts for name, texts in cells.items() if any(texts)}
-    table = Table(*cells)
+    table = Table(padding=0, show_lines=True)
+    for name in cells:  # 80 columns are enough for all; a long name of a method is folded
+        table.add_column(name, no_wrap=name != "setting", overflow="fold")
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
     console.print(table)
     notes = [
+        "tokens: visual tokens of a row; intervals hold with 95 % confidence",
         "target: met with 90 % confidence; front: no other setting is both faster and better",
         *([result.no_cost] if result.no_cost else []),
         result.verdict,
@@ -232,9 +235,9 @@ def front_chart(result: Tuning) -> str:
     return front("Quality against time", points)
 
 
-def _speed_up(speed: MeanInterval) -> str:
-    return f"{speed.mean:.2f} [{speed.low:.2f}, {speed.high:.2f}]"
+def _on_two_lines(value: MeanInterval) -> str:
+    return f"{value.mean:.2f}\n{value.low:.2f}-{value.high:.2f}"
 
 
 def _marks(item: Measured) -> str:
-    return " ".join((["met"] if item.meets else []) + (["front"] if item.on_front else []))
+    return "\n".join((["met"] if item.meets else []) + (["front"] if item.on_front else []))

@@ -41,7 +41,7 @@ def test_code_is_not_run_where_it_is_not_allowed(own: Path, allow: dict[str, obj
     with pytest.raises(ConfigError) as caught:
         job_of(**allow)
     assert str(caught.value) == (
-        "recipe.compression.method: 'own_method:Own' runs Python code that is not part of gc2ray; "
+        "recipe.compression.method: this is Python code that is not part of gc2ray; "
         "if you trust it, set recipe.compression.allow_code: true; got 'own_method:Own'"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gc2ray.core.config.job import load_job
 from gc2ray.core.errors import BadRow, ConfigError, Status
@@ -23,6 +25,7 @@ from gc2ray.estimation.hardware import Prices
 from gc2ray.estimation.recommendation import (
     BASELINE,
     CompressionSetting,
+    Measured,
     Target,
     Trials,
     TuneQuestion,
@@ -32,6 +35,7 @@ from gc2ray.estimation.recommendation import (
 )
 from gc2ray.estimation.trials import measure, references_of
 from gc2ray.estimation.tune import TuneRequest, compared_settings
+from gc2ray.reporting.terminal_tables import print_tuning
 from tests.support.fakes import echo
 from tests.support.rows import request
 from tests.test_cli import here, job_file
@@ -260,6 +264,7 @@ def test_the_command_measures_and_says_what_to_take(
     refused = here(*words, "--svg", tmp_path / "nowhere" / "front.svg")
     assert (refused.exit_code, "cannot be written" in refused.stderr) == (2, True)
     assert "No cost: the hardware table has no on-demand price of cpu; use" in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines() if "│" in line) <= 80
     assert "none at 1" in result.stdout
     assert "globalcom2 at 0.1" in result.stdout
     assert re.search(r"(Use globalcom2 at 0\.\d|Compression does not pay here)", result.stdout)
@@ -301,3 +306,18 @@ def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(
     result = here("tune", job_file(tmp_path, tiny_paths["vicuna"]), *words)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_the_widest_table_fits_80_columns() -> None:
+    share = MeanInterval(0.95, 0.975, 1.0, rows=200)
+    item = Measured(
+        CompressionSetting("globalcom2", 0.25), 0.123, share, 612.0, share, share, 1234.0,
+        meets=True, on_front=True,
+    )  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_tuning(console, Tuning((item,), item.setting, "Use it."))
+    table = console.export_text()
+    names = r"setting +.tokens.ms/row.speed-up +.agreement.accuracy +.all rows.target"
+    assert re.search(names, table)
+    assert "globalcom2 at 0.25" in table
+    assert "…" not in table

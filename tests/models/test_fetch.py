@@ -493,7 +493,7 @@ def test_an_unknown_hub_id_offline_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(
-        ConfigError, match=r"somebody/no-model at main is not in .*HF_HUB"
+        ConfigError, match=r"no directory somebody/no-model; .* at main, it is not in .*HF_HUB"
     ) as caught:
         staged("somebody/no-model")
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection
 from dataclasses import replace
@@ -10,12 +11,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
+from rich.console import Console
 
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer
 from gc2ray.core.schema import stats_of, table_stats
+from gc2ray.output.planner import read_status
 from gc2ray.output.retry import next_retry
+from gc2ray.reporting.terminal import print_outcome
 from gc2ray.runner.run import run_retry
 from tests.support.outputs import (
     FILES,
@@ -81,6 +85,33 @@ def test_the_first_failures_and_the_next_command_are_told(tmp_path: Path) -> Non
         assert all(len(line) < 450 for line in lines)
         assert not lines[at + 4].startswith("  a.parquet")
         assert f"to answer them again: gc2ray retry {tmp_path / 'out'}" in lines
+
+
+def test_rows_that_fail_again_are_no_reason_to_retry_again(tmp_path: Path) -> None:
+    write_round(tmp_path / "out", 0, first_plan(), bad((1, 4)))
+    retry = next_retry(str(tmp_path / "out"))
+    assert retry is not None
+    write_round(tmp_path / "out", 1, retry.plan, bad((1, 4)))
+    outcome = read_status(str(tmp_path / "out/retry_rounds/1")).outcome
+    console = Console(record=True, file=io.StringIO())
+    print_outcome(console, outcome, str(tmp_path / "out"), retry_round=1)
+    text = console.export_text()
+    assert "2 answers failed again" in text
+    assert "gc2ray retry" not in text
+
+
+def test_verify_names_a_retry_round_that_is_not_finished(tmp_path: Path) -> None:
+    write_round(tmp_path / "out", 0, first_plan(), bad((1, 4)))
+    retry = next_retry(str(tmp_path / "out"))
+    assert retry is not None
+    write_round(tmp_path / "out", 1, retry.plan)
+    parts(tmp_path / "out/retry_rounds/1")[0].unlink()
+    result = here("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-2:] == [
+        "incomplete: 17 of 17 planned rows are answered",
+        f"retry round 1 is not finished; to resume it: gc2ray retry {tmp_path / 'out'}",
+    ]
 
 
 def test_an_incomplete_run_is_gone_on_with_first(tmp_path: Path) -> None:

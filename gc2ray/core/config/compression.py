@@ -83,7 +83,7 @@ class CompressionConfig(Frozen):
         if is_dotted(method) and not self.allow_code:
             raise setting_error(
                 "method",
-                f"{method!r} runs Python code that is not part of gc2ray; if you trust it, set "
+                "this is Python code that is not part of gc2ray; if you trust it, set "
                 "recipe.compression.allow_code: true",
             )
         if self.source_sha256 is None:

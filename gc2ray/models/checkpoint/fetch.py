@@ -208,8 +208,9 @@ def _from_hub(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
         if not constants.is_offline_mode():
             raise  # the hub does not answer
         raise ConfigError(
-            f"recipe.model.path: {model.path} at {model.revision or 'main'} is not in "
-            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it, or name a directory"
+            f"recipe.model.path: there is no directory {model.path}; as a model of the hub, at "
+            f"{model.revision or 'main'}, it is not in {constants.HF_HUB_CACHE}, and "
+            "HF_HUB_OFFLINE is set: unset it, or name a directory"
         ) from error
     except HFValidationError as error:
         raise unreadable(model.path, error) from error
