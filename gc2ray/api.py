@@ -70,7 +70,7 @@ def run(
 
     Args:
         job: What is computed, and how.
-        address: Of a Ray cluster; None: `RAY_ADDRESS`, or else a Ray of its own on this machine.
+        address: Ray cluster to join; None: `RAY_ADDRESS`, or else a Ray on this machine.
         extend: Also plan input files that are new since the run began.
         display: Called about once a second with the state of the run.
 
@@ -101,7 +101,7 @@ def retry(
     """Answer the rows that failed again, as a new round of the output; raises what `run` does.
 
     Args:
-        output: Of a run that is complete but for its failures.
+        output: Output of a run that is complete but for its failures.
         overrides: Settings of the cluster, as `"cluster.max_bad_rows=1"`.
         statuses: Only rows with these statuses, or `"dead"` ones; none: all that failed.
         address: As for `run`.
@@ -137,7 +137,7 @@ def submit(
 
     Args:
         job: Its paths are URLs, or the same on every node.
-        address: Of the job server, as `http://head:8265`.
+        address: Address of the job server, as `http://head:8265`.
         submission_id: Name of the job on the cluster; None: the server chooses one.
         extend: As for `run`.
         log: Form of its log lines: `"text"` or `"json"`.
@@ -178,7 +178,7 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
         rows: Rows whose image headers and prompts are read; None: all, so that tokens before
             compression are exact.
         like: Output of an earlier run of this model, whose measured rates are used.
-        output_tokens: Of an answer, on average; None: measured, or at most `max_new_tokens`.
+        output_tokens: Tokens of an answer, on average; None: measured, or at most `max_new_tokens`.
         hours: Time in which the run should end; says how many workers are suggested.
         hardware: YAML of devices and prices in place of gc2ray's own.
         progress: Called with the number of rows that were read.
@@ -238,7 +238,7 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
     from gc2ray.estimation.hardware import Prices, load_hardware
     from gc2ray.estimation.recommendation import Target
     from gc2ray.estimation.tune import TuneRequest, tune_run
-    from gc2ray.reporting.terminal_tables import front_chart
+    from gc2ray.reporting.charts import tuning_chart
 
     request = TuneRequest(
         rows=rows,
@@ -250,7 +250,7 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
     )
     tuning = tune_run(job, request)
     if svg is not None:
-        _write(Path(svg), front_chart(tuning).encode())
+        _write(Path(svg), tuning_chart(tuning).encode())
     return tuning
 
 
@@ -286,7 +286,7 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
     """Check that an output holds every planned row exactly once; `problems` says what is wrong.
 
     Args:
-        output: Of a run.
+        output: Output of a run.
         deep: Read every answer, and not only the footers of files.
 
     Example:
@@ -304,7 +304,7 @@ def compact(
     """Write the latest answers as a dataset of a few large Parquet files, in input order.
 
     Args:
-        output: Of a run.
+        output: Output of a run.
         destination: Directory or URL of the dataset; empty, or not there yet.
         file_bytes: Size of its files.
         incomplete: Accept an output where rows are not answered yet.
@@ -334,7 +334,7 @@ def report(  # noqa: PLR0913 - settings, given by name
     """Write a report of runs as a page, a text and JSON; returns the names of the files.
 
     Args:
-        outputs: Of one run or several.
+        outputs: Outputs of one run or several.
         to: Directory or URL for the report; None: `report/` in the first output.
         price: `"on_demand"` or `"spot"` prices of the hardware table.
         usd_per_hour: Price of one device, in place of the table's.
@@ -363,7 +363,7 @@ def show(output: str, row_key: str, to: str | Path | None = None) -> Path:
     """Draw the visual tokens that were kept of a row's image; returns the file's path.
 
     Args:
-        output: Of a run.
+        output: Output of a run.
         row_key: The row, as the column `row_key` names it.
         to: PNG to write; None: named for output and row, in the working directory.
 
@@ -389,9 +389,9 @@ def evaluate(
     """Score the latest answers of runs against a column of right answers, with 95% intervals.
 
     Args:
-        outputs: Of one run or several; the first is compared with each other one.
+        outputs: Outputs of one run or several; the first is compared with each other one.
         reference: Column with the right answer or a list of them, which `recipe.input.keep` names.
-        metrics: Of `exact_match`, `vqa_accuracy`, `contains`, `anls`, `yes_no`; none: all.
+        metrics: Some of `exact_match`, `vqa_accuracy`, `contains`, `anls`, `yes_no`; none: all.
         by: Column to group answers by.
         lists: What a list of references is where rows have several prompts: `"any"`: each entry is
             right for every prompt; `"each"`: one entry for each prompt.

@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}
-"""By their name in the site."""
+"""Pages by their name in the site."""
 LINKS = (
     ("](docs/", "]("),
     ('src="docs/', 'src="'),

@@ -46,10 +46,10 @@ METHODS = ("globalcom2", "globalcom2-reference", "local", "uniform", "random", "
 IDENTICAL = tuple(method for method in METHODS if method != "globalcom2-reference")
 TEMPERATURES = (10.0, 1.0, 3.0, 30.0, 100.0)
 LOW = (0.1, 0.05)
-"""Where methods are compared row by row."""
+"""Retentions at which methods are compared row by row."""
 PAPERS_PACKING: tuple[Positions, Newlines] = ("compact", "kept_rows")
 PACKED = (0.25, *LOW)
-"""Where policies of packing are compared, by `globalcom2`."""
+"""Retentions at which policies of packing are compared, by `globalcom2`."""
 PACKINGS: tuple[tuple[Positions, Newlines], ...] = (
     ("compact", "none"),
     ("original", "kept_rows"),
@@ -182,7 +182,7 @@ def _plain(found: MeanInterval) -> dict[str, float]:
 def _differences(
     rows: Sequence[PocketRow], scores: Mapping[tuple[str, float], np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Of `globalcom2` and the others on the same rows, and of the foreign scores and `random`.
+    """Differences of `globalcom2` and the others, of foreign scores and `random`, on the same rows.
 
     Against `local`, which differs by the commander alone, also by grid: three crops do not divide
     the thumbnail's eight rows, so the commander compares regions of unequal size there.

@@ -66,7 +66,7 @@ STAGES = {
         Course(TOGETHER, tower_share=0.5, reads=True),
     )
 }
-"""By name, in order."""
+"""Stages by name, in order."""
 
 
 @dataclass(frozen=True)

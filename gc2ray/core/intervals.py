@@ -65,11 +65,6 @@ class MeanInterval(Interval):
         """The estimate of the mean, as `mid`."""
         return self.mid
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside the interval."""
-        return self.low > 0 or self.high < 0
-
 
 def interval(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> MeanInterval:
     """The mean of values with its bootstrap interval; NaN are left out.

@@ -27,10 +27,10 @@ def draw_text(
     """Draw text whose capitals are `height` pixels high, its middle at `centre`.
 
     Args:
-        pen: Draws.
+        pen: What draws the letters.
         text: What.
         centre: Where, x and y.
-        height: Of a capital.
+        height: Height of a capital.
         colour: RGB.
         stroke: Thickness of a line around the letters, as a share of the font's size.
     """

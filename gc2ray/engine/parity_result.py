@@ -1,11 +1,8 @@
-"""`Parity`: the result of a parity check, and how it is printed."""
+"""`Parity`: the result of a parity check."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from gc2ray.core.format import size
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-1, "float16": 2e-2}
 """Largest logit difference allowed, as a share of the position's largest logit."""
@@ -82,50 +79,3 @@ class Parity:
     def passed(self) -> bool:
         """Whether everything agrees, within the precision of the dtype."""
         return self.prompts > 0 and not self.failed and self.stock.passed(self.dtype)
-
-    def lines(self) -> list[str]:
-        """The result in lines of text."""
-        batches = f"batch against one by one, as configured: {self.same_alone} of {self.prompts} "
-        batches += "answers the same" + self._exceptions()
-        device = f", {size(self.device_bytes)} of the GPU" if self.device_bytes else ""
-        return [
-            *(f"left out: {line}" for line in self.left_out),
-            *(f"failed: {line}" for line in self.failed),
-            *self._against_stock(),
-            batches,
-            f"peak memory: {size(self.host_bytes)} of the host{device}",
-        ]
-
-    def _exceptions(self) -> str:
-        """Differences between batches and single rows that are allowed."""
-        if self.dtype == "float32":
-            return ""
-        if self.near_ties is None:
-            return " (sampled in half precision, so only counted)"
-        return f", {self.near_ties} more but for a near tie (allowed)"
-
-    def _against_stock(self) -> list[str]:
-        if self.stock_error is not None:
-            return [f"stock transformers cannot run the model: {self.stock_error}"]
-        stock, prompts = self.stock, self.stock.prompts
-        if not prompts:
-            return ["no prompt could be compared with stock transformers"]
-        others = "; the others are not compared any further"
-        rest = others if stock.same_prompts < prompts else ""
-        ends = f"ends of answers: {_listed(stock.our_ends)}; stock's: {_listed(stock.stock_ends)}"
-        ties = ""
-        if self.dtype != "float32":
-            ties = f", {stock.near_ties} more but for a near tie (allowed)"
-        return [
-            f"{prompts} prompts at retention 1.0 against stock transformers:",
-            f"  prompt tokens: {stock.same_prompts} of {prompts} prompts the same{rest}",
-            f"  {ends}",
-            f"  largest logit difference: {stock.difference:.2e} of the largest logit (allowed "
-            f"{TOLERANCE[self.dtype]:.0e}){stock.where}",
-            f"  greedy answers: {stock.same_tokens} of {stock.tokens} tokens the same, "
-            f"{stock.same_answers} of {prompts} answers and their ends and texts{ties}",
-        ]
-
-
-def _listed(ends: Sequence[int]) -> str:
-    return ", ".join(map(str, sorted(ends))) or "none"

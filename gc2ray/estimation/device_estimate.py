@@ -36,7 +36,7 @@ class RunSetup:
     """What estimates for all devices have in common.
 
     Attributes:
-        shape: Of the model.
+        shape: Shape of the model.
         cluster: Its settings; its number of workers is used where it is set.
         hours: Wanted duration of the run, where the number of workers is not set.
         rates: Measured in an earlier run; None where there is none.
@@ -65,8 +65,8 @@ class DeviceEstimate:
         misfit: Why the run does not fit the device; all figures are None then.
         live_rows: Rows of average length that fit the KV cache together; None where the memory of
             the device is not known.
-        device_seconds: Of answering, audits included.
-        audit_seconds: Of audits.
+        device_seconds: Device-seconds of answering, audits included.
+        audit_seconds: Device-seconds of audits.
         worker_seconds: Device-seconds of one worker that are not spent on answers.
         start_seconds: Until the first answers.
         workers: As configured, or as many as finish within the wanted hours.
@@ -188,7 +188,7 @@ def _with_cost(
 
 
 def _workers(seconds: Interval, start: Interval, hours: float) -> int:
-    """As many as are likely to finish in time; at least 1, and at most one for each minute."""
+    """Number of workers that are likely to finish in time: 1 to one for each minute of work."""
     left = hours * SECONDS_PER_HOUR - start.mid
     if left <= 0:
         return max(1, math.ceil(seconds.mid / 60))

@@ -40,15 +40,15 @@ class Estimate:
     """The cost of a run.
 
     Attributes:
-        rows: Of the input.
+        rows: Rows of the input.
         sampled_rows: Rows whose image headers and prompts were read.
-        prompts: That can be answered, as far as headers show.
+        prompts: Prompts that can be answered, as far as headers show.
         refused: Prompts that cannot be answered, by status.
         images: To be decoded and encoded.
-        views: Of those images.
-        visual_tokens_full: Of all prompts' images before compression.
+        views: Views of those images.
+        visual_tokens_full: Visual tokens of all prompts' images before compression.
         text_tokens: Other tokens of all prompts.
-        output_tokens: Of an answer.
+        output_tokens: Tokens of an answer.
         output_basis: Where that figure comes from.
         workloads: By retention, the recipe's first.
         devices: Estimates by hardware and retention.
@@ -83,7 +83,8 @@ class Assumptions:
     """Assumptions that the input does not settle.
 
     Attributes:
-        output_tokens: Of an answer; None: as in the earlier run, or else up to the recipe's limit.
+        output_tokens: Tokens of an answer; None: as in the earlier run, or else up to the
+            recipe's limit.
         rates: Measured in an earlier run.
         hours: Wanted duration of the run, where the cluster does not set the number of workers.
         retentions: Compared beside the recipe's own.
@@ -134,7 +135,7 @@ def estimate_profile(
     """Estimate the cost of a run from the profile of its input.
 
     Args:
-        profile: Of its input.
+        profile: Profile of its input.
         model: Metadata of its model.
         job: Recipe and cluster.
         hardware: Devices to compare; those without peaks are left out.

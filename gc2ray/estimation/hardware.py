@@ -32,7 +32,7 @@ class Price(Frozen):
 
     Attributes:
         kind: `on_demand`, or `spot` for a device that may be taken back.
-        usd_per_hour: Of one device, including its share of the machine around it.
+        usd_per_hour: Price of one device, including its share of the machine around it.
         where: Provider, machine and region.
         source: Where the price was read.
         date: When it was read.
@@ -85,7 +85,7 @@ class Hardware(Frozen):
         memory_gib: Memory in 2**30 bytes.
         source: Where these three figures were read.
         date: When they were read.
-        prices: Of one device; none where no price was read.
+        prices: Prices of one device; none where no price was read.
         missing: Why figures are empty.
     """
 
@@ -171,7 +171,7 @@ def incomplete_notes(table: Sequence[Hardware], consequence: str) -> list[str]:
     """Which devices lack which peaks and why, in one line for all that lack the same.
 
     Args:
-        table: Of hardware.
+        table: Table of hardware.
         consequence: Start of the line, such as "No estimate for".
     """
     names: dict[tuple[tuple[str, ...], str], list[str]] = {}
@@ -190,9 +190,9 @@ class Prices:
     """Prices of device time.
 
     Attributes:
-        table: Of hardware.
+        table: Table of hardware.
         kind: `on_demand` or `spot`.
-        usd_per_hour: Of any device; None takes the table's prices.
+        usd_per_hour: Price of any device; None takes the table's prices.
     """
 
     table: tuple[Hardware, ...]

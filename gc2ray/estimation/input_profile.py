@@ -114,7 +114,7 @@ class InputProfile:
         (finite population).
 
         Args:
-            values: Of each block, (B,).
+            values: Value of each block, (B,).
         """
         values = values.astype(np.float64)
         if self.is_exact:

@@ -21,7 +21,7 @@ from gc2ray.output.totals import RunTotals
 
 DRIFT = 0.12
 """Least half-width of the rates, as a share: the same run takes so much more or less the next time
-(clocks, neighbours, caches)."""
+(clock rates, other programs, caches)."""
 SCALED_BY_FLOPS = ("encode", "compress", "prefill")
 
 
@@ -38,7 +38,7 @@ class MeasuredRates:
         worker_seconds: Device-seconds of one worker that belong to no answer: loading, calibrating,
             waiting; None where the run has no record of them.
         start_seconds: Seconds of the run without answers; None likewise.
-        output_tokens: Of an answer.
+        output_tokens: Tokens of an answer.
     """
 
     device: str

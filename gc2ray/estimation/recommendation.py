@@ -18,57 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.format import SECONDS_PER_HOUR
 from gc2ray.core.intervals import MeanInterval, interval, ratio
 from gc2ray.core.metrics.scores import exact_match, score
 from gc2ray.core.records import Answer
+from gc2ray.estimation.trials import BASELINE, CompressionSetting, Trials
 
 ONE_SIDED_CONFIDENCE = 0.9
-
-
-@dataclass(frozen=True)
-class CompressionSetting:
-    """A method at a retention.
-
-    Attributes:
-        method: Of compression.
-        retention: The fraction KEPT, nominal.
-    """
-
-    method: str
-    retention: float
-
-    @property
-    def name(self) -> str:
-        """Name of its policy in an engine."""
-        return f"{self.method} at {self.retention:g}"
-
-    def config(self, own: CompressionConfig) -> CompressionConfig:
-        """The recipe's compression with this setting."""
-        return own.model_copy(update={"method": self.method, "retention": self.retention})
-
-
-BASELINE = CompressionSetting("none", 1.0)
-"""The setting that all others are compared with."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trials:
-    """Measurements of a sample in several settings.
-
-    Attributes:
-        settings: Uncompressed first.
-        seconds: Of each block in each setting, (B, S).
-        rows: Of each block, (B,).
-        answers: By name of the setting and row key.
-    """
-
-    settings: tuple[CompressionSetting, ...]
-    seconds: np.ndarray
-    rows: np.ndarray
-    answers: Mapping[str, Mapping[str, Answer]]
 
 
 @dataclass(frozen=True)
@@ -145,11 +102,11 @@ class TuneQuestion:
     """The question that trials are judged by.
 
     Attributes:
-        target: That a setting has to meet.
+        target: What a setting has to meet.
         references: Reference answers by row key; empty without references.
         metric: Scores answers against them.
         usd_per_hour: Price of the device; None where it is not known.
-        total_rows: Of the input.
+        total_rows: Rows of the input.
     """
 
     target: Target

@@ -21,7 +21,7 @@ ROOFLINE_SHARE = Interval(0.25, 0.4, 0.6)
 LLaVA-NeXT-7B on an H200 reached 0.30 at retention 0.1 to 0.58 at 0.75 (`jobs.benchmarks.full_size`,
 2026-11-26)."""
 DTYPE_OF_SIZE = {2: "bfloat16", 4: "float32"}
-"""By bytes of a number; both half precisions have the same peak."""
+"""Dtypes by the bytes of a number; both half precisions have the same peak."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Work:
 
     Attributes:
         rows: Answers.
-        output_tokens: Of all answers.
+        output_tokens: Tokens of all answers.
         flops: Operations of matrix products by stage.
         cache_read_bytes: KV cache that decoding reads.
         decode_steps: Forwards of the language model.
@@ -82,8 +82,8 @@ def roofline_seconds(work: Work, shape: ModelShape, peaks: Peaks) -> dict[str, f
 
     Args:
         work: Done, or to be done.
-        shape: Of the model.
-        peaks: Of the device.
+        shape: Shape of the model.
+        peaks: Peaks of the device.
     """
     operations = peaks.operations(DTYPE_OF_SIZE[shape.itemsize])
     seconds = {stage: flops / operations for stage, flops in work.flops.items()}

@@ -11,18 +11,61 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
 from gc2ray.engine.answering import Answering
-from gc2ray.estimation.recommendation import BASELINE, CompressionSetting, Trials
 
-BLOCKS = 8
+SAMPLE_PARTS = 8
+
+
+@dataclass(frozen=True)
+class CompressionSetting:
+    """A method at a retention.
+
+    Attributes:
+        method: Method of compression.
+        retention: The fraction KEPT, nominal.
+    """
+
+    method: str
+    retention: float
+
+    @property
+    def name(self) -> str:
+        """Name of its policy in an engine."""
+        return f"{self.method} at {self.retention:g}"
+
+    def config(self, own: CompressionConfig) -> CompressionConfig:
+        """The recipe's compression with this setting."""
+        return own.model_copy(update={"method": self.method, "retention": self.retention})
+
+
+BASELINE = CompressionSetting("none", 1.0)
+"""The setting that all others are compared with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """Measurements of a sample in several settings.
+
+    Attributes:
+        settings: Uncompressed first.
+        seconds: Seconds of each block in each setting, (B, S).
+        rows: Rows of each block, (B,).
+        answers: By name of the setting and row key.
+    """
+
+    settings: tuple[CompressionSetting, ...]
+    seconds: np.ndarray
+    rows: np.ndarray
+    answers: Mapping[str, Mapping[str, Answer]]
 
 
 def measure(
@@ -30,14 +73,14 @@ def measure(
     requests: Sequence[Request],
     settings: Sequence[CompressionSetting],
     *,
-    blocks: int = BLOCKS,
+    blocks: int = SAMPLE_PARTS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Trials:
     """Answer requests in every setting, interleaved.
 
     Args:
         engine: Knows each setting as a policy with its name.
-        requests: Of the sample; those with a fault are left out.
+        requests: Requests of the sample; those with a fault are left out.
         settings: Compared with no compression.
         blocks: Parts of the sample, of at least two rows each.
         clock: In seconds.
@@ -66,13 +109,13 @@ def measure(
     for block, part in enumerate(parts):
         # Every second block reverses the order: over two blocks no setting comes first on average.
         order = order[::-1] if block % 2 else shuffle.sample(range(len(every)), len(every))
-        for place in order:
+        for index in order:
             engine.clear_cache()
             started = clock()
-            block_answers = _answered(engine, part, every[place])
-            seconds[block, place] = clock() - started
+            block_answers = _answered(engine, part, every[index])
+            seconds[block, index] = clock() - started
             by_key = {answer.request.row_key: answer for answer in block_answers}
-            answers[every[place].name] |= by_key
+            answers[every[index].name] |= by_key
     return Trials(every, seconds, np.array([len(part) for part in parts]), answers)
 
 

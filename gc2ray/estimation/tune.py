@@ -12,9 +12,9 @@ from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.sample import sample_requests
 from gc2ray.estimation.hardware import Prices
 from gc2ray.estimation.input_profile import sample_spans
-from gc2ray.estimation.recommendation import CompressionSetting, Target, TuneQuestion, Tuning, judge
+from gc2ray.estimation.recommendation import Target, TuneQuestion, Tuning, judge
 from gc2ray.estimation.retentions import DEFAULT_METHOD, TUNED_RETENTIONS
-from gc2ray.estimation.trials import measure, references_of
+from gc2ray.estimation.trials import CompressionSetting, measure, references_of
 
 DEFAULT_AGREEMENT = 0.95
 
@@ -29,7 +29,7 @@ class TuneRequest:
         retentions: To compare; empty for `TUNED_RETENTIONS`.
         target: With at most one field set; none stands for an agreement of `DEFAULT_AGREEMENT`.
         reference: Column with reference answers.
-        prices: Of device time.
+        prices: Prices of device time.
     """
 
     rows: int

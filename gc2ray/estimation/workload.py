@@ -85,8 +85,8 @@ class Workload:
         prompt_tokens: Average of a prompt, text included.
         longest: Tokens of the longest sampled prompt and its answer, at most.
         too_long: Prompts that the model cannot read.
-        work: Of answering, without audits.
-        audit_work: Of audits, beside it.
+        work: Work of answering, without audits.
+        audit_work: Work of audits, beside it.
     """
 
     method: str
@@ -111,7 +111,7 @@ class Workload:
         """The same workload when some answers are audited.
 
         Args:
-            share: Of the prompts.
+            share: Share of the prompts.
             uncompressed: All prompts uncompressed.
             steps: All prompts at the retentions of the escalation steps, in order.
         """
@@ -131,10 +131,10 @@ def estimate_workload(
     """The work that an input asks for, without audits.
 
     Args:
-        profile: Of the input.
+        profile: Profile of the input.
         model: Without weights.
         recipe: What is computed.
-        output_tokens: Of an answer.
+        output_tokens: Tokens of an answer.
     """
     prompt_measures = _PromptMeasures(model, recipe, output_tokens)
     measures = {shape: prompt_measures.at_each_end(shape) for shape in profile.prompts}

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gc2ray.core.format import si_number
 from gc2ray.core.stats import RETENTION_BUCKETS
+from gc2ray.estimation.recommendation import Tuning
 from gc2ray.reporting.summary import BeforeAfter
 
 INK, FAINT = "#010203", "#040506"
@@ -158,6 +159,22 @@ def front(title: str, points: Sequence[Point]) -> str:
         axes.set_ylabel("quality, 95 %")
 
     return _svg(title, 3.2, draw)
+
+
+def tuning_chart(tuning: Tuning) -> str:
+    """The Pareto front of a tuning."""
+    points = [
+        Point(
+            name=item.setting.name,
+            milliseconds=1e3 * item.seconds_per_row,
+            quality=item.quality.mean,
+            low=item.quality.low,
+            high=item.quality.high,
+            on_front=item.on_front,
+        )
+        for item in tuning.measured
+    ]
+    return front("Quality against time", points)
 
 
 def _tidy_bars(axes: Axes, largest: float, unit: str) -> None:

@@ -59,7 +59,7 @@ class WhatIf:
 
     Attributes:
         hardware: Name of the kind.
-        device_hours: Of answering.
+        device_hours: Device-hours of answering.
         usd: By kind of price.
     """
 
@@ -74,10 +74,10 @@ class Costs:
 
     Attributes:
         device_seconds_by_use: Device-seconds by use.
-        devices: That the workers ran on.
+        devices: Devices that the workers ran on.
         price: Source of the prices, for people.
         no_cost: Why there is no cost; None where there is one.
-        usd: Of all device time; None without a price.
+        usd: Cost of all device time; None without a price.
         answering_seconds: Useful device-seconds without those of audits.
         saved_seconds: Device-seconds that compression saved, estimated from operations.
         what_if: The work of answering on other devices.
@@ -116,7 +116,7 @@ class Costs:
 
     @property
     def device_seconds(self) -> float:
-        """Of all uses."""
+        """Seconds of all uses."""
         return sum(self.device_seconds_by_use.values())
 
     @property
@@ -214,7 +214,7 @@ def _priced(hardware: Hardware, seconds: Interval) -> WhatIf:
 
 
 def _shape(totals: RunTotals) -> ModelShape | None:
-    """Of the model, from the first worker record that has it."""
+    """Shape of the model, from the first worker record that has it."""
     recorded = totals.model_shape
     if recorded is None:
         return None

@@ -33,7 +33,7 @@ def write_card(store: Store, summary: Summary) -> bool:
 
     Args:
         store: The output.
-        summary: Of the output.
+        summary: Summary of the output.
     """
     present = store.read(CARD_NAME)
     if present is not None and MARKER.encode() not in present:

@@ -16,9 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from gc2ray.core.choices import ReferenceLists
 from gc2ray.core.config.yaml_models import unknown_key
@@ -36,14 +33,12 @@ class Agreement:
     """How often two runs gave the same answer.
 
     Attributes:
-        same: Over the rows of both, by exact match; a row that failed in one agrees with nothing.
-        differing: Their keys, in order.
+        same: Share of the rows of both, by exact match; a row that failed in one is not the same.
         only_first: Rows that only the first run has.
-        only_second: Likewise.
+        only_second: Rows that only the second run has.
     """
 
     same: MeanInterval
-    differing: tuple[str, ...]
     only_first: int
     only_second: int
 
@@ -53,7 +48,7 @@ def agreement(first: Mapping[str, str | None], second: Mapping[str, str | None])
 
     Args:
         first: Answer by row key, None where the row failed.
-        second: Likewise.
+        second: Answer by row key of the other run.
 
     Raises:
         ValueError: They have no row in common.
@@ -63,7 +58,6 @@ def agreement(first: Mapping[str, str | None], second: Mapping[str, str | None])
     marks = [a is not None and b is not None and bool(exact_match(a, [b])) for _, a, b in pairs]
     return Agreement(
         same=interval(np.array(marks, dtype=np.float64)),
-        differing=tuple(key for key, mark in zip(shared, marks, strict=True) if not mark),
         only_first=len(first.keys() - second.keys()),
         only_second=len(second.keys() - first.keys()),
     )
@@ -137,7 +131,7 @@ class RunScores:
     """How good the answers of a run are.
 
     Attributes:
-        output: Of the run.
+        output: Output of the run.
         answers: How many there are.
         failed: How many of them failed; they score 0.
         visual_tokens_each: Visual and newline tokens of an answer, on average; None without any.
@@ -179,7 +173,7 @@ class Evaluation:
     Attributes:
         metrics: What answers were scored by.
         runs: In the order in which they were named.
-        comparisons: Of the first run with each other one.
+        comparisons: Comparisons of the first run with each other one.
     """
 
     metrics: tuple[str, ...]
@@ -322,36 +316,3 @@ def _compared(first: _Run, second: _Run, metrics: Sequence[str]) -> Comparison:
         only_second=both.only_second,
         differences=differences,
     )
-
-
-def print_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """A table for each run, and a paragraph for each comparison."""
-    for run in evaluation.runs:
-        console.print(_table(run, evaluation.metrics))
-    for compared in evaluation.comparisons:
-        console.print(
-            f"{compared.first} against {compared.second}: same answer on {compared.same} of "
-            f"{compared.same.rows} prompts; {compared.only_first} and {compared.only_second} are "
-            "in one run only",
-            soft_wrap=True,
-            markup=False,
-        )
-        for metric, found in compared.differences.items():
-            console.print(f"  {metric}: {found}", markup=False)
-
-
-def _table(run: RunScores, metrics: Sequence[str]) -> Table:
-    """Metrics are rows: with the intervals five of them beside each other are too wide."""
-    tokens = run.visual_tokens_each
-    each = "" if tokens is None else f", {tokens:.0f} visual tokens each"
-    title = escape(f"{run.output}: {run.answers} answers, {run.failed} failed{each}")
-    table = Table(title=title, caption="95% bootstrap intervals; failed answers score 0")
-    for column in ("group", "answers", "metric", "score"):
-        table.add_column(column)
-    for name in sorted(run.scores, key=lambda group: (group != ALL, group)):
-        scores = run.scores[name]
-        for at, metric in enumerate(metric for metric in metrics if metric in scores):
-            found = scores[metric]
-            table.add_row("" if at else escape(name), str(found.rows), metric, str(found))
-        table.add_section()
-    return table

@@ -29,7 +29,7 @@ PANEL_INCHES = (1.6, 8.0)
 LINE = 110
 """Characters of a line of text."""
 SINGLE_INCHES, SINGLE_DOTS, SINGLE_POINTS = 5.0, 120, 18
-"""Of a single panel: width, dots an inch, and a font size that can be read on a phone."""
+"""A single panel: width, dots an inch, and a font size that can be read on a phone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class TokenMap:
     Attributes:
         image: Pixels, uint8 (H, W, 3).
         canvas: Geometry of the image and its views.
-        scores: Of the thumbnail's tokens, float (N,).
+        scores: Scores of the thumbnail's tokens, float (N,).
         kept: Which tokens of each view were kept, bool (V, N), the thumbnail first.
         captions: Lines about the row, the first with its key and prompt.
     """

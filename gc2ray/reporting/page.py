@@ -76,7 +76,7 @@ class RunView:
 
     Attributes:
         summary: Its figures.
-        name: Short.
+        name: Short name.
         when: Start and duration.
         tiles: The most important figures, as label and value.
         verdicts: Conclusions in sentences.
@@ -112,7 +112,7 @@ def report(
     """Write the report of some runs.
 
     Args:
-        summaries: Of the runs, in order.
+        summaries: Summaries of the runs, in order.
         rows: By output, rows whose token maps are drawn.
     """
     names = _names([summary.output for summary in summaries])

@@ -103,11 +103,11 @@ class Summary:
 
     Attributes:
         output: Directory or URL.
-        fingerprint: Of the recipe.
+        fingerprint: Fingerprint of the recipe.
         recipe: As plain data.
-        method: Of compression.
+        method: Method of compression.
         retention_requested: 1 where nothing is compressed.
-        versions: Of libraries, when the run began.
+        versions: Versions of libraries, when the run began.
         started: Start of the first driver; None where no driver left a record.
         ended: When the last driver was last seen; None likewise.
         rounds: The run and its retries.
@@ -257,8 +257,8 @@ def summarise(totals: RunTotals, prices: Prices) -> Summary:
     """Summarise an output.
 
     Args:
-        totals: Of the output.
-        prices: Of device time.
+        totals: Totals of the output.
+        prices: Prices of device time.
     """
     first, recipe, stats = totals.rounds[0], totals.run.recipe, totals.stats
     drivers = [driver for entry in totals.rounds for driver in entry.drivers]

@@ -73,7 +73,7 @@ def counter(label: str) -> Iterator[Callable[[int], None]]:
     """Count on a terminal, and nowhere else; yields a function that adds to the count.
 
     Args:
-        label: Of the counted things.
+        label: Name of the counted things.
     """
     console = Console(stderr=True)
     bar = Progress(
@@ -135,7 +135,7 @@ def print_outcome(console: Console, outcome: Outcome, output: str, retry_round: 
 
     Args:
         console: Prints it.
-        outcome: Of the run.
+        outcome: Outcome of the run.
         output: Directory or URL.
         retry_round: Number of the retry that ended; 0 for the run itself.
     """
@@ -207,7 +207,7 @@ def print_verdict(console: Console, verdict: Verdict, output: str) -> None:
     console.print(f"[bold {color}]{word}[/]: {answered}", soft_wrap=True)
     for checked in verdict.rounds[1:]:
         if checked.waiting.any():
-            line = f"retry round {checked.retry_round.number} is not finished; to resume it: "
+            line = f"retry round {checked.round.number} is not finished; to resume it: "
             command = shlex.join(["gc2ray", "retry", output])
             console.print(f"{line}{command}", markup=False, soft_wrap=True)
 
@@ -326,10 +326,9 @@ class Terminal:
 
     def parity(self, parity: Parity) -> None:
         """How far answers are those of stock transformers."""
-        for line in parity.lines():
-            self.line(line)
-        color, word = ("green", "passed") if parity.passed else ("red", "failed")
-        self._console.print(f"[bold {color}]{word}[/]")
+        from gc2ray.reporting.terminal_tables import print_parity
+
+        print_parity(self._console, parity)
 
     def written(self, written: WrittenReport) -> None:
         """Where a report is, and the dataset cards."""
@@ -348,13 +347,13 @@ class Terminal:
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """How good answers are."""
-        from gc2ray.reporting.evaluation import print_evaluation
+        from gc2ray.reporting.terminal_tables import print_evaluation
 
         print_evaluation(self._console, evaluation)
 
 
 def _worker_table(records: Iterable[WorkerRecord]) -> Table:
-    """Nothing in it is cut: a text that is too long for its column continues in the next line."""
+    """A table of worker processes; long texts continue in the next line of their column."""
     table = Table(title="worker processes so far (UTC)")
     names = ("node", "pid", "device")
     times = ("started", "loaded", "last_seen")

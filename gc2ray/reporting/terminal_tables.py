@@ -1,4 +1,4 @@
-"""Prints an estimate or a tuning: tables, and how certain their figures are.
+"""Prints what was estimated, measured, scored or checked: tables, and how certain figures are.
 
 `--json` prints all figures instead.
 """
@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gc2ray.core.choices import PriceKind
 from gc2ray.core.config.job import Job
-from gc2ray.core.format import duration, interval_text, money, precise
+from gc2ray.core.format import duration, interval_text, money, precise, size
 from gc2ray.core.intervals import Interval, MeanInterval
+from gc2ray.engine.parity_result import TOLERANCE, Parity
 from gc2ray.estimation.device_estimate import DeviceEstimate
 from gc2ray.estimation.estimate import Estimate
 from gc2ray.estimation.recommendation import Measured, Tuning
 from gc2ray.estimation.roofline import ROOFLINE_SHARE
 from gc2ray.estimation.workload import Workload
-from gc2ray.reporting.charts import Point, front
+from gc2ray.reporting.evaluation import ALL, Evaluation, RunScores
 
 
 def print_estimate(console: Console, result: Estimate, job: Job) -> None:
@@ -219,25 +221,100 @@ def print_tuning(console: Console, result: Tuning) -> None:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
-def front_chart(result: Tuning) -> str:
-    """The Pareto front, as SVG."""
-    points = [
-        Point(
-            name=item.setting.name,
-            milliseconds=1e3 * item.seconds_per_row,
-            quality=item.quality.mean,
-            low=item.quality.low,
-            high=item.quality.high,
-            on_front=item.on_front,
-        )
-        for item in result.measured
-    ]
-    return front("Quality against time", points)
-
-
 def _on_two_lines(value: MeanInterval) -> str:
     return f"{value.mean:.2f}\n{value.low:.2f}-{value.high:.2f}"
 
 
 def _marks(item: Measured) -> str:
     return "\n".join((["met"] if item.meets else []) + (["front"] if item.on_front else []))
+
+
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """A table for each run, and a paragraph for each comparison."""
+    for run in evaluation.runs:
+        console.print(_scores_table(run, evaluation.metrics))
+    for compared in evaluation.comparisons:
+        console.print(
+            f"{compared.first} against {compared.second}: same answer on {compared.same} of "
+            f"{compared.same.rows} prompts; {compared.only_first} and {compared.only_second} are "
+            "in one run only",
+            soft_wrap=True,
+            markup=False,
+        )
+        for metric, difference in compared.differences.items():
+            console.print(f"  {metric}: {difference}", markup=False)
+
+
+def _scores_table(run: RunScores, metrics: Sequence[str]) -> Table:
+    """Metrics are rows: with the intervals five of them beside each other are too wide."""
+    tokens = run.visual_tokens_each
+    each = "" if tokens is None else f", {tokens:.0f} visual tokens each"
+    title = escape(f"{run.output}: {run.answers} answers, {run.failed} failed{each}")
+    table = Table(title=title, caption="95% bootstrap intervals; failed answers score 0")
+    for column in ("group", "answers", "metric", "score"):
+        table.add_column(column)
+    for name in sorted(run.scores, key=lambda group: (group != ALL, group)):
+        scores = run.scores[name]
+        for index, metric in enumerate(metric for metric in metrics if metric in scores):
+            mean = scores[metric]
+            table.add_row("" if index else escape(name), str(mean.rows), metric, str(mean))
+        table.add_section()
+    return table
+
+
+def print_parity(console: Console, parity: Parity) -> None:
+    """Print how far answers are those of stock transformers, and whether the check passed."""
+    for line in parity_lines(parity):
+        console.print(line, markup=False, soft_wrap=True)
+    color, word = ("green", "passed") if parity.passed else ("red", "failed")
+    console.print(f"[bold {color}]{word}[/]")
+
+
+def parity_lines(parity: Parity) -> list[str]:
+    """The result of a parity check in lines of text."""
+    batches = f"batch against one by one, as configured: {parity.same_alone} of {parity.prompts} "
+    batches += "answers the same" + _allowed_differences(parity)
+    device = f", {size(parity.device_bytes)} of the GPU" if parity.device_bytes else ""
+    return [
+        *(f"left out: {line}" for line in parity.left_out),
+        *(f"failed: {line}" for line in parity.failed),
+        *_against_stock(parity),
+        batches,
+        f"peak memory: {size(parity.host_bytes)} of the host{device}",
+    ]
+
+
+def _allowed_differences(parity: Parity) -> str:
+    """Differences between batches and single rows that are allowed."""
+    if parity.dtype == "float32":
+        return ""
+    if parity.near_ties is None:
+        return " (sampled in half precision, so only counted)"
+    return f", {parity.near_ties} more but for a near tie (allowed)"
+
+
+def _against_stock(parity: Parity) -> list[str]:
+    if parity.stock_error is not None:
+        return [f"stock transformers cannot run the model: {parity.stock_error}"]
+    stock, prompts = parity.stock, parity.stock.prompts
+    if not prompts:
+        return ["no prompt could be compared with stock transformers"]
+    others = "; the others are not compared any further"
+    rest = others if stock.same_prompts < prompts else ""
+    ends = f"ends of answers: {_listed(stock.our_ends)}; stock's: {_listed(stock.stock_ends)}"
+    ties = ""
+    if parity.dtype != "float32":
+        ties = f", {stock.near_ties} more but for a near tie (allowed)"
+    return [
+        f"{prompts} prompts at retention 1.0 against stock transformers:",
+        f"  prompt tokens: {stock.same_prompts} of {prompts} prompts the same{rest}",
+        f"  {ends}",
+        f"  largest logit difference: {stock.difference:.2e} of the largest logit (allowed "
+        f"{TOLERANCE[parity.dtype]:.0e}){stock.where}",
+        f"  greedy answers: {stock.same_tokens} of {stock.tokens} tokens the same, "
+        f"{stock.same_answers} of {prompts} answers and their ends and texts{ties}",
+    ]
+
+
+def _listed(ends: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(ends))) or "none"

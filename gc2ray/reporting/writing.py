@@ -21,7 +21,7 @@ class ReportRequest:
 
     Attributes:
         place: Directory or URL.
-        prices: Of device time.
+        prices: Prices of device time.
         show: How many rows are drawn, those whose audit differs most first.
         rows: Rows that are drawn besides, by their `row_key`.
         card: Whether outputs get a dataset card.
@@ -57,7 +57,7 @@ def write_report(
     """Write one report of one or several runs, and a card into each.
 
     Args:
-        outputs: Of the runs, the first one first.
+        outputs: Outputs of the runs, the first one first.
         request: What is shown, and where.
         progress: Called with the number of parts that were read.
 

@@ -93,7 +93,7 @@ class _Ours:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the stages' busy time; images are decoded beside the others."""
+        """Shares of the stages' busy time; images are decoded beside the others."""
         spent = {stage: sum(answer.stage_ns[stage] for answer in self.answers) for stage in STAGES}
         return {f"share_{name}": taken / sum(spent.values()) for name, taken in spent.items()}
 
@@ -126,7 +126,7 @@ def measure(
         loaded: The model; it must not end answers by itself.
         data: Image files.
         machine: Whose roofline it is.
-        turns: Of what is compared.
+        turns: Turns of what is compared.
 
     Raises:
         RuntimeError: Somebody's tokens at 1.0 are not stock's, or too few.

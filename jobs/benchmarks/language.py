@@ -54,7 +54,7 @@ MODES: dict[str, Answering] = {
     ONE_BY_ONE: one_by_one,
     **{batches.name: batches.answer for batches in BATCHES},
 }
-"""Of stock `generate`."""
+"""Batch sizes of stock `generate`."""
 ROOM = DecodeLimits(kv_tokens=16_384, prefill_tokens=2048)
 TURNS, TRIAL = 3, 3
 """Turns of all requests; of how many requests one is tried to choose what runs in turn."""
@@ -132,7 +132,7 @@ class _Ours:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the last run's time: reading prompts, and writing answers."""
+        """Parts of the last run's time: reading prompts, and writing answers."""
         prefill = sum(found.prefill_ns for found in self.finished.values())
         generate = sum(found.generate_ns for found in self.finished.values())
         whole = prefill + generate

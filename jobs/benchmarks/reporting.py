@@ -86,7 +86,7 @@ def run(parts: int = PARTS, runs: int = RUNS) -> list[Line]:
     """Median seconds and the largest peak.
 
     Args:
-        parts: Of `PART_ROWS` rows each.
+        parts: Number of parts of `PART_ROWS` rows each.
         runs: Reports of the same output.
     """
     os.environ.pop("RAY_ADDRESS", None)  # a local Ray, whatever the shell has joined

@@ -21,13 +21,8 @@ from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import Split, pocket_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimation.hardware import Prices
-from gc2ray.estimation.recommendation import (
-    BASELINE,
-    CompressionSetting,
-    Measured,
-    Target,
-    Tuning,
-)
+from gc2ray.estimation.recommendation import Measured, Target, Tuning
+from gc2ray.estimation.trials import BASELINE, CompressionSetting
 from gc2ray.estimation.tune import TuneRequest, tune_run
 from jobs.benchmarks import Line, goal
 
@@ -53,7 +48,7 @@ def run(samples: int = SAMPLES, rows: int = SAMPLE_ROWS, fresh: int = FRESH_ROWS
 
 
 def _tuning(folder: Path, photographs: Sequence[Image], first: int, rows: int) -> Tuning:
-    """Of rows of the test split from a first one on."""
+    """A tuning on rows of the test split from a first one on."""
     path = folder / f"{first}.parquet"
     write_rows(path, pocket_rows(Split.TEST, rows, photographs, first))
     request = TuneRequest(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))

@@ -97,7 +97,7 @@ class RememberedViews:
         return getattr(self._adapter, name)
 
     def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
-        """As the adapter's; from memory where the seed is known."""
+        """Views as the adapter makes them; from memory where the seed is known."""
         new = [place for place, seed in enumerate(seeds) if seed not in self._views]
         if new:
             made = self._adapter.encode([tiles[i] for i in new], [seeds[i] for i in new])
@@ -179,7 +179,7 @@ def answer(
 def shares_far_from_uniform(
     loaded: LoadedModel, rows: Sequence[PocketRow], retention: float, temperatures: Sequence[float]
 ) -> dict[float, float]:
-    """By temperature, the share of crops whose budget is more than a fifth off the retention.
+    """The share, by temperature, of crops whose budget is more than a fifth off the retention.
 
     Where it is 0 the commander commands nothing, and GlobalCom² is not being tested.
     """

@@ -43,7 +43,7 @@ from jobs.training.tower import TowerLearner
 
 WORD_WEIGHT = 0.5
 READ_WEIGHT = 0.5
-"""Of the reading loss, beside the answers'."""
+"""Weight of the reading loss, beside the answers'."""
 WORD_SCALE = 10.0
 """Cosines times this are the logits of the word loss."""
 

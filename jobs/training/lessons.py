@@ -25,7 +25,7 @@ from gc2ray.models.image_processor import Tiles
 from jobs.training.labels import ViewLabels, view_labels
 
 CROWDED_SHARE = 0.75
-"""Of the scenes that the tower is trained on; the others are as full as the rows of a data set."""
+"""Share of the tower's scenes that are crowded; the others are as full as rows of a data set."""
 ASKED = Style(things=(0.2, 0.25, 0.3, 0.25), sign=0.7)
 """Scenes that questions are asked about: a little fuller than the rows of a data set, and with more
 signs, about which there is one question only."""
@@ -47,8 +47,8 @@ class Lesson:
     Attributes:
         tiles: The images, cut.
         labels: What is to be seen.
-        questions: Of each image.
-        seeds: Of what is left to chance behind the pictures, by image.
+        questions: Questions of each image.
+        seeds: Seeds of what is left to chance behind the pictures, by image.
         notes: What is to be seen, in words, by image.
         squeezed: Whether positions are (`jobs.training.positions`); they are not in validation.
     """
@@ -78,7 +78,7 @@ class Lessons(Dataset[Lesson]):
         stage: A number of its own for each stage of training.
         scenes: In a batch; for a stage with questions, all of one grid, so that they pad little.
         questions: Asked about a scene at most; 0 for a stage without them.
-        share: Of several processes with a part of each batch, this one's number and how many.
+        share: Number of this process, and of all processes that take a part of each batch.
     """
 
     def __init__(

@@ -34,6 +34,7 @@ from gc2ray.models.checkpoint.consistency import check_directory
 from gc2ray.models.families import llava_next
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.hf_reference import StockAnswer, StockModel, StockSettings, _chat_template
+from gc2ray.reporting.terminal_tables import parity_lines
 from tests.support.rows import SIZES, encoded, make_job, picture, request
 from tests.support.tiny_models import SPECS
 
@@ -90,7 +91,7 @@ def test_a_good_model_passes(
     tiny_paths: dict[str, Path], source: Path, name: str, dtype: str
 ) -> None:
     found = checked(tiny_paths[name], source, model__dtype=dtype)
-    assert found.passed, found.lines()
+    assert found.passed, parity_lines(found)
     assert (found.prompts, found.stock.prompts, found.stock.same_prompts) == (3, 3, 3)
     assert found.stock.tokens > 3
     assert found.stock.difference > 0, "compared with itself"
@@ -105,7 +106,7 @@ def test_so_does_one_that_stock_generate_decodes(
     for module in ("engine.engine", "engine.decoding.forced"):
         monkeypatch.setattr(f"gc2ray.{module}.unsupported", lambda model: "it is new")
     found = checked(tiny_paths["mistral"], source)
-    assert found.passed, found.lines()
+    assert found.passed, parity_lines(found)
     assert found.stock.same_answers == 3
 
 
@@ -124,7 +125,7 @@ def test_rules_that_the_recipe_takes_over_are_not_stocks(
     rewrite(model / "generation_config.json", **rules)
     ignored = [name for name in rules if name == "no_repeat_ngram_size"]
     found = checked(model, source, generation__ignore_model_rules=ignored)
-    assert found.passed, found.lines()
+    assert found.passed, parity_lines(found)
 
 
 UNHEARD: list[dict[str, Any]] = [
@@ -174,7 +175,7 @@ def test_a_repetition_penalty_is_stocks_too(tiny_paths: dict[str, Path], source:
     """Near ties are those of penalised logits."""
     changes = {"model__dtype": "bfloat16", "generation__repetition_penalty": 1.5}
     found = checked(tiny_paths["llama3"], source, **changes)
-    assert found.passed, found.lines()
+    assert found.passed, parity_lines(found)
 
 
 # What is wrong is found, whatever part of ours it is in
@@ -265,7 +266,7 @@ def test_a_mutation_of_ours_fails(
     mutation(monkeypatch)
     found = checked(tiny_paths["vicuna"], source)
     assert not found.passed
-    assert MUTATIONS[mutation] in "\n".join(found.lines())
+    assert MUTATIONS[mutation] in "\n".join(parity_lines(found))
     if "behind" in MUTATIONS[mutation]:
         assert found.stock.difference > 10 * parity_result.TOLERANCE["float32"]
 
@@ -302,10 +303,10 @@ def test_images_given_to_the_wrong_rows_of_a_batch_fail(
     monkeypatch.setattr(Engine, "stream", swapped)
     changes = {"model__dtype": dtype, "generation__temperature": temperature}
     found = checked(tiny_paths["llama3"], rows, **changes)
-    assert found.stock.passed(dtype), found.lines()
+    assert found.stock.passed(dtype), parity_lines(found)
     assert found.same_alone < 3
-    assert found.passed == (temperature > 0), found.lines()
-    told = "\n".join(found.lines())
+    assert found.passed == (temperature > 0), parity_lines(found)
+    told = "\n".join(parity_lines(found))
     assert ("differently in a batch than alone" in told) != found.passed
     assert ("only counted" in told) == found.passed
 
@@ -324,8 +325,8 @@ def test_one_weight_that_is_no_number_fails(
     weights[name].flatten()[-1] = torch.nan
     save_file(weights, file, metadata={"format": "pt"})
     found = checked(model, source)
-    assert not found.passed, found.lines()
-    told = "\n".join(found.lines())
+    assert not found.passed, parity_lines(found)
+    told = "\n".join(parity_lines(found))
     assert "not finite" in told
 
 
@@ -350,7 +351,7 @@ def test_processors_of_2024_pass(
     if file != "jinja":
         jinja.unlink()
     found = checked(model, source)
-    assert found.passed, found.lines()
+    assert found.passed, parity_lines(found)
 
 
 @pytest.mark.parametrize("kind", ["list", "dict"])
@@ -389,7 +390,7 @@ def test_answers_end_where_the_files_as_written_say(
         assert {*stock.end_tokens} == {*check_directory(model).ends} == wanted
     if not names:
         found = checked(model, source)
-        assert found.passed, found.lines()
+        assert found.passed, parity_lines(found)
 
 
 # What cannot be compared is told
@@ -400,7 +401,7 @@ def test_rows_that_cannot_be_answered_are_left_out(
 ) -> None:
     prompts = ("What is it?", None, "Is </s> an end, or <image> an image?", "What else?")
     found = checked(tiny_paths["vicuna"], write_rows(tmp_path / "rows.parquet", prompts))
-    assert found.passed, found.lines()
+    assert found.passed, parity_lines(found)
     assert (found.prompts, found.stock.prompts) == (3, 2)
     assert [line.split(": ", 1)[1] for line in sorted(found.left_out)] == [
         "prompt column 'prompt' is null",

@@ -22,18 +22,8 @@ from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.core.intervals import MeanInterval
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
 from gc2ray.estimation.hardware import Prices
-from gc2ray.estimation.recommendation import (
-    BASELINE,
-    CompressionSetting,
-    Measured,
-    Target,
-    Trials,
-    TuneQuestion,
-    Tuning,
-    judge,
-    lower,
-)
-from gc2ray.estimation.trials import measure, references_of
+from gc2ray.estimation.recommendation import Measured, Target, TuneQuestion, Tuning, judge, lower
+from gc2ray.estimation.trials import BASELINE, CompressionSetting, Trials, measure, references_of
 from gc2ray.estimation.tune import TuneRequest, compared_settings
 from gc2ray.reporting.terminal_tables import print_tuning
 from tests.support.fakes import echo

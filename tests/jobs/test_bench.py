@@ -13,13 +13,9 @@ from PIL import Image
 
 from gc2ray.core.intervals import MeanInterval
 from gc2ray.core.schema import stats_of
-from gc2ray.estimation.recommendation import (
-    BASELINE,
-    CompressionSetting,
-    Measured,
-    Tuning,
-)
+from gc2ray.estimation.recommendation import Measured, Tuning
 from gc2ray.estimation.retentions import TUNED_RETENTIONS
+from gc2ray.estimation.trials import BASELINE, CompressionSetting
 from gc2ray.models import loading
 from gc2ray.models.families.tiny import TinySpec, build_tiny, untrained
 from gc2ray.models.shape import LLAVA_7B, ModelShape

@@ -100,7 +100,7 @@ def answering_stages(
     """What answers of one length need: tower and projector, prefill, decoding together.
 
     Args:
-        config: Of a LLaVA-NeXT model.
+        config: Config of a LLaVA-NeXT model.
         answers: What was answered; nothing is counted for preprocessing.
         new_tokens: Tokens of each answer.
         itemsize: Bytes of a weight and of a cached number.

@@ -54,10 +54,10 @@ class SimulatedPool:
         behave: Given worker, shard and attempt, says how it goes: `done`, `die`, `hang`, `fail`,
             `refuse`, or `leave`, which is done too.
         in_hand: Rows of a shard that a worker has in hand when it ends; none where nobody can tell.
-        service_seconds: Of a assignment; None is `seconds_per_row` for each of its rows.
+        service_seconds: Seconds of an assignment; None is `seconds_per_row` for each of its rows.
         death_seconds: Into a shard, when it dies.
-        seconds_per_row: Of answering.
-        load_seconds: Of loading, where it goes well.
+        seconds_per_row: Seconds to answer a row.
+        load_seconds: Seconds of loading, where it goes well.
         placed: Workers that find room.
         load_goes: How loading goes: `done`, `die`, `hang`, `slow`.
         bad: Every row fails.
