@@ -11,11 +11,11 @@ KILLS  ?= 21
 # Tests in so many processes, file by file, in the order in which they were collected.
 TESTERS ?= 2
 PARALLEL := --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
-# Processes that train the pocket model together: cores on a CPU, 1 on a GPU.
+# Processes that train the demo model together: cores on a CPU, 1 on a GPU.
 PROCESSES ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-ci chaos soak check format docs bench quality pocket clean
+.PHONY: help setup demo test test-all test-ci chaos soak check format docs bench quality train-demo clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/models/layers
 	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # pip would on one core; some files are for others
 	@touch $@
 
-demo: setup ## Run the whole job with the pocket model on this machine, with right and wrong answers
+demo: setup ## Run the whole job with the demo model on this machine, with right and wrong answers
 	$(PY) -m gc2ray demo
 
 test: setup ## Run the tests
@@ -68,8 +68,8 @@ bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of t
 quality: setup ## Measure accuracy against visual tokens; rewrites docs/quality.*
 	$(PY) -m jobs.quality
 
-pocket: setup ## Train the pocket model again into pocket-training/ (hours on a CPU; may be stopped)
-	$(PY) -m jobs.train_pocket pocket-training --processes $(PROCESSES)
+train-demo: setup ## Train the demo model again into demo-training/ (hours on a CPU; may be stopped)
+	$(PY) -m jobs.train_demo demo-training --processes $(PROCESSES)
 
 clean: ## Remove everything that make made
 	rm -rf $(VENV) demo-output build site *.egg-info gc2ray/models/layers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

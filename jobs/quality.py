@@ -1,4 +1,4 @@
-"""How accuracy falls with visual tokens, on the pocket model: `make quality`.
+"""How accuracy falls with visual tokens, on the demo model: `make quality`.
 
 Answers the test rows with every method at every retention, with controls, and with GlobalCom²
 packed in other ways; chooses the softmax temperature on validation rows first. Writes
@@ -24,7 +24,7 @@ from gc2ray.core.intervals import MeanInterval, difference, interval
 from gc2ray.core.metrics.scores import score
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS
-from gc2ray.demo.rows import PocketRow, Split, pocket_rows
+from gc2ray.demo.rows import DemoRow, Split, demo_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimation.retentions import TUNED_RETENTIONS
 from jobs.quality_curve import page
@@ -62,7 +62,7 @@ SHARE_ROWS = 500
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write what was measured."""
     parser = argparse.ArgumentParser(prog="python -m jobs.quality", description=__doc__)
-    parser.add_argument("--model", default=str(MODEL), help="another pocket model")
+    parser.add_argument("--model", default=str(MODEL), help="another demo model")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--validation-rows", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -156,7 +156,7 @@ def _packing(point: Point) -> tuple[Positions, Newlines]:
 
 
 def _told(
-    rows: Sequence[PocketRow], measured: Iterable[Measured]
+    rows: Sequence[DemoRow], measured: Iterable[Measured]
 ) -> Iterator[tuple[Point, tuple[Measured, np.ndarray]]]:
     """Score what was measured, and print it as it comes."""
     for done in measured:
@@ -167,11 +167,11 @@ def _told(
         yield point, (done, right)
 
 
-def _rows(data: Data) -> list[PocketRow]:
-    return list(pocket_rows(data.split, data.rows, opened_photos()))
+def _rows(data: Data) -> list[DemoRow]:
+    return list(demo_rows(data.split, data.rows, opened_photos()))
 
 
-def _right(rows: Sequence[PocketRow], measured: Measured) -> np.ndarray:
+def _right(rows: Sequence[DemoRow], measured: Measured) -> np.ndarray:
     return score("exact_match", measured.answers, [[row.question.answer] for row in rows])
 
 
@@ -180,7 +180,7 @@ def _plain(found: MeanInterval) -> dict[str, float]:
 
 
 def _differences(
-    rows: Sequence[PocketRow], scores: Mapping[tuple[str, float], np.ndarray]
+    rows: Sequence[DemoRow], scores: Mapping[tuple[str, float], np.ndarray]
 ) -> list[dict[str, Any]]:
     """Differences of `globalcom2` and the others, of foreign scores and `random`, on the same rows.
 
@@ -207,7 +207,7 @@ def _differences(
 
 
 def _topics(
-    rows: Sequence[PocketRow], scores: Mapping[tuple[str, float], np.ndarray]
+    rows: Sequence[DemoRow], scores: Mapping[tuple[str, float], np.ndarray]
 ) -> dict[str, dict[str, float]]:
     topics = np.array([row.question.topic for row in rows])
     shown = {
@@ -230,7 +230,7 @@ def _topics(
 
 
 def _packings(
-    rows: Sequence[PocketRow],
+    rows: Sequence[DemoRow],
     found: Mapping[Point, tuple[Measured, np.ndarray]],
     temperature: float,
 ) -> list[dict[str, Any]]:
@@ -257,7 +257,7 @@ def _packings(
     return lines
 
 
-def _chance(rows: Sequence[PocketRow], topics: np.ndarray) -> dict[str, float]:
+def _chance(rows: Sequence[DemoRow], topics: np.ndarray) -> dict[str, float]:
     """What saying the commonest answer of a topic, always, would get."""
     answers = np.array([row.question.answer for row in rows])
     counts = {t: np.unique(answers[topics == t], return_counts=True)[1].max() for t in TOPICS}

@@ -20,7 +20,7 @@ from PIL import Image
 import gc2ray
 from gc2ray.core.errors import Status
 from gc2ray.core.records import Answer
-from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
+from gc2ray.demo.rows import DemoRow, Split, demo_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.engine.engine import load_engine
 from gc2ray.engine.local_model import Model
@@ -343,7 +343,7 @@ def test_every_function_has_an_example() -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_the_examples_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[PocketRow] = list(pocket_rows(Split.TEST, 6, ()))
+    rows: list[DemoRow] = list(demo_rows(Split.TEST, 6, ()))
     write_rows(tmp_path / "in.parquet", iter(rows))
     (tmp_path / "scene.png").write_bytes(rows[0].image)
     job = make_job(MODEL, "in.parquet", "out", cluster__workers=1).model_dump(mode="json")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from gc2ray.demo.questions import CAPTION
-from gc2ray.demo.rows import Split, pocket_rows
+from gc2ray.demo.rows import Split, demo_rows
 from gc2ray.demo.spec import MODEL
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def run_example(name: str, *words: object, folder: Path) -> str:
 
 
 def test_images_are_answered(tmp_path: Path) -> None:
-    rows = [row for row in pocket_rows(Split.TEST, 21, []) if row.question.text == CAPTION]
+    rows = [row for row in demo_rows(Split.TEST, 21, []) if row.question.text == CAPTION]
     names = [f"{row.id}.jpg" for row in rows]
     for name, row in zip(names, rows, strict=True):
         (tmp_path / name).write_bytes(row.image)

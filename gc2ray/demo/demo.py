@@ -1,7 +1,7 @@
 """The whole job on this machine, with what the package brings: `gc2ray demo`.
 
 Writes a Parquet of scenes with questions whose answers are known (and one deliberately broken
-image), runs `demo.yaml` on it with the pocket model and two workers, compressed and then
+image), runs `demo.yaml` on it with the demo model and two workers, compressed and then
 uncompressed, and shows what came out: accuracy next to tokens, and a sample of the answers.
 
 Backgrounds of the scenes are photographs where the packages of the extra `gc2ray[demo]` are
@@ -27,7 +27,7 @@ from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import MeanInterval, interval
 from gc2ray.core.metrics.scores import score
 from gc2ray.demo.photos import opened_photos
-from gc2ray.demo.rows import PocketRow, Split, pocket_rows, write_rows
+from gc2ray.demo.rows import DemoRow, Split, demo_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.output.compact import read_answers
 from gc2ray.output.planner import Outcome
@@ -96,7 +96,7 @@ def _write_inputs(console: Console, root: Path, job: Job) -> None:
     for line in (
         of,
         f"wrote {rows} questions about as many images to {path}",
-        f"wrote the pocket model to {job.recipe.model.path}",
+        f"wrote the demo model to {job.recipe.model.path}",
         f"wrote the job to {root / JOB_NAME}",
     ):
         console.print(line, markup=False, soft_wrap=True)
@@ -146,9 +146,9 @@ def _clear(root: Path) -> None:
         raise ConfigError(f"--output: {root} cannot be made: {error.strerror}") from error
 
 
-def _rows(backgrounds: Sequence[Image.Image]) -> list[PocketRow]:
+def _rows(backgrounds: Sequence[Image.Image]) -> list[DemoRow]:
     """Held-out scenes, and in the middle one whose image was cut off."""
-    rows = list(pocket_rows(Split.TEST, ROWS, backgrounds))
+    rows = list(demo_rows(Split.TEST, ROWS, backgrounds))
     cut = rows[ROWS // 2]
     broken = replace(cut, id="broken", image=cut.image[: len(cut.image) // 2])
     return [*rows[: ROWS // 2], broken, *rows[ROWS // 2 :]]

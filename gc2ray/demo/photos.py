@@ -56,5 +56,5 @@ def sample_photos() -> list[Photo]:
 
 
 def opened_photos() -> list[Image.Image]:
-    """All of them decoded, RGB; backgrounds for the pocket model's scenes."""
+    """All of them decoded, RGB; backgrounds for the demo model's scenes."""
     return [Image.open(io.BytesIO(photo.data)).convert("RGB") for photo in sample_photos()]

@@ -22,7 +22,7 @@ from PIL import Image
 from gc2ray.demo.drawing import draw
 from gc2ray.demo.questions import TOPICS, Question
 from gc2ray.demo.scenes import Scene, Style, sample_scene
-from gc2ray.demo.spec import GRIDS, pocket_anyres
+from gc2ray.demo.spec import GRIDS, demo_anyres
 
 QUALITY = 92
 ROW_GROUP = 64
@@ -37,7 +37,7 @@ class Split(Enum):
 
 
 @dataclass(frozen=True)
-class PocketRow:
+class DemoRow:
     """A scene, one question about it, and the picture as a JPEG file."""
 
     id: str
@@ -46,9 +46,9 @@ class PocketRow:
     image: bytes
 
 
-def pocket_rows(
+def demo_rows(
     split: Split, count: int, photographs: Sequence[Image.Image], first: int = 0
-) -> Iterator[PocketRow]:
+) -> Iterator[DemoRow]:
     """Rows `first` to `first + count` of a split."""
     topics = tuple(TOPICS)
     for index in range(first, first + count):
@@ -56,19 +56,19 @@ def pocket_rows(
         grid = GRIDS[index // len(topics) % len(GRIDS)]
         scene, question = _asked(rng, topics[index % len(topics)], grid)
         name = f"{split.name.lower()}-{index:06d}"
-        yield PocketRow(name, scene, question, picture(scene, photographs))
+        yield DemoRow(name, scene, question, picture(scene, photographs))
 
 
 def _asked(rng: np.random.Generator, topic: str, grid: tuple[int, int]) -> tuple[Scene, Question]:
     """A scene that allows a question on the topic, and one of those that it allows."""
     style = Style(sign=1.0) if topic == "sign" else Style()
     while True:  # a sign may find no room, and then there is nothing to ask
-        scene = sample_scene(rng, pocket_anyres(), grid, style)
+        scene = sample_scene(rng, demo_anyres(), grid, style)
         if questions := TOPICS[topic](scene):
             return scene, questions[int(rng.integers(len(questions)))]
 
 
-def write_rows(path: Path, rows: Iterator[PocketRow]) -> int:
+def write_rows(path: Path, rows: Iterator[DemoRow]) -> int:
     """Write rows to a Parquet file; returns how many."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema(

@@ -1,4 +1,4 @@
-"""High-resolution scenes with a few small things on a photograph: what the pocket model can see.
+"""High-resolution scenes with a few small things on a photograph: what the demo model can see.
 
 A scene is drawn from a random generator, so a seed names it for ever. One to four coloured digits,
 letters or shapes, and at times a white sign with two digits, lie on a crop of a photograph or a

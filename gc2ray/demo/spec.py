@@ -1,7 +1,7 @@
-"""The pocket model's shape, its tokenizer's words, and where its trained weights lie.
+"""The demo model's shape, its tokenizer's words, and where its trained weights lie.
 
 A stock `LlavaNextForConditionalGeneration`: views of 56 pixels in 8 x 8 patches, the five crop
-grids of LLaVA-NeXT, a CLIP tower whose layer -2 makes the features. `jobs/train_pocket.py` trains
+grids of LLaVA-NeXT, a CLIP tower whose layer -2 makes the features. `jobs/train_demo.py` trains
 it; the card in `model/README.md` says how well it does.
 """
 
@@ -20,7 +20,7 @@ GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """Crop grids (rows, columns) that occur."""
 
 
-def pocket_spec() -> TinySpec:
+def demo_spec() -> TinySpec:
     """The model's sizes: 2.4 million parameters."""
     return TinySpec(
         image_size=56,
@@ -36,9 +36,9 @@ def pocket_spec() -> TinySpec:
     )
 
 
-def pocket_anyres() -> AnyRes:
+def demo_anyres() -> AnyRes:
     """How the model's processor cuts images (CLIP's mean and deviation, bicubic)."""
-    spec = pocket_spec()
+    spec = demo_spec()
     side = spec.image_size
     return AnyRes(
         tile=side,

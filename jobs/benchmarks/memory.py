@@ -1,6 +1,6 @@
 """Host memory of a worker: whether it grows with the rows, and what a huge row group costs.
 
-Each case runs in a process of its own, from Parquet to committed parts, with the pocket model.
+Each case runs in a process of its own, from Parquet to committed parts, with the demo model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gc2ray.core.config.job import Job, parse_job
 from gc2ray.core.shards import cut_shards
 from gc2ray.data.source import Source
 from gc2ray.demo.photos import jpeg, opened_photos
-from gc2ray.demo.rows import Split, pocket_rows, write_rows
+from gc2ray.demo.rows import Split, demo_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.engine.device import peak_host_bytes
 from gc2ray.runner.messages import ShardAssignment
@@ -49,7 +49,7 @@ def _alone(case: Callable[[], Line]) -> Line:
 def _rows() -> Line:
     with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
         root = Path(directory)
-        write_rows(root / "in" / "rows.parquet", pocket_rows(Split.TRAIN, ROWS, opened_photos()))
+        write_rows(root / "in" / "rows.parquet", demo_rows(Split.TRAIN, ROWS, opened_photos()))
         # What writing took would hide what answering takes: the worker is a process of its own.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             loaded, *peaks = pool.submit(_answered, root, SHARD_ROWS).result()

@@ -1,4 +1,4 @@
-"""Whether `gc2ray tune` recommends what is right: samples of the pocket model's rows against many.
+"""Whether `gc2ray tune` recommends what is right: samples of the demo model's rows against many.
 
 Each sample is tuned as a user would have it, for a target accuracy. What is true is measured on
 fresh rows that are in no sample, with every setting. A recommendation is right where its accuracy
@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from gc2ray.core.config.job import Job, parse_job
 from gc2ray.demo.photos import opened_photos
-from gc2ray.demo.rows import Split, pocket_rows, write_rows
+from gc2ray.demo.rows import Split, demo_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimation.hardware import Prices
 from gc2ray.estimation.recommendation import Measured, Target, Tuning
@@ -50,7 +50,7 @@ def run(samples: int = SAMPLES, rows: int = SAMPLE_ROWS, fresh: int = FRESH_ROWS
 def _tuning(folder: Path, photographs: Sequence[Image], first: int, rows: int) -> Tuning:
     """A tuning on rows of the test split from a first one on."""
     path = folder / f"{first}.parquet"
-    write_rows(path, pocket_rows(Split.TEST, rows, photographs, first))
+    write_rows(path, demo_rows(Split.TEST, rows, photographs, first))
     request = TuneRequest(rows, (), (), Target(min_accuracy=TARGET), "reference", Prices(()))
     return tune_run(_job(path), request)
 

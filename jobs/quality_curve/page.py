@@ -51,7 +51,7 @@ def inserted(text: str, document: Mapping[str, Any]) -> str:
 def _heading(document: Mapping[str, Any]) -> str:
     return (
         f"`make quality` on {document['hardware']}, {document['date']}: {document['rows']:,} "
-        "held-out rows of the pocket model, float32, greedy. Exact match with 95% bootstrap "
+        "held-out rows of the demo model, float32, greedy. Exact match with 95% bootstrap "
         "intervals; below it the visual tokens a row that the language model really reads, "
         "newlines included."
     )

@@ -21,7 +21,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.demo.photos import opened_photos
-from gc2ray.demo.rows import PocketRow, Split, pocket_rows
+from gc2ray.demo.rows import DemoRow, Split, demo_rows
 from gc2ray.engine.engine import Engine
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models import loading
@@ -114,7 +114,7 @@ class _Workplace:
         self._data = data
         loaded = load(data.model)
         self._loaded = replace(loaded, adapter=cast(ModelAdapter, RememberedViews(loaded.adapter)))
-        self._rows = list(pocket_rows(data.split, data.rows, opened_photos()))
+        self._rows = list(demo_rows(data.split, data.rows, opened_photos()))
 
     def measure(self, point: Point) -> Measured:
         answers = answer(self._loaded, self._data.model, self._rows, point)
@@ -138,9 +138,7 @@ def load(model: str) -> LoadedModel:
     return loading.load(model, revision=None, dtype="float32", device="cpu")
 
 
-def answer(
-    loaded: LoadedModel, model: str, rows: Sequence[PocketRow], point: Point
-) -> list[Answer]:
+def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Point) -> list[Answer]:
     """Answers in the order of the rows.
 
     Raises:
@@ -177,7 +175,7 @@ def answer(
 
 @torch.inference_mode()
 def shares_far_from_uniform(
-    loaded: LoadedModel, rows: Sequence[PocketRow], retention: float, temperatures: Sequence[float]
+    loaded: LoadedModel, rows: Sequence[DemoRow], retention: float, temperatures: Sequence[float]
 ) -> dict[float, float]:
     """The share, by temperature, of crops whose budget is more than a fifth off the retention.
 

@@ -1,1 +1,1 @@
-"""Training of the pocket model: what it is shown (`lessons`), what it is to say (`dialogues`)."""
+"""Training of the demo model: what it is shown (`lessons`), what it is to say (`dialogues`)."""

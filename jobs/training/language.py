@@ -33,7 +33,7 @@ from gc2ray.compression.selection import everything
 from gc2ray.compression.views import Views
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.scenes import COLOURS, KINDS
-from gc2ray.demo.spec import pocket_spec
+from gc2ray.demo.spec import demo_spec
 from gc2ray.models.families.llava_next import LlavaNext
 from jobs.training.dialogues import PAD, VISUAL, Dialogue, DialogueMaker, attention_mask, padded
 from jobs.training.labels import NOTHING
@@ -220,7 +220,7 @@ def _words(tokenizer: Any, words: Sequence[str]) -> list[int]:
 
 def quarters(source: Tensor) -> Tensor:
     """Chances of top, bottom, left and right, (K, 4): certain in the thumbnail, even in crops."""
-    spec = pocket_spec()
+    spec = demo_spec()
     side = spec.image_size // spec.patch_size
     row, column = source % side**2 // side, source % side
     lower, right = (row >= side // 2).float(), (column >= side // 2).float()

@@ -19,7 +19,7 @@ from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS, Question, quarter
 from gc2ray.demo.rows import Split, picture
 from gc2ray.demo.scenes import Scene, Style, sample_scene
-from gc2ray.demo.spec import GRIDS, pocket_anyres, pocket_spec
+from gc2ray.demo.spec import GRIDS, demo_anyres, demo_spec
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models.image_processor import Tiles
 from jobs.training.labels import ViewLabels, view_labels
@@ -86,7 +86,7 @@ class Lessons(Dataset[Lesson]):
     ) -> None:
         self._split, self._stage = split, stage
         self._places, self._questions = range(share[0], scenes, share[1]), questions
-        self._anyres, self._patch = pocket_anyres(), pocket_spec().patch_size
+        self._anyres, self._patch = demo_anyres(), demo_spec().patch_size
         self._photographs = opened_photos()
 
     def __getitem__(self, batch: int) -> Lesson:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gc2ray.demo.scenes import KINDS
-from gc2ray.demo.spec import pocket_anyres, pocket_spec
+from gc2ray.demo.spec import demo_anyres, demo_spec
 from jobs.training.labels import NOTHING, PATCH_COLOURS, VIEW_LABELS
 from jobs.training.lessons import Lesson
 
@@ -32,7 +32,7 @@ class TowerRun(nn.Module):
         self.tower = tower
         self.mean: Tensor
         self.deviation: Tensor
-        anyres = pocket_anyres()
+        anyres = demo_anyres()
         self.register_buffer("mean", 255 * torch.tensor(anyres.mean).view(3, 1, 1))
         self.register_buffer("deviation", 255 * torch.tensor(anyres.std).view(3, 1, 1))
 
@@ -52,7 +52,7 @@ class TowerHeads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        spec = pocket_spec()
+        spec = demo_spec()
         width, side = spec.vision[0], spec.image_size // spec.patch_size
         self.norm = nn.LayerNorm(width)
         self.sizes = (1 + len(KINDS), 1 + len(PATCH_COLOURS), side, side)

@@ -1,4 +1,4 @@
-"""The shipped pocket model sees: on fixed rows its accuracy is what its card says, within noise.
+"""The shipped demo model sees: on fixed rows its accuracy is what its card says, within noise.
 
 These are the tests that turn red when a compressor, the packing, the scores or the chat template
 break, even where shapes and counts still fit. Floors are a few points below what was measured
@@ -19,8 +19,8 @@ from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.metrics.scores import score
 from gc2ray.data.image_decoding import decode
 from gc2ray.demo.photos import opened_photos
-from gc2ray.demo.rows import PocketRow, Split, pocket_rows
-from gc2ray.demo.spec import GRIDS, MODEL, pocket_anyres, pocket_spec
+from gc2ray.demo.rows import DemoRow, Split, demo_rows
+from gc2ray.demo.spec import GRIDS, MODEL, demo_anyres, demo_spec
 from gc2ray.models.base import LoadedModel, ModelAdapter
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_generate
@@ -55,8 +55,8 @@ def quick() -> LoadedModel:
 
 
 @cache
-def rows() -> tuple[PocketRow, ...]:
-    return tuple(pocket_rows(Split.VALIDATION, ROWS, opened_photos()))
+def rows() -> tuple[DemoRow, ...]:
+    return tuple(demo_rows(Split.VALIDATION, ROWS, opened_photos()))
 
 
 @cache
@@ -74,11 +74,11 @@ def test_it_is_small_and_stock() -> None:
     assert weights.stat().st_size <= 10_000_000
     assert 2e6 <= sum(p.numel() for p in model().model.parameters()) <= 5e6
     assert type(model().model).__module__.startswith("transformers.models.llava_next")
-    assert model().adapter.anyres == pocket_anyres()
+    assert model().adapter.anyres == demo_anyres()
     assert {tuple(p) for p in model().model.config.image_grid_pinpoints} == {
         (rows * 56, columns * 56) for rows, columns in GRIDS
     }
-    assert model().model.config.text_config.num_hidden_layers == pocket_spec().text[1]
+    assert model().model.config.text_config.num_hidden_layers == demo_spec().text[1]
 
 
 @pytest.mark.timeout(300)

@@ -15,7 +15,7 @@ from gc2ray.core.records import ImageRef
 from gc2ray.demo import questions
 from gc2ray.demo.drawing import draw
 from gc2ray.demo.photos import opened_photos
-from gc2ray.demo.rows import Split, pocket_rows, write_rows
+from gc2ray.demo.rows import Split, demo_rows, write_rows
 from gc2ray.demo.scenes import (
     COLOURS,
     KINDS,
@@ -26,7 +26,7 @@ from gc2ray.demo.scenes import (
     Thing,
     sample_scene,
 )
-from gc2ray.demo.spec import GRIDS, pocket_anyres
+from gc2ray.demo.spec import GRIDS, demo_anyres
 from gc2ray.engine.prompt_builder import load_tiles
 
 SCENE = Scene(
@@ -41,7 +41,7 @@ SCENE = Scene(
 def scenes(count: int, style: Style | None = None) -> list[Scene]:
     return [
         sample_scene(
-            np.random.default_rng([9, seed]), pocket_anyres(), GRIDS[seed % 5], style or Style()
+            np.random.default_rng([9, seed]), demo_anyres(), GRIDS[seed % 5], style or Style()
         )
         for seed in range(count)
     ]
@@ -49,11 +49,11 @@ def scenes(count: int, style: Style | None = None) -> list[Scene]:
 
 def test_a_scene_is_cut_into_its_grid() -> None:
     for scene in scenes(100):
-        assert pocket_anyres().grid(scene.size) == scene.grid
+        assert demo_anyres().grid(scene.size) == scene.grid
 
 
 def test_nothing_overlaps_nor_lies_on_a_cut_or_a_middle_line() -> None:
-    anyres = pocket_anyres()
+    anyres = demo_anyres()
     for scene in scenes(200):
         boxes = [thing.box for thing in scene.things]
         if scene.sign is not None:
@@ -148,24 +148,24 @@ def test_yes_and_no_are_true() -> None:
 
 def test_rows_are_the_same_for_ever_and_splits_share_none() -> None:
     photographs = opened_photos()
-    first = list(pocket_rows(Split.TEST, 14, photographs))
-    again = list(pocket_rows(Split.TEST, 4, photographs, first=10))
+    first = list(demo_rows(Split.TEST, 14, photographs))
+    again = list(demo_rows(Split.TEST, 4, photographs, first=10))
     assert first[10:] == again
     assert {row.question.topic for row in first} == set(questions.TOPICS)
     seeds = {
-        split: {row.scene.seed for row in pocket_rows(split, 70, photographs)} for split in Split
+        split: {row.scene.seed for row in demo_rows(split, 70, photographs)} for split in Split
     }
     assert all(len(found) == 70 for found in seeds.values())
     assert not seeds[Split.TEST] & seeds[Split.VALIDATION]
     assert not seeds[Split.TEST] & seeds[Split.TRAIN]
     assert not seeds[Split.TRAIN] & seeds[Split.VALIDATION]
-    grids = {row.scene.grid for row in pocket_rows(Split.TEST, 35, photographs)}
+    grids = {row.scene.grid for row in demo_rows(Split.TEST, 35, photographs)}
     assert grids == set(GRIDS)
 
 
 def test_rows_are_written_as_users_have_theirs(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.parquet"
-    assert write_rows(path, pocket_rows(Split.TEST, 7, [])) == 7
+    assert write_rows(path, demo_rows(Split.TEST, 7, [])) == 7
     table = pq.read_table(path)
     assert table.column_names == ["id", "image", "question", "reference", "topic"]
     row = table.to_pylist()[4]
@@ -177,4 +177,4 @@ def test_rows_are_written_as_users_have_theirs(tmp_path: Path) -> None:
 
 def test_a_grid_that_no_size_is_cut_into_is_an_error() -> None:
     with pytest.raises(ValueError, match="is cut into"):
-        sample_scene(np.random.default_rng(0), pocket_anyres(), (5, 5), Style())
+        sample_scene(np.random.default_rng(0), demo_anyres(), (5, 5), Style())

@@ -16,7 +16,7 @@ from gc2ray.core.format import duration, interval_text, money, short
 from gc2ray.core.intervals import Interval
 from gc2ray.demo.demo import CONFIG
 from gc2ray.demo.photos import opened_photos
-from gc2ray.demo.rows import Split, pocket_rows, write_rows
+from gc2ray.demo.rows import Split, demo_rows, write_rows
 from gc2ray.demo.spec import MODEL
 from gc2ray.estimation.estimate import Assumptions, estimate_profile
 from gc2ray.estimation.hardware import load_hardware
@@ -38,7 +38,7 @@ def mine(folder: Path) -> Path:
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     """The demo's configuration, on fewer of its rows; none of them is broken."""
-    rows = write_rows(tmp_path / "questions.parquet", pocket_rows(Split.TEST, 40, opened_photos()))
+    rows = write_rows(tmp_path / "questions.parquet", demo_rows(Split.TEST, 40, opened_photos()))
     assert rows == 40
     data = yaml.safe_load(CONFIG.read_text())
     data["output"] = str(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Training of the pocket model: labels, loss, and going on after a stop."""
+"""Training of the demo model: labels, loss, and going on after a stop."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import quarter
 from gc2ray.demo.rows import Split, picture
 from gc2ray.demo.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
-from gc2ray.demo.spec import GRIDS, pocket_anyres, pocket_spec
+from gc2ray.demo.spec import GRIDS, demo_anyres, demo_spec
 from gc2ray.engine.decoding.decoder import end_tokens
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import untrained
 from gc2ray.models.hf_reference import stock_inputs
-from jobs.train_pocket import STAGES, main
+from jobs.train_demo import STAGES, main
 from jobs.training.dialogues import attention_mask
 from jobs.training.labels import PATCH_COLOURS, view_labels
 from jobs.training.language import LanguageLearner, quarters
@@ -53,7 +53,7 @@ def test_labels_name_what_patches_show() -> None:
         sign=Sign("12", (168, 0, 196, 14)),
         seed=0,
     )
-    labels = view_labels(scene, pocket_anyres(), PATCH)
+    labels = view_labels(scene, demo_anyres(), PATCH)
     assert named(labels.kinds, 1) == {(2, 1): "7", (3, 1): "7"}
     assert named(labels.kinds, 2) == {(0, 4): "1", (0, 5): "2"}
     # The thumbnail is squeezed to a quarter in width: two digits share a patch, the first has it.
@@ -69,7 +69,7 @@ def test_labels_follow_padding_and_crops() -> None:
     """Drawn as white on black, a thing lights up exactly around the patches that carry its name."""
     from gc2ray.models.image_processor import tile
 
-    anyres = pocket_anyres()
+    anyres = demo_anyres()
     for seed in range(25):
         rng = np.random.default_rng(seed)
         scene = sample_scene(rng, anyres, GRIDS[seed % 5], Style(things=(1.0,), sign=0))
@@ -105,7 +105,7 @@ def stock_cost(loaded: LoadedModel, answer: str, inputs: Any) -> tuple[float, in
 
 @torch.no_grad()
 def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() -> None:
-    model, processor = untrained(pocket_spec())
+    model, processor = untrained(demo_spec())
     model.eval()
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
     lesson = Lessons(Split.VALIDATION, 1, 2, 4)[3]  # whose positions are not squeezed
@@ -115,7 +115,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
     costs = []
     for place, asked in enumerate(lesson.questions):
         rng = np.random.default_rng([Split.VALIDATION.value, 1, 3, place])
-        scene = sample_scene(rng, pocket_anyres(), GRIDS[3], ASKED)
+        scene = sample_scene(rng, demo_anyres(), GRIDS[3], ASKED)
         image = Image.open(io.BytesIO(picture(scene, opened_photos()))).convert("RGB")
         for question in asked:
             text = f"{chat.render(question.text)} {question.answer}</s>"
@@ -129,7 +129,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
 
 @torch.no_grad()
 def test_notes_in_words_stand_where_the_image_stands() -> None:
-    model, processor = untrained(pocket_spec())
+    model, processor = untrained(demo_spec())
     model.eval()
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
     lesson = Lessons(Split.VALIDATION, 1, 2, 3)[3]
@@ -153,7 +153,7 @@ def test_notes_in_words_stand_where_the_image_stands() -> None:
 def test_notes_name_everything_and_every_place_once() -> None:
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        scene = sample_scene(rng, pocket_anyres(), GRIDS[seed % 5], ASKED)
+        scene = sample_scene(rng, demo_anyres(), GRIDS[seed % 5], ASKED)
         notes = noted(scene, rng)
         for thing in scene.things:
             assert notes.count(f"{thing.colour} {thing.kind} {quarter(scene, thing)}") == 1
@@ -176,13 +176,13 @@ def test_visual_tokens_are_drawn_together_unevenly_and_some_images_not_at_all() 
 
 
 def test_the_tower_run_is_the_family_s() -> None:
-    model, processor = untrained(pocket_spec())
+    model, processor = untrained(demo_spec())
     lesson = Lessons(Split.TRAIN, 0, 2, 0)[0]
     with torch.no_grad():
         features, class_token = TowerRun(model.model.vision_tower)(lesson.pixels)
         views = LlavaNext(model, processor).encode(lesson.tiles, [0, 0])
     torch.testing.assert_close(features, torch.cat([view.features for view in views]))
-    assert class_token.shape == (len(lesson.pixels), pocket_spec().vision[0])
+    assert class_token.shape == (len(lesson.pixels), demo_spec().vision[0])
 
 
 def test_places_are_told_by_the_thumbnail_only() -> None:
@@ -195,7 +195,7 @@ def test_places_are_told_by_the_thumbnail_only() -> None:
 @torch.no_grad()
 def test_the_word_loss_falls_where_tokens_are_the_words_that_name_them() -> None:
     """Embeddings of kinds that are what the projector makes of a patch of them."""
-    model, processor = untrained(pocket_spec())
+    model, processor = untrained(demo_spec())
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
     lesson = Lessons(Split.TRAIN, 1, 10, 0)[0]
     before, figures = learner.loss(lesson)

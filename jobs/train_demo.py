@@ -1,4 +1,4 @@
-"""Train the pocket model: `python -m jobs.train_pocket DIRECTORY`.
+"""Train the demo model: `python -m jobs.train_demo DIRECTORY`.
 
 Four stages: the tower alone, on what is in patches and views; the projector, towards the words that
 name what patches show; projector and language model, on questions; then everything, the tower at
@@ -27,7 +27,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from transformers.utils import logging as transformers_logging
 
-from gc2ray.demo.spec import pocket_spec
+from gc2ray.demo.spec import demo_spec
 from gc2ray.models.families.tiny import untrained
 from jobs.quality_curve.points import load
 from jobs.training.language import LanguageLearner
@@ -89,15 +89,13 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, or continue training."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.train_pocket", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m jobs.train_demo", description=__doc__)
     parser.add_argument("directory", type=Path, help="checkpoints, curve and model go here")
     parser.add_argument("--processes", type=int, default=1, help="that share each batch")
     parser.add_argument("--workers", type=int, default=0, help="per process, that draw scenes")
     parser.add_argument("--steps", type=float, default=1.0, help="share of every stage's steps")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
-    parser.add_argument(
-        "--start", type=Path, help="a pocket model to start from, not random weights"
-    )
+    parser.add_argument("--start", type=Path, help="a demo model to start from, not random weights")
     parser.add_argument(
         "--stages", type=lambda text: tuple(text.split(",")), default=tuple(STAGES),
         help="those to run, with commas between, others as they were left; default: all",
@@ -131,7 +129,7 @@ def train(rank: int, settings: Settings) -> None:
             world_size=settings.processes,
         )
     transformers_logging.disable_progress_bar()
-    model, processor = untrained(replace(pocket_spec(), seed=settings.seed))
+    model, processor = untrained(replace(demo_spec(), seed=settings.seed))
     if settings.start is not None:
         model.load_state_dict(load(str(settings.start)).model.state_dict())
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,7 +160,7 @@ def _run(trainer: Trainer, stage: Stage, learner: Learner) -> None:
 
 def export(directory: Path, model: Any, processor: Any) -> None:
     """Write model and processor as transformers loads them, weights in half precision."""
-    half, _ = untrained(pocket_spec())
+    half, _ = untrained(demo_spec())
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(directory)
     processor.save_pretrained(directory)
