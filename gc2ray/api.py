@@ -401,9 +401,9 @@ def evaluate(
         >>> evaluation.runs[0].scores["all"]["exact_match"].rows
         6
     """
-    from gc2ray.reporting.evaluation import Question, evaluate_runs
+    from gc2ray.reporting.evaluation import EvaluateRequest, evaluate_runs
 
-    return evaluate_runs(outputs, Question(reference, tuple(metrics), by, lists))
+    return evaluate_runs(outputs, EvaluateRequest(reference, tuple(metrics), by, lists))
 
 
 def terminal() -> Terminal:

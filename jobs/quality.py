@@ -108,7 +108,7 @@ def choose_temperature(data: Data, processes: int) -> tuple[float, list[dict[str
 def measure(data: Data, temperature: float, processes: int) -> dict[str, Any]:
     """Every method at every retention, controls, and policies of packing, on the rows of `data`."""
     rows = _rows(data)
-    found = dict(_told(rows, measure_all(data, _points(temperature), processes)))
+    found = dict(_scored(rows, measure_all(data, _points(temperature), processes)))
     scores: dict[tuple[str, float], np.ndarray] = {}
     measured = []
     for point, (done, right) in found.items():
@@ -138,7 +138,7 @@ def measure_packings(data: Data, processes: int) -> list[dict[str, Any]]:
         for r in PACKED
         for packing in (PAPERS_PACKING, *PACKINGS)
     ]
-    return _packings(rows, dict(_told(rows, measure_all(data, points, processes))), TEMPERATURE)
+    return _packings(rows, dict(_scored(rows, measure_all(data, points, processes))), TEMPERATURE)
 
 
 def _points(temperature: float) -> list[Point]:
@@ -155,15 +155,15 @@ def _packing(point: Point) -> tuple[Positions, Newlines]:
     return point.positions, point.newlines
 
 
-def _told(
+def _scored(
     rows: Sequence[DemoRow], measured: Iterable[Measured]
 ) -> Iterator[tuple[Point, tuple[Measured, np.ndarray]]]:
     """Score what was measured, and print it as it comes."""
     for done in measured:
         right, point = _right(rows, done), done.point
         packing = "" if _packing(point) == PAPERS_PACKING else f", {' and '.join(_packing(point))}"
-        told = f"{interval(right)}, {done.tokens:.0f} tokens"
-        print(f"{point.method} at {point.retention:g}{packing}: {told}", flush=True)
+        summary = f"{interval(right)}, {done.tokens:.0f} tokens"
+        print(f"{point.method} at {point.retention:g}{packing}: {summary}", flush=True)
         yield point, (done, right)
 
 

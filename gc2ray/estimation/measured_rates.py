@@ -57,15 +57,15 @@ class MeasuredRates:
         Raises:
             ConfigError: Nothing was answered, or on devices of several kinds.
         """
-        entry = totals.rounds[0]
-        parts, usage, stats = entry.groups, entry.usage, entry.stats
-        devices = sorted({worker.device for worker in entry.workers})
+        round_totals = totals.rounds[0]
+        parts, usage, stats = round_totals.groups, round_totals.usage, round_totals.stats
+        devices = sorted({worker.device for worker in round_totals.workers})
         answered = stats.by_status.get("ok", 0)
         if not answered or not stats.flops:
             raise ConfigError(f"{totals.output}: there are no answers to measure rates from")
         if len(devices) != 1:
             raise ConfigError(f"{totals.output}: {_device_problem(devices)}")
-        (device,), workers = devices, len(entry.workers)
+        (device,), workers = devices, len(round_totals.workers)
         busy, once = busy_seconds(stats.stage_ns), 1 - audit_share(stats)
         useful = usage.seconds_for(UsageKind.USEFUL) or sum(busy.values()) / once
         answering = useful * once
@@ -76,7 +76,7 @@ class MeasuredRates:
             for stage in SCALED_BY_FLOPS
             if stats.flops.get(stage)
         }
-        wall = sum((d.last_seen - d.started).total_seconds() for d in entry.drivers)
+        wall = sum((d.last_seen - d.started).total_seconds() for d in round_totals.drivers)
         is_known = bool(workers and usage.total_seconds)
         return MeasuredRates(
             device=device,

@@ -98,8 +98,8 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class TuneQuestion:
-    """The question that trials are judged by.
+class Criteria:
+    """The criteria that trials are judged by.
 
     Attributes:
         target: What a setting has to meet.
@@ -116,20 +116,20 @@ class TuneQuestion:
     total_rows: int = 0
 
 
-def judge(trials: Trials, question: TuneQuestion) -> Tuning:
+def judge(trials: Trials, criteria: Criteria) -> Tuning:
     """Judge trials by a target.
 
     Raises:
         ConfigError: No answer can be compared.
     """
-    measured = tuple(_measured(trials, place, question) for place in range(len(trials.settings)))
+    measured = tuple(_measured(trials, index, criteria) for index in range(len(trials.settings)))
     measured = tuple(_on_front(item, measured) for item in measured)
-    recommended, verdict = _recommended(measured, question)
+    recommended, verdict = _recommended(measured, criteria)
     return Tuning(measured, recommended, verdict)
 
 
-def _measured(trials: Trials, place: int, question: TuneQuestion) -> Measured:
-    setting = trials.settings[place]
+def _measured(trials: Trials, index: int, criteria: Criteria) -> Measured:
+    setting = trials.settings[index]
     ours, theirs = trials.answers[setting.name], trials.answers[BASELINE.name]
     keys = [key for key, answer in theirs.items() if answer.status == Status.OK]
     if not keys:
@@ -140,23 +140,23 @@ def _measured(trials: Trials, place: int, question: TuneQuestion) -> Measured:
         for key, text in zip(keys, texts, strict=True)
     ]
     agreement, accuracy = interval(np.array(same)), None
-    references = map(question.references.get, keys)
+    references = map(criteria.references.get, keys)
     scored = [(text, right) for text, right in zip(texts, references, strict=True) if right]
     if scored:
-        values = score(question.metric, [t for t, _ in scored], [r for _, r in scored])
+        values = score(criteria.metric, [t for t, _ in scored], [r for _, r in scored])
         accuracy = None if np.isnan(values).all() else interval(values)
-    seconds = float(trials.seconds[:, place].sum() / trials.rows.sum())
-    price, kept = question.usd_per_hour, [ours[key].visual_tokens_kept or 0 for key in keys]
-    usd = None if price is None else seconds * question.total_rows / SECONDS_PER_HOUR * price
+    seconds = float(trials.seconds[:, index].sum() / trials.rows.sum())
+    price, kept = criteria.usd_per_hour, [ours[key].visual_tokens_kept or 0 for key in keys]
+    usd = None if price is None else seconds * criteria.total_rows / SECONDS_PER_HOUR * price
     return Measured(
         setting=setting,
         seconds_per_row=seconds,
-        speed_up=ratio(trials.seconds[:, 0], trials.seconds[:, place]),
+        speed_up=ratio(trials.seconds[:, 0], trials.seconds[:, index]),
         visual_tokens=float(np.mean(kept)),
         agreement=agreement,
         accuracy=accuracy,
         usd=usd,
-        meets=_meets(question.target, agreement, accuracy, usd),
+        meets=_meets(criteria.target, agreement, accuracy, usd),
     )
 
 
@@ -193,7 +193,7 @@ def _on_front(item: Measured, others: Sequence[Measured]) -> Measured:
 
 
 def _recommended(
-    measured: Sequence[Measured], question: TuneQuestion
+    measured: Sequence[Measured], criteria: Criteria
 ) -> tuple[CompressionSetting | None, str]:
     good = [item for item in measured if item.meets]
     if not good:
@@ -202,7 +202,7 @@ def _recommended(
             "No setting meets the target with 90 % confidence, uncompressed or not; the best is "
             f"{best.setting.name} with {best.quality}. Try a larger sample (--rows)."
         )
-    if question.target.budget_usd is not None:
+    if criteria.target.budget_usd is not None:
         chosen = max(good, key=lambda item: (item.quality.mean, -item.seconds_per_row))
     else:
         chosen = min(good, key=lambda item: item.seconds_per_row)

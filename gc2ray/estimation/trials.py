@@ -13,12 +13,12 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.errors import ConfigError
+from gc2ray.core.metrics.scores import reference_texts
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
 from gc2ray.engine.answering import Answering
 
@@ -128,14 +128,8 @@ def _answered(
 
 def references_of(requests: Sequence[Request], column: str) -> dict[str, list[str]]:
     """Reference answers by row key, from a column that the recipe keeps: a text or a list."""
-
-    def texts(value: Any) -> list[str]:
-        plain = value.as_py() if hasattr(value, "as_py") else value
-        values = plain if isinstance(plain, list) else [plain]
-        return [str(item) for item in values if item is not None]
-
     return {
-        request.row_key: texts(request.carried[column])
+        request.row_key: reference_texts(request.carried[column])
         for request in requests
         if column in request.carried
     }

@@ -12,7 +12,7 @@ from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.sample import sample_requests
 from gc2ray.estimation.hardware import Prices
 from gc2ray.estimation.input_profile import sample_spans
-from gc2ray.estimation.recommendation import Target, TuneQuestion, Tuning, judge
+from gc2ray.estimation.recommendation import Criteria, Target, Tuning, judge
 from gc2ray.estimation.retentions import DEFAULT_METHOD, TUNED_RETENTIONS
 from gc2ray.estimation.trials import CompressionSetting, measure, references_of
 
@@ -102,5 +102,5 @@ def tune_run(job: Job, request: TuneRequest) -> Tuning:
     )
     trials = measure(engine, sample, settings)
     references = references_of(sample, request.reference) if request.reference else {}
-    question = TuneQuestion(target, references, usd_per_hour=price, total_rows=total_rows)
-    return replace(judge(trials, question), no_cost=request.prices.missing([device]))
+    criteria = Criteria(target, references, usd_per_hour=price, total_rows=total_rows)
+    return replace(judge(trials, criteria), no_cost=request.prices.missing([device]))

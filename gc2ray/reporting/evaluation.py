@@ -21,7 +21,7 @@ from gc2ray.core.choices import ReferenceLists
 from gc2ray.core.config.yaml_models import unknown_key
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import MeanInterval, interval
-from gc2ray.core.metrics.scores import METRICS, exact_match, score
+from gc2ray.core.metrics.scores import METRICS, exact_match, reference_texts, score
 from gc2ray.output.compact import read_answers
 
 ALL = "all"
@@ -86,18 +86,18 @@ def evaluate(
     labels = np.array(list(groups) or [ALL] * len(answers))
     if len(labels) != len(answers):
         raise ValueError(f"{len(answers)} rows have {len(labels)} groups")
-    found: dict[str, dict[str, MeanInterval]] = {}
+    scores: dict[str, dict[str, MeanInterval]] = {}
     for metric in metrics:
         values = score(metric, answers, references)
         parts = {ALL: values} | {str(name): values[labels == name] for name in np.unique(labels)}
         for name, part in parts.items():
             if not np.isnan(part).all():
-                found.setdefault(name, {})[metric] = interval(part)
-    return found
+                scores.setdefault(name, {})[metric] = interval(part)
+    return scores
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluateRequest:
     """What is evaluated.
 
     Attributes:
@@ -204,20 +204,20 @@ class _Run:
     tokens: list[int]
 
 
-def evaluate_runs(outputs: Sequence[str], question: Question) -> Evaluation:
+def evaluate_runs(outputs: Sequence[str], request: EvaluateRequest) -> Evaluation:
     """Score the latest answers of runs.
 
     Args:
         outputs: Directories or URLs of the runs.
-        question: What they are scored against, and how.
+        request: What they are scored against, and how.
 
     Raises:
         ConfigError: There is no run, no such column or metric, an answer has no reference, or
             `lists` is needed and not given.
         OSError: A storage does not answer.
     """
-    metrics = question.checked_metrics()
-    runs = [_read(output, question) for output in outputs]
+    metrics = request.checked_metrics()
+    runs = [_read(output, request) for output in outputs]
     return Evaluation(
         metrics=metrics,
         runs=tuple(_scored(run, metrics) for run in runs),
@@ -225,8 +225,8 @@ def evaluate_runs(outputs: Sequence[str], question: Question) -> Evaluation:
     )
 
 
-def _read(output: str, question: Question) -> _Run:
-    reference, group = question.reference, question.by
+def _read(output: str, request: EvaluateRequest) -> _Run:
+    reference, group = request.reference, request.by
     columns = ["row_key", "prompt_index", "status", "answer", "visual_tokens_kept"]
     columns += ["newline_tokens", reference, *([group] if group else [])]
     table = read_answers(output, list(dict.fromkeys(columns))).to_pydict()
@@ -241,15 +241,15 @@ def _read(output: str, question: Question) -> _Run:
         output=output,
         keys=table["row_key"],
         answers=answers,
-        references=_references(output, table, question),
+        references=_references(output, table, request),
         groups=[str(name) for name in table[group]] if group else [],
         tokens=[kept + newlines for kept, newlines in counts if kept is not None],
     )
 
 
-def _references(output: str, table: Mapping[str, Any], question: Question) -> list[list[str]]:
+def _references(output: str, table: Mapping[str, Any], request: EvaluateRequest) -> list[list[str]]:
     """The right answers of each answer row; at least one."""
-    reference, lists = question.reference, question.lists
+    reference, lists = request.reference, request.lists
     prompts, values = table["prompt_index"], table[reference]
     if lists is None and any(prompts) and any(isinstance(value, list) for value in values):
         raise ConfigError(
@@ -259,7 +259,7 @@ def _references(output: str, table: Mapping[str, Any], question: Question) -> li
         )
     if lists == ReferenceLists.EACH:
         values = [_entry(value, prompt) for value, prompt in zip(values, prompts, strict=True)]
-    references = [_as_list(value) for value in values]
+    references = [reference_texts(value) for value in values]
     if not all(references):
         key = table["row_key"][[bool(item) for item in references].index(False)]
         raise ConfigError(f"{output}: row {key} has no reference in column {reference!r}")
@@ -269,11 +269,6 @@ def _references(output: str, table: Mapping[str, Any], question: Question) -> li
 def _entry(value: Any, prompt: int) -> Any:
     """The entry of a prompt; nothing where the list has none."""
     return value[prompt] if isinstance(value, list) and prompt < len(value) else None
-
-
-def _as_list(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [str(item) for item in values if item is not None]
 
 
 def _scored(run: _Run, metrics: Sequence[str]) -> RunScores:
@@ -292,8 +287,8 @@ def _compared(first: _Run, second: _Run, metrics: Sequence[str]) -> Comparison:
     Raises:
         ConfigError: There are none.
     """
-    places = {key: place for place, key in enumerate(second.keys)}
-    pairs = [(here, places[key]) for here, key in enumerate(first.keys) if key in places]
+    indices = {key: index for index, key in enumerate(second.keys)}
+    pairs = [(here, indices[key]) for here, key in enumerate(first.keys) if key in indices]
     if not pairs:
         raise ConfigError(f"{first.output} and {second.output} have no answer in common")
     references = [first.references[here] for here, _ in pairs]

@@ -138,9 +138,9 @@ def _budgets(axes: Axes, token_map: TokenMap) -> str:
     )
     axes.set_box_aspect(_height(token_map, SINGLE_INCHES) / SINGLE_INCHES)
     middle = (max(shares) if shares else 0) / 2
-    for place, share in enumerate(shares):
-        row, column = divmod(place, token_map.canvas.grid[1])
-        text = f"crop {place + 1}\n{kept[place + 1]} of {full[place]}\n{share:.1%}"
+    for index, share in enumerate(shares):
+        row, column = divmod(index, token_map.canvas.grid[1])
+        text = f"crop {index + 1}\n{kept[index + 1]} of {full[index]}\n{share:.1%}"
         colour = "white" if share < middle else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour)
     return f"tokens kept in each crop; in the thumbnail {kept[0]} of {thumbnail}"

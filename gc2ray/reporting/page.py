@@ -274,8 +274,8 @@ def _cost_notes(summary: Summary) -> Iterator[Line]:
 
 def _charts(summary: Summary) -> Iterator[Chart]:
     views = {
-        "thumbnail" if place == 0 else f"crop {place}": change
-        for place, change in enumerate(summary.views)
+        "thumbnail" if index == 0 else f"crop {index}": change
+        for index, change in enumerate(summary.views)
     }
     if views:
         title = "Visual tokens by view"
@@ -305,9 +305,9 @@ def _charts(summary: Summary) -> Iterator[Chart]:
 
 def _compared(runs: Sequence[RunView]) -> Table:
     rows: dict[str, list[str]] = {}
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         for name, value in _comparable(run.summary).items():
-            rows.setdefault(name, [""] * len(runs))[place] = value
+            rows.setdefault(name, [""] * len(runs))[index] = value
     cells = [[name, *values] for name, values in rows.items()]
     return Table("Side by side", ["", *(run.name for run in runs)], cells)
 

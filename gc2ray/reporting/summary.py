@@ -160,8 +160,8 @@ class Summary:
     def views(self) -> tuple[BeforeAfter, ...]:
         """Visual tokens by view: the thumbnail, then crops by their place."""
         full, kept = self.stats.view_tokens_full, self.stats.view_tokens_kept
-        places = sorted(map(int, full))
-        return tuple(BeforeAfter(full[str(place)], kept.get(str(place), 0)) for place in places)
+        indices = sorted(map(int, full))
+        return tuple(BeforeAfter(full[str(index)], kept.get(str(index), 0)) for index in indices)
 
     @property
     def retention(self) -> tuple[int, ...]:
@@ -220,7 +220,7 @@ class Summary:
         """Rows with the most busy time, as (seconds, row key)."""
         return tuple((ns / 1e9, key) for ns, key in self.stats.slowest)
 
-    def telling_rows(self, count: int) -> list[str]:
+    def rows_to_show(self, count: int) -> list[str]:
         """Keys of so many answered rows, those that differ most from uncompressed first."""
         least = [key for _, key in self.audit.least_similar] if self.audit is not None else []
         large = [key for kv_bytes, key in self.stats.largest if kv_bytes]
@@ -261,7 +261,7 @@ def summarise(totals: RunTotals, prices: Prices) -> Summary:
         prices: Prices of device time.
     """
     first, recipe, stats = totals.rounds[0], totals.run.recipe, totals.stats
-    drivers = [driver for entry in totals.rounds for driver in entry.drivers]
+    drivers = [driver for round_totals in totals.rounds for driver in round_totals.drivers]
     return Summary(
         output=totals.output,
         fingerprint=recipe.fingerprint(),
@@ -271,19 +271,25 @@ def summarise(totals: RunTotals, prices: Prices) -> Summary:
         versions=first.run.versions,
         started=min((driver.started for driver in drivers), default=None),
         ended=max((driver.last_seen for driver in drivers), default=None),
-        rounds=tuple(_round_summary(entry) for entry in totals.rounds),
+        rounds=tuple(_round_summary(round_totals) for round_totals in totals.rounds),
         stats=stats,
         throughput=_throughput(first),
         costs=Costs.from_totals(totals, prices),
         audit=_audit(stats),
-        dead_letters=tuple(letter for entry in totals.rounds for letter in entry.dead_letters),
-        dead_letter_count=sum(entry.dead_letter_count for entry in totals.rounds),
+        dead_letters=tuple(
+            letter for round_totals in totals.rounds for letter in round_totals.dead_letters
+        ),
+        dead_letter_count=sum(round_totals.dead_letter_count for round_totals in totals.rounds),
     )
 
 
-def _round_summary(entry: RoundTotals) -> RoundSummary:
+def _round_summary(round_totals: RoundTotals) -> RoundSummary:
     return RoundSummary(
-        entry.number, entry.run.rows, entry.rows, entry.parts, dict(entry.stats.by_status)
+        round_totals.number,
+        round_totals.run.rows,
+        round_totals.rows,
+        round_totals.parts,
+        dict(round_totals.stats.by_status),
     )
 
 
@@ -308,13 +314,13 @@ def _audit(stats: RunStats) -> AuditSummary | None:
     )
 
 
-def _throughput(entry: RoundTotals) -> tuple[tuple[datetime, float, float], ...]:
-    width = entry.timeline.width_seconds
+def _throughput(round_totals: RoundTotals) -> tuple[tuple[datetime, float, float], ...]:
+    width = round_totals.timeline.width_seconds
     return tuple(
         (
             when,
             moment.answers / width,
             moment.input_starved_ns / max(1, moment.input_starved_ns + moment.busy_ns),
         )
-        for when, moment in entry.timeline.moments()
+        for when, moment in round_totals.timeline.moments()
     )

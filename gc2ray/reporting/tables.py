@@ -133,7 +133,7 @@ def _token_table(summary: Summary) -> Table:
         _change_row("visual tokens", summary.visual),
         *([_change_row("of the thumbnails", thumbnail)] if thumbnail.full else []),
         *([_change_row("of the crops", all_crops)] if all_crops.full else []),
-        *(_change_row(f"of crop {place}", crop) for place, crop in enumerate(crops, 1)),
+        *(_change_row(f"of crop {index}", crop) for index, crop in enumerate(crops, 1)),
         _change_row("newline tokens", summary.newlines),
         ["text tokens", short(text), short(text), ""],
         ["output tokens", short(stats.output_tokens), short(stats.output_tokens), ""],

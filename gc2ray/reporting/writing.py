@@ -67,8 +67,8 @@ def write_report(
     """
     totals = [read_totals(output, progress) for output in outputs]
     summaries = [summarise(each, request.prices) for each in totals]
-    pictures = {summary.output: _pictures(summary, request) for summary in summaries}
-    written = report(summaries, pictures)
+    row_images = {summary.output: _row_images(summary, request) for summary in summaries}
+    written = report(summaries, row_images)
     store = Store(request.place)
     for form, text in zip(FORMS, (written.html, written.markdown, written.json), strict=True):
         store.replace(f"report.{form}", text.encode())
@@ -81,9 +81,9 @@ def write_report(
     return WrittenReport(store.uri, files, tuple(cards[True]), tuple(cards[False]))
 
 
-def _pictures(summary: Summary, request: ReportRequest) -> list[RowImages]:
+def _row_images(summary: Summary, request: ReportRequest) -> list[RowImages]:
     """Drawings of an output's rows; the model is loaded only where there are any."""
-    keys = list(dict.fromkeys([*request.rows, *summary.telling_rows(request.show)]))
+    keys = list(dict.fromkeys([*request.rows, *summary.rows_to_show(request.show)]))
     if not keys:
         return []
     from gc2ray.reporting.show import map_tokens

@@ -24,7 +24,7 @@ from jobs.benchmarks.support.timing import Work, in_turn, time_ratios
 TURNS, CALL_FLOPS = 15, 2e9
 VIEW_TOKENS, VIEWS = 577, 8
 LAYERS = 8
-"""Of the arena that prompts and rows are in: as many as drive its keys out of the caches."""
+"""Layers of the KV cache: enough to drive a layer's keys out of the processor's caches."""
 CLOSE = 1e-5
 
 

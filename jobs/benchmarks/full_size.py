@@ -149,8 +149,9 @@ def _figures(
     text = TextModel.from_config(loaded.model.config.text_config)
     stages = answering_stages(loaded.model.config, answers, NEW_TOKENS, loaded.model.dtype.itemsize)
     ideal = ideal_seconds(stages, rates.flops, rates.bytes_read)
-    room = derive_batch_sizes(Cluster(), loaded.adapter.needs(), memory(device)).kv_tokens
-    arena = room * loaded.adapter.kv_bytes_per_token  # takes what there is, whatever is in use
+    kv_tokens = derive_batch_sizes(Cluster(), loaded.adapter.needs(), memory(device)).kv_tokens
+    # The cache takes what there is, whatever is in use.
+    kv_cache_bytes = kv_tokens * loaded.adapter.kv_bytes_per_token
     spent = {stage: sum(a.stage_ns[stage] for a in answers) for stage in STAGES}
     return {
         "visual_tokens": kept,
@@ -158,7 +159,7 @@ def _figures(
         "kv_mb": kept * loaded.adapter.kv_bytes_per_token / 1e6,
         "prefill_ms": prefill_ms,
         "samples_per_s": len(answers) / seconds,
-        "weights_and_work_gb": max(0, engine.totals().peak_device_bytes - arena) / 1e9,
+        "weights_and_work_gb": max(0, engine.totals().peak_device_bytes - kv_cache_bytes) / 1e9,
         "share_of_roofline": ideal / seconds,
         **{f"share_{stage}": taken / sum(spent.values()) for stage, taken in spent.items()},
     }

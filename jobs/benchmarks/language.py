@@ -55,7 +55,7 @@ MODES: dict[str, Answering] = {
     **{batches.name: batches.answer for batches in BATCHES},
 }
 """Batch sizes of stock `generate`."""
-ROOM = DecodeLimits(kv_tokens=16_384, prefill_tokens=2048)
+LIMITS = DecodeLimits(kv_tokens=16_384, prefill_tokens=2048)
 TURNS, TRIAL = 3, 3
 """Turns of all requests; of how many requests one is tried to choose what runs in turn."""
 SAME = 0.95
@@ -110,7 +110,7 @@ class _Ours:
 
     @staticmethod
     def over(model: Any) -> _Ours:
-        return _Ours(model, ContinuousBatchDecoder(LanguageModel(model), ROOM, eos=()))
+        return _Ours(model, ContinuousBatchDecoder(LanguageModel(model), LIMITS, eos=()))
 
     @torch.inference_mode()
     def answer(self, requests: Sequence[RaggedRequest]) -> Tokens:
@@ -151,7 +151,7 @@ def measure(
     trials = _trials(model, packed, requests[::TRIAL])
     best, equal = (min(trial, key=lambda mode: trial[mode].cpu[0]) for trial in trials)
     stock, rival = f"stock, {best}", f"stock with packed layers, {equal}"
-    name = f"ours, {ROOM.kv_tokens} KV tokens, {ROOM.prefill_tokens} prompt tokens a step"
+    name = f"ours, {LIMITS.kv_tokens} KV tokens, {LIMITS.prefill_tokens} prompt tokens a step"
     works = {
         f"stock, {ONE_BY_ONE}": _Recorded(partial(one_by_one, model, requests)),
         stock: _Recorded(partial(MODES[best], model, requests)),
@@ -275,8 +275,8 @@ class _Scale:
 def _continuous_line(
     model: Any, requests: Sequence[RaggedRequest], wanted: Tokens, scale: _Scale
 ) -> Line:
-    found, times = continuous(model, requests, ROOM.kv_tokens)
-    limits = f"{ROOM.kv_tokens} KV tokens, {BATCH_TOKENS} tokens a step, 1 run"
+    found, times = continuous(model, requests, LIMITS.kv_tokens)
+    limits = f"{LIMITS.kv_tokens} KV tokens, {BATCH_TOKENS} tokens a step, 1 run"
     name = f"transformers continuous batching ({limits})"
     tell(name, times.wall[0])
     same = _same(name, found, wanted)

@@ -95,8 +95,8 @@ def run(parts: int = PARTS, runs: int = RUNS) -> list[Line]:
         outcome = run_job(job, make_worker=_worker)
         if outcome.exit_code:
             raise RuntimeError(f"{outcome.rows} rows are committed: {outcome.dead}")
-        told = [_reported(job.output) for _ in range(runs)]
-    seconds, peak = median(seconds for seconds, _ in told), max(peak for _, peak in told)
+        reported = [_reported(job.output) for _ in range(runs)]
+    seconds, peak = median(seconds for seconds, _ in reported), max(peak for _, peak in reported)
     met = seconds <= SECONDS_GOAL and peak <= BYTES_GOAL
     return [
         Line(
@@ -155,5 +155,5 @@ def _reported(output: str) -> tuple[float, float]:
     """Seconds and peak bytes of the process."""
     command = [sys.executable, "-c", COMMAND, "report", output]
     started = time.perf_counter()
-    told = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 -- ours
-    return time.perf_counter() - started, float(told.stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 -- ours
+    return time.perf_counter() - started, float(done.stdout.splitlines()[-1])

@@ -71,7 +71,7 @@ def _boxes_in_views(scene: Scene, anyres: AnyRes, boxes: Sequence[Box]) -> list[
     """The boxes in the pixels of each view, thumbnail first; (K, 4) each."""
     at = np.array(boxes, dtype=float).reshape(-1, 4)
     height, width = scene.size
-    stretch = np.array([anyres.tile / width, anyres.tile / height] * 2)
+    thumbnail_scale = np.array([anyres.tile / width, anyres.tile / height] * 2)
     canvas = anyres.canvas_size(scene.size)
     fitted = fitted_size(scene.size, canvas)
     scale = np.array([fitted[1] / width, fitted[0] / height] * 2)
@@ -83,7 +83,7 @@ def _boxes_in_views(scene: Scene, anyres: AnyRes, boxes: Sequence[Box]) -> list[
         for row in range(rows)
         for column in range(columns)
     ]
-    return [at * stretch, *crops]
+    return [at * thumbnail_scale, *crops]
 
 
 def _overlap(low: np.ndarray, high: np.ndarray, edges: np.ndarray, patch: int) -> np.ndarray:

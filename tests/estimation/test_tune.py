@@ -22,7 +22,7 @@ from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.core.intervals import MeanInterval
 from gc2ray.core.records import UNCOMPRESSED, Answer, Request
 from gc2ray.estimation.hardware import Prices
-from gc2ray.estimation.recommendation import Measured, Target, TuneQuestion, Tuning, judge, lower
+from gc2ray.estimation.recommendation import Criteria, Measured, Target, Tuning, judge, lower
 from gc2ray.estimation.trials import BASELINE, CompressionSetting, Trials, measure, references_of
 from gc2ray.estimation.tune import TuneRequest, compared_settings
 from gc2ray.reporting.terminal_tables import print_tuning
@@ -69,13 +69,13 @@ def rows(count: int = 80) -> list[Request]:
     return [replace(alike, row=n, row_key=f"a#{n}") for n in range(count)]
 
 
-def tuning(engine: Known, question: TuneQuestion, count: int = 80) -> Tuning:
+def tuning(engine: Known, question: Criteria, count: int = 80) -> Tuning:
     trials = measure(engine, rows(count), [HALF, TENTH], clock=lambda: engine.now)
     return judge(trials, question)
 
 
-def agreement(share: float) -> TuneQuestion:
-    return TuneQuestion(Target(min_agreement=share), {})
+def agreement(share: float) -> Criteria:
+    return Criteria(Target(min_agreement=share), {})
 
 
 SPEEDS = {BASELINE: 1.0, HALF: 0.5, TENTH: 0.2}
@@ -130,7 +130,7 @@ def test_compression_that_does_not_pay_is_not_sold() -> None:
 def test_a_target_that_nothing_meets_is_told() -> None:
     engine = Known(SPEEDS, {BASELINE: 0.6, HALF: 0.5, TENTH: 0.4})
     references = {row.row_key: [RIGHT] for row in rows()}
-    question = TuneQuestion(Target(min_accuracy=0.9), references)
+    question = Criteria(Target(min_accuracy=0.9), references)
     found = tuning(engine, question)
     assert found.recommended is None
     assert "No setting meets the target with 90 % confidence" in found.verdict
@@ -140,7 +140,7 @@ def test_a_target_that_nothing_meets_is_told() -> None:
 def test_accuracy_is_against_references_and_failures_count() -> None:
     engine = Known(SPEEDS, {BASELINE: 0.97, HALF: 0.96, TENTH: 0.6})
     references = {row.row_key: [RIGHT, "also right"] for row in rows(400)}
-    found = tuning(engine, TuneQuestion(Target(min_accuracy=0.9), references), 400)
+    found = tuning(engine, Criteria(Target(min_accuracy=0.9), references), 400)
     assert found.recommended == HALF
     whole, half, tenth = (item.accuracy for item in found.measured)
     assert whole is not None
@@ -157,7 +157,7 @@ def test_a_budget_buys_the_best_quality() -> None:
         (25.0, TENTH),
         (1.0, None),
     ):
-        question = TuneQuestion(
+        question = Criteria(
             Target(budget_usd=budget), {}, usd_per_hour=3.6, total_rows=100_000
         )  # 100, 50 and 20 dollars
         assert tuning(engine, question).recommended == expected
@@ -188,7 +188,7 @@ def test_recommendations_keep_their_promise_nine_times_in_ten() -> None:
     for seed in range(trials):
         engine = Known(SPEEDS, accuracy, seed=seed)
         references = {row.row_key: [RIGHT] for row in rows(400)}
-        found = tuning(engine, TuneQuestion(Target(min_accuracy=0.9), references), 400)
+        found = tuning(engine, Criteria(Target(min_accuracy=0.9), references), 400)
         chosen = found.recommended
         met += chosen is not None and accuracy[chosen] >= 0.9
         cheap += chosen is not None and SPEEDS[chosen] <= 1.25 * SPEEDS[HALF]

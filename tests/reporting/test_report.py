@@ -397,13 +397,13 @@ def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:
 def test_rows_that_tell_most_are_those_that_differ_then_the_largest(tmp_path: Path) -> None:
     summary, _ = told(a_run(tmp_path))
     largest = [key for _, key in summary.stats.largest]
-    assert summary.telling_rows(2) == largest[:2]
+    assert summary.rows_to_show(2) == largest[:2]
     last = summary.stats.largest[-1]
     assert last[0]
     audit = AuditSummary(3, Interval(0, 0, 1), 0.1, 0.1, {}, {}, ((0.1, last[1]), (0.2, "x")), ())
     stats = replace(summary.stats, largest=(*summary.stats.largest, (0, "failed")))
     audited = replace(summary, audit=audit, stats=stats)
-    found = audited.telling_rows(99)
+    found = audited.rows_to_show(99)
     assert found == [last[1], "x", *largest[:-1]]
 
 

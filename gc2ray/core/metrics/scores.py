@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -15,6 +16,13 @@ _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
 )  # fmt: skip
 _ARTICLES = frozenset({"a", "an", "the"})
+
+
+def reference_texts(value: Any) -> list[str]:
+    """The right answers in a value of a reference column, which is a text or a list of them."""
+    plain = value.as_py() if hasattr(value, "as_py") else value
+    values = plain if isinstance(plain, list) else [plain]
+    return [str(item) for item in values if item is not None]
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:

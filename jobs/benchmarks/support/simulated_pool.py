@@ -153,7 +153,7 @@ class SimulatedPool:
     def drop(self, worker: int) -> None:
         self._check_alive(worker)
         self.dropped.append(worker)
-        self._forget(worker)
+        self._remove(worker)
 
     def poll(self, seconds: float) -> list[Event]:
         until = self.time + seconds
@@ -164,7 +164,7 @@ class SimulatedPool:
         self.time = max(self.time, self._due[0][0])
         events: list[Event] = []
         while self._due and self._due[0][0] <= self.time:
-            event = self._told(heapq.heappop(self._due)[2])
+            event = self._delivered(heapq.heappop(self._due)[2])
             if event is not None:
                 events.append(event)
         return events
@@ -192,13 +192,13 @@ class SimulatedPool:
     def _is_void(self, event: Event) -> bool:
         return event.worker in self._gone and not isinstance(event, WorkerDied)
 
-    def _told(self, event: Event) -> Event | None:
+    def _delivered(self, event: Event) -> Event | None:
         if self._is_void(event):
             return None
         if isinstance(event, WorkerDied):
-            told = event if event.worker in self._gone else self._died(event)
-            self._forget(event.worker)
-            return told
+            died = event if event.worker in self._gone else self._died(event)
+            self._remove(event.worker)
+            return died
         if isinstance(event, WorkerExited):
             self._gone.add(event.worker)
         if isinstance(event, ShardFinished):
@@ -212,7 +212,7 @@ class SimulatedPool:
         rows = {sid: self.in_hand(assignment) for sid, assignment in flying.items()}
         return replace(event, in_hand={sid: found for sid, found in rows.items() if found})
 
-    def _forget(self, worker: int) -> None:
+    def _remove(self, worker: int) -> None:
         self._gone.add(worker)
         for known in (self._flying, self._busy_until, self._rows):
             known.pop(worker, None)
