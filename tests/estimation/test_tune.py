@@ -291,7 +291,8 @@ def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(
     message: str,
 ) -> None:
     monkeypatch.setattr(
-        "gc2ray.estimation.tune.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+        "gc2ray.estimation.tune.load_recipe_model",
+        lambda *_, **__: pytest.fail("a model was loaded"),
     )
     result = here("tune", job_file(tmp_path, tiny_paths["vicuna"]), *words)
     assert result.exit_code == 2

@@ -108,7 +108,7 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
     tokens = sum(selection.kept_per_view(5, 36))
     kept = TokenBounds.from_canvas(views.canvas, config, policy.compressor)
     assert kept.visual.low <= tokens <= kept.visual.high
-    assert kept.newlines.low <= len(selection.source) - tokens <= kept.newlines.high
+    assert kept.newlines.low <= len(selection.token_index) - tokens <= kept.newlines.high
 
 
 def test_the_guess_of_newlines_is_near() -> None:
@@ -118,7 +118,7 @@ def test_the_guess_of_newlines_is_near() -> None:
     counts = []
     for seed in range(40):
         views = random_views((672, 672), (2, 2), 24, seed)
-        counts.append(int((compressor.many([views])[0].source < 0).sum()))
+        counts.append(int((compressor.many([views])[0].token_index < 0).sum()))
     guess = TokenBounds.from_canvas(
         Canvas.from_image_size((672, 672), (2, 2), (24, 24)), config, compressor
     ).newlines.mid

@@ -34,7 +34,7 @@ def image(seed: int) -> Views:
 
 
 def test_the_blind_see_nothing() -> None:
-    assert [len(chosen.source) for chosen in Blind().many([image(0), image(1)])] == [0, 0]
+    assert [len(chosen.token_index) for chosen in Blind().many([image(0), image(1)])] == [0, 0]
 
 
 def test_foreign_scores_are_those_of_the_image_before() -> None:
@@ -44,11 +44,11 @@ def test_foreign_scores_are_those_of_the_image_before() -> None:
     compressor = ForeignScores(0.25)
     _, chosen = compressor.many([first, second])
     swapped = GlobalCom2(0.25)(replace(second, scores=first.scores))
-    assert chosen.source.tolist() == swapped.source.tolist()
-    assert chosen.source.tolist() != GlobalCom2(0.25)(second).source.tolist()
+    assert chosen.token_index.tolist() == swapped.source.tolist()
+    assert chosen.token_index.tolist() != GlobalCom2(0.25)(second).source.tolist()
     (third,) = compressor.many([first])
     swapped = GlobalCom2(0.25)(replace(first, scores=second.scores))
-    assert third.source.tolist() == swapped.source.tolist(), "across batches too"
+    assert third.token_index.tolist() == swapped.source.tolist(), "across batches too"
 
 
 @pytest.mark.parametrize(

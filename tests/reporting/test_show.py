@@ -55,7 +55,7 @@ def test_tokens_are_drawn_where_they_are(
     kept = np.stack([mask(view)[:36] for view in selection.bitmaps(count, 36)]).astype(bool)
     looked = TokenMap(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
     expected = np.zeros((views.canvas.height, views.canvas.width), bool)
-    for source in selection.source.tolist():
+    for source in selection.token_index.tolist():
         if source >= 36:
             crop, token = divmod(source - 36, 36)
             row = crop // grid[1] * 6 + token // 6 - views.canvas.rows[0]
