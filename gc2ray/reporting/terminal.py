@@ -23,7 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from gc2ray.core.stats import STAGES, RunStats
 from gc2ray.core.usage import Usage, UsageKind
@@ -53,13 +53,17 @@ MAX_PROBLEMS = 20
 def run_display(console: Console) -> Iterator[Callable[[Snapshot], None]]:
     """A progress bar of a run; yields the driver's display, which shows a snapshot."""
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TextColumn("ETA", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn(  # last, as it is what a narrow terminal cuts
+            "{task.fields[note]}",
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
+        expand=True,
         console=console,
         speed_estimate_period=300,
         disable=not console.is_terminal,
