@@ -1,6 +1,6 @@
-"""Reads the encoded bytes of images, from allowed places only and up to a size limit.
+"""Reads the encoded bytes of images, from allowed locations only and up to a size limit.
 
-A dataset is not trusted: its images are read only from places that the configuration names.
+A dataset is not trusted: its images are read only from locations that the configuration names.
 
 Not covered: a symbolic link that changes between check and read.
 """
