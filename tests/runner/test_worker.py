@@ -264,7 +264,11 @@ def test_a_row_whose_storage_failed_fails_its_shard(job: Job) -> None:
         def stream(self, requests):
             for answer in super().stream(requests):
                 failed = answer.request.row_key == "a.parquet#3"
-                fault = {"status": Status.FAILED, "error": "503", "retry": True} if failed else {}
+                fault = (
+                    {"status": Status.FAILED, "error": "503", "is_retryable": True}
+                    if failed
+                    else {}
+                )
                 yield replace(answer, **fault)
 
     worker = make_worker(job, Outage(buffered=2))
