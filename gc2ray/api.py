@@ -23,7 +23,7 @@ from gc2ray.core.process import INTERRUPTED, Stopped, unexpected
 
 if TYPE_CHECKING:
     from gc2ray.core.config.job import Job
-    from gc2ray.engine.parity_result import Parity
+    from gc2ray.engine.parity.result import Parity
     from gc2ray.estimation.estimate import Estimate
     from gc2ray.estimation.recommendation import Tuning
     from gc2ray.output.compact import Dataset
@@ -265,7 +265,7 @@ def check(job: Job, rows: int = 16) -> Parity:
         >>> gc2ray.check(gc2ray.load_job("job.yaml"), rows=2).passed
         True
     """
-    from gc2ray.engine.parity import check_parity
+    from gc2ray.engine.parity.check import check_parity
 
     return check_parity(job, rows)
 

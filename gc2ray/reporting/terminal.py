@@ -34,7 +34,7 @@ from gc2ray.output.verify import Verdict
 
 if TYPE_CHECKING:
     from gc2ray.core.config.job import Job
-    from gc2ray.engine.parity_result import Parity
+    from gc2ray.engine.parity.result import Parity
     from gc2ray.estimation.estimate import Estimate
     from gc2ray.estimation.recommendation import Tuning
     from gc2ray.output.compact import Dataset

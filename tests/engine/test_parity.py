@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 from gc2ray.cli import app
 from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Answer, Request
-from gc2ray.engine import parity, parity_result
 from gc2ray.engine.decoding import continuous_batching as native
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.engine import Engine, load_recipe_model
-from gc2ray.engine.parity import check_parity
-from gc2ray.engine.parity_result import Parity, StockCheck
+from gc2ray.engine.parity import check as parity
+from gc2ray.engine.parity import result as parity_result
+from gc2ray.engine.parity.check import check_parity
+from gc2ray.engine.parity.result import Parity, StockCheck
 from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.consistency import check_directory

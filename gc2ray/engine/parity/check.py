@@ -42,7 +42,7 @@ from gc2ray.data.image_decoding import decode
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
 from gc2ray.engine.device import own_device, peak_host_bytes
 from gc2ray.engine.engine import Engine, load_recipe_model
-from gc2ray.engine.parity_result import Parity, StockCheck
+from gc2ray.engine.parity.result import Parity, StockCheck
 from gc2ray.engine.sample import refusing_unreadable_input, sample_requests
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel, Prompt

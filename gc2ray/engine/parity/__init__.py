@@ -1,0 +1,1 @@
+"""Comparison with stock transformers: `gc2ray check`."""
