@@ -123,7 +123,14 @@ class MaskCompressor(Compressor):
             return []
         if self.retention == 1:
             return [everything(image) for image in images]
-        return reading_order(images, self.keep(ViewBatch.from_images(images)))
+        batch = ViewBatch.from_images(images)
+        kept, valid = self.keep(batch), batch.valid
+        if kept.dtype != torch.bool or kept.shape != valid.shape:
+            raise TypeError(
+                f"method {self.name}: keep must return bool {tuple(valid.shape)}, one for each "
+                f"token of each view; got {kept.dtype} {tuple(kept.shape)}"
+            )
+        return reading_order(images, kept & valid)  # padding is never kept
 
     def bounds(self, canvas: Canvas) -> tuple[int, int]:
         kept = sum(self.share(tokens) for tokens in canvas.tokens_per_view())

@@ -10,14 +10,17 @@ point or a dotted path, and they are imported here, if their source is that of t
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from gc2ray.compression.base import Compressor
@@ -31,7 +34,7 @@ from gc2ray.compression.methods.thumbnail import ThumbnailOnly
 from gc2ray.compression.methods.uniform import Uniform
 from gc2ray.core.config.compression import CUSTOM, METHODS, CompressionConfig
 from gc2ray.core.config.method_source import MethodSource
-from gc2ray.core.errors import ConfigError
+from gc2ray.core.errors import ConfigError, first_line
 
 _SHA256 = "__gc2ray_sha256__"
 """Attribute of a module of one's own: the digest of the source that it was imported from."""
@@ -71,7 +74,8 @@ def build_configured(config: CompressionConfig) -> Compressor:
         taken = [field.name for field in fields(cls) if field.name in CUSTOM.settings]  # type: ignore[arg-type]  # checked
         return _built(cls, taken, settings)
     except Exception as error:  # somebody else's code: it may raise anything
-        reason = error if isinstance(error, _Unusable) else f"{type(error).__name__}: {error}"
+        said = first_line(error)
+        reason = said if isinstance(error, _Unusable) else f"{type(error).__name__}: {said}"
         raise ConfigError(
             f"recipe.compression.method: {config.method} ({source.file}) cannot be used: {reason}"
         ) from error
@@ -105,18 +109,51 @@ def _imported_class(source: MethodSource) -> type[Compressor]:
         raise _Unusable(f"{source.class_name} has no name; answers carry it")
     if "retention" not in getattr(found, "__dataclass_fields__", ()):
         raise _Unusable(f"{source.class_name} is no dataclass with a field retention")
+    if found.name in METHODS:
+        raise _Unusable(f"its name is {found.name!r}, that of a method of gc2ray")
     return found
 
 
+class _SourceOnly(SourceFileLoader):
+    """Runs a source file, and never bytecode that an older one left beside it."""
+
+    def __init__(self, source: MethodSource) -> None:
+        super().__init__(source.module, str(source.file))
+        self._sha256 = source.sha256
+
+    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002 - as Python calls it
+        data = self.get_data(self.path)
+        if hashlib.sha256(data).hexdigest() != self._sha256:
+            raise _Unusable("the file changed while it was read")
+        return self.source_to_code(data, self.path)
+
+
 def _imported(source: MethodSource) -> ModuleType:
-    """The module, as its source is now: one that was changed since its import is imported again."""
+    """The module, run from the very bytes whose digest the recipe has.
+
+    A module that something else imported, perhaps before the file was edited, is replaced.
+    """
+    module = sys.modules.get(source.module)
+    if module is not None:
+        if getattr(module, _SHA256, None) == source.sha256:
+            return module
+        imported = Path(str(getattr(module, "__file__", None))).absolute()
+        if imported != source.file:
+            raise _Unusable(f"Python imports {source.module} from {imported}")
     with _working_directory_importable():
-        module = importlib.import_module(source.module)
-        if getattr(module, _SHA256, source.sha256) != source.sha256:
-            module = importlib.reload(module)
-    imported = Path(str(module.__file__)).absolute()
-    if imported != source.file:
-        raise _Unusable(f"Python imports {source.module} from {imported}")
+        parent = source.module.rpartition(".")[0]
+        if parent:
+            importlib.import_module(parent)
+        spec = spec_from_file_location(source.module, source.file, loader=_SourceOnly(source))
+        if spec is None or spec.loader is None:
+            raise _Unusable(f"{source.file} is not a Python file")
+        module = module_from_spec(spec)
+        sys.modules[source.module] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[source.module]
+            raise
     setattr(module, _SHA256, source.sha256)
     return module
 

@@ -239,7 +239,7 @@ class Run:
             if content["format"] != FORMAT:
                 raise _other_format(content)
             return Run(
-                recipe=parse_recipe(content["recipe"]),
+                recipe=_stored_recipe(content["recipe"]),
                 plan_digest=content["plan"]["sha256"],
                 shards=content["shards"],
                 rows=content["rows"],
@@ -260,6 +260,21 @@ class Run:
                 "the output directory belongs to another recipe; choose a new output, or return to "
                 "the stored settings:\n  " + "\n  ".join(lines)
             )
+
+
+def _stored_recipe(content: dict[str, Any]) -> Recipe:
+    """The recipe of a `run.json`, which names the source of its method if that is not gc2ray's.
+
+    Reading a recipe fills in a digest that is missing, so a run without one would accept any
+    module of that name.
+
+    Raises:
+        ConfigError: The digest is missing, or the recipe is not valid.
+    """
+    recipe = parse_recipe(content)
+    if recipe.compression.source_sha256 != content["compression"].get("source_sha256"):
+        raise ConfigError(f"{RUN_NAME}: lacks the digest of its compression method's source")
+    return recipe
 
 
 def _other_format(content: dict[str, Any]) -> ConfigError:

@@ -15,7 +15,7 @@ from gc2ray.core.choices import PriceKind
 from gc2ray.core.config.job import Job
 from gc2ray.core.format import duration, interval_text, money, precise, size
 from gc2ray.core.intervals import Interval, MeanInterval
-from gc2ray.engine.parity_result import TOLERANCE, Parity
+from gc2ray.engine.parity.result import TOLERANCE, Parity
 from gc2ray.estimation.device_estimate import DeviceEstimate
 from gc2ray.estimation.estimate import Estimate
 from gc2ray.estimation.recommendation import Measured, Tuning

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +92,50 @@ def test_another_module_of_that_name_is_refused(
         build_configured(own_config())
 
 
+def test_a_module_imported_before_it_was_edited_is_replaced(folder: Path) -> None:
+    """As in a notebook that imports the method's module itself."""
+    path = write_method(folder, "own_method")
+    importlib.import_module("own_method")
+    path.write_text(SOURCE.replace('"own"', '"edited"'))
+    assert build_configured(own_config()).name == "edited"
+
+
+def test_bytecode_of_an_older_source_is_not_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python takes it for current if time and size of the source are the same."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = write_method(folder, "own_method")
+    importlib.import_module("own_method")
+    del sys.modules["own_method"]
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_text(SOURCE.replace('"own"', '"new"'))
+    os.utime(path, ns=times)
+    assert build_configured(own_config()).name == "new"
+
+
+def test_only_bool_marks_of_every_token_are_taken(folder: Path) -> None:
+    views = random_views((700, 700))
+    for line, problem in {
+        "return batch.valid.float()": "got torch.float32",
+        "return batch.valid[:1]": r"bool \(\d+, \d+\)",
+    }.items():
+        source = SOURCE.replace("Local", "MaskCompressor").replace("methods.local", "base")
+        write_method(folder, "own_method", f"{source}    def keep(self, batch): {line}\n")
+        with pytest.raises(TypeError, match=f"method own: keep must return .*{problem}"):
+            build_configured(own_config(retention=0.5))(views)
+
+
+def test_padding_is_dropped_whatever_is_marked(folder: Path) -> None:
+    source = SOURCE.replace("Local", "MaskCompressor").replace("methods.local", "base")
+    write_method(
+        folder, "own_method", f"{source}    def keep(self, batch): return batch.valid | True\n"
+    )
+    views = random_views((90, 2000))
+    kept = build_configured(own_config(retention=0.5))(views)
+    assert kept.token_index.tolist() == everything(views).token_index.tolist()
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -102,6 +148,7 @@ def test_another_module_of_that_name_is_refused(
         (SOURCE.replace("name:", "title:").replace("Local", "MaskCompressor").replace(
             "methods.local", "base") + "    def keep(self, batch): ...\n", "Own has no name"),
         ("from gc2ray.compression.methods.none import NoCompression as Own", "field retention"),
+        (SOURCE.replace('"own"', '"local"'), "its name is 'local', that of a method of gc2ray"),
         (SOURCE + "    strength: float\n", "TypeError: non-default argument 'strength'"),
     ],
 )  # fmt: skip

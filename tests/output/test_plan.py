@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Shards, SourceFile, bytes_digest
 from gc2ray.output.plan import Plan
 from gc2ray.output.run_directory import Run
+from tests.support.methods import write_method
 from tests.support.rows import make_recipe
 
 RECIPE = make_recipe("model")
@@ -55,6 +58,22 @@ def test_a_run_survives_its_file() -> None:
     assert (run.shards, run.rows) == (len(plan.shards), 48)
     assert run.plan_digest == bytes_digest(plan.to_bytes())
     assert {"gc2ray", "python", "torch", "transformers", "ray"} <= set(run.versions)
+
+
+def test_a_run_names_the_source_of_its_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an edited run.json would have any module of that name imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    write_method(tmp_path, "own_method")
+    settings = {"method": "own_method:Own", "allow_code": True}
+    recipe = RECIPE.model_copy(update={"compression": CompressionConfig.model_validate(settings)})
+    data = Run.from_plan(recipe, a_plan(), b"").to_bytes()
+    assert Run.from_bytes(data).recipe == recipe
+    content = json.loads(data)
+    del content["recipe"]["compression"]["source_sha256"]
+    with pytest.raises(ConfigError, match=r"run\.json: lacks the digest of its compression method"):
+        Run.from_bytes(json.dumps(content).encode())
 
 
 def test_a_run_says_its_recipe_to_people() -> None:

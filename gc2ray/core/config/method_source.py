@@ -98,6 +98,11 @@ def _entry_point(method: str) -> EntryPoint:
 
 
 def _source_file(module: str) -> Path | None:
+    """The file of a module; None if there is no such module, or it has no source file.
+
+    Raises:
+        LookupError: It is in a namespace package below another.
+    """
     importlib.invalidate_caches()
     parts = module.split(".")
     folders: Sequence[str] | None = None
@@ -105,7 +110,12 @@ def _source_file(module: str) -> Path | None:
     for depth in range(len(parts)):
         if depth and folders is None:  # what is above it is no package
             return None
-        spec = _spec(".".join(parts[: depth + 1]), folders)
+        try:
+            spec = _spec(".".join(parts[: depth + 1]), folders)
+        except KeyError as error:  # Python looks for the parent, which is not imported
+            raise LookupError(
+                f"{module!r}: a folder above it has no __init__.py; add one"
+            ) from error
         if spec is None:
             return None
         folders = spec.submodule_search_locations
