@@ -357,7 +357,7 @@ class Terminal:
 
 
 def _worker_table(records: Iterable[WorkerRecord]) -> Table:
-    """A table of worker processes; long texts continue in the next line of their column."""
+    """A table of worker processes; text too long for its column continues in the next line."""
     table = Table(title="worker processes so far (UTC)")
     names = ("node", "pid", "device")
     times = ("started", "loaded", "last_seen")
