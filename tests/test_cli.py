@@ -351,10 +351,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_paths: dict[str, Path])
         committed = len(list(data.iterdir()))
         assert before < committed < 50, "it was in the middle"
         assert run.returncode == 130
-        told = stderr.splitlines()[-1]
+        reported = stderr.splitlines()[-1]
         left = rf"interrupted: {50 - committed} shards are left to answer"
         abandoned = r"(; [12] in flight were abandoned)?; run the same command again to resume"
-        assert re.fullmatch(left + abandoned, told), told
+        assert re.fullmatch(left + abandoned, reported), reported
     result = here("verify", tmp_path / "out", "--deep")
     rows = len(pq.read_table(data))
     assert result.stdout.endswith(f"incomplete: {rows} of 300 planned rows are answered\n")

@@ -182,7 +182,9 @@ def test_the_reference_counts_the_rows_of_padding_too() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["globalcom2", "pool", "none", "uniform"])
-def test_at_retention_one_every_token_has_its_own_place(method: str, size: tuple[int, int]) -> None:
+def test_at_retention_one_every_token_has_its_own_position(
+    method: str, size: tuple[int, int]
+) -> None:
     views = random_views(size)
     selection = build(method, retention=1.0)(views)
     for packing in (ORIGINAL, replace(ORIGINAL, newlines="all")):
@@ -242,7 +244,7 @@ def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
 
 
 @pytest.mark.parametrize("method", COMPRESSORS)
-def test_the_papers_way_is_no_work(method: str) -> None:
+def test_the_papers_packing_is_no_work(method: str) -> None:
     images = [random_views(size) for size in SIZES]
     selections = build(method, retention=0.3).many(images)
     same = Packing().apply(images, selections)

@@ -75,7 +75,7 @@ def test_an_unknown_key_like_no_other_gets_the_list() -> None:
     )
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     data = data_with("recipe.compression.retention", 2)
     data["cluster"] = {"tries": 0}
     del data["output"]
@@ -210,7 +210,7 @@ def test_a_local_model_must_be_there(tmp_path: Path) -> None:
         "/a::zip://b",
     ],
 )
-def test_a_model_of_the_hub_or_behind_a_url_is_not_looked_for(path: str) -> None:
+def test_a_model_of_the_hub_or_behind_a_url_is_not_checked(path: str) -> None:
     model = parse_job(data_with("recipe.model.path", path)).recipe.model
     model.check()
     assert not model.is_local
@@ -266,7 +266,7 @@ def test_a_name_is_written_once(keep: list[object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "told"),
+    ("kept", "reported"),
     [
         ({"x": "answer"}, "'answer' is a column of the answers; write it under another name"),
         ({"a": "b", "c": "d"}, "a renamed column is written {column: name}, each by itself"),
@@ -276,8 +276,8 @@ def test_a_name_is_written_once(keep: list[object]) -> None:
     ],
     ids=str,
 )
-def test_a_renaming_that_makes_no_sense_is_refused(kept: object, told: str) -> None:
-    assert told in refusal("recipe.input.keep", ["id", kept])
+def test_a_renaming_that_makes_no_sense_is_refused(kept: object, reported: str) -> None:
+    assert reported in refusal("recipe.input.keep", ["id", kept])
 
 
 def test_a_kept_column_may_be_renamed() -> None:
@@ -495,8 +495,8 @@ def test_a_key_that_is_there_twice_is_named_with_its_line(
     path = written(tmp_path, f"{good}      column: q\n{more}\n")
     with pytest.raises(ConfigError) as caught:
         load_job(path)
-    told = f"{path}: not valid YAML: the key {key!r} is there twice (line {line}, column "
-    assert str(caught.value).startswith(told)
+    reported = f"{path}: not valid YAML: the key {key!r} is there twice (line {line}, column "
+    assert str(caught.value).startswith(reported)
 
 
 def test_a_key_that_is_there_twice_in_json(tmp_path: Path) -> None:
@@ -573,7 +573,7 @@ def test_a_few_lines_do_not_make_gigabytes(tmp_path: Path, lines: int) -> None:
 
 @pytest.mark.parametrize("key", ["output", "recipe.input.uri", "recipe.model.path"])
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "reported"),
     [
         ("s3:/bucket/x", "did you mean 's3://bucket/x'?"),
         ("s3:bucket/x", "did you mean 's3://bucket/x'?"),
@@ -593,10 +593,10 @@ def test_a_few_lines_do_not_make_gigabytes(tmp_path: Path, lines: int) -> None:
         ("", "is neither a path nor a URL"),
     ],
 )
-def test_a_place_that_would_become_another_is_refused(key: str, place: str, told: str) -> None:
+def test_a_place_that_would_become_another_is_refused(key: str, place: str, reported: str) -> None:
     message = refusal(key, place)
     assert message.startswith(f"{key}: {place!r}")
-    assert told in message
+    assert reported in message
 
 
 def test_an_image_root_that_would_become_another_is_refused() -> None:
@@ -611,7 +611,7 @@ def test_a_place_that_only_looks_odd_is_taken(place: str) -> None:
     assert parse_job(data_with("recipe.input.uri", place)).recipe.input.uri == place
 
 
-def test_a_number_where_text_belongs_is_told_to_be_quoted() -> None:
+def test_a_number_where_text_belongs_is_to_be_quoted() -> None:
     message = refusal("recipe.model.revision", 1234567)
     assert message.endswith("(in quotes it is text); got 1234567")
 

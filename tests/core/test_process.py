@@ -204,7 +204,7 @@ UnicodeEncodeError: 'utf-8' codec can't encode characters in position 3-4:
 """
 
 
-def test_a_worker_that_cannot_be_made_is_told_by_the_end_of_its_traceback() -> None:
+def test_a_worker_that_cannot_be_made_is_reported_by_the_end_of_its_traceback() -> None:
     error = ActorDiedError()
     error.error_msg = CREATION
     assert str(error) == CREATION
@@ -283,7 +283,7 @@ def test_a_bug_is_a_line_of_json_for_programs(
     assert "ZeroDivisionError: division by zero" in line["exc_info"]
 
 
-def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_library_that_is_missing_is_reported(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise ImportError('no typer here')\n")
     process = start("--version", path=tmp_path)
     _, stderr = process.communicate(timeout=100)
@@ -330,7 +330,7 @@ def test_status_in_a_log_that_knows_few_characters(tmp_path: Path) -> None:
     assert len(warned) == 4
 
 
-def test_a_dead_letter_that_is_torn_is_told(tmp_path: Path) -> None:
+def test_a_dead_letter_that_is_torn_is_reported(tmp_path: Path) -> None:
     plan = first_plan()
     write_round(tmp_path, 0, plan, lambda source, row: None if row == 0 else ["ok"])
     for letter, text in zip(sorted((tmp_path / "dead").iterdir()), ("", "[1]"), strict=True):

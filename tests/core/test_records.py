@@ -264,8 +264,8 @@ ANSWERS = st.builds(
 @given(st.lists(ANSWERS, min_size=1, max_size=30))
 def test_columns_tell_the_statistics_of_their_rows(answers: list[Answer]) -> None:
     """Those that are written; whatever was not measured counts nothing."""
-    told = table_stats(answer_table(answers, CARRIED, PROVENANCE))
-    assert told == stats_of(answers)
+    statistics = table_stats(answer_table(answers, CARRIED, PROVENANCE))
+    assert statistics == stats_of(answers)
 
 
 def test_an_image_that_was_shared_is_counted_once() -> None:
@@ -273,13 +273,13 @@ def test_an_image_that_was_shared_is_counted_once() -> None:
     assert (stats_of(answers).images, stats_of(answers).images_shared) == (1, 1)
 
 
-def test_only_what_is_not_written_is_not_told() -> None:
+def test_only_what_is_not_written_is_left_out() -> None:
     answer = replace(answered(3), image_shared=True, prompt_tokens_shared=2)
-    told = table_stats(answer_table([answer], CARRIED, PROVENANCE))
+    statistics = table_stats(answer_table([answer], CARRIED, PROVENANCE))
     assert {
         item.name
         for item in fields(RunStats)
-        if getattr(told, item.name) != getattr(stats_of([answer]), item.name)
+        if getattr(statistics, item.name) != getattr(stats_of([answer]), item.name)
     } <= UNWRITTEN_STATS
 
 

@@ -22,14 +22,14 @@ def test_every_second_is_spent_once() -> None:
         meter.spend(1, use, now)
     meter.stop(1, UsageKind.DIED, 60.0)
     meter.stop(1, UsageKind.IDLE, 99.0)  # once
-    bill = meter.usage(99.0, {})
-    assert dict(bill.seconds) == {
+    device_time = meter.usage(99.0, {})
+    assert dict(device_time.seconds) == {
         UsageKind.USEFUL: 68.0,
         UsageKind.LOADING: 10.0,
         UsageKind.IDLE: 2.0,
         UsageKind.DIED: 20.0,
     }
-    assert bill.total_seconds == (60.0 - 10.0) * 2
+    assert device_time.total_seconds == (60.0 - 10.0) * 2
 
 
 def test_bills_add_up_and_survive_json() -> None:
@@ -42,13 +42,13 @@ def test_bills_add_up_and_survive_json() -> None:
         Usage.from_dict({"coffee": 1.0})
 
 
-def test_what_is_in_flight_is_on_the_bill() -> None:
+def test_what_is_in_flight_counts_as_device_time() -> None:
     meter = UsageMeter()
     for worker in (1, 2):
         meter.start(worker, 10.0)
     meter.spend(1, UsageKind.LOADING, 12.0)
-    bill = meter.usage(20.0, {1: UsageKind.ABANDONED, 2: UsageKind.LOADING})
-    assert dict(bill.seconds) == {UsageKind.LOADING: 12.0, UsageKind.ABANDONED: 8.0}
+    device_time = meter.usage(20.0, {1: UsageKind.ABANDONED, 2: UsageKind.LOADING})
+    assert dict(device_time.seconds) == {UsageKind.LOADING: 12.0, UsageKind.ABANDONED: 8.0}
     meter.spend(1, UsageKind.USEFUL, 30.0)
     assert (
         meter.usage(30.0, {1: UsageKind.IDLE, 2: UsageKind.LOADING}).seconds_for(UsageKind.USEFUL)

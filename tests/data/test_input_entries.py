@@ -135,7 +135,7 @@ def test_what_begins_as_a_local_path_is_one(tmp_path: Path, name: str) -> None:
     assert not store.holds(Store(str(tmp_path / "set")))
 
 
-def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, caplog: Any) -> None:
+def test_a_link_that_leads_nowhere_is_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a.parquet")
     link(tmp_path / "disk2", "/nowhere/at/all")
     assert read(source_of(tmp_path)) == ["a.parquet"]
@@ -188,7 +188,7 @@ def test_dots_are_taken_of_where_a_link_leads(tmp_path: Path) -> None:
     assert read(source_of(f"{tmp_path}/near/../a.parquet")) == ["a.parquet"]
 
 
-def test_an_entry_without_files_is_told(tmp_path: Path, caplog: Any) -> None:
+def test_an_entry_without_files_is_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a/x.parquet")
     assert read(source_of([f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c*.pq"])) == [
         "a/x.parquet"
@@ -228,14 +228,16 @@ def test_a_pattern_says_what_it_means(tmp_path: Path, pattern: str, sources: lis
     assert read(source_of(tmp_path / pattern)) == sources
 
 
-def test_what_a_folder_leaves_out_is_told(tmp_path: Path, caplog: Any) -> None:
+def test_what_a_folder_leaves_out_is_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a.parquet", tmp_path / "sub/b.pq", tmp_path / "c.parquet.gzip")
     (tmp_path / "README.md").write_text("no rows")
     assert read(source_of(tmp_path)) == ["a.parquet"]
     assert "2 files are left out" in caplog.text
 
 
-def test_folders_that_a_pattern_matches_beside_files_are_told(tmp_path: Path, caplog: Any) -> None:
+def test_folders_that_a_pattern_matches_beside_files_are_reported(
+    tmp_path: Path, caplog: Any
+) -> None:
     put(tmp_path / "2023" / "a.parquet", tmp_path / "2024.parquet")
     assert read(source_of(tmp_path / "20*")) == ["2024.parquet"]
     assert "1 folders match, too, and nothing of them is read (2023)" in caplog.text

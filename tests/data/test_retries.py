@@ -22,8 +22,8 @@ def answered(status: int) -> aiohttp.ClientResponseError:
 
 def refused(status: int) -> ClientError:
     """As botocore raises it."""
-    told = {"Error": {"Code": "x"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return ClientError(told, "PutObject")  # type: ignore[arg-type]
+    response = {"Error": {"Code": "x"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(response, "PutObject")  # type: ignore[arg-type]
 
 
 def asked_the_hub(status: int) -> HfHubHTTPError:

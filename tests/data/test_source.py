@@ -274,7 +274,7 @@ def test_templates_take_what_reads_as_text(tmp_path: Path, cells: pa.Array, *, f
 
 
 @pytest.mark.parametrize("twice", ["image", "prompt", "id"])
-def test_a_column_that_a_later_file_has_twice_is_told(tmp_path: Path, twice: str) -> None:
+def test_a_column_that_a_later_file_has_twice_is_reported(tmp_path: Path, twice: str) -> None:
     write(tmp_path / "a.parquet", image=[b"x"], prompt=["q"], id=[1])
     table = pq.read_table(tmp_path / "a.parquet")
     pq.write_table(table.append_column(twice, table[twice]), tmp_path / "b.parquet")
@@ -839,7 +839,7 @@ def test_an_input_is_located_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -
     assert located == uris
 
 
-def test_a_read_that_was_left_is_not_gone_on_with(tmp_path: Path, begun: list[int]) -> None:
+def test_a_read_that_was_left_is_not_resumed(tmp_path: Path, begun: list[int]) -> None:
     write_rows(tmp_path / "a.parquet", 40, row_group=40)
     source = source_of(tmp_path)
     (file,), _ = source.scan()

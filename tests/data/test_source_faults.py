@@ -125,7 +125,7 @@ def test_trouble_that_stays_is_the_shards(proxy: FaultProxy, bucket: str) -> Non
 
 
 @pytest.mark.parametrize("status", [403, 400], ids=["denied", "expired"])
-def test_what_is_forbidden_is_told_at_once(proxy: FaultProxy, bucket: str, status: int) -> None:
+def test_what_is_forbidden_is_reported_at_once(proxy: FaultProxy, bucket: str, status: int) -> None:
     source = source_of(f"{bucket}/in/")
     (file, *_), _ = source.scan()
     proxy.faults = Faults(status=status, refused=EVERYTHING)

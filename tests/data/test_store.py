@@ -269,7 +269,7 @@ def test_an_unknown_filesystem_is_a_configuration_error() -> None:
         Store("nosuch://bucket/run")
 
 
-def test_a_store_out_of_reach_is_told_before_anything_starts(
+def test_a_store_out_of_reach_is_reported_before_anything_starts(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
@@ -277,7 +277,7 @@ def test_a_store_out_of_reach_is_told_before_anything_starts(
         Store(f"{s3}/run").check_usable(writing=False)
 
 
-def test_an_output_that_takes_no_objects_is_told_before_anything_starts(
+def test_an_output_that_takes_no_objects_is_reported_before_anything_starts(
     s3: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()

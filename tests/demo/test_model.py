@@ -125,9 +125,9 @@ def test_stock_transformers_answers_the_same() -> None:
     ours = answer(model(), str(MODEL), some, Point("none"))
     end = model().model.generation_config.eos_token_id
     for answered, tokens in zip(ours, stock, strict=True):
-        told = tokens[: tokens.index(end)] if end in tokens else tokens
-        assert chat.decode(tuple(told)) == answered.answer
-        assert tuple(told) == tuple(token for token in answered.token_ids if token != end)
+        answer_tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        assert chat.decode(tuple(answer_tokens)) == answered.answer
+        assert tuple(answer_tokens) == tuple(token for token in answered.token_ids if token != end)
 
 
 def test_remembered_views_change_nothing() -> None:
@@ -139,7 +139,7 @@ def test_remembered_views_change_nothing() -> None:
         assert [a.token_ids for a in answer(remembering, str(MODEL), some, point)] == fresh
 
 
-def test_the_commander_commands() -> None:
+def test_the_thumbnail_decides_what_crops_keep() -> None:
     (share,) = shares_far_from_uniform(model(), rows()[:100], 0.1, [TEMPERATURE]).values()
     assert share > 0.1, "budgets are uniform: the method is not being tested"
 

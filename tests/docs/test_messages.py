@@ -34,7 +34,7 @@ def place(path: Path) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=place)
 def test_strings_and_docstrings_are_plain_english(path: Path) -> None:
     found = texts(path.read_text(encoding="utf-8"))
-    assert [told for text, line in found for told in offences(text, place(path), line)] == []
+    assert [message for text, line in found for message in offences(text, place(path), line)] == []
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=place)
@@ -52,8 +52,8 @@ def test_help_is_plain_english(command: str) -> None:
 
 def test_every_string_of_a_module_is_seen() -> None:
     source = 'def f(x):\n    """It goes on."""\n    raise ValueError(f"{x} is answered anew")\n'
-    found = [told for text, line in texts(source) for told in offences(text, "m", line)]
-    assert [told.partition(";")[0] for told in found] == ["m:2: 'goes on'", "m:3: 'anew'"]
+    found = [message for text, line in texts(source) for message in offences(text, "m", line)]
+    assert [message.partition(";")[0] for message in found] == ["m:2: 'goes on'", "m:3: 'anew'"]
 
 
 def test_every_setting_says_what_it_means() -> None:

@@ -91,8 +91,8 @@ def test_every_request_has_one_answer(seed: int) -> None:
     found = list(AuditedEngine(two_faced("a cat", "a cat.", seed), 0.5).stream(asked))
     assert sorted(answer.request.row for answer in found) == list(range(40))
     for answer in found:
-        looked = answer.request.fault is None and is_audited(answer.request.row_key, 0.5)
-        assert (answer.audit is not None) == looked
+        audited = answer.request.fault is None and is_audited(answer.request.row_key, 0.5)
+        assert (answer.audit is not None) == audited
         assert answer.request.policy == RECIPES_POLICY
         if answer.request.fault is None:
             assert (answer.answer, answer.stage_ns) == ("a cat", STAGES)
@@ -126,7 +126,7 @@ def test_similarity_is_how_alike_both_answers_are(
     assert stats.audit_compressed_ns == {"encode": 30, "generate": 42}
 
 
-def test_a_storage_that_failed_the_second_look_has_the_shard_tried_again() -> None:
+def test_a_storage_that_failed_in_an_audit_has_the_shard_tried_again() -> None:
     class Failing(ManyFaced):
         failing = UNCOMPRESSED
 
@@ -157,7 +157,7 @@ def test_a_storage_that_failed_the_second_look_has_the_shard_tried_again() -> No
         (None, "yes", "yes", None, None, 0.25, None, 0),
     ],
 )
-def test_a_row_that_disagrees_is_answered_anew_rung_by_rung(
+def test_a_row_that_disagrees_is_answered_again_step_by_step(
     first: str | None,
     half: str | None,
     more: str | None,
@@ -200,7 +200,7 @@ def test_answers_that_are_alike_enough_agree() -> None:
         assert {a.audit.similarity for a in found if a.audit} == {0.8}, "the recipe's own"
 
 
-def test_only_audited_rows_are_answered_anew() -> None:
+def test_only_audited_rows_are_answered_again() -> None:
     says = {RECIPES_POLICY: "no", RUNGS[0]: "yes", UNCOMPRESSED: "yes"}
     found = list(AuditedEngine(ManyFaced(says), 0.5, RUNGS[:1]).stream(rows()))
     assert {(a.answer, a.audit is not None) for a in found} == {("yes", True), ("no", False)}
@@ -225,7 +225,7 @@ def by_row(found: Iterable[Answer]) -> dict[int, Answer]:
     return {answer.request.row: answer for answer in found}
 
 
-def test_a_second_look_changes_no_answer(loaded_models: dict[str, LoadedModel]) -> None:
+def test_an_audit_changes_no_answer(loaded_models: dict[str, LoadedModel]) -> None:
     """And says what an engine says that compresses nothing."""
     engine = partial(an_engine, loaded_models["vicuna"])
     plain = by_row(engine(compression__retention=0.1).stream(requests()))
@@ -243,7 +243,7 @@ def test_a_second_look_changes_no_answer(loaded_models: dict[str, LoadedModel]) 
         assert plain[row].kept_mask is None
 
 
-def test_what_is_answered_anew_is_what_a_higher_retention_says(
+def test_what_is_answered_again_is_what_a_higher_retention_says(
     loaded_models: dict[str, LoadedModel],
 ) -> None:
     """Token by token; the rows that agree keep what the recipe's retention said."""
@@ -254,10 +254,10 @@ def test_what_is_answered_anew_is_what_a_higher_retention_says(
         make_recipe("unused", generation__max_new_tokens=6, compression__retention=0.1).model_dump()
         | {"audit": audit}
     )
-    looked = AuditedEngine(
+    engine = AuditedEngine(
         Engine(loaded_models["vicuna"], recipe, Cluster()), 1.0, tuple(recipe.escalation_steps())
     )
-    found = by_row(looked.stream(requests()))
+    found = by_row(engine.stream(requests()))
     assert found.keys() == at[0.1].keys()
     for row, answer in found.items():
         assert answer.token_ids == at[answer.retention_requested][row].token_ids

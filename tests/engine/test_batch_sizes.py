@@ -70,7 +70,7 @@ def test_a_share_that_is_too_small_is_refused_with_what_to_do() -> None:
         derive_batch_sizes(Cluster(gpus_per_worker=0.2), SEVEN_B, H100)
 
 
-def test_a_host_gives_an_eighth_and_room_for_one_long_row() -> None:
+def test_a_host_gives_an_eighth_and_space_for_one_long_row() -> None:
     needs = replace(SEVEN_B, kv_per_token=32_768)
     assert derive_batch_sizes(Cluster(), needs, HOST).kv_tokens == 1024 * MIB // 32_768
     little = replace(HOST, total_bytes=GB)

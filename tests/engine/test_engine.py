@@ -862,7 +862,7 @@ def test_a_picture_in_use_is_found_and_a_forgotten_one_is_not() -> None:
     assert pictures.find("a")[1]
 
 
-def test_a_picture_is_told_by_its_bytes() -> None:
+def test_an_image_is_identified_by_its_bytes() -> None:
     assert image_key(b"x") == image_key(b"x") != image_key(b"y")
     assert image_key(b"x") != image_key(b"x", "q") != image_key(b"x", "r")
     assert CachedImage(image_key(b"x")).seed == CachedImage(image_key(b"x")).seed < 2**56

@@ -307,9 +307,9 @@ def test_images_given_to_the_wrong_rows_of_a_batch_fail(
     assert found.stock.passed(dtype), parity_lines(found)
     assert found.same_alone < 3
     assert found.passed == (temperature > 0), parity_lines(found)
-    told = "\n".join(parity_lines(found))
-    assert ("differently in a batch than alone" in told) != found.passed
-    assert ("only counted" in told) == found.passed
+    message = "\n".join(parity_lines(found))
+    assert ("differently in a batch than alone" in message) != found.passed
+    assert ("only counted" in message) == found.passed
 
 
 @pytest.mark.parametrize(
@@ -327,8 +327,8 @@ def test_one_weight_that_is_no_number_fails(
     save_file(weights, file, metadata={"format": "pt"})
     found = checked(model, source)
     assert not found.passed, parity_lines(found)
-    told = "\n".join(parity_lines(found))
-    assert "not finite" in told
+    message = "\n".join(parity_lines(found))
+    assert "not finite" in message
 
 
 # What the files of other years lack, and where they keep what
@@ -415,7 +415,7 @@ def test_nothing_to_compare_is_no_success(tiny_paths: dict[str, Path], tmp_path:
     assert (found.prompts, found.passed) == (0, False)
 
 
-def test_stock_that_cannot_run_is_told_in_a_line(
+def test_stock_that_cannot_run_is_reported_in_a_line(
     tiny_paths: dict[str, Path], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cannot(*_: Any) -> None:
@@ -487,9 +487,9 @@ def test_stock_is_loaded_without_a_word(
     enable_progress_bar()  # another test may have put it out
     with StockModel(model, StockSettings("float32", "cpu", max_new_tokens=4)):
         assert is_progress_bar_enabled(), "as it was"
-    told = capfd.readouterr()
-    assert "LOAD REPORT" not in told.err + told.out + "".join(logged)
-    assert "Loading weights" not in told.err + told.out
+    message = capfd.readouterr()
+    assert "LOAD REPORT" not in message.err + message.out + "".join(logged)
+    assert "Loading weights" not in message.err + message.out
 
 
 # How near is near
@@ -554,7 +554,7 @@ def test_a_near_tie_of_a_batch_is_of_our_logits_alone(
     assert (read, len(ours.failed)) == ([(0,)], 1 - ties)
 
 
-def test_dictated_tokens_change_nothing_but_what_is_drawn(
+def test_dictated_tokens_change_nothing_but_what_is_sampled(
     tiny_paths: dict[str, Path], source: Path
 ) -> None:
     """Along its own answer a model's logits are those that it drew from."""

@@ -104,7 +104,7 @@ def test_as_many_workers_as_end_in_time() -> None:
     assert estimated(cluster=Cluster(workers={"max": 3})).workers == 3
 
 
-def test_what_does_not_fit_is_told_and_not_priced() -> None:
+def test_what_does_not_fit_is_reported_and_not_priced() -> None:
     small = BIG.model_copy(update={"memory_gib": 12})
     offer = estimated(hardware=small)
     assert "weights take 14.1 GB" in str(offer.misfit)
@@ -135,7 +135,7 @@ def test_a_run_on_the_same_device_tells_better() -> None:
         estimated(hardware=bare)
 
 
-def test_second_looks_are_paid_for() -> None:
+def test_audits_are_part_of_the_cost() -> None:
     """Every tenth row is as good as answered twice: a tenth more of everything."""
     tenth = replace(
         END,

@@ -151,8 +151,8 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
     job = load_job(job_file(tmp_path, tiny_paths["vicuna"]), ["recipe.compression={method: none}"])
     model = load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
     file = mine(tmp_path)
-    looked = profile_input(job.recipe, model)
-    found = estimate_profile(looked, model, job, load_hardware(file), Assumptions())
+    profile = profile_input(job.recipe, model)
+    found = estimate_profile(profile, model, job, load_hardware(file), Assumptions())
     assert [(item.method, item.retention) for item in found.workloads] == [
         ("none", 1.0), *(("globalcom2", kept) for kept in (0.75, 0.5, 0.25, 0.1))
     ]  # fmt: skip
@@ -164,23 +164,23 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
     assert found.left_out == ()
 
 
-def test_second_looks_are_foreseen(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+def test_audits_are_estimated(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     path = tiny_paths["vicuna"]
     changes = ["recipe.audit={share: 0.5, escalate: [0.5, 0.75]}"]
     job = load_job(job_file(tmp_path, path), changes)
     model = load_metadata(str(path), dtype="float32")
-    looked = profile_input(job.recipe, model)
-    found = estimate_profile(looked, model, job, (), Assumptions(output_tokens=4))
+    profile = profile_input(job.recipe, model)
+    found = estimate_profile(profile, model, job, (), Assumptions(output_tokens=4))
     by_retention = {item.retention: item for item in found.workloads}
     own, whole = by_retention[0.25], by_retention[1.0]
     assert whole.audit_work == NO_WORK  # nothing is compressed there
-    rungs = [by_retention[kept].work for kept in (0.5, 0.75)]
-    for end, anew in enumerate((0.0, 0.5, 1.0)):
+    steps = [by_retention[kept].work for kept in (0.5, 0.75)]
+    for end, again in enumerate((0.0, 0.5, 1.0)):
         for stage, flops in own.audit_work[end].flops.items():
-            once, twice = (rung[end].flops[stage] for rung in rungs)
-            expected = 0.5 * (whole.work[end].flops[stage] + anew * once + anew**2 * twice)
+            once, twice = (step[end].flops[stage] for step in steps)
+            expected = 0.5 * (whole.work[end].flops[stage] + again * once + again**2 * twice)
             assert flops == pytest.approx(expected, abs=3), (end, stage)
-        answers = 0.5 * (1 + anew + anew**2)
+        answers = 0.5 * (1 + again + again**2)
         for name in ("rows", "output_tokens"):
             expected = getattr(own.work[end], name) * answers
             assert getattr(own.audit_work[end], name) == pytest.approx(expected, abs=2), name
@@ -215,7 +215,7 @@ def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_pat
     assert "prompts that cannot: bad_image" in result.stdout
 
 
-def test_numbers_are_told_as_people_do() -> None:
+def test_numbers_are_written_as_people_do() -> None:
     assert interval_text(Interval.exactly(1_234_567)) == "1,234,567"
     assert interval_text(Interval(1.9e6, 2e6, 2.1e6)) == "2M (1.9M to 2.1M)"
     assert [short(n) for n in (999, 9_999, 14_918, 2.5e6, 3.25e9, 1.5e13)] == [

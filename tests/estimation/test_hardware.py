@@ -65,7 +65,7 @@ def test_what_is_empty_says_why() -> None:
         assert item.prices or item.missing, item.name
 
 
-def test_devices_that_lack_the_same_are_told_in_one_line() -> None:
+def test_devices_that_lack_the_same_are_reported_in_one_line() -> None:
     bare = {"tflops": None, "gb_per_s": None, "missing": "not read"}
     table = [
         Hardware(**GOOD),

@@ -72,7 +72,7 @@ def test_the_7b_on_an_h200_takes_what_the_notes_say() -> None:
 
 def ledger(
     parts: list[RunStats],
-    bill: Usage,
+    device_time: Usage,
     wall: float = 60.0,
     devices: tuple[str, ...] = ("cpu", "cpu"),
 ) -> RunTotals:
@@ -90,7 +90,7 @@ def ledger(
         groups=tuple(parts),
         timeline=Timeline(),
         workers=workers,
-        drivers=(driver_record(wall, bill),),
+        drivers=(driver_record(wall, device_time),),
         dead_letters=(),
         dead_letter_count=0,
     )
@@ -98,8 +98,8 @@ def ledger(
 
 
 def test_a_run_foretells_itself() -> None:
-    bill = Usage({UsageKind.USEFUL: 40.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
-    found = MeasuredRates.from_totals(ledger([PART] * 4, bill, wall=26.0))
+    device_time = Usage({UsageKind.USEFUL: 40.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
+    found = MeasuredRates.from_totals(ledger([PART] * 4, device_time, wall=26.0))
     total = sum([PART] * 4, RunStats())
     answered = replace(Work.from_stats(total), rows=40)  # those that can be answered
     assert found.seconds(answered) == pytest.approx(40.0)
@@ -127,26 +127,26 @@ def test_stages_that_overlapped_are_not_counted_twice() -> None:
     assert found.seconds(replace(WORK, rows=10)) == pytest.approx(6.0)
 
 
-def test_second_looks_slow_no_pace() -> None:
+def test_audits_do_not_lower_measured_rates() -> None:
     """Half as long again as the answers themselves, one device after the other."""
-    looked = replace(
+    audited_stats = replace(
         PART,
         audit_uncompressed_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
         escalation_ns={stage: ns // 4 for stage, ns in PART.stage_ns.items()},
     )
-    assert audit_share(looked) == pytest.approx(1 / 3)
+    assert audit_share(audited_stats) == pytest.approx(1 / 3)
     assert audit_share(PART) == audit_share(RunStats()) == 0
-    bill = Usage({UsageKind.USEFUL: 60.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
-    found = MeasuredRates.from_totals(ledger([looked] * 4, bill, wall=36.0))
+    device_time = Usage({UsageKind.USEFUL: 60.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
+    found = MeasuredRates.from_totals(ledger([audited_stats] * 4, device_time, wall=36.0))
     plain = MeasuredRates.from_totals(
-        ledger([PART] * 4, Usage({**bill.seconds, UsageKind.USEFUL: 40.0}), wall=26.0)
+        ledger([PART] * 4, Usage({**device_time.seconds, UsageKind.USEFUL: 40.0}), wall=26.0)
     )
     assert found.per_flop == pytest.approx(plain.per_flop)
     assert found.per_answer == pytest.approx(plain.per_answer)
     assert found.per_output_token == pytest.approx(plain.per_output_token)
     assert found.worker_seconds == plain.worker_seconds == 5.0
     assert found.start_seconds == pytest.approx(plain.start_seconds)
-    unbilled = MeasuredRates.from_totals(ledger([looked] * 4, Usage()))
+    unbilled = MeasuredRates.from_totals(ledger([audited_stats] * 4, Usage()))
     assert unbilled.per_flop == MeasuredRates.from_totals(ledger([PART] * 4, Usage())).per_flop
 
 
@@ -160,7 +160,7 @@ def test_parts_that_differ_make_it_unsure() -> None:
     assert MeasuredRates.from_totals(ledger([PART], Usage())).spread == 1.0
 
 
-def test_what_tells_no_pace_is_refused() -> None:
+def test_a_run_without_measurable_rates_is_refused() -> None:
     with pytest.raises(ConfigError, match="there are no answers to measure rates from"):
         MeasuredRates.from_totals(ledger([RunStats(rows=3, by_status={"failed": 3})], Usage()))
     with pytest.raises(

@@ -127,7 +127,7 @@ def test_compression_that_does_not_pay_is_not_sold() -> None:
     assert "no compressed setting meets the target with 90 % confidence" in found.verdict
 
 
-def test_a_target_that_nothing_meets_is_told() -> None:
+def test_a_target_that_nothing_meets_is_reported() -> None:
     engine = Known(SPEEDS, {BASELINE: 0.6, HALF: 0.5, TENTH: 0.4})
     references = {row.row_key: [RIGHT] for row in rows()}
     question = Criteria(Target(min_accuracy=0.9), references)
@@ -206,7 +206,7 @@ def test_rows_that_cannot_be_answered_are_left_out() -> None:
         measure(engine, asked[:6], [HALF])
 
 
-def test_nothing_to_compare_with_is_told() -> None:
+def test_nothing_to_compare_with_is_reported() -> None:
     failed = {row.row_key: echo(row, status=Status.TOO_LONG, answer=None) for row in rows(4)}
     answers = {BASELINE.name: failed, HALF.name: failed}
     trials = Trials((BASELINE, HALF), np.ones((2, 2)), np.array([2, 2]), answers)

@@ -126,7 +126,7 @@ def test_the_guess_of_newlines_is_near() -> None:
 
 
 @pytest.mark.parametrize(("positions", "longer"), [("compact", False), ("original", True)])
-def test_prompts_that_are_too_long_are_told(
+def test_prompts_that_are_too_long_are_reported(
     tmp_path: Path, tiny_paths: dict[str, Path], positions: str, *, longer: bool
 ) -> None:
     """Tokens that stand where they would uncompressed need as many positions."""

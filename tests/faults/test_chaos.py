@@ -141,12 +141,12 @@ def assert_survived(
     assert (lost, doubled, {*found}) == (0, 0, planned)
     assert {row["status"] for row in rows} == {"ok"}
     assert verify(job.output, deep=True).problems == ()
-    bill = bill_of(job)
+    device_time = bill_of(job)
     wasted = (
         late_seconds
-        + bill.total_seconds
-        - bill.seconds_for(UsageKind.USEFUL)
-        - bill.seconds_for(UsageKind.IDLE)
+        + device_time.total_seconds
+        - device_time.seconds_for(UsageKind.USEFUL)
+        - device_time.seconds_for(UsageKind.IDLE)
     )
     survived.note(happened, Toll(len(planned), lost, doubled, wasted))
 
@@ -169,12 +169,12 @@ DRIVER = """
 import os, sys
 from pathlib import Path
 from gc2ray.runner import driver
-from gc2ray.output import heartbeats as lease
+from gc2ray.output import heartbeats
 from gc2ray.core.config.job import load_job
 from gc2ray.runner.run import run_job
 from tests.support.chaos import VICTIMS, Schedule, worker_on
 job_file, address, marks = sys.argv[1:4]
-driver.CHECK_SECONDS = lease.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with it
+driver.CHECK_SECONDS = heartbeats.HEARTBEAT_SECONDS = 0.1  # so that little of the bill dies with it
 steps = dict(item.split("=") for item in sys.argv[4:])
 marks = Path(marks)
 (marks / VICTIMS["driver"]).write_text(str(os.getpid()))
@@ -306,9 +306,9 @@ def test_a_node_that_is_about_to_go_loses_nothing(cluster: LocalCluster, slow_jo
         alive = ray._private.state.actors(actor_state_name="ALIVE").values()
         used = {actor["Address"]["NodeID"] for actor in alive}
         (node, *_) = [node for node in cluster.worker_nodes if node.node_id in used]
-        told = drain(cluster, node.node_id)
+        drained_at = drain(cluster, node.node_id)
         committed = until(lambda: gone_from(node.node_id) and len(list_parts(store)))
-        assert time.monotonic() - told < DRAIN_SECONDS
+        assert time.monotonic() - drained_at < DRAIN_SECONDS
         assert not run.done()
         cluster.remove_node(node, allow_graceful=False)
         add_node(cluster)

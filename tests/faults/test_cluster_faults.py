@@ -154,9 +154,9 @@ def test_two_drivers_on_one_output_on_s3(
     second = start(head, *words)
     until(lambda: len(store.names("workers")) == 2)  # both are at work at a time
     held.set()
-    told = [driver.communicate(timeout=400)[0] for driver in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], told
-    assert "another driver" in told[1]
+    outputs = [driver.communicate(timeout=400)[0] for driver in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert "another driver" in outputs[1]
     assert_whole(output_of(job_file))
     assert len(store.names("data")) == SHARDS
     logs = [path for path in head.folder.rglob("*") if path.is_file()]

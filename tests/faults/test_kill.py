@@ -270,7 +270,7 @@ def test_an_engine_that_breaks_once(job_file: Path, marks: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
+def test_device_time_adds_up_to_what_was_spent(job_file: Path, marks: Path) -> None:
     """Five kills; useful and wasted device-seconds within 5% of the test's own count."""
     counted = Counted(marks, frozenset({9, 52, 99, 144, 190}), row_seconds=0.25, load_seconds=3.0)
     result = run_job(load(job_file), make_worker=partial(counted_worker, counted=counted))
@@ -282,10 +282,10 @@ def test_the_bill_is_what_was_spent(job_file: Path, marks: Path) -> None:
     useful, wasted = counted.seconds()
     assert useful > ROWS * counted.row_seconds
     assert wasted > 2.0, "the kills cost nothing"
-    bill = result.usage
-    assert bill.seconds_for(UsageKind.USEFUL) == pytest.approx(useful, rel=0.05)
-    assert bill.seconds_for(UsageKind.DIED) == pytest.approx(wasted, rel=0.05)
-    assert bill.seconds_for(UsageKind.LOADING) == pytest.approx(
+    device_time = result.usage
+    assert device_time.seconds_for(UsageKind.USEFUL) == pytest.approx(useful, rel=0.05)
+    assert device_time.seconds_for(UsageKind.DIED) == pytest.approx(wasted, rel=0.05)
+    assert device_time.seconds_for(UsageKind.LOADING) == pytest.approx(
         counted.loads() * counted.load_seconds, rel=0.05
     )
     console = Console(record=True, width=160)
@@ -400,7 +400,7 @@ def test_a_garbage_part_is_named(job_file: Path) -> None:
         run(job_file)
 
 
-def test_no_room_says_what_is_lacking(job_file: Path) -> None:
+def test_a_full_cluster_is_reported_with_what_is_lacking(job_file: Path) -> None:
     data = json.loads(job_file.read_text())
     data["cluster"] |= {"cpus_per_worker": 1, "gpus_per_worker": 4, "place_seconds": 2}
     job_file.write_text(json.dumps(data))

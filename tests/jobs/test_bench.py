@@ -192,19 +192,19 @@ def test_recommendations_are_held_against_fresh_rows() -> None:
         speed = MeanInterval(1, 4 / seconds, 4, 8)
         truth[setting] = Measured(setting, seconds, speed, 9, quality, quality, None, meets=True)
 
-    def told(*recommended: float | None) -> Line:
+    def verdict(*recommended: float | None) -> Line:
         settings = {setting.retention: setting for setting in truth}
         chosen = [None if r is None else settings[r] for r in recommended]
         return tuning.verdicts([Tuning((), one, "") for one in chosen], truth)[-1]
 
-    good = told(*[0.25] * 9, 0.1)
+    good = verdict(*[0.25] * 9, 0.1)
     assert good.figures == {"right": 9, "of": 10, "dearest": 1}
     assert good.goal.endswith(": met")
-    assert told(*[0.25] * 8, 0.1, 0.1).goal.endswith(": missed")
-    dear = told(*[0.25] * 9, 0.5)
+    assert verdict(*[0.25] * 8, 0.1, 0.1).goal.endswith(": missed")
+    dear = verdict(*[0.25] * 9, 0.5)
     assert dear.figures == {"right": 10, "of": 10, "dearest": 1.3}
     assert dear.goal.endswith(": missed")
-    assert told(None).figures == {"right": 0, "of": 1, "dearest": 2}
+    assert verdict(None).figures == {"right": 0, "of": 1, "dearest": 2}
 
 
 @pytest.mark.ray

@@ -94,7 +94,7 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     return asked
 
 
-def test_packings_are_compared_with_the_papers_way_at_their_retention(
+def test_packings_are_compared_with_the_papers_at_their_retention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = fake_measure(monkeypatch)

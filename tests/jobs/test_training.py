@@ -150,7 +150,7 @@ def test_notes_in_words_stand_where_the_image_stands() -> None:
     assert float(read) == pytest.approx(cost / tokens, rel=1e-5)
 
 
-def test_notes_name_everything_and_every_place_once() -> None:
+def test_notes_name_everything_and_every_position_once() -> None:
     for seed in range(50):
         rng = np.random.default_rng(seed)
         scene = sample_scene(rng, demo_anyres(), GRIDS[seed % 5], ASKED)
@@ -185,7 +185,7 @@ def test_the_tower_run_is_the_family_s() -> None:
     assert class_token.shape == (len(lesson.pixels), demo_spec().vision[0])
 
 
-def test_places_are_told_by_the_thumbnail_only() -> None:
+def test_positions_are_named_by_the_thumbnail_only() -> None:
     source = torch.tensor([0, 7, 63, 32, 64, 127])
     assert quarters(source).tolist() == [
         [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 0], [0.5] * 4, [0.5] * 4,

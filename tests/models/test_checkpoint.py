@@ -267,7 +267,7 @@ def test_what_contradicts_itself_or_cannot_be_followed_is_refused(model: Path, c
 
 
 @pytest.mark.parametrize("case", ["placeholder", "no end", "quantised", "pinpoints", "a rule"])
-def test_so_is_it_where_a_model_is_loaded_or_outlined(model: Path, case: str) -> None:
+def test_so_is_it_where_a_model_or_its_metadata_is_loaded(model: Path, case: str) -> None:
     change, message = REFUSED[case]
     change(model)
     with pytest.raises(ConfigError, match=message):
@@ -475,7 +475,9 @@ def test_quantised_weights_whose_configuration_is_lost_are_refused(
         check_directory(model)
 
 
-def test_a_sentencepiece_model_alone_is_told(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sentencepiece_model_alone_is_reported(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (model / "tokenizer.model").touch()
     with caplog.at_level(logging.WARNING):
         check_directory(model)

@@ -152,7 +152,7 @@ def test_queries_keys_and_outputs_may_lie_in_any_order_but_for_features(
     assert torch.equal(out, plain)
 
 
-def test_a_sequence_depends_neither_on_neighbours_nor_on_place_nor_on_threads(
+def test_a_sequence_depends_neither_on_neighbours_nor_on_position_nor_on_threads(
     attend: CompiledAttention, threads: None
 ) -> None:
     queries, keys, values = drawn(41, 4, 64), *drawn(2, 2, 90, 64, seed=1)

@@ -144,11 +144,11 @@ def test_only_what_loading_reads_is_fetched(source: Path) -> None:
     assert all((directory / n).read_bytes() == (source / n).read_bytes() for n in WANTED)
 
 
-def test_an_outline_has_no_weights(source: Path) -> None:
-    outline = fetch_metadata(ModelConfig(path=source.as_uri()))
+def test_metadata_is_fetched_without_weights(source: Path) -> None:
+    metadata = fetch_metadata(ModelConfig(path=source.as_uri()))
     model = staged(source.as_uri()).directory
-    assert files_in(outline) == {n for n in files_in(model) if not n.endswith(".safetensors")}
-    assert "config.json" in files_in(outline) != files_in(model)
+    assert files_in(metadata) == {n for n in files_in(model) if not n.endswith(".safetensors")}
+    assert "config.json" in files_in(metadata) != files_in(model)
     assert fetch_metadata(ModelConfig(path=str(source))) == source
 
 
@@ -184,7 +184,7 @@ def test_a_name_that_leads_out_of_the_model_is_refused(
     assert not cache.exists()
 
 
-def test_a_disk_without_room_is_said_before_anything_is_fetched(
+def test_a_full_disk_is_reported_before_anything_is_fetched(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -210,7 +210,7 @@ def test_a_url_without_a_model_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_is_looked_at_without_fetching_its_weights(
+def test_a_model_is_checked_without_fetching_its_weights(
     tiny_paths: dict[str, Path], cache: Path
 ) -> None:
     check_model(ModelConfig(path="some/model"))
@@ -228,7 +228,7 @@ def contradicting(model: Path) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["directory", "URL"])
-def test_a_model_that_contradicts_itself_is_refused_where_it_is_looked_for(
+def test_a_model_that_contradicts_itself_is_refused_when_checked(
     tiny_paths: dict[str, Path], tmp_path: Path, mode: str
 ) -> None:
     model = contradicting(tiny_copy(tiny_paths["vicuna"], tmp_path / "copy"))
@@ -237,7 +237,7 @@ def test_a_model_that_contradicts_itself_is_refused_where_it_is_looked_for(
         check_model(ModelConfig(path=path))
 
 
-def test_a_url_without_safetensors_is_refused_where_it_is_looked_for(
+def test_a_url_without_safetensors_is_refused_when_checked(
     tiny_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
@@ -514,7 +514,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_paths: dict[str, P
     ("revision", "offline", "is_looked_at"),
     [(None, "1", True), ("c" * 40, "1", True), ("c" * 40, "", True), (None, "", False)],
 )
-def test_a_hub_id_is_looked_at_in_the_hubs_cache_unless_the_hub_may_have_another(
+def test_a_hub_id_is_checked_in_the_hubs_cache_unless_the_hub_may_have_another(
     hub: Path,
     monkeypatch: pytest.MonkeyPatch,
     revision: str | None,

@@ -347,22 +347,22 @@ def test_a_missing_model_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
-def test_an_outline_needs_no_weights(
+def test_metadata_needs_no_weights(
     name: str, tiny_paths: dict[str, Path], loaded_models: dict[str, LoadedModel], tmp_path: Path
 ) -> None:
     """And says what the loaded model says."""
     bare = tmp_path / "bare"
     shutil.copytree(tiny_paths[name], bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    outline, adapter = (
+    metadata, adapter = (
         loading.load_metadata(str(bare), dtype="float32"),
         loaded_models[name].adapter,
     )
-    assert (outline.shape, outline.anyres) == (adapter.shape, adapter.anyres)
-    assert outline.shape.needs() == adapter.needs()
+    assert (metadata.shape, metadata.anyres) == (adapter.shape, adapter.anyres)
+    assert metadata.shape.needs() == adapter.needs()
     for size in SIZES:
         image = tile(Image.new("RGB", size[::-1]), adapter.anyres)
-        assert outline.canvas(size) == adapter.canvas(image)
-    chat = ChatPrompt(outline.processor)
+        assert metadata.canvas(size) == adapter.canvas(image)
+    chat = ChatPrompt(metadata.processor)
     assert chat.encode("what is it?") == ChatPrompt(loaded_models[name].processor).encode(
         "what is it?"
     )

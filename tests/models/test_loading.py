@@ -72,9 +72,9 @@ def test_a_model_with_missing_tensors_is_refused(model: Path, part: str) -> None
     gone = [name for name in before if name.startswith(part)]
     with pytest.raises(
         ConfigError, match=f"lacks {len(gone)} of the model's {len(before)} "
-    ) as told:
+    ) as caught:
         load(model)
-    named = str(told.value).partition("random numbers: ")[2].split(", ")
+    named = str(caught.value).partition("random numbers: ")[2].split(", ")
     assert len(named) == min(4, len(gone))
     assert all(any(name.endswith(key.split(".")[-1]) for key in gone) for name in named[:3])
 
@@ -182,7 +182,7 @@ def test_a_head_that_only_the_text_config_ties_is_refused_with_the_remedy(
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
-def test_tensors_that_nobody_asked_for_are_told_old_buffers_are_not(
+def test_tensors_that_nobody_asked_for_are_reported_old_buffers_are_not(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     buffers = {
@@ -214,16 +214,16 @@ def test_transformers_table_of_missing_tensors_is_not_printed(
 
 
 @pytest.mark.parametrize("hidden_size", ["x", -1])
-def test_a_config_that_transformers_refuses_is_told_with_its_reason(
+def test_a_config_that_transformers_refuses_is_reported_with_its_reason(
     model: Path, hidden_size: object
 ) -> None:
     config = json.loads((model / "config.json").read_text())
     edit(model, text_config=config["text_config"] | {"hidden_size": hidden_size})
     for look in (load, lambda path: loading.load_metadata(str(path), dtype="float32")):
-        with pytest.raises(ConfigError, match=f"{model} cannot be loaded: .*: ") as told:
+        with pytest.raises(ConfigError, match=f"{model} cannot be loaded: .*: ") as caught:
             look(model)
-        assert "\n" not in str(told.value)
-        assert not str(told.value).endswith(":")
+        assert "\n" not in str(caught.value)
+        assert not str(caught.value).endswith(":")
 
 
 RAISED = [
@@ -241,15 +241,15 @@ def test_whatever_goes_wrong_is_a_line_that_names_the_model(
     model: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
 ) -> None:
     fail_at(monkeypatch, where, error)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         load(model)
-    message = str(told.value)
+    message = str(caught.value)
     assert message.startswith(f"recipe.model.path: {model} cannot be loaded: ")
     assert len(message) < 400 + len(str(model))
     assert "\n" not in message
     assert type(error).__name__ in message or "no module" in message
     assert "second third" in message or not isinstance(error, RuntimeError)
-    assert told.value.__cause__ is error
+    assert caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("where", ["weights", "freeze"])
@@ -268,9 +268,9 @@ def test_trouble_of_the_machine_is_not_the_models(
     model: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
 ) -> None:
     fail_at(monkeypatch, where, error)
-    with pytest.raises(type(error)) as told:
+    with pytest.raises(type(error)) as caught:
         load(model)
-    assert told.value is error
+    assert caught.value is error
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
@@ -301,8 +301,8 @@ def test_the_recipe_takes_rules_over_wherever_its_model_is_loaded(
     source = write_rows(tmp_path / "rows.parquet", 4)
     job = tmp_path / "job.yaml"
     job.write_text(json.dumps(job_data(model, source, tmp_path / "out")))
-    told = here("estimate", job)
-    assert (told.exit_code, "min_length 3" in told.stderr) == (2, True)
+    caught = here("estimate", job)
+    assert (caught.exit_code, "min_length 3" in caught.stderr) == (2, True)
     ignored = "recipe.generation.ignore_model_rules=[min_length]"
     assert here("estimate", job, ignored).exit_code == 0
 

@@ -142,11 +142,11 @@ def test_success_says_what_there_is(tmp_path: Path) -> None:
     output, dest = tmp_path / "out", tmp_path / "dest"
     retried(output, 5, 1, listed=True)
     dataset = compact(str(output), str(dest), file_bytes=2_000, incomplete=True)
-    told = json.loads((dest / "_SUCCESS").read_text())
-    assert told["rows"] == dataset.rows
-    assert (told["run"], told["rounds"]) == (RECIPE.fingerprint(), [0, 1])
-    assert len(told["files"]) > 1
-    for file in told["files"]:
+    success_file = json.loads((dest / "_SUCCESS").read_text())
+    assert success_file["rows"] == dataset.rows
+    assert (success_file["run"], success_file["rounds"]) == (RECIPE.fingerprint(), [0, 1])
+    assert len(success_file["files"]) > 1
+    for file in success_file["files"]:
         data = (dest / file["name"]).read_bytes()
         assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         table = pq.read_table(dest / file["name"])

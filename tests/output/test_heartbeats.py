@@ -17,7 +17,7 @@ import pytest
 
 from gc2ray.core.usage import Usage, UsageKind
 from gc2ray.data.store import Store
-from gc2ray.output import heartbeats as lease
+from gc2ray.output import heartbeats
 from gc2ray.output.heartbeats import (
     ALIVE_SECONDS,
     DriverRecord,
@@ -48,14 +48,14 @@ def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptu
 
 
 def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeats, "HEARTBEAT_SECONDS", 0.01)
     beats, bills = threading.Semaphore(0), iter(range(1000))
 
-    def bill() -> Usage:
+    def device_time() -> Usage:
         beats.release()
         return Usage({UsageKind.USEFUL: float(next(bills))})
 
-    with driver_heartbeat(store, bill):
+    with driver_heartbeat(store, device_time):
         for _ in range(4):
             assert beats.acquire(timeout=60)
         (record,) = driver_records(store)

@@ -70,7 +70,7 @@ def test_too_many_failures_are_no_success_however_few_rows_there_are(
     assert (accepted.exit_code, ALLOWS in accepted.stdout) == (0, False)
 
 
-def test_the_first_failures_and_the_next_command_are_told(tmp_path: Path) -> None:
+def test_the_first_failures_and_the_next_command_are_printed(tmp_path: Path) -> None:
     """By `status`, too; and a terminal follows no codes of an input's."""
 
     def shown(answer: Answer) -> Answer:
@@ -114,7 +114,7 @@ def test_verify_names_a_retry_round_that_is_not_finished(tmp_path: Path) -> None
     ]
 
 
-def test_an_incomplete_run_is_gone_on_with_first(tmp_path: Path) -> None:
+def test_an_incomplete_run_is_resumed_first(tmp_path: Path) -> None:
     write_round(tmp_path / "out", 0, first_plan(), bad((1,)))
     parts(tmp_path / "out")[2].unlink()
     status = here("status", tmp_path / "out")
@@ -160,7 +160,7 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     assert nothing.exit_code == found.exit_code
 
 
-def test_a_run_whose_output_is_damaged_is_told_all_the_same(tmp_path: Path) -> None:
+def test_a_run_whose_output_is_damaged_is_reported_all_the_same(tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     write_round(output, 0, first_plan(), bad(range(10)))
     retry = next_retry(output)

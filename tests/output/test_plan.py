@@ -123,8 +123,10 @@ def test_a_damaged_run_is_a_configuration_error(data: bytes) -> None:
 @pytest.mark.parametrize(("found", "age"), [(1, "an older"), (99, "a newer")])
 def test_another_format_is_named(found: int, age: str) -> None:
     versions = {"gc2ray": "0.0.9"}
-    told = rf"run\.json: begun by {age} gc2ray, 0\.0\.9 \(format {found}\); this is .* choose a new"
-    with pytest.raises(ConfigError, match=told):
+    message = (
+        rf"run\.json: begun by {age} gc2ray, 0\.0\.9 \(format {found}\); this is .* choose a new"
+    )
+    with pytest.raises(ConfigError, match=message):
         Run.from_bytes(damaged(format=found, versions=versions))
 
 

@@ -168,7 +168,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_generation_0_stays_as_it_was(output: Path) -> None:
+def test_round_0_stays_as_it_was(output: Path) -> None:
     before = digests(output)
     for _ in range(2):
         retry = begun(output)
@@ -179,7 +179,7 @@ def test_generation_0_stays_as_it_was(output: Path) -> None:
     assert begun(output).number == 3
 
 
-def test_a_retry_that_is_not_finished_is_gone_on_with(output: Path) -> None:
+def test_a_retry_that_is_not_finished_is_resumed(output: Path) -> None:
     retry = begun(output)
     frozen = retry.freeze()
     assert (output / "retry_rounds/1" / RUN_NAME).exists()

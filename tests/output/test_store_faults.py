@@ -86,8 +86,8 @@ def test_nothing_is_lost_or_doubled(
     assert len(store.names("data")) == SHARDS
     for shard in shards():
         winner = int(read_part_footer(store, names[shard.sid]).token.split("-")[0])
-        told = {driver: verdicts[driver, shard.sid] for driver in range(DRIVERS)}
-        assert told == {winner: Commit.WON, 1 - winner: Commit.LOST_RACE}
+        reported = {driver: verdicts[driver, shard.sid] for driver in range(DRIVERS)}
+        assert reported == {winner: Commit.WON, 1 - winner: Commit.LOST_RACE}
 
 
 def test_a_dataset_is_written_though_acknowledgements_get_lost(
@@ -124,7 +124,7 @@ def test_what_is_forbidden_is_not_tried_again(proxy: FaultProxy, output: str, st
         Store(output, PATIENT).check_usable(writing=True)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(proxy: FaultProxy, output: str) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(proxy: FaultProxy, output: str) -> None:
     shard, store = shards()[0], Store(output, PATIENT)
     proxy.faults = Faults(status=507)
     with pytest.raises(OSError, match="on purpose") as refused:
@@ -153,7 +153,7 @@ def test_a_store_that_honours_conditions_is_not_warned_of(
 
 
 @pytest.mark.parametrize("server", ["ignores"])
-def test_a_store_that_ignores_conditions_is_told(
+def test_a_store_that_ignores_conditions_is_reported(
     output: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Even there a second writer that is late overwrites nothing."""

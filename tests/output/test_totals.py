@@ -36,9 +36,15 @@ def worker_record(**changes: object) -> bytes:
     return json.dumps(content).encode()
 
 
-def driver_record(seconds: float, bill: Usage, uuid: str = "d") -> DriverRecord:
+def driver_record(seconds: float, device_time: Usage, uuid: str = "d") -> DriverRecord:
     return DriverRecord(
-        uuid, "host", 1, START, START + timedelta(seconds=seconds), has_ended=True, usage=bill
+        uuid,
+        "host",
+        1,
+        START,
+        START + timedelta(seconds=seconds),
+        has_ended=True,
+        usage=device_time,
     )
 
 
@@ -61,7 +67,7 @@ def test_footers_add_up_to_the_totals_exactly(tmp_path: Path) -> None:
     assert totals.run.rows == plan.rows
 
 
-def test_generations_are_told_apart(tmp_path: Path) -> None:
+def test_rounds_are_distinguished(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan(), fails_at({1}))
     write_round(tmp_path, 2, retry_of([Span("a.parquet", "fa", 1, 2)]))
     totals = read_totals(str(tmp_path))
@@ -94,8 +100,8 @@ def test_records_are_read_and_strangers_are_not(
         Usage({UsageKind.USEFUL: 10.0, UsageKind.LOADING: 2.0}),
         Usage({UsageKind.USEFUL: 5.0}),
     ]
-    for number, bill in enumerate(bills):
-        record = driver_record(60.0 * (number + 1), bill, f"d{number}")
+    for number, device_time in enumerate(bills):
+        record = driver_record(60.0 * (number + 1), device_time, f"d{number}")
         store.create(record.name, record.to_bytes())
     totals = read_totals(str(tmp_path))
     (entry,) = totals.rounds

@@ -449,7 +449,7 @@ def test_what_is_no_output_is_refused(tmp_path: Path, content: bytes | None) -> 
         verify(str(tmp_path))
 
 
-def test_leftovers_and_letters_of_committed_shards_are_no_problem(output: Path) -> None:
+def test_leftovers_and_dead_letters_of_committed_shards_are_no_problem(output: Path) -> None:
     (output / "dead").mkdir()
     (output / f"dead/{SECOND.sid}.3.json").write_text("{}")
     (output / "_tmp/x").write_text("half a part")
@@ -511,7 +511,7 @@ def test_a_damaged_part_of_a_retry(retried: Path, *, deep: bool) -> None:
     )
 
 
-def test_answers_of_another_generation_in_a_retry(retried: Path) -> None:
+def test_answers_of_another_round_in_a_retry(retried: Path) -> None:
     part = parts(retried / "retry_rounds/1")[0]
     rewrite(part, lambda table: with_column(table, "retry_round", [0]))
     assert found(retried, deep=True) == (

@@ -56,16 +56,16 @@ def test_an_output_with_its_card_is_a_dataset(
 def test_it_tells_what_happened(tmp_path: Path) -> None:
     summary = summary_of(a_run(tmp_path))
     text = card(summary)
-    for told in (
+    for message in (
         f"{summary.answers} answers, {summary.errors} of them failed",
         "| failed | 1 |", "compressed: the model read 25.0% of them", "`gc2ray compact`",
         "2 x NVIDIA Big", "$0.13", summary.fingerprint, "| model | model, float32 |",
     ):  # fmt: skip
-        assert told in text, told
+        assert message in text, message
     assert "add license, language and pretty_name" in text
 
 
-def test_an_audit_is_told(tmp_path: Path) -> None:
+def test_an_audit_is_reported(tmp_path: Path) -> None:
     summary, agreed = summary_of(a_run(tmp_path)), Interval(0.7, 0.8, 0.9)
     audit = AuditSummary(
         1200,
@@ -92,7 +92,7 @@ def test_an_uncompressed_run_without_records_has_a_short_one(tmp_path: Path) -> 
     assert "gc2ray compact" not in text
 
 
-def test_paths_of_a_machine_are_not_told(tmp_path: Path) -> None:
+def test_paths_of_a_machine_are_left_out(tmp_path: Path) -> None:
     summary = summary_of(a_run(tmp_path))
     model = {**summary.recipe["model"], "path": "/home/somebody/secret/llava"}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gc2ray.reporting.page import RowImages, report
-from tests.reporting.test_report import a_run, evil_run, looked_at, told
+from tests.reporting.test_report import a_run, evil_run, looked_at, written_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENSHOTS = os.environ.get("GC2RAY_SCREENSHOTS")
@@ -61,7 +61,7 @@ class Opened:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    summary, _ = told(a_run(folder / "run"))
+    summary, _ = written_report(a_run(folder / "run"))
     pictures = [
         RowImages.from_token_map(looked_at(f"d/b.parquet#{row}: what?")) for row in range(2)
     ]
@@ -116,7 +116,7 @@ def test_no_table_is_cut(browser: Any, page_file: Path, width: int) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "width"), LOOKS)
-def test_rows_that_were_looked_at_are_shown(
+def test_rows_with_token_maps_are_shown(
     browser: Any, page_file: Path, scheme: str, width: int
 ) -> None:
     page = Opened(browser, page_file, scheme=scheme, width=width).page
@@ -153,7 +153,7 @@ def test_text_can_be_read_on_its_ground(browser: Any, page_file: Path, scheme: s
 
 
 def test_an_injected_script_does_nothing(browser: Any, tmp_path: Path) -> None:
-    _, found = told(evil_run(tmp_path / "run"))
+    _, found = written_report(evil_run(tmp_path / "run"))
     file = tmp_path / "report.html"
     file.write_text(found.html)
     opened = Opened(browser, file)

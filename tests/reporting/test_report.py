@@ -67,19 +67,19 @@ def a_run(folder: Path, bad: tuple[int, ...] = (1,), *, device: str = "NVIDIA Bi
     write_round(folder, 1, retry, changed=measured)
     for name in ("one", "two"):
         store.create(f"workers/{name}.json", worker_record(device=device, gpus=1.0))
-    bill = Usage({UsageKind.USEFUL: 150.0, UsageKind.LOADING: 60.0, UsageKind.IDLE: 20.0})
-    record = driver_record(130.0, bill)
+    device_time = Usage({UsageKind.USEFUL: 150.0, UsageKind.LOADING: 60.0, UsageKind.IDLE: 20.0})
+    record = driver_record(130.0, device_time)
     store.create(record.name, record.to_bytes())
     return folder
 
 
-def told(folder: Path, prices: Prices = PRICES) -> tuple[Summary, Report]:
+def written_report(folder: Path, prices: Prices = PRICES) -> tuple[Summary, Report]:
     summary = summarise(read_totals(str(folder)), prices)
     return summary, report([summary])
 
 
 def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
-    summary, found = told(a_run(tmp_path))
+    summary, found = written_report(a_run(tmp_path))
     names = [(Store(str(tmp_path)), n) for n in Store(str(tmp_path)).names("data")]
     retry = Store(str(tmp_path / "retry_rounds" / "1"))
     names += [(retry, n) for n in retry.names("data")]
@@ -102,7 +102,7 @@ def test_every_number_is_the_footers_sum(tmp_path: Path) -> None:
 
 
 def test_money_is_all_device_time_at_its_price(tmp_path: Path) -> None:
-    summary, _ = told(a_run(tmp_path))
+    summary, _ = written_report(a_run(tmp_path))
     # Two workers lived for 120 s each; drivers tell of 230 s of these 240.
     assert summary.costs.device_seconds_by_use == {
         "useful": 150.0,
@@ -113,11 +113,11 @@ def test_money_is_all_device_time_at_its_price(tmp_path: Path) -> None:
     assert summary.costs.usd == pytest.approx(240 / 3600 * 2)
     assert summary.usd_per_1000 == pytest.approx(1000 * 240 / 3600 * 2 / summary.stats.images)
     assert summary.costs.useful_share == pytest.approx(150 / 240)
-    spot, _ = told(tmp_path, Prices((BIG,), "spot"))
+    spot, _ = written_report(tmp_path, Prices((BIG,), "spot"))
     assert spot.costs.usd == pytest.approx(240 / 3600)
-    own, _ = told(tmp_path, Prices((), usd_per_hour=3.6))
+    own, _ = written_report(tmp_path, Prices((), usd_per_hour=3.6))
     assert own.costs.usd == pytest.approx(0.24)
-    unknown, found = told(tmp_path, Prices(()))
+    unknown, found = written_report(tmp_path, Prices(()))
     assert (unknown.costs.usd, unknown.usd_per_1000) == (None, None)
     assert "unknown" in found.markdown
     assert "No cost: the hardware table has no on-demand price of NVIDIA Big; use" in found.html
@@ -126,7 +126,7 @@ def test_money_is_all_device_time_at_its_price(tmp_path: Path) -> None:
 
 
 def test_what_was_saved_is_an_estimate_from_operations(tmp_path: Path) -> None:
-    summary, found = told(a_run(tmp_path))
+    summary, found = written_report(a_run(tmp_path))
     saved = summary.costs.saved_seconds
     assert saved is not None
     assert 0 < saved.low < saved.mid < saved.high
@@ -148,7 +148,7 @@ def test_the_same_work_elsewhere(tmp_path: Path) -> None:
             "gb_per_s": 2000,
         }
     )  # fmt: skip
-    summary, _ = told(a_run(tmp_path), Prices((BIG, half)))
+    summary, _ = written_report(a_run(tmp_path), Prices((BIG, half)))
     own, other = summary.costs.what_if
     assert own.hardware == "big"
     assert own.device_hours.is_exact
@@ -156,14 +156,14 @@ def test_the_same_work_elsewhere(tmp_path: Path) -> None:
     assert other.device_hours.mid == pytest.approx(2 * own.device_hours.mid)
     assert other.device_hours.low < other.device_hours.mid < other.device_hours.high
     without = {"name": "bare", "devices": (), "tflops": None, "missing": "not read"}
-    with_bare, page = told(tmp_path, Prices((BIG, half, BIG.model_copy(update=without))))
+    with_bare, page = written_report(tmp_path, Prices((BIG, half, BIG.model_copy(update=without))))
     assert with_bare.costs.what_if == summary.costs.what_if
     assert "No comparison with bare: the hardware table has no tflops (not read); use" in page.html
     assert own.usd["on_demand"].mid == pytest.approx(own.device_hours.mid * 2)
 
 
 def test_all_three_forms_tell_the_same(tmp_path: Path) -> None:
-    summary, found = told(a_run(tmp_path))
+    summary, found = written_report(a_run(tmp_path))
     first = summary.rounds[0]
     committed = f"{first.rows} of {first.planned_rows}"
     assert first.rows < first.planned_rows == 17
@@ -191,7 +191,7 @@ JSON_KEYS = {
 
 def test_programs_find_the_same_keys_in_every_report(tmp_path: Path) -> None:
     """Whoever reads `report.json` relies on them."""
-    _, found = told(a_run(tmp_path))
+    _, found = written_report(a_run(tmp_path))
     document = json.loads(found.json)
     assert set(document) == {"version", "runs"}
     assert set(document["runs"][0]) == JSON_KEYS
@@ -211,7 +211,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan(), lambda source, row: None)
-    summary, found = told(tmp_path)
+    summary, found = written_report(tmp_path)
     assert (summary.answers, summary.costs.usd, summary.costs.saved_seconds) == (0, None, None)
     assert "0 of 17" in found.html
     assert "17 planned rows are not committed" in found.markdown
@@ -250,7 +250,7 @@ def evil_run(folder: Path) -> Path:
 
 
 def test_what_rows_say_stays_text(tmp_path: Path) -> None:
-    _, found = told(evil_run(tmp_path))
+    _, found = written_report(evil_run(tmp_path))
     page = Elements(found.html)
     assert EVIL in json.loads(found.json)["runs"][0]["dead_letters"][0][1]
     assert "script" not in page.tags
@@ -261,7 +261,7 @@ def test_what_rows_say_stays_text(tmp_path: Path) -> None:
 
 
 def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
-    _, found = told(a_run(tmp_path))
+    _, found = written_report(a_run(tmp_path))
     page = Elements(found.html)
     assert page.links == []
     assert "default-src 'none'" in found.html
@@ -276,7 +276,7 @@ def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
 def test_a_run_of_any_size_can_be_drawn(tmp_path: Path) -> None:
     """A million rows of a 7B take more operations than fit into 64 bits."""
     huge = BeforeAfter(3 * 10**25, 10**25)
-    summary, _ = told(a_run(tmp_path))
+    summary, _ = written_report(a_run(tmp_path))
     stats = replace(
         summary.stats,
         flops_full=dict.fromkeys(summary.flops, huge.full),
@@ -296,7 +296,7 @@ def test_a_run_of_any_size_can_be_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("buckets", [2, 101])
-def test_time_is_told_in_round_numbers(buckets: int) -> None:
+def test_time_is_written_in_round_numbers(buckets: int) -> None:
     """From seconds to decades."""
     start = datetime(2026, 11, 27, 14, 23, 5, 900_000, tzinfo=UTC)
     for width in (1, 2, 16, 512, 2**14, 2**18, 2**24):
@@ -309,7 +309,7 @@ def test_time_is_told_in_round_numbers(buckets: int) -> None:
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
-    assert told(folder)[1] == told(folder)[1]
+    assert written_report(folder)[1] == written_report(folder)[1]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_markdown_shows_text_as_it_is(text: object, shown: str) -> None:
     assert markdown_text(text) == shown
 
 
-def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
+def test_an_audit_is_reported_with_its_interval(tmp_path: Path) -> None:
     def looked_at(answer: Answer) -> Answer:
         answer = measured(answer)
         same = answer.request.row % 5 != 0
@@ -336,7 +336,7 @@ def test_an_audit_is_told_with_its_interval(tmp_path: Path) -> None:
     Store(str(tmp_path)).create("workers/w.json", worker_record(device="NVIDIA Big", gpus=1.0))
     record = driver_record(60.0, Usage({UsageKind.USEFUL: 14.0}))
     Store(str(tmp_path)).create(record.name, record.to_bytes())
-    summary, found = told(tmp_path)
+    summary, found = written_report(tmp_path)
     audit = summary.audit
     assert audit is not None
     assert (audit.audits, audit.agreed.mid) == (17, pytest.approx(13 / 17))
@@ -371,10 +371,10 @@ def looked_at(caption: str) -> TokenMap:
     return TokenMap(image, canvas, np.arange(36.0), kept, [caption, "answer: x"])
 
 
-def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:
+def test_rows_with_token_maps_are_in_the_page(tmp_path: Path) -> None:
     """With what they say escaped, and pictures within the page."""
-    summary, without = told(a_run(tmp_path / "one"))
-    other, _ = told(a_run(tmp_path / "two"))
+    summary, without = written_report(a_run(tmp_path / "one"))
+    other, _ = written_report(a_run(tmp_path / "two"))
     pictures = {
         summary.output: [
             RowImages.from_token_map(looked_at(EVIL)),
@@ -395,7 +395,7 @@ def test_rows_that_were_looked_at_stand_in_the_page(tmp_path: Path) -> None:
 
 
 def test_rows_that_tell_most_are_those_that_differ_then_the_largest(tmp_path: Path) -> None:
-    summary, _ = told(a_run(tmp_path))
+    summary, _ = written_report(a_run(tmp_path))
     largest = [key for _, key in summary.stats.largest]
     assert summary.rows_to_show(2) == largest[:2]
     last = summary.stats.largest[-1]
@@ -408,14 +408,14 @@ def test_rows_that_tell_most_are_those_that_differ_then_the_largest(tmp_path: Pa
 
 
 def test_without_an_audit_quality_is_not_known(tmp_path: Path) -> None:
-    assert "Its effect on the answers is unknown" in told(a_run(tmp_path))[1].html
+    assert "Its effect on the answers is unknown" in written_report(a_run(tmp_path))[1].html
 
 
 def test_old_outputs_have_a_report(tmp_path: Path) -> None:
     """From before operations were counted: what is not known is left out."""
     store = write_round(tmp_path, 0, first_plan())
     store.create("workers/w.json", worker_record(model_shape=None))
-    summary, found = told(tmp_path)
+    summary, found = written_report(tmp_path)
     assert (dict(summary.flops), summary.costs.what_if, summary.costs.saved_seconds) == (
         {},
         (),
@@ -424,15 +424,15 @@ def test_old_outputs_have_a_report(tmp_path: Path) -> None:
     assert "What if" not in found.html
 
 
-def test_damaged_sizes_of_the_model_are_told_and_left_out(
+def test_damaged_sizes_of_the_model_are_reported_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    summary, _ = told(a_run(tmp_path))
+    summary, _ = written_report(a_run(tmp_path))
     assert summary.costs.what_if
     for path in (tmp_path / "workers").iterdir():
         damaged = json.loads(path.read_bytes()) | {"model_shape": {"text": 1}}
         path.write_text(json.dumps(damaged))
-    summary, _ = told(tmp_path)
+    summary, _ = written_report(tmp_path)
     assert (
         summary.costs.what_if,
         "a worker record holds a damaged model shape" in caplog.text,

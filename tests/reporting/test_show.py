@@ -53,7 +53,7 @@ def test_tokens_are_drawn_where_they_are(
     selection = GlobalCom2(0.3).many([views])[0]
     count = len(views.valid_per_view)
     kept = np.stack([mask(view)[:36] for view in selection.bitmaps(count, 36)]).astype(bool)
-    looked = TokenMap(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
+    token_map = TokenMap(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
     expected = np.zeros((views.canvas.height, views.canvas.width), bool)
     for source in selection.token_index.tolist():
         if source >= 36:
@@ -61,8 +61,8 @@ def test_tokens_are_drawn_where_they_are(
             row = crop // grid[1] * 6 + token // 6 - views.canvas.rows[0]
             column = crop % grid[1] * 6 + token % 6 - views.canvas.columns[0]
             expected[row, column] = True
-    assert (looked.covered() == expected).all()
-    assert looked.kept_per_view == list(selection.kept_per_view(count, 36))
+    assert (token_map.covered() == expected).all()
+    assert token_map.kept_per_view == list(selection.kept_per_view(count, 36))
 
 
 @pytest.mark.parametrize("size", [(40, 60), (3, 400), (400, 3)])
@@ -70,15 +70,15 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
     canvas = Canvas.from_image_size(size, (1, 2), (6, 6))
     kept = np.zeros((3, 36), bool)
     image = np.full((*size, 3), 200, np.uint8)
-    looked = TokenMap(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])
+    token_map = TokenMap(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of letters that no font has
-        drawn = Image.open(io.BytesIO(heat_map(looked)))
+        drawn = Image.open(io.BytesIO(heat_map(token_map)))
     assert drawn.format == "PNG"
     assert drawn.width > 1000
-    assert heat_map(looked) == heat_map(looked)
-    alone = list(panels(looked))
-    assert list(panels(looked)) == alone
+    assert heat_map(token_map) == heat_map(token_map)
+    alone = list(panels(token_map))
+    assert list(panels(token_map)) == alone
     titles = [
         "image",
         "the thumbnail's scores",
@@ -110,7 +110,7 @@ def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
     return job
 
 
-def test_rows_are_looked_at_again(answered: Job) -> None:
+def test_token_maps_equal_those_of_the_run(answered: Job) -> None:
     """The same tokens as when it was answered: the mask in the output is the one drawn."""
     store = Store(answered.output)
     rows = read_part(store, store.names("data")[0]).to_pylist()
@@ -118,21 +118,21 @@ def test_rows_are_looked_at_again(answered: Job) -> None:
     *found, other = map_tokens(
         answered.output, [rows[0]["row_key"], rows[2]["row_key"], unanswered]
     )
-    for row, looked in zip((rows[0], rows[2]), found, strict=True):
+    for row, token_map in zip((rows[0], rows[2]), found, strict=True):
         assert [mask(view)[:36].tolist() for view in row["kept_mask"]] == (
-            looked.kept.astype(int).tolist()
+            token_map.kept.astype(int).tolist()
         )
-        told = "\n".join(looked.captions)
-        assert row["row_key"] in told
-        assert f"answer: {row['answer']}" in told
-        assert f"uncompressed: {row['audit']['answer']}" in told
-        assert f"{row['visual_tokens_kept']} of {row['visual_tokens_full']}" in told
+        reported = "\n".join(token_map.captions)
+        assert row["row_key"] in reported
+        assert f"answer: {row['answer']}" in reported
+        assert f"uncompressed: {row['audit']['answer']}" in reported
+        assert f"{row['visual_tokens_kept']} of {row['visual_tokens_full']}" in reported
     assert other.captions[0].startswith(f"{unanswered}: ")
     assert "not answered yet" in other.captions
     assert other.image.shape == (100, 200, 3)
 
 
-def test_the_latest_answer_is_told(answered: Job) -> None:
+def test_the_latest_answer_is_reported(answered: Job) -> None:
     """A retry answers a row that had no answer, and fails at one that had a good one."""
     first = open_round(answered.output, 0)
     assert first is not None
@@ -183,7 +183,7 @@ ESCALATED = {
         ),
     ],
 )
-def test_an_answer_is_told_with_its_audit(
+def test_an_answer_is_reported_with_its_audit(
     status: str, audit: dict[str, object] | None, lines: list[str]
 ) -> None:
     """The last one is from before rows were answered again."""

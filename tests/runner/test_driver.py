@@ -187,13 +187,13 @@ def test_dead_letters_of_several_runs_are_kept(tmp_path: Path) -> None:
         assert len(harness.letters()) == count
 
 
-def test_no_room_says_what_the_cluster_lacks(tmp_path: Path) -> None:
+def test_a_full_cluster_is_reported_with_what_it_lacks(tmp_path: Path) -> None:
     harness = Harness(tmp_path, SimulatedPool(placed=0), place_seconds=30.0)
     with pytest.raises(GivenUp, match=r"no room for a worker within 30 s: .*cluster has 0 GPU"):
         harness.run(make_plan())
 
 
-def test_some_room_is_enough(tmp_path: Path) -> None:
+def test_resources_for_some_workers_are_enough(tmp_path: Path) -> None:
     harness = Harness(tmp_path, SimulatedPool(placed=1), place_seconds=30.0)
     harness.run(make_plan())
     assert len(harness.finished) == 10
@@ -450,7 +450,7 @@ def test_a_lost_shard_brings_workers_back(tmp_path: Path) -> None:
     assert len(harness.finished) == 10
 
 
-def test_workers_that_find_no_room_join_later(tmp_path: Path) -> None:
+def test_workers_without_resources_join_later(tmp_path: Path) -> None:
     """A node that joins is used; until then the others go on, and a line says so once."""
     pool = SimulatedPool(placed=1)
     late = pool.start
@@ -583,7 +583,7 @@ def stopped_at(pool: SimulatedPool, seconds: float) -> threading.Event:
 
 
 @pytest.mark.parametrize(("drain_seconds", "abandoned"), [(30.0, 0), (2.0, 4)])
-def test_told_to_stop_it_commits_what_ends_in_time(
+def test_a_stopped_run_commits_what_ends_in_time(
     tmp_path: Path, drain_seconds: float, abandoned: int
 ) -> None:
     pool = SimulatedPool()
@@ -598,7 +598,7 @@ def test_told_to_stop_it_commits_what_ends_in_time(
     assert harness.seen[-1].phase == "stopping"
 
 
-def test_told_to_stop_while_calibrating(tmp_path: Path) -> None:
+def test_a_run_is_stopped_while_calibrating(tmp_path: Path) -> None:
     pool = SimulatedPool(load_goes=lambda worker: "hang")
     harness = Harness(tmp_path, pool)
     harness.driver._stop = stopped_at(pool, 10.0)
@@ -609,17 +609,17 @@ def test_told_to_stop_while_calibrating(tmp_path: Path) -> None:
 # --- what it cost ------------------------------------------------------------------------------
 
 
-def test_the_bill_of_a_smooth_run(tmp_path: Path) -> None:
+def test_the_device_time_of_a_smooth_run(tmp_path: Path) -> None:
     """Two workers, 1 s of loading each, ten shards of 10 s between them."""
     harness = Harness(tmp_path, SimulatedPool(), gpus_per_worker=2.0)
     harness.run(make_plan())
-    bill = harness.driver.usage()
-    assert bill.seconds_for(UsageKind.USEFUL) == 200.0
-    assert bill.seconds_for(UsageKind.LOADING) == 4.0
-    assert bill.total_seconds == pytest.approx(204.0, abs=3.0)
+    device_time = harness.driver.usage()
+    assert device_time.seconds_for(UsageKind.USEFUL) == 200.0
+    assert device_time.seconds_for(UsageKind.LOADING) == 4.0
+    assert device_time.total_seconds == pytest.approx(204.0, abs=3.0)
 
 
-def test_the_bill_names_every_waste(tmp_path: Path) -> None:
+def test_wasted_device_time_is_listed_by_cause(tmp_path: Path) -> None:
     """One death half a second into a shard, one failure, one stall of 100 s, one lost race."""
     how = {1: "die", 4: "fail", 7: "hang"}
     pool = SimulatedPool(lambda w, s, attempt: how.get(s.index, "done") if attempt == 1 else "done")
@@ -636,13 +636,13 @@ def test_the_bill_names_every_waste(tmp_path: Path) -> None:
 
     pool.poll = lose_one
     harness.run(make_plan())
-    bill = harness.driver.usage()
-    assert bill.seconds_for(UsageKind.USEFUL) == pytest.approx(90.0, abs=1.0)
-    assert bill.seconds_for(UsageKind.LOST_RACE) == pytest.approx(10.0, abs=0.5)
-    assert bill.seconds_for(UsageKind.STALLED) == pytest.approx(100.0, abs=2.0)
-    assert 0 < bill.seconds_for(UsageKind.DIED) < 12.0
-    assert 0 < bill.seconds_for(UsageKind.FAILED) < 12.0
-    assert bill.seconds_for(UsageKind.LOADING) == 3.0
+    device_time = harness.driver.usage()
+    assert device_time.seconds_for(UsageKind.USEFUL) == pytest.approx(90.0, abs=1.0)
+    assert device_time.seconds_for(UsageKind.LOST_RACE) == pytest.approx(10.0, abs=0.5)
+    assert device_time.seconds_for(UsageKind.STALLED) == pytest.approx(100.0, abs=2.0)
+    assert 0 < device_time.seconds_for(UsageKind.DIED) < 12.0
+    assert 0 < device_time.seconds_for(UsageKind.FAILED) < 12.0
+    assert device_time.seconds_for(UsageKind.LOADING) == 3.0
     assert harness.driver.lost_races == 1
 
 
@@ -667,7 +667,7 @@ def test_a_storage_that_refuses_ends_the_run_at_once(
     assert harness.letters() == []
 
 
-def test_a_last_shard_that_is_refused_is_told_too(tmp_path: Path) -> None:
+def test_a_last_shard_that_is_refused_is_reported_too(tmp_path: Path) -> None:
     pool = SimulatedPool(lambda w, shard, attempt: "refuse")
     with pytest.raises(GivenUp, match=r"refused data/part; 1 shards are left to answer\. "):
         Harness(tmp_path, pool, workers=1).run(make_plan(rows=10))

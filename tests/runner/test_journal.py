@@ -61,7 +61,7 @@ def test_a_shard_that_was_not_begun_has_nothing_in_hand(tmp_path: Path) -> None:
     assert read_and_remove(journal.prefix) == {"aaaa": (), "cccc": ()}
 
 
-def test_no_room_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
     """In a process that may write files of 100 bytes, as on a disk that is full."""
     script = (
         "import resource, signal, sys\n"
@@ -84,7 +84,7 @@ def test_no_room_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_page_has_its_room_before_anything_is_noted(tmp_path: Path) -> None:
+def test_the_space_of_a_page_is_reserved_before_anything_is_noted(tmp_path: Path) -> None:
     """Or a row that is noted on a full disk would be a signal, SIGBUS."""
     journal = Journal(tmp_path)
     with journal.page("aaaa", 100_000):

@@ -141,7 +141,7 @@ def test_an_output_of_another_version_is_refused_by_every_command(
 ) -> None:
     """In one line, with exit code 2, and nothing is changed."""
     answered(job)
-    told = change(tmp_path / "out")
+    reported = change(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
     file = tmp_path / "job.yaml"
     file.write_text(job.to_yaml())
@@ -157,7 +157,7 @@ def test_an_output_of_another_version_is_refused_by_every_command(
     for command in commands:
         result = CliRunner().invoke(app, list(map(str, command)))
         assert result.exit_code == 2, command
-        assert told in " ".join(result.output.split()), command
+        assert reported in " ".join(result.output.split()), command
         assert result.output.count("\n") <= 2, command
     assert sorted(tmp_path.rglob("*")) == sorted([*before, file])
 
@@ -193,7 +193,7 @@ def test_a_method_that_is_gone_is_refused_before_ray(
 # --- told ---------------------------------------------------------------------------------------
 
 
-def test_new_files_are_told_where_they_are_not_planned(
+def test_new_files_are_reported_where_they_are_not_planned(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     answered(job)

@@ -241,7 +241,7 @@ def test_a_shard_that_was_not_begun_has_lost_no_try_but_only_once() -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.integers(1, 4), st.integers(0, 3))
-def test_every_way_ends(data: st.DataObject, tries: int, poison_rows: int) -> None:
+def test_every_sequence_of_events_ends(data: st.DataObject, tries: int, poison_rows: int) -> None:
     """Whatever rows are in hand at each death: a bounded number of searches, and deaths."""
     rows = 60
     queue = make_queue([rows], rows, limits=Limits(tries, poison_rows))

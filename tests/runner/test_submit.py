@@ -105,8 +105,8 @@ def test_an_id_that_is_taken_is_refused(head: RayHead, first: First) -> None:
 def test_no_secret_travels(head: RayHead, first: First, client: JobSubmissionClient) -> None:
     """Neither what the server tells of jobs nor anything on disk holds it."""
     job_file, result = first
-    told = [json.dumps(client.list_jobs(), default=vars), result.stdout, result.stderr]
-    assert not [text for text in told if SECRET in text]
+    reported = [json.dumps(client.list_jobs(), default=vars), result.stdout, result.stderr]
+    assert not [text for text in reported if SECRET in text]
     files = [*head.folder.rglob("*"), *Path(output_of(job_file)).rglob("*")]
     read = [path for path in files if path.is_file() and path.stat().st_size < 50 << 20]
     assert any(path.name.startswith("runtime_env_agent") for path in read)
@@ -124,8 +124,8 @@ def test_logs_carry_run_and_shard(head: RayHead, first: First) -> None:
         if f'"{run}"' in line
     ]
     committed = [record for record in records if record.get("commit") == "won"]
-    told = {record["shard"]: record["message"].split(":")[0] for record in committed}
-    assert told == list_parts(store)
+    reported = {record["shard"]: record["message"].split(":")[0] for record in committed}
+    assert reported == list_parts(store)
     assert {f"workers/{record['worker']}.json" for record in committed} <= {*store.names("workers")}
 
 
@@ -266,7 +266,7 @@ def test_another_server_is_no_job_server(moto: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["disabled", "token"])
-def test_who_has_no_token_is_told_how_to_give_it(
+def test_who_has_no_token_is_reported_how_to_give_it(
     head: RayHead, job_file: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     known = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "wrong" * 10}
@@ -382,12 +382,12 @@ def scraped(head: RayHead, run: str) -> dict[tuple[str, str], float]:
     return found
 
 
-def told_by_footers(store: Store) -> dict[tuple[str, str], float]:
+def footer_facts(store: Store) -> dict[tuple[str, str], float]:
     """The same from the footers of the committed parts."""
     names = sorted(list_parts(store).values())
     stats = sum((footer.stats for footer in read_part_footers(store, names)), RunStats())
     kept = stats.visual_tokens_kept
-    told = {
+    reported = {
         ("shards", ""): len(names),
         ("output_tokens", ""): stats.output_tokens,
         ("input_starved_seconds", ""): stats.input_starved_ns / 1e9,
@@ -396,7 +396,7 @@ def told_by_footers(store: Store) -> dict[tuple[str, str], float]:
         **{("answers", status): rows for status, rows in stats.by_status.items()},
         **{("stage_seconds", stage): ns / 1e9 for stage, ns in stats.stage_ns.items()},
     }
-    return {key: value for key, value in told.items() if value}
+    return {key: value for key, value in reported.items() if value}
 
 
 def test_metrics_agree_with_the_footers(head: RayHead, job_file: Path, tmp_path: Path) -> None:
@@ -411,9 +411,9 @@ def test_metrics_agree_with_the_footers(head: RayHead, job_file: Path, tmp_path:
     )
     try:
         until(lambda: len(list_parts(store)) == 3)
-        told = told_by_footers(store)
-        until(lambda: scraped(head, run) == pytest.approx(told), 30.0)
-        assert told["answers", "ok"] == 18
+        reported = footer_facts(store)
+        until(lambda: scraped(head, run) == pytest.approx(reported), 30.0)
+        assert reported["answers", "ok"] == 18
     finally:
         gate.touch()
         _, stderr = driver.communicate(timeout=400)

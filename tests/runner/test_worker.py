@@ -626,7 +626,7 @@ def test_answers_that_do_not_fit_into_parquet_are_not_asked_for_again(job: Job) 
         worker.process(ShardAssignment(shards_of(job)[0]))
 
 
-def test_rows_that_cannot_be_noted_are_told_with_the_folder(
+def test_rows_that_cannot_be_noted_are_reported_with_the_folder(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk for temporary files: the next shard would not fare better."""

@@ -372,7 +372,7 @@ def test_a_row_that_can_never_fit_is_refused(models: dict[str, Any]) -> None:
     assert decoder.submit(0, prompt, GenerationConfig(max_new_tokens=2))
 
 
-def test_room_is_not_nothing() -> None:
+def test_cache_space_is_more_than_zero() -> None:
     for settings_ in ({"kv_tokens": 0}, {"kv_tokens": 9, "prefill_tokens": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             DecodeLimits(**settings_)
@@ -538,7 +538,7 @@ def test_a_prefix_is_computed_once(models: dict[str, Any]) -> None:
         assert sorted(item.shared > 0 for item in done.values()) == [False] * 2 + [True] * 8
 
 
-def test_prefixes_give_way_to_rows(models: dict[str, Any]) -> None:
+def test_prefixes_are_dropped_for_rows(models: dict[str, Any]) -> None:
     """Prefixes nobody reads are dropped when their room is wanted; even a row's own."""
     model = models["llama"]
     requests = families_of(model, [2] * 6)
@@ -573,7 +573,7 @@ def free_tokens(kv_cache: KvCache) -> int:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), max_size=60))
-def test_extents_never_overlap_and_all_room_comes_back(asked: list[tuple[int, int]]) -> None:
+def test_cache_regions_never_overlap_and_are_all_freed(asked: list[tuple[int, int]]) -> None:
     kv_cache = make_pool(100)
     held: list[SlotRange] = []
     for size, which in asked:
@@ -594,7 +594,7 @@ def test_extents_never_overlap_and_all_room_comes_back(asked: list[tuple[int, in
     assert kv_cache.allocate(100) == SlotRange(0, 100)
 
 
-def test_room_is_not_given_back_twice() -> None:
+def test_cache_space_is_not_freed_twice() -> None:
     kv_cache = make_pool(10)
     a, b = kv_cache.allocate(4), kv_cache.allocate(4)
     assert a is not None
@@ -616,7 +616,7 @@ def test_a_pool_is_as_large_as_it_says() -> None:
     assert kv_cache.view(SlotRange(2, 5)).shape == (2, 2, 3, 3, 4)
 
 
-def test_prefixes_stay_until_room_is_wanted() -> None:
+def test_prefixes_stay_until_their_space_is_needed() -> None:
     kv_cache = make_pool(10)
     prefixes = PrefixCache(kv_cache)
     for key in ("a", "b"):
@@ -719,7 +719,7 @@ def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
     assert counts[0] == counts[1]
 
 
-def test_missing_rows_of_a_burst_write_to_nobodys_place(models: dict[str, Any]) -> None:
+def test_missing_rows_of_a_burst_write_to_no_row(models: dict[str, Any]) -> None:
     model = LanguageModel(models["llama"])
     kv_cache = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
     kv_cache.states.zero_()
@@ -932,7 +932,7 @@ def test_attention_is_the_textbooks(
         torch.testing.assert_close(attend(step, 0, queries, 0.3, window), wanted)
 
 
-def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_backend_that_works_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     shape = KvShape(layers=1, heads=2, head_size=16)
     assert (
@@ -951,7 +951,7 @@ def test_the_way_of_attention_is_chosen_by_what_works(monkeypatch: pytest.Monkey
     assert not _agrees(attend_varlen, shape, 4, torch.float32, cpu), "it forgets a token"
 
 
-def test_a_step_knows_its_places() -> None:
+def test_a_step_knows_its_cache_positions() -> None:
     kv_states = torch.zeros(1, 2, 1, 40, 2)
     step = Step.from_chunks((Chunk(3, 5, 5), Chunk(20, 7, 1)), kv_states)
     assert step.slots.tolist() == [3, 4, 5, 6, 7, 26]
@@ -1071,7 +1071,7 @@ def test_a_packed_twin_of_a_whole_model_generates(
     assert others == [first, first]
 
 
-def test_unknown_models_are_told_apart(
+def test_unknown_models_are_distinguished(
     models: dict[str, Any], loaded_models: dict[str, LoadedModel]
 ) -> None:
     assert all(unsupported(model) is None for model in models.values())

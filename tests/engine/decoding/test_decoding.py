@@ -429,7 +429,7 @@ def test_numbers_depend_on_the_seed_and_not_on_the_limit(seed: int, short: int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_masked_logits_are_drawn_from(dtype: torch.dtype) -> None:
+def test_half_precision_and_masked_logits_are_sampled(dtype: torch.dtype) -> None:
     logits = torch.tensor([-torch.inf, 2.0, -torch.inf, 1.0], dtype=dtype)
     assert set(draws(logits, GenerationConfig(max_new_tokens=100, temperature=2.0)).tolist()) == {
         1,
@@ -437,7 +437,7 @@ def test_half_precision_and_masked_logits_are_drawn_from(dtype: torch.dtype) -> 
     }
 
 
-def test_greedy_rows_are_not_drawn() -> None:
+def test_greedy_rows_are_not_sampled() -> None:
     greedy, hot = (
         GenerationConfig(max_new_tokens=1),
         GenerationConfig(max_new_tokens=1, temperature=9.0),
