@@ -2,8 +2,8 @@
 
 Run it from this folder, or with this folder on PYTHONPATH:
 
-    gc2ray run job.yaml recipe.compression.method=custom_method:CenterCrop \
-        recipe.compression.allow_code=true
+    gc2ray run job.yaml output=NEW_OUTPUT \
+        recipe.compression.method=custom_method:CenterCrop recipe.compression.allow_code=true
 """
 
 from dataclasses import dataclass

@@ -92,7 +92,7 @@ def _write_inputs(console: Console, root: Path, job: Job) -> None:
     shutil.copytree(MODEL, job.recipe.model.path)
     (path,) = job.recipe.input.uris()
     rows = write_rows(Path(path), iter(_rows(backgrounds)))
-    (root / JOB_NAME).write_text(job.to_yaml(), encoding="utf-8")
+    (root / JOB_NAME).write_text(job.located().to_yaml(), encoding="utf-8")
     for line in (
         of,
         f"wrote {rows} questions about as many images to {path}",

@@ -71,6 +71,8 @@ def device_name(device: torch.device) -> str:
 
 def own_device_name() -> str:
     """The name of the device on which this process runs models."""
+    import torch  # late, as in `_cuda`
+
     return device_name(torch.device(own_device()))
 
 
