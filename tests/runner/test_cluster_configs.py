@@ -191,7 +191,7 @@ def test_the_script_runs_a_job_and_ends_what_it_started(
         script.send_signal(signal.SIGTERM)
     output, _ = script.communicate(timeout=400)
     assert script.returncode == (130 if stopped else 0), output
-    until(lambda: all(has_ended(process.pid) for process in started), 30.0)
+    until(lambda: all(map(has_ended, started)))
     verdict = verify(str(tmp_path / "out"), deep=True)
     assert all("not answered yet" in problem for problem in verdict.problems)
     assert bool(verdict.problems) == stopped

@@ -91,10 +91,14 @@ def kill_all(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def has_ended(pid: int) -> bool:
-    """A zombie has: its parent, or whoever has inherited it, has only not looked yet."""
+def has_ended(process: psutil.Process | int) -> bool:
+    """Whether a process has ended; a zombie has, whose parent has only not waited for it yet.
+
+    A `psutil.Process` is told from a later one with its pid by the time of its start.
+    """
     try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        process = psutil.Process(process) if isinstance(process, int) else process
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
@@ -155,7 +159,7 @@ def _end(head: RayHead) -> None:
     kill_all(processes)
     head.process.wait()
     _, left = psutil.wait_procs(processes, END_SECONDS)
-    left = [process for process in left if not has_ended(process.pid)]
+    left = [process for process in left if not has_ended(process)]
     assert not left, left
 
 
