@@ -262,27 +262,3 @@ def read_part(store: Store, name: str, columns: Sequence[str] | None = None) -> 
             f"{store.uri}: {name} cannot be read: {reason}; run `gc2ray verify --deep` to see "
             "whether it is damaged"
         ) from error
-
-
-def read_all_parts(store: Store, columns: Sequence[str]) -> pa.Table:
-    """Columns of all committed answer rows, part by part.
-
-    Raises:
-        ConfigError: There are no answers, or a column is not among them.
-        OSError: The storage does not answer.
-    """
-    names = sorted(list_parts(store).values())
-    if not names:
-        raise ConfigError(f"{store.uri}: holds no answers")
-    tables = []
-    for name in names:
-        with store.open(name) as handle:
-            part = open_parquet(handle)
-            missing = sorted(set(columns) - set(part.schema_arrow.names))
-            if missing:
-                raise ConfigError(
-                    f"{store.uri}: has no column {missing[0]!r}; input columns are written back "
-                    "if recipe.input.keep names them"
-                )
-            tables.append(part.read(columns=list(columns), use_threads=False))
-    return pa.concat_tables(tables)

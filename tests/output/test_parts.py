@@ -28,7 +28,6 @@ from gc2ray.output.parts import (
     commit_part,
     list_parts,
     part_bytes,
-    read_all_parts,
     read_part,
     read_part_footer,
     read_part_footers,
@@ -160,7 +159,7 @@ def test_a_part_is_a_table_with_the_answer_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "read", [lambda s, n: read_part(s, n), lambda s, _: read_all_parts(s, ["answer"])]
+    "read", [lambda s, n: read_part(s, n), lambda s, n: read_part(s, n, ["answer"])]
 )
 def test_a_part_is_read_by_the_thread_that_asks(
     local: Store, monkeypatch: pytest.MonkeyPatch, read: Callable[[Store, str], pa.Table]
@@ -277,7 +276,7 @@ def test_a_part_is_read_whatever_fails_for_a_moment(
 
     monkeypatch.setattr(store._fs, "open", unsteady)
     assert len(read_part(store, shard.part_name)) == shard.rows
-    assert len(read_all_parts(store, ["row_key"])) == shard.rows
+    assert len(read_part(store, shard.part_name, ["row_key"])) == shard.rows
     assert len(failed) > 3
 
 
