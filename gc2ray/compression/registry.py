@@ -10,7 +10,6 @@ point or a dotted path, and they are imported here, if their source is that of t
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import sys
@@ -33,7 +32,7 @@ from gc2ray.compression.methods.random import Random
 from gc2ray.compression.methods.thumbnail import ThumbnailOnly
 from gc2ray.compression.methods.uniform import Uniform
 from gc2ray.core.config.compression import CUSTOM, METHODS, CompressionConfig
-from gc2ray.core.config.method_source import MethodSource
+from gc2ray.core.config.method_source import MethodSource, source_digest
 from gc2ray.core.errors import ConfigError, first_line
 
 _SHA256 = "__gc2ray_sha256__"
@@ -123,7 +122,7 @@ class _SourceOnly(SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002 - as Python calls it
         data = self.get_data(self.path)
-        if hashlib.sha256(data).hexdigest() != self._sha256:
+        if source_digest(data) != self._sha256:
             raise _Unusable("the file changed while it was read")
         return self.source_to_code(data, self.path)
 

@@ -121,14 +121,16 @@ class Progress:
     def from_answer(answer: Answer) -> Progress:
         """One more answer."""
         request = answer.request
-        error = f"{request.row_key}: {answer.status}: {answer.error}"
+        errors: tuple[str, ...] = ()
+        if answer.error is not None:
+            errors = (f"{request.row_key}: {answer.status}: {answer.error}",)
         return Progress(
             rows=int(request.prompt_index == 0),
             answers=1,
             bad_answers=int(answer.status != Status.OK),
             visual_tokens_full=answer.visual_tokens_full or 0,
             visual_tokens_kept=answer.visual_tokens_kept or 0,
-            errors=() if answer.error is None else (error,),
+            errors=errors,
         )
 
     def __add__(self, other: Progress) -> Progress:

@@ -49,6 +49,11 @@ class MethodSource:
         return self.file.parents[depth - 1] if depth else self.file
 
 
+def source_digest(data: bytes) -> str:
+    """The digest of a source file, by which a recipe names it."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def is_dotted(method: str) -> bool:
     """Whether a method is named by a path, `package.module:Class`, and not by an entry point."""
     return ":" in method
@@ -76,7 +81,7 @@ def find_method(method: str) -> MethodSource:
         data = file.read_bytes()
     except OSError as error:
         raise LookupError(f"{file} cannot be read: {error.strerror}") from error
-    return MethodSource(point.module, point.attr, file, hashlib.sha256(data).hexdigest())
+    return MethodSource(point.module, point.attr, file, source_digest(data))
 
 
 def _entry_point(method: str) -> EntryPoint:
