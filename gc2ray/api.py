@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gc2ray.core.choices import PriceKind, ReferenceLists
+from gc2ray.core.arguments import PriceKind, ReferenceLists, as_tuple
+from gc2ray.core.config.locations import Location, as_location
 from gc2ray.core.errors import ConfigError, GivenUp, explain
 from gc2ray.core.logs import LogForm, set_up, writes_json
 from gc2ray.core.process import INTERRUPTED, Stopped, unexpected
@@ -92,9 +93,9 @@ def run(
 
 
 def retry(
-    output: str,
+    output: Location,
     *overrides: str,
-    statuses: Sequence[str] = (),
+    statuses: str | Sequence[str] = (),
     address: str | None = None,
     display: Display | None = None,
 ) -> Retried:
@@ -112,17 +113,11 @@ def retry(
         True
     """
     from gc2ray.core.config.job import load_cluster
-    from gc2ray.output.planner import Judged
-    from gc2ray.output.retry import FAILURES, Retried, latest_failures, next_retry
-    from gc2ray.runner.run import run_retry
+    from gc2ray.output.retry import FAILURES
+    from gc2ray.runner.run import retry_output
 
-    cluster = load_cluster(overrides)
-    chosen = next_retry(output, statuses or FAILURES)
-    if chosen is None:
-        return Retried(None, None, Judged(*latest_failures(output), cluster.max_bad_rows))
-    outcome = run_retry(chosen, cluster, address=address, display=display)
-    judged = outcome.judged or Judged(*latest_failures(output), cluster.max_bad_rows)
-    return Retried(chosen.number, outcome, judged)
+    where, failures = as_location("OUTPUT", output), as_tuple(statuses) or FAILURES
+    return retry_output(where, load_cluster(overrides), failures, address, display)
 
 
 def submit(
@@ -165,7 +160,7 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
     job: Job,
     *,
     rows: int | None = 1000,
-    like: str | None = None,
+    like: Location | None = None,
     output_tokens: float | None = None,
     hours: float = 1.0,
     hardware: str | Path | None = None,
@@ -193,7 +188,7 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
     from gc2ray.estimation.measured_rates import MeasuredRates
     from gc2ray.output.totals import read_totals
 
-    rates = MeasuredRates.from_totals(read_totals(like)) if like else None
+    rates = MeasuredRates.from_totals(read_totals(as_location("--like", like))) if like else None
     assumptions = Assumptions(output_tokens=output_tokens, rates=rates, hours=hours)
     return estimate_run(job, load_hardware(hardware), assumptions, rows, progress)
 
@@ -202,8 +197,8 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
     job: Job,
     *,
     rows: int = 200,
-    methods: Sequence[str] = (),
-    retentions: Sequence[float] = (),
+    methods: str | Sequence[str] = (),
+    retentions: float | Sequence[float] = (),
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
     budget_usd: float | None = None,
@@ -239,18 +234,19 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
     from gc2ray.estimation.recommendation import Target
     from gc2ray.estimation.tune import TuneRequest, tune_run
     from gc2ray.reporting.charts import tuning_chart
+    from gc2ray.reporting.writing import write_file
 
     request = TuneRequest(
         rows=rows,
-        methods=tuple(methods),
-        retentions=tuple(retentions),
+        methods=as_tuple(methods),
+        retentions=as_tuple(retentions),
         target=Target(min_agreement, min_accuracy, budget_usd),
         reference=reference,
         prices=Prices(load_hardware(hardware), usd_per_hour=usd_per_hour),
     )
     tuning = tune_run(job, request)
     if svg is not None:
-        _write(Path(svg), tuning_chart(tuning).encode())
+        write_file(Path(svg), tuning_chart(tuning).encode())
     return tuning
 
 
@@ -270,7 +266,7 @@ def check(job: Job, rows: int = 16) -> Parity:
     return check_parity(job, rows)
 
 
-def status(output: str) -> RunStatus:
+def status(output: Location) -> RunStatus:
     """Read how far a run is, from its output alone.
 
     Example:
@@ -279,10 +275,10 @@ def status(output: str) -> RunStatus:
     """
     from gc2ray.output.planner import read_status
 
-    return read_status(output)
+    return read_status(as_location("OUTPUT", output))
 
 
-def verify(output: str, *, deep: bool = False) -> Verdict:
+def verify(output: Location, *, deep: bool = False) -> Verdict:
     """Check that an output holds every planned row exactly once; `problems` says what is wrong.
 
     Args:
@@ -295,11 +291,15 @@ def verify(output: str, *, deep: bool = False) -> Verdict:
     """
     from gc2ray.output.verify import verify as check_output
 
-    return check_output(output, deep=deep)
+    return check_output(as_location("OUTPUT", output), deep=deep)
 
 
 def compact(
-    output: str, destination: str, *, file_bytes: int = 512 << 20, incomplete: bool = False
+    output: Location,
+    destination: Location,
+    *,
+    file_bytes: int = 512 << 20,
+    incomplete: bool = False,
 ) -> Dataset:
     """Write the latest answers as a dataset of a few large Parquet files, in input order.
 
@@ -313,21 +313,20 @@ def compact(
         >>> [file.name for file in gc2ray.compact("out", "dataset").files]
         ['part-00000.parquet']
     """
-    from gc2ray.core.config.locations import check_location
     from gc2ray.output.compact import compact as write
 
-    check_location("DESTINATION", destination)
-    return write(output, destination, file_bytes=file_bytes, incomplete=incomplete)
+    where, to = as_location("OUTPUT", output), as_location("DESTINATION", destination)
+    return write(where, to, file_bytes=file_bytes, incomplete=incomplete)
 
 
 def report(  # noqa: PLR0913 - settings, given by name
-    *outputs: str,
-    to: str | None = None,
+    *outputs: Location,
+    to: Location | None = None,
     price: str = PriceKind.ON_DEMAND,
     usd_per_hour: float | None = None,
     hardware: str | Path | None = None,
     show: int = 0,
-    rows: Sequence[str] = (),
+    rows: str | Sequence[str] = (),
     card: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> WrittenReport:
@@ -348,18 +347,16 @@ def report(  # noqa: PLR0913 - settings, given by name
         >>> gc2ray.report("out", card=False).files[0].endswith("out/report/report.html")
         True
     """
-    from gc2ray.core.config.locations import check_location
     from gc2ray.estimation.hardware import Prices, load_hardware
     from gc2ray.reporting.writing import ReportRequest, write_report
 
-    place = to or f"{outputs[0].rstrip('/')}/report"
-    check_location("--to" if to else "OUTPUT", place)
     prices = Prices(load_hardware(hardware), price, usd_per_hour)
-    request = ReportRequest(place, prices, show, tuple(rows), card=card)
-    return write_report(outputs, request, progress or (lambda _: None))
+    where = None if to is None else as_location("--to", to)
+    request = ReportRequest(prices, where, show, as_tuple(rows), card=card)
+    return write_report(_checked(outputs), request, progress or (lambda _: None))
 
 
-def show(output: str, row_key: str, to: str | Path | None = None) -> Path:
+def show(output: Location, row_key: str, to: str | Path | None = None) -> Path:
     """Draw the visual tokens that were kept of a row's image; returns the file's path.
 
     Args:
@@ -373,16 +370,18 @@ def show(output: str, row_key: str, to: str | Path | None = None) -> Path:
     """
     from gc2ray.reporting.heat_map import heat_map
     from gc2ray.reporting.show import image_name, map_tokens
+    from gc2ray.reporting.writing import write_file
 
-    path = Path(to or image_name(output, row_key))
-    _write(path, heat_map(next(map_tokens(output, [row_key]))))
+    where = as_location("OUTPUT", output)
+    path = Path(to or image_name(where, row_key))
+    write_file(path, heat_map(next(map_tokens(where, [row_key]))))
     return path
 
 
 def evaluate(
-    *outputs: str,
+    *outputs: Location,
     reference: str,
-    metrics: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     by: str | None = None,
     lists: str | None = None,
 ) -> Evaluation:
@@ -403,7 +402,8 @@ def evaluate(
     """
     from gc2ray.reporting.evaluation import EvaluateRequest, evaluate_runs
 
-    return evaluate_runs(outputs, EvaluateRequest(reference, tuple(metrics), by, lists))
+    request = EvaluateRequest(reference, as_tuple(metrics), by, lists)
+    return evaluate_runs(_checked(outputs), request)
 
 
 def terminal() -> Terminal:
@@ -413,8 +413,8 @@ def terminal() -> Terminal:
     return Terminal()
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+def _checked(outputs: Sequence[Location]) -> list[str]:
+    """Outputs as text; at least one."""
+    if not outputs:
+        raise ConfigError("OUTPUT: name at least one output of a run")
+    return [as_location("OUTPUT", output) for output in outputs]

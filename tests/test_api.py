@@ -135,12 +135,24 @@ def saved(folder: Path, image: Image.Image) -> Path:
         lambda _, image: image,
         lambda _, image: encoded(image),
         lambda _, image: memoryview(encoded(image)),
+        lambda _, image: io.BytesIO(encoded(image)),
+        lambda folder, image: saved(folder, image).open("rb"),
         lambda folder, image: saved(folder, image),
         lambda folder, image: str(saved(folder, image)),
         lambda _, image: np.asarray(image),
         lambda _, image: np.asarray(image)[:, ::-1][:, ::-1],  # not contiguous
     ],
-    ids=["PIL", "bytes", "memoryview", "path", "str", "array", "view of an array"],
+    ids=[
+        "PIL",
+        "bytes",
+        "memoryview",
+        "buffer",
+        "open file",
+        "path",
+        "str",
+        "array",
+        "view of an array",
+    ],
 )
 def test_every_kind_of_image_gives_the_answer_of_a_job(
     model: Model,
@@ -172,23 +184,30 @@ def test_numbers_of_images_and_prompts_must_fit(model: Model) -> None:
         model.answer(images, [PROMPT] * 2)
     with pytest.raises(TypeError, match="a prompt is text, not int"):
         model.answer(images, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="a PIL image, a path, bytes or a numpy array, not float"):
+    with pytest.raises(TypeError, match="a prompt is text, not bytes"):
+        model.answer(images, b"What?")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bytes, an open file or a numpy array, not float"):
         model.answer([0.5], PROMPT)  # type: ignore[list-item]
 
 
 def test_what_cannot_be_answered_says_so_in_its_answer(model: Model, tmp_path: Path) -> None:
     cut = Image.open(io.BytesIO(encoded(picture((100, 200)), "BMP")[:500]))
+    closed = io.BytesIO(encoded(picture((20, 30))))
+    closed.close()
     images = [
         picture((20, 30)), b"no image", tmp_path / "none.png", np.zeros((4, 4), np.uint8),
-        np.zeros((4, 4, 3)), None, cut, "https://example.org/a.png",
+        np.zeros((4, 4, 3)), None, cut, "https://example.org/a.png", closed,
     ]  # fmt: skip
     answers = model.answer(images, PROMPT)
-    assert [answer.status for answer in answers] == [Status.OK] + [Status.BAD_IMAGE] * 7
+    assert [answer.status for answer in answers] == [Status.OK] + [Status.BAD_IMAGE] * 8
     assert "no such image file" in str(answers[2].error)
     assert "shape (4, 4) and dtype uint8; expected (height, width, 3) of uint8" in str(answers[3])
     assert "dtype float64" in str(answers[4])
     assert "image is null" in str(answers[5])
     assert "image_roots" in str(answers[7])
+    assert "closed file" in str(answers[8])
+    with pytest.raises(TypeError, match="open it with mode 'rb'"):
+        model.answer(io.StringIO("text"), PROMPT)  # type: ignore[arg-type]
     assert [answer.status for answer in model.answer(images[0], ["", " ", PROMPT])] == [
         Status.BAD_PROMPT, Status.BAD_PROMPT, Status.OK,
     ]  # fmt: skip

@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, BinaryIO, Self, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,9 +31,11 @@ from gc2ray.models.base import LoadedModel
 from gc2ray.models.loading import free_device_memory
 
 ImageInput: TypeAlias = (
-    "Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | None"
+    "Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO "
+    "| np.ndarray | None"
 )
-_ONE_IMAGE = (Image.Image, str, os.PathLike, bytes, bytearray, memoryview, np.ndarray)
+_BYTES = (bytes, bytearray, memoryview)
+_ONE_IMAGE = (Image.Image, str, os.PathLike, *_BYTES, np.ndarray)
 _LOSSLESS = {
     **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "PNG"),
     **dict.fromkeys(("I", "F", "CMYK"), "TIFF"),
@@ -70,8 +72,8 @@ class Model:
         Give one image with many prompts, many images with one prompt, or equally many of both.
 
         Args:
-            images: A PIL image, a path or URL, the bytes of an image file, or an array of shape
-                (height, width, 3) and dtype uint8; or several of these. URLs need a
+            images: A PIL image, a path or URL, an image file as bytes or opened for reading, or an
+                array of shape (height, width, 3) and dtype uint8; or several of these. URLs need a
                 `recipe.input.image_roots` that covers them.
             prompts: Text, without the model's chat template; or several.
 
@@ -200,7 +202,7 @@ def _request(row: int, image: ImageRef | BadRow, prompt: str) -> Request:
 def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[str]]:
     """Images and prompts as lists of one length; an image is encoded once."""
     refs = [_image_ref(image) for image in _as_list(images, _ONE_IMAGE)]
-    texts = list(_as_list(prompts, (str,)))
+    texts = list(_as_list(prompts, (str, *_BYTES)))
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"a prompt is text, not {type(text).__name__}")
@@ -216,8 +218,8 @@ def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[st
 
 
 def _as_list(given: Any, single: tuple[type, ...]) -> list[Any]:
-    is_one = given is None or isinstance(given, single) or not isinstance(given, Iterable)
-    return [given] if is_one else list(given)
+    is_one = given is None or isinstance(given, single) or hasattr(given, "read")
+    return [given] if is_one or not isinstance(given, Iterable) else list(given)
 
 
 def _image_ref(image: Any) -> ImageRef | BadRow:
@@ -231,20 +233,37 @@ def _image_ref(image: Any) -> ImageRef | BadRow:
             return ImageRef()
         case bytes() | bytearray() | memoryview():
             return ImageRef(data=bytes(image))
+        case _ if hasattr(image, "read"):
+            return _read(image)
         case str() if is_url(image):
             return ImageRef(path=image)
         case str() | os.PathLike():
             return ImageRef(path=str(Path(image).expanduser().absolute()))
         case np.ndarray():
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                problem = f"an array of shape {image.shape} and dtype {image.dtype}"
-                return BadRow(Status.BAD_IMAGE, f"{problem}; expected (height, width, 3) of uint8")
-            return _encoded(lambda: Image.fromarray(np.ascontiguousarray(image)))
+            return _from_array(image)
         case Image.Image():
             return _encoded(lambda: ImageOps.exif_transpose(image))
     raise TypeError(
-        f"an image is a PIL image, a path, bytes or a numpy array, not {type(image).__name__}"
+        "an image is a PIL image, a path, bytes, an open file or a numpy array, not "
+        f"{type(image).__name__}"
     )
+
+
+def _from_array(pixels: np.ndarray) -> ImageRef | BadRow:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        problem = f"an array of shape {pixels.shape} and dtype {pixels.dtype}"
+        return BadRow(Status.BAD_IMAGE, f"{problem}; expected (height, width, 3) of uint8")
+    return _encoded(lambda: Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _read(file: BinaryIO) -> ImageRef | BadRow:
+    try:
+        data: object = file.read()
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        return BadRow(Status.BAD_IMAGE, f"the image cannot be read: {error}")
+    if not isinstance(data, bytes):
+        raise TypeError("an open file of an image is read as bytes: open it with mode 'rb'")
+    return ImageRef(data=data)
 
 
 def _encoded(make: Any) -> ImageRef | BadRow:

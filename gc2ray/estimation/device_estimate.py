@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gc2ray.core.choices import PriceKind
+from gc2ray.core.arguments import PriceKind
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.format import SECONDS_PER_HOUR

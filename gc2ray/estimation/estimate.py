@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gc2ray.core.arguments import check_range
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Job
 from gc2ray.core.config.recipe import Recipe
@@ -88,12 +89,19 @@ class Assumptions:
         rates: Measured in an earlier run.
         hours: Wanted duration of the run, where the cluster does not set the number of workers.
         retentions: Compared beside the recipe's own.
+
+    Raises:
+        ConfigError: A number is out of range.
     """
 
     output_tokens: float | None = None
     rates: MeasuredRates | None = None
     hours: float = 1.0
     retentions: tuple[float, ...] = RETENTIONS
+
+    def __post_init__(self) -> None:
+        check_range("output_tokens", self.output_tokens, 1)
+        check_range("hours", self.hours, 0.01)
 
 
 def estimate_run(
@@ -113,8 +121,9 @@ def estimate_run(
         progress: Called with the number of rows that were read.
 
     Raises:
-        ConfigError: Model or input cannot be read.
+        ConfigError: `rows` is out of range, or model or input cannot be read.
     """
+    check_range("rows", rows, 1)
     recipe = job.recipe
     model = load_metadata(
         str(fetch_metadata(recipe.model)),

@@ -18,8 +18,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gc2ray.core.choices import PriceKind
-from gc2ray.core.config.yaml_models import Frozen, parsed, read_yaml
+from gc2ray.core.arguments import PriceKind, check_range
+from gc2ray.core.config.yaml_models import Frozen, parsed, read_yaml, unknown_key
 from gc2ray.core.errors import ConfigError
 
 DEFAULT = Path(__file__).with_name("hardware.yaml")
@@ -193,11 +193,19 @@ class Prices:
         table: Table of hardware.
         kind: `on_demand` or `spot`.
         usd_per_hour: Price of any device; None takes the table's prices.
+
+    Raises:
+        ConfigError: There is no such kind, or the price is out of range.
     """
 
     table: tuple[Hardware, ...]
     kind: str = PriceKind.ON_DEMAND
     usd_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in list(PriceKind):
+            raise ConfigError(f"price: {unknown_key(self.kind, sorted(PriceKind))}")
+        check_range("usd_per_hour", self.usd_per_hour, 0)
 
     def per_hour(self, device: str) -> float | None:
         """The price of a device for an hour; None where none is known."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from gc2ray.core.arguments import check_range
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.format import SECONDS_PER_HOUR
 from gc2ray.core.intervals import MeanInterval, interval, ratio
@@ -36,11 +37,19 @@ class Target:
         min_agreement: Least share of answers that are the same as uncompressed.
         min_accuracy: Least score against references.
         budget_usd: Largest cost of all rows; the best quality within it is recommended.
+
+    Raises:
+        ConfigError: A number is out of range.
     """
 
     min_agreement: float | None = None
     min_accuracy: float | None = None
     budget_usd: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range("min_agreement", self.min_agreement, 0, 1)
+        check_range("min_accuracy", self.min_accuracy, 0, 1)
+        check_range("budget_usd", self.budget_usd, 0)
 
 
 @dataclass(frozen=True)

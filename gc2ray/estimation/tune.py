@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from gc2ray.core.arguments import check_range
 from gc2ray.core.config.compression import CUSTOM, METHODS
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError
@@ -18,6 +19,8 @@ from gc2ray.estimation.trials import CompressionSetting, measure, references_of
 
 DEFAULT_AGREEMENT = 0.95
 
+MIN_ROWS = 4
+
 
 @dataclass(frozen=True)
 class TuneRequest:
@@ -30,6 +33,9 @@ class TuneRequest:
         target: With at most one field set; none stands for an agreement of `DEFAULT_AGREEMENT`.
         reference: Column with reference answers.
         prices: Prices of device time.
+
+    Raises:
+        ConfigError: Fewer rows than `MIN_ROWS`.
     """
 
     rows: int
@@ -38,6 +44,9 @@ class TuneRequest:
     target: Target
     reference: str | None
     prices: Prices
+
+    def __post_init__(self) -> None:
+        check_range("rows", self.rows, MIN_ROWS)
 
     def checked_target(self) -> Target:
         """The target, or the default one.

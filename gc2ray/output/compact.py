@@ -20,6 +20,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gc2ray.core.arguments import as_tuple, check_range
+from gc2ray.core.config.locations import Location, as_location
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.schema import answer_schema
 from gc2ray.core.version import __version__
@@ -88,9 +90,11 @@ def compact(
         incomplete: Write the dataset even if some rows are not answered, without those rows.
 
     Raises:
-        ConfigError: There is no run, it is damaged or incomplete, or the destination is taken.
+        ConfigError: There is no run, it is damaged or incomplete, the destination is taken, or
+            `file_bytes` is out of range.
         OSError: The storage does not answer.
     """
+    check_range("file_bytes", file_bytes, 1)
     store, target = Store(output), Store(destination)
     if store.holds(target):
         raise ConfigError(f"{destination}: lies inside {output}; choose a destination outside it")
@@ -118,7 +122,7 @@ def compact(
     return dataset
 
 
-def read_answers(output: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_answers(output: Location, columns: str | Sequence[str] | None = None) -> pa.Table:
     """Read the latest answers of an output over all its retry rounds, in input order.
 
     Args:
@@ -137,10 +141,11 @@ def read_answers(output: str, columns: Sequence[str] | None = None) -> pa.Table:
         >>> table.num_rows, set(table["status"].to_pylist())
         (6, {'ok'})
     """
+    output = as_location("OUTPUT", output)
     verdict = verify(output)
     verdict.raise_if_damaged(output)
     schema = _schema(verdict.rounds[0].round).remove_metadata()
-    names = schema.names if columns is None else list(columns)
+    names = schema.names if columns is None else list(as_tuple(columns))
     missing = [name for name in names if name not in schema.names]
     if missing:
         raise ConfigError(

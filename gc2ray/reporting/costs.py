@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gc2ray.core.choices import PriceKind
+from gc2ray.core.arguments import PriceKind
 from gc2ray.core.errors import first_line
 from gc2ray.core.format import SECONDS_PER_HOUR
 from gc2ray.core.intervals import Interval

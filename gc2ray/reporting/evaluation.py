@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.core.choices import ReferenceLists
+from gc2ray.core.arguments import ReferenceLists
 from gc2ray.core.config.yaml_models import unknown_key
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import MeanInterval, interval

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gc2ray.core.choices import PriceKind
+from gc2ray.core.arguments import PriceKind
 from gc2ray.core.format import (
     duration,
     interval_text,

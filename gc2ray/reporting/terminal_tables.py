@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gc2ray.core.choices import PriceKind
+from gc2ray.core.arguments import PriceKind
 from gc2ray.core.config.job import Job
 from gc2ray.core.format import duration, interval_text, money, precise, size
 from gc2ray.core.intervals import Interval, MeanInterval

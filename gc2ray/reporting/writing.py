@@ -1,10 +1,13 @@
-"""Write the report of runs, and their dataset cards, to where they belong."""
+"""Write files for people: the report of runs, their dataset cards, a single picture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from gc2ray.core.arguments import check_range
+from gc2ray.core.errors import ConfigError
 from gc2ray.data.store import Store
 from gc2ray.estimation.hardware import Prices
 from gc2ray.output.totals import read_totals
@@ -20,18 +23,24 @@ class ReportRequest:
     """What a report shows, and where it goes.
 
     Attributes:
-        place: Directory or URL.
         prices: Prices of device time.
+        to: Directory or URL; None: `report/` in the first output.
         show: How many rows are drawn, those whose audit differs most first.
         rows: Rows that are drawn besides, by their `row_key`.
         card: Whether outputs get a dataset card.
+
+    Raises:
+        ConfigError: `show` is out of range.
     """
 
-    place: str
     prices: Prices
-    show: int
-    rows: tuple[str, ...]
-    card: bool
+    to: str | None = None
+    show: int = 0
+    rows: tuple[str, ...] = ()
+    card: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("show", self.show, 0)
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,13 @@ class WrittenReport:
     """The files that were written.
 
     Attributes:
-        place: Directory or URL of the report.
+        to: Directory or URL of the report.
         files: The report: page, text and JSON.
         cards: Dataset cards, one in each output.
         foreign_cards: Cards that somebody else wrote, which stay as they are.
     """
 
-    place: str
+    to: str
     files: tuple[str, ...]
     cards: tuple[str, ...]
     foreign_cards: tuple[str, ...]
@@ -69,7 +78,7 @@ def write_report(
     summaries = [summarise(each, request.prices) for each in totals]
     row_images = {summary.output: _row_images(summary, request) for summary in summaries}
     written = report(summaries, row_images)
-    store = Store(request.place)
+    store = Store(request.to or f"{outputs[0].rstrip('/')}/report")
     for form, text in zip(FORMS, (written.html, written.markdown, written.json), strict=True):
         store.replace(f"report.{form}", text.encode())
     store.tidy()
@@ -79,6 +88,18 @@ def write_report(
         cards[is_ours].append(f"{output.rstrip('/')}/{CARD_NAME}")
     files = tuple(f"{store.uri}/report.{form}" for form in FORMS)
     return WrittenReport(store.uri, files, tuple(cards[True]), tuple(cards[False]))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of this machine.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _row_images(summary: Summary, request: ReportRequest) -> list[RowImages]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +44,7 @@ from gc2ray.output.planner import (
     store_plan,
     stored_plan,
 )
-from gc2ray.output.retry import Retry, latest_failures
+from gc2ray.output.retry import FAILURES, Retried, Retry, latest_failures, next_retry
 from gc2ray.output.run_directory import RETRY_ROUNDS, object_name, retry_numbers
 from gc2ray.runner import ray_session
 from gc2ray.runner.driver import Driver
@@ -160,6 +160,33 @@ def run_retry(
     )
     judged = Judged(*latest_failures(retry.output), cluster.max_bad_rows)
     return replace(result, judged=judged)
+
+
+def retry_output(
+    output: str,
+    cluster: Cluster,
+    failures: Collection[str] = FAILURES,
+    address: str | None = None,
+    display: Display | None = None,
+) -> Retried:
+    """Answer the rows of an output that failed again, if there are any.
+
+    Args:
+        output: Directory or URL of a run.
+        cluster: Workers and limits.
+        failures: Which rows: statuses of answers, or `DEAD`.
+        address: Address of a Ray cluster, as in `run_job`.
+        display: Display of the run's state, as in `run_job`.
+
+    Raises:
+        ConfigError, GivenUp, Interrupted: As `run_job`.
+    """
+    retry = next_retry(output, failures)
+    if retry is None:
+        return Retried(None, None, Judged(*latest_failures(output), cluster.max_bad_rows))
+    result = run_retry(retry, cluster, address=address, display=display)
+    judged = result.judged or Judged(*latest_failures(output), cluster.max_bad_rows)
+    return Retried(retry.number, result, judged)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import TypeAlias
 
 from gc2ray.core.errors import ConfigError
 
@@ -12,6 +14,9 @@ HUB = "hf:"
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(/*)")
 _STORAGES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "file"}
 _VARIABLE = re.compile(r"(?:^|/)\$(?:\w|\{)")
+
+Location: TypeAlias = str | os.PathLike[str]
+"""A local path, or an fsspec URL as text."""
 
 LOCAL_STARTS = ("/", ".", "~")
 
@@ -52,6 +57,13 @@ def check_location(key: str, location: str) -> None:
         raise ConfigError(
             f"{key}: {location!r}: there is no such user on this machine; {error}"
         ) from error
+
+
+def as_location(key: str, given: Location) -> str:
+    """A location as text, checked; see `check_location` for arguments and errors."""
+    location = os.fspath(given)
+    check_location(key, location)
+    return location
 
 
 def is_url(location: str) -> bool:

@@ -1,0 +1,56 @@
+"""Arguments of the Python API, which are options of the command line: choices, limits and forms.
+
+To import this loads no large library.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TypeVar
+
+from gc2ray.core.errors import ConfigError
+
+T = TypeVar("T", str, float)
+
+
+class PriceKind(StrEnum):
+    """Kinds of prices in a table of hardware; a `spot` device may be taken back."""
+
+    ON_DEMAND = "on_demand"
+    SPOT = "spot"
+
+
+class ReferenceLists(StrEnum):
+    """What a list of references is where rows have several prompts.
+
+    `any`: each entry is right for every prompt; `each`: one entry for each prompt, in order.
+    """
+
+    ANY = "any"
+    EACH = "each"
+
+
+def as_tuple(values: T | Iterable[T]) -> tuple[T, ...]:
+    """One value or several, as a tuple: a single text is not taken for its letters."""
+    return (values,) if isinstance(values, str | float | int) else tuple(values)
+
+
+def check_range(
+    name: str, value: float | None, least: float, most: float = sys.float_info.max
+) -> None:
+    """Refuse a number that is out of range; None, for an argument that is not given, is fine.
+
+    Args:
+        name: Name of the argument.
+        value: Its value; NaN and infinity are out of every range.
+        least: Smallest value that is accepted.
+        most: Largest value that is accepted.
+
+    Raises:
+        ConfigError: Names the argument and the range.
+    """
+    if value is not None and not least <= value <= most:
+        limits = f"at least {least:g}" if most == sys.float_info.max else f"{least:g} to {most:g}"
+        raise ConfigError(f"{name}: expected a number, {limits}; got {value:g}")
