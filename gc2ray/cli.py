@@ -410,6 +410,9 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _ended(line: str, code: int) -> typer.Exit:
-    """Say how a command ends."""
-    typer.echo(line, err=True)
+    """Say how a command ends; in JSON where a program reads the lines."""
+    if api.writes_json():
+        log.error("%s", line)
+    else:
+        typer.echo(line, err=True)
     return typer.Exit(code)
