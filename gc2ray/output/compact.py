@@ -142,7 +142,13 @@ def read_answers(output: Location, columns: str | Sequence[str] | None = None) -
         (6, {'ok'})
     """
     output = as_location("OUTPUT", output)
-    verdict = verify(output)
+    return answers_table(output, verify(output), columns)
+
+
+def answers_table(
+    output: str, verdict: Verdict, columns: str | Sequence[str] | None = None
+) -> pa.Table:
+    """`read_answers` of an output that has been verified."""
     verdict.raise_if_damaged(output)
     schema = _schema(verdict.rounds[0].round).remove_metadata()
     names = schema.names if columns is None else list(as_tuple(columns))

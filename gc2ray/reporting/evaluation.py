@@ -22,7 +22,8 @@ from gc2ray.core.config.yaml_models import unknown_key
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import MeanInterval, interval
 from gc2ray.core.metrics.scores import METRICS, exact_match, reference_texts, score
-from gc2ray.output.compact import read_answers
+from gc2ray.output.compact import answers_table
+from gc2ray.output.verify import verify
 
 ALL = "all"
 """Name of the group of all rows."""
@@ -134,6 +135,7 @@ class RunScores:
         output: Output of the run.
         answers: How many there are.
         failed: How many of them failed; they score 0.
+        unanswered_rows: Rows that are not answered yet, or were given up; they are not scored.
         visual_tokens_each: Visual and newline tokens of an answer, on average; None without any.
         scores: Group to metric to mean with its interval; the group `ALL` has all answers.
     """
@@ -141,6 +143,7 @@ class RunScores:
     output: str
     answers: int
     failed: int
+    unanswered_rows: int
     visual_tokens_each: float | None
     scores: dict[str, dict[str, MeanInterval]]
 
@@ -197,6 +200,7 @@ class _Run:
     """The latest answers of a run, in order of `keys`; None where an answer failed."""
 
     output: str
+    unanswered_rows: int
     keys: list[str]
     answers: list[str | None]
     references: list[list[str]]
@@ -229,7 +233,8 @@ def _read(output: str, request: EvaluateRequest) -> _Run:
     reference, group = request.reference, request.by
     columns = ["row_key", "prompt_index", "status", "answer", "visual_tokens_kept"]
     columns += ["newline_tokens", reference, *([group] if group else [])]
-    table = read_answers(output, list(dict.fromkeys(columns))).to_pydict()
+    verdict = verify(output)
+    table = answers_table(output, verdict, list(dict.fromkeys(columns))).to_pydict()
     if not table["row_key"]:
         raise ConfigError(f"{output}: holds no answers yet")
     answers = [
@@ -239,6 +244,7 @@ def _read(output: str, request: EvaluateRequest) -> _Run:
     counts = zip(table["visual_tokens_kept"], table["newline_tokens"], strict=True)
     return _Run(
         output=output,
+        unanswered_rows=verdict.planned_rows - verdict.rows,
         keys=table["row_key"],
         answers=answers,
         references=_references(output, table, request),
@@ -276,6 +282,7 @@ def _scored(run: _Run, metrics: Sequence[str]) -> RunScores:
         output=run.output,
         answers=len(run.keys),
         failed=sum(answer is None for answer in run.answers),
+        unanswered_rows=run.unanswered_rows,
         visual_tokens_each=float(np.mean(run.tokens)) if run.tokens else None,
         scores=evaluate(run.answers, run.references, run.groups, metrics),
     )

@@ -233,6 +233,13 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """A table for each run, and a paragraph for each comparison."""
     for run in evaluation.runs:
         console.print(_scores_table(run, evaluation.metrics))
+        if run.unanswered_rows:
+            console.print(
+                f"{run.output}: {run.unanswered_rows:,} more rows have no answer and are not "
+                "scored; gc2ray status says why",
+                soft_wrap=True,
+                markup=False,
+            )
     for compared in evaluation.comparisons:
         console.print(
             f"{compared.first} against {compared.second}: same answer on {compared.same} of "

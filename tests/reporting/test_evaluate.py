@@ -20,7 +20,7 @@ from gc2ray.data.store import Store
 from gc2ray.output.parts import PartFooter, commit_part, part_bytes
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
-from tests.support.outputs import first_plan, retry_of, write_round
+from tests.support.outputs import first_plan, parts, retry_of, write_round
 from tests.support.rows import make_recipe
 from tests.test_cli import here
 
@@ -105,6 +105,17 @@ def test_a_list_may_be_right_for_every_prompt(tmp_path: Path) -> None:
     for lists, mean in (("any", 1.0), ("each", 1 / 6)):
         scores = document(*arguments, lists)[swapped]["scores"]
         assert scores["all"]["exact_match"]["mid"] == pytest.approx(mean)
+
+
+def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", ROWS, CARRIED)
+    assert document(run, "--reference", "reference")[run]["unanswered_rows"] == 0
+    assert "not scored" not in tables(run, "--reference", "reference")
+    parts(tmp_path / "a")[1].unlink()
+    assert document(run, "--reference", "reference")[run]["unanswered_rows"] == 2
+    assert f"{run}: 2 more rows have no answer and are not" in tables(
+        run, "--reference", "reference"
+    )
 
 
 def test_what_a_list_is_must_be_said(tmp_path: Path) -> None:
