@@ -107,7 +107,10 @@ def open_run(output: str) -> tuple[Store, Run]:
     """
     store = round_store(output, 0)
     store.check_usable(writing=False)
-    run = stored_run(store)
+    try:
+        run = stored_run(store)
+    except ConfigError as error:  # a command may read several outputs
+        raise ConfigError(f"{output}: {error}") from error
     if run is None:
         raise ConfigError(f"{output}: there is no run here (no {RUN_NAME})")
     return store, run

@@ -26,6 +26,7 @@ from tests.test_cli import here
 
 CARRIED = pa.schema([("reference", pa.string()), ("topic", pa.string())])
 RECIPE = make_recipe("model")
+SCORED = ("--reference", "reference")
 ROWS = [("7", "7"), ("8", "9"), ("Yes.", "yes"), (None, "no")]
 
 
@@ -116,6 +117,13 @@ def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
     assert f"{run}: 2 more rows have no answer and are not" in tables(
         run, "--reference", "reference"
     )
+
+
+def test_an_output_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, ROWS, CARRIED) for name in ("a", "b")]
+    path = tmp_path / "b" / "run.json"
+    path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
+    assert f"{runs[1]}: run.json: begun by an older gc2ray" in problem(*runs, *SCORED)
 
 
 def test_what_a_list_is_must_be_said(tmp_path: Path) -> None:
