@@ -191,6 +191,12 @@ def lower(share: MeanInterval) -> float:
     return (middle - spread) / (1 + z * z / n)
 
 
+def _rows_needed(share: float) -> int | None:
+    """Fewest rows whose `lower` reaches a share if all of them agree; None: no number does."""
+    z = NormalDist().inv_cdf(ONE_SIDED_CONFIDENCE)
+    return math.ceil(z * z * share / (1 - share)) if share < 1 else None
+
+
 def _on_front(item: Measured, others: Sequence[Measured]) -> Measured:
     beaten = any(
         other.seconds_per_row <= item.seconds_per_row
@@ -206,11 +212,7 @@ def _recommended(
 ) -> tuple[CompressionSetting | None, str]:
     good = [item for item in measured if item.meets]
     if not good:
-        best = max(measured, key=lambda item: lower(item.quality))
-        return None, (
-            "No setting meets the target with 90 % confidence, uncompressed or not; the best is "
-            f"{best.setting.name} with {best.quality}. Try a larger sample (--rows)."
-        )
+        return None, _why_none(measured, criteria.target)
     if criteria.target.budget_usd is not None:
         chosen = max(good, key=lambda item: (item.quality.mean, -item.seconds_per_row))
     else:
@@ -234,4 +236,21 @@ def _recommended(
         f"Use {chosen.setting.name}: {speed.mean:.2f} times as fast as no compression "
         f"({speed.low:.2f} to {speed.high:.2f}), agreement {chosen.agreement}"
         + (f", accuracy {chosen.accuracy}." if chosen.accuracy else ".")
+    )
+
+
+def _why_none(measured: Sequence[Measured], target: Target) -> str:
+    """Why no setting meets the target, and what to do."""
+    if target.min_agreement is not None:  # no compression agrees with itself in every row
+        needed, share = _rows_needed(target.min_agreement), f"{target.min_agreement:g}"
+        if needed is None:
+            return f"No sample shows an agreement of {share}; choose a lower --min-agreement."
+        return (
+            f"{measured[0].agreement.rows} rows are too few to show an agreement of {share} with "
+            f"90 % confidence, however well the answers agree; take at least {needed} (--rows)."
+        )
+    best = max(measured, key=lambda item: lower(item.quality))
+    return (
+        "No setting meets the target with 90 % confidence, uncompressed or not; the best is "
+        f"{best.setting.name} with {best.quality}. Try a larger sample (--rows)."
     )

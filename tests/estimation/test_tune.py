@@ -137,6 +137,24 @@ def test_a_target_that_nothing_meets_is_reported() -> None:
     assert "none at 1" in found.verdict
 
 
+@pytest.mark.parametrize(("share", "needed"), [(0.9, 15), (0.95, 32), (0.99, 163)])
+def test_a_sample_too_small_for_the_target_says_how_many_rows_it_takes(
+    share: float, needed: int
+) -> None:
+    """The number is exact: with one row less nothing can be shown, with so many it can."""
+    few = tuning(Known(SPEEDS), agreement(share), needed - 1)
+    assert few.recommended is None
+    assert f"{needed - 1} rows are too few to show an agreement of {share:g}" in few.verdict
+    assert f"take at least {needed} (--rows)" in few.verdict
+    assert tuning(Known(SPEEDS), agreement(share), needed).recommended == TENTH
+
+
+def test_no_sample_shows_that_all_answers_agree() -> None:
+    found = tuning(Known(SPEEDS), agreement(1.0))
+    assert found.recommended is None
+    assert found.verdict == "No sample shows an agreement of 1; choose a lower --min-agreement."
+
+
 def test_accuracy_is_against_references_and_failures_count() -> None:
     engine = Known(SPEEDS, {BASELINE: 0.97, HALF: 0.96, TENTH: 0.6})
     references = {row.row_key: [RIGHT, "also right"] for row in rows(400)}
