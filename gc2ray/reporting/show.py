@@ -22,7 +22,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
 from gc2ray.core.records import Request
-from gc2ray.core.shards import Shards, Span
+from gc2ray.core.shards import Integers, Shards, Span
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
 from gc2ray.data.source import Source
@@ -80,8 +80,10 @@ def _location(this_round: Round, key: str) -> RowLocation:
     fingerprints = dict(this_round.plan.shards.files)
     for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
         source, row = parts[0], parts[-1]
-        if source in fingerprints and row.isdigit():
-            return RowLocation(source, fingerprints[source], int(row))
+        if source in fingerprints and row.isdecimal():
+            location = RowLocation(source, fingerprints[source], int(row))
+            if _shards_of(location, this_round.plan.shards).size:
+                return location
     raise ConfigError(f"no row {key!r} in the plan; the column row_key lists the keys")
 
 
@@ -93,6 +95,14 @@ def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
     if requests[0].fault is not None:
         raise ConfigError(f"{key}: {requests[0].fault.message}")
     return requests[0]
+
+
+def _shards_of(location: RowLocation, shards: Shards) -> Integers:
+    """Indices of the shards that hold a row: one, or none where the file is shorter."""
+    file, spans = shards.files.index((location.source, location.fingerprint)), shards.spans
+    holding = (spans.file == file) & (spans.first <= location.row) & (location.row < spans.stop)
+    holders: Integers = spans.shard[holding]
+    return holders
 
 
 @torch.inference_mode()
@@ -138,9 +148,7 @@ def _answer(
     latest: Latest, shards: Shards, location: RowLocation, key: str
 ) -> dict[str, Any] | None:
     """The latest answer to a row; None where it has none yet."""
-    file, spans = shards.files.index((location.source, location.fingerprint)), shards.spans
-    holding = (spans.file == file) & (spans.first <= location.row) & (location.row < spans.stop)
-    for index in spans.shard[holding]:
+    for index in _shards_of(location, shards):
         answers = latest.answers(int(index), COLUMNS)
         if answers is not None:
             return next(iter(answers.filter(pc.equal(answers["row_key"], key)).to_pylist()), None)

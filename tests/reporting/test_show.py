@@ -196,7 +196,7 @@ def test_an_answer_is_reported_with_its_audit(
     ("key", "message"),
     [
         ("odd#1.parquet#1", r"odd#1.parquet#1: not an image of a known format"),
-        ("odd#1.parquet#7", "ends at row|no such prompt"),
+        ("odd#1.parquet#7", "no row 'odd#1.parquet#7' in the plan"),
         ("other.parquet#0", "no row 'other.parquet#0' in the plan"),
         ("odd#1.parquet", "no row"),
         ("odd#1.parquet#0#2", "the row has no such prompt"),
