@@ -96,21 +96,21 @@ def _imported_class(source: MethodSource) -> type[Compressor]:
         _Unusable: It is no compression method.
         Exception: Whatever its module raises while it is imported.
     """
-    found = getattr(_imported(source), source.class_name, None)
-    if found is None:
+    method = getattr(_imported(source), source.class_name, None)
+    if method is None:
         raise _Unusable(f"the module has no {source.class_name}")
-    if not (isinstance(found, type) and issubclass(found, Compressor)):
+    if not (isinstance(method, type) and issubclass(method, Compressor)):
         raise _Unusable(f"{source.class_name} is not a gc2ray.compression.base.Compressor")
-    if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
+    if inspect.isabstract(method):
+        missing = ", ".join(sorted(method.__abstractmethods__))
         raise _Unusable(f"{source.class_name} does not define {missing}")
-    if not isinstance(getattr(found, "name", None), str):
+    if not isinstance(getattr(method, "name", None), str):
         raise _Unusable(f"{source.class_name} has no name; answers carry it")
-    if "retention" not in getattr(found, "__dataclass_fields__", ()):
+    if "retention" not in getattr(method, "__dataclass_fields__", ()):
         raise _Unusable(f"{source.class_name} is no dataclass with a field retention")
-    if found.name in METHODS:
-        raise _Unusable(f"its name is {found.name!r}, that of a method of gc2ray")
-    return found
+    if method.name in METHODS:
+        raise _Unusable(f"its name is {method.name!r}, that of a method of gc2ray")
+    return method
 
 
 class _SourceOnly(SourceFileLoader):

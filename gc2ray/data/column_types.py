@@ -84,11 +84,11 @@ def in_common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return _of_one_kind(one, other)
 
 
-def holds(planned: pa.Schema, found: pa.Schema) -> bool:
+def holds(planned: pa.Schema, actual: pa.Schema) -> bool:
     """Whether columns have the values of others of the same names, exactly."""
-    if planned.names != found.names:
+    if planned.names != actual.names:
         return False
-    pairs = zip(planned.types, found.types, strict=True)
+    pairs = zip(planned.types, actual.types, strict=True)
     return all(in_common(own, other) == own for own, other in pairs)
 
 

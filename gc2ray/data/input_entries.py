@@ -205,19 +205,19 @@ class InputEntry:
             yield from self._of_pattern()
 
     def _of_pattern(self) -> Iterator[str]:
-        found = [
+        entries = [
             (path, is_folder)
             for path, is_folder in self._entries()
             if path.startswith(f"{self.root}/") and self.pattern.matches(self._parts(path))
         ]
-        files = [path for path, is_folder in found if not is_folder]
+        files = [path for path, is_folder in entries if not is_folder]
         if not self.pattern.has_open_end:
             yield from files
-            for path, is_folder in found:
+            for path, is_folder in entries:
                 if is_folder:  # Spark calls folders like files
                     yield from InputEntry(self.filesystem, path)._of_pattern()
             return
-        folders = [path for path, is_folder in found if is_folder]
+        folders = [path for path, is_folder in entries if is_folder]
         if folders and "**" not in self.pattern.text:
             log.warning(
                 "%s: %d folders match, too, and nothing of them is read (%s); if they are input, "
@@ -253,8 +253,8 @@ class InputEntry:
             folder = f"{self.root}/" if is_web(self.filesystem) else self.root
             yield from ((path, False) for path in self.filesystem.find(folder))
         else:
-            found = self.filesystem.glob(self._glob, detail=True)
-            yield from ((path, info["type"] == "directory") for path, info in found.items())
+            matches = self.filesystem.glob(self._glob, detail=True)
+            yield from ((path, info["type"] == "directory") for path, info in matches.items())
 
     def _parts(self, path: str) -> list[str]:
         return path.removeprefix(f"{self.root}/").split("/")

@@ -96,7 +96,7 @@ class Listing:
         self.filesystem.invalidate_cache()
         try:
             files = [entry.files(self.retry_policy) for entry in self.entries]
-            empty = [entry for entry, found in zip(self.entries, files, strict=True) if not found]
+            empty = [entry for entry, listed in zip(self.entries, files, strict=True) if not listed]
             if len(empty) < len(files):
                 for entry in empty:
                     log.warning("%s: no Parquet files at %s", URI_KEY, entry.shown)

@@ -159,8 +159,8 @@ def answers_table(
             "recipe.input.keep names them"
         )
     tables = _answers(verdict, list(dict.fromkeys([*names, *MERGED_BY])))
-    found = [table.select(names).replace_schema_metadata() for table in tables]
-    return pa.concat_tables(found) if found else schema.empty_table().select(names)
+    selected = [table.select(names).replace_schema_metadata() for table in tables]
+    return pa.concat_tables(selected) if selected else schema.empty_table().select(names)
 
 
 def _check_empty(target: Store) -> None:

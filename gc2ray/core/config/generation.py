@@ -124,12 +124,12 @@ def rules_in(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
     Args:
         settings: Settings of the files that may have rules; later ones override earlier ones.
     """
-    found: dict[str, object] = {}
+    rules: dict[str, object] = {}
     for name, idle in RULES.items():
         for some in settings:
             if some.get(name) not in (None, idle, [], {}):
-                found[name] = some[name]
-    return found
+                rules[name] = some[name]
+    return rules
 
 
 NOTHING = TakenOver()

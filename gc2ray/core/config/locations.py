@@ -40,11 +40,11 @@ def check_location(key: str, location: str) -> None:
     if not location.strip() or "\0" in location:
         raise ConfigError(f"{key}: {location!r} is neither a path nor a URL")
     for part in [] if is_local_path(location) else location.split("::"):
-        found = _SCHEME.match(part)
-        slashes = len(found.group(2)) if found else 2
-        if found and (slashes == 1 or (not slashes and found.group(1).lower() in _STORAGES)):
-            root = "/" if found.group(1) == "file" else ""
-            meant = f"{found.group(1)}://{root}{part[found.end() :]}"
+        scheme = _SCHEME.match(part)
+        slashes = len(scheme.group(2)) if scheme else 2
+        if scheme and (slashes == 1 or (not slashes and scheme.group(1).lower() in _STORAGES)):
+            root = "/" if scheme.group(1) == "file" else ""
+            meant = f"{scheme.group(1)}://{root}{part[scheme.end() :]}"
             raise ConfigError(f"{key}: {location!r} is not a URL; did you mean {meant!r}?")
     if _VARIABLE.search(location):
         raise ConfigError(

@@ -128,24 +128,24 @@ def parsed(model: type[M], data: Mapping[str, Any]) -> M:
             key, the nearest valid one.
     """
     try:
-        found = model.model_validate(data)
+        validated = model.model_validate(data)
     except ValidationError as error:
         problems = error.errors()
         lines = [_explain(model, problem) for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
             lines.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
         raise ConfigError("\n".join(lines)) from error
-    _check_characters(found)
-    return found
+    _check_characters(validated)
+    return validated
 
 
-def _check_characters(found: BaseModel) -> None:
+def _check_characters(validated: BaseModel) -> None:
     """Refuse text that cannot be written anywhere: bytes of a shell that are no characters.
 
     Raises:
         ConfigError: There is some; the message names its setting.
     """
-    for key, value in flattened(found.model_dump()):
+    for key, value in flattened(validated.model_dump()):
         for text in value if isinstance(value, tuple) else (value,):
             try:
                 joined(text if isinstance(text, str) else "").encode()

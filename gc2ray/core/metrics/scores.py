@@ -33,8 +33,8 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 def contains(answer: str, references: Sequence[str]) -> float:
     """1 where a reference occurs in the answer as whole words."""
     words = f" {' '.join(_words(answer))} "
-    found = (" ".join(_words(reference)) for reference in references)
-    return float(any(text and f" {text} " in words for text in found))
+    texts = (" ".join(_words(reference)) for reference in references)
+    return float(any(text and f" {text} " in words for text in texts))
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:

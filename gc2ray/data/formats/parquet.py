@@ -70,26 +70,26 @@ class ParquetRows:
         # Arrow cannot make one batch of two groups that have dictionaries in lists.
         alone = any(_holds_dictionaries(self.schema.field(name).type) for name in columns)
         for some in [[group] for group in groups] if alone else [groups]:
-            found = file.iter_batches(
+            batches = file.iter_batches(
                 batch_size=self._batch_rows(groups, columns, host_memory_bytes),
                 row_groups=some,
                 columns=list(columns),
                 use_threads=False,
             )
-            for batch in found:
+            for batch in batches:
                 yield row, batch
                 row += len(batch)
 
     def _holding(self, first: int, stop: int) -> tuple[list[int], int]:
         """Row groups that hold some rows, and the first row of the first of them."""
-        found: list[int] = []
+        indices: list[int] = []
         start, begin = 0, 0
         for index, rows in enumerate(self.groups()):
             if start < stop and start + rows > first:
-                begin = begin if found else start
-                found.append(index)
+                begin = begin if indices else start
+                indices.append(index)
             start += rows
-        return found, begin
+        return indices, begin
 
     def _batch_rows(
         self, groups: Sequence[int], columns: Sequence[str], host_memory_bytes: int
