@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from gc2ray.core.config.job import Cluster, Job
     from gc2ray.core.config.recipe import Recipe
-    from gc2ray.core.errors import ConfigError
+    from gc2ray.core.errors import ConfigError, EngineDead, GivenUp, Interrupted
     from gc2ray.core.records import Answer, Request
     from gc2ray.engine.local_model import Model, load_model
     from gc2ray.output.compact import read_answers
@@ -36,6 +36,9 @@ __all__ = [
     "Answer",
     "Cluster",
     "ConfigError",
+    "EngineDead",
+    "GivenUp",
+    "Interrupted",
     "Job",
     "Model",
     "Recipe",
@@ -62,6 +65,9 @@ _MODULES = {
     "Answer": "gc2ray.core.records",
     "Cluster": "gc2ray.core.config.job",
     "ConfigError": "gc2ray.core.errors",
+    "EngineDead": "gc2ray.core.errors",
+    "GivenUp": "gc2ray.core.errors",
+    "Interrupted": "gc2ray.core.errors",
     "Job": "gc2ray.core.config.job",
     "Model": "gc2ray.engine.local_model",
     "Recipe": "gc2ray.core.config.recipe",
