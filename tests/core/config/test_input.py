@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
+from gc2ray.core.config.input import MAX_PIXELS, ImageLimits
 from gc2ray.core.config.job import parse_job
 from gc2ray.core.config.recipe import parse_recipe
+from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import ANSWER_COLUMNS
 from tests.support.configs import config_error, job_data_with
 
@@ -98,3 +101,17 @@ def test_an_image_root_that_would_become_another_is_refused() -> None:
     assert "did you mean 's3://b/x'?" in config_error(
         "recipe.input.image_roots", ["/ok", "s3:/b/x"]
     )
+
+
+def test_policy_never_reaches_where_pillow_warns() -> None:
+    assert MAX_PIXELS <= Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ConfigError, match="max_image_pixels"):
+        ImageLimits(max_pixels=Image.MAX_IMAGE_PIXELS + 1)
+    with pytest.raises(ConfigError, match="max_image_bytes"):
+        ImageLimits(max_bytes=0)
+
+
+@pytest.mark.parametrize("root", ["", "simplecache::s3://bucket", "a\nb"])
+def test_bad_root_is_a_configuration_error(root: str) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.input\.image_roots"):
+        ImageLimits(roots=(root,))
