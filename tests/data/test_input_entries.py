@@ -17,8 +17,8 @@ import s3fs
 from gc2ray.core.errors import ShardError
 from gc2ray.data.source import Source
 from gc2ray.data.store import Store
-from tests.data.test_source import MEMORY, refusal, rows_of, source_of, sources_in, whole, write
 from tests.support.loopback import LoopbackServer
+from tests.support.sources import MEMORY, refusal, rows_of, source_of, sources_in, whole, write
 
 
 def put(*paths: Path) -> None:

@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from gc2ray.data.listing import partition_types, partition_values
-from tests.data.test_source import refusal, rows_of, source_of, write
+from tests.support.sources import refusal, rows_of, source_of, write
 
 NULL_VALUE = "__HIVE_DEFAULT_PARTITION__"
 TREES = [

@@ -18,11 +18,11 @@ from gc2ray.core.records import Request
 from gc2ray.core.shards import cut_shards
 from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.source import Source
-from tests.data.test_source import whole
 from tests.support.fake_hub import FakeHub
 from tests.support.fault_proxy import EVERYTHING, PATIENT, FaultProxy, Faults
 from tests.support.object_servers import a_bucket, hasty_clients
 from tests.support.rows import make_recipe
+from tests.support.sources import whole
 
 FILES, ROWS, GROUP_ROWS, SHARD_ROWS = 4, 40, 20, 10
 MEMORY = 1 << 20

@@ -21,8 +21,8 @@ from gc2ray.output.parts import PartFooter, commit_part, part_bytes
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
 from gc2ray.output.verify import verify
-from tests.data.test_source import rows_of, source_of, write
 from tests.support.rows import make_job
+from tests.support.sources import rows_of, source_of, write
 
 TENSORS = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(12, dtype="f4").reshape(3, 2, 2))
 TURNED = pa.ExtensionArray.from_storage(

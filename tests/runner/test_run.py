@@ -24,13 +24,13 @@ from gc2ray.output.retry import next_retry
 from gc2ray.output.run_directory import RUN_NAME
 from gc2ray.runner.run import run_job, run_retry
 from gc2ray.runner.worker import Worker
-from tests.data.test_source import write
 from tests.output.test_retry import answer
 from tests.support.fakes import EchoEngine
 from tests.support.methods import SOURCE, write_method
 from tests.support.outputs import with_footer
 from tests.support.ray_head import until
 from tests.support.rows import make_job, write_rows
+from tests.support.sources import write
 
 
 @pytest.fixture(autouse=True)
