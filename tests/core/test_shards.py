@@ -19,6 +19,7 @@ from gc2ray.core.shards import (
     bytes_digest,
     cut_shards,
     cut_spans,
+    first_spans,
     row_key,
 )
 
@@ -182,3 +183,9 @@ def test_a_shard_costs_few_bytes() -> None:
     arrays = [*shards.spans, shards.sids, shards.continues, shards._edges]
     assert len(shards) == 5000
     assert sum(array.nbytes for array in arrays) <= 50 * len(shards)
+
+
+def test_sample_takes_the_first_rows() -> None:
+    files = [SourceFile(f"{i}.parquet", "f", (10,)) for i in range(5)]
+    assert sum(span.rows for span in first_spans(files, 24)) == 24
+    assert first_spans([], 24) == []
