@@ -1,18 +1,29 @@
-"""What a worker had in hand, read after it was killed."""
+"""What a worker has in hand, and had when it was killed."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gc2ray.core.errors import EngineDead
+from gc2ray.core.config.job import Job
+from gc2ray.core.errors import (
+    EngineDead,
+    StorageRefused,
+)
 from gc2ray.runner.journal import STALE_SECONDS, Journal, read_and_remove
+from gc2ray.runner.messages import ShardAssignment
+from tests.support.fakes import EchoEngine
+from tests.support.workers import make_worker, second_try, shards_of
 
 CHILD = """
 import os, signal, sys
@@ -140,3 +151,99 @@ def test_what_nobody_asked_about_is_swept(tmp_path: Path) -> None:
         os.utime(path, (0, time.time() - STALE_SECONDS - 1))
     Journal(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([new, foreign])
+
+
+def test_the_journal_names_what_is_in_hand(job: Job, tmp_path: Path) -> None:
+    """While the engine is stuck with row 4; rows that are answered are out of hand."""
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def on_row(request):
+        if request.row == 4:
+            stuck.set()
+            go_on.wait(60)
+
+    worker = make_worker(job, EchoEngine(on_row=on_row))
+    shard = shards_of(job, rows=12)[0]
+    with ThreadPoolExecutor(1) as caller:
+        call = caller.submit(worker.process, ShardAssignment(shard))
+        assert stuck.wait(60)
+        (page,) = worker.journal.parent.glob(f"{worker.journal.name}.*")
+        counters = np.fromfile(page, np.uint32)
+        go_on.set()
+        call.result(timeout=60)
+    assert page.suffix == f".{shard.sid}"
+    assert counters[4] == 1
+    assert not counters[:4].any()
+    assert not page.exists()
+
+
+def test_rows_with_a_fault_are_not_in_hand(multi_prompt_job: Job) -> None:
+    """Nothing is tried with them, so they are not suspected."""
+    seen: list[int] = []
+
+    class Looking(EchoEngine):
+        def stream(self, requests):
+            for answer in super().stream(requests):
+                page = next(worker.journal.parent.glob(f"{worker.journal.name}.*"))
+                seen.extend(np.flatnonzero(np.fromfile(page, np.uint32)).tolist())
+                yield answer
+
+    worker = make_worker(multi_prompt_job, Looking(buffered=100))
+    worker.process(ShardAssignment(shards_of(multi_prompt_job, rows=12)[0]))
+    assert 4 in seen
+    assert not {3, 10} & {*seen}, "their lists are null"
+
+
+def test_an_engine_that_dies_with_suspects_tells_every_caller(job: Job) -> None:
+    def on_row(request):
+        if request.row == 4:
+            raise RuntimeError("the engine breaks")
+
+    worker = make_worker(job, EchoEngine(on_row=on_row))
+    shard = shards_of(job, rows=12)[0]
+    with pytest.raises(EngineDead):
+        worker.process(second_try(shard, suspects=(2, 4, 6)))
+    assert read_and_remove(worker.journal) == {shard.sid: (4,)}
+
+
+def test_rows_that_cannot_be_noted_are_reported_with_the_folder(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk for temporary files: the next shard would not fare better."""
+    worker = make_worker(job)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(worker._journal, "page", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(StorageRefused, match=r"its journal in /\S+: OSError: .*No space left"):
+        worker.process(ShardAssignment(shards_of(job)[0]))
+
+
+def test_a_shard_that_waits_is_not_begun(job: Job) -> None:
+    """Behind one whose last row is not read yet."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Slow(EchoEngine):
+        def stream(self, requests):
+            def held():
+                for number, request in enumerate(requests):
+                    if number == 3:
+                        reading.set()
+                        go_on.wait(60)
+                    yield request
+
+            yield from super().stream(held())
+
+    worker, (first, second, *_) = make_worker(job, Slow(buffered=100)), shards_of(job)
+    with ThreadPoolExecutor(2) as callers:
+        calls = [callers.submit(worker.process, ShardAssignment(first))]
+        assert reading.wait(60)
+        calls.append(callers.submit(worker.process, ShardAssignment(second)))
+        while worker._shards._queue.qsize() < 1:
+            time.sleep(0.01)
+        pages = worker.journal.parent.glob(f"{worker.journal.name}.*")
+        counters = {page.suffix[1:]: np.fromfile(page, np.uint32) for page in pages}
+        go_on.set()
+        for call in calls:
+            call.result(timeout=60)
+    assert counters[first.sid][-1] == 1
+    assert counters[first.sid].sum() > 1
+    assert not counters[second.sid].any()
