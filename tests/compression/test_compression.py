@@ -195,7 +195,7 @@ def test_many_equals_one_by_one(method: str) -> None:
     assert compressor.many([]) == []
 
 
-def test_what_configurations_know_of_methods_is_so() -> None:
+def test_the_table_of_methods_matches_their_classes() -> None:
     settings = {name: tuple(f.name for f in fields(cls)) for name, cls in COMPRESSORS.items()}
     assert {name: method.settings for name, method in METHODS.items()} == settings
 
@@ -205,7 +205,7 @@ SIZES = [(700, 700), (400, 1000), (10, 2000), (2000, 10), (50, 40)]
 
 @pytest.mark.parametrize("retention", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_images_pass_untouched_from_where_it_is_said(method: str, retention: float) -> None:
+def test_keeps_everything_means_that_all_tokens_are_kept(method: str, retention: float) -> None:
     compressor, images = build(method, retention=retention), list(map(make_views, SIZES))
     untouched = all(
         compressor(image).token_index.equal(everything(image).token_index) for image in images
@@ -294,7 +294,9 @@ def promised(method: str, views: Views, retention: float) -> list[int]:
 @pytest.mark.parametrize("method", COMPRESSORS)
 @settings(max_examples=60, deadline=None)
 @given(size=image_sizes, retention=retentions, seed=st.integers(0, 10_000))
-def test_contract(method: str, size: tuple[int, int], retention: float, seed: int) -> None:
+def test_every_method_keeps_the_contract(
+    method: str, size: tuple[int, int], retention: float, seed: int
+) -> None:
     views = make_views(size, seed=seed)
     before = views.scores.clone(), views.features.clone()
     compressor = build(method, retention=retention)

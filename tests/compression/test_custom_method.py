@@ -38,7 +38,7 @@ def own_config(**settings: object) -> CompressionConfig:
     return CompressionConfig.model_validate({"method": METHOD, "allow_code": True, **settings})
 
 
-def test_a_method_of_ones_own_takes_its_settings(folder: Path) -> None:
+def test_a_custom_method_takes_its_settings(folder: Path) -> None:
     write_method(folder, "own_method")
     policy = CompressionPolicy.from_config(own_config(retention=0.5))
     assert (policy.compressor.name, policy.retention_requested) == ("own", 0.5)
@@ -54,7 +54,7 @@ def test_an_entry_point_needs_no_permission(folder: Path) -> None:
     assert build_configured(CompressionConfig(method="own-entry")).name == "own"
 
 
-def test_temperature_is_given_to_who_takes_it(folder: Path) -> None:
+def test_temperature_is_passed_to_methods_that_take_it(folder: Path) -> None:
     source = SOURCE.replace("(Local)", "(GlobalCom2)").replace(
         "methods.local", "methods.globalcom2"
     )
@@ -114,7 +114,7 @@ def test_bytecode_of_an_older_source_is_not_run(
     assert build_configured(own_config()).name == "new"
 
 
-def test_only_bool_marks_of_every_token_are_taken(folder: Path) -> None:
+def test_a_method_must_return_a_bool_mask_over_all_tokens(folder: Path) -> None:
     views = random_views((700, 700))
     for line, problem in {
         "return batch.valid.float()": "got torch.float32",
@@ -126,7 +126,7 @@ def test_only_bool_marks_of_every_token_are_taken(folder: Path) -> None:
             build_configured(own_config(retention=0.5))(views)
 
 
-def test_padding_is_dropped_whatever_is_marked(folder: Path) -> None:
+def test_padding_is_dropped_whatever_the_mask(folder: Path) -> None:
     source = SOURCE.replace("Local", "MaskCompressor").replace("methods.local", "base")
     write_method(
         folder, "own_method", f"{source}    def keep(self, batch): return batch.valid | True\n"
@@ -152,7 +152,7 @@ def test_padding_is_dropped_whatever_is_marked(folder: Path) -> None:
         (SOURCE + "    strength: float\n", "TypeError: non-default argument 'strength'"),
     ],
 )  # fmt: skip
-def test_what_is_no_method_is_refused(folder: Path, source: str, reason: str) -> None:
+def test_an_invalid_method_is_refused(folder: Path, source: str, reason: str) -> None:
     path = write_method(folder, "own_method", source)
     line = rf"recipe\.compression\.method: {METHOD} \({path}\) cannot be used: .*{reason}"
     with pytest.raises(ConfigError, match=line):

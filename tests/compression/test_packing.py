@@ -66,7 +66,7 @@ def check_places(views: Views, selection: Selection, closed: list[int]) -> None:
 @pytest.mark.parametrize("method", COMPRESSORS)
 @settings(max_examples=60, deadline=None)
 @given(size=image_sizes, grid=grids, side=sides, retention=retentions, seed=st.integers(0, 999))
-def test_places_are_those_of_the_uncompressed_image(
+def test_positions_are_those_of_the_uncompressed_image(
     method: str,
     size: tuple[int, int],
     grid: tuple[int, int],
@@ -88,7 +88,7 @@ def test_places_are_those_of_the_uncompressed_image(
     share=st.sampled_from([0.0, 0.03, 0.3, 0.9, 1.0]),
     seed=st.integers(0, 999),
 )
-def test_places_of_random_masks(
+def test_positions_of_random_masks(
     size: tuple[int, int], grid: tuple[int, int], side: int, share: float, seed: int
 ) -> None:
     views = random_views(size, grid, side)
@@ -217,7 +217,7 @@ def test_a_newline_before_any_crop_token_closes_the_first_row() -> None:
     assert places_of(ORIGINAL, views, selection).index.tolist() == [3, 48, 49, 61]
 
 
-def test_of_nothing_kept() -> None:
+def test_packing_without_kept_tokens() -> None:
     views = random_views((400, 1000))
     empty = Selection(torch.empty(0, dtype=torch.int32))
     (full,) = ALL.apply([views], [empty])
@@ -244,7 +244,7 @@ def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
 
 
 @pytest.mark.parametrize("method", COMPRESSORS)
-def test_the_papers_packing_is_no_work(method: str) -> None:
+def test_the_papers_packing_changes_nothing(method: str) -> None:
     images = [random_views(size) for size in SIZES]
     selections = build(method, retention=0.3).many(images)
     same = Packing().apply(images, selections)
