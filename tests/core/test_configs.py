@@ -13,7 +13,7 @@ from gc2ray.demo.demo import CONFIG, demo_job
 CONFIGS = [CONFIG, *sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))]
 
 
-def test_there_are_the_four_promised() -> None:
+def test_the_documented_configs_exist() -> None:
     names = {path.stem for path in CONFIGS}
     assert names >= {
         "demo",
@@ -30,7 +30,7 @@ def test_the_demo_keeps_everything_in_its_directory() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_loads(path: Path) -> None:
+def test_every_config_loads(path: Path) -> None:
     job = load_job(path)
     assert CompressionPolicy.from_config(job.recipe.compression).compressor.name == "globalcom2"
     assert job.recipe.generation.max_new_tokens > 0

@@ -22,7 +22,7 @@ def handlers_as_before() -> Iterator[None]:
     root.handlers[:] = handlers
 
 
-def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_logs_show_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     set_up(LogForm.TEXT)
     log.info("not told")
     log.warning("a shard is lost", extra={"shard": "abc"})

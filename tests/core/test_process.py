@@ -73,7 +73,7 @@ def test_rays_own_handler_of_sigterm_is_an_interruption() -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "within", "behind"])
-def test_a_signal_in_every_moment_of_a_command(tmp_path: Path, moment: str) -> None:
+def test_a_signal_at_every_moment_of_a_command(tmp_path: Path, moment: str) -> None:
     """Before anything of ours, while it reads, and when its exit code is settled."""
     script = """
 import os, signal, sys
@@ -104,7 +104,7 @@ ending.run_process(command)
     assert (done.returncode, done.stderr) == expected
 
 
-def test_a_signal_that_is_ignored_for_us_stays_so(tmp_path: Path) -> None:
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     """As by `nohup`."""
     script = """
 import os, signal
@@ -161,7 +161,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ],
     ids=["version", "bare", "path", "token", "memory"],
 )
-def test_a_ray_that_does_not_start_is_one_line(
+def test_a_failed_start_of_ray_is_one_line(
     monkeypatch: pytest.MonkeyPatch, error: Exception, told: str, advice: str
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/" + "t" * 119)
@@ -217,7 +217,7 @@ def test_a_worker_that_cannot_be_made_is_reported_by_the_end_of_its_traceback() 
 @pytest.mark.parametrize(
     ("code", "expected"), [(0, 0), (1, 1), (2, 2), (130, 130), (-9, 1), (7, 1)]
 )
-def test_a_job_that_is_followed_ends_with_a_code_of_ours(
+def test_a_followed_job_ends_with_a_documented_exit_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, expected: int
 ) -> None:
     class Server:
@@ -296,7 +296,7 @@ def test_a_library_that_is_missing_is_reported(tmp_path: Path) -> None:
 # --- who reads it ------------------------------------------------------------------------------
 
 
-def test_nobody_need_read_what_is_printed(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan())
     process = start("verify", tmp_path)
     assert process.stdout is not None
@@ -306,7 +306,7 @@ def test_nobody_need_read_what_is_printed(tmp_path: Path) -> None:
     assert process.wait(60) == 0
 
 
-def test_status_in_a_log_that_knows_few_characters(tmp_path: Path) -> None:
+def test_status_is_printed_in_ascii(tmp_path: Path) -> None:
     """Nothing is cut, so that times can be read; torn records are told."""
     write_round(tmp_path, 0, first_plan())
     time_ = "2026-11-29T19:04:05.123456+00:00"
@@ -330,7 +330,7 @@ def test_status_in_a_log_that_knows_few_characters(tmp_path: Path) -> None:
     assert len(warned) == 4
 
 
-def test_a_dead_letter_that_is_torn_is_reported(tmp_path: Path) -> None:
+def test_a_truncated_dead_letter_is_reported(tmp_path: Path) -> None:
     plan = first_plan()
     write_round(tmp_path, 0, plan, lambda source, row: None if row == 0 else ["ok"])
     for letter, text in zip(sorted((tmp_path / "dead").iterdir()), ("", "[1]"), strict=True):
@@ -350,7 +350,7 @@ def test_brackets_in_a_path_are_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", [["compact", "OUT", "s3:/b/x"], ["report", "OUT", "--to", "$X/r"]]
 )
-def test_what_is_written_elsewhere_goes_where_it_is_meant(tmp_path: Path, words: list[str]) -> None:
+def test_a_mistyped_destination_is_refused(tmp_path: Path, words: list[str]) -> None:
     write_round(tmp_path, 0, first_plan())
     result = here(*(str(tmp_path) if word == "OUT" else word for word in words))
     assert result.exit_code == 2

@@ -79,7 +79,7 @@ def table(*answers: Answer) -> pa.Table:
     return answer_table(answers, CARRIED, PROVENANCE)
 
 
-def test_every_promised_column_is_there() -> None:
+def test_every_documented_column_is_there() -> None:
     assert tuple(COLUMNS) == ANSWER_COLUMNS
     assert table(answered(1)).column_names == ["id", "tags", *COLUMNS]
 
@@ -262,7 +262,7 @@ ANSWERS = st.builds(
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(ANSWERS, min_size=1, max_size=30))
-def test_columns_tell_the_statistics_of_their_rows(answers: list[Answer]) -> None:
+def test_statistics_of_columns_are_those_of_the_rows(answers: list[Answer]) -> None:
     """Those that are written; whatever was not measured counts nothing."""
     statistics = table_stats(answer_table(answers, CARRIED, PROVENANCE))
     assert statistics == stats_of(answers)
@@ -273,7 +273,7 @@ def test_an_image_that_was_shared_is_counted_once() -> None:
     assert (stats_of(answers).images, stats_of(answers).images_shared) == (1, 1)
 
 
-def test_only_what_is_not_written_is_left_out() -> None:
+def test_only_unwritten_statistics_are_left_out() -> None:
     answer = replace(answered(3), image_shared=True, prompt_tokens_shared=2)
     statistics = table_stats(answer_table([answer], CARRIED, PROVENANCE))
     assert {

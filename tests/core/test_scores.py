@@ -90,7 +90,7 @@ def test_a_failed_row_scores_0_where_the_metric_applies() -> None:
         score("exact_match", ["a", "b"], [["a"], []])
 
 
-def test_the_interval_is_the_bootstrap_s() -> None:
+def test_the_interval_equals_the_bootstraps() -> None:
     """Against resampling row by row, which it must equal up to the noise of the draws."""
     values = np.random.default_rng(0).beta(2, 1, 300)
     draw = np.random.default_rng(1)
@@ -101,7 +101,7 @@ def test_the_interval_is_the_bootstrap_s() -> None:
     assert found.rows == 300
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+def test_score_intervals_have_their_stated_coverage() -> None:
     draw = np.random.default_rng(2)
     covered = 0
     for seed in range(300):

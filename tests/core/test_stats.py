@@ -59,7 +59,7 @@ def test_addition_is_associative(a: RunStats, b: RunStats, c: RunStats) -> None:
 
 @settings(deadline=None)
 @given(stats())
-def test_nothing_is_neutral(a: RunStats) -> None:
+def test_empty_stats_are_neutral(a: RunStats) -> None:
     assert a + RunStats() == a
     assert RunStats() + a == a
 
@@ -135,7 +135,7 @@ def test_bucket_edges_belong_to_the_lower_bucket(kept: int, full: int, bucket: i
 
 @settings(deadline=None)
 @given(st.integers(1, 10**6), st.data())
-def test_buckets_hold_what_they_say(full: int, data: st.DataObject) -> None:
+def test_a_bucket_holds_its_share_of_retention(full: int, data: st.DataObject) -> None:
     kept = data.draw(st.integers(1, full))
     bucket = retention_bucket(kept, full)
     assert bucket * full < kept * RETENTION_BUCKETS <= (bucket + 1) * full

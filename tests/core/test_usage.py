@@ -32,7 +32,7 @@ def test_every_second_is_spent_once() -> None:
     assert device_time.total_seconds == (60.0 - 10.0) * 2
 
 
-def test_bills_add_up_and_survive_json() -> None:
+def test_usages_add_up_and_survive_json() -> None:
     one, two = Usage({UsageKind.USEFUL: 3.0, UsageKind.DIED: 0.5}), Usage({UsageKind.USEFUL: 1.25})
     total = one + two
     assert dict(total.seconds) == {UsageKind.USEFUL: 4.25, UsageKind.DIED: 0.5}
@@ -42,7 +42,7 @@ def test_bills_add_up_and_survive_json() -> None:
         Usage.from_dict({"coffee": 1.0})
 
 
-def test_what_is_in_flight_counts_as_device_time() -> None:
+def test_time_in_flight_counts_as_device_time() -> None:
     meter = UsageMeter()
     for worker in (1, 2):
         meter.start(worker, 10.0)

@@ -13,7 +13,7 @@ def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
     assert config_error("recipe.generation.seed", seed).startswith("recipe.generation.seed: ")
 
 
-def test_a_rule_that_no_model_has_is_refused_with_the_nearest() -> None:
+def test_an_unknown_model_rule_is_refused_with_the_nearest() -> None:
     where = "recipe.generation.ignore_model_rules"
     assert config_error(where, ["min_length", "no_repeat_ngrams"]).startswith(
         f"{where}: unknown 'no_repeat_ngrams'; did you mean 'no_repeat_ngram_size'?"

@@ -53,7 +53,7 @@ def test_a_kept_column_may_not_hide_an_answer_column(column: str) -> None:
 @pytest.mark.parametrize(
     "keep", [["id", "id"], ["id", {"x": "id"}], [{"x": "a"}, {"y": "a"}]], ids=str
 )
-def test_a_name_is_written_once(keep: list[object]) -> None:
+def test_a_kept_column_is_named_once(keep: list[object]) -> None:
     assert "recipe.input.keep: a column is named twice" in config_error("recipe.input.keep", keep)
 
 
@@ -68,7 +68,7 @@ def test_a_name_is_written_once(keep: list[object]) -> None:
     ],
     ids=str,
 )
-def test_a_renaming_that_makes_no_sense_is_refused(kept: object, reported: str) -> None:
+def test_an_invalid_renaming_is_refused(kept: object, reported: str) -> None:
     assert reported in config_error("recipe.input.keep", ["id", kept])
 
 
@@ -97,13 +97,13 @@ def test_columns_are_read_once_each() -> None:
     assert parse_job(data).recipe.input.columns() == ("image", "a", "b", "id")
 
 
-def test_an_image_root_that_would_become_another_is_refused() -> None:
+def test_an_image_root_that_would_be_read_as_another_is_refused() -> None:
     assert "did you mean 's3://b/x'?" in config_error(
         "recipe.input.image_roots", ["/ok", "s3:/b/x"]
     )
 
 
-def test_policy_never_reaches_where_pillow_warns() -> None:
+def test_the_pixel_limit_stays_below_pillows_warning() -> None:
     assert MAX_PIXELS <= Image.MAX_IMAGE_PIXELS
     with pytest.raises(ConfigError, match="max_image_pixels"):
         ImageLimits(max_pixels=Image.MAX_IMAGE_PIXELS + 1)

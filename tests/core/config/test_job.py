@@ -12,7 +12,7 @@ from gc2ray.core.errors import ConfigError
 from tests.support.rows import job_data, make_job
 
 
-def test_a_cluster_alone() -> None:
+def test_a_cluster_is_loaded_from_overrides_alone() -> None:
     assert load_cluster(["cluster.workers=3"]) == Cluster(workers=3)
     assert load_cluster([]) == Cluster()
     for override, message in [
@@ -23,7 +23,7 @@ def test_a_cluster_alone() -> None:
             load_cluster([override])
 
 
-def test_a_number_of_workers_is_as_many_as_fit() -> None:
+def test_a_number_of_workers_is_a_maximum() -> None:
     assert Cluster(workers=3).workers == WorkerRange(min=1, max=3)
     assert Cluster(workers={"min": 2, "max": 9}).workers == WorkerRange(min=2, max=9)
     assert Cluster().workers is None
@@ -75,9 +75,7 @@ def test_a_model_in_the_home_directory_is_found_from_anywhere(
         ({"output": "out"}, "output: 'out'"),
     ],
 )
-def test_paths_of_this_machine_mean_nothing_on_another(
-    changes: dict[str, object], message: str
-) -> None:
+def test_local_paths_are_not_portable(changes: dict[str, object], message: str) -> None:
     places = {"model": "hub/model", "source": "/data/in", "output": "s3://bucket/out"}
     make_job(**places).check_portable()
     job = make_job(**{**places, **changes})

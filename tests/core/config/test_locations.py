@@ -30,7 +30,9 @@ from tests.support.configs import config_error, job_data_with
         ("", "is neither a path nor a URL"),
     ],
 )
-def test_a_place_that_would_become_another_is_refused(key: str, place: str, reported: str) -> None:
+def test_a_location_that_would_be_read_as_another_is_refused(
+    key: str, place: str, reported: str
+) -> None:
     message = config_error(key, place)
     assert message.startswith(f"{key}: {place!r}")
     assert reported in message
@@ -40,5 +42,5 @@ def test_a_place_that_would_become_another_is_refused(key: str, place: str, repo
     "place",
     ["s3://b/a$x", "C:/x", "a:b/c", "x/a$b", "~/x", "zip://a::s3://b/c.zip", "hf:a/b?split=c", "$"],
 )
-def test_a_place_that_only_looks_odd_is_taken(place: str) -> None:
+def test_an_unusual_location_is_accepted(place: str) -> None:
     assert parse_job(job_data_with("recipe.input.uri", place)).recipe.input.uri == place

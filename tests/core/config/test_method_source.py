@@ -47,7 +47,7 @@ def test_code_is_not_run_where_it_is_not_allowed(own: Path, allow: dict[str, obj
 
 
 @pytest.mark.parametrize("value", ["yes", 1, "true"])
-def test_only_true_allows(own: Path, value: object) -> None:
+def test_allow_code_must_be_a_boolean(own: Path, value: object) -> None:
     with pytest.raises(ConfigError, match=r"recipe\.compression\.allow_code: .*valid boolean"):
         job_of(allow_code=value)
 
@@ -88,7 +88,7 @@ def test_a_method_in_the_working_directory_is_found(
 
 
 @pytest.mark.parametrize("method", ["os.path:", ":Own", "own method:Own", "a..b:Own", "a:b:c"])
-def test_a_path_that_is_none(method: str) -> None:
+def test_an_invalid_method_path_is_refused(method: str) -> None:
     with pytest.raises(ConfigError, match=r"is not written package\.module:Class"):
         job_of(method, allow_code=True)
 
@@ -165,7 +165,7 @@ def test_an_entry_point_to_nowhere(own: Path, tmp_path: Path) -> None:
 # --- without torch ------------------------------------------------------------------------------
 
 
-def test_a_recipe_with_a_method_of_ones_own_is_read_without_torch(tmp_path: Path) -> None:
+def test_a_recipe_with_a_custom_method_is_read_without_torch(tmp_path: Path) -> None:
     write_method(tmp_path, "own_method")
     script = (
         "import sys; from gc2ray.core.config.compression import CompressionConfig; "

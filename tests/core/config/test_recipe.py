@@ -39,7 +39,7 @@ def test_a_model_of_the_hub_or_behind_a_url_is_not_checked(path: str) -> None:
     assert model.is_url == ("://" in path)
 
 
-def test_what_comes_later_is_refused_by_name() -> None:
+def test_unsupported_settings_are_refused_by_name() -> None:
     for key in ("adapter", "quantization"):
         message = config_error(f"recipe.model.{key}", "x")
         assert message == f"recipe.model.{key}: not supported yet; leave it null"
@@ -110,7 +110,7 @@ def test_the_cluster_and_the_output_do_not_change_the_fingerprint() -> None:
     assert recipe_difference(a.recipe, b.recipe) == []
 
 
-def test_a_default_said_aloud_is_the_same_recipe() -> None:
+def test_explicit_defaults_are_the_same_recipe() -> None:
     data = job_data_with("recipe.compression.temperature", 10)
     data["recipe"]["input"]["keep"] = []
     recipe = parse_job(job_data("model", "in", "out")).recipe
@@ -128,14 +128,14 @@ def test_the_difference_is_readable() -> None:
     ]
 
 
-def test_a_recipe_survives_its_json() -> None:
+def test_a_recipe_survives_a_json_round_trip() -> None:
     recipe = parse_job(job_data_with("recipe.input.keep", ["id"])).recipe
     again = parse_recipe(recipe.model_dump(mode="json"))
     assert again == recipe
     assert again.fingerprint() == recipe.fingerprint()
 
 
-def test_a_default_spelled_out_is_the_same_recipe() -> None:
+def test_an_explicit_float_default_is_the_same_recipe() -> None:
     """So a setting that a later version adds leaves old recipes what they are."""
     plain = parse_job(job_data("model", "in", "out")).recipe
     spelled = parse_job(job_data_with("recipe.compression.temperature", 10.0)).recipe

@@ -15,7 +15,7 @@ from tests.support.rows import job_data
 
 
 @pytest.mark.parametrize("number", ["0100", "1:30", "-010", "00", "1:30.5", "9" * 5000])
-def test_numbers_that_may_mean_another_are_refused(tmp_path: Path, number: str) -> None:
+def test_ambiguous_numbers_are_refused(tmp_path: Path, number: str) -> None:
     """YAML reads the first as 64, and the second as 90."""
     with pytest.raises(ConfigError) as caught:
         load_job(good_job_file(tmp_path), [f"cluster.stall_seconds={number}"])
@@ -37,7 +37,7 @@ def test_numbers_that_may_mean_another_are_refused(tmp_path: Path, number: str) 
         ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "<<", 10),
     ],
 )
-def test_a_key_that_is_there_twice_is_named_with_its_line(
+def test_a_duplicate_key_is_named_with_its_line(
     tmp_path: Path, more: str, key: str, line: int
 ) -> None:
     good = "output: o\nrecipe:\n  model:\n    path: m\n  input:\n    uri: a\n    prompt:\n"
@@ -48,7 +48,7 @@ def test_a_key_that_is_there_twice_is_named_with_its_line(
     assert str(caught.value).startswith(reported)
 
 
-def test_a_key_that_is_there_twice_in_json(tmp_path: Path) -> None:
+def test_a_duplicate_key_in_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the key 'retention' is there twice"):
         load_job(
             write_job(tmp_path, '{"recipe": {"compression": {"retention": 1, "retention": 2}}}')
@@ -76,13 +76,13 @@ def test_broken_yaml_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_byte_order_mark_is_nothing(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = good_job_file(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_job(path) == parse_job(job_data("model", "in", "out"))
 
 
-def test_a_configuration_as_json_writes_it(tmp_path: Path) -> None:
+def test_json_with_escaped_surrogate_pairs_is_read(tmp_path: Path) -> None:
     """Which escapes an emoji as two halves."""
     data = job_data("model", "in", "out")
     data["recipe"]["input"]["prompt"] = {"constant": "Is it \U0001f600, \xe9 or \u20ac?"}
@@ -93,14 +93,14 @@ def test_a_configuration_as_json_writes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ude00\\ud83d", "a\\ud83db"])
-def test_half_a_character_is_refused_with_its_line(tmp_path: Path, half: str) -> None:
+def test_a_lone_surrogate_is_refused_with_its_line(tmp_path: Path, half: str) -> None:
     path = write_job(tmp_path, f'output: o\nrecipe:\n  x: "{half}"\n')
     with pytest.raises(ConfigError, match=r"a lone surrogate.* \(line 3, column 6\)"):
         load_job(path)
 
 
 @pytest.mark.parametrize("lines", [7, 40])
-def test_a_few_lines_do_not_make_gigabytes(tmp_path: Path, lines: int) -> None:
+def test_nested_aliases_make_no_huge_message(tmp_path: Path, lines: int) -> None:
     """Aliases of lists of aliases, written out, would."""
     text = "x0: &x0 [lol,lol,lol,lol,lol,lol,lol,lol,lol]\n"
     for number in range(1, lines):
@@ -124,6 +124,6 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_a_character_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
+def test_an_escape_beyond_unicode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a valid character"):
         load_job(write_job(tmp_path, 'output: "\\UFFFFFFFF"'))

@@ -31,7 +31,7 @@ def test_an_unknown_key_is_named_with_its_nearest(path: str, nearest: str) -> No
     assert config_error(path, 1) == f"{path}: unknown {key!r}; did you mean {nearest!r}?"
 
 
-def test_an_unknown_key_like_no_other_gets_the_list() -> None:
+def test_an_unknown_key_without_a_near_match_lists_all_keys() -> None:
     message = config_error("recipe.generation.zzz", 1)
     assert message == (
         "recipe.generation.zzz: unknown 'zzz'; known: max_new_tokens, temperature, top_p, seed, "
@@ -55,7 +55,7 @@ def test_every_problem_is_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_no_setting_takes_what_is_no_number(value: float) -> None:
+def test_no_setting_takes_nan_or_infinity(value: float) -> None:
     """NaN passes no comparison, and nothing means what it says at an infinite temperature."""
     job = parse_job(job_data("model", "in", "out"))
     numbers = [
@@ -112,7 +112,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         job.recipe.compression.retention = 0.5
 
 
-def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_a_job_file_equals_its_data(tmp_path: Path) -> None:
     assert load_job(good_job_file(tmp_path)) == parse_job(job_data("model", "in", "out"))
 
 
@@ -176,7 +176,7 @@ AS_TYPED = [
 
 
 @pytest.mark.parametrize("text", AS_TYPED)
-def test_text_is_what_was_typed(tmp_path: Path, text: str) -> None:
+def test_text_is_read_as_typed(tmp_path: Path, text: str) -> None:
     """Wherever a setting is text alone: no quoting, nothing dropped."""
     job = load_job(
         good_job_file(tmp_path),
@@ -196,13 +196,13 @@ def test_text_is_what_was_typed(tmp_path: Path, text: str) -> None:
         ("recipe.input.uri=a, b # c", ("a, b # c",)),
     ],
 )
-def test_text_or_a_list_is_a_list_where_it_is_written_so(
+def test_an_override_is_a_list_only_in_list_syntax(
     tmp_path: Path, override: str, found: tuple[str, ...]
 ) -> None:
     assert load_job(good_job_file(tmp_path), [override]).recipe.input.uris() == found
 
 
-def test_nothing_is_null_where_a_setting_may_be(tmp_path: Path) -> None:
+def test_an_empty_override_is_null_where_null_is_allowed(tmp_path: Path) -> None:
     for text in ("", "null"):
         job = load_job(good_job_file(tmp_path), [f"recipe.model.revision={text}"])
         assert job.recipe.model.revision is None
@@ -248,7 +248,7 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) 
 @pytest.mark.parametrize(
     "path", ["output", "recipe.input.prompt.constant", "recipe.input.keep", "recipe.input.uri"]
 )
-def test_what_is_no_text_is_refused_with_its_key(path: str) -> None:
+def test_a_lone_surrogate_is_refused_with_its_key(path: str) -> None:
     """As bytes of a shell are that are not UTF-8."""
     bad = "caf\udce9"
     message = config_error(
@@ -257,7 +257,7 @@ def test_what_is_no_text_is_refused_with_its_key(path: str) -> None:
     assert message.startswith(f"{path}: 'caf\\udce9' is not text: a lone surrogate")
 
 
-def test_a_number_where_text_belongs_is_to_be_quoted() -> None:
+def test_a_number_for_a_text_setting_must_be_quoted() -> None:
     message = config_error("recipe.model.revision", 1234567)
     assert message.endswith("(in quotes it is text); got 1234567")
 
@@ -276,7 +276,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_job(tmp_path)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_job_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(b"output: \xff\xfe\n")
     with pytest.raises(ConfigError, match=r"job\.yaml"):
@@ -293,7 +293,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("recipe.input.max_image_bytes", "Off"),
     ],
 )
-def test_true_and_false_are_no_numbers(tmp_path: Path, path: str, value: str) -> None:
+def test_booleans_are_not_numbers(tmp_path: Path, path: str, value: str) -> None:
     """Retention `on` would be 1, and nothing compressed."""
     with pytest.raises(ConfigError, match=rf"{path}: true and false .* are not valid here; got"):
         load_job(good_job_file(tmp_path), [f"{path}={value}"])
