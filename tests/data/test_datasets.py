@@ -86,7 +86,7 @@ def save_dataset(folder: Path, rows: int = 7, **options: Any) -> Dataset:
     return dataset
 
 
-def test_a_saved_dataset_is_read_where_it_lies(tmp_path: Path) -> None:
+def test_a_saved_dataset_is_read_in_place(tmp_path: Path) -> None:
     dataset = save_dataset(tmp_path / "saved", num_shards=2)
     (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"not of the dataset")
     source = source_of(tmp_path / "saved", prompt=COLUMN, keep=["id"])
@@ -141,7 +141,7 @@ def test_an_arrow_file_with_an_index_is_read_too(tmp_path: Path) -> None:
     assert read == list(range(3, 10))
 
 
-def test_an_arrow_file_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_arrow_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(b"nothing of the kind")
     assert "a.arrow cannot be read" in refusal(source_of(tmp_path / "a.arrow"))
 

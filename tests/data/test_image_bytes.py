@@ -78,7 +78,7 @@ def test_no_more_than_the_limit_is_read(endless):
     assert endless.taken == 101
 
 
-def test_what_is_known_to_be_too_large_is_not_read(endless):
+def test_a_file_of_known_excessive_size_is_not_read(endless):
     policy = ImageLimits(max_bytes=100, roots=("endless://",))
     assert "more than 100" in refusal_message(
         read_bytes, ImageRef(path="endless://sized.png"), policy
@@ -207,7 +207,7 @@ def test_path_under_a_root_is_read(path, tree):
         "lin[k].png",
     ],
 )
-def test_a_local_path_is_nothing_but_a_path(path, tree):
+def test_a_local_path_is_neither_url_nor_pattern(path, tree):
     """Whatever a library would read into it: no such name is there, so there is no such file."""
     policy = ImageLimits(roots=(str(tree),))
     message = refusal_message(read_bytes, ImageRef(path=path.format(root=tree)), policy)

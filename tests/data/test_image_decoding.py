@@ -270,7 +270,7 @@ def test_the_header_is_enough_for_the_size(kind):
         decode(data, ImageLimits())
 
 
-def test_what_a_header_tells_is_refused_as_when_it_is_decoded():
+def test_a_bad_header_is_refused_with_the_message_of_decoding():
     for data, policy in (
         (b"nothing", ImageLimits()),
         (encoded(gradient(), "PNG"), ImageLimits(max_pixels=100)),
@@ -283,14 +283,14 @@ def test_what_a_header_tells_is_refused_as_when_it_is_decoded():
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0??garbage", b"Exif\0\0II*\0"])
-def test_damaged_exif_does_not_cost_the_image(exif):
+def test_an_image_with_damaged_exif_is_decoded(exif):
     data = encoded(gradient(), "PNG", exif=exif)
     with pytest.raises((SyntaxError, struct.error)):
         Image.open(io.BytesIO(data)).getexif()
     assert decode(data, POLICY).tobytes() == gradient().tobytes()
 
 
-def test_decoded_image_is_free_of_its_file():
+def test_a_decoded_image_holds_no_file():
     for data in samples().values():
         assert type(decode(data, POLICY)) is Image.Image
 

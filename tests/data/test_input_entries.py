@@ -86,7 +86,7 @@ def test_linked_folders_are_followed_and_each_file_is_read_once(
     assert read(source_of(f"{linked}{pattern}")) == sources
 
 
-def test_folders_that_link_to_each_other_are_walked_in_the_end(tmp_path: Path) -> None:
+def test_folders_that_link_to_each_other_are_walked_once(tmp_path: Path) -> None:
     for name in "abc":
         put(tmp_path / name / f"{name}.parquet")
         for other in "abc":
@@ -101,7 +101,7 @@ def test_a_root_that_is_linked_keeps_plain_names(tmp_path: Path) -> None:
     assert read(source_of(tmp_path / "alias")) == ["a.parquet"]
 
 
-def test_a_second_name_of_a_planned_file_is_no_new_file(tmp_path: Path) -> None:
+def test_another_link_to_a_planned_file_is_not_a_new_file(tmp_path: Path) -> None:
     """Though it comes first among its names now, or its rows would be planned again."""
     put(tmp_path / "store" / "s.parquet")
     link(tmp_path / "in" / "monday.parquet", tmp_path / "store" / "s.parquet")
@@ -115,7 +115,7 @@ def test_a_second_name_of_a_planned_file_is_no_new_file(tmp_path: Path) -> None:
     assert [file.source for file in files] == ["tuesday.parquet"]
 
 
-def test_a_file_that_is_called_as_a_row_of_another_is_refused(tmp_path: Path) -> None:
+def test_a_file_named_like_a_row_key_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "x.parquet", tmp_path / "x.parquet#1")
     names = [str(tmp_path / "x.parquet"), str(tmp_path / "x.parquet#1")]
     assert "the name x.parquet#1 is also the row_key of a row of x.parquet" in refusal(
@@ -125,7 +125,7 @@ def test_a_file_that_is_called_as_a_row_of_another_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["set::v2", "zip::set", "::", "s3:", "set::file:"])
-def test_what_begins_as_a_local_path_is_one(tmp_path: Path, name: str) -> None:
+def test_a_local_path_may_contain_colons(tmp_path: Path, name: str) -> None:
     """To fsspec `::` is a chain, and what stands before it another folder."""
     put(tmp_path / "set" / "no.parquet", tmp_path / name / "yes.parquet")
     assert read(source_of(tmp_path / name)) == ["yes.parquet"]
@@ -135,7 +135,7 @@ def test_what_begins_as_a_local_path_is_one(tmp_path: Path, name: str) -> None:
     assert not store.holds(Store(str(tmp_path / "set")))
 
 
-def test_a_link_that_leads_nowhere_is_reported(tmp_path: Path, caplog: Any) -> None:
+def test_a_broken_link_is_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a.parquet")
     link(tmp_path / "disk2", "/nowhere/at/all")
     assert read(source_of(tmp_path)) == ["a.parquet"]
@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
         ["alias/../in/a.parquet", "in/a.parquet"],
     ],
 )
-def test_a_file_is_planned_once_whatever_it_is_called(tmp_path: Path, entries: list[str]) -> None:
+def test_a_file_is_planned_once_under_any_name(tmp_path: Path, entries: list[str]) -> None:
     put(tmp_path / "in/a.parquet")
     (tmp_path / "in/sub").mkdir()
     link(tmp_path / "alias", tmp_path / "in")
@@ -181,7 +181,7 @@ def test_a_file_is_planned_once_whatever_it_is_called(tmp_path: Path, entries: l
     assert len(read(source_of(uris))) == 1
 
 
-def test_dots_are_taken_of_where_a_link_leads(tmp_path: Path) -> None:
+def test_dots_are_resolved_after_links(tmp_path: Path) -> None:
     put(tmp_path / "far/a.parquet", tmp_path / "b.parquet")
     (tmp_path / "far/off").mkdir()
     link(tmp_path / "near", tmp_path / "far/off")
@@ -201,7 +201,7 @@ def test_an_entry_without_files_is_reported(tmp_path: Path, caplog: Any) -> None
 
 
 @pytest.mark.parametrize("name", ["a.pq", "a.PARQUET", "a.parquet.gzip", "part-0", "_a", "[x]?*"])
-def test_a_file_that_is_named_is_read_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+def test_a_named_file_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
     put(tmp_path / "a", tmp_path / name)
     assert read(source_of(tmp_path / name)) == [name]
 
@@ -220,7 +220,9 @@ def test_a_file_that_is_named_is_read_whatever_it_is_called(tmp_path: Path, name
         ("_t*/*", ["_tmp/e.parquet"]),
     ],
 )
-def test_a_pattern_says_what_it_means(tmp_path: Path, pattern: str, sources: list[str]) -> None:
+def test_a_pattern_matches_files_and_folders(
+    tmp_path: Path, pattern: str, sources: list[str]
+) -> None:
     names = ["a.pq", "b.pq", "part-0", "part-1", "c.PARQUET", "d.parquet", "_h.parquet"]
     put(*(tmp_path / name for name in [*names, "s.parquet/part-0.parquet", "_tmp/e.parquet"]))
     for name in ("notes.txt", "_SUCCESS", "s.parquet/_SUCCESS"):
@@ -228,7 +230,7 @@ def test_a_pattern_says_what_it_means(tmp_path: Path, pattern: str, sources: lis
     assert read(source_of(tmp_path / pattern)) == sources
 
 
-def test_what_a_folder_leaves_out_is_reported(tmp_path: Path, caplog: Any) -> None:
+def test_files_that_a_folder_leaves_out_are_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a.parquet", tmp_path / "sub/b.pq", tmp_path / "c.parquet.gzip")
     (tmp_path / "README.md").write_text("no rows")
     assert read(source_of(tmp_path)) == ["a.parquet"]
@@ -251,19 +253,19 @@ FOLDERS = ["run [v2]", "what?", "a*b", "[", "[!x]", "[[]", "**"]
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("names", ["", "/*.parquet", "/x[01].parquet", "/x1.parquet"])
-def test_marks_in_what_is_there_are_characters(tmp_path: Path, folder: str, names: str) -> None:
+def test_wildcards_in_existing_names_are_literal(tmp_path: Path, folder: str, names: str) -> None:
     put(tmp_path / folder / "x1.parquet", tmp_path / "run v/x0.parquet", tmp_path / "w/x0.parquet")
     assert read(source_of(f"{tmp_path}/{folder}{names}")) == ["x1.parquet"]
 
 
 @pytest.mark.parametrize("folder", ["br[1]", "what?", "a*b"])
-def test_marks_in_what_is_there_are_characters_on_s3(s3: str, folder: str) -> None:
+def test_wildcards_in_existing_keys_are_literal_on_s3(s3: str, folder: str) -> None:
     upload(f"{s3}/{folder}/x1.parquet", f"{s3}/br1/x0.parquet")
     for names in ("", "/*.parquet", "/x[01].parquet", "/x1.parquet"):
         assert read(source_of(f"{s3}/{folder}{names}")) == ["x1.parquet"]
 
 
-def test_a_range_is_a_range_on_s3(s3: str) -> None:
+def test_a_character_range_matches_on_s3(s3: str) -> None:
     upload(*(f"{s3}/in/{name}.parquet" for name in ("a1", "b1", "q1")))
     assert read(source_of(f"{s3}/in/[aq]*.parquet")) == ["a1.parquet", "q1.parquet"]
 
@@ -458,7 +460,7 @@ OWN = ["plan/0000.parquet", "data/part-0000000-0000000000000000.parquet"]
         (["in/a.parquet", "in/sub"], "in/sub/out", True),
     ],
 )
-def test_an_output_that_would_be_input_is_seen(
+def test_an_output_within_the_input_is_detected(
     tmp_path: Path, uri: str | list[str], output: str, *, taken: bool
 ) -> None:
     put(tmp_path / "in/a.parquet", tmp_path / "in/sub/b.parquet", tmp_path / "out/data/c.parquet")
@@ -470,13 +472,13 @@ def test_an_output_that_would_be_input_is_seen(
 
 
 @pytest.mark.parametrize(("output", "taken"), [("in/out", True), ("in", True), ("out", False)])
-def test_an_output_that_would_be_input_is_seen_on_s3(s3: str, output: str, *, taken: bool) -> None:
+def test_an_output_within_the_input_is_detected_on_s3(s3: str, output: str, *, taken: bool) -> None:
     upload(f"{s3}/in/a.parquet")
     assert source_of(f"{s3}/in").would_take(f"{s3}/{output}", OWN) is taken
     assert not source_of(f"{s3}/in").would_take("/in/out", OWN)
 
 
-def test_an_older_output_in_an_input_is_named_for_what_it_is(tmp_path: Path) -> None:
+def test_an_older_output_in_an_input_is_named_as_one(tmp_path: Path) -> None:
     put(tmp_path / "q.parquet")
     write(tmp_path / "old" / OWN[0], shard=[1])
     assert "old/plan/0000.parquet seems to belong to an output" in refusal(source_of(tmp_path))

@@ -57,7 +57,7 @@ def test_an_unknown_protocol_is_a_configuration_error() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "/**/*.parquet"])
-def test_any_filesystem_will_do(in_memory: str, pattern: str) -> None:
+def test_any_filesystem_is_read(in_memory: str, pattern: str) -> None:
     rows = rows_of(source_of(f"{in_memory}{pattern}", keep=["id"]))
     assert [(row.row_key, row.carried["id"].as_py()) for row in rows] == [
         ("a.parquet#0", 1),
@@ -96,7 +96,9 @@ def test_an_entry_without_files_adds_none(parquet_tree: Path) -> None:
     assert f"no Parquet files at {parquet_tree}/nothing, {parquet_tree}/none" in refused
 
 
-def test_an_input_is_located_once(parquet_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_entries_of_an_input_are_looked_up_once(
+    parquet_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which of its entries are files has to be asked of the storage, one by one."""
     located: list[str] = []
     from_uri = input_entries.InputEntry.from_uri

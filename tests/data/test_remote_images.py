@@ -142,7 +142,7 @@ def impatient(monkeypatch):
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("status", [503, 500, 429, 0])
-def test_a_page_that_cannot_be_had_for_a_moment_is_waited_for(site, monkeypatch, status):
+def test_a_temporary_http_error_is_retried(site, monkeypatch, status):
     monkeypatch.setattr(Site, "trouble", [status] * 5)
     policy = ImageLimits(roots=(f"{site}/dir",))
     assert read_bytes(ImageRef(path=f"{site}/dir/image.png"), policy) == PNG
@@ -150,7 +150,7 @@ def test_a_page_that_cannot_be_had_for_a_moment_is_waited_for(site, monkeypatch,
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_page_that_always_fails_is_its_rows_fault(site, monkeypatch):
+def test_a_lasting_http_error_fails_the_row(site, monkeypatch):
     monkeypatch.setattr(Site, "trouble", [500] * 10_000)
     policy = ImageLimits(roots=(f"{site}/dir",))
     message = refusal_message(read_bytes, ImageRef(path=f"{site}/dir/image.png"), policy)
@@ -160,7 +160,7 @@ def test_a_page_that_always_fails_is_its_rows_fault(site, monkeypatch):
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("status", [403, 410])
-def test_a_page_that_is_not_for_us_is_not_waited_for(site, monkeypatch, status):
+def test_a_forbidden_or_removed_page_is_not_retried(site, monkeypatch, status):
     monkeypatch.setattr(Site, "trouble", [status] * 10)
     policy = ImageLimits(roots=(f"{site}/dir",))
     assert "no such image" in refusal_message(
@@ -169,7 +169,7 @@ def test_a_page_that_is_not_for_us_is_not_waited_for(site, monkeypatch, status):
     assert len(Site.trouble) == 8, "HEAD, then GET"
 
 
-def test_a_bucket_in_trouble_is_waited_for(proxy):
+def test_dropped_requests_to_a_bucket_are_retried(proxy):
     with a_bucket(proxy.host, proxy.port) as bucket:
         s3fs.S3FileSystem().pipe_file(f"{bucket}/image.png", PNG)
         proxy.faults = Faults(dropped=0.4)

@@ -73,10 +73,10 @@ STAYS = {
 
 
 @pytest.mark.parametrize("error", PASSES.values(), ids=PASSES)
-def test_what_may_pass(error: Exception) -> None:
+def test_temporary_errors_are_transient(error: Exception) -> None:
     assert is_transient(error)
 
 
 @pytest.mark.parametrize("error", STAYS.values(), ids=STAYS)
-def test_what_stays(error: Exception) -> None:
+def test_lasting_errors_are_not_transient(error: Exception) -> None:
     assert not is_transient(error)

@@ -174,7 +174,7 @@ def test_files_must_agree_on_what_is_read(tmp_path: Path) -> None:
     assert len(source_of(tmp_path).scan()[0]) == 2  # columns that are not read may differ
 
 
-def test_a_request_says_where_it_is_from(tmp_path: Path) -> None:
+def test_a_request_names_its_source_and_row(tmp_path: Path) -> None:
     write(tmp_path / "in" / "s" / "a.parquet", image=[b"x", b"y"], q=["one", "two"], n=[1, 2])
     source = source_of(tmp_path / "in", prompt={"template": "{q}, {n}"}, keep=["n", "q"])
     assert rows_of(source)[1] == Request(
@@ -187,7 +187,7 @@ def test_a_request_says_where_it_is_from(tmp_path: Path) -> None:
     )
 
 
-def test_a_bad_prompt_is_the_rows_own_fault(tmp_path: Path) -> None:
+def test_a_bad_prompt_fails_only_its_row(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=[b"x"] * 4, prompt=["a", None, " ", "d"])
     rows = rows_of(source_of(tmp_path, prompt=COLUMN))
     assert [row.fault and row.fault.status for row in rows] == [
@@ -273,7 +273,7 @@ def test_the_prompts_of_a_row_share_its_image(tmp_path: Path) -> None:
     assert a is not c
 
 
-def test_an_image_that_cannot_be_read_is_every_prompts_fault(tmp_path: Path) -> None:
+def test_an_unreadable_image_fails_every_prompt_of_its_row(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=NOT_UTF8, prompt=[["a"], ["b", "c", None]])
     rows = rows_of(source_of(tmp_path, prompt=COLUMN, image_roots=["/photos"]))
     assert [row.fault and row.fault.status for row in rows] == [None, *[Status.BAD_IMAGE] * 3]
@@ -281,7 +281,7 @@ def test_an_image_that_cannot_be_read_is_every_prompts_fault(tmp_path: Path) -> 
     assert [row.row_key for row in rows[1:]] == [f"a.parquet#1#{index}" for index in range(3)]
 
 
-def test_a_prompt_that_is_not_utf8_spoils_no_other(tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
     prompts = pa.ListArray.from_arrays([0, 2], NOT_UTF8)
     write(tmp_path / "a.parquet", image=[b"x"], prompt=prompts)
     rows = rows_of(source_of(tmp_path, prompt=COLUMN))
@@ -311,7 +311,7 @@ def test_files_may_have_lists_or_not(tmp_path: Path) -> None:
     group=st.integers(1, 5),
     data=st.data(),
 )
-def test_flattening_loses_and_doubles_no_prompt(
+def test_flattening_neither_loses_nor_repeats_prompts(
     tmp_path_factory: pytest.TempPathFactory,
     lists: list[list[str | None] | None],
     group: int,
@@ -340,7 +340,7 @@ NOT_UTF8 = pa.Array.from_buffers(
 )
 
 
-def test_text_that_is_not_utf8_is_the_rows_own_fault(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_fails_only_its_row(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=[b"x", b"y"], prompt=NOT_UTF8)
     rows = rows_of(source_of(tmp_path, prompt=COLUMN))
     assert [row.fault and row.fault.status for row in rows] == [None, Status.BAD_PROMPT]
@@ -363,7 +363,7 @@ def test_text_that_is_not_utf8_is_the_rows_own_fault(tmp_path: Path) -> None:
     ],
     ids=lambda values: str(values.type),
 )
-def test_a_kept_value_comes_out_as_it_went_in(tmp_path: Path, values: pa.Array) -> None:
+def test_kept_values_are_unchanged(tmp_path: Path, values: pa.Array) -> None:
     path = write(tmp_path / "a.parquet", image=[b"x", b"y"], kept=values)
     source = source_of(tmp_path, keep=["kept"])
     _, kept = source.scan()

@@ -150,7 +150,7 @@ def test_a_span_beyond_the_file_is_a_shard_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", [1, 1000, 1 << 40])
-def test_any_budget_reads_every_row(tmp_path: Path, memory: int) -> None:
+def test_any_memory_limit_reads_every_row(tmp_path: Path, memory: int) -> None:
     write_rows(tmp_path / "a.parquet", 20, row_group=20)
     assert [row.row for row in rows_of(source_of(tmp_path), memory)] == list(range(20))
 
@@ -179,7 +179,7 @@ def test_shards_of_one_group_are_read_in_one_go(tmp_path: Path, read_starts: lis
     assert read_starts == [0, 40]
 
 
-def test_a_read_that_was_left_is_not_resumed(tmp_path: Path, read_starts: list[int]) -> None:
+def test_an_abandoned_read_is_not_resumed(tmp_path: Path, read_starts: list[int]) -> None:
     write_rows(tmp_path / "a.parquet", 40, row_group=40)
     source = source_of(tmp_path)
     (file,), _ = source.scan()
@@ -227,7 +227,7 @@ def test_any_spans_in_any_order_give_their_rows(
             assert [row.row for row in reading] == list(range(start, end))
 
 
-def test_large_row_groups_are_warned_of(
+def test_large_row_groups_are_reported(
     parquet_tree: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source_of(parquet_tree).scan()
@@ -260,7 +260,7 @@ print(json.dumps({"total": total, "grown": peak() - before}))
 
 
 @pytest.mark.slow
-def test_a_huge_row_group_costs_the_budget_only(tmp_path: Path) -> None:
+def test_a_huge_row_group_takes_the_memory_limit_only(tmp_path: Path) -> None:
     """300 MB that do not compress in one row group, read with 16 MiB: growth below 100 MiB.
 
     It is 63 here, and 166 with a budget without limit: Arrow's allocator gives back late. In pages

@@ -89,7 +89,7 @@ def test_a_bucket_is_read(bucket: str, uri: str) -> None:
     ],
     ids=["busy", "dropped", "all"],
 )
-def test_trouble_that_passes_is_waited_out(
+def test_temporary_errors_are_retried(
     proxy: FaultProxy, bucket: str, faults: Faults, met: str
 ) -> None:
     proxy.faults = faults
@@ -99,7 +99,7 @@ def test_trouble_that_passes_is_waited_out(
 
 
 @pytest.mark.usefixtures("hasty")
-def test_an_outage_in_the_middle_of_a_file_is_waited_out(proxy: FaultProxy, bucket: str) -> None:
+def test_an_outage_in_the_middle_of_a_file_is_retried(proxy: FaultProxy, bucket: str) -> None:
     data = rows_file(0, rows=60, row_bytes=1 << 18, use_dictionary=False, write_batch_size=1)
     s3fs.S3FileSystem().pipe_file(f"{bucket}/large/a.parquet", data)
     source = source_of(f"{bucket}/large/")
@@ -112,7 +112,7 @@ def test_an_outage_in_the_middle_of_a_file_is_waited_out(proxy: FaultProxy, buck
 
 
 @pytest.mark.usefixtures("hasty")
-def test_trouble_that_stays_is_the_shards(proxy: FaultProxy, bucket: str) -> None:
+def test_lasting_errors_fail_the_shard(proxy: FaultProxy, bucket: str) -> None:
     """It says what was tried, and for how long."""
     impatient = RetryPolicy(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2)
     source = source_of(f"{bucket}/in/", impatient)
@@ -125,7 +125,9 @@ def test_trouble_that_stays_is_the_shards(proxy: FaultProxy, bucket: str) -> Non
 
 
 @pytest.mark.parametrize("status", [403, 400], ids=["denied", "expired"])
-def test_what_is_forbidden_is_reported_at_once(proxy: FaultProxy, bucket: str, status: int) -> None:
+def test_forbidden_requests_are_reported_at_once(
+    proxy: FaultProxy, bucket: str, status: int
+) -> None:
     source = source_of(f"{bucket}/in/")
     (file, *_), _ = source.scan()
     proxy.faults = Faults(status=status, refused=EVERYTHING)
@@ -158,7 +160,7 @@ def test_a_split_of_a_dataset_of_the_hub_is_read(hub: FakeHub) -> None:
         source_of("hf:owner/name?split=none").scan()
 
 
-def test_a_hub_in_trouble_is_waited_for(hub: FakeHub) -> None:
+def test_errors_of_the_hub_are_retried(hub: FakeHub) -> None:
     source = source_of("hf:owner/name?split=train")
     (file, *_), _ = source.scan()
     hub.down_for = 2
@@ -177,7 +179,7 @@ def test_a_file_that_changed_since_it_was_planned(bucket: str) -> None:
     assert len(list(source.read(whole(second), MEMORY))) == ROWS
 
 
-def test_a_file_that_is_new_is_found(bucket: str) -> None:
+def test_a_new_file_is_found_despite_cached_listings(bucket: str) -> None:
     """By a process that has listed before, too."""
     assert len(source_of(f"{bucket}/in/").scan()[0]) == FILES
     s3fs.S3FileSystem(use_listings_cache=False).pipe_file(f"{bucket}/in/9.parquet", rows_file(999))
@@ -185,7 +187,7 @@ def test_a_file_that_is_new_is_found(bucket: str) -> None:
 
 
 @pytest.mark.parametrize("shard_rows", [1000, 100, 16])
-def test_what_is_read_is_fetched_once(proxy: FaultProxy, bucket: str, shard_rows: int) -> None:
+def test_every_byte_is_fetched_about_once(proxy: FaultProxy, bucket: str, shard_rows: int) -> None:
     """Columns lie apart, and shards begin within row groups: nothing is fetched for each anew."""
     options = {"use_dictionary": False, "write_batch_size": 4, "row_group_size": 100}
     data = rows_file(0, rows=600, row_bytes=40_000, **options)

@@ -68,7 +68,7 @@ def test_a_large_file_is_whole_on_s3(s3: str, tmp_path: Path) -> None:
     assert store.read("a") == data
 
 
-def test_a_place_within_another(tmp_path: Path) -> None:
+def test_a_store_within_another_is_recognised(tmp_path: Path) -> None:
     out = Store(str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
@@ -90,7 +90,7 @@ def test_an_object_may_be_replaced(store: Store) -> None:
     assert store.names("workers") == ["workers/w.json"]
 
 
-def test_what_is_not_there(store: Store) -> None:
+def test_an_empty_store_holds_nothing(store: Store) -> None:
     assert store.read("run.json") is None
     assert store.names("data") == []
     assert list_parts(store) == {}
@@ -277,9 +277,7 @@ def test_a_store_out_of_reach_is_reported_before_anything_starts(
         Store(f"{s3}/run").check_usable(writing=False)
 
 
-def test_an_output_that_takes_no_objects_is_reported_before_anything_starts(
-    s3: str, tmp_path: Path
-) -> None:
+def test_an_unwritable_output_is_reported_before_anything_starts(s3: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for uri in (f"{tmp_path}/file/out", "s3://no-such-bucket/run"):
         with pytest.raises(ConfigError, match=r"output: .* cannot be used"):
