@@ -99,7 +99,7 @@ def test_blind_methods_do_worse(method: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_thumbnail_alone_does_not_do() -> None:
+def test_the_thumbnail_alone_is_not_enough() -> None:
     assert accuracy("thumbnail") <= THUMBNAIL
 
 
@@ -130,7 +130,7 @@ def test_stock_transformers_answers_the_same() -> None:
         assert tuple(answer_tokens) == tuple(token for token in answered.token_ids if token != end)
 
 
-def test_remembered_views_change_nothing() -> None:
+def test_cached_views_change_no_answer() -> None:
     """What `make quality` does to be quick, against encoding afresh."""
     some, point = rows()[:35], Point("random", 0.25)
     fresh = [a.token_ids for a in answer(model(), str(MODEL), some, point)]

@@ -52,7 +52,7 @@ def test_a_scene_is_cut_into_its_grid() -> None:
         assert demo_anyres().grid(scene.size) == scene.grid
 
 
-def test_nothing_overlaps_nor_lies_on_a_cut_or_a_middle_line() -> None:
+def test_no_object_overlaps_another_or_crosses_a_cut() -> None:
     anyres = demo_anyres()
     for scene in scenes(200):
         boxes = [thing.box for thing in scene.things]
@@ -88,7 +88,7 @@ def test_kinds_and_colours_are_distinct_where_the_style_says_so() -> None:
     assert any(len({t.colour for t in s.things}) < len(s.things) for s in scenes(20, crowded))
 
 
-def test_everything_occurs() -> None:
+def test_every_kind_colour_and_count_occurs() -> None:
     found = scenes(600)
     assert {thing.kind for scene in found for thing in scene.things} == set(KINDS)
     assert {thing.colour for scene in found for thing in scene.things} == set(COLOURS)
@@ -136,7 +136,7 @@ def test_answers_are_right() -> None:
     assert all(q.topic == name for name, found in asked.items() for q in found)
 
 
-def test_yes_and_no_are_true() -> None:
+def test_yes_and_no_answers_are_right() -> None:
     answers = set()
     for scene in scenes(100):
         present = {f"Is there a {thing.colour} {thing.kind}?" for thing in scene.things}
@@ -146,7 +146,7 @@ def test_yes_and_no_are_true() -> None:
     assert answers == {"yes", "no"}
 
 
-def test_rows_are_the_same_for_ever_and_splits_share_none() -> None:
+def test_rows_are_reproducible_and_splits_share_none() -> None:
     photographs = opened_photos()
     first = list(demo_rows(Split.TEST, 14, photographs))
     again = list(demo_rows(Split.TEST, 4, photographs, first=10))
