@@ -50,11 +50,11 @@ def test_help_is_plain_english(command: str) -> None:
     assert list(offences(shown.output, f"gc2ray {command} --help")) == []
 
 
-def test_every_string_of_a_module_is_seen() -> None:
+def test_every_string_of_a_module_is_checked() -> None:
     source = 'def f(x):\n    """It goes on."""\n    raise ValueError(f"{x} is answered anew")\n'
     found = [message for text, line in texts(source) for message in offences(text, "m", line)]
     assert [message.partition(";")[0] for message in found] == ["m:2: 'goes on'", "m:3: 'anew'"]
 
 
-def test_every_setting_says_what_it_means() -> None:
+def test_every_setting_has_a_description() -> None:
     assert [name for name, meaning in settings() if not meaning] == []

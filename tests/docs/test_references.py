@@ -45,12 +45,12 @@ def missing(text: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_is_there(page: Path) -> None:
+def test_names_on_a_page_exist(page: Path) -> None:
     assert list(missing(page.read_text(encoding="utf-8"))) == []
 
 
 @pytest.mark.parametrize(
     "text", ["see `gc2ray/families/llava.py`", "`gc2ray.pictures`", "`gc2ray.core.errors.Nothing`"]
 )
-def test_what_is_not_there_is_seen(text: str) -> None:
+def test_a_missing_file_or_name_is_found(text: str) -> None:
     assert len(list(missing(text))) == 1

@@ -59,7 +59,7 @@ def test_pages_load_nothing_from_the_network(site: Path) -> None:
         assert re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", text) == [], sheet.name
 
 
-def test_a_load_from_the_network_would_be_seen() -> None:
+def test_a_load_from_the_network_is_found() -> None:
     page = '<link href="https://fonts.example/a.css"><script src="//cdn.example/b.js"></script>'
     assert all(OUTSIDE.match(address) for address in loads(page))
     assert len(loads(page)) == 2

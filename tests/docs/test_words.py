@@ -60,7 +60,7 @@ def test_pages_are_plain_english(page: Path) -> None:
         "of a later generation", "it asks nobody for anything", "the shard is buried",
     ],
 )  # fmt: skip
-def test_private_words_are_seen(text: str) -> None:
+def test_private_words_are_found(text: str) -> None:
     assert len(list(offences(text, "page"))) == 1
 
 
