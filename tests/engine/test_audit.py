@@ -106,7 +106,7 @@ def test_every_request_has_one_answer(seed: int) -> None:
         (None, "a cat", 0.0), ("a cat", None, None), (None, None, None), ("", "", 1.0),
     ],
 )  # fmt: skip
-def test_similarity_is_how_alike_both_answers_are(
+def test_similarity_compares_both_answers(
     compressed: str | None, whole: str | None, similarity: float | None
 ) -> None:
     found = list(AuditedEngine(two_faced(compressed, whole), 1.0).stream(rows(6)))
@@ -126,7 +126,7 @@ def test_similarity_is_how_alike_both_answers_are(
     assert stats.audit_compressed_ns == {"encode": 30, "generate": 42}
 
 
-def test_a_storage_that_failed_in_an_audit_has_the_shard_tried_again() -> None:
+def test_a_storage_error_in_an_audit_is_retryable() -> None:
     class Failing(ManyFaced):
         failing = UNCOMPRESSED
 
@@ -206,7 +206,7 @@ def test_only_audited_rows_are_answered_again() -> None:
     assert {(a.answer, a.audit is not None) for a in found} == {("yes", True), ("no", False)}
 
 
-def test_it_is_otherwise_the_engine_within() -> None:
+def test_other_attributes_are_those_of_the_wrapped_engine() -> None:
     engine = EchoEngine()
     audited = AuditedEngine(engine, 0.1)
     assert (audited.device, audited.model_digest) == (engine.device, engine.model_digest)
@@ -243,7 +243,7 @@ def test_an_audit_changes_no_answer(loaded_models: dict[str, LoadedModel]) -> No
         assert plain[row].kept_mask is None
 
 
-def test_what_is_answered_again_is_what_a_higher_retention_says(
+def test_an_escalated_answer_is_that_of_the_higher_retention(
     loaded_models: dict[str, LoadedModel],
 ) -> None:
     """Token by token; the rows that agree keep what the recipe's retention said."""
@@ -271,7 +271,7 @@ def test_what_is_answered_again_is_what_a_higher_retention_says(
     assert any(answer.retention_requested > 0.1 for answer in found.values())
 
 
-def test_an_engine_answers_what_is_asked_again_even_at_the_end(
+def test_a_request_requeued_at_the_end_is_answered(
     loaded_models: dict[str, LoadedModel],
 ) -> None:
     engine = Engine(loaded_models["vicuna"], make_recipe("unused"), Cluster())
@@ -301,7 +301,7 @@ def test_the_mask_names_the_tokens_that_were_kept(loaded_models: dict[str, Loade
 
 
 @pytest.mark.parametrize("escalate", [[], [0.5, 0.75]])
-def test_a_worker_writes_down_what_it_saw(
+def test_a_worker_writes_audits_to_the_part(
     tmp_path: Path, tiny_paths: dict[str, Path], escalate: list[float]
 ) -> None:
     from gc2ray.data.source import Source

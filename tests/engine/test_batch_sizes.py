@@ -30,7 +30,7 @@ H100 = Memory(is_gpu=True, total_bytes=80 * GB, cores=16)
 HOST = Memory(is_gpu=False, total_bytes=16 * GB, cores=8)
 
 
-def test_what_is_set_is_taken_as_it_is() -> None:
+def test_configured_sizes_are_used_unchanged() -> None:
     cluster = Cluster(
         image_threads=3, views_per_batch=7, kv_tokens=99, prefill_tokens=11, live_rows=2
     )
@@ -70,7 +70,7 @@ def test_a_share_that_is_too_small_is_refused_with_what_to_do() -> None:
         derive_batch_sizes(Cluster(gpus_per_worker=0.2), SEVEN_B, H100)
 
 
-def test_a_host_gives_an_eighth_and_space_for_one_long_row() -> None:
+def test_a_host_gives_an_eighth_of_its_memory_or_one_long_row() -> None:
     needs = replace(SEVEN_B, kv_per_token=32_768)
     assert derive_batch_sizes(Cluster(), needs, HOST).kv_tokens == 1024 * MIB // 32_768
     little = replace(HOST, total_bytes=GB)
@@ -84,7 +84,9 @@ def test_this_machine_has_memory_and_cores() -> None:
     assert cores() >= 1
 
 
-def test_a_model_knows_its_needs(loaded_models: dict[str, LoadedModel]) -> None:
+def test_the_needs_of_a_model_are_those_of_its_weights(
+    loaded_models: dict[str, LoadedModel],
+) -> None:
     needs = loaded_models["llama3"].adapter.needs()
     model = loaded_models["llama3"].model
     assert needs.weights == sum(p.numel() * 4 for p in model.parameters())

@@ -27,13 +27,13 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_it_counts_from_its_making(nvml: list[str]) -> None:
+def test_energy_counts_from_creation(nvml: list[str]) -> None:
     meter = EnergyMeter("1234")
     assert (meter.millijoules(), meter.millijoules()) == (700, 4_000)
     assert set(nvml) == {"GPU-1234"}
 
 
-def test_a_device_that_does_not_tell_has_consumed_nothing(
+def test_a_device_without_a_counter_reports_zero(
     nvml: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: object) -> int:
@@ -44,7 +44,7 @@ def test_a_device_that_does_not_tell_has_consumed_nothing(
     assert EnergyMeter(None).millijoules() == 0
 
 
-def test_neither_has_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_driver_reports_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise pynvml.NVMLError_LibraryNotFound
 

@@ -43,7 +43,7 @@ def test_every_row_gets_one_answer_with_its_status(loaded: LoadedModel) -> None:
     assert all((answer.error is None) == (answer.status is Status.OK) for answer in answers)
 
 
-def test_a_bad_row_has_nothing_measured_but_its_image(loaded: LoadedModel) -> None:
+def test_only_the_image_of_a_bad_row_is_measured(loaded: LoadedModel) -> None:
     answer = answers_of(make_engine(loaded), mixed_rows())[1]
     assert set(answer.stage_ns) == {"image"}
     assert (answer.answer, answer.prompt_tokens, answer.kept_per_view) == (None, None, None)
@@ -69,7 +69,7 @@ def test_an_engine_streams_again(loaded: LoadedModel) -> None:
     assert tokens_of(engine, rows) == tokens_of(engine, rows)
 
 
-def test_a_row_remembers_what_was_carried_but_not_its_image(loaded: LoadedModel) -> None:
+def test_an_answer_keeps_carried_columns_but_no_image(loaded: LoadedModel) -> None:
     row = replace(request(), carried={"id": 5})
     (answer,) = make_engine(loaded).stream([row])
     assert answer.request == replace(row, images=())
@@ -86,7 +86,7 @@ def test_kv_bytes_are_those_of_the_config(loaded: LoadedModel) -> None:
         assert dropped > 0
 
 
-def test_an_answer_asks_what_its_tokens_do(loaded: LoadedModel) -> None:
+def test_the_demand_of_an_answer_follows_from_its_tokens(loaded: LoadedModel) -> None:
     """The demand follows from what is written of the answer, and from the model's sizes."""
     shape = loaded.adapter.shape
     for answer in answers_of(make_engine(loaded, compression__retention=0.25), requests()):
@@ -106,7 +106,7 @@ def test_an_answer_asks_what_its_tokens_do(loaded: LoadedModel) -> None:
         assert sum(answer.full_per_view[0]) == answer.visual_tokens_full
 
 
-def test_uncompressed_answers_ask_what_they_would_uncompressed(loaded: LoadedModel) -> None:
+def test_an_uncompressed_answer_demands_what_is_full(loaded: LoadedModel) -> None:
     for answer in answers_of(make_engine(loaded, compression__retention=1.0), requests()):
         assert answer.demand == answer.demand_full
         assert answer.full_per_view == answer.kept_per_view
@@ -184,7 +184,7 @@ class Forgetful:
         return 0
 
 
-def test_a_lost_row_is_not_passed_over_in_silence(loaded: LoadedModel) -> None:
+def test_a_row_that_the_decoder_loses_is_an_error(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
     engine._decoder = Forgetful()
     with pytest.raises(EngineDead, match="the decoder lost 1 rows"):

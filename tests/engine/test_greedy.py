@@ -67,14 +67,14 @@ def test_without_gaps_it_is_stock_generate(model: Any) -> None:
     assert len({tuple(answer) for answer in answers}) > 1, "this test could not fail"
 
 
-def test_behind_a_gap_it_goes_on_at_the_next_position(model: Any) -> None:
+def test_after_a_gap_it_continues_at_the_next_position(model: Any) -> None:
     embeds = embeds_of(model)
     found = plain_greedy(model, embeds, gapped(), NEW)
     assert found == recomputed(model, embeds, gapped())
     assert found != plain_greedy(model, embeds, torch.arange(40), NEW), "the gap says nothing"
 
 
-def test_it_stops_behind_the_end_of_the_sequence(model: Any) -> None:
+def test_it_stops_after_the_end_token(model: Any) -> None:
     embeds, positions = embeds_of(model), torch.arange(40)
     free = plain_greedy(model, embeds, positions, NEW)
     assert len(free) == NEW

@@ -48,7 +48,7 @@ def test_rows_that_show_one_image_share_it_and_answer_the_same(
     assert sum("encode" in answer.stage_ns for answer in answers) == 1
 
 
-def test_the_beginning_of_their_prompts_is_computed_once(loaded: LoadedModel) -> None:
+def test_the_shared_prefix_of_prompts_is_computed_once(loaded: LoadedModel) -> None:
     """Text before the image and the image: all but the question, and the answer's start."""
     engine = PatientEngine(
         loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
@@ -65,7 +65,7 @@ def test_the_beginning_of_their_prompts_is_computed_once(loaded: LoadedModel) ->
     assert answers_of(engine, other)[0].prompt_tokens_shared == 0
 
 
-def test_what_is_shared_asks_for_nothing(loaded: LoadedModel) -> None:
+def test_shared_work_is_counted_once(loaded: LoadedModel) -> None:
     recipe = make_recipe(
         "unused", generation__max_new_tokens=NEW_TOKENS, compression__retention=0.25
     )
@@ -90,7 +90,7 @@ def test_what_is_shared_asks_for_nothing(loaded: LoadedModel) -> None:
         assert answer.demand_full.flops["prefill"] == uncompressed
 
 
-def test_what_was_forgotten_is_encoded_again(loaded: LoadedModel) -> None:
+def test_an_image_is_encoded_again_after_clear_cache(loaded: LoadedModel) -> None:
     watched, adapter = with_adapter(loaded)
     engine = make_engine(watched)
     for _ in range(2):
@@ -101,7 +101,7 @@ def test_what_was_forgotten_is_encoded_again(loaded: LoadedModel) -> None:
     assert len(adapter.batches) == 2
 
 
-def test_so_is_the_beginning_of_prompts(loaded: LoadedModel) -> None:
+def test_a_prompt_prefix_is_computed_again_after_clear_cache(loaded: LoadedModel) -> None:
     engine = PatientEngine(
         loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
     )
@@ -117,7 +117,7 @@ def test_so_is_the_beginning_of_prompts(loaded: LoadedModel) -> None:
     assert answer_again() == [False, True, True, True]
 
 
-def test_a_broken_image_is_every_rows_trouble(loaded: LoadedModel) -> None:
+def test_a_broken_image_fails_every_row_that_shows_it(loaded: LoadedModel) -> None:
     cut = encoded(picture((100, 200), 1))[:200]
     rows = [replace(row, images=(ImageRef(cut),)) for row in rows_of_one_image(3, QUESTIONS)]
     answers = answers_of(make_engine(loaded), [*rows, replace(request(seed=9), row=9)])
@@ -137,7 +137,7 @@ def test_a_method_that_reads_the_prompt_shares_nothing(loaded: LoadedModel) -> N
     assert sum(answer.image_shared for answer in answers) == 1
 
 
-def test_pictures_are_kept_within_their_bytes() -> None:
+def test_cached_images_stay_within_the_byte_limit() -> None:
     pictures = ImageCache(kept_bytes=100)
 
     def made(key: str, tokens: int) -> None:
@@ -155,7 +155,7 @@ def test_pictures_are_kept_within_their_bytes() -> None:
     assert [pictures.find(key)[1] for key in ("a", "c", "d")] == [True, True, True]
 
 
-def test_a_picture_in_use_is_found_and_a_forgotten_one_is_not() -> None:
+def test_an_image_in_use_is_found_and_a_discarded_one_is_not() -> None:
     pictures = ImageCache(kept_bytes=0)
     held, _ = pictures.find("a")
     assert pictures.find("a") == (held, False)

@@ -101,7 +101,7 @@ def test_a_good_model_passes(
     assert found.host_bytes > 100_000_000
 
 
-def test_so_does_one_that_stock_generate_decodes(
+def test_a_good_model_decoded_by_generate_passes(
     tiny_paths: dict[str, Path], source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("engine.engine", "engine.decoding.forced"):
@@ -119,7 +119,7 @@ def test_so_does_one_that_stock_generate_decodes(
     ],
     ids=str,
 )
-def test_rules_that_the_recipe_takes_over_are_not_stocks(
+def test_rules_that_the_recipe_takes_over_do_not_apply_to_stock(
     tiny_paths: dict[str, Path], source: Path, tmp_path: Path, rules: dict[str, Any]
 ) -> None:
     model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
@@ -143,7 +143,7 @@ UNHEARD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("unheard", UNHEARD, ids=lambda unheard: next(iter(unheard)))
-def test_what_changes_no_answer_of_ours_does_not_disturb_stock(
+def test_settings_that_we_ignore_do_not_change_stock(
     tiny_paths: dict[str, Path], tmp_path: Path, unheard: dict[str, Any]
 ) -> None:
     model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
@@ -172,7 +172,7 @@ def test_stock_follows_the_models_own_rules(tiny_paths: dict[str, Path], tmp_pat
     assert first_token(replace(settings, ignored=("suppress_tokens",))) == wanted
 
 
-def test_a_repetition_penalty_is_stocks_too(tiny_paths: dict[str, Path], source: Path) -> None:
+def test_a_repetition_penalty_applies_to_stock(tiny_paths: dict[str, Path], source: Path) -> None:
     """Near ties are those of penalised logits."""
     changes = {"model__dtype": "bfloat16", "generation__repetition_penalty": 1.5}
     found = checked(tiny_paths["llama3"], source, **changes)
@@ -261,7 +261,7 @@ MUTATIONS: dict[Mutation, str] = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_a_mutation_of_ours_fails(
+def test_a_mutated_engine_fails(
     tiny_paths: dict[str, Path], source: Path, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutation(monkeypatch)
@@ -273,7 +273,7 @@ def test_a_mutation_of_ours_fails(
 
 
 @pytest.mark.parametrize("mutation", [no_end, answer_positions, answer_text])
-def test_in_half_precision_too(
+def test_a_mutated_engine_fails_in_half_precision(
     tiny_paths: dict[str, Path], source: Path, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutation(monkeypatch)
@@ -316,7 +316,7 @@ def test_images_given_to_the_wrong_rows_of_a_batch_fail(
     "part",
     ["vision_tower", "image_newline", "up_proj", "lm_head"],
 )
-def test_one_weight_that_is_no_number_fails(
+def test_one_nan_weight_fails(
     tiny_paths: dict[str, Path], source: Path, tmp_path: Path, part: str
 ) -> None:
     model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
@@ -357,7 +357,7 @@ def test_processors_of_2024_pass(
 
 @pytest.mark.parametrize("kind", ["list", "dict"])
 @pytest.mark.parametrize("file", ["processor_config.json", "chat_template.json"])
-def test_of_named_templates_stock_takes_the_default(
+def test_stock_takes_the_default_of_named_templates(
     tiny_paths: dict[str, Path], tmp_path: Path, file: str, kind: str
 ) -> None:
     model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
@@ -374,7 +374,7 @@ def test_of_named_templates_stock_takes_the_default(
 @pytest.mark.parametrize(
     "names", [(), ("text",), ("text", "top"), ("top",), ("file", "text")], ids=str
 )
-def test_answers_end_where_the_files_as_written_say(
+def test_end_tokens_are_those_written_in_the_files(
     tiny_paths: dict[str, Path], source: Path, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     """Not where a class of transformers would, as Llama's has 2."""
@@ -410,12 +410,12 @@ def test_rows_that_cannot_be_answered_are_left_out(
     ]
 
 
-def test_nothing_to_compare_is_no_success(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+def test_a_check_without_prompts_fails(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     found = checked(tiny_paths["vicuna"], write_rows(tmp_path / "rows.parquet", (None, " ")))
     assert (found.prompts, found.passed) == (0, False)
 
 
-def test_stock_that_cannot_run_is_reported_in_a_line(
+def test_stock_that_cannot_run_is_reported_in_one_line(
     tiny_paths: dict[str, Path], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cannot(*_: Any) -> None:
@@ -433,7 +433,7 @@ def test_stock_that_cannot_run_is_reported_in_a_line(
 
 
 @pytest.mark.parametrize("place", ["shard", "image"])
-def test_an_input_that_cannot_be_read_is_told_in_a_line(
+def test_an_unreadable_input_is_reported_in_one_line(
     tiny_paths: dict[str, Path],
     source: Path,
     tmp_path: Path,
@@ -469,7 +469,7 @@ def test_a_model_that_cannot_be_used_is_a_bad_configuration(
         checked(model, source)
 
 
-def test_stock_is_loaded_without_a_word(
+def test_stock_is_loaded_silently(
     tiny_paths: dict[str, Path],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -495,7 +495,7 @@ def test_stock_is_loaded_without_a_word(
 # How near is near
 
 
-def test_what_is_not_finite_is_infinitely_far() -> None:
+def test_a_non_finite_logit_is_infinitely_far() -> None:
     logits = torch.randn(4, 9)
     assert largest_difference(logits, logits)[0] == 0
     for value in (torch.nan, torch.inf):
@@ -525,7 +525,7 @@ def test_a_near_tie_is_two_steps(dtype: str, gap: float, ties: int) -> None:
 
 
 @pytest.mark.parametrize(("gap", "ties"), [(0.25, 1), (0.26, 0)])
-def test_a_near_tie_of_a_batch_is_of_our_logits_alone(
+def test_a_near_tie_of_a_batch_uses_our_logits_only(
     monkeypatch: pytest.MonkeyPatch, gap: float, ties: int
 ) -> None:
     read: list[Any] = []
@@ -554,7 +554,7 @@ def test_a_near_tie_of_a_batch_is_of_our_logits_alone(
     assert (read, len(ours.failed)) == ([(0,)], 1 - ties)
 
 
-def test_dictated_tokens_change_nothing_but_what_is_sampled(
+def test_forced_tokens_give_the_logits_of_a_forward_pass(
     tiny_paths: dict[str, Path], source: Path
 ) -> None:
     """Along its own answer a model's logits are those that it drew from."""

@@ -35,7 +35,7 @@ def test_results_come_in_the_order_of_the_items(naps: list[int], threads: int, a
         assert drained(feed) == list(range(1, len(naps) + 1))
 
 
-def test_it_runs_ahead_so_far_and_no_farther() -> None:
+def test_it_runs_ahead_up_to_the_limit() -> None:
     read: list[int] = []
 
     def items() -> Iterator[int]:
@@ -55,7 +55,7 @@ def test_it_runs_ahead_so_far_and_no_farther() -> None:
         assert len(read) == 8
 
 
-def test_nothing_at_hand_is_none_and_waiting_is_counted() -> None:
+def test_take_returns_none_without_waiting() -> None:
     go = threading.Event()
 
     def items() -> Iterator[int]:
@@ -114,7 +114,7 @@ def test_leaving_early_stops_the_reader() -> None:
     assert len(read) == stopped <= 5
 
 
-def test_what_the_owner_adds_comes_before_what_is_still_to_be_read() -> None:
+def test_added_items_come_before_unread_ones() -> None:
     go = threading.Event()
 
     def items() -> Iterator[int]:
@@ -132,7 +132,7 @@ def test_what_the_owner_adds_comes_before_what_is_still_to_be_read() -> None:
         assert drained(feed) == [20]
 
 
-def test_what_the_owner_adds_after_the_last_item_is_not_lost() -> None:
+def test_an_item_added_after_the_last_one_is_not_lost() -> None:
     with Prefetcher(range(2), lambda item: item * 10, threads=2, ahead=5) as feed:
         assert drained(feed) == [0, 10]
         assert feed.ended
@@ -142,7 +142,7 @@ def test_what_the_owner_adds_after_the_last_item_is_not_lost() -> None:
         assert drained(feed) == [30, 40]
 
 
-def test_trouble_of_what_the_owner_adds_is_raised_where_it_is_taken() -> None:
+def test_an_error_of_an_added_item_is_raised_by_take() -> None:
     with Prefetcher(range(1, 2), lambda item: 1 // item, threads=1, ahead=5) as feed:
         feed.add(0)
         feed.wait()

@@ -113,7 +113,7 @@ def test_the_vision_tower_is_timed_whole(loaded: LoadedModel) -> None:
     assert adapter.ns <= sum(answer.stage_ns["encode"] for answer in answers) <= passed
 
 
-def test_a_prompt_that_is_too_long_is_its_own_trouble(loaded: LoadedModel) -> None:
+def test_a_prompt_that_is_too_long_fails_alone(loaded: LoadedModel) -> None:
     """The longest prompt that fits, and one token more."""
     rows = [request((25, 30), 0), request((480, 640), 1)]
     lengths = [len(prompt) for prompt in make_engine(loaded).prompts(rows)]
@@ -219,7 +219,7 @@ def make_prompt_builder(loaded: LoadedModel) -> PromptBuilder:
     )
 
 
-def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: LoadedModel) -> None:
+def test_a_failed_image_is_encoded_again_for_later_rows(loaded: LoadedModel) -> None:
     broken, adapter = with_adapter(loaded, error=RuntimeError("not now"))
     builder = make_prompt_builder(broken)
     first, second = rows_of_one_image(0, QUESTIONS[:2])
@@ -231,7 +231,7 @@ def test_what_went_wrong_with_a_picture_is_not_held_against_later_rows(loaded: L
     assert builder.encode([later])[0].prompt is not None
 
 
-def test_a_row_waits_for_the_picture_that_another_decodes(
+def test_a_row_waits_for_the_image_that_another_decodes(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, go = threading.Event(), threading.Event()

@@ -25,9 +25,7 @@ from tests.support.rows import SIZES, make_recipe, request, requests
 
 
 @pytest.mark.parametrize("error", [ValueError("odd image"), torch.OutOfMemoryError("no room")])
-def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
-    loaded: LoadedModel, error: Exception
-) -> None:
+def test_an_error_in_a_batch_fails_only_its_row(loaded: LoadedModel, error: Exception) -> None:
     rows = requests()
     expected = tokens_of(make_engine(loaded), rows)
     broken, adapter = with_adapter(loaded, error=error, on_size=SIZES[4])
@@ -43,7 +41,7 @@ def test_trouble_in_a_batch_ends_with_the_row_that_made_it(
     assert oom or answers[4].error == "ValueError: odd image"
 
 
-def test_a_batch_that_fails_late_is_tried_again_whole(
+def test_a_batch_that_fails_late_is_retried_whole(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that is short once, for the third picture's tokens: no row is worse off for it."""
@@ -103,7 +101,7 @@ def test_an_image_whose_scores_are_not_finite_fails_alone(
 
 
 @pytest.mark.parametrize("decoder", ["native", "generate"])
-def test_a_row_whose_logits_are_not_finite_says_so(
+def test_a_row_whose_logits_are_not_finite_has_no_answer(
     loaded: LoadedModel, decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A projector that overflows on one image: only its row fails, and its answer is no answer."""
@@ -171,7 +169,7 @@ def test_a_storage_that_fails_is_not_the_rows_fault(
     assert answer.error == "ShardError: the image store does not answer"
 
 
-def test_a_bad_row_is_not_to_be_tried_again(loaded: LoadedModel) -> None:
+def test_a_bad_row_is_not_retryable(loaded: LoadedModel) -> None:
     (answer,) = make_engine(loaded).stream([replace(request(), prompts=())])
     assert (answer.is_retryable, answer.error) == (
         False,

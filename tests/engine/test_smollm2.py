@@ -97,7 +97,7 @@ def stock(loaded: LoadedModel) -> tuple[list[tuple[int, ...]], list[Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_are_stocks(smollm2: Path, dtype: str) -> None:
+def test_answers_equal_those_of_stock(smollm2: Path, dtype: str) -> None:
     """In bfloat16 up to a near tie: two tokens whose logits stock has at most two steps apart."""
     loaded = loading.load(str(smollm2), revision=None, dtype=dtype, device="cpu")
     count = len(rows())

@@ -240,7 +240,7 @@ def test_attention_of_torch_and_compiled_decode_the_same(
     assert tokens(run(decoder, ragged(model))) == expected[kind]
 
 
-def test_the_model_stays_as_it_was(models: dict[str, Any], expected: Expected) -> None:
+def test_the_model_is_unchanged(models: dict[str, Any], expected: Expected) -> None:
     model = models["llama"]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     decode(model, ragged(model))
@@ -272,7 +272,7 @@ def test_rows_end_at_their_own_end(models: dict[str, Any], expected: Expected) -
     assert 3 < stopped < REQUESTS
 
 
-def test_a_row_that_loops_is_cut_if_asked(models: dict[str, Any]) -> None:
+def test_max_repeats_cuts_a_row_that_loops(models: dict[str, Any]) -> None:
     model = models["llama"]
     requests = [
         (t, p, s.model_copy(update={"max_new_tokens": 200})) for t, p, s in ragged(model, 20)
@@ -332,7 +332,7 @@ def test_back_pressure_counts_tokens_and_never_rows(models: dict[str, Any]) -> N
     assert decoder.submit(200, short, GenerationConfig(max_new_tokens=2))
 
 
-def test_a_long_row_sets_no_stride_for_short_ones(models: dict[str, Any]) -> None:
+def test_short_rows_run_beside_a_long_one(models: dict[str, Any]) -> None:
     """With room for 130 tokens a row of 90 runs beside short ones, as many as tokens allow."""
     model = models["llama"]
     table = model.get_input_embeddings()
@@ -345,7 +345,7 @@ def test_a_long_row_sets_no_stride_for_short_ones(models: dict[str, Any]) -> Non
     assert done == [1, 2, 3, 4, 5]
 
 
-def test_a_long_row_is_not_overtaken_for_ever(models: dict[str, Any]) -> None:
+def test_a_long_row_is_admitted_in_time(models: dict[str, Any]) -> None:
     model = models["llama"]
     table = model.get_input_embeddings()
     long, short = (Prompt(table(torch.ones(n, dtype=torch.long)).detach()) for n in (80, 4))
@@ -378,7 +378,7 @@ def test_cache_space_is_more_than_zero() -> None:
             DecodeLimits(**settings_)
 
 
-def test_time_is_shared_out(models: dict[str, Any]) -> None:
+def test_time_is_divided_among_rows(models: dict[str, Any]) -> None:
     done = decode(models["llama"], ragged(models["llama"], 8))
     assert all(item.prefill_ns > 0 for item in done.values())
     assert all((item.generate_ns > 0) is (len(item.token_ids) > 1) for item in done.values())
@@ -421,7 +421,7 @@ def test_too_little_memory_halves_the_live_rows(
     assert scarce.most >= max(1, rows // 2)
 
 
-def test_a_row_that_does_not_fit_alone_is_an_error_and_costs_nobody(
+def test_a_row_that_does_not_fit_alone_fails_no_other(
     models: dict[str, Any], expected: Expected
 ) -> None:
     model = models["llama"]
@@ -443,7 +443,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error_and_costs_nobody(
     assert scarce.most >= before, "one bad row lowered the number of live rows for ever"
 
 
-def test_what_breaks_a_step_breaks_one_row_only(models: dict[str, Any], expected: Expected) -> None:
+def test_an_error_in_a_step_fails_one_row_only(models: dict[str, Any], expected: Expected) -> None:
     model = models["llama"]
     requests = ragged(model, 12)
     scarce = Scarce(REQUESTS, RuntimeError)
@@ -463,7 +463,7 @@ def test_what_breaks_a_step_breaks_one_row_only(models: dict[str, Any], expected
     assert decoder.oom_splits == 0
 
 
-def test_a_lost_device_is_no_rows_error(models: dict[str, Any]) -> None:
+def test_a_lost_device_is_not_an_error_of_a_row(models: dict[str, Any]) -> None:
     scarce = Scarce(0, torch.AcceleratorError)
     decoder = ContinuousBatchDecoder(LanguageModel(models["llama"]), PLENTY, eos=(), attend=scarce)
     decoder.submit(*ragged(models["llama"], 1)[0])
@@ -610,7 +610,7 @@ def test_cache_space_is_not_freed_twice() -> None:
         kv_cache.allocate(0)
 
 
-def test_a_pool_is_as_large_as_it_says() -> None:
+def test_a_kv_cache_has_the_stated_size() -> None:
     kv_cache = make_pool(10)
     assert kv_cache.states.nbytes == 10 * 2 * 2 * 3 * 4 * 4
     assert kv_cache.view(SlotRange(2, 5)).shape == (2, 2, 3, 3, 4)
@@ -648,7 +648,7 @@ BURSTS = DecodeLimits(20_000, graph_steps=4)
     "room",
     [BURSTS, DecodeLimits(400, graph_steps=7), DecodeLimits(20_000, live_rows=3, graph_steps=16)],
 )
-def test_bursts_give_the_tokens_of_generate(
+def test_graph_replays_give_the_tokens_of_generate(
     models: dict[str, Any], expected: Expected, kind: str, room: DecodeLimits
 ) -> None:
     model = models[kind]
@@ -656,7 +656,7 @@ def test_bursts_give_the_tokens_of_generate(
     assert tokens(run(decoder, ragged(model))) == expected[kind]
 
 
-def test_bursts_draw_as_steps_do(models: dict[str, Any]) -> None:
+def test_graph_replays_sample_as_single_steps(models: dict[str, Any]) -> None:
     model = models["llama"]
     mixed = [
         (
@@ -670,7 +670,7 @@ def test_bursts_draw_as_steps_do(models: dict[str, Any]) -> None:
     assert tokens(run(decoder, mixed)) == tokens(decode(model, mixed))
 
 
-def test_what_a_row_wrote_behind_its_end_is_thrown_away(
+def test_tokens_after_the_end_of_a_row_are_discarded(
     models: dict[str, Any], expected: Expected
 ) -> None:
     full = expected["llama"]
@@ -686,7 +686,7 @@ def test_what_a_row_wrote_behind_its_end_is_thrown_away(
     assert any(item.finish_reason == "stop" for item in done.values())
 
 
-def test_bursts_share_prefixes_and_survive_too_little_memory(models: dict[str, Any]) -> None:
+def test_graph_replays_share_prefixes_and_survive_too_little_memory(models: dict[str, Any]) -> None:
     class ScarcePadded(Scarce):
         def __call__(self, step: Any, layer: int, queries: torch.Tensor, *rest: Any) -> Any:
             if layer == 1 and len(step.used) > self.rows:
@@ -700,7 +700,7 @@ def test_bursts_share_prefixes_and_survive_too_little_memory(models: dict[str, A
     assert decoder.oom_splits > 0
 
 
-def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
+def test_graph_replays_read_no_values_between_steps(models: dict[str, Any]) -> None:
     """As many looks at values for one step as for eight: a graph could not hold any."""
     model = LanguageModel(models["llama"])
     kv_cache = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
@@ -719,7 +719,7 @@ def test_bursts_ask_for_nothing_while_they_run(models: dict[str, Any]) -> None:
     assert counts[0] == counts[1]
 
 
-def test_missing_rows_of_a_burst_write_to_no_row(models: dict[str, Any]) -> None:
+def test_missing_rows_of_a_graph_write_to_no_row(models: dict[str, Any]) -> None:
     model = LanguageModel(models["llama"])
     kv_cache = KvCache(model.kv_shape, 600, dtype=torch.float32, device=torch.device("cpu"))
     kv_cache.states.zero_()
@@ -734,7 +734,7 @@ def test_missing_rows_of_a_burst_write_to_no_row(models: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("asked", "made"), [(1, 1), (3, 4), (9, 12), (13, 16), (17, 24), (200, 256)]
 )
-def test_few_shapes_are_recorded(asked: int, made: int) -> None:
+def test_few_graph_shapes_are_recorded(asked: int, made: int) -> None:
     assert GraphShape.from_counts(asked, 1, draws=False) == GraphShape(made, 512, draws=False)
     assert GraphShape.from_counts(1, 513, draws=True) == GraphShape(1, 768, draws=True)
 
@@ -783,7 +783,9 @@ def poisoned(embed: Callable[[Tensor], Tensor], fatal: int, value: float) -> Any
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nor_does_drawing_stop_at_them(models: dict[str, Any], mode: str) -> None:
+def test_a_sampled_row_whose_logits_are_not_finite_fails_alone(
+    models: dict[str, Any], mode: str
+) -> None:
     """A sampled row whose logits are not finite draws nothing, within bounds."""
     model = models["llama"]
     room, attend = MODES[mode]
@@ -837,7 +839,7 @@ def test_penalised_tokens_are_those_of_generate(
 
 
 @pytest.mark.parametrize("mode", ["few slots", "bursts"])
-def test_penalised_rows_draw_what_they_draw_alone(models: dict[str, Any], mode: str) -> None:
+def test_penalised_rows_sample_what_they_sample_alone(models: dict[str, Any], mode: str) -> None:
     model = models["llama"]
     room, attend = MODES[mode]
     requests = worded(model, 24, temperature=1.3, top_p=0.9, repetition_penalty=1.3)
@@ -847,7 +849,7 @@ def test_penalised_rows_draw_what_they_draw_alone(models: dict[str, Any], mode: 
     assert tokens(run(decoder, requests)) == alone
 
 
-def test_without_a_penalty_nobody_counts(
+def test_without_a_penalty_no_tokens_are_counted(
     models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Repetition, "load", None)
@@ -902,7 +904,7 @@ def fake_flash(*places: Any, **named: Any) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("stage", ["mixed", "decoding"])
-def test_attention_is_the_textbooks(
+def test_attention_equals_a_plain_softmax(
     heads: int, window: int | None, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences at different stages, against softmax over the tokens that each query may see."""
@@ -978,7 +980,7 @@ def test_packed_layers_compute_the_same(biased: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [5, 200])
-def test_factors_of_layers(rows: int, *, bias: bool) -> None:
+def test_layers_apply_product_and_shift(rows: int, *, bias: bool) -> None:
     layer, inputs = nn.Linear(24, 8, bias=bias), torch.randn(rows, 24)
     with torch.inference_mode():
         found = Linear.from_layers(layer, product=3.0, shift=0.5)(inputs)
@@ -987,7 +989,7 @@ def test_factors_of_layers(rows: int, *, bias: bool) -> None:
 
 
 @given(st.integers(1, 10_000))
-def test_few_numbers_of_rows_are_run(rows: int) -> None:
+def test_padded_row_counts_are_few(rows: int) -> None:
     run = rows_to_run(rows)
     assert rows <= run <= rows * 1.34
     assert rows_to_run(run) == run
@@ -1007,7 +1009,7 @@ WIDTHS = ("AVX2", "AVX512")
 
 @pytest.mark.parametrize("capability", WIDTHS)
 @pytest.mark.parametrize("shape", [(17, 24), (3, 11, 24), (1, 1, 24), (2, 300, 24)])
-def test_padding_of_rows_is_not_seen(
+def test_padding_of_rows_changes_no_output(
     shape: tuple[int, ...], capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
@@ -1027,7 +1029,7 @@ def test_rows_are_padded_where_packed_layers_run(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("capability", WIDTHS)
-def test_wide_and_narrow_machines_decode_the_same(
+def test_every_cpu_capability_decodes_the_same(
     models: dict[str, Any], expected: Expected, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
@@ -1071,7 +1073,7 @@ def test_a_packed_twin_of_a_whole_model_generates(
     assert others == [first, first]
 
 
-def test_unknown_models_are_distinguished(
+def test_unsupported_models_are_recognised(
     models: dict[str, Any], loaded_models: dict[str, LoadedModel]
 ) -> None:
     assert all(unsupported(model) is None for model in models.values())

@@ -138,7 +138,7 @@ def test_every_row_has_its_own_limit(model: Any) -> None:
 
 
 @pytest.mark.parametrize("ends", [1, 2])
-def test_a_row_stops_behind_its_first_end(model: Any, ends: int) -> None:
+def test_a_row_stops_after_its_first_end_token(model: Any, ends: int) -> None:
     prompts, sampling = prompts_for(model), GenerationConfig(max_new_tokens=NEW)
     free = tokens_alone(model, prompts, sampling)
     eos = [free[0][4], free[1][2]][:ends]
@@ -160,7 +160,7 @@ def test_an_end_at_the_limit_is_a_stop(model: Any) -> None:
     assert (done.token_ids, done.finish_reason) == (tokens[: first + 1], "stop")
 
 
-def test_an_end_behind_the_limit_is_not_reached(model: Any) -> None:
+def test_an_end_token_after_the_limit_is_not_reached(model: Any) -> None:
     prompts = prompts_for(model, [9, 9])
     tokens = tokens_alone(model, prompts[:1], GenerationConfig(max_new_tokens=NEW))[0]
     late = next(token for token in tokens if tokens.index(token) > 3)
@@ -194,7 +194,7 @@ def test_sampling_does_not_depend_on_neighbours(model: Any) -> None:
     assert [item.token_ids for item in together] == [item.token_ids for item in reversed_[::-1]]
 
 
-def test_seeds_make_the_difference(model: Any) -> None:
+def test_seeds_change_samples(model: Any) -> None:
     prompt = prompts_for(model, [9])[0]
     samplings = [
         GenerationConfig(max_new_tokens=NEW, temperature=1.5, seed=seed) for seed in (1, 2, 1)
@@ -276,7 +276,7 @@ def test_explicit_positions_are_refused(model: Any) -> None:
     assert len(decoder) == 0
 
 
-def test_time_is_shared_out_whole(model: Any) -> None:
+def test_time_is_divided_among_rows_completely(model: Any) -> None:
     """The shares add up to at least the time in `generate`, and to no more than passed."""
     watched = Watched(model)
     decoder = by_generate(watched, max_tokens=ROOM)
@@ -333,7 +333,7 @@ def test_only_what_does_not_fit_alone_is_out_of_memory(model: Any) -> None:
     assert [item.token_ids for item in done[:3]] == expected[:3]
 
 
-def test_what_breaks_a_batch_breaks_one_prompt_only(model: Any) -> None:
+def test_an_error_in_a_batch_fails_one_prompt_only(model: Any) -> None:
     watched = Watched(model)
 
     def check(_rows: int) -> None:
@@ -350,7 +350,7 @@ def test_what_breaks_a_batch_breaks_one_prompt_only(model: Any) -> None:
     assert done[3].finish_reason == "error"
 
 
-def test_a_lost_device_is_no_prompts_error(model: Any) -> None:
+def test_a_lost_device_is_not_an_error_of_a_prompt(model: Any) -> None:
     def lost(_rows: int) -> None:
         raise torch.AcceleratorError("CUDA error")
 
@@ -369,7 +369,7 @@ def test_mixed_limits_keep_to_the_budget(model: Any) -> None:
     assert [len(item.token_ids) for item in done] == [1, 20]
 
 
-def test_a_decoder_lives_on_after_out_of_memory(model: Any) -> None:
+def test_a_decoder_continues_after_out_of_memory(model: Any) -> None:
     prompts = prompts_for(model, [9, 9])
     watched = Watched(model, out_of_memory_above(0))
     decoder = by_generate(watched, max_tokens=ROOM)
@@ -461,12 +461,12 @@ LOOPS = [
 ]
 
 
-def test_a_loop_is_a_run_that_comes_again_and_again() -> None:
+def test_a_loop_is_a_repeated_run_of_tokens() -> None:
     for tokens, max_repeats, loop in LOOPS:
         assert loops(tokens, max_repeats) is loop, (tokens, max_repeats)
 
 
-def test_ends_have_reasons() -> None:
+def test_every_end_has_a_reason() -> None:
     sampling = GenerationConfig(max_new_tokens=20, stop_token_ids=(5,), max_repeats=3)
     assert end_reason([1, 2], sampling, {2}) == "stop"
     assert end_reason([1, 5], sampling, {2}) == "stop"
@@ -580,9 +580,7 @@ def test_generate_penalises_prompt_and_answer(model: Any, temperature: float) ->
     ],
     ids=str,
 )
-def test_nothing_of_the_models_own_suggestions_is_followed(
-    model: Any, rules: dict[str, Any]
-) -> None:
+def test_the_models_generation_config_is_ignored(model: Any, rules: dict[str, Any]) -> None:
     """What a recipe has taken over must not come back through `generate`."""
     prompts, sampling = prompts_for(model), GenerationConfig(max_new_tokens=NEW)
     wanted = decode(by_generate(model, max_tokens=ROOM), prompts, [sampling] * 5)
