@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_reported_and_not_priced() -> None:
     assert "the longest prompt and answer take 1,000,000" in str(estimated(long).misfit)
 
 
-def test_a_run_on_the_same_device_tells_better() -> None:
+def test_a_run_on_the_same_device_replaces_the_roofline() -> None:
     rates = MeasuredRates.from_totals(
         ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
     )
@@ -163,7 +163,7 @@ def test_audits_are_part_of_the_cost() -> None:
         assert offer.usd_per_1000["spot"].mid > plain.usd_per_1000["spot"].mid
 
 
-def test_unsure_ends_stay_ends() -> None:
+def test_an_uncertain_workload_widens_the_estimate() -> None:
     low = replace(END, flops=END.flops | {"prefill": 0})
     unsure = replace(WORKLOAD, work=(low, END, END))
     offer, sure = estimated(unsure), estimated()

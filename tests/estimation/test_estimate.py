@@ -52,7 +52,7 @@ def demo(tmp_path: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.timeout(480)
-def test_tokens_are_those_that_the_run_then_has(demo: Path, tmp_path: Path) -> None:
+def test_estimated_tokens_are_those_of_the_run(demo: Path, tmp_path: Path) -> None:
     result = here("estimate", demo, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -119,7 +119,7 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
     assert "visual tokens before compression" in default.stdout
 
 
-def test_a_sample_says_how_large_it_was(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+def test_the_size_of_the_sample_is_printed(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=60)
     result = here("estimate", config, "--rows", "20")
     assert "20 of 60 rows were sampled" in result.stdout
@@ -136,7 +136,7 @@ def test_a_sample_says_how_large_it_was(tiny_paths: dict[str, Path], tmp_path: P
         (["recipe.model.path=/nowhere"], "there is no model in /nowhere"),
     ],
 )
-def test_what_cannot_be_used_is_refused(
+def test_unusable_options_are_refused(
     tiny_paths: dict[str, Path], tmp_path: Path, words: list[str], message: str
 ) -> None:
     result = here("estimate", job_file(tmp_path, tiny_paths["vicuna"]), *words)
@@ -199,7 +199,9 @@ def test_audits_are_estimated(tiny_paths: dict[str, Path], tmp_path: Path) -> No
     assert "also answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
 
 
-def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
+def test_an_audit_without_answerable_rows_is_estimated(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
     """No row can be answered: all of them are text where there should be images."""
     config = job_file(tmp_path, tiny_paths["vicuna"])
     source = next((tmp_path / "in").glob("*.parquet"))
@@ -215,7 +217,7 @@ def test_an_audit_of_nothing_takes_no_share(tiny_paths: dict[str, Path], tmp_pat
     assert "prompts that cannot: bad_image" in result.stdout
 
 
-def test_numbers_are_written_as_people_do() -> None:
+def test_numbers_are_written_readably() -> None:
     assert interval_text(Interval.exactly(1_234_567)) == "1,234,567"
     assert interval_text(Interval(1.9e6, 2e6, 2.1e6)) == "2M (1.9M to 2.1M)"
     assert [short(n) for n in (999, 9_999, 14_918, 2.5e6, 3.25e9, 1.5e13)] == [

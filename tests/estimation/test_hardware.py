@@ -59,7 +59,7 @@ def test_every_figure_of_the_default_table_is_the_vendors_or_the_clouds() -> Non
     assert not is_of("https://huggingface.co/somebody/catalog.json", VENDORS)
 
 
-def test_what_is_empty_says_why() -> None:
+def test_a_missing_figure_has_a_reason() -> None:
     for item in load_hardware():
         assert item.peaks is not None or item.missing, item.name
         assert item.prices or item.missing, item.name
@@ -98,14 +98,14 @@ def test_why_there_is_no_cost() -> None:
 @pytest.mark.parametrize(
     ("device", "name"), [("NVIDIA H200", "H200"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", "L40S")]
 )
-def test_a_device_is_found_by_what_it_calls_itself(device: str, name: str) -> None:
+def test_a_device_is_found_by_its_reported_name(device: str, name: str) -> None:
     found = find_hardware(load_hardware(), device)
     assert found is not None
     assert name in found.name
     assert find_hardware(load_hardware(), "cpu") is None
 
 
-def test_a_users_table_takes_its_place(tmp_path: Path) -> None:
+def test_a_users_table_replaces_the_default(tmp_path: Path) -> None:
     (mine,) = load_hardware(write(tmp_path, GOOD | {"prices": [PRICE]}))
     assert (mine.name, mine.usd_per_hour("spot"), mine.usd_per_hour("on_demand")) == (
         "mine", 0.5, None
@@ -141,7 +141,7 @@ def test_a_table_that_is_wrong_is_refused(tmp_path: Path, entries: list, message
     assert str(file) in str(caught.value)
 
 
-def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_a_table_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "hardware.yaml"
     with pytest.raises(ConfigError, match="No such file"):
         load_hardware(file)

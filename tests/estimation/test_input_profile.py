@@ -134,7 +134,7 @@ def test_a_sample_is_spread_over_the_input(
     assert everything.is_exact
 
 
-def test_blocks_lie_in_order_and_do_not_meet() -> None:
+def test_sample_blocks_are_ordered_and_disjoint() -> None:
     files = [SourceFile(f"{n}", "f", (rows,)) for n, rows in enumerate((5, 0, 700, 1, 3000))]
     spans = sample_spans(files, 640)
     starts = np.cumsum([0, *(file.rows for file in files)])
@@ -166,7 +166,7 @@ def made_up(rows: int, counts: list[int], each: int) -> InputProfile:
     return InputProfile(rows, found)
 
 
-def test_intervals_hold_as_often_as_they_say() -> None:
+def test_intervals_have_their_stated_coverage() -> None:
     """Inputs whose blocks differ; 95 % of intervals are to hold the truth, and few are."""
     draw, held, widths = np.random.default_rng(3), 0, []
     trials, parts, each = 300, 400, 16
@@ -180,7 +180,7 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     assert np.median(widths) < 0.35
 
 
-def test_a_sample_knows_at_least_what_it_saw() -> None:
+def test_the_low_end_is_at_least_what_was_sampled() -> None:
     found = made_up(1000, [0, 0, 40], 10).total(lambda s: s.prompts.total())
     assert found.low >= 40
     alone = made_up(1000, [4], 10).total(lambda s: s.prompts.total())

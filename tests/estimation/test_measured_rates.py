@@ -54,7 +54,7 @@ def test_decoding_reads_weights_once_a_step_and_each_rows_cache() -> None:
     assert roofline_seconds(Work(), SHAPE, DEVICE) == {"generate": 0}
 
 
-def test_the_7b_on_an_h200_takes_what_the_notes_say() -> None:
+def test_the_7b_on_an_h200_takes_the_documented_time() -> None:
     """Prefill of 2880 visual and 60 text tokens: 51 ms at 790 TFLOP/s; decoding 73 rows: 12.9 ms
     a row for 31 steps at 4.3 TB/s."""
     h200 = Peaks({"float32": 60, "bfloat16": 790}, gb_per_s=4300, memory_gib=139)
@@ -97,7 +97,7 @@ def ledger(
     return RunTotals("out", (entry,))
 
 
-def test_a_run_foretells_itself() -> None:
+def test_rates_of_a_run_predict_its_own_time() -> None:
     device_time = Usage({UsageKind.USEFUL: 40.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
     found = MeasuredRates.from_totals(ledger([PART] * 4, device_time, wall=26.0))
     total = sum([PART] * 4, RunStats())
@@ -111,7 +111,7 @@ def test_a_run_foretells_itself() -> None:
     assert found.factor.high == pytest.approx(1 + DRIFT)
 
 
-def test_stages_scale_with_what_they_do() -> None:
+def test_stages_scale_with_their_work() -> None:
     found = MeasuredRates.from_totals(ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0})))
     less = replace(WORK, rows=10, flops=PART.flops | {"prefill": 10**12})
     whole = found.seconds(replace(WORK, rows=10))
@@ -150,7 +150,7 @@ def test_audits_do_not_lower_measured_rates() -> None:
     assert unbilled.per_flop == MeasuredRates.from_totals(ledger([PART] * 4, Usage())).per_flop
 
 
-def test_parts_that_differ_make_it_unsure() -> None:
+def test_parts_that_differ_widen_the_interval() -> None:
     slow = replace(PART, stage_ns=PART.stage_ns | {"encode": 9 * 10**9})
     even, uneven = (
         MeasuredRates.from_totals(ledger(parts, Usage({UsageKind.USEFUL: 60.0})))

@@ -95,7 +95,7 @@ def test_every_block_is_answered_in_every_setting_from_nothing() -> None:
     assert all(len(answers) == 80 for answers in trials.answers.values())
 
 
-def test_drift_meets_all_settings_alike() -> None:
+def test_drift_affects_all_settings_equally() -> None:
     """A device that slows down to a third while it is measured."""
     engine = Known(SPEEDS, growth=0.01)
     found = tuning(engine, agreement(0.9))
@@ -114,7 +114,7 @@ def test_the_fastest_that_meets_the_target_is_recommended() -> None:
     assert tuning(engine, agreement(0.3)).recommended == TENTH
 
 
-def test_compression_that_does_not_pay_is_not_sold() -> None:
+def test_compression_that_does_not_pay_is_not_recommended() -> None:
     slow = Known({BASELINE: 1.0, HALF: 1.1, TENTH: 1.0})
     found = tuning(slow, agreement(0.9))
     assert found.recommended == BASELINE
@@ -181,7 +181,7 @@ def test_a_budget_buys_the_best_quality() -> None:
         assert tuning(engine, question).recommended == expected
 
 
-def test_the_front_is_what_nothing_beats() -> None:
+def test_the_front_holds_undominated_settings() -> None:
     engine = Known(
         {BASELINE: 1.0, HALF: 1.2, TENTH: 0.2},
         {BASELINE: 1.0, HALF: 0.7, TENTH: 0.6},
@@ -261,9 +261,7 @@ def test_settings_are_the_recipes_method_at_all_retentions(tmp_path: Path) -> No
     assert wish().checked_target() == Target(min_agreement=0.95)
 
 
-def test_the_command_measures_and_says_what_to_take(
-    tiny_paths: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_command_measures_and_recommends(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=24)
     words = ("tune", config, "--rows", "24", "--retention", "0.5", "--retention", "0.1")
     result = here(*words, "--min-agreement", "0")
@@ -301,7 +299,7 @@ def test_the_command_measures_and_says_what_to_take(
         (["--budget-usd", "3"], "no price of cpu is known"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(
+def test_invalid_options_are_refused_before_the_model_is_loaded(
     tiny_paths: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

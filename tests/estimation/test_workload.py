@@ -65,7 +65,7 @@ def test_uncompressed_it_is_exact(
 
 @pytest.mark.parametrize("newlines", ["kept_rows", "all", "none"])
 @pytest.mark.parametrize("method", ["globalcom2", "uniform", "pool", "thumbnail"])
-def test_compressed_it_lies_within(
+def test_compressed_it_is_within_the_interval(
     tmp_path: Path,
     tiny_paths: dict[str, Path],
     loaded_models: dict[str, LoadedModel],
@@ -98,7 +98,7 @@ def test_compressed_it_lies_within(
     retention=st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
     seed=st.integers(0, 1000),
 )
-def test_what_is_left_of_an_image_is_within_its_bounds(
+def test_kept_tokens_of_an_image_are_within_the_bounds(
     method: str, newlines: Any, size: tuple[int, int], retention: float, seed: int
 ) -> None:
     views = random_views(size, (2, 2), 6, seed)
@@ -111,7 +111,7 @@ def test_what_is_left_of_an_image_is_within_its_bounds(
     assert kept.newlines.low <= len(selection.token_index) - tokens <= kept.newlines.high
 
 
-def test_the_guess_of_newlines_is_near() -> None:
+def test_the_estimate_of_newlines_is_close() -> None:
     """Kept tokens fall on most rows of a canvas, and not on all."""
     config = CompressionConfig(retention=0.1)
     compressor = CompressionPolicy.from_config(config).compressor
