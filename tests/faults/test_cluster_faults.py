@@ -84,7 +84,7 @@ def assert_whole(output: str) -> None:
 # --- stopped ------------------------------------------------------------------------------------
 
 
-def test_a_stopped_job_goes_on_where_it_was(
+def test_a_stopped_job_resumes(
     head: RayHead,
     tmp_path: Path,
     tiny_paths: dict[str, Path],

@@ -196,9 +196,7 @@ def poisoned(job_file: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("kind", ["kill", "segfault", "exit"])
-def test_a_row_that_ends_every_process_costs_itself_only(
-    job_file: Path, marks: Path, kind: str
-) -> None:
+def test_a_row_that_kills_every_process_fails_alone(job_file: Path, marks: Path, kind: str) -> None:
     """Its first death leaves suspects, which go alone; two more name it."""
     result = run(job_file, Fault(kind, marks, row=70, once=False))
     assert len(fired(marks, kind)) == 3
@@ -220,7 +218,9 @@ def test_more_killing_rows_than_allowed_cost_their_shard(job_file: Path, marks: 
     assert "(15 rows): more than 0 of its rows kill or hang their worker" in letter
 
 
-def test_what_failed_is_retried_beside_the_run(job_file: Path, marks: Path, tmp_path: Path) -> None:
+def test_failed_rows_are_retried_in_a_round_of_their_own(
+    job_file: Path, marks: Path, tmp_path: Path
+) -> None:
     """A row that killed, and a shard that was given up: both are answered, and nothing else is."""
     data = json.loads(job_file.read_text())
     data["cluster"]["max_poison_rows"] = 0
@@ -392,7 +392,7 @@ def test_a_changed_recipe_is_refused(job_file: Path) -> None:
     assert_exactly_once(job_file)
 
 
-def test_a_garbage_part_is_named(job_file: Path) -> None:
+def test_a_corrupt_part_is_named(job_file: Path) -> None:
     assert run(job_file).exit_code == 0
     part = sorted((Path(load(job_file).output) / "data").iterdir())[0]
     part.write_bytes(b"garbage")

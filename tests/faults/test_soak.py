@@ -70,7 +70,7 @@ def kill_at_random(run: Future[Outcome], store: Store, kills: int, seconds: floa
     return times
 
 
-def test_random_kills_lose_double_and_blame_nothing(
+def test_random_kills_neither_lose_nor_repeat_rows(
     tmp_path: Path, request: pytest.FixtureRequest, soaked: dict[str, object]
 ) -> None:
     rows, kills = int(request.config.getoption("--rows")), int(request.config.getoption("--kills"))
