@@ -30,7 +30,7 @@ from jobs.benchmarks.support.timing import Times, in_turn, time_ratios
 MACHINE = Machine(plain=50e9, packed=100e9, plain_logits=20e9, packed_logits=40e9, bytes_per_s=10e9)
 
 
-def test_the_ragged_workload_is_what_it_says() -> None:
+def test_the_ragged_workload_has_the_documented_lengths() -> None:
     requests = ragged_requests(1000)
     prompts, answers = zip(*((len(r.prompt), r.new_tokens) for r in requests), strict=True)
     assert len(requests) == REQUESTS
@@ -55,7 +55,7 @@ def test_ideal_time_is_the_longer_of_products_and_bytes() -> None:
     assert "does not hold" in slow.line().goal
 
 
-def test_what_is_compared_runs_in_turn() -> None:
+def test_compared_benchmarks_run_in_turn() -> None:
     seen: list[str] = []
     works = {name: partial(seen.append, name) for name in "ab"}
     times = in_turn(works, 2, check=lambda: seen.append("check"))
@@ -143,7 +143,7 @@ def test_full_size_prints_a_line_for_each_retention() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_full_size_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_size_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         bench.main(["--model", "llava-next-7b", "--random-weights"])
     assert ended.value.code == 2
@@ -153,7 +153,7 @@ def test_full_size_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "--random-weights" in capsys.readouterr().err
 
 
-def test_threads_are_everybodys(
+def test_threads_apply_to_every_benchmark(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def seen() -> list[Line]:
@@ -182,7 +182,7 @@ def test_the_tuning_benchmark_runs() -> None:
     assert lines[0].figures["speed_up"] == 1
 
 
-def test_recommendations_are_held_against_fresh_rows() -> None:
+def test_recommendations_are_checked_on_fresh_rows() -> None:
     """The quarter is the cheapest that is right; the tenth is not right."""
     kept = {1.0: (4.0, 0.95), 0.5: (2.6, 0.93), 0.25: (2.0, 0.91), 0.1: (1.0, 0.8)}
     truth = {}

@@ -33,7 +33,7 @@ def image(seed: int) -> Views:
     return Views(torch.randn(3, 64, 4, generator=draw), scores, canvas, (60, 120))
 
 
-def test_the_blind_see_nothing() -> None:
+def test_the_blind_method_keeps_no_tokens() -> None:
     assert [len(chosen.token_index) for chosen in Blind().many([image(0), image(1)])] == [0, 0]
 
 
@@ -59,7 +59,7 @@ def test_foreign_scores_are_those_of_the_image_before() -> None:
         ({10.0: 40, 1.0: 0, 3.0: 0, 30.0: 0, 100.0: 0}, 10.0),
     ],
 )
-def test_the_temperature_stays_unless_another_is_better_beyond_doubt(
+def test_the_temperature_stays_unless_another_is_significantly_better(
     right_rows: dict[float, int], chosen: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
@@ -181,14 +181,14 @@ def test_the_table_of_packings_is_there_once_it_was_measured() -> None:
     ]
 
 
-def test_the_page_says_what_was_measured() -> None:
+def test_the_page_matches_the_measurements() -> None:
     document = json.loads((ROOT / "docs" / "quality.json").read_text())
     text = (ROOT / "docs" / "quality.md").read_text()
     assert page.inserted(text, document) == text, "run `make quality`"
     assert (ROOT / "docs" / "quality.svg").exists()
 
 
-def test_a_difference_beyond_doubt_is_bold() -> None:
+def test_a_significant_difference_is_bold() -> None:
     assert page._points({"mean": 0.1, "low": 0.05, "high": 0.2}) == "**+10.0 [+5.0, +20.0]**"
     assert page._points({"mean": 0.1, "low": -0.05, "high": 0.2}) == "+10.0 [-5.0, +20.0]"
 

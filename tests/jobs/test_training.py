@@ -128,7 +128,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
 
 
 @torch.no_grad()
-def test_notes_in_words_stand_where_the_image_stands() -> None:
+def test_notes_in_words_replace_the_image() -> None:
     model, processor = untrained(demo_spec())
     model.eval()
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
@@ -162,7 +162,7 @@ def test_notes_name_everything_and_every_position_once() -> None:
             assert notes.count(f"sign with {scene.sign.text}") == 1
 
 
-def test_visual_tokens_are_drawn_together_unevenly_and_some_images_not_at_all() -> None:
+def test_positions_of_visual_tokens_are_squeezed_unevenly() -> None:
     steps = np.stack([squeezed_steps(240, seed) for seed in range(2000)])
     assert set(np.unique(steps)) == {0, 1}
     stock = (steps == 1).all(axis=1)
@@ -175,7 +175,7 @@ def test_visual_tokens_are_drawn_together_unevenly_and_some_images_not_at_all() 
     assert (squeezed_steps(240, 7) == squeezed_steps(240, 7)).all()
 
 
-def test_the_tower_run_is_the_family_s() -> None:
+def test_the_tower_of_training_equals_the_family_s() -> None:
     model, processor = untrained(demo_spec())
     lesson = Lessons(Split.TRAIN, 0, 2, 0)[0]
     with torch.no_grad():
@@ -269,7 +269,7 @@ def end(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("short_stages")
-def test_training_goes_on_where_it_stopped(
+def test_training_resumes_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stopped in the middle of a stage, or after one, and started again: the same weights."""
