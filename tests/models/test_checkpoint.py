@@ -256,7 +256,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_contradicts_itself_or_cannot_be_followed_is_refused(model: Path, case: str) -> None:
+def test_contradictory_or_unsupported_files_are_refused(model: Path, case: str) -> None:
     change, message = REFUSED[case]
     change(model)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -267,7 +267,7 @@ def test_what_contradicts_itself_or_cannot_be_followed_is_refused(model: Path, c
 
 
 @pytest.mark.parametrize("case", ["placeholder", "no end", "quantised", "pinpoints", "a rule"])
-def test_so_is_it_where_a_model_or_its_metadata_is_loaded(model: Path, case: str) -> None:
+def test_loading_refuses_the_same_contradictions(model: Path, case: str) -> None:
     change, message = REFUSED[case]
     change(model)
     with pytest.raises(ConfigError, match=message):
@@ -302,7 +302,7 @@ def test_so_is_it_where_a_model_or_its_metadata_is_loaded(model: Path, case: str
         ),
     ],
 )
-def test_what_is_whole_is_not_refused(model: Path, change: Change) -> None:
+def test_a_consistent_model_is_accepted(model: Path, change: Change) -> None:
     """Nor what a file leaves out, as long as the model's libraries have not filled it in."""
     change(model)
     ignored = TakenOver(rules=frozenset({"forced_eos_token_id"}))
@@ -330,9 +330,7 @@ def test_what_is_whole_is_not_refused(model: Path, change: Change) -> None:
         ),
     ],
 )
-def test_what_files_leave_out_is_held_against_the_rest_at_loading(
-    model: Path, change: Change, message: str
-) -> None:
+def test_omitted_values_are_checked_at_loading(model: Path, change: Change, message: str) -> None:
     change(model)
     with pytest.raises(ConfigError, match=message):
         loading.load(str(model), revision=None, dtype="float32", device="cpu")
@@ -347,7 +345,7 @@ def with_a_longer_tokenizer(model: Path) -> None:
     (model / "chat_template.jinja").write_text("<image><more>")
 
 
-def test_a_prompt_with_tokens_behind_the_table_is_refused(model: Path) -> None:
+def test_a_prompt_with_tokens_beyond_the_table_is_refused(model: Path) -> None:
     with_a_longer_tokenizer(model)
     with pytest.raises(
         ConfigError, match=r"prompts have token \d+, and the text table has \d+ row"
@@ -381,7 +379,7 @@ def test_a_prompt_with_tokens_behind_the_table_is_refused(model: Path) -> None:
         ),
     ],
 )
-def test_answers_end_where_the_first_file_that_says_so_says(
+def test_the_first_file_with_end_tokens_decides(
     model: Path, change: Change, ends: tuple[int, ...]
 ) -> None:
     """The generation config, the text config as written, the config, the tokenizer."""
@@ -395,7 +393,7 @@ def test_answers_end_where_the_first_file_that_says_so_says(
     ("written", "is_there"),
     [({"eos_token": "A"}, True), ({"eos_token": None, "tokenizer_class": "Llama"}, False)],
 )
-def test_an_end_that_only_the_tokenizer_knows_of_is_looked_for_at_loading(
+def test_an_end_token_of_the_tokenizer_alone_is_found_at_loading(
     model: Path, written: dict[str, object], is_there: object
 ) -> None:
     """One of the vocabulary's, and one that a class may have: files alone do not tell."""
@@ -437,7 +435,7 @@ def test_every_setting_of_transformers_is_a_rule_or_known_to_be_none() -> None:
     assert {*RULES} & OTHER_SETTINGS == set()
 
 
-def test_what_changes_nothing_is_what_transformers_starts_from() -> None:
+def test_idle_values_of_rules_are_transformers_defaults() -> None:
     defaults = GenerationConfig._get_default_generation_params()
     for name, idle in RULES.items():
         assert defaults.get(name) in (None, idle)

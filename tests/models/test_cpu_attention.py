@@ -71,7 +71,7 @@ def right(
     platform.machine() not in ("x86_64", "AMD64") or shutil.which("cc") is None,
     reason="nothing is built here",
 )
-def test_what_is_loaded_is_what_setup_builds() -> None:
+def test_setup_builds_the_kernel_that_is_loaded() -> None:
     """On processors that have no use for it, too: elsewhere the slower attention hides it."""
     assert find_spec(compiled_attention.LIBRARY) is not None
 
@@ -131,7 +131,7 @@ def test_large_scores_neither_overflow_nor_vanish(attend: CompiledAttention) -> 
     )
 
 
-def test_queries_keys_and_outputs_may_lie_in_any_order_but_for_features(
+def test_tensors_may_have_any_strides_but_for_features(
     attend: CompiledAttention,
 ) -> None:
     """As a tower has them: tokens first, and several tensors in one."""
@@ -183,7 +183,7 @@ def test_a_sequence_depends_neither_on_neighbours_nor_on_position_nor_on_threads
 
 
 @pytest.mark.parametrize("new", [1, 30])
-def test_a_nan_stays_one(attend: CompiledAttention, new: int) -> None:
+def test_a_nan_stays_a_nan(attend: CompiledAttention, new: int) -> None:
     queries, (keys, values) = drawn(new, 1, 32), drawn(2, 1, 30, 32)
     keys[0, 4, 5] = torch.nan
     out = attend(
@@ -233,7 +233,7 @@ def test_impossible_patterns_are_refused() -> None:
         (drawn(5, 2, 64)[..., ::2], drawn(2, 9, 32), drawn(2, 9, 32), "strides"),
     ],
 )
-def test_what_would_be_read_wrongly_is_refused(
+def test_tensors_that_the_kernel_cannot_read_are_refused(
     attend: CompiledAttention, queries: Tensor, keys: Tensor, values: Tensor, trouble: str
 ) -> None:
     with pytest.raises(ValueError, match=trouble):
@@ -241,7 +241,7 @@ def test_what_would_be_read_wrongly_is_refused(
 
 
 @pytest.mark.parametrize("missing", ["library", "processor", "right library"])
-def test_where_it_is_not_to_be_had_torchs_is_used(
+def test_without_the_kernel_torch_attention_is_used(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capability = "DEFAULT" if missing == "processor" else "AVX2"

@@ -110,7 +110,7 @@ def test_a_directory_is_used_where_it_is(source: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
-def test_of_four_processes_one_fetches(source: Path, cache: Path, tmp_path: Path) -> None:
+def test_one_of_four_processes_fetches(source: Path, cache: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [start(source.as_uri(), log) for _ in range(4)]
     for process in processes:
@@ -122,9 +122,7 @@ def test_of_four_processes_one_fetches(source: Path, cache: Path, tmp_path: Path
     assert len(used) == 1
 
 
-def test_what_a_killed_process_left_is_fetched_again(
-    source: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_fetch_that_was_killed_is_repeated(source: Path, cache: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = start(source.as_uri(), log, hang_at="model.safetensors")
     wait_until(lambda: log.exists() and len(log.read_text().split()) == len(WANTED))
@@ -152,7 +150,7 @@ def test_metadata_is_fetched_without_weights(source: Path) -> None:
     assert fetch_metadata(ModelConfig(path=str(source))) == source
 
 
-def test_a_slash_at_the_end_makes_no_other_model(source: Path) -> None:
+def test_a_trailing_slash_names_the_same_model(source: Path) -> None:
     assert staged(f"{source.as_uri()}/") == staged(source.as_uri())
 
 
@@ -174,7 +172,7 @@ def test_a_model_that_changed_is_another_one(source: Path) -> None:
         "elsewhere/evil.json",
     ],
 )
-def test_a_name_that_leads_out_of_the_model_is_refused(
+def test_a_file_name_outside_the_model_is_refused(
     path: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listing = {p: {"name": p, "size": 1, "type": "file"} for p in ("/model/config.json", path)}
@@ -246,7 +244,7 @@ def test_a_url_without_safetensors_is_refused_when_checked(
         check_model(ModelConfig(path=model.as_uri()))
 
 
-def test_the_recipe_may_take_over_where_a_model_is_looked_for(
+def test_a_recipe_takes_over_rules_when_a_model_is_checked(
     tiny_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
@@ -279,7 +277,7 @@ def test_a_model_on_s3_ticks_while_it_is_fetched(
         (ConnectionResetError("reset by peer"), TimeoutError),
     ],
 )
-def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
+def test_unreadable_files_are_config_errors_and_network_errors_are_not(
     source: Path, error: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -295,7 +293,7 @@ def test_what_cannot_be_read_is_the_configuration_and_a_network_is_not(
                 staged(source.as_uri())
 
 
-def test_trouble_that_passes_is_waited_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_errors_are_retried(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call fails the first time."""
     monkeypatch.setattr(
         fetch_url, "RETRY_POLICY", RetryPolicy(total_seconds=20.0, first_seconds=0.01)
@@ -315,7 +313,7 @@ def test_trouble_that_passes_is_waited_out(source: Path, monkeypatch: pytest.Mon
     assert len(failed) == len(WANTED) + 1
 
 
-def test_half_a_file_is_no_model(
+def test_a_truncated_file_is_not_a_model(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def get_file(_: object, path: str, target: str, **__: object) -> None:
@@ -327,7 +325,7 @@ def test_half_a_file_is_no_model(
     assert not [path for path in cache.iterdir() if path.suffix == ""]
 
 
-def test_a_cache_that_cannot_be_written_is_said(
+def test_a_cache_that_cannot_be_written_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -336,7 +334,7 @@ def test_a_cache_that_cannot_be_written_is_said(
         staged(source.as_uri())
 
 
-def test_the_storage_is_asked_after_a_random_moment(
+def test_fetching_starts_after_a_random_delay(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
@@ -355,7 +353,7 @@ def test_the_storage_is_asked_after_a_random_moment(
     assert all(0 <= seconds <= 5 for seconds in slept)
 
 
-def test_waiting_ticks_while_the_other_process_gets_on(
+def test_waiting_ticks_while_the_other_process_fetches(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.05)
@@ -384,7 +382,7 @@ def tiny_copy(path: Path, target: Path) -> Path:
     return target
 
 
-def test_a_digest_is_of_the_model_not_of_its_place(
+def test_a_digest_does_not_depend_on_the_location(
     tiny_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     here = tiny_paths["vicuna"]
@@ -409,7 +407,7 @@ def trained(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("changed", [renamed, reshaped, trained])
-def test_a_digest_sees_names_shapes_and_weights(
+def test_a_digest_covers_names_shapes_and_weights(
     changed: Callable[[dict[str, Any]], dict[str, Any]],
     tiny_paths: dict[str, Path],
     tmp_path: Path,
@@ -449,7 +447,7 @@ def touched(model: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", SEEN)
-def test_a_digest_sees_every_small_file_that_changes_answers(
+def test_a_digest_covers_every_small_file_that_changes_answers(
     tiny_paths: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     """A byte of it, or that it is there; and it is among what a node is given."""
@@ -466,7 +464,7 @@ def test_a_digest_sees_every_small_file_that_changes_answers(
     ["README.md", "trainer_state.json", "training_args.bin", "runs/1/config.json", "LICENSE.txt",
      "tokenizer.json.bak", "optimizer.pt", ".cache/tokenizer.json"],
 )  # fmt: skip
-def test_a_digest_sees_no_notes_and_no_logs(
+def test_a_digest_ignores_notes_and_logs(
     tiny_paths: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
@@ -476,7 +474,7 @@ def test_a_digest_sees_no_notes_and_no_logs(
     assert model_digest(model) == before == staged(model.as_uri()).digest
 
 
-def test_no_digest_reads_weights_whole(
+def test_a_digest_does_not_read_all_weights(
     tiny_paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change in the middle is not seen: 14 GB would have to be read for it."""
@@ -566,7 +564,7 @@ def test_from_the_hub_only_what_loading_reads_is_fetched_under_a_lock(
 @pytest.mark.parametrize(
     ("status", "expected"), [(404, ConfigError), (403, ConfigError), (503, OSError)]
 )
-def test_a_hub_that_refuses_is_the_configuration_and_one_that_fails_is_not(
+def test_a_refusing_hub_is_a_config_error_and_a_failing_one_is_not(
     status: int, expected: type[Exception], hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     response = SimpleNamespace(status_code=status, headers={}, request=None)
@@ -603,7 +601,7 @@ def test_a_name_that_no_hub_takes_is_refused_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_behind_a_url_answers_as_where_it_was(tiny_paths: dict[str, Path]) -> None:
+def test_a_model_behind_a_url_answers_as_a_local_one(tiny_paths: dict[str, Path]) -> None:
     from gc2ray.engine.engine import load_engine
     from tests.support.rows import make_recipe, requests
 

@@ -286,7 +286,7 @@ def test_placeholders_and_images_must_agree(loaded_models: dict[str, LoadedModel
         loaded_models["vicuna"].adapter.embed([5, 6], [torch.zeros(2, 48)])
 
 
-def test_text_behind_an_image_starts_behind_the_uncompressed_one(
+def test_text_after_an_image_starts_after_the_uncompressed_one(
     loaded_models: dict[str, LoadedModel],
 ) -> None:
     """Two images between three texts: of 7 places the first keeps two, of 5 the second one."""
@@ -314,7 +314,7 @@ def test_text_behind_an_image_starts_behind_the_uncompressed_one(
         adapter.embed(ids, packed, [first])
 
 
-def test_logits_behind_a_gap_are_those_of_the_plain_loop(
+def test_logits_after_a_gap_are_those_of_the_plain_loop(
     loaded_models: dict[str, LoadedModel],
 ) -> None:
     loaded = loaded_models["mistral"]
@@ -370,7 +370,7 @@ def test_metadata_needs_no_weights(
         loading.load(str(bare), revision=None, dtype="float32", device="cpu")
 
 
-def test_images_are_cut_by_pillow_wherever(
+def test_images_are_always_resized_by_pillow(
     tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With torchvision transformers would take another processor, which resizes otherwise."""

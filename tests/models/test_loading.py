@@ -182,7 +182,7 @@ def test_a_head_that_only_the_text_config_ties_is_refused_with_the_remedy(
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
-def test_tensors_that_nobody_asked_for_are_reported_old_buffers_are_not(
+def test_unused_tensors_are_reported_but_not_old_buffers(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     buffers = {
@@ -237,7 +237,7 @@ RAISED = [
 
 @pytest.mark.parametrize("where", ["config", "processor", "weights", "family", "freeze"])
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
-def test_whatever_goes_wrong_is_a_line_that_names_the_model(
+def test_any_loading_error_is_one_line_that_names_the_model(
     model: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
 ) -> None:
     fail_at(monkeypatch, where, error)
@@ -264,7 +264,7 @@ def test_whatever_goes_wrong_is_a_line_that_names_the_model(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_trouble_of_the_machine_is_not_the_models(
+def test_errors_of_the_machine_are_not_blamed_on_the_model(
     model: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
 ) -> None:
     fail_at(monkeypatch, where, error)

@@ -227,7 +227,7 @@ def test_operations_of_our_language_model_are_those_that_torch_counts() -> None:
 
 
 @pytest.mark.parametrize("name", [*full_size.SIZES])
-def test_weights_are_counted_to_the_last(name: str) -> None:
+def test_all_weights_are_counted(name: str) -> None:
     model, _ = untrained(full_size.SIZES[name], device=torch.device("meta"))
     shape = ModelShape.from_config(model.config, FP16)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -254,7 +254,7 @@ def test_full_sizes_are_the_published_ones(name: str, billions: float) -> None:
     ],
     ids=["llama", "tied", "wide heads", "mistral", "qwen2"],
 )
-def test_weights_of_language_models_are_counted_to_the_last(make: Any, config: Any) -> None:
+def test_all_weights_of_language_models_are_counted(make: Any, config: Any) -> None:
     model = make(config)
     text = TextModel.from_config(model.config)
     assert text.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -263,7 +263,7 @@ def test_weights_of_language_models_are_counted_to_the_last(make: Any, config: A
     assert 7 * text.cached_numbers == numbers
 
 
-def test_weights_of_towers_are_counted_to_the_last() -> None:
+def test_all_weights_of_towers_are_counted() -> None:
     config = SiglipVisionConfig(
         hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         image_size=56, patch_size=14, vision_use_head=False,
@@ -274,7 +274,7 @@ def test_weights_of_towers_are_counted_to_the_last() -> None:
     assert tower.parameters - behind == sum(p.numel() for p in model.parameters())
 
 
-def test_a_7b_costs_what_is_known_of_it() -> None:
+def test_a_7b_has_the_published_costs() -> None:
     """CLIP ViT-L/14-336 has 381.9 GFLOP a view; reading 2940 tokens takes Vicuna-7B 40.3 TFLOP."""
     tower, text = LLAVA_7B.tower, LLAVA_7B.text
     assert tower.whole(1) == pytest.approx(381.9e9, rel=1e-3)
@@ -286,7 +286,7 @@ def test_a_7b_costs_what_is_known_of_it() -> None:
     assert needs.weights == pytest.approx(14.1e9, rel=0.01)
 
 
-def test_the_shape_of_the_7b_is_the_models() -> None:
+def test_the_built_in_shape_of_the_7b_is_the_models() -> None:
     model, _ = untrained(full_size.VICUNA_7B, device=torch.device("meta"))
     found = ModelShape.from_config(model.config, FP16)
     positions = found.text.max_positions
@@ -343,7 +343,7 @@ def test_gc2ray_never_does_more_than_eager_transformers(answer: AnswerTokens) ->
 
 
 @given(st.integers(2, 3000), st.data())
-def test_what_is_shared_is_not_computed_again(length: int, data: Any) -> None:
+def test_a_shared_prefix_is_not_counted_again(length: int, data: Any) -> None:
     """A prefix and the rest behind it are the products of the whole, but for one more logit."""
     text, shared = LLAVA_7B.text, data.draw(st.integers(1, length - 1))
     logits = 2 * text.head_weights
