@@ -110,7 +110,7 @@ def many(output: Path, rows: int = 400, shard_rows: int = 10) -> None:
     write_round(output, 0, first_plan([SourceFile("a.parquet", "f", (rows,))], shard_rows))
 
 
-def test_files_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
+def test_files_have_the_requested_size(tmp_path: Path) -> None:
     many(tmp_path / "out", rows=3000, shard_rows=30)
     dest = tmp_path / "dest"
     whole = compact(str(tmp_path / "out"), str(tmp_path / "whole"))
@@ -138,7 +138,7 @@ def test_a_large_part_is_cut_into_row_groups_and_files(tmp_path: Path) -> None:
     assert max(group.num_rows for group in groups) < 1000
 
 
-def test_success_says_what_there_is(tmp_path: Path) -> None:
+def test_the_success_file_lists_all_files(tmp_path: Path) -> None:
     output, dest = tmp_path / "out", tmp_path / "dest"
     retried(output, 5, 1, listed=True)
     dataset = compact(str(output), str(dest), file_bytes=2_000, incomplete=True)
@@ -164,7 +164,7 @@ def test_the_schema_is_that_of_answers_and_names_the_run(tmp_path: Path) -> None
     assert json.loads(schema.metadata[b"gc2ray.recipe"]) == RECIPE.model_dump(mode="json")
 
 
-def test_other_readers_read_it(tmp_path: Path) -> None:
+def test_other_libraries_read_the_dataset(tmp_path: Path) -> None:
     retried(tmp_path / "out", 3, 2, listed=True)
     dest = tmp_path / "dest"
     dataset = compact(str(tmp_path / "out"), str(dest), file_bytes=2_000, incomplete=True)
@@ -212,7 +212,7 @@ def test_no_rows_are_a_file_with_the_schema(tmp_path: Path) -> None:
     assert read(tmp_path / "dest").schema.equals(answer_schema(CARRIED))
 
 
-def test_an_incomplete_run_is_refused_unless_asked_for(tmp_path: Path) -> None:
+def test_an_incomplete_run_is_compacted_only_on_request(tmp_path: Path) -> None:
     output, dest = tmp_path / "out", tmp_path / "dest"
     many(output, rows=40)
     parts(output)[2].unlink()
@@ -245,13 +245,13 @@ def test_a_part_whose_rows_are_damaged_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dest", ["out", "out/data", "out/new", "out/retry_rounds/1"])
-def test_a_place_in_the_output_is_refused(tmp_path: Path, dest: str) -> None:
+def test_a_destination_in_the_output_is_refused(tmp_path: Path, dest: str) -> None:
     many(tmp_path / "out", rows=40)
     with pytest.raises(ConfigError, match="choose a destination outside it"):
         compact(str(tmp_path / "out"), str(tmp_path / dest))
 
 
-def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
+def test_a_destination_that_is_in_use_is_refused(tmp_path: Path) -> None:
     many(tmp_path / "out", rows=40)
     dest = tmp_path / "dest"
     dest.mkdir()
@@ -267,7 +267,7 @@ def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", range(4))
-def test_what_is_cut_short_is_whole_files_without_success(
+def test_an_interrupted_compact_leaves_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     many(tmp_path / "out", rows=400)
@@ -291,7 +291,7 @@ def test_what_is_cut_short_is_whole_files_without_success(
     assert list(temporary.iterdir()) == []
 
 
-def test_somebody_else_who_writes_there_is_noticed(
+def test_another_writer_in_the_destination_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many(tmp_path / "out", rows=40)
@@ -307,7 +307,7 @@ def test_somebody_else_who_writes_there_is_noticed(
     assert (tmp_path / "dest/part-00000.parquet").read_bytes() == b"theirs"
 
 
-def test_from_and_to_elsewhere(tmp_path: Path) -> None:
+def test_from_and_to_remote_storage(tmp_path: Path) -> None:
     """As URLs: nothing is a path."""
     output = "memory://compacted/out"
     store = write_round(output, 0, first_plan(), drawn(1, 0, listed=False))

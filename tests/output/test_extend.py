@@ -59,7 +59,7 @@ def test_a_plan_without_new_files_stays_as_it_is(output: Store) -> None:
     assert output.names("plan") == [PLAN_NAME, plan_name(1)]
 
 
-def test_it_grows_again_and_again(output: Store) -> None:
+def test_a_plan_is_extended_repeatedly(output: Store) -> None:
     files = list(FILES)
     for number in range(5):
         files.append(SourceFile(f"n{number}.parquet", f"f{number}", (5, 1)))
@@ -116,7 +116,7 @@ def test_two_drivers_extend_it_once(output: Store, monkeypatch: pytest.MonkeyPat
         ("plan/0001.parquet", first_plan().to_bytes(), "does not extend plan/0000.parquet"),
     ],
 )
-def test_what_does_not_follow_is_damage(
+def test_an_extension_that_does_not_follow_is_damage(
     output: Store, name: str, data: bytes | None, message: str
 ) -> None:
     if data is None:

@@ -36,7 +36,9 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "out"))
 
 
-def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_second_driver_is_warned_of_the_first(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING), driver_heartbeat(store, lambda: BILL):
         assert warn_of_others(store) == 1
     (message,) = caplog.messages
@@ -47,7 +49,9 @@ def test_a_second_driver_notices_the_first(store: Store, caplog: pytest.LogCaptu
     assert (record.has_ended, record.usage, record.pid) == (True, BILL, os.getpid())
 
 
-def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_is_rewritten_while_the_driver_runs(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(heartbeats, "HEARTBEAT_SECONDS", 0.01)
     beats, bills = threading.Semaphore(0), iter(range(1000))
 
@@ -64,7 +68,7 @@ def test_it_is_rewritten_while_it_lives(store: Store, monkeypatch: pytest.Monkey
         assert not record.has_ended
 
 
-def test_a_driver_that_is_gone_is_not_at_work(store: Store) -> None:
+def test_a_driver_that_ended_is_not_at_work(store: Store) -> None:
     now = datetime.now(UTC)
     record = DriverRecord.of_this_process()
     assert record.is_at_work(now)
@@ -76,7 +80,7 @@ def test_a_driver_that_is_gone_is_not_at_work(store: Store) -> None:
     assert replace(record, pid=dead.pid, host="elsewhere").is_at_work(now)
 
 
-def test_a_store_that_does_not_take_it_stops_nobody(
+def test_a_heartbeat_that_cannot_be_written_stops_no_driver(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:
@@ -105,7 +109,7 @@ def test_a_process_does_not_wait_for_its_first_record(
     assert written.wait(timeout=60)
 
 
-def test_a_foreign_file_is_named_and_left_out(
+def test_a_file_that_is_not_a_record_is_named_and_ignored(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, content in (("a", b"{}"), ("b", b"no json"), ("c", b"[]")):

@@ -113,7 +113,7 @@ def saved(path: Path, table: pa.Table) -> None:
 
 
 @pytest.mark.parametrize("cells", WRITABLE, ids=by_type)
-def test_what_is_kept_is_what_was_planned(tmp_path: Path, cells: pa.Array) -> None:
+def test_kept_columns_have_the_planned_types(tmp_path: Path, cells: pa.Array) -> None:
     """Run, plan and verify agree on the type; the values are the input's."""
     saved(tmp_path / "a.arrow", pa.table({"image": [b"x"] * 3, "kept": cells}))
     source = source_of(tmp_path / "a.arrow", keep=["kept"])
@@ -140,7 +140,7 @@ def test_what_is_kept_is_what_was_planned(tmp_path: Path, cells: pa.Array) -> No
 
 
 @pytest.mark.parametrize("kind", UNWRITABLE, ids=by_type)
-def test_what_cannot_be_written_is_refused(kind: pa.DataType) -> None:
+def test_a_type_that_cannot_be_written_is_refused(kind: pa.DataType) -> None:
     with pytest.raises(ConfigError) as caught:
         as_written(pa.schema([("id", pa.int64()), ("kept", kind)]))
     assert str(caught.value).startswith(

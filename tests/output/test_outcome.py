@@ -124,7 +124,7 @@ def test_an_incomplete_run_is_resumed_first(tmp_path: Path) -> None:
     assert "gc2ray retry" not in status.stdout
 
 
-def test_a_part_that_cannot_be_read_costs_no_outcome(tmp_path: Path) -> None:
+def test_a_run_is_summarised_despite_an_unreadable_part(tmp_path: Path) -> None:
     """Its footer is whole; what it says of errors is what is missing."""
     write_round(tmp_path / "out", 0, first_plan(), bad((1,)))
     part = parts(tmp_path / "out")[0]
@@ -160,7 +160,7 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     assert nothing.exit_code == found.exit_code
 
 
-def test_a_run_whose_output_is_damaged_is_reported_all_the_same(tmp_path: Path) -> None:
+def test_a_run_is_summarised_despite_a_damaged_output(tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     write_round(output, 0, first_plan(), bad(range(10)))
     retry = next_retry(output)
@@ -175,7 +175,7 @@ def test_a_run_whose_output_is_damaged_is_reported_all_the_same(tmp_path: Path) 
 # --- answers that say nothing ------------------------------------------------------------------
 
 
-def test_blank_answers_are_counted_and_told(tmp_path: Path) -> None:
+def test_blank_answers_are_counted_and_reported(tmp_path: Path) -> None:
     texts = iter(["", " \n\u2003", "\x1c", *["words"] * 20])
 
     def blank(answer: Answer) -> Answer:
@@ -192,7 +192,7 @@ def test_blank_answers_are_counted_and_told(tmp_path: Path) -> None:
     assert "ok, but blank" in (tmp_path / "out/report/report.md").read_text()
 
 
-def test_a_blank_answer_is_the_same_to_rows_and_footers(tmp_path: Path) -> None:
+def test_rows_and_footers_agree_on_blank_answers(tmp_path: Path) -> None:
     write_round(
         tmp_path,
         0,

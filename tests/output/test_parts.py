@@ -109,7 +109,7 @@ def test_a_footer_survives_its_part(store: Store) -> None:
     assert read_part_footers(store, []) == []
 
 
-def test_a_footer_tells_input_rows_from_answers(local: Store) -> None:
+def test_a_footer_counts_input_rows_and_answers(local: Store) -> None:
     shard = a_shard()
     local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": b"2"}))
     footer = read_part_footer(local, shard.part_name)
@@ -126,9 +126,7 @@ def test_a_footer_from_before_lists_of_prompts_has_a_row_per_answer(local: Store
 
 
 @pytest.mark.parametrize("rows", [b"2", b"4"])
-def test_a_part_of_fewer_or_more_rows_than_planned_is_not_of_this_run(
-    local: Store, rows: bytes
-) -> None:
+def test_a_part_with_another_number_of_rows_is_not_of_this_run(local: Store, rows: bytes) -> None:
     shard = a_shard()
     local.create(shard.part_name, with_metadata(a_part(shard, "mine"), {b"gc2ray.rows": rows}))
     plan = Plan(RECIPE.fingerprint(), Shards.from_shards([shard]), pa.schema([]))
@@ -139,7 +137,7 @@ def test_a_part_of_fewer_or_more_rows_than_planned_is_not_of_this_run(
 @pytest.mark.parametrize(
     "changes", [{b"gc2ray.rows": b"x"}, {b"gc2ray.stats": None}, {b"gc2ray.written": b"x"}]
 )
-def test_a_footer_that_makes_no_sense_is_no_part(
+def test_a_part_with_an_invalid_footer_is_refused(
     local: Store, changes: dict[bytes, bytes | None]
 ) -> None:
     shard = a_shard()
@@ -241,7 +239,7 @@ def test_a_storage_that_does_not_answer_is_not_taken_for_a_bad_part(
         read_part_footer(local, shard.part_name)
 
 
-def test_a_part_is_read_whatever_fails_for_a_moment(
+def test_a_part_is_read_despite_temporary_errors(
     local: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening it and every read fail, the first time."""

@@ -76,7 +76,7 @@ def test_a_run_names_the_source_of_its_method(
         Run.from_bytes(json.dumps(content).encode())
 
 
-def test_a_run_says_its_recipe_to_people() -> None:
+def test_run_json_is_readable() -> None:
     content = json.loads(Run.from_plan(RECIPE, a_plan(), b"").to_bytes())
     assert content["recipe"]["compression"]["retention"] == 0.25
     assert content["recipe_fingerprint"] == RECIPE.fingerprint()

@@ -6,7 +6,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.output.planner import shard_rows
 
 
-def test_shards_are_sized_by_time_and_by_fairness() -> None:
+def test_shards_are_sized_by_time_and_number_of_workers() -> None:
     cluster = Cluster(shard_seconds=45.0)
     assert shard_rows(cluster, 10**6, workers=2, seconds_per_row=0.1) == 450
     assert shard_rows(cluster, 100, workers=2, seconds_per_row=0.1) == 13

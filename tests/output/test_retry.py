@@ -114,7 +114,7 @@ def begun(output: Path, **options: tuple[str, ...]) -> Retry:
         ),
     ],
 )
-def test_the_failures_that_are_asked_for(
+def test_the_requested_failures_are_planned(
     output: Path, failures: tuple[str, ...], rows: list[tuple[str, int]]
 ) -> None:
     retry = begun(output, failures=failures)
@@ -155,7 +155,7 @@ def test_a_damaged_output_is_not_retried(output: Path) -> None:
         next_retry(str(output))
 
 
-def test_what_is_no_output(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no run here"):
         next_retry(str(tmp_path))
 
@@ -197,7 +197,7 @@ def test_a_retry_whose_shards_are_dead_is_finished(output: Path) -> None:
     assert (again.number, again.begun, places(again.plan)) == (2, False, places(retry.plan))
 
 
-def test_a_plan_that_was_left_without_its_run_is_taken(output: Path) -> None:
+def test_a_plan_without_its_run_json_is_used(output: Path) -> None:
     """The process was killed between the two; or another start was faster."""
     left = begun(output, failures=("failed",)).plan
     (output / "retry_rounds/1/plan").mkdir(parents=True)
@@ -224,7 +224,7 @@ def test_shards_are_small_where_few_rows_failed(
     assert begun(tmp_path).plan.shards.rows_each.tolist() == sizes
 
 
-def test_an_output_elsewhere() -> None:
+def test_an_output_on_remote_storage() -> None:
     """As a URL: nothing is a path."""
     output = "memory://retried/out"
     write_round(output, 0, first_plan(), some_fail)
@@ -238,9 +238,7 @@ def test_an_output_elsewhere() -> None:
     verdict.rounds[0].round.store._fs.store.clear()
 
 
-def test_a_retry_that_is_refused_is_not_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_retry_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An output with a round that was begun and never answered would be incomplete."""
 
     def refuse(*_: object) -> None:

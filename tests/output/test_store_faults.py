@@ -71,7 +71,7 @@ def committed_by_two(output: str, *, at_once: bool = True) -> dict[tuple[int, st
     ],
     ids=["busy", "dropped", "lost-acknowledgements", "all", "slow"],
 )
-def test_nothing_is_lost_or_doubled(
+def test_parts_are_neither_lost_nor_duplicated(
     proxy: FaultProxy, output: str, server: str, faults: Faults, met: str
 ) -> None:
     """Where conditions are ignored, two drivers must not run in the same moment."""
@@ -105,7 +105,7 @@ def test_a_dataset_is_written_though_acknowledgements_get_lost(
 
 
 @pytest.mark.parametrize("requests", [30, 300], ids=["short", "beyond the client's own tries"])
-def test_an_outage_is_waited_out(proxy: FaultProxy, output: str, requests: int) -> None:
+def test_an_outage_is_retried(proxy: FaultProxy, output: str, requests: int) -> None:
     proxy.faults = Faults(outage_requests=requests)
     verdicts = committed_by_two(output)
     assert proxy.met["outage"] == requests
@@ -114,7 +114,7 @@ def test_an_outage_is_waited_out(proxy: FaultProxy, output: str, requests: int) 
 
 
 @pytest.mark.parametrize("status", [403, 400], ids=["denied", "expired"])
-def test_what_is_forbidden_is_not_tried_again(proxy: FaultProxy, output: str, status: int) -> None:
+def test_forbidden_writes_are_not_retried(proxy: FaultProxy, output: str, status: int) -> None:
     proxy.faults = Faults(status=status)
     with pytest.raises(PermissionError) as refused:
         Store(output, PATIENT).create("data/a", b"x")
@@ -135,7 +135,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(proxy: FaultProxy, output: s
     assert commit_part(store, shard, part(shard, "t"), "t") == Commit.WON
 
 
-def test_patience_ends(proxy: FaultProxy, output: str) -> None:
+def test_retries_end(proxy: FaultProxy, output: str) -> None:
     """The message says how long it lasted, and what came last."""
     proxy.faults = Faults(busy=1.0)
     store = Store(output, RetryPolicy(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2))

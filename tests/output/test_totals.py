@@ -67,7 +67,7 @@ def test_footers_add_up_to_the_totals_exactly(tmp_path: Path) -> None:
     assert totals.run.rows == plan.rows
 
 
-def test_rounds_are_distinguished(tmp_path: Path) -> None:
+def test_retry_rounds_are_counted_separately(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan(), fails_at({1}))
     write_round(tmp_path, 2, retry_of([Span("a.parquet", "fa", 1, 2)]))
     totals = read_totals(str(tmp_path))
@@ -87,7 +87,7 @@ def test_parts_are_grouped_in_bounded_memory(
     assert GROUPS == 64
 
 
-def test_records_are_read_and_strangers_are_not(
+def test_records_are_read_and_other_files_are_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_round(tmp_path, 0, first_plan(), lambda source, row: None if row == 9 else [Status.OK])

@@ -168,7 +168,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_part_is_seen_by_its_footer(
+def test_a_damaged_part_is_found_by_its_footer(
     output: Path, damage: Callable[[Path], str], *, deep: bool
 ) -> None:
     line = damage(output)
@@ -226,7 +226,7 @@ ORPHANS = [a_second_part, a_part_of_no_shard, a_copy_under_another_name, a_forei
 
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("orphan", ORPHANS)
-def test_what_is_no_planned_part_is_seen(
+def test_an_unplanned_part_is_found(
     output: Path, orphan: Callable[[Path], str], *, deep: bool
 ) -> None:
     name = orphan(output)
@@ -290,7 +290,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_row_that_is_not_as_planned_is_seen_deep_down(output: Path, kind: str) -> None:
+def test_a_row_unlike_the_plan_is_found_by_a_deep_check(output: Path, kind: str) -> None:
     """Footers that were changed with them, so that they agree: only the rows tell."""
     assert (SOURCE, FIRST, SECOND.rows) == ("a.parquet", 2, 3)
     change, stats, what = ROWS[kind]
@@ -310,7 +310,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_a_prompt_that_is_not_as_planned_is_seen_deep_down(tmp_path: Path, kind: str) -> None:
+def test_a_prompt_unlike_the_plan_is_found_by_a_deep_check(tmp_path: Path, kind: str) -> None:
     """Row 0 has three prompts, row 1 has one."""
     plan = first_plan([SourceFile("a.parquet", "fa", (2, 2))], 2)
 
@@ -364,7 +364,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("column", VALUES)
-def test_an_edited_value_is_seen_deep_down(output: Path, column: str) -> None:
+def test_an_edited_value_is_found_by_a_deep_check(output: Path, column: str) -> None:
     values, what = VALUES[column]
     rewrite(second(output), lambda table: with_column(table, column, values))
     assert found(output, deep=False) == ()
@@ -372,7 +372,7 @@ def test_an_edited_value_is_seen_deep_down(output: Path, column: str) -> None:
     assert found(output, deep=True)[0] == line
 
 
-def test_an_edited_statistic_is_seen_deep_down(output: Path) -> None:
+def test_an_edited_statistic_is_found_by_a_deep_check(output: Path) -> None:
     """What rows do not tell, such as peaks, may be anything."""
     stats = RunStats(images_shared=3, input_starved_ns=8, oom_splits=1, peak_device_bytes=4)
     rewrite(second(output), lambda table: table, lambda own: own + stats)
@@ -382,7 +382,7 @@ def test_an_edited_statistic_is_seen_deep_down(output: Path) -> None:
     assert line.startswith(f"{SECOND.part_name}: stage_ns is {{'compress': ")
 
 
-def test_a_bit_that_flipped_is_seen_deep_down(output: Path) -> None:
+def test_a_flipped_bit_is_found_by_a_deep_check(output: Path) -> None:
     flip_a_bit(second(output))
     assert found(output, deep=False) == ()
     (line,) = found(output, deep=True)
@@ -442,7 +442,7 @@ def test_a_plan_that_has_a_row_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"no json", b'{"format": 99}'])
-def test_what_is_no_output_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_a_folder_without_a_valid_run_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / RUN_NAME).write_bytes(content)
     with pytest.raises(ConfigError, match=r"run\.json"):
@@ -461,7 +461,7 @@ def test_leftovers_and_dead_letters_of_committed_shards_are_no_problem(output: P
     )
 
 
-def test_a_part_that_another_driver_put_in_its_place_is_as_good(output: Path) -> None:
+def test_a_part_that_another_driver_wrote_is_valid(output: Path) -> None:
     """On stores that ignore the condition of a put the last writer wins, whole."""
     answers = [replace(a, device="another") for a in answers_of(SECOND, all_ok, 0) or []]
     second(output).write_bytes(part_of(SECOND, answers))
@@ -542,7 +542,7 @@ def test_a_damaged_plan_of_a_retry(retried: Path) -> None:
     )
 
 
-def test_what_is_no_retry(retried: Path) -> None:
+def test_a_folder_that_is_not_a_retry_is_reported(retried: Path) -> None:
     (retried / "retry_rounds/old").mkdir()
     (retried / "retry_rounds/2").mkdir()
     verdict = verify(str(retried))
