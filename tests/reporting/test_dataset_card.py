@@ -24,7 +24,7 @@ def summary_of(folder: Path) -> Summary:
     return summarise(read_totals(str(folder)), PRICES)
 
 
-def test_the_hub_can_read_it(tmp_path: Path) -> None:
+def test_the_hub_reads_the_card(tmp_path: Path) -> None:
     text = card(summary_of(a_run(tmp_path)))
     found = DatasetCard(text)
     assert found.data.to_dict()["configs"] == [
@@ -53,7 +53,7 @@ def test_an_output_with_its_card_is_a_dataset(
     assert {"row_key", "answer", "visual_tokens_kept"} <= set(loaded.column_names)
 
 
-def test_it_tells_what_happened(tmp_path: Path) -> None:
+def test_the_card_summarises_the_run(tmp_path: Path) -> None:
     summary = summary_of(a_run(tmp_path))
     text = card(summary)
     for message in (
@@ -84,7 +84,7 @@ def test_an_audit_is_reported(tmp_path: Path) -> None:
     assert "uncompressed |" not in card(summary)
 
 
-def test_an_uncompressed_run_without_records_has_a_short_one(tmp_path: Path) -> None:
+def test_an_uncompressed_run_without_records_has_a_short_card(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan(), lambda source, row: [Status.FAILED])
     text = card(summary_of(tmp_path))
     assert "not compressed." in text
@@ -106,7 +106,7 @@ def test_paths_of_a_machine_are_left_out(tmp_path: Path) -> None:
     ).replace("\\", "")
 
 
-def test_somebodys_own_card_stays(tmp_path: Path) -> None:
+def test_a_card_written_by_the_user_stays(tmp_path: Path) -> None:
     output = a_run(tmp_path)
     store, summary = Store(str(output)), summary_of(output)
     assert write_card(store, summary)
@@ -117,7 +117,7 @@ def test_somebodys_own_card_stays(tmp_path: Path) -> None:
     assert store.read(CARD_NAME) == own
 
 
-def test_what_records_say_stays_text(tmp_path: Path) -> None:
+def test_markup_in_records_is_escaped(tmp_path: Path) -> None:
     text = card(summary_of(evil_run(tmp_path)))
     assert "<script" not in text
     assert "<img" not in text
@@ -139,7 +139,7 @@ def test_the_command_writes_report_and_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["OUT", "--hardware", "nowhere.yaml"]])
-def test_what_cannot_be_reported_is_refused(tmp_path: Path, words: list[str]) -> None:
+def test_outputs_that_cannot_be_reported_are_refused(tmp_path: Path, words: list[str]) -> None:
     write_round(tmp_path / "run", 0, first_plan())
     Store(str(tmp_path / "run")).create("workers/w.json", worker_record())
     result = here("report", *(str(tmp_path / "run") if w == "OUT" else w for w in words))

@@ -126,7 +126,7 @@ def test_an_output_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert f"{runs[1]}: run.json: begun by an older gc2ray" in problem(*runs, *SCORED)
 
 
-def test_what_a_list_is_must_be_said(tmp_path: Path) -> None:
+def test_the_meaning_of_lists_must_be_given(tmp_path: Path) -> None:
     run = write_listed_run(tmp_path / "a", LISTED)
     assert "say --lists any" in problem(run, "--reference", "reference")
     more = write_listed_run(tmp_path / "b", [["7", "red"], ["8", "blue", "left"], ["yes", "no"]])
@@ -210,7 +210,7 @@ def test_answers_of_a_retry_count(tmp_path: Path) -> None:
     assert after["scores"]["all"]["contains"]["mid"] == 1.0
 
 
-def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
+def test_missing_columns_and_runs_are_reported_in_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ROWS, CARRIED)
     empty = write_run(tmp_path / "b", [("7", "7"), ("8", None)], CARRIED)
     for arguments, message in (

@@ -75,7 +75,7 @@ LOOKS = [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)]
 
 
 @pytest.mark.parametrize(("scheme", "width"), LOOKS)
-def test_it_opens_without_a_word_or_a_request(
+def test_the_page_opens_without_errors_or_requests(
     browser: Any, page_file: Path, scheme: str, width: int
 ) -> None:
     opened = Opened(browser, page_file, scheme=scheme, width=width)
@@ -145,7 +145,7 @@ COLOURS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_on_its_ground(browser: Any, page_file: Path, scheme: str) -> None:
+def test_text_has_enough_contrast(browser: Any, page_file: Path, scheme: str) -> None:
     """WCAG 2: contrast of 4.5 to 1, of text in drawings, too."""
     found = Opened(browser, page_file, scheme=scheme).page.evaluate(COLOURS)
     assert found["text"] >= 4.5

@@ -125,7 +125,7 @@ def test_money_is_all_device_time_at_its_price(tmp_path: Path) -> None:
     assert json.loads(found.json)["runs"][0]["no_cost"] == unknown.costs.no_cost
 
 
-def test_what_was_saved_is_an_estimate_from_operations(tmp_path: Path) -> None:
+def test_savings_are_estimated_from_operations(tmp_path: Path) -> None:
     summary, found = written_report(a_run(tmp_path))
     saved = summary.costs.saved_seconds
     assert saved is not None
@@ -141,7 +141,7 @@ def test_what_was_saved_is_an_estimate_from_operations(tmp_path: Path) -> None:
     assert len(whole) == 1
 
 
-def test_the_same_work_elsewhere(tmp_path: Path) -> None:
+def test_the_same_work_is_priced_on_other_hardware(tmp_path: Path) -> None:
     half = BIG.model_copy(
         update={
             "name": "half", "devices": (), "tflops": {"float32": 25, "bfloat16": 500},
@@ -162,7 +162,7 @@ def test_the_same_work_elsewhere(tmp_path: Path) -> None:
     assert own.usd["on_demand"].mid == pytest.approx(own.device_hours.mid * 2)
 
 
-def test_all_three_forms_tell_the_same(tmp_path: Path) -> None:
+def test_all_three_forms_have_the_same_content(tmp_path: Path) -> None:
     summary, found = written_report(a_run(tmp_path))
     first = summary.rounds[0]
     committed = f"{first.rows} of {first.planned_rows}"
@@ -197,7 +197,7 @@ def test_programs_find_the_same_keys_in_every_report(tmp_path: Path) -> None:
     assert set(document["runs"][0]) == JSON_KEYS
 
 
-def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
     first, second = a_run(tmp_path / "x" / "run"), a_run(tmp_path / "y" / "run", bad=(1, 2, 3))
     summaries = [summarise(read_totals(str(folder)), PRICES) for folder in (first, second)]
     found = report(summaries)
@@ -249,7 +249,7 @@ def evil_run(folder: Path) -> Path:
     return folder
 
 
-def test_what_rows_say_stays_text(tmp_path: Path) -> None:
+def test_markup_in_rows_is_escaped(tmp_path: Path) -> None:
     _, found = written_report(evil_run(tmp_path))
     page = Elements(found.html)
     assert EVIL in json.loads(found.json)["runs"][0]["dead_letters"][0][1]
@@ -260,7 +260,7 @@ def test_what_rows_say_stays_text(tmp_path: Path) -> None:
     assert "<img" not in found.markdown
 
 
-def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
+def test_the_page_makes_no_requests(tmp_path: Path) -> None:
     _, found = written_report(a_run(tmp_path))
     page = Elements(found.html)
     assert page.links == []
@@ -319,7 +319,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
         ("<b>&", "&lt;b&gt;&amp;"), ("[l](u)", r"\[l\](u)"), (3, "3"),
     ],
 )  # fmt: skip
-def test_markdown_shows_text_as_it_is(text: object, shown: str) -> None:
+def test_markdown_escapes_text(text: object, shown: str) -> None:
     assert markdown_text(text) == shown
 
 
@@ -394,7 +394,7 @@ def test_rows_with_token_maps_are_in_the_page(tmp_path: Path) -> None:
     assert found.json == report([summary, other]).json
 
 
-def test_rows_that_tell_most_are_those_that_differ_then_the_largest(tmp_path: Path) -> None:
+def test_rows_to_show_differ_in_the_audit_or_are_the_largest(tmp_path: Path) -> None:
     summary, _ = written_report(a_run(tmp_path))
     largest = [key for _, key in summary.stats.largest]
     assert summary.rows_to_show(2) == largest[:2]

@@ -202,7 +202,9 @@ def test_an_answer_is_reported_with_its_audit(
         ("odd#1.parquet#0#2", "the row has no such prompt"),
     ],
 )
-def test_what_cannot_be_shown_says_why(answered: Job, key: str, message: str) -> None:
+def test_rows_that_cannot_be_shown_are_refused_with_a_reason(
+    answered: Job, key: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         next(map_tokens(answered.output, [key]))
 
