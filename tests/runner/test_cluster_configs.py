@@ -113,7 +113,7 @@ def test_its_job_fits_its_pods(
     assert job.cluster.workers.max == group["maxReplicas"]
 
 
-def test_its_entrypoint_is_a_command_of_ours(
+def test_its_entrypoint_is_a_gc2ray_command(
     documents: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
     config_map, ray_job = documents

@@ -43,7 +43,7 @@ def test_every_shard_once(tmp_path: Path) -> None:
     assert (last.rows, last.total_rows, last.workers) == (100, 100, 2)
 
 
-def test_committed_shards_are_not_handed_out(tmp_path: Path) -> None:
+def test_committed_shards_are_not_assigned(tmp_path: Path) -> None:
     plan = make_plan()
     committed = Committed(np.arange(10) < 7, 70, RunStats())
     harness = DriverHarness(tmp_path, SimulatedPool())
@@ -141,7 +141,7 @@ def pool_of_many_prompts() -> SimulatedPool:
     return pool
 
 
-def test_an_answer_keeps_a_worker_alive_and_rows_are_shown(tmp_path: Path) -> None:
+def test_an_answer_keeps_a_worker_alive_and_rows_are_counted(tmp_path: Path) -> None:
     """No row ends within `stall_seconds`, and ten rows are ten rows, whatever their prompts."""
     pool = pool_of_many_prompts()
     harness = DriverHarness(tmp_path, pool, max_bad_rows=0.25)
@@ -211,7 +211,7 @@ def test_other_shards_are_not_suspected_for_long(tmp_path: Path) -> None:
     assert again.suspects == (0, 1)
 
 
-def test_what_another_shard_had_in_hand_clears_a_row(tmp_path: Path) -> None:
+def test_rows_of_another_shard_in_hand_clear_a_suspect(tmp_path: Path) -> None:
     """Two workers die with row 3 alone of its shard, the first with rows of another shard, too."""
     pool = SimulatedPool(
         lambda w, shard, attempt: "die" if shard.index == 0 and attempt < 3 else "done",
@@ -226,7 +226,7 @@ def test_what_another_shard_had_in_hand_clears_a_row(tmp_path: Path) -> None:
     ]
 
 
-def test_a_shard_that_was_not_begun_is_no_worse_for_it(tmp_path: Path) -> None:
+def test_a_shard_that_was_not_begun_loses_no_try(tmp_path: Path) -> None:
     """It waited beside the one that killed; a try of three is not gone."""
     waiting: list[str] = []
     pool = SimulatedPool(lambda w, s, attempt: "hang" if s.index == 1 and attempt < 4 else "done")

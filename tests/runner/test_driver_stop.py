@@ -85,7 +85,7 @@ def test_a_last_shard_that_is_refused_is_reported_too(tmp_path: Path) -> None:
     assert len(pool.assignments) == 1
 
 
-def test_a_model_that_cannot_be_noted_is_loaded_once(tmp_path: Path) -> None:
+def test_a_model_record_that_is_refused_is_not_retried(tmp_path: Path) -> None:
     pool = SimulatedPool(load_goes=lambda w: "hang")
     load = pool.load
     refused = CallFailed(1, None, StorageRefused("s3://out refused model.json"))

@@ -215,7 +215,7 @@ def test_a_worker_whose_node_is_about_to_go_gets_no_more(tmp_path: Path) -> None
     assert {attempt for _, _, attempt in pool.submitted} == {1}
 
 
-def test_another_starts_while_a_journal_is_read(tmp_path: Path) -> None:
+def test_a_replacement_starts_while_a_journal_is_read(tmp_path: Path) -> None:
     """The end is known at once, what was in hand a minute later; that minute is not billed."""
     pool = SimulatedPool(lambda w, shard, attempt: "hang" if attempt == 1 else "done")
     pool.at(10.0, WorkerExited(1))

@@ -41,7 +41,7 @@ with journal.page("aaaa", 100) as first, journal.page("bbbb", 5) as second:
 """
 
 
-def test_it_outlives_a_killed_process(tmp_path: Path) -> None:
+def test_a_journal_outlives_a_killed_process(tmp_path: Path) -> None:
     """Row 7 has two prompts, of which one is answered: it is still in hand."""
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path)],
@@ -103,7 +103,7 @@ def test_the_space_of_a_page_is_reserved_before_anything_is_noted(tmp_path: Path
         assert page.st_blocks * 512 >= page.st_size == 400_004
 
 
-def test_a_page_that_somebody_removed_is_no_trouble(tmp_path: Path) -> None:
+def test_a_page_may_be_removed_by_others(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with journal.page("aaaa", 3):
         journal.prefix.with_suffix(".aaaa").unlink()
@@ -142,7 +142,7 @@ def test_journals_do_not_mix(tmp_path: Path) -> None:
         (tmp_path / f"{two.prefix.name}.aaaa").touch()  # its owner removes it, too
 
 
-def test_what_nobody_asked_about_is_swept(tmp_path: Path) -> None:
+def test_stale_journals_are_deleted(tmp_path: Path) -> None:
     old, new, foreign = (Journal(tmp_path).prefix.with_suffix(".aaaa") for _ in range(3))
     foreign = tmp_path / "something-else"
     for path in (old, new, foreign):
@@ -194,7 +194,7 @@ def test_rows_with_a_fault_are_not_in_hand(multi_prompt_job: Job) -> None:
     assert not {3, 10} & {*seen}, "their lists are null"
 
 
-def test_an_engine_that_dies_with_suspects_tells_every_caller(job: Job) -> None:
+def test_an_engine_that_dies_with_suspects_fails_every_caller(job: Job) -> None:
     def on_row(request):
         if request.row == 4:
             raise RuntimeError("the engine breaks")
@@ -206,7 +206,7 @@ def test_an_engine_that_dies_with_suspects_tells_every_caller(job: Job) -> None:
     assert read_and_remove(worker.journal) == {shard.sid: (4,)}
 
 
-def test_rows_that_cannot_be_noted_are_reported_with_the_folder(
+def test_a_journal_that_cannot_be_written_is_reported_with_its_folder(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk for temporary files: the next shard would not fare better."""

@@ -20,7 +20,7 @@ def progress(number: int) -> Progress:
     return Progress(**counts, errors=(f"error {number}",))
 
 
-def test_what_was_added_is_what_came_since() -> None:
+def test_since_inverts_addition() -> None:
     for counter in NAMES:
         assert getattr(progress(2) + progress(3), counter) == (
             ("error 2", "error 3") if counter == "errors" else getattr(progress(5), counter)

@@ -85,7 +85,7 @@ def test_an_output_in_its_input_is_refused(job: Job, tmp_path: Path, place: str)
 
 
 @pytest.mark.parametrize("place", ["in/_out", "out"])
-def test_an_output_beside_its_input_is_not(job: Job, tmp_path: Path, place: str) -> None:
+def test_an_output_beside_its_input_is_accepted(job: Job, tmp_path: Path, place: str) -> None:
     with pytest.raises(AssertionError, match="Ray is joined"):
         run_job(job.model_copy(update={"output": f"{tmp_path}/{place}"}))
 
@@ -210,7 +210,7 @@ def test_new_files_are_reported_where_they_are_not_planned(
     )
 
 
-def test_an_input_that_is_gone_does_not_hinder_a_finished_run(
+def test_a_finished_run_needs_no_input(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered(job)
@@ -227,7 +227,7 @@ def test_an_input_that_is_gone_does_not_hinder_a_finished_run(
     assert message.endswith("new input files: recipe.input.uri: no answer")
 
 
-def test_a_retry_tells_of_no_files(
+def test_a_retry_reports_no_new_files(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its plan has few of them, and that is as it should be."""

@@ -48,13 +48,13 @@ def drained(queue: ShardQueue, workers: list[int]) -> dict[int, list[int]]:
     return taken
 
 
-def test_row_groups_are_handed_out_in_order() -> None:
+def test_row_groups_are_taken_in_order() -> None:
     queue = make_queue([10] * 6)
     assert drained(queue, [1, 2]) == {1: [0, 2, 4], 2: [1, 3, 5]}
     assert queue.take(1, alone=True) is None
 
 
-def test_committed_shards_are_not() -> None:
+def test_committed_shards_are_not_taken() -> None:
     queue = make_queue([10] * 6, done=(0, 3))
     assert len(queue) == 4
     assert drained(queue, [1]) == {1: [1, 2, 4, 5]}
@@ -79,7 +79,7 @@ def test_one_huge_row_group_feeds_every_worker() -> None:
     assert jumps <= 12
 
 
-def test_what_a_worker_leaves_is_taken_by_others() -> None:
+def test_shards_that_a_worker_leaves_are_taken_by_others() -> None:
     queue = make_queue([40, 10])
     assert take(queue, 1).shard.index == 0
     queue.leave(1)
@@ -119,7 +119,7 @@ def test_a_lost_shard_goes_to_a_worker_that_is_alone() -> None:
     assert (again.shard.index, again.attempt) == (0, 2)
 
 
-def test_losses_that_teach_nothing_are_counted() -> None:
+def test_losses_without_a_suspect_are_counted() -> None:
     queue = make_queue([10])
     for number in (1, 2):
         assert queue.lost(take(queue, 1).shard, Loss(f"reason {number}")) is None
@@ -128,7 +128,7 @@ def test_losses_that_teach_nothing_are_counted() -> None:
     assert (len(queue), queue.tries(shard)) == (0, 3)
 
 
-def test_a_shard_that_is_done_is_no_trouble_any_more() -> None:
+def test_a_finished_shard_has_no_losses() -> None:
     queue = make_queue([10])
     shard = take(queue, 1).shard
     queue.lost(shard, Loss("died"))
@@ -231,7 +231,7 @@ def test_one_row_alone_at_the_first_death_is_a_suspect_only() -> None:
     assert dict(die(queue, (3,)).poison) == {3: (Status.KILLED_WORKER, "died")}
 
 
-def test_a_shard_that_was_not_begun_has_lost_no_try_but_only_once() -> None:
+def test_a_shard_that_was_not_begun_loses_no_try_the_first_time() -> None:
     """Alone in its worker it is begun, or something is wrong with it."""
     queue = make_queue([10])
     for expected in (None, None, None, "died"):

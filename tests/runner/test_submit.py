@@ -102,7 +102,9 @@ def test_an_id_that_is_taken_is_refused(head: RayHead, first: First) -> None:
     )
 
 
-def test_no_secret_travels(head: RayHead, first: First, client: JobSubmissionClient) -> None:
+def test_no_secret_is_submitted_or_stored(
+    head: RayHead, first: First, client: JobSubmissionClient
+) -> None:
     """Neither what the server tells of jobs nor anything on disk holds it."""
     job_file, result = first
     reported = [json.dumps(client.list_jobs(), default=vars), result.stdout, result.stderr]
@@ -138,7 +140,7 @@ def test_a_job_ends_with_its_own_exit_code(head: RayHead, job_file: Path) -> Non
     assert refused in result.stdout
 
 
-def test_a_method_of_ones_own_travels_with_the_job(
+def test_a_custom_method_is_uploaded_with_the_job(
     head: RayHead, job_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head was started without the folder that it is found in here."""
@@ -247,26 +249,26 @@ def test_a_relative_path_is_refused(job_file: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head:8265", "http://", "http://h:x"])
-def test_what_is_no_address_of_a_job_server(address: str) -> None:
+def test_an_invalid_address_of_a_job_server_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="is not the address of a job server"):
         JobServer(address)
 
 
-def test_a_head_that_is_not_there(job_file: Path) -> None:
+def test_an_unreachable_head_is_reported(job_file: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     result = gc2ray(None, "submit", job_file, "--address", address)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert f"nobody answers at {address}" in result.stderr
 
 
-def test_another_server_is_no_job_server(moto: tuple[str, int]) -> None:
+def test_another_server_is_not_a_job_server(moto: tuple[str, int]) -> None:
     host, port = moto
     with pytest.raises(ConfigError, match=f":{port} refuses: Version check returned 404"):
         JobServer(f"http://{host}:{port}")
 
 
 @pytest.mark.parametrize("mode", ["disabled", "token"])
-def test_who_has_no_token_is_reported_how_to_give_it(
+def test_a_missing_or_wrong_token_is_reported(
     head: RayHead, job_file: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     known = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "wrong" * 10}
@@ -310,7 +312,7 @@ def following(monkeypatch: pytest.MonkeyPatch, *answers: Exception | JobDetails)
     return JobServer("http://head:8265")
 
 
-def test_a_server_in_trouble_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_server_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails in every way, and then knows how the job has ended."""
     ended = JobDetails(
         type=JobType.SUBMISSION, entrypoint="", status=JobStatus.FAILED, driver_exit_code=7
@@ -321,7 +323,7 @@ def test_a_server_in_trouble_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("trouble", TROUBLE, ids=["500", "refused", "slow"])
-def test_a_server_that_stays_in_trouble_is_given_up(
+def test_lasting_errors_of_the_server_give_up(
     monkeypatch: pytest.MonkeyPatch, trouble: Exception
 ) -> None:
     """As a head does that is being killed: its job server outlives what it asks by a moment."""
@@ -330,7 +332,7 @@ def test_a_server_that_stays_in_trouble_is_given_up(
         following(monkeypatch, trouble).follow("job", lambda _: None)
 
 
-def test_a_token_that_expires_while_a_job_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_token_is_reported_while_following(monkeypatch: pytest.MonkeyPatch) -> None:
     expired = AuthenticationError("Unauthenticated: Invalid token")
     with pytest.raises(ConfigError, match=r"refuses us \(401 or 403\): set RAY_AUTH_MODE=token"):
         following(monkeypatch, expired).follow("job", lambda _: None)

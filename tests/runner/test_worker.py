@@ -151,7 +151,7 @@ def test_progress_counts_rows_and_first_errors(job: Job, tmp_path: Path) -> None
     assert progress.errors[0] == "a.parquet#1: bad_prompt: prompt column 'prompt' is null"
 
 
-def test_a_model_that_gets_on_renews_the_load_clock(
+def test_progress_in_fetching_renews_the_load_clock(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where no byte of this process moves: it waits for another that fetches the model."""
@@ -182,7 +182,7 @@ def test_the_worker_leaves_a_record_of_itself(job: Job) -> None:
     assert record["model_shape"] is None
 
 
-def test_the_record_tells_the_sizes_of_the_model(job: Job) -> None:
+def test_the_record_has_the_sizes_of_the_model(job: Job) -> None:
     engine = EchoEngine()
     engine.model_shape = LLAVA_7B
     worker = make_worker(job, engine)
@@ -234,7 +234,7 @@ def refuse_writes(worker: Worker, error: Exception) -> None:
     ],
     ids=lambda error: str(error),
 )
-def test_a_storage_that_refuses_would_refuse_any_shard(job: Job, error: Exception) -> None:
+def test_a_storage_refusal_is_not_the_shards_error(job: Job, error: Exception) -> None:
     worker, (shard, *_) = make_worker(job), shards_of(job)
     refuse_writes(worker, error)
     with pytest.raises(StorageRefused) as refused:
@@ -252,7 +252,7 @@ def test_a_storage_that_refuses_would_refuse_any_shard(job: Job, error: Exceptio
         (OSError(errno.EFBIG, "File too large"), UnwritableShard),
     ],
 )
-def test_what_may_fare_better_is_the_shards_own_trouble(
+def test_other_write_errors_fail_only_the_shard(
     job: Job, error: Exception, kind: type[Exception]
 ) -> None:
     worker = make_worker(job)
@@ -262,21 +262,21 @@ def test_what_may_fare_better_is_the_shards_own_trouble(
     assert type(failed.value) is kind
 
 
-def test_something_else_under_a_parts_name_is_not_answered_again(job: Job) -> None:
+def test_a_foreign_file_with_a_parts_name_fails_the_shard_for_good(job: Job) -> None:
     shard = shards_of(job)[0]
     Store(job.output).create(shard.part_name, b"not a part")
     with pytest.raises(UnwritableShard, match="is not a part that gc2ray wrote; move it away"):
         make_worker(job).process(ShardAssignment(shard))
 
 
-def test_answers_that_do_not_fit_into_parquet_are_not_asked_for_again(job: Job) -> None:
+def test_answers_that_do_not_fit_into_parquet_are_not_retried(job: Job) -> None:
     worker = make_worker(job)
     worker._carried = pa.schema([pa.field("id", pa.binary())])
     with pytest.raises(UnwritableShard, match="its answers do not fit into Parquet: Arrow"):
         worker.process(ShardAssignment(shards_of(job)[0]))
 
 
-def test_a_model_that_cannot_be_noted_is_the_storages_refusal(
+def test_a_model_record_that_cannot_be_written_is_a_storage_refusal(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Store, name: str, data: bytes) -> bool:

@@ -48,7 +48,7 @@ def assert_consistent(table: WorkerTable) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_follow_whatever_happens(seed: int) -> None:
+def test_groups_stay_consistent_after_any_events(seed: int) -> None:
     draw, table, shards = Random(seed), WorkerTable(), iter(range(10**6))
 
     def give(worker: int) -> None:
@@ -86,7 +86,7 @@ def test_a_retried_shard_fills_its_worker() -> None:
     assert table.with_capacity(1) == [1]
 
 
-def test_a_report_without_news_is_no_sign_of_life() -> None:
+def test_progress_without_news_does_not_renew_the_clock() -> None:
     """While a model loads ticks are; while rows are answered only answers are."""
     state = WorkerState(started=0.0)
     state.note_progress(Progress(ticks=5), now=1.0)
