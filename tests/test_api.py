@@ -190,7 +190,7 @@ def test_numbers_of_images_and_prompts_must_fit(model: Model) -> None:
         model.answer([0.5], PROMPT)  # type: ignore[list-item]
 
 
-def test_what_cannot_be_answered_says_so_in_its_answer(model: Model, tmp_path: Path) -> None:
+def test_an_unanswerable_image_or_prompt_has_an_error(model: Model, tmp_path: Path) -> None:
     cut = Image.open(io.BytesIO(encoded(picture((100, 200)), "BMP")[:500]))
     closed = io.BytesIO(encoded(picture((20, 30))))
     closed.close()
@@ -224,7 +224,7 @@ def test_modes_of_pillow(model: Model, mode: str) -> None:
     assert answer.status == Status.OK
 
 
-def test_an_image_is_turned_as_its_camera_says(model: Model, tmp_path: Path) -> None:
+def test_an_image_is_rotated_by_its_exif_orientation(model: Model, tmp_path: Path) -> None:
     image = picture((100, 200))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -234,7 +234,7 @@ def test_an_image_is_turned_as_its_camera_says(model: Model, tmp_path: Path) -> 
         assert facts(model.answer(opened, PROMPT)) == facts(model.answer(path, PROMPT))
 
 
-def test_an_interrupted_call_leaves_nothing_for_the_next(
+def test_an_interrupted_call_does_not_affect_the_next(
     model: Model, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither rows nor memory, although a notebook keeps the traceback."""
@@ -258,7 +258,7 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(
     assert facts(model.answer(images, PROMPT)) == facts(expected)
 
 
-def test_a_closed_model_holds_nothing(tiny_paths: dict[str, Path]) -> None:
+def test_a_closed_model_cannot_answer(tiny_paths: dict[str, Path]) -> None:
     settings = ["recipe.generation.repetition_penalty=1.1", "cluster.views_per_batch=3"]
     model = gc2ray.load_model(
         tiny_paths["vicuna"], *settings, method="random", retention=0.5, dtype="float32"
@@ -281,7 +281,7 @@ def test_a_setting_that_does_not_exist_is_refused(tiny_paths: dict[str, Path]) -
         gc2ray.load_model("/nowhere")
 
 
-def test_answers_print_well(model: Model) -> None:
+def test_answers_have_a_readable_repr(model: Model) -> None:
     good, bad = model.answer([picture((100, 200)), b"no image"], PROMPT)
     assert str(good) == good.answer
     assert re.fullmatch(

@@ -158,7 +158,7 @@ def test_a_bad_job_is_refused_before_ray(
     assert "Traceback" not in result.stderr
 
 
-def test_a_method_of_ones_own_is_allowed_on_the_command_line(
+def test_a_custom_method_is_allowed_on_the_command_line(
     tmp_path: Path, tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -210,7 +210,7 @@ def test_a_run_with_a_method_in_the_working_directory(
         ("report", "--usd-per-hour"),
     ],
 )
-def test_no_option_takes_what_is_no_number(command: str, option: str, number: str) -> None:
+def test_no_option_takes_nan_or_infinity(command: str, option: str, number: str) -> None:
     result = here(command, "job.yaml", option, number)
     assert result.exit_code == 2
     assert f"Invalid value for '{option}'" in result.stderr
@@ -237,7 +237,7 @@ def test_verify(tmp_path: Path) -> None:
     assert lines[-2:] == ["and 10 more", "damaged: 17 of 17 planned rows are answered"]
 
 
-def test_verify_tells_an_incomplete_output_from_a_wrong_one(tmp_path: Path) -> None:
+def test_verify_distinguishes_incomplete_from_wrong_outputs(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan())
     parts(tmp_path)[1].unlink()
     result = here("verify", tmp_path)
@@ -344,7 +344,7 @@ def test_a_home_that_cannot_be_written(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(480)
-def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path, tiny_paths: dict[str, Path]) -> None:
     path = job_file(tmp_path, tiny_paths["vicuna"], rows=300)
     data, committed = tmp_path / "out" / "data", 0
     data.mkdir(parents=True)

@@ -127,7 +127,7 @@ def test_imports_go_down_and_stay_behind_their_borders(path: Path) -> None:
         assert offences(path) == []
 
 
-def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.test_imports.PACKAGE", tmp_path)
     bad = tmp_path / "compression" / "views.py"
     bad.parent.mkdir()
@@ -137,7 +137,7 @@ def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(offences(bad)) == 3
 
 
-def test_who_does_not_compute_starts_without_torch() -> None:
+def test_modules_that_do_not_compute_start_without_torch() -> None:
     """It takes seconds and hundreds of megabytes: commands, drivers and idle workers do without."""
     light = ["cli", "api", "runner.run", "runner.submit", "runner.worker", "engine.device"]
     light += ["output.retry"]

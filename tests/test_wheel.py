@@ -46,7 +46,7 @@ def package_files() -> set[str]:
     }
 
 
-def test_everything_that_is_imported_is_declared() -> None:
+def test_every_imported_library_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[>=\[]", line)[0] for line in project["dependencies"]}
     assert declared.isdisjoint(
@@ -82,7 +82,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(480)
-def test_the_wheel_holds_the_package_and_says_what_it_is(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_and_its_metadata(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         names = set(archive.namelist())
         about = f"gc2ray-{__version__}.dist-info"
