@@ -184,7 +184,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     survived = config.stash.get(SURVIVED, None)
-    if survived is not None and survived.tolls:
+    if survived is not None and survived.losses:
         terminalreporter.section("faults survived")
         for line in survived.table():
             terminalreporter.write_line(line)

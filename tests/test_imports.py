@@ -68,14 +68,14 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def place(path: Path) -> str:
+def path_in_package(path: Path) -> str:
     """Where a module is within the package."""
     return path.relative_to(PACKAGE).as_posix()
 
 
 def wing(path: Path) -> str:
     """The wing of a module: a folder, or a file beside the folders."""
-    return place(path).partition("/")[0].removesuffix(".py")
+    return path_in_package(path).partition("/")[0].removesuffix(".py")
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -90,7 +90,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def offences(path: Path) -> list[str]:
     """What a module imports and may not."""
-    here, file, against = wing(path), place(path), []
+    here, file, against = wing(path), path_in_package(path), []
     for name in imports(path):
         top, _, rest = name.partition(".")
         allowed = BORDERS.get(top)
@@ -119,7 +119,7 @@ def test_wings_stand_above_what_they_import() -> None:
         assert all(order.index(other) < order.index(name) for other in below), name
 
 
-@pytest.mark.parametrize("path", modules(), ids=place)
+@pytest.mark.parametrize("path", modules(), ids=path_in_package)
 def test_imports_go_down_and_stay_behind_their_borders(path: Path) -> None:
     if path.name == "__init__.py" and path.parent != PACKAGE:
         assert list(imports(path)) == []

@@ -24,7 +24,7 @@ def handlers_as_before() -> Iterator[None]:
 
 def test_text_logs_show_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     set_up(LogForm.TEXT)
-    log.info("not told")
+    log.info("not shown")
     log.warning("a shard is lost", extra={"shard": "abc"})
     assert capsys.readouterr().err == "WARNING gc2ray.somewhere: a shard is lost\n"
 
@@ -33,7 +33,7 @@ def test_json_carries_ids_and_the_time(capsys: pytest.CaptureFixture[str]) -> No
     set_up(LogForm.JSON, run="r")
     set_up(LogForm.JSON, run="r", worker="w")
     log.info("a shard is done", extra={"shard": "abc"})
-    logging.getLogger("another").info("not ours, not told")
+    logging.getLogger("another").info("not ours, not shown")
     (line,) = capsys.readouterr().err.splitlines()
     record = json.loads(line)
     assert datetime.fromisoformat(record.pop("time")).utcoffset() is not None

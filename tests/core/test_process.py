@@ -145,7 +145,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 @pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize(
-    ("error", "told", "advice"),
+    ("error", "reported", "advice"),
     [
         (
             RuntimeError(
@@ -162,7 +162,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ids=["version", "bare", "path", "token", "memory"],
 )
 def test_a_failed_start_of_ray_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str, advice: str
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reported: str, advice: str
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/" + "t" * 119)
     failing(monkeypatch, error)
@@ -170,7 +170,7 @@ def test_a_failed_start_of_ray_is_one_line(
         pass
     message = str(caught.value)
     assert message.startswith("cannot start Ray on this machine: ")
-    assert told in message
+    assert reported in message
     assert advice in message
     assert "\n" not in message
     assert not ("AF_UNIX" in message and "RAY_AUTH" in message)
@@ -187,8 +187,8 @@ def test_a_signal_while_ray_starts_is_an_interruption(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("no_ray")
 def test_a_ray_that_fails_later_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: None)
-    told = r"^Ray failed: RaySystemError: .*the GCS is gone.*; run the same command"
-    with pytest.raises(GivenUp, match=told), connected(None):
+    reported = r"^Ray failed: RaySystemError: .*the GCS is gone.*; run the same command"
+    with pytest.raises(GivenUp, match=reported), connected(None):
         raise RaySystemError("the GCS is gone")
 
 
@@ -234,15 +234,15 @@ def test_a_followed_job_ends_with_a_documented_exit_code(
     job.write_text(json.dumps(job_data("hub/model", "/data/in", "s3://bucket/out")))
     result = here("submit", job, "--follow")
     assert result.exit_code == expected
-    told = f"given up: job-1 ended with exit code {code}; submit it again to resume\n"
-    assert result.stderr == ("" if code == expected else told)
+    reported = f"given up: job-1 ended with exit code {code}; submit it again to resume\n"
+    assert result.stderr == ("" if code == expected else reported)
 
 
 # --- what nobody has foreseen ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reported"),
     [
         (ValueError("half\nof it"), "ValueError: half of it"),
         (MemoryError(), "MemoryError"),
@@ -252,7 +252,7 @@ def test_a_followed_job_ends_with_a_documented_exit_code(
     ids=lambda value: type(value).__name__,
 )
 def test_a_bug_is_named_and_its_traceback_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, told: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, reported: str
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise error
@@ -262,14 +262,14 @@ def test_a_bug_is_named_and_its_traceback_kept(
     result = here("verify", tmp_path)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"unexpected: {told}; this is a bug: please report it")
+    assert line.startswith(f"unexpected: {reported}; this is a bug: please report it")
     trace = Path(line.rpartition(", ")[2]).read_text()
     assert "in broken" in trace
     assert trace.startswith("Traceback")
     monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
     result = here("verify", tmp_path)
     assert result.exit_code == 1
-    assert "in broken" in result.stderr, "no room for a file: it is told all the same"
+    assert "in broken" in result.stderr, "no room for a file: it is reported all the same"
 
 
 def test_a_bug_is_a_line_of_json_for_programs(
@@ -307,7 +307,7 @@ def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
 
 
 def test_status_is_printed_in_ascii(tmp_path: Path) -> None:
-    """Nothing is cut, so that times can be read; torn records are told."""
+    """Nothing is cut, so that times can be read; truncated records are reported."""
     write_round(tmp_path, 0, first_plan())
     time_ = "2026-11-29T19:04:05.123456+00:00"
     record = {

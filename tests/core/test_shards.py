@@ -37,7 +37,7 @@ def some_files(max_group: int = 40) -> st.SearchStrategy[list[SourceFile]]:
     )
 
 
-def places(shards: Sequence[Shard]) -> list[tuple[str, int]]:
+def rows_of(shards: Sequence[Shard]) -> list[tuple[str, int]]:
     return [place for shard in shards for place in shard.row_ids()]
 
 
@@ -45,7 +45,7 @@ def places(shards: Sequence[Shard]) -> list[tuple[str, int]]:
 @given(some_files(), st.integers(1, 50))
 def test_every_row_is_planned_once_and_in_order(files: list[SourceFile], shard_rows: int) -> None:
     shards = tuple(cut_shards(files, shard_rows, FINGERPRINT))
-    assert places(shards) == [(file.source, row) for file in files for row in range(file.rows)]
+    assert rows_of(shards) == [(file.source, row) for file in files for row in range(file.rows)]
     assert [len(list(shard.row_ids())) for shard in shards] == [shard.rows for shard in shards]
     assert [shard.index for shard in shards] == list(range(len(shards)))
     assert len({shard.sid for shard in shards}) == len(shards)
@@ -134,7 +134,7 @@ def some_spans() -> st.SearchStrategy[list[Span]]:
 def test_spans_are_cut_into_shards_of_the_same_rows(spans: list[Span], shard_rows: int) -> None:
     shards = list(cut_spans(spans, shard_rows, FINGERPRINT))
     planned = [(span.source, row) for span in spans for row in range(span.first, span.stop)]
-    assert places(shards) == planned
+    assert rows_of(shards) == planned
     assert all(0 < shard.rows <= shard_rows for shard in shards)
     assert [shard.index for shard in shards] == list(range(len(shards)))
     for shard in shards:

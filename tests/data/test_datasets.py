@@ -23,13 +23,13 @@ from tests.support.sources import COLUMN, MEMORY, refusal, rows_of, source_of, w
 
 
 def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    globs: list[str] = []
 
     class Hub:
         protocol = "hf"
 
         def glob(self, path: str, *, detail: bool) -> dict[str, object]:
-            asked.append(path)
+            globs.append(path)
             return {}
 
         def invalidate_cache(self) -> None:
@@ -41,7 +41,7 @@ def test_a_dataset_of_the_hub_is_its_converted_files(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
     refusal(source_of("hf:owner/name?split=train"))
     refusal(source_of("hf:name?split=test&subset=large"))
-    assert asked == [
+    assert globs == [
         "datasets/owner/name@refs/convert/parquet/default/train/*.parquet",
         "datasets/name@refs/convert/parquet/large/test/*.parquet",
     ]

@@ -193,8 +193,8 @@ def test_an_entry_without_files_is_reported(tmp_path: Path, caplog: Any) -> None
     assert read(source_of([f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c*.pq"])) == [
         "a/x.parquet"
     ]
-    told = {record.getMessage().rsplit("/", 1)[-1] for record in caplog.records}
-    assert told == {"b", "c*.pq"}
+    reported = {record.getMessage().rsplit("/", 1)[-1] for record in caplog.records}
+    assert reported == {"b", "c*.pq"}
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "it is empty (0 bytes)"),
         (b"<!DOCTYPE html><html>", "an HTML or XML page (21 bytes)"),
@@ -423,12 +423,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 )
 @pytest.mark.parametrize("name", ["a.parquet", "m.parquet", "z.parquet"])
 def test_the_file_that_cannot_be_read_is_named(
-    tmp_path: Path, name: str, content: bytes, told: str
+    tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     put(tmp_path / "b.parquet", tmp_path / "n.parquet")
     (tmp_path / name).write_bytes(content)
     assert refusal(source_of(tmp_path)).startswith(
-        f"recipe.input.uri: {name} cannot be read: {told}"
+        f"recipe.input.uri: {name} cannot be read: {message}"
     )
 
 

@@ -134,13 +134,13 @@ def test_http_is_read_under_its_root_only_and_redirects_are_not_followed(site):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_retries(monkeypatch):
     short = RetryPolicy(total_seconds=1.0, first_seconds=0.01, longest_seconds=0.1)
     monkeypatch.setattr(images, "WEB_RETRY_POLICY", short)
     monkeypatch.setattr(images, "RETRY_POLICY", short)
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_retries")
 @pytest.mark.parametrize("status", [503, 500, 429, 0])
 def test_a_temporary_http_error_is_retried(site, monkeypatch, status):
     monkeypatch.setattr(Site, "trouble", [status] * 5)
@@ -149,7 +149,7 @@ def test_a_temporary_http_error_is_retried(site, monkeypatch, status):
     assert Site.trouble == []
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_retries")
 def test_a_lasting_http_error_fails_the_row(site, monkeypatch):
     monkeypatch.setattr(Site, "trouble", [500] * 10_000)
     policy = ImageLimits(roots=(f"{site}/dir",))
@@ -158,7 +158,7 @@ def test_a_lasting_http_error_fails_the_row(site, monkeypatch):
     assert len(Site.trouble) < 9_990
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_retries")
 @pytest.mark.parametrize("status", [403, 410])
 def test_a_forbidden_or_removed_page_is_not_retried(site, monkeypatch, status):
     monkeypatch.setattr(Site, "trouble", [status] * 10)

@@ -26,7 +26,7 @@ def refused(status: int) -> ClientError:
     return ClientError(response, "PutObject")  # type: ignore[arg-type]
 
 
-def asked_the_hub(status: int) -> HfHubHTTPError:
+def hub_error(status: int) -> HfHubHTTPError:
     """As the hub's client raises it."""
     return HfHubHTTPError("no", response=Mock(status_code=status))
 
@@ -50,7 +50,7 @@ PASSES = {
     "web, concluded from 500": because(FileNotFoundError("a.png"), answered(500)),
     "web, concluded from a drop": because(FileNotFoundError("a.png"), ConnectionResetError()),
     "hub, nobody there": HubError("connection refused"),
-    "hub, 503": asked_the_hub(503),
+    "hub, 503": hub_error(503),
     "s3, 503": because(OSError(errno.EBUSY, "Slow Down"), refused(503)),
     "s3, 409": because(OSError(errno.EBUSY, "conflict"), refused(409)),
 }
@@ -63,7 +63,7 @@ STAYS = {
     "web, 302": answered(302),
     "web, no URL": aiohttp.InvalidURL("http:///"),
     "web, concluded from 403": because(FileNotFoundError("a.png"), answered(403)),
-    "hub, 401": asked_the_hub(401),
+    "hub, 401": hub_error(401),
     "hub, offline": OfflineModeIsEnabled("HF_HUB_OFFLINE is set"),
     "s3, 404": because(FileNotFoundError("a"), refused(404)),
     "s3, expired": because(OSError(errno.EINVAL, "Bad Request"), refused(400)),

@@ -19,8 +19,8 @@ from gc2ray.core.shards import cut_shards
 from gc2ray.data.retries import RetryPolicy
 from gc2ray.data.source import Source
 from tests.support.fake_hub import FakeHub
-from tests.support.fault_proxy import EVERYTHING, PATIENT, FaultProxy, Faults
-from tests.support.object_servers import a_bucket, hasty_clients
+from tests.support.fault_proxy import EVERYTHING, LONG_RETRIES, FaultProxy, Faults
+from tests.support.object_servers import a_bucket, single_try_clients
 from tests.support.rows import make_recipe
 from tests.support.sources import whole
 
@@ -55,7 +55,7 @@ def bucket(proxy: FaultProxy) -> Iterator[str]:
         yield bucket
 
 
-def source_of(uri: str, retry_policy: RetryPolicy = PATIENT) -> Source:
+def source_of(uri: str, retry_policy: RetryPolicy = LONG_RETRIES) -> Source:
     settings = {"input__uri": uri, "input__keep": ["id"], "input__prompt": {"column": "prompt"}}
     return Source(make_recipe("model", **settings).input, retry_policy)
 
@@ -68,8 +68,8 @@ def rows_of(source: Source, shard_rows: int = SHARD_ROWS) -> list[Request]:
 
 
 @pytest.fixture
-def hasty() -> Iterator[None]:
-    with hasty_clients():
+def single_try() -> Iterator[None]:
+    with single_try_clients():
         yield
 
 
@@ -98,7 +98,7 @@ def test_temporary_errors_are_retried(
     assert [row.prompts for row in rows] == [(f"{n}?",) for n in range(FILES * ROWS)]
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("single_try")
 def test_an_outage_in_the_middle_of_a_file_is_retried(proxy: FaultProxy, bucket: str) -> None:
     data = rows_file(0, rows=60, row_bytes=1 << 18, use_dictionary=False, write_batch_size=1)
     s3fs.S3FileSystem().pipe_file(f"{bucket}/large/a.parquet", data)
@@ -111,17 +111,17 @@ def test_an_outage_in_the_middle_of_a_file_is_retried(proxy: FaultProxy, bucket:
     assert proxy.met["outage"] == 20
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("single_try")
 def test_lasting_errors_fail_the_shard(proxy: FaultProxy, bucket: str) -> None:
     """It says what was tried, and for how long."""
-    impatient = RetryPolicy(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2)
-    source = source_of(f"{bucket}/in/", impatient)
+    short_retries = RetryPolicy(total_seconds=0.5, first_seconds=0.1, longest_seconds=0.2)
+    source = source_of(f"{bucket}/in/", short_retries)
     (file, *_), _ = source.scan()
     proxy.faults = Faults(busy=1.0)
     with pytest.raises(ShardError, match=r"0\.parquet: .*tried for \d+ s, last: OSError"):
         list(source.read(whole(file), MEMORY))
     with pytest.raises(ConfigError, match=r"recipe\.input\.uri: .*tried for \d+ s, last: OSError"):
-        source_of(f"{bucket}/in/", impatient).scan()
+        source_of(f"{bucket}/in/", short_retries).scan()
 
 
 @pytest.mark.parametrize("status", [403, 400], ids=["denied", "expired"])

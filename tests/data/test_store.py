@@ -23,7 +23,7 @@ from gc2ray.data.store import Store
 from gc2ray.output.parts import (
     list_parts,
 )
-from tests.support.object_servers import SECRET, hasty_clients
+from tests.support.object_servers import SECRET, single_try_clients
 from tests.support.rows import make_recipe
 from tests.support.stores import THREADS, race
 
@@ -273,7 +273,7 @@ def test_a_store_out_of_reach_is_reported_before_anything_starts(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
-    with hasty_clients(), pytest.raises(ConfigError, match=r"output: s3://.* cannot be used"):
+    with single_try_clients(), pytest.raises(ConfigError, match=r"output: s3://.* cannot be used"):
         Store(f"{s3}/run").check_usable(writing=False)
 
 

@@ -28,28 +28,28 @@ from tests.support.fakes import EchoEngine, echo
 from tests.support.rows import make_job, make_recipe, request, requests
 
 STAGES = {"encode": 5, "generate": 7}
-RUNGS = ("retention 0.5", "retention 0.75")
-RETENTIONS = {RECIPES_POLICY: 0.25, RUNGS[0]: 0.5, RUNGS[1]: 0.75, UNCOMPRESSED: 1.0}
-TIMES = {RECIPES_POLICY: 1, RUNGS[0]: 2, RUNGS[1]: 3, UNCOMPRESSED: 10}
+STEPS = ("retention 0.5", "retention 0.75")
+RETENTIONS = {RECIPES_POLICY: 0.25, STEPS[0]: 0.5, STEPS[1]: 0.75, UNCOMPRESSED: 1.0}
+TIMES = {RECIPES_POLICY: 1, STEPS[0]: 2, STEPS[1]: 3, UNCOMPRESSED: 10}
 
 
-class ManyFaced(EchoEngine):
-    """Says something else in every way, and takes its time for it; answers in any order."""
+class PolicyEngine(EchoEngine):
+    """Answers differently for each policy, in its own time; answers in any order."""
 
     def __init__(self, says: Mapping[str, str | None], seed: int = 0) -> None:
         super().__init__()
         self._says = says
         self._order = random.Random(seed)
-        self._asked: list[Request] = []
+        self._waiting: list[Request] = []
         self.policies: list[str] = []
 
     def requeue(self, request: Request) -> None:
-        self._asked.append(request)
+        self._waiting.append(request)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        self._asked += requests
-        while self._asked:
-            yield self.said(self._asked.pop(self._order.randrange(len(self._asked))))
+        self._waiting += requests
+        while self._waiting:
+            yield self.said(self._waiting.pop(self._order.randrange(len(self._waiting))))
 
     def said(self, row: Request) -> Answer:
         if row.fault is not None:
@@ -65,8 +65,8 @@ class ManyFaced(EchoEngine):
         )
 
 
-def two_faced(compressed: str | None, whole: str | None, seed: int = 0) -> ManyFaced:
-    return ManyFaced({RECIPES_POLICY: compressed, UNCOMPRESSED: whole}, seed)
+def engine_with_answers(compressed: str | None, whole: str | None, seed: int = 0) -> PolicyEngine:
+    return PolicyEngine({RECIPES_POLICY: compressed, UNCOMPRESSED: whole}, seed)
 
 
 def rows(count: int = 40) -> list[Request]:
@@ -88,7 +88,7 @@ def test_which_rows_are_audited_depends_on_their_keys_alone() -> None:
 def test_every_request_has_one_answer(seed: int) -> None:
     fault = BadRow(Status.BAD_PROMPT, "no prompt")
     asked = [replace(row, fault=fault) if row.row % 7 == 3 else row for row in rows()]
-    found = list(AuditedEngine(two_faced("a cat", "a cat.", seed), 0.5).stream(asked))
+    found = list(AuditedEngine(engine_with_answers("a cat", "a cat.", seed), 0.5).stream(asked))
     assert sorted(answer.request.row for answer in found) == list(range(40))
     for answer in found:
         audited = answer.request.fault is None and is_audited(answer.request.row_key, 0.5)
@@ -109,7 +109,7 @@ def test_every_request_has_one_answer(seed: int) -> None:
 def test_similarity_compares_both_answers(
     compressed: str | None, whole: str | None, similarity: float | None
 ) -> None:
-    found = list(AuditedEngine(two_faced(compressed, whole), 1.0).stream(rows(6)))
+    found = list(AuditedEngine(engine_with_answers(compressed, whole), 1.0).stream(rows(6)))
     for answer in found:
         assert answer.audit is not None
         assert answer.audit.answer == whole
@@ -127,16 +127,16 @@ def test_similarity_compares_both_answers(
 
 
 def test_a_storage_error_in_an_audit_is_retryable() -> None:
-    class Failing(ManyFaced):
+    class Failing(PolicyEngine):
         failing = UNCOMPRESSED
 
         def said(self, row: Request) -> Answer:
             return replace(super().said(row), is_retryable=row.policy == self.failing)
 
-    for failing in (UNCOMPRESSED, RUNGS[0]):
-        engine = Failing({RECIPES_POLICY: "a", RUNGS[0]: "b", UNCOMPRESSED: "c"})
+    for failing in (UNCOMPRESSED, STEPS[0]):
+        engine = Failing({RECIPES_POLICY: "a", STEPS[0]: "b", UNCOMPRESSED: "c"})
         engine.failing = failing
-        found = list(AuditedEngine(engine, 0.5, RUNGS[:1]).stream(rows()))
+        found = list(AuditedEngine(engine, 0.5, STEPS[:1]).stream(rows()))
         assert all(answer.is_retryable == (answer.audit is not None) for answer in found)
         assert 5 < sum(answer.is_retryable for answer in found) < 35
 
@@ -169,19 +169,19 @@ def test_a_row_that_disagrees_is_answered_again_step_by_step(
     seed: int,
 ) -> None:
     """`extra`: the time of what was replaced."""
-    says = {RECIPES_POLICY: first, RUNGS[0]: half, RUNGS[1]: more, UNCOMPRESSED: whole}
-    found = list(AuditedEngine(ManyFaced(says, seed), 1.0, RUNGS).stream(rows(4)))
+    says = {RECIPES_POLICY: first, STEPS[0]: half, STEPS[1]: more, UNCOMPRESSED: whole}
+    found = list(AuditedEngine(PolicyEngine(says, seed), 1.0, STEPS).stream(rows(4)))
     assert sorted(row.request.row for row in found) == [0, 1, 2, 3]
     for row in found:
         assert (row.answer, row.retention_requested) == (answer, retention)
         assert row.audit is not None
         assert (row.audit.answer, row.audit.stage_ns["encode"]) == (whole, 50)
         assert row.audit.own_ns == STAGES
-        anew = row.audit.escalation
-        assert (anew is None) == (now is None)
-        if anew is not None:
-            assert (anew.first_answer, anew.similarity) == (first, pytest.approx(now))
-            assert anew.stage_ns.get("encode", 0) == 5 * extra
+        escalation = row.audit.escalation
+        assert (escalation is None) == (now is None)
+        if escalation is not None:
+            assert (escalation.first_answer, escalation.similarity) == (first, pytest.approx(now))
+            assert escalation.stage_ns.get("encode", 0) == 5 * extra
     stats = stats_of(found)
     assert stats.escalated == ({} if now is None else {f"{retention:g}": 4})
     assert stats.escalated_agreed == ({f"{retention:g}": 4} if now == 1 else {})
@@ -191,18 +191,18 @@ def test_a_row_that_disagrees_is_answered_again_step_by_step(
 
 
 def test_answers_that_are_alike_enough_agree() -> None:
-    says = {RECIPES_POLICY: "a cat", RUNGS[0]: "a car", UNCOMPRESSED: "a car"}
-    for min_similarity, anew in ((0.8, False), (0.81, True)):
-        engine = ManyFaced(says)
-        found = list(AuditedEngine(engine, 1.0, RUNGS[:1], min_similarity).stream(rows(5)))
-        assert {answer.answer for answer in found} == {"a car" if anew else "a cat"}
-        assert (RUNGS[0] in engine.policies) == anew
+    says = {RECIPES_POLICY: "a cat", STEPS[0]: "a car", UNCOMPRESSED: "a car"}
+    for min_similarity, escalates in ((0.8, False), (0.81, True)):
+        engine = PolicyEngine(says)
+        found = list(AuditedEngine(engine, 1.0, STEPS[:1], min_similarity).stream(rows(5)))
+        assert {answer.answer for answer in found} == {"a car" if escalates else "a cat"}
+        assert (STEPS[0] in engine.policies) == escalates
         assert {a.audit.similarity for a in found if a.audit} == {0.8}, "the recipe's own"
 
 
 def test_only_audited_rows_are_answered_again() -> None:
-    says = {RECIPES_POLICY: "no", RUNGS[0]: "yes", UNCOMPRESSED: "yes"}
-    found = list(AuditedEngine(ManyFaced(says), 0.5, RUNGS[:1]).stream(rows()))
+    says = {RECIPES_POLICY: "no", STEPS[0]: "yes", UNCOMPRESSED: "yes"}
+    found = list(AuditedEngine(PolicyEngine(says), 0.5, STEPS[:1]).stream(rows()))
     assert {(a.answer, a.audit is not None) for a in found} == {("yes", True), ("no", False)}
 
 
@@ -212,7 +212,7 @@ def test_other_attributes_are_those_of_the_wrapped_engine() -> None:
     assert (audited.device, audited.model_digest) == (engine.device, engine.model_digest)
     assert audited.model_shape is None
     audited.clear_cache()
-    assert engine.forgot == 1
+    assert engine.cache_clears == 1
     assert audited.totals() == engine.totals()
 
 
@@ -263,11 +263,11 @@ def test_an_escalated_answer_is_that_of_the_higher_retention(
         assert answer.token_ids == at[answer.retention_requested][row].token_ids
         assert answer.kept_per_view == at[answer.retention_requested][row].kept_per_view
         assert answer.audit is not None
-        first, anew = at[0.1][row], answer.audit.escalation
-        assert (anew is None) == (answer.audit.similarity == 1)
-        if anew is not None:
-            assert anew.first_answer == first.answer
-            assert (anew.similarity == 1) or answer.retention_requested == 0.6
+        first, escalation = at[0.1][row], answer.audit.escalation
+        assert (escalation is None) == (answer.audit.similarity == 1)
+        if escalation is not None:
+            assert escalation.first_answer == first.answer
+            assert (escalation.similarity == 1) or answer.retention_requested == 0.6
     assert any(answer.retention_requested > 0.1 for answer in found.values())
 
 
@@ -327,10 +327,10 @@ def test_a_worker_writes_audits_to_the_part(
         if row["audit"]:
             assert row["audit"]["retention"] == 1.0
             assert 0 <= row["audit"]["similarity"] <= 1
-            anew = bool(escalate) and row["audit"]["similarity"] < 1
-            assert (row["audit"]["final_similarity"] is not None) == anew
-            assert (row["audit"]["first_answer"] is not None) == anew
-            assert (row["retention_requested"] > 0.25) == anew
+            escalated = bool(escalate) and row["audit"]["similarity"] < 1
+            assert (row["audit"]["final_similarity"] is not None) == escalated
+            assert (row["audit"]["first_answer"] is not None) == escalated
+            assert (row["retention_requested"] > 0.25) == escalated
     assert bool(done.stats.escalated) == bool(escalate)
     assert verify(job.output, deep=True).exit_code == 0
 

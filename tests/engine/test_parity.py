@@ -394,7 +394,7 @@ def test_end_tokens_are_those_written_in_the_files(
         assert found.passed, parity_lines(found)
 
 
-# What cannot be compared is told
+# What cannot be compared is reported
 
 
 def test_rows_that_cannot_be_answered_are_left_out(

@@ -33,7 +33,7 @@ def test_an_error_in_a_batch_fails_only_its_row(loaded: LoadedModel, error: Exce
     answers = answers_of(PatientEngine(broken, recipe, Cluster(views_per_batch=100)), rows)
     assert adapter.batches[0] == len(rows)
     assert [answer.token_ids for answer in answers if answer.error is None] == [
-        tokens for place, tokens in enumerate(expected) if place != 4
+        tokens for row, tokens in enumerate(expected) if row != 4
     ]
     oom = isinstance(error, torch.OutOfMemoryError)
     assert [answer.oom_splits for answer in answers] == ([1, 1, 1, 3, 3, 2, 2] if oom else [0] * 7)

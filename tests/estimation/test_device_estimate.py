@@ -22,7 +22,7 @@ from gc2ray.estimation.measured_rates import MeasuredRates
 from gc2ray.estimation.roofline import ROOFLINE_SHARE, Work, roofline_seconds
 from gc2ray.estimation.workload import Workload
 from gc2ray.models.shape import LLAVA_7B
-from tests.estimation.test_measured_rates import PART, ledger
+from tests.estimation.test_measured_rates import PART, run_totals
 
 BIG = Hardware(
     name="big", devices=("NVIDIA Big",), tflops={"float32": 50, "bfloat16": 1000}, gb_per_s=4000,
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_reported_and_not_priced() -> None:
 
 def test_a_run_on_the_same_device_replaces_the_roofline() -> None:
     rates = MeasuredRates.from_totals(
-        ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
+        run_totals([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
     )
     offer = estimated(rates=rates)
     assert offer.basis == "run"
@@ -146,7 +146,7 @@ def test_audits_are_part_of_the_cost() -> None:
     )
     audited = replace(WORKLOAD, audit_work=(Work(), tenth, END))
     rates = MeasuredRates.from_totals(
-        ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
+        run_totals([PART] * 4, Usage({UsageKind.USEFUL: 36.0}), devices=("NVIDIA Big",))
     )
     for measured in (None, rates):
         offer, plain = estimated(audited, rates=measured), estimated(rates=measured)

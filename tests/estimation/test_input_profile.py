@@ -37,7 +37,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @pytest.fixture
-def outlined(tiny_paths: dict[str, Path]) -> ModelMetadata:
+def metadata(tiny_paths: dict[str, Path]) -> ModelMetadata:
     return load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
 
 
@@ -75,11 +75,11 @@ def test_all_rows_are_what_an_engine_finds(
     tmp_path: Path,
     tiny_paths: dict[str, Path],
     loaded_models: dict[str, LoadedModel],
-    outlined: ModelMetadata,
+    metadata: ModelMetadata,
 ) -> None:
     source = mixed(tmp_path / "in")
     job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompt"})
-    found = profile_input(job.recipe, outlined)
+    found = profile_input(job.recipe, metadata)
     stats = stats_of(answers(job, loaded_models["vicuna"]))
     assert (found.rows, found.sampled_rows, found.is_exact) == (11, 11, True)
     assert found.refused == {Status.BAD_IMAGE: 2, Status.BAD_PROMPT: 1}
@@ -97,17 +97,17 @@ def test_all_rows_are_what_an_engine_finds(
 
 
 def test_prompts_of_one_row_show_one_image(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+    tmp_path: Path, tiny_paths: dict[str, Path], metadata: ModelMetadata
 ) -> None:
     source = write_rows(tmp_path / "in" / "a.parquet", 20)
     job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompts"})
-    found = profile_input(job.recipe, outlined)
+    found = profile_input(job.recipe, metadata)
     assert found.prompts.total() + found.refused.total() == sum(map(prompts_of, range(20)))
     assert sum(n for shown, n in found.prompts.items() if shown.is_new) <= 20
 
 
 def test_pixels_are_not_decoded(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+    tmp_path: Path, tiny_paths: dict[str, Path], metadata: ModelMetadata
 ) -> None:
     """An image of which only the header is there is counted: its damage is not seen."""
     buffer = io.BytesIO()
@@ -115,22 +115,22 @@ def test_pixels_are_not_decoded(
     data = buffer.getvalue()[:700]
     table = pa.table({"image": pa.array([{"bytes": data, "path": None}], IMAGE)})
     pq.write_table(table, tmp_path / "a.parquet")
-    found = profile_input(make_job(tiny_paths["vicuna"], tmp_path).recipe, outlined)
+    found = profile_input(make_job(tiny_paths["vicuna"], tmp_path).recipe, metadata)
     ((shown, count),) = found.prompts.items()
-    assert (shown.canvas, count) == (outlined.canvas((200, 300)), 1)
+    assert (shown.canvas, count) == (metadata.canvas((200, 300)), 1)
 
 
 def test_a_sample_is_spread_over_the_input(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+    tmp_path: Path, tiny_paths: dict[str, Path], metadata: ModelMetadata
 ) -> None:
     for name in "abc":
         write_rows(tmp_path / "in" / f"{name}.parquet", 40)
     recipe = make_job(tiny_paths["vicuna"], tmp_path / "in").recipe
     ticks: list[int] = []
-    found = profile_input(recipe, outlined, 30, ticks.append)
+    found = profile_input(recipe, metadata, 30, ticks.append)
     assert (found.rows, found.sampled_rows, sum(ticks)) == (120, 30, 30)
     assert not found.is_exact
-    everything = profile_input(recipe, outlined, 120)
+    everything = profile_input(recipe, metadata, 120)
     assert everything.is_exact
 
 
@@ -149,14 +149,14 @@ def test_sample_blocks_are_ordered_and_disjoint() -> None:
 
 
 def test_an_input_that_cannot_be_read_is_refused(
-    tmp_path: Path, tiny_paths: dict[str, Path], outlined: ModelMetadata
+    tmp_path: Path, tiny_paths: dict[str, Path], metadata: ModelMetadata
 ) -> None:
     path = write_rows(tmp_path / "in" / "a.parquet", 20)
     data = bytearray(path.read_bytes())
     data[50:2000] = bytes(1950)  # the footer is whole, the pages are not
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"recipe.input: a.parquet"):
-        profile_input(make_job(tiny_paths["vicuna"], path).recipe, outlined)
+        profile_input(make_job(tiny_paths["vicuna"], path).recipe, metadata)
 
 
 def made_up(rows: int, counts: list[int], each: int) -> InputProfile:

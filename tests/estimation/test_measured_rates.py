@@ -70,7 +70,7 @@ def test_the_7b_on_an_h200_takes_the_documented_time() -> None:
     assert seconds["generate"] / rows == pytest.approx(12.88e-3, rel=0.05)
 
 
-def ledger(
+def run_totals(
     parts: list[RunStats],
     device_time: Usage,
     wall: float = 60.0,
@@ -99,7 +99,7 @@ def ledger(
 
 def test_rates_of_a_run_predict_its_own_time() -> None:
     device_time = Usage({UsageKind.USEFUL: 40.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
-    found = MeasuredRates.from_totals(ledger([PART] * 4, device_time, wall=26.0))
+    found = MeasuredRates.from_totals(run_totals([PART] * 4, device_time, wall=26.0))
     total = sum([PART] * 4, RunStats())
     answered = replace(Work.from_stats(total), rows=40)  # those that can be answered
     assert found.seconds(answered) == pytest.approx(40.0)
@@ -112,7 +112,7 @@ def test_rates_of_a_run_predict_its_own_time() -> None:
 
 
 def test_stages_scale_with_their_work() -> None:
-    found = MeasuredRates.from_totals(ledger([PART] * 4, Usage({UsageKind.USEFUL: 36.0})))
+    found = MeasuredRates.from_totals(run_totals([PART] * 4, Usage({UsageKind.USEFUL: 36.0})))
     less = replace(WORK, rows=10, flops=PART.flops | {"prefill": 10**12})
     whole = found.seconds(replace(WORK, rows=10))
     assert whole - found.seconds(less) == pytest.approx(4 * 7 / 8)
@@ -122,7 +122,7 @@ def test_stages_scale_with_their_work() -> None:
 
 def test_stages_that_overlapped_are_not_counted_twice() -> None:
     """On a GPU vision runs beside decoding: 9 s of stages in 6 s."""
-    found = MeasuredRates.from_totals(ledger([PART] * 2, Usage({UsageKind.USEFUL: 12.0})))
+    found = MeasuredRates.from_totals(run_totals([PART] * 2, Usage({UsageKind.USEFUL: 12.0})))
     assert found.per_answer == 0
     assert found.seconds(replace(WORK, rows=10)) == pytest.approx(6.0)
 
@@ -137,35 +137,38 @@ def test_audits_do_not_lower_measured_rates() -> None:
     assert audit_share(audited_stats) == pytest.approx(1 / 3)
     assert audit_share(PART) == audit_share(RunStats()) == 0
     device_time = Usage({UsageKind.USEFUL: 60.0, UsageKind.LOADING: 8.0, UsageKind.IDLE: 2.0})
-    found = MeasuredRates.from_totals(ledger([audited_stats] * 4, device_time, wall=36.0))
+    found = MeasuredRates.from_totals(run_totals([audited_stats] * 4, device_time, wall=36.0))
     plain = MeasuredRates.from_totals(
-        ledger([PART] * 4, Usage({**device_time.seconds, UsageKind.USEFUL: 40.0}), wall=26.0)
+        run_totals([PART] * 4, Usage({**device_time.seconds, UsageKind.USEFUL: 40.0}), wall=26.0)
     )
     assert found.per_flop == pytest.approx(plain.per_flop)
     assert found.per_answer == pytest.approx(plain.per_answer)
     assert found.per_output_token == pytest.approx(plain.per_output_token)
     assert found.worker_seconds == plain.worker_seconds == 5.0
     assert found.start_seconds == pytest.approx(plain.start_seconds)
-    unbilled = MeasuredRates.from_totals(ledger([audited_stats] * 4, Usage()))
-    assert unbilled.per_flop == MeasuredRates.from_totals(ledger([PART] * 4, Usage())).per_flop
+    without_usage = MeasuredRates.from_totals(run_totals([audited_stats] * 4, Usage()))
+    assert (
+        without_usage.per_flop
+        == MeasuredRates.from_totals(run_totals([PART] * 4, Usage())).per_flop
+    )
 
 
 def test_parts_that_differ_widen_the_interval() -> None:
     slow = replace(PART, stage_ns=PART.stage_ns | {"encode": 9 * 10**9})
     even, uneven = (
-        MeasuredRates.from_totals(ledger(parts, Usage({UsageKind.USEFUL: 60.0})))
+        MeasuredRates.from_totals(run_totals(parts, Usage({UsageKind.USEFUL: 60.0})))
         for parts in ([PART] * 6, [PART, slow] * 3)
     )
     assert even.spread < uneven.spread < 0.6
-    assert MeasuredRates.from_totals(ledger([PART], Usage())).spread == 1.0
+    assert MeasuredRates.from_totals(run_totals([PART], Usage())).spread == 1.0
 
 
 def test_a_run_without_measurable_rates_is_refused() -> None:
     with pytest.raises(ConfigError, match="there are no answers to measure rates from"):
-        MeasuredRates.from_totals(ledger([RunStats(rows=3, by_status={"failed": 3})], Usage()))
+        MeasuredRates.from_totals(run_totals([RunStats(rows=3, by_status={"failed": 3})], Usage()))
     with pytest.raises(
         ConfigError, match=r"the run used several device types \(A, B\); --like needs one"
     ):
-        MeasuredRates.from_totals(ledger([PART], Usage(), devices=("B", "A")))
-    alone = MeasuredRates.from_totals(ledger([PART], Usage()))
+        MeasuredRates.from_totals(run_totals([PART], Usage(), devices=("B", "A")))
+    alone = MeasuredRates.from_totals(run_totals([PART], Usage()))
     assert (alone.worker_seconds, alone.start_seconds) == (None, None)

@@ -47,11 +47,11 @@ class Known:
     growth: float = 0.0
     seed: int = 0
     now: float = 0.0
-    forgot: int = 0
+    cache_clears: int = 0
     seen: list[tuple[int, str]] = field(default_factory=list)
 
     def clear_cache(self) -> None:
-        self.forgot += 1
+        self.cache_clears += 1
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         asked = list(requests)
@@ -87,7 +87,7 @@ def test_every_block_is_answered_in_every_setting_from_nothing() -> None:
     assert trials.settings == (BASELINE, HALF, TENTH)
     assert trials.seconds.shape == (8, 3)
     assert trials.rows.tolist() == [10] * 8
-    assert engine.forgot == 8 * 3
+    assert engine.cache_clears == 8 * 3
     orders = [tuple(policy for _, policy in engine.seen[at : at + 3]) for at in range(3, 27, 3)]
     assert all(set(order) == set(BY_POLICY) for order in orders)
     assert len(set(orders)) > 2, "the order is drawn"

@@ -40,9 +40,9 @@ def both(
         stats = stats_of(answers(job, loaded))
     finally:
         generation.eos_token_id = before
-    outlined = load_metadata(str(model), dtype="float32")
-    found = profile_input(job.recipe, outlined)
-    return estimate_workload(found, outlined, job.recipe, Interval.exactly(5)), stats
+    metadata = load_metadata(str(model), dtype="float32")
+    found = profile_input(job.recipe, metadata)
+    return estimate_workload(found, metadata, job.recipe, Interval.exactly(5)), stats
 
 
 def test_uncompressed_it_is_exact(
@@ -131,7 +131,7 @@ def test_prompts_that_are_too_long_are_reported(
 ) -> None:
     """Tokens that stand where they would uncompressed need as many positions."""
     model = tiny_paths["vicuna"]
-    outlined = load_metadata(str(model), dtype="float32")
+    metadata = load_metadata(str(model), dtype="float32")
     source = mixed(tmp_path / "in")
     recipe = make_job(
         model,
@@ -139,10 +139,10 @@ def test_prompts_that_are_too_long_are_reported(
         input__prompt={"column": "prompt"},
         compression__positions=positions,
         compression__retention=0.1,
-        generation__max_new_tokens=outlined.shape.text.max_positions - 100,
+        generation__max_new_tokens=metadata.shape.text.max_positions - 100,
     ).recipe
     found = estimate_workload(
-        profile_input(recipe, outlined), outlined, recipe, Interval.exactly(5)
+        profile_input(recipe, metadata), metadata, recipe, Interval.exactly(5)
     )
     assert (found.too_long.mid > 0) == longer
     assert found.too_long.mid <= found.too_long.high <= 8
@@ -153,8 +153,8 @@ def test_an_uncertain_answer_makes_an_uncertain_workload(
 ) -> None:
     model = tiny_paths["vicuna"]
     recipe = make_job(model, mixed(tmp_path / "in"), input__prompt={"column": "prompt"}).recipe
-    outlined = load_metadata(str(model), dtype="float32")
-    found = estimate_workload(profile_input(recipe, outlined), outlined, recipe, Interval(1, 4, 8))
+    metadata = load_metadata(str(model), dtype="float32")
+    found = estimate_workload(profile_input(recipe, metadata), metadata, recipe, Interval(1, 4, 8))
     assert [end.output_tokens for end in found.work] == [8, 32, 64]
     assert found.flops["generate"].low == 0 < found.flops["generate"].mid
     assert found.work[0].cache_read_bytes == 0 < found.work[2].cache_read_bytes

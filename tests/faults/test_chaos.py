@@ -40,9 +40,9 @@ from tests.support.chaos import (
     VICTIMS,
     WINDOWS,
     Kill,
+    Losses,
     Schedule,
     Survived,
-    Toll,
     slow_worker,
     worker_on,
 )
@@ -119,7 +119,7 @@ def scheduled(kind: str, job: Job, kills: int, folder: Path) -> Schedule:
     return Schedule(kind, steps, marks)
 
 
-def bill_of(job: Job) -> Usage:
+def usage_of(job: Job) -> Usage:
     return sum((record.usage for record in driver_records(Store(job.output))), Usage())
 
 
@@ -141,14 +141,14 @@ def assert_survived(
     assert (lost, doubled, {*found}) == (0, 0, planned)
     assert {row["status"] for row in rows} == {"ok"}
     assert verify(job.output, deep=True).problems == ()
-    device_time = bill_of(job)
+    device_time = usage_of(job)
     wasted = (
         late_seconds
         + device_time.total_seconds
         - device_time.seconds_for(UsageKind.USEFUL)
         - device_time.seconds_for(UsageKind.IDLE)
     )
-    survived.note(happened, Toll(len(planned), lost, doubled, wasted))
+    survived.note(happened, Losses(len(planned), lost, doubled, wasted))
 
 
 def confirm_worker_kills(job: Job, happened: list[Kill]) -> None:
@@ -318,7 +318,7 @@ def test_a_node_that_is_about_to_go_loses_nothing(cluster: LocalCluster, slow_jo
     assert {row["attempt"] for row in rows} == {1}, "nothing was answered twice"
     assert committed < SLOW_ROWS / SHARD_ROWS
     assert len({row["worker"] for row in rows}) == 3
-    assert bill_of(slow_job).seconds_for(UsageKind.DIED) == 0.0
+    assert usage_of(slow_job).seconds_for(UsageKind.DIED) == 0.0
 
 
 def drain(cluster: LocalCluster, node: str) -> float:

@@ -179,16 +179,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edited(TOKENIZER, image_token=None, extra_special_tokens={"image_token": "<pad>"}),
         r"is 3 in config\.json .*, and 2 in the tokenizer \(<pad>\)",
     ),
-    "placeholder behind the table": (
+    "placeholder beyond the table": (
         edited(*TEXT, vocab_size=3),
         r"image token \(<image>\) is token 3, and the text table has 3 rows",
     ),
-    "end behind the table": (
+    "end token beyond the table": (
         edited(GENERATION, eos_token_id=[1, LARGE]),
         rf"end of an answer \(eos_token_id\) is token {LARGE}, and the text table has \d+ rows",
     ),
-    "end before the table": (edited(GENERATION, eos_token_id=-1), "is token -1, and the text"),
-    "end of no kind": (edited(GENERATION, eos_token_id="</s>"), 'eos_token_id is "</s>", and'),
+    "negative end token": (edited(GENERATION, eos_token_id=-1), "is token -1, and the text"),
+    "end token as text": (edited(GENERATION, eos_token_id="</s>"), 'eos_token_id is "</s>", and'),
     "table": (edited(*TEXT, vocab_size=LARGE), rf"has \d+ rows in the weights, and {LARGE} in"),
     "size": (edited(*IMAGES, size={"shortest_edge": 90}), r"views of 90 pixels \(size\).*takes 84"),
     "plain size": (edited(*IMAGES, size=90), r"views of 90 pixels \(size\).*takes 84"),
@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "crop size": (edited(*IMAGES, crop_size={"height": 90, "width": 84}), r"90 pixels \(crop_size"),
     "tower's size": (edited(*VISION, image_size=90), r"of 84 pixels \(size\).*takes 90"),
     "patch size": (edited(PROCESSOR, patch_size=7), "patch_size is 7 in the processor, and 14 in"),
-    "patch of nothing": (edited(*VISION, patch_size=0), r"vision_config\.patch_size .* is 0, and"),
+    "patch of size 0": (edited(*VISION, patch_size=0), r"vision_config\.patch_size .* is 0, and"),
     "size in words": (edited(*VISION, image_size="84"), r"image_size in config\.json is \"84\""),
     "pinpoints": (
         edited(CONFIG, image_grid_pinpoints=[[84, 168]]),
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edited(GENERATION, no_repeat_ngram_size=2, suppress_tokens=[5]),
         r"no_repeat_ngram_size 2, suppress_tokens \[5\]; name them in recipe",
     ),
-    "a rule of old": (
+    "legacy rule": (
         all_of(without(GENERATION), edited(*TEXT, min_length=9)),
         "would not follow: min_length 9; name it",
     ),
@@ -262,7 +262,7 @@ def test_contradictory_or_unsupported_files_are_refused(model: Path, case: str) 
     with pytest.raises(ConfigError, match=message) as caught:
         check_directory(model)
     assert str(caught.value).startswith("recipe.model.path: ")
-    assert str(model) in str(caught.value) or case == "end of no kind"
+    assert str(model) in str(caught.value) or case == "end token as text"
     assert "\n" not in str(caught.value)
 
 

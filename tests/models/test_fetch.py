@@ -68,7 +68,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def staged(path: Path | str, **options: Any) -> FetchedModel:
+def fetch(path: Path | str, **options: Any) -> FetchedModel:
     return fetch_model(ModelConfig(path=str(path)), jitter_seconds=0, **options)
 
 
@@ -76,9 +76,9 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def _stage_noting(url: str, log: Path, hang_at: str | None = None) -> None:
+def _fetch_and_log(url: str, log: Path, hang_at: str | None = None) -> None:
     """In a process of its own: every file that is fetched leaves a line in the log."""
-    fetch = LocalFileSystem.get_file
+    copy_file = LocalFileSystem.get_file
 
     def get_file(self: Any, path: str, target: str, **options: Any) -> None:
         with log.open("a") as lines:
@@ -86,14 +86,14 @@ def _stage_noting(url: str, log: Path, hang_at: str | None = None) -> None:
         if Path(path).name == hang_at:
             time.sleep(3600)
         time.sleep(0.2)
-        fetch(self, path, target, **options)
+        copy_file(self, path, target, **options)
 
     LocalFileSystem.get_file = get_file
-    print(staged(url).directory, file=log.with_suffix(f".{os.getpid()}").open("w"))
+    print(fetch(url).directory, file=log.with_suffix(f".{os.getpid()}").open("w"))
 
 
 def start(url: str, log: Path, hang_at: str | None = None) -> Any:
-    process = SPAWN.Process(target=_stage_noting, args=(url, log, hang_at))
+    process = SPAWN.Process(target=_fetch_and_log, args=(url, log, hang_at))
     process.start()
     return process
 
@@ -106,7 +106,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_a_directory_is_used_where_it_is(source: Path, cache: Path) -> None:
-    assert staged(source) == FetchedModel(source, model_digest(source))
+    assert fetch(source) == FetchedModel(source, model_digest(source))
     assert not cache.exists()
 
 
@@ -131,33 +131,33 @@ def test_a_fetch_that_was_killed_is_repeated(source: Path, cache: Path, tmp_path
     process.join(10)
     (leftover,) = cache.glob("*.partial")
     (leftover / "more.json").touch()
-    directory = staged(source.as_uri()).directory
+    directory = fetch(source.as_uri()).directory
     assert files_in(directory) == WANTED
     assert not leftover.exists()
 
 
 def test_only_what_loading_reads_is_fetched(source: Path) -> None:
-    directory = staged(source.as_uri()).directory
+    directory = fetch(source.as_uri()).directory
     assert files_in(directory) == WANTED
     assert all((directory / n).read_bytes() == (source / n).read_bytes() for n in WANTED)
 
 
 def test_metadata_is_fetched_without_weights(source: Path) -> None:
     metadata = fetch_metadata(ModelConfig(path=source.as_uri()))
-    model = staged(source.as_uri()).directory
+    model = fetch(source.as_uri()).directory
     assert files_in(metadata) == {n for n in files_in(model) if not n.endswith(".safetensors")}
     assert "config.json" in files_in(metadata) != files_in(model)
     assert fetch_metadata(ModelConfig(path=str(source))) == source
 
 
 def test_a_trailing_slash_names_the_same_model(source: Path) -> None:
-    assert staged(f"{source.as_uri()}/") == staged(source.as_uri())
+    assert fetch(f"{source.as_uri()}/") == fetch(source.as_uri())
 
 
 def test_a_model_that_changed_is_another_one(source: Path) -> None:
-    before = staged(source.as_uri()).directory
+    before = fetch(source.as_uri()).directory
     (source / "vocab.txt").write_bytes(b"words")
-    after = staged(source.as_uri()).directory
+    after = fetch(source.as_uri()).directory
     assert after != before
     assert (after / "vocab.txt").read_bytes() == b"words"
 
@@ -178,7 +178,7 @@ def test_a_file_name_outside_the_model_is_refused(
     listing = {p: {"name": p, "size": 1, "type": "file"} for p in ("/model/config.json", path)}
     monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: listing)
     with pytest.raises(ConfigError, match="is not below it"):
-        staged("memory://model")
+        fetch("memory://model")
     assert not cache.exists()
 
 
@@ -188,15 +188,15 @@ def test_a_full_disk_is_reported_before_anything_is_fetched(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 17_000))
     with pytest.raises(OSError, match=r"needs 0\.000 GB") as caught:
-        staged(source.as_uri())
+        fetch(source.as_uri())
     assert str(cache) in str(caught.value)
     assert "set GC2RAY_CACHE to a larger disk" in str(caught.value)
     assert [path.suffix for path in cache.iterdir()] in ([], [".lock"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 18_000))
-    staged(source.as_uri())
+    fetch(source.as_uri())
 
 
-@pytest.mark.parametrize("look", [staged, lambda url: check_model(ModelConfig(path=url))])
+@pytest.mark.parametrize("look", [fetch, lambda url: check_model(ModelConfig(path=url))])
 @pytest.mark.parametrize(
     "url", ["memory://nothing/here", "file:///nothing/here", "nofs://x", Path(__file__).as_uri()]
 )
@@ -261,12 +261,12 @@ def test_a_model_on_s3_ticks_while_it_is_fetched(
     bucket = request.getfixturevalue("s3")
     s3fs.S3FileSystem().put(f"{source}/", f"{bucket}/m/", recursive=True)
     ticks: list[int] = []
-    directory = staged(f"{bucket}/m", tick=lambda: ticks.append(1)).directory
+    directory = fetch(f"{bucket}/m", tick=lambda: ticks.append(1)).directory
     assert files_in(directory) == WANTED
     assert all((directory / n).read_bytes() == (source / n).read_bytes() for n in WANTED)
     assert len(ticks) >= len(WANTED)
     with pytest.raises(ConfigError, match="bucket does not exist"):
-        staged(f"{bucket}x/m")
+        fetch(f"{bucket}x/m")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_unreadable_files_are_config_errors_and_network_errors_are_not(
         with monkeypatch.context() as patch:
             patch.setattr(LocalFileSystem, method, fail)
             with pytest.raises(expected, match=str(error)):
-                staged(source.as_uri())
+                fetch(source.as_uri())
 
 
 def test_temporary_errors_are_retried(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ def test_temporary_errors_are_retried(source: Path, monkeypatch: pytest.MonkeyPa
             return _call(own, path, *rest, **named)
 
         monkeypatch.setattr(LocalFileSystem, name, once)
-    assert files_in(staged(source.as_uri()).directory) == WANTED
+    assert files_in(fetch(source.as_uri()).directory) == WANTED
     assert len(failed) == len(WANTED) + 1
 
 
@@ -321,7 +321,7 @@ def test_a_truncated_file_is_not_a_model(
 
     monkeypatch.setattr(LocalFileSystem, "get_file", get_file)
     with pytest.raises(OSError, match="only 100 of 3000 bytes"):
-        staged(source.as_uri())
+        fetch(source.as_uri())
     assert not [path for path in cache.iterdir() if path.suffix == ""]
 
 
@@ -331,7 +331,7 @@ def test_a_cache_that_cannot_be_written_is_reported(
     (tmp_path / "file").touch()
     monkeypatch.setenv("GC2RAY_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"cannot be written: Not a directory.*GC2RAY_CACHE"):
-        staged(source.as_uri())
+        fetch(source.as_uri())
 
 
 def test_fetching_starts_after_a_random_delay(
@@ -357,13 +357,13 @@ def test_waiting_ticks_while_the_other_process_fetches(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.05)
-    directory = staged(source.as_uri()).directory
+    directory = fetch(source.as_uri()).directory
     partial = directory.with_suffix(".partial")
     directory.rename(partial)
     ticks: list[int] = []
     with FileLock(directory.with_suffix(".lock")):
         waiter = threading.Thread(
-            target=lambda: staged(source.as_uri(), tick=lambda: ticks.append(1))
+            target=lambda: fetch(source.as_uri(), tick=lambda: ticks.append(1))
         )
         waiter.start()
         wait_until(lambda: len(ticks) == 1)  # what was there already
@@ -389,7 +389,7 @@ def test_a_digest_does_not_depend_on_the_location(
     copy = tiny_copy(here, tmp_path / "copy")
     (copy / "README.md").write_text("notes")
     assert model_digest(copy) == model_digest(here)
-    assert model_digest(copy) == staged(here).digest == staged(here.as_uri()).digest
+    assert model_digest(copy) == fetch(here).digest == fetch(here.as_uri()).digest
     assert model_digest(copy) != model_digest(tiny_paths["mistral"])
 
 
@@ -454,7 +454,7 @@ def test_a_digest_covers_every_small_file_that_changes_answers(
     model = tiny_copy(tiny_paths["vicuna"], tmp_path / "copy")
     before = model_digest(model)
     assert model_digest(touched(model, name)) != before
-    assert staged(model.as_uri()).digest == model_digest(model)
+    assert fetch(model.as_uri()).digest == model_digest(model)
     (model / name).unlink()
     assert model_digest(model) != model_digest(touched(model, name))
 
@@ -471,7 +471,7 @@ def test_a_digest_ignores_notes_and_logs(
     (model / name).parent.mkdir(exist_ok=True, parents=True)
     before = model_digest(model)
     (model / name).write_text("{}")
-    assert model_digest(model) == before == staged(model.as_uri()).digest
+    assert model_digest(model) == before == fetch(model.as_uri()).digest
 
 
 def test_a_digest_does_not_read_all_weights(
@@ -493,7 +493,7 @@ def test_an_unknown_hub_id_offline_is_refused_in_one_line(
     with pytest.raises(
         ConfigError, match=r"no directory somebody/no-model; .* at main, it is not in .*HF_HUB"
     ) as caught:
-        staged("somebody/no-model")
+        fetch("somebody/no-model")
     assert "\n" not in str(caught.value)
 
 
@@ -535,7 +535,7 @@ def test_a_hub_id_is_checked_in_the_hubs_cache_unless_the_hub_may_have_another(
 def test_a_hub_id_is_found_in_the_hubs_cache_offline(
     hub: Path, tiny_paths: dict[str, Path]
 ) -> None:
-    found = staged("some/model")
+    found = fetch("some/model")
     assert found == FetchedModel(hub / "snapshots" / ("c" * 40), model_digest(tiny_paths["vicuna"]))
 
 
@@ -574,7 +574,7 @@ def test_a_refusing_hub_is_a_config_error_and_a_failing_one_is_not(
 
     monkeypatch.setattr(fetch_module, "snapshot_download", fail)
     with pytest.raises(expected, match="first") as caught:
-        staged("some/model")
+        fetch("some/model")
     assert expected is OSError or "second" not in str(caught.value)
 
 
@@ -590,14 +590,14 @@ def test_a_hub_model_that_does_not_fit_is_not_fetched(
     monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(OSError, match=r"needs 1000000000\.000 GB.*set HF_HOME"):
-        staged("some/model")
+        fetch("some/model")
 
 
 def test_a_name_that_no_hub_takes_is_refused_in_one_line() -> None:
     with pytest.raises(
         ConfigError, match=r"^recipe\.model\.path: a/b/c/d cannot be read"
     ) as caught:
-        staged("a/b/c/d")
+        fetch("a/b/c/d")
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""A model is loaded whole or not at all, and whatever goes wrong is told in one line."""
+"""A model is loaded whole or not at all, and any error is reported in one line."""
 
 from __future__ import annotations
 

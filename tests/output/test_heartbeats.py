@@ -28,7 +28,7 @@ from gc2ray.output.heartbeats import (
     warn_of_others,
 )
 
-BILL = Usage({UsageKind.USEFUL: 12.5})
+USAGE = Usage({UsageKind.USEFUL: 12.5})
 
 
 @pytest.fixture
@@ -39,25 +39,25 @@ def store(tmp_path: Path) -> Store:
 def test_a_second_driver_is_warned_of_the_first(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING), driver_heartbeat(store, lambda: BILL):
+    with caplog.at_level(logging.WARNING), driver_heartbeat(store, lambda: USAGE):
         assert warn_of_others(store) == 1
     (message,) = caplog.messages
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
     assert "results stay correct" in message
     assert warn_of_others(store) == 0, "it has ended"
     (record,) = driver_records(store)
-    assert (record.has_ended, record.usage, record.pid) == (True, BILL, os.getpid())
+    assert (record.has_ended, record.usage, record.pid) == (True, USAGE, os.getpid())
 
 
 def test_a_heartbeat_is_rewritten_while_the_driver_runs(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeats, "HEARTBEAT_SECONDS", 0.01)
-    beats, bills = threading.Semaphore(0), iter(range(1000))
+    beats, seconds = threading.Semaphore(0), iter(range(1000))
 
     def device_time() -> Usage:
         beats.release()
-        return Usage({UsageKind.USEFUL: float(next(bills))})
+        return Usage({UsageKind.USEFUL: float(next(seconds))})
 
     with driver_heartbeat(store, device_time):
         for _ in range(4):

@@ -39,7 +39,7 @@ from tests.support.rows import make_job, question_list, write_rows
 EVERY_ROW = [(file.source, row) for file in FILES for row in range(file.rows)]
 
 
-def places(plan: Plan) -> list[tuple[str, int]]:
+def planned_rows(plan: Plan) -> list[tuple[str, int]]:
     return [place for shard in plan.shards for place in shard.row_ids()]
 
 
@@ -76,7 +76,7 @@ def test_a_retry_plans_the_rows_whose_latest_answer_failed(
             if retry is None:
                 assert expected == []
                 continue
-            assert places(retry.plan) == expected
+            assert planned_rows(retry.plan) == expected
             outcome = drawn(seed, retry.number, listed=listed)
             write_round(output, retry.number, retry.freeze(), outcome, listed=listed)
             assert verify(str(output), deep=True).damage == ()
@@ -118,7 +118,7 @@ def test_the_requested_failures_are_planned(
     output: Path, failures: tuple[str, ...], rows: list[tuple[str, int]]
 ) -> None:
     retry = begun(output, failures=failures)
-    assert (retry.number, retry.begun, places(retry.plan)) == (1, False, rows)
+    assert (retry.number, retry.begun, planned_rows(retry.plan)) == (1, False, rows)
     assert retry.plan.recipe_fingerprint == first_plan().recipe_fingerprint
     assert retry.plan.carried == first_plan().carried
 
@@ -194,7 +194,11 @@ def test_a_retry_whose_shards_are_dead_is_finished(output: Path) -> None:
     retry = begun(output, failures=("failed",))
     write_round(output, 1, retry.freeze(), lambda source, row: None)
     again = begun(output, failures=("failed",))
-    assert (again.number, again.begun, places(again.plan)) == (2, False, places(retry.plan))
+    assert (again.number, again.begun, planned_rows(again.plan)) == (
+        2,
+        False,
+        planned_rows(retry.plan),
+    )
 
 
 def test_a_plan_without_its_run_json_is_used(output: Path) -> None:
@@ -263,7 +267,7 @@ def test_workers_answer_a_retry(tmp_path: Path) -> None:
     assert verify(job.output, deep=True).problems == ()
     bad = [row for row in range(20) if None in (question_list(row) or [None])]
     retry = begun(tmp_path / "out")
-    assert places(retry.plan) == [("a.parquet", row) for row in bad]
+    assert planned_rows(retry.plan) == [("a.parquet", row) for row in bad]
     again = retry.job(Cluster())
     assert again.recipe == job.recipe
     answer(Worker(again, carried, retry_round=1, load=lambda job: EchoEngine()), retry.freeze())

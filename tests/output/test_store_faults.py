@@ -1,4 +1,4 @@
-"""A store in trouble: nothing is lost, nothing doubled, and trouble that stays is told."""
+"""A store in trouble: nothing is lost, nothing doubled, and lasting errors are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gc2ray.data.store import Store
 from gc2ray.output.compact import compact
 from gc2ray.output.parts import Commit, commit_part, list_parts, read_part_footer
 from tests.output.test_parts import RECIPE, a_part
-from tests.support.fault_proxy import PATIENT, FaultProxy, Faults
+from tests.support.fault_proxy import LONG_RETRIES, FaultProxy, Faults
 from tests.support.object_servers import SECRET, a_bucket
 from tests.support.outputs import first_plan, write_round
 
@@ -45,7 +45,7 @@ def part(shard: Shard, token: str) -> bytes:
 
 def committed_by_two(output: str, *, at_once: bool = True) -> dict[tuple[int, str], Commit]:
     """Every shard is committed by two drivers, at the same time or one after the other."""
-    stores = [Store(output, PATIENT) for _ in range(DRIVERS)]
+    stores = [Store(output, LONG_RETRIES) for _ in range(DRIVERS)]
 
     def commit(work: tuple[int, Shard]) -> tuple[tuple[int, str], Commit]:
         driver, shard = work
@@ -117,15 +117,15 @@ def test_an_outage_is_retried(proxy: FaultProxy, output: str, requests: int) -> 
 def test_forbidden_writes_are_not_retried(proxy: FaultProxy, output: str, status: int) -> None:
     proxy.faults = Faults(status=status)
     with pytest.raises(PermissionError) as refused:
-        Store(output, PATIENT).create("data/a", b"x")
+        Store(output, LONG_RETRIES).create("data/a", b"x")
     assert refused.value.__notes__ == ["writing data/a"]
     assert proxy.met["status"] == 1
     with pytest.raises(ConfigError, match=r"cannot be used: PermissionError: .*own chain"):
-        Store(output, PATIENT).check_usable(writing=True)
+        Store(output, LONG_RETRIES).check_usable(writing=True)
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(proxy: FaultProxy, output: str) -> None:
-    shard, store = shards()[0], Store(output, PATIENT)
+    shard, store = shards()[0], Store(output, LONG_RETRIES)
     proxy.faults = Faults(status=507)
     with pytest.raises(OSError, match="on purpose") as refused:
         commit_part(store, shard, part(shard, "t"), "t")
@@ -171,5 +171,5 @@ def test_no_secret_is_logged(
     proxy: FaultProxy, output: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy.faults = Faults(busy=0.6)
-    Store(output, PATIENT).replace("workers/w.json", b"x")
+    Store(output, LONG_RETRIES).replace("workers/w.json", b"x")
     assert SECRET not in caplog.text

@@ -96,11 +96,11 @@ def test_records_are_read_and_other_files_are_ignored(
     store.create("workers/b.json", worker_record(device="NVIDIA H200", loaded=None, gpus=0.0))
     store.create("workers/old.json", worker_record(model_shape=None))
     store.create("workers/stranger.json", b"[]")
-    bills = [
+    usages = [
         Usage({UsageKind.USEFUL: 10.0, UsageKind.LOADING: 2.0}),
         Usage({UsageKind.USEFUL: 5.0}),
     ]
-    for number, device_time in enumerate(bills):
+    for number, device_time in enumerate(usages):
         record = driver_record(60.0 * (number + 1), device_time, f"d{number}")
         store.create(record.name, record.to_bytes())
     totals = read_totals(str(tmp_path))

@@ -22,10 +22,10 @@ SCREENSHOTS = os.environ.get("GC2RAY_SCREENSHOTS")
 def browser() -> Iterator[Any]:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        told_missing = f"no browser here ({', '.join(BROWSERS)})"
+        missing = f"no browser here ({', '.join(BROWSERS)})"
         if os.environ.get("CI") == "true":
-            pytest.fail(told_missing)
-        pytest.skip(told_missing)
+            pytest.fail(missing)
+        pytest.skip(missing)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

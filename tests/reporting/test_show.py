@@ -222,10 +222,10 @@ def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
 
 def test_the_report_shows_rows(answered: Job, tmp_path: Path) -> None:
     """Two of its own choice, and one that was asked for."""
-    words = ["--show", "2", "--row", "odd#1.parquet#3", "--to", tmp_path / "told"]
+    words = ["--show", "2", "--row", "odd#1.parquet#3", "--to", tmp_path / "report"]
     result = here("report", answered.output, *words)
     assert result.exit_code == 0, result.stderr
-    page = (tmp_path / "told" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("<img ") == 3 * 4
     assert "not answered yet" in page
     plain = here("report", answered.output)

@@ -164,12 +164,12 @@ def test_few_bad_rows_are_not_judged(tmp_path: Path) -> None:
     assert len(harness.finished) == 10
 
 
-def pool_that_dies_at(row: int, goes: str = "die") -> SimulatedPool:
+def pool_that_dies_at(row: int, outcome: str = "die") -> SimulatedPool:
     """A shard's row that kills its worker until it is named; up to five rows are in hand."""
 
     def behave(worker, shard, attempt):
         assignment = pool.assignments[-1]
-        return goes if shard.index == 3 and row not in assignment.poison else "done"
+        return outcome if shard.index == 3 and row not in assignment.poison else "done"
 
     def in_hand(assignment):
         if assignment.shard.index != 3:
@@ -181,13 +181,13 @@ def pool_that_dies_at(row: int, goes: str = "die") -> SimulatedPool:
 
 
 @pytest.mark.parametrize(
-    ("goes", "status"), [("die", Status.KILLED_WORKER), ("hang", Status.TIMEOUT)]
+    ("outcome", "status"), [("die", Status.KILLED_WORKER), ("hang", Status.TIMEOUT)]
 )
 def test_a_row_that_kills_is_named_and_the_shard_committed(
-    tmp_path: Path, goes: str, status: Status
+    tmp_path: Path, outcome: str, status: Status
 ) -> None:
     plan = make_plan()
-    pool = pool_that_dies_at(5, goes)
+    pool = pool_that_dies_at(5, outcome)
     harness = DriverHarness(tmp_path, pool)
     harness.run(plan)
     assert Counter(harness.finished) == Counter(shard.sid for shard in plan.shards)

@@ -82,7 +82,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "try:\n"
         "    with Journal(Path(sys.argv[1])).page('aaaa', 1000) as page: page.begin(999)\n"
-        "except OSError as error: print('told:', error)\n"
+        "except OSError as error: print('error:', error)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -91,7 +91,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout[:12]) == (0, "told: [Errno"), done.stderr
+    assert (done.returncode, done.stdout[:13]) == (0, "error: [Errno"), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

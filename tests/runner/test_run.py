@@ -190,7 +190,7 @@ def test_a_method_that_is_gone_is_refused_before_ray(
         run_job(job)
 
 
-# --- told ---------------------------------------------------------------------------------------
+# --- reported -------------------------------------------------------------------------------------
 
 
 def test_new_files_are_reported_where_they_are_not_planned(

@@ -132,7 +132,7 @@ def test_logs_carry_run_and_shard(head: RayHead, first: First) -> None:
 
 
 def test_a_job_ends_with_its_own_exit_code(head: RayHead, job_file: Path) -> None:
-    """What is refused on the cluster is told there, and here."""
+    """What is refused on the cluster is reported there, and here."""
     overrides = ["recipe.input.uri=/nowhere/rows.parquet"]
     result = gc2ray(head, "submit", job_file, *overrides, "--address", head.address, "--follow")
     assert result.returncode == 2

@@ -125,7 +125,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Toll:
+class Losses:
     """What a run under fire cost: of its rows those that were lost or doubled, and time."""
 
     rows: int
@@ -136,16 +136,16 @@ class Toll:
 
 @dataclass
 class Survived:
-    """What the suite lived through, for its table: kills by kind and window, and their toll."""
+    """The kills that a suite survived, by kind and window, and what they cost."""
 
     windows: Counter[tuple[str, str]] = field(default_factory=Counter)
-    tolls: dict[str, Toll] = field(default_factory=dict)
+    losses: dict[str, Losses] = field(default_factory=dict)
 
-    def note(self, kills: list[Kill], toll: Toll) -> None:
+    def note(self, kills: list[Kill], losses: Losses) -> None:
         """A run that came through its kills."""
         for kill in kills:
             self.windows[kill.kind, kill.step] += 1
-        self.tolls[kills[0].kind] = toll
+        self.losses[kills[0].kind] = losses
 
     def table(self) -> list[str]:
         """As Markdown."""
@@ -158,10 +158,10 @@ class Survived:
             "device-seconds wasted a kill",
         ]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for kind, toll in self.tolls.items():
+        for kind, loss in self.losses.items():
             counts = [self.windows[kind, step] for step in WINDOWS]
-            wasted = f"{toll.wasted_seconds / sum(counts):.1f}"
-            cells = [kind, *counts, f"{toll.rows:,}", toll.lost, toll.doubled, wasted]
+            wasted = f"{loss.wasted_seconds / sum(counts):.1f}"
+            cells = [kind, *counts, f"{loss.rows:,}", loss.lost, loss.doubled, wasted]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         return lines
 

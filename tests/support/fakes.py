@@ -52,7 +52,7 @@ class EchoEngine:
         buffered: int = 0,
     ) -> None:
         self._seconds, self._on_row, self._buffered = seconds, on_row, buffered
-        self.input_starved_ns = self.forgot = 0
+        self.input_starved_ns = self.cache_clears = 0
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         held: list[Request] = []
@@ -84,7 +84,7 @@ class EchoEngine:
         self._feed.add(request)
 
     def clear_cache(self) -> None:
-        self.forgot += 1
+        self.cache_clears += 1
 
     def totals(self) -> RunStats:
         return RunStats(input_starved_ns=self.input_starved_ns)

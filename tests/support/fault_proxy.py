@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler
 from gc2ray.data.retries import RetryPolicy
 from tests.support.loopback import LoopbackServer, send
 
-PATIENT = RetryPolicy(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
+LONG_RETRIES = RetryPolicy(total_seconds=60.0, first_seconds=0.05, longest_seconds=1.0)
 """With faults that pass."""
 ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>"
 

@@ -100,7 +100,7 @@ def aws_environment(host: str, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def hasty_clients() -> Iterator[None]:
+def single_try_clients() -> Iterator[None]:
     """The client's own tries, which may take half a minute, are left to whoever calls it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
