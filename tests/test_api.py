@@ -27,10 +27,10 @@ from gc2ray.engine.local_model import Model
 from gc2ray.models.chat_template import ChatPrompt
 from tests.support.outputs import (
     all_ok,
-    drawn,
     first_plan,
     latest_answers,
     parts,
+    random_outcome,
     retry_of,
     write_round,
 )
@@ -301,9 +301,11 @@ def test_answers_have_a_readable_repr(model: Model) -> None:
 @pytest.mark.parametrize("listed", [False, True])
 def test_the_latest_answers_of_all_rounds_are_read(tmp_path: Path, *, listed: bool) -> None:
     plan = first_plan()
-    write_round(tmp_path, 0, plan, drawn(1, 0, listed=listed), listed=listed)
+    write_round(tmp_path, 0, plan, random_outcome(1, 0, listed=listed), listed=listed)
     spans = [span for shard in plan.shards for span in shard.spans]
-    write_round(tmp_path, 1, retry_of(spans), drawn(1, 1, listed=listed, dead=0.0), listed=listed)
+    write_round(
+        tmp_path, 1, retry_of(spans), random_outcome(1, 1, listed=listed, dead=0.0), listed=listed
+    )
     latest = latest_answers(tmp_path)
     rows = gc2ray.read_answers(str(tmp_path)).to_pylist()
     assert {row["row_key"]: row for row in rows} == latest

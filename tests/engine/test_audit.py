@@ -49,9 +49,9 @@ class PolicyEngine(EchoEngine):
     def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
         self._waiting += requests
         while self._waiting:
-            yield self.said(self._waiting.pop(self._order.randrange(len(self._waiting))))
+            yield self.answer_for(self._waiting.pop(self._order.randrange(len(self._waiting))))
 
-    def said(self, row: Request) -> Answer:
+    def answer_for(self, row: Request) -> Answer:
         if row.fault is not None:
             return echo(row, status=row.fault.status, answer=None, error=row.fault.message)
         self.policies.append(row.policy)
@@ -130,8 +130,8 @@ def test_a_storage_error_in_an_audit_is_retryable() -> None:
     class Failing(PolicyEngine):
         failing = UNCOMPRESSED
 
-        def said(self, row: Request) -> Answer:
-            return replace(super().said(row), is_retryable=row.policy == self.failing)
+        def answer_for(self, row: Request) -> Answer:
+            return replace(super().answer_for(row), is_retryable=row.policy == self.failing)
 
     for failing in (UNCOMPRESSED, STEPS[0]):
         engine = Failing({RECIPES_POLICY: "a", STEPS[0]: "b", UNCOMPRESSED: "c"})

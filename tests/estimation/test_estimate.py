@@ -28,7 +28,7 @@ from tests.estimation.test_hardware import GOOD
 from tests.test_cli import gc2ray, here, job_file
 
 
-def mine(folder: Path) -> Path:
+def hardware_file(folder: Path) -> Path:
     """A table of one device whose figures are complete."""
     file = folder / "hardware.yaml"
     file.write_text(yaml.safe_dump({"hardware": [GOOD]}))
@@ -87,7 +87,14 @@ def test_it_needs_neither_weights_nor_output(tiny_paths: dict[str, Path], tmp_pa
     shutil.copytree(tiny_paths["vicuna"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = job_file(tmp_path, bare)
     result = here(
-        "estimate", config, "--output-tokens", "3", "--hours", "0.5", "--hardware", mine(tmp_path)
+        "estimate",
+        config,
+        "--output-tokens",
+        "3",
+        "--hours",
+        "0.5",
+        "--hardware",
+        hardware_file(tmp_path),
     )
     assert result.exit_code == 0, result.stderr
     for text in ("rows", "12", "visual tokens before compression", "as given", "1 (recipe)"):
@@ -150,7 +157,7 @@ def test_other_retentions_of_a_method_without_one_are_globalcom2s(
 ) -> None:
     job = load_job(job_file(tmp_path, tiny_paths["vicuna"]), ["recipe.compression={method: none}"])
     model = load_metadata(str(tiny_paths["vicuna"]), dtype="float32")
-    file = mine(tmp_path)
+    file = hardware_file(tmp_path)
     profile = profile_input(job.recipe, model)
     found = estimate_profile(profile, model, job, load_hardware(file), Assumptions())
     assert [(item.method, item.retention) for item in found.workloads] == [
@@ -189,7 +196,7 @@ def test_audits_are_estimated(tiny_paths: dict[str, Path], tmp_path: Path) -> No
     assert [by_retention[kept].audit_work[2].rows for kept in (0.5, 0.75)] == [
         own.work[2].rows, own.work[2].rows // 2
     ]  # fmt: skip
-    file = mine(tmp_path)
+    file = hardware_file(tmp_path)
     result = here(
         "estimate", job_file(tmp_path, path), "--output-tokens", "4", "--hardware", file, *changes
     )
@@ -211,7 +218,7 @@ def test_an_audit_without_answerable_rows_is_estimated(
     pq.write_table(table.set_column(place, "image", broken), source)
     result = here(
         "estimate", config, "recipe.audit={share: 0.5}", "--output-tokens", "4",
-        "--hardware", mine(tmp_path),
+        "--hardware", hardware_file(tmp_path),
     )  # fmt: skip
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert "prompts that cannot: bad_image" in result.stdout

@@ -159,7 +159,7 @@ def test_an_input_that_cannot_be_read_is_refused(
         profile_input(make_job(tiny_paths["vicuna"], path).recipe, metadata)
 
 
-def made_up(rows: int, counts: list[int], each: int) -> InputProfile:
+def sampled_profile(rows: int, counts: list[int], each: int) -> InputProfile:
     """Blocks with so many prompts in them."""
     shown = PromptShape(Canvas.from_image_size((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
     found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in counts)
@@ -173,7 +173,9 @@ def test_intervals_have_their_stated_coverage() -> None:
     for _ in range(trials):
         truth = draw.poisson(draw.gamma(4.0, 3.0, parts))
         seen = draw.choice(parts, 64, replace=False)
-        found = made_up(parts * each, truth[seen].tolist(), each).total(lambda s: s.prompts.total())
+        found = sampled_profile(parts * each, truth[seen].tolist(), each).total(
+            lambda s: s.prompts.total()
+        )
         held += found.low <= truth.sum() <= found.high
         widths.append((found.high - found.low) / found.mid)
     assert held / trials > 0.9
@@ -181,9 +183,9 @@ def test_intervals_have_their_stated_coverage() -> None:
 
 
 def test_the_low_end_is_at_least_what_was_sampled() -> None:
-    found = made_up(1000, [0, 0, 40], 10).total(lambda s: s.prompts.total())
+    found = sampled_profile(1000, [0, 0, 40], 10).total(lambda s: s.prompts.total())
     assert found.low >= 40
-    alone = made_up(1000, [4], 10).total(lambda s: s.prompts.total())
+    alone = sampled_profile(1000, [4], 10).total(lambda s: s.prompts.total())
     assert (alone.low, alone.mid, alone.high) == (4, 400, np.inf)
 
 

@@ -41,7 +41,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def drawn(*size: int, seed: int = 0) -> Tensor:
+def random_tensor(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -102,8 +102,8 @@ def test_it_computes_what_float64_computes(
     sequences = SequenceTable.from_sequences(
         [(at, *length) for at, length in zip(starts, lengths, strict=False)]
     )
-    keys, values = drawn(2, 2, sequences.stop + 5, size).unbind()
-    queries = drawn(sequences.queries, 2 * shared, size, seed=1)
+    keys, values = random_tensor(2, 2, sequences.stop + 5, size).unbind()
+    queries = random_tensor(sequences.queries, 2 * shared, size, seed=1)
     out = attend(queries, keys, values, sequences, pattern)
     torch.testing.assert_close(
         out.double(), right(queries, keys, values, sequences, pattern), atol=1e-5, rtol=0
@@ -114,7 +114,10 @@ def test_it_computes_what_float64_computes(
 @pytest.mark.parametrize("part", ["whole", "last"])
 def test_every_length_is_right(attend: CompiledAttention, tokens: int, part: str) -> None:
     sequences = SequenceTable.from_sequences([(0, tokens, tokens if part == "whole" else 1)])
-    queries, keys, values = drawn(sequences.queries, 1, 32), *drawn(2, 1, tokens, 32, seed=1)
+    queries, keys, values = (
+        random_tensor(sequences.queries, 1, 32),
+        *random_tensor(2, 1, tokens, 32, seed=1),
+    )
     for pattern in (MaskPattern(0.2), MaskPattern(0.2, causal=False)):
         out = attend(queries, keys, values, sequences, pattern)
         torch.testing.assert_close(
@@ -123,7 +126,7 @@ def test_every_length_is_right(attend: CompiledAttention, tokens: int, part: str
 
 
 def test_large_scores_neither_overflow_nor_vanish(attend: CompiledAttention) -> None:
-    queries, (keys, values) = drawn(40, 2, 32) * 30, drawn(2, 2, 40, 32)
+    queries, (keys, values) = random_tensor(40, 2, 32) * 30, random_tensor(2, 2, 40, 32)
     sequences, pattern = SequenceTable.from_sequences([(0, 40, 40)]), MaskPattern(1.0)
     out = attend(queries, keys, values, sequences, pattern)
     torch.testing.assert_close(
@@ -135,7 +138,7 @@ def test_tensors_may_have_any_strides_but_for_features(
     attend: CompiledAttention,
 ) -> None:
     """As a tower has them: tokens first, and several tensors in one."""
-    joined = drawn(4 * 50, 3, 3, 32)
+    joined = random_tensor(4 * 50, 3, 3, 32)
     queries, keys, values = joined.unbind(1)
     sequences, pattern = (
         SequenceTable.from_sequences([(view * 50, 50, 50) for view in range(4)]),
@@ -155,11 +158,11 @@ def test_tensors_may_have_any_strides_but_for_features(
 def test_a_sequence_depends_neither_on_neighbours_nor_on_position_nor_on_threads(
     attend: CompiledAttention, threads: None
 ) -> None:
-    queries, keys, values = drawn(41, 4, 64), *drawn(2, 2, 90, 64, seed=1)
+    queries, keys, values = random_tensor(41, 4, 64), *random_tensor(2, 2, 90, 64, seed=1)
     wide = torch.full((2, 2, 500, 64), torch.nan)
     wide[0, :, 201:291], wide[1, :, 201:291] = keys, values
-    wide[:, :, 10:20] = drawn(2, 2, 10, 64, seed=2)
-    neighbour = drawn(3, 4, 64, seed=3)
+    wide[:, :, 10:20] = random_tensor(2, 2, 10, 64, seed=2)
+    neighbour = random_tensor(3, 4, 64, seed=3)
     for window in (None, 30):
         for new in (41, 1):
             alone = attend(
@@ -184,7 +187,7 @@ def test_a_sequence_depends_neither_on_neighbours_nor_on_position_nor_on_threads
 
 @pytest.mark.parametrize("new", [1, 30])
 def test_a_nan_stays_a_nan(attend: CompiledAttention, new: int) -> None:
-    queries, (keys, values) = drawn(new, 1, 32), drawn(2, 1, 30, 32)
+    queries, (keys, values) = random_tensor(new, 1, 32), random_tensor(2, 1, 30, 32)
     keys[0, 4, 5] = torch.nan
     out = attend(
         queries,
@@ -198,9 +201,9 @@ def test_a_nan_stays_a_nan(attend: CompiledAttention, new: int) -> None:
 
 def test_no_sequence_gives_no_output(attend: CompiledAttention) -> None:
     out = attend(
-        drawn(0, 2, 32),
-        drawn(2, 8, 32),
-        drawn(2, 8, 32),
+        random_tensor(0, 2, 32),
+        random_tensor(2, 8, 32),
+        random_tensor(2, 8, 32),
         SequenceTable.from_sequences([]),
         MaskPattern(1.0),
     )
@@ -223,14 +226,54 @@ def test_impossible_patterns_are_refused() -> None:
 @pytest.mark.parametrize(
     ("queries", "keys", "values", "trouble"),
     [
-        (drawn(5, 3, 32), drawn(2, 9, 32), drawn(2, 9, 32), "belong together"),
-        (drawn(5, 2, 32), drawn(2, 9, 32), drawn(2, 8, 32), "belong together"),
-        (drawn(5, 2, 48), drawn(2, 9, 32), drawn(2, 9, 32), "belong together"),
-        (drawn(5, 2, 24), drawn(2, 9, 24), drawn(2, 9, 24), "multiple of 16"),
-        (drawn(4, 2, 32), drawn(2, 9, 32), drawn(2, 9, 32), "there are 4 and 9"),
-        (drawn(5, 2, 32), drawn(2, 7, 32), drawn(2, 7, 32), "there are 5 and 7"),
-        (drawn(5, 2, 32).half(), drawn(2, 9, 32), drawn(2, 9, 32), "float16"),
-        (drawn(5, 2, 64)[..., ::2], drawn(2, 9, 32), drawn(2, 9, 32), "strides"),
+        (
+            random_tensor(5, 3, 32),
+            random_tensor(2, 9, 32),
+            random_tensor(2, 9, 32),
+            "belong together",
+        ),
+        (
+            random_tensor(5, 2, 32),
+            random_tensor(2, 9, 32),
+            random_tensor(2, 8, 32),
+            "belong together",
+        ),
+        (
+            random_tensor(5, 2, 48),
+            random_tensor(2, 9, 32),
+            random_tensor(2, 9, 32),
+            "belong together",
+        ),
+        (
+            random_tensor(5, 2, 24),
+            random_tensor(2, 9, 24),
+            random_tensor(2, 9, 24),
+            "multiple of 16",
+        ),
+        (
+            random_tensor(4, 2, 32),
+            random_tensor(2, 9, 32),
+            random_tensor(2, 9, 32),
+            "there are 4 and 9",
+        ),
+        (
+            random_tensor(5, 2, 32),
+            random_tensor(2, 7, 32),
+            random_tensor(2, 7, 32),
+            "there are 5 and 7",
+        ),
+        (
+            random_tensor(5, 2, 32).half(),
+            random_tensor(2, 9, 32),
+            random_tensor(2, 9, 32),
+            "float16",
+        ),
+        (
+            random_tensor(5, 2, 64)[..., ::2],
+            random_tensor(2, 9, 32),
+            random_tensor(2, 9, 32),
+            "strides",
+        ),
     ],
 )
 def test_tensors_that_the_kernel_cannot_read_are_refused(

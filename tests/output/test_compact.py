@@ -34,11 +34,11 @@ from tests.support.outputs import (
     FILES,
     RECIPE,
     all_ok,
-    drawn,
     first_plan,
     flip_a_bit,
     latest_answers,
     parts,
+    random_outcome,
     write_round,
 )
 
@@ -54,11 +54,11 @@ def documented_query(output: Path) -> str:
 def retried(output: Path, seed: int, retries: int, *, listed: bool, shard_rows: int = 4) -> None:
     """A run and some retries, each with failures and dead shards."""
     plan = first_plan(shard_rows=shard_rows)
-    write_round(output, 0, plan, drawn(seed, 0, listed=listed), listed=listed)
+    write_round(output, 0, plan, random_outcome(seed, 0, listed=listed), listed=listed)
     for _ in range(retries):
         retry = next_retry(str(output))
         if retry is not None:
-            outcome = drawn(seed, retry.number, listed=listed)
+            outcome = random_outcome(seed, retry.number, listed=listed)
             write_round(output, retry.number, retry.freeze(), outcome, listed=listed)
 
 
@@ -106,12 +106,12 @@ def test_compact_duckdb_and_plain_loops_agree(
         )
 
 
-def many(output: Path, rows: int = 400, shard_rows: int = 10) -> None:
+def write_large_run(output: Path, rows: int = 400, shard_rows: int = 10) -> None:
     write_round(output, 0, first_plan([SourceFile("a.parquet", "f", (rows,))], shard_rows))
 
 
 def test_files_have_the_requested_size(tmp_path: Path) -> None:
-    many(tmp_path / "out", rows=3000, shard_rows=30)
+    write_large_run(tmp_path / "out", rows=3000, shard_rows=30)
     dest = tmp_path / "dest"
     whole = compact(str(tmp_path / "out"), str(tmp_path / "whole"))
     assert [file.name for file in whole.files] == ["part-00000.parquet"]
@@ -129,7 +129,7 @@ def test_files_have_the_requested_size(tmp_path: Path) -> None:
 
 def test_a_large_part_is_cut_into_row_groups_and_files(tmp_path: Path) -> None:
     """What is in memory is a row group, not a part."""
-    many(tmp_path / "out", rows=5000, shard_rows=5000)
+    write_large_run(tmp_path / "out", rows=5000, shard_rows=5000)
     compact(str(tmp_path / "out"), str(tmp_path / "dest"), file_bytes=60_000)
     files = [pq.read_metadata(path) for path in sorted((tmp_path / "dest").glob("*.parquet"))]
     assert len(files) > 2
@@ -191,7 +191,7 @@ def test_any_kept_columns(tmp_path: Path) -> None:
         return replace(answer, request=replace(request, carried=values))
 
     output, dest = tmp_path / "out", tmp_path / "dest"
-    outcome = drawn(4, 0, listed=False)
+    outcome = random_outcome(4, 0, listed=False)
     write_round(output, 0, replace(first_plan(), carried=carried), outcome, changed=changed)
     retry = next_retry(str(output))
     assert retry is not None
@@ -214,7 +214,7 @@ def test_no_rows_are_a_file_with_the_schema(tmp_path: Path) -> None:
 
 def test_an_incomplete_run_is_compacted_only_on_request(tmp_path: Path) -> None:
     output, dest = tmp_path / "out", tmp_path / "dest"
-    many(output, rows=40)
+    write_large_run(output, rows=40)
     parts(output)[2].unlink()
     with pytest.raises(
         ConfigError, match=r"shard 2 \(10 rows\): not answered yet; run again; pass --inc"
@@ -227,7 +227,7 @@ def test_an_incomplete_run_is_compacted_only_on_request(tmp_path: Path) -> None:
 
 
 def test_a_damaged_output_is_refused(tmp_path: Path) -> None:
-    many(tmp_path / "out", rows=40)
+    write_large_run(tmp_path / "out", rows=40)
     (tmp_path / "out/data/notes").touch()
     with pytest.raises(ConfigError, match=r"data/notes: is no planned shard's part.*gc2ray verify"):
         compact(str(tmp_path / "out"), str(tmp_path / "dest"), incomplete=True)
@@ -236,7 +236,7 @@ def test_a_damaged_output_is_refused(tmp_path: Path) -> None:
 
 def test_a_part_whose_rows_are_damaged_is_named(tmp_path: Path) -> None:
     """A look at the footers does not see it."""
-    many(tmp_path / "out", rows=40)
+    write_large_run(tmp_path / "out", rows=40)
     part = parts(tmp_path / "out")[1]
     flip_a_bit(part)
     with pytest.raises(OSError, match=f"{part.name} cannot be read: .*verify --deep"):
@@ -246,13 +246,13 @@ def test_a_part_whose_rows_are_damaged_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dest", ["out", "out/data", "out/new", "out/retry_rounds/1"])
 def test_a_destination_in_the_output_is_refused(tmp_path: Path, dest: str) -> None:
-    many(tmp_path / "out", rows=40)
+    write_large_run(tmp_path / "out", rows=40)
     with pytest.raises(ConfigError, match="choose a destination outside it"):
         compact(str(tmp_path / "out"), str(tmp_path / dest))
 
 
 def test_a_destination_that_is_in_use_is_refused(tmp_path: Path) -> None:
-    many(tmp_path / "out", rows=40)
+    write_large_run(tmp_path / "out", rows=40)
     dest = tmp_path / "dest"
     dest.mkdir()
     first = compact(str(tmp_path / "out"), str(dest))
@@ -270,7 +270,7 @@ def test_a_destination_that_is_in_use_is_refused(tmp_path: Path) -> None:
 def test_an_interrupted_compact_leaves_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    many(tmp_path / "out", rows=400)
+    write_large_run(tmp_path / "out", rows=400)
     create_from, made = Store.create_from, []
 
     def create(store: Store, name: str, path: Path) -> bool:
@@ -294,7 +294,7 @@ def test_an_interrupted_compact_leaves_whole_files(
 def test_another_writer_in_the_destination_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many(tmp_path / "out", rows=40)
+    write_large_run(tmp_path / "out", rows=40)
     answers = compact_module._answers
 
     def meanwhile(verdict: Any) -> Any:
@@ -310,7 +310,7 @@ def test_another_writer_in_the_destination_is_noticed(
 def test_from_and_to_remote_storage(tmp_path: Path) -> None:
     """As URLs: nothing is a path."""
     output = "memory://compacted/out"
-    store = write_round(output, 0, first_plan(), drawn(1, 0, listed=False))
+    store = write_round(output, 0, first_plan(), random_outcome(1, 0, listed=False))
     retry = next_retry(output)
     assert retry is not None
     write_round(output, 1, retry.freeze(), all_ok)

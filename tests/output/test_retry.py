@@ -28,10 +28,10 @@ from tests.support.fakes import EchoEngine
 from tests.support.outputs import (
     FILES,
     all_ok,
-    drawn,
     first_plan,
     latest_answers,
     parts,
+    random_outcome,
     write_round,
 )
 from tests.support.rows import make_job, question_list, write_rows
@@ -68,7 +68,7 @@ def test_a_retry_plans_the_rows_whose_latest_answer_failed(
     """Retry after retry, each for failures of its own, some of its shards dead."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
-        plan, outcome = first_plan(shard_rows=shard_rows), drawn(seed, 0, listed=listed)
+        plan, outcome = first_plan(shard_rows=shard_rows), random_outcome(seed, 0, listed=listed)
         write_round(output, 0, plan, outcome, listed=listed)
         for failures in chosen:
             expected = failed(output, tuple(failures))
@@ -77,7 +77,7 @@ def test_a_retry_plans_the_rows_whose_latest_answer_failed(
                 assert expected == []
                 continue
             assert planned_rows(retry.plan) == expected
-            outcome = drawn(seed, retry.number, listed=listed)
+            outcome = random_outcome(seed, retry.number, listed=listed)
             write_round(output, retry.number, retry.freeze(), outcome, listed=listed)
             assert verify(str(output), deep=True).damage == ()
             latest = latest_answers(output).values()
@@ -97,7 +97,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def begun(output: Path, **options: tuple[str, ...]) -> Retry:
+def begin_retry(output: Path, **options: tuple[str, ...]) -> Retry:
     retry = next_retry(str(output), **options)
     assert retry is not None
     return retry
@@ -117,7 +117,7 @@ def begun(output: Path, **options: tuple[str, ...]) -> Retry:
 def test_the_requested_failures_are_planned(
     output: Path, failures: tuple[str, ...], rows: list[tuple[str, int]]
 ) -> None:
-    retry = begun(output, failures=failures)
+    retry = begin_retry(output, failures=failures)
     assert (retry.number, retry.begun, planned_rows(retry.plan)) == (1, False, rows)
     assert retry.plan.recipe_fingerprint == first_plan().recipe_fingerprint
     assert retry.plan.carried == first_plan().carried
@@ -171,19 +171,19 @@ def digests(folder: Path) -> dict[str, str]:
 def test_round_0_stays_as_it_was(output: Path) -> None:
     before = digests(output)
     for _ in range(2):
-        retry = begun(output)
+        retry = begin_retry(output)
         write_round(output, retry.number, retry.freeze(), some_fail)
     after = digests(output)
     assert {name: after[name] for name in before} == before
     assert all(name.startswith("retry_rounds/") for name in after.keys() - before.keys())
-    assert begun(output).number == 3
+    assert begin_retry(output).number == 3
 
 
 def test_a_retry_that_is_not_finished_is_resumed(output: Path) -> None:
-    retry = begun(output)
+    retry = begin_retry(output)
     frozen = retry.freeze()
     assert (output / "retry_rounds/1" / RUN_NAME).exists()
-    again = begun(output, failures=("too_long",))
+    again = begin_retry(output, failures=("too_long",))
     assert (again.number, again.begun, again.plan) == (1, True, frozen)
     assert again.freeze() == frozen
     write_round(output, 1, frozen, all_ok)
@@ -191,9 +191,9 @@ def test_a_retry_that_is_not_finished_is_resumed(output: Path) -> None:
 
 
 def test_a_retry_whose_shards_are_dead_is_finished(output: Path) -> None:
-    retry = begun(output, failures=("failed",))
+    retry = begin_retry(output, failures=("failed",))
     write_round(output, 1, retry.freeze(), lambda source, row: None)
-    again = begun(output, failures=("failed",))
+    again = begin_retry(output, failures=("failed",))
     assert (again.number, again.begun, planned_rows(again.plan)) == (
         2,
         False,
@@ -203,14 +203,14 @@ def test_a_retry_whose_shards_are_dead_is_finished(output: Path) -> None:
 
 def test_a_plan_without_its_run_json_is_used(output: Path) -> None:
     """The process was killed between the two; or another start was faster."""
-    left = begun(output, failures=("failed",)).plan
+    left = begin_retry(output, failures=("failed",)).plan
     (output / "retry_rounds/1/plan").mkdir(parents=True)
     (output / "retry_rounds/1" / PLAN_NAME).write_bytes(left.to_bytes())
-    retry = begun(output)
+    retry = begin_retry(output)
     assert (retry.number, retry.begun) == (1, False)
     assert retry.plan != left
     assert retry.freeze() == left
-    assert begun(output).begun
+    assert begin_retry(output).begun
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_shards_are_small_where_few_rows_failed(
     write_round(
         tmp_path, 0, plan, lambda source, row: [Status.FAILED if row < failing else Status.OK]
     )
-    assert begun(tmp_path).plan.shards.rows_each.tolist() == sizes
+    assert begin_retry(tmp_path).plan.shards.rows_each.tolist() == sizes
 
 
 def test_an_output_on_remote_storage() -> None:
@@ -251,7 +251,7 @@ def test_a_refused_retry_is_not_begun(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("gc2ray.runner.run.check_model", refuse)
     write_round(tmp_path, 0, first_plan(), some_fail)
     with pytest.raises(ConfigError, match="there is no model"):
-        run_retry(begun(tmp_path), Cluster())
+        run_retry(begin_retry(tmp_path), Cluster())
     assert not (tmp_path / "retry_rounds").exists()
 
 
@@ -266,14 +266,14 @@ def test_workers_answer_a_retry(tmp_path: Path) -> None:
     answer(Worker(job, carried, load=lambda job: EchoEngine(buffered=4)), plan)
     assert verify(job.output, deep=True).problems == ()
     bad = [row for row in range(20) if None in (question_list(row) or [None])]
-    retry = begun(tmp_path / "out")
+    retry = begin_retry(tmp_path / "out")
     assert planned_rows(retry.plan) == [("a.parquet", row) for row in bad]
     again = retry.job(Cluster())
     assert again.recipe == job.recipe
     answer(Worker(again, carried, retry_round=1, load=lambda job: EchoEngine()), retry.freeze())
     verdict = verify(job.output, deep=True)
     assert (verdict.problems, [found.rows for found in verdict.rounds]) == ((), [20, len(bad)])
-    assert begun(tmp_path / "out").plan == retry.plan, "null prompts are bad for ever"
+    assert begin_retry(tmp_path / "out").plan == retry.plan, "null prompts are bad for ever"
 
 
 def answer(worker: Worker, plan: Plan) -> None:

@@ -15,7 +15,7 @@ from gc2ray.output.totals import read_totals
 from gc2ray.reporting.dataset_card import CARD_NAME, MARKER, card, write_card
 from gc2ray.reporting.summary import AuditSummary, EscalationStep, Summary, summarise
 from tests.output.test_totals import worker_record
-from tests.reporting.test_report import PRICES, a_run, evil_run
+from tests.reporting.test_report import PRICES, a_run, run_with_markup
 from tests.support.outputs import first_plan, write_round
 from tests.test_cli import here
 
@@ -118,7 +118,7 @@ def test_a_card_written_by_the_user_stays(tmp_path: Path) -> None:
 
 
 def test_markup_in_records_is_escaped(tmp_path: Path) -> None:
-    text = card(summary_of(evil_run(tmp_path)))
+    text = card(summary_of(run_with_markup(tmp_path)))
     assert "<script" not in text
     assert "<img" not in text
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gc2ray.reporting.page import RowImages, report
-from tests.reporting.test_report import a_run, evil_run, looked_at, written_report
+from tests.reporting.test_report import a_run, run_with_markup, small_token_map, written_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENSHOTS = os.environ.get("GC2RAY_SCREENSHOTS")
@@ -63,7 +63,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     summary, _ = written_report(a_run(folder / "run"))
     pictures = [
-        RowImages.from_token_map(looked_at(f"d/b.parquet#{row}: what?")) for row in range(2)
+        RowImages.from_token_map(small_token_map(f"d/b.parquet#{row}: what?")) for row in range(2)
     ]
     found = report([summary], {summary.output: pictures})
     file = folder / "report.html"
@@ -153,7 +153,7 @@ def test_text_has_enough_contrast(browser: Any, page_file: Path, scheme: str) ->
 
 
 def test_an_injected_script_does_nothing(browser: Any, tmp_path: Path) -> None:
-    _, found = written_report(evil_run(tmp_path / "run"))
+    _, found = written_report(run_with_markup(tmp_path / "run"))
     file = tmp_path / "report.html"
     file.write_text(found.html)
     opened = Opened(browser, file)

@@ -236,7 +236,7 @@ class Elements(HTMLParser):
                 self.handlers.append(name)
 
 
-def evil_run(folder: Path) -> Path:
+def run_with_markup(folder: Path) -> Path:
     """Keys, reasons and statuses that would rather be code."""
     files = [replace(FILES[0], source=f"{EVIL}.parquet"), SourceFile("b.parquet", "fb", (3,))]
     plan = first_plan(files)
@@ -250,7 +250,7 @@ def evil_run(folder: Path) -> Path:
 
 
 def test_markup_in_rows_is_escaped(tmp_path: Path) -> None:
-    _, found = written_report(evil_run(tmp_path))
+    _, found = written_report(run_with_markup(tmp_path))
     page = Elements(found.html)
     assert EVIL in json.loads(found.json)["runs"][0]["dead_letters"][0][1]
     assert "script" not in page.tags
@@ -324,7 +324,7 @@ def test_markdown_escapes_text(text: object, shown: str) -> None:
 
 
 def test_an_audit_is_reported_with_its_interval(tmp_path: Path) -> None:
-    def looked_at(answer: Answer) -> Answer:
+    def with_audit(answer: Answer) -> Answer:
         answer = measured(answer)
         same = answer.request.row % 5 != 0
         spent = {"encode": 10**8, "prefill": 9 * 10**8}
@@ -332,7 +332,7 @@ def test_an_audit_is_reported_with_its_interval(tmp_path: Path) -> None:
         audit = Audit("x", 1.0 if same else 0.25, spent, answer.stage_ns, again)
         return replace(answer, audit=audit, retention_requested=0.25 if same else 0.5)
 
-    write_round(tmp_path, 0, first_plan(), changed=looked_at)
+    write_round(tmp_path, 0, first_plan(), changed=with_audit)
     Store(str(tmp_path)).create("workers/w.json", worker_record(device="NVIDIA Big", gpus=1.0))
     record = driver_record(60.0, Usage({UsageKind.USEFUL: 14.0}))
     Store(str(tmp_path)).create(record.name, record.to_bytes())
@@ -362,7 +362,7 @@ def test_an_audit_is_reported_with_its_interval(tmp_path: Path) -> None:
     assert "of audited answers unchanged" in found.html
 
 
-def looked_at(caption: str) -> TokenMap:
+def small_token_map(caption: str) -> TokenMap:
     """A small image of which a few tokens were kept."""
     canvas = Canvas.from_image_size((40, 60), (1, 2), (6, 6))
     kept = np.zeros((3, 36), bool)
@@ -377,8 +377,8 @@ def test_rows_with_token_maps_are_in_the_page(tmp_path: Path) -> None:
     other, _ = written_report(a_run(tmp_path / "two"))
     pictures = {
         summary.output: [
-            RowImages.from_token_map(looked_at(EVIL)),
-            RowImages.from_token_map(looked_at("a#2: who?")),
+            RowImages.from_token_map(small_token_map(EVIL)),
+            RowImages.from_token_map(small_token_map("a#2: who?")),
         ]
     }
     found = report([summary, other], pictures)

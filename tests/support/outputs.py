@@ -154,7 +154,7 @@ def parts(output: Path) -> list[Path]:
     return sorted((output / "data").iterdir())
 
 
-def drawn(seed: int, retry_round: int, *, listed: bool, dead: float = 0.1) -> Outcome:
+def random_outcome(seed: int, retry_round: int, *, listed: bool, dead: float = 0.1) -> Outcome:
     """Rows come out at random, the same for the same seed; a row has as many prompts every time."""
 
     def outcome(source: str, row: int) -> list[Status] | None:
