@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -17,58 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from click.testing import Result
 from typer.testing import CliRunner
 
 from gc2ray import __version__
 from gc2ray.cli import app
+from tests.support.commands import ROOT, gc2ray, job_file, run_command, start
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.object_servers import a_bucket
 from tests.support.outputs import first_plan, parts, write_round
-from tests.support.rows import job_data, prompts_of, question_list, write_rows
-
-ROOT = Path(__file__).parents[1]
-OURS = logging.getLogger("gc2ray")
-
-
-def start(*words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gc2ray", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-    )
-
-
-def gc2ray(*words: object) -> subprocess.CompletedProcess[str]:
-    process = start(*words)
-    stdout, stderr = process.communicate(timeout=400)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def here(*words: object) -> Result:
-    """A command without a process of its own, which is seconds faster; not for those that run Ray.
-
-    What a process sets up for itself, handlers of logs, is put back.
-    """
-    root = logging.getLogger()
-    handlers, levels = root.handlers[:], [(name, name.level) for name in (root, OURS)]
-    try:
-        return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
-    finally:
-        root.handlers[:] = handlers
-        for logger, level in levels:
-            logger.setLevel(level)
-
-
-def job_file(tmp_path: Path, model: Path, rows: int = 12, **cluster: object) -> Path:
-    source = write_rows(tmp_path / "in" / "a.parquet", rows, row_group=6)
-    data = job_data(model, source, tmp_path / "out")
-    data["cluster"] |= {"workers": 1, "shard_rows": 6, **cluster}
-    path = tmp_path / "job.yaml"
-    path.write_text(json.dumps(data))  # JSON is YAML
-    return path
+from tests.support.rows import prompts_of, question_list
 
 
 def test_version() -> None:
@@ -125,7 +81,7 @@ def test_completion_is_installed(tmp_path: Path) -> None:
 
 def test_an_unknown_key_is_refused_with_its_path_and_the_nearest(tmp_path: Path) -> None:
     path = job_file(tmp_path, tmp_path)
-    result = here("run", path, "recipe.compression.retentoin=0.1")
+    result = run_command("run", path, "recipe.compression.retentoin=0.1")
     assert result.exit_code == 2
     assert result.stderr == (
         "configuration: recipe.compression.retentoin: unknown 'retentoin'; "
@@ -152,7 +108,7 @@ def test_a_bad_job_is_refused_before_ray(
     message: str,
 ) -> None:
     monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
-    result = here("run", job_file(tmp_path, tiny_paths["vicuna"]), override)
+    result = run_command("run", job_file(tmp_path, tiny_paths["vicuna"]), override)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -164,10 +120,10 @@ def test_a_custom_method_is_allowed_on_the_command_line(
     monkeypatch.syspath_prepend(ROOT / "examples")
     path = job_file(tmp_path, tiny_paths["vicuna"])
     method = "recipe.compression.method=custom_method:CenterCrop"
-    refused = here("check", path, method, "--rows", 4)
+    refused = run_command("check", path, method, "--rows", 4)
     assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
     assert "set recipe.compression.allow_code: true" in refused.stderr
-    allowed = here("check", path, method, "recipe.compression.allow_code=true", "--rows", 4)
+    allowed = run_command("check", path, method, "recipe.compression.allow_code=true", "--rows", 4)
     assert allowed.exit_code == 0, allowed.output
 
 
@@ -211,13 +167,13 @@ def test_a_run_with_a_method_in_the_working_directory(
     ],
 )
 def test_no_option_takes_nan_or_infinity(command: str, option: str, number: str) -> None:
-    result = here(command, "job.yaml", option, number)
+    result = run_command(command, "job.yaml", option, number)
     assert result.exit_code == 2
     assert f"Invalid value for '{option}'" in result.stderr
 
 
 def test_status_without_a_run(tmp_path: Path) -> None:
-    result = here("status", tmp_path / "empty")
+    result = run_command("status", tmp_path / "empty")
     assert result.exit_code == 2
     assert "there is no run here" in result.stderr
 
@@ -225,12 +181,12 @@ def test_status_without_a_run(tmp_path: Path) -> None:
 def test_verify(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan())
     for words in (["verify", tmp_path], ["verify", tmp_path, "--deep"]):
-        result = here(*words)
+        result = run_command(*words)
         assert (result.exit_code, result.stderr) == (0, "")
         assert result.stdout.endswith("complete: 17 of 17 planned rows are answered\n")
     for number in range(30):
         (tmp_path / f"data/notes-{number:02d}.txt").touch()
-    result = here("verify", tmp_path)
+    result = run_command("verify", tmp_path)
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert "data/notes-19.txt: is no planned shard's part; move it away" in lines
@@ -240,7 +196,7 @@ def test_verify(tmp_path: Path) -> None:
 def test_verify_distinguishes_incomplete_from_wrong_outputs(tmp_path: Path) -> None:
     write_round(tmp_path, 0, first_plan())
     parts(tmp_path)[1].unlink()
-    result = here("verify", tmp_path)
+    result = run_command("verify", tmp_path)
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-2:] == [
         "shard 1 (3 rows): not answered yet; run again",
@@ -250,13 +206,13 @@ def test_verify_distinguishes_incomplete_from_wrong_outputs(tmp_path: Path) -> N
 
 def test_compact(tmp_path: Path) -> None:
     write_round(tmp_path / "out", 0, first_plan())
-    result = here("compact", tmp_path / "out", tmp_path / "dest", "--file-mb", "1")
+    result = run_command("compact", tmp_path / "out", tmp_path / "dest", "--file-mb", "1")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == (
         f"17 answers to 17 rows, 0 of them failed, in 1 files: {tmp_path}/dest\n"
     )
     assert pq.read_table(tmp_path / "dest/part-00000.parquet").num_rows == 17
-    result = here("compact", tmp_path / "out", tmp_path / "dest")
+    result = run_command("compact", tmp_path / "out", tmp_path / "dest")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
         f"configuration: {tmp_path}/dest: holds a finished dataset; choose another destination\n"
@@ -266,16 +222,16 @@ def test_compact(tmp_path: Path) -> None:
 def test_compact_of_an_incomplete_run(tmp_path: Path) -> None:
     write_round(tmp_path / "out", 0, first_plan())
     parts(tmp_path / "out")[1].unlink()
-    result = here("compact", tmp_path / "out", tmp_path / "dest")
+    result = run_command("compact", tmp_path / "out", tmp_path / "dest")
     assert result.exit_code == 2
     assert "shard 1 (3 rows): not answered yet; run again; pass --incomplete" in result.stderr
-    result = here("compact", tmp_path / "out", tmp_path / "dest", "--incomplete")
+    result = run_command("compact", tmp_path / "out", tmp_path / "dest", "--incomplete")
     assert result.exit_code == 0
     assert result.stdout.startswith("14 answers to 14 rows, 0 of them failed")
 
 
 def test_verify_without_a_run(tmp_path: Path) -> None:
-    result = here("verify", tmp_path)
+    result = run_command("verify", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"configuration: {tmp_path}: there is no run here (no run.json)\n"
 
@@ -312,12 +268,12 @@ def test_run_then_status(
     answers = sum(map(prompts_of, range(12)))
     assert re.search(rf"answers +│ +{answers} ", result.stdout)
     shutil.copytree(folder / "out", tmp_path / "out")
-    status = here("status", tmp_path / "out")
+    status = run_command("status", tmp_path / "out")
     assert status.exit_code == 0
     assert "2 of 2 shards committed" in status.stdout
     assert "worker processes so far" in status.stdout
     sorted((tmp_path / "out" / "data").iterdir())[0].unlink()
-    status = here("status", tmp_path / "out")
+    status = run_command("status", tmp_path / "out")
     assert status.exit_code == 1
     assert "6 rows are not committed" in status.stdout
 
@@ -362,7 +318,7 @@ def test_an_interrupted_run_resumes(tmp_path: Path, tiny_paths: dict[str, Path])
         left = rf"interrupted: {50 - committed} shards are left to answer"
         abandoned = r"(; [12] in flight were abandoned)?; run the same command again to resume"
         assert re.fullmatch(left + abandoned, reported), reported
-    result = here("verify", tmp_path / "out", "--deep")
+    result = run_command("verify", tmp_path / "out", "--deep")
     rows = len(pq.read_table(data))
     assert result.stdout.endswith(f"incomplete: {rows} of 300 planned rows are answered\n")
     assert rows == 6 * committed, "what was answered before is still there"
@@ -397,8 +353,8 @@ def test_everything_may_be_in_a_bucket(
         proxy.faults = Faults(busy=0.03, dropped=0.03, lost=0.1)
         result = gc2ray("run", tmp_path / "job.yaml", LISTS)
         assert result.returncode == 0, result.stderr
-        assert here("verify", f"{bucket}/run", "--deep").exit_code == 0
-        assert here("compact", f"{bucket}/run", f"{bucket}/dataset").exit_code == 0
+        assert run_command("verify", f"{bucket}/run", "--deep").exit_code == 0
+        assert run_command("compact", f"{bucket}/run", f"{bucket}/dataset").exit_code == 0
         proxy.faults = Faults()
         rows = pq.read_table(f"{bucket[5:]}/dataset/part-00000.parquet", filesystem=fs)
     local = pq.read_table(folder / "out" / "data").sort_by(
@@ -413,7 +369,7 @@ def test_check_compares_every_prompt_of_the_rows(
     tiny_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     path = job_file(tmp_path, tiny_paths["vicuna"])
-    result = here("check", path, "recipe.input.prompt={column: prompts}", "--rows", "5")
+    result = run_command("check", path, "recipe.input.prompt={column: prompts}", "--rows", "5")
     assert result.exit_code == 0, result.stderr
     questions = [text for row in range(5) for text in question_list(row) or [None]]
     good = sum(text is not None for text in questions)
@@ -429,7 +385,7 @@ def test_check_passes_on_a_good_model(
 ) -> None:
     """Whatever the recipe's packing is: stock is compared with stock's."""
     packing = f"recipe.compression.newlines={newlines}"
-    result = here("check", job_file(tmp_path, tiny_paths["vicuna"]), packing, "--rows", "5")
+    result = run_command("check", job_file(tmp_path, tiny_paths["vicuna"]), packing, "--rows", "5")
     assert result.exit_code == 0, result.stderr
     assert "prompt tokens: 5 of 5 prompts the same" in result.stdout
     assert "5 of 5 answers and their ends" in result.stdout

@@ -20,9 +20,9 @@ from gc2ray.core.errors import ConfigError, GivenUp
 from gc2ray.core.process import INTERRUPTED, STOP_SIGNALS
 from gc2ray.runner.ray_pool import _cause
 from gc2ray.runner.ray_session import connected
+from tests.support.commands import ROOT, run_command
 from tests.support.outputs import first_plan, write_round
 from tests.support.rows import job_data
-from tests.test_cli import ROOT, here
 
 
 def hear_all() -> None:
@@ -232,7 +232,7 @@ def test_a_followed_job_ends_with_a_documented_exit_code(
     monkeypatch.setattr("gc2ray.runner.submit.JobServer", Server)
     job = tmp_path / "job.json"
     job.write_text(json.dumps(job_data("hub/model", "/data/in", "s3://bucket/out")))
-    result = here("submit", job, "--follow")
+    result = run_command("submit", job, "--follow")
     assert result.exit_code == expected
     reported = f"given up: job-1 ended with exit code {code}; submit it again to resume\n"
     assert result.stderr == ("" if code == expected else reported)
@@ -259,7 +259,7 @@ def test_a_bug_is_named_and_its_traceback_kept(
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("gc2ray.output.verify.verify", broken)
-    result = here("verify", tmp_path)
+    result = run_command("verify", tmp_path)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"unexpected: {reported}; this is a bug: please report it")
@@ -267,7 +267,7 @@ def test_a_bug_is_named_and_its_traceback_kept(
     assert "in broken" in trace
     assert trace.startswith("Traceback")
     monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
-    result = here("verify", tmp_path)
+    result = run_command("verify", tmp_path)
     assert result.exit_code == 1
     assert "in broken" in result.stderr, "no room for a file: it is reported all the same"
 
@@ -276,7 +276,7 @@ def test_a_bug_is_a_line_of_json_for_programs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("gc2ray.output.verify.verify", lambda *_, **__: 1 / 0)
-    result = here("--log", "json", "verify", tmp_path)
+    result = run_command("--log", "json", "verify", tmp_path)
     assert result.exit_code == 1
     line = json.loads((result.stderr + capfd.readouterr().err).splitlines()[-1])
     assert line["message"] == "unexpected: ZeroDivisionError; this is a bug"
@@ -335,7 +335,7 @@ def test_a_truncated_dead_letter_is_reported(tmp_path: Path) -> None:
     write_round(tmp_path, 0, plan, lambda source, row: None if row == 0 else ["ok"])
     for letter, text in zip(sorted((tmp_path / "dead").iterdir()), ("", "[1]"), strict=True):
         letter.write_text(text)
-    result = here("status", tmp_path)
+    result = run_command("status", tmp_path)
     assert result.exit_code == 1
     assert result.stdout.count("is not a dead letter that gc2ray wrote, or is incomplete") == 2
 
@@ -344,7 +344,7 @@ def test_brackets_in_a_path_are_shown(tmp_path: Path) -> None:
     output = tmp_path / "run [v2]"
     write_round(output, 0, first_plan())
     for command in ("status", "verify"):
-        assert "run [v2]" in here(command, output).stdout
+        assert "run [v2]" in run_command(command, output).stdout
 
 
 @pytest.mark.parametrize(
@@ -352,6 +352,6 @@ def test_brackets_in_a_path_are_shown(tmp_path: Path) -> None:
 )
 def test_a_mistyped_destination_is_refused(tmp_path: Path, words: list[str]) -> None:
     write_round(tmp_path, 0, first_plan())
-    result = here(*(str(tmp_path) if word == "OUT" else word for word in words))
+    result = run_command(*(str(tmp_path) if word == "OUT" else word for word in words))
     assert result.exit_code == 2
     assert "did you mean 's3://b/x'?" in result.stderr or "has a shell variable" in result.stderr

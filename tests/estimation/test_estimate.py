@@ -25,7 +25,7 @@ from gc2ray.estimation.workload import NO_WORK
 from gc2ray.models.loading import load_metadata
 from gc2ray.output.totals import read_totals
 from tests.estimation.test_hardware import GOOD
-from tests.test_cli import gc2ray, here, job_file
+from tests.support.commands import gc2ray, job_file, run_command
 
 
 def hardware_file(folder: Path) -> Path:
@@ -53,7 +53,7 @@ def demo(tmp_path: Path) -> Path:
 @pytest.mark.ray
 @pytest.mark.timeout(480)
 def test_estimated_tokens_are_those_of_the_run(demo: Path, tmp_path: Path) -> None:
-    result = here("estimate", demo, "--json")
+    result = run_command("estimate", demo, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     ran = gc2ray("run", demo)
@@ -76,7 +76,7 @@ def test_estimated_tokens_are_those_of_the_run(demo: Path, tmp_path: Path) -> No
         assert own["flops"][stage]["low"] <= flops <= own["flops"][stage]["high"], stage
     assert full["flops"]["prefill"]["low"] <= stats.flops_full["prefill"]
     assert stats.flops_full["prefill"] <= full["flops"]["prefill"]["high"]
-    like = here("estimate", demo, "--like", tmp_path / "out")
+    like = run_command("estimate", demo, "--like", tmp_path / "out")
     assert like.exit_code == 0, like.stderr
     assert "cpu: from the rates of an earlier run." in like.stdout
     assert "Output tokens: as in the run on cpu." in like.stdout
@@ -86,7 +86,7 @@ def test_it_needs_neither_weights_nor_output(tiny_paths: dict[str, Path], tmp_pa
     bare = tmp_path / "model"
     shutil.copytree(tiny_paths["vicuna"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = job_file(tmp_path, bare)
-    result = here(
+    result = run_command(
         "estimate",
         config,
         "--output-tokens",
@@ -108,7 +108,7 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
     bare = {"name": "Bare", "devices": ["Bare 1"], "missing": "no data sheet was read"}
     file = tmp_path / "hardware.yaml"
     file.write_text(yaml.safe_dump({"hardware": [GOOD, bare]}))
-    result = here("estimate", config, "--hardware", file)
+    result = run_command("estimate", config, "--hardware", file)
     assert result.exit_code == 0, result.stderr
     (line,) = [line for line in result.stdout.splitlines() if "Bare" in line]
     assert line == (
@@ -117,10 +117,10 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
     )
     assert "* No cost of mine: the hardware table has no price; use" in result.stdout
     assert "$" not in result.stdout
-    document = json.loads(here("estimate", config, "--hardware", file, "--json").stdout)
+    document = json.loads(run_command("estimate", config, "--hardware", file, "--json").stdout)
     assert {item["hardware"] for item in document["devices"]} == {"mine"}
     assert document["left_out"] == [line.removeprefix("* ")]
-    default = here("estimate", config)
+    default = run_command("estimate", config)
     assert default.exit_code == 0, default.stderr
     assert "* No estimate for T4, L4" in default.stdout
     assert "visual tokens before compression" in default.stdout
@@ -128,9 +128,9 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
 
 def test_the_size_of_the_sample_is_printed(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=60)
-    result = here("estimate", config, "--rows", "20")
+    result = run_command("estimate", config, "--rows", "20")
     assert "20 of 60 rows were sampled" in result.stdout
-    assert "60 of 60" not in here("estimate", config, "--rows", "20", "--all").stdout
+    assert "60 of 60" not in run_command("estimate", config, "--rows", "20", "--all").stdout
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_size_of_the_sample_is_printed(tiny_paths: dict[str, Path], tmp_path
 def test_unusable_options_are_refused(
     tiny_paths: dict[str, Path], tmp_path: Path, words: list[str], message: str
 ) -> None:
-    result = here("estimate", job_file(tmp_path, tiny_paths["vicuna"]), *words)
+    result = run_command("estimate", job_file(tmp_path, tiny_paths["vicuna"]), *words)
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -197,13 +197,15 @@ def test_audits_are_estimated(tiny_paths: dict[str, Path], tmp_path: Path) -> No
         own.work[2].rows, own.work[2].rows // 2
     ]  # fmt: skip
     file = hardware_file(tmp_path)
-    result = here(
+    result = run_command(
         "estimate", job_file(tmp_path, path), "--output-tokens", "4", "--hardware", file, *changes
     )
     assert result.exit_code == 0, result.stderr
     assert "50.0% of the rows are also answered uncompressed, and rows that differ" in result.stdout
     assert "again, up to 2 times: up to " in result.stdout
-    assert "also answered uncompressed" not in here("estimate", job_file(tmp_path, path)).stdout
+    assert (
+        "also answered uncompressed" not in run_command("estimate", job_file(tmp_path, path)).stdout
+    )
 
 
 def test_an_audit_without_answerable_rows_is_estimated(
@@ -216,7 +218,7 @@ def test_an_audit_without_answerable_rows_is_estimated(
     place = table.column_names.index("image")
     broken = pa.array([{"bytes": b"no image", "path": None}] * len(table), table["image"].type)
     pq.write_table(table.set_column(place, "image", broken), source)
-    result = here(
+    result = run_command(
         "estimate", config, "recipe.audit={share: 0.5}", "--output-tokens", "4",
         "--hardware", hardware_file(tmp_path),
     )  # fmt: skip

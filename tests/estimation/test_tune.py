@@ -26,9 +26,9 @@ from gc2ray.estimation.recommendation import Criteria, Measured, Target, Tuning,
 from gc2ray.estimation.trials import BASELINE, CompressionSetting, Trials, measure, references_of
 from gc2ray.estimation.tune import TuneRequest, compared_settings
 from gc2ray.reporting.terminal_tables import print_tuning
+from tests.support.commands import job_file, run_command
 from tests.support.fakes import echo
 from tests.support.rows import request
-from tests.test_cli import here, job_file
 
 HALF, TENTH = CompressionSetting("globalcom2", 0.5), CompressionSetting("globalcom2", 0.1)
 BY_POLICY = {UNCOMPRESSED: BASELINE, HALF.name: HALF, TENTH.name: TENTH}
@@ -264,17 +264,17 @@ def test_settings_are_the_recipes_method_at_all_retentions(tmp_path: Path) -> No
 def test_the_command_measures_and_recommends(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=24)
     words = ("tune", config, "--rows", "24", "--retention", "0.5", "--retention", "0.1")
-    result = here(*words, "--min-agreement", "0")
+    result = run_command(*words, "--min-agreement", "0")
     assert result.exit_code == 0, result.stderr
     drawing = tmp_path / "front.svg"
-    refused = here(*words, "--svg", tmp_path / "nowhere" / "front.svg")
+    refused = run_command(*words, "--svg", tmp_path / "nowhere" / "front.svg")
     assert (refused.exit_code, "cannot be written" in refused.stderr) == (2, True)
     assert "No cost: the hardware table has no on-demand price of cpu; use" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines() if "│" in line) <= 80
     assert "none at 1" in result.stdout
     assert "globalcom2 at 0.1" in result.stdout
     assert re.search(r"(Use globalcom2 at 0\.\d|Compression does not pay here)", result.stdout)
-    priced = here(*words, "--json", "--usd-per-hour", "1", "--svg", drawing)
+    priced = run_command(*words, "--json", "--usd-per-hour", "1", "--svg", drawing)
     found = json.loads(priced.stdout)
     root = ElementTree.fromstring(drawing.read_text())
     texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -310,7 +310,7 @@ def test_invalid_options_are_refused_before_the_model_is_loaded(
         "gc2ray.estimation.tune.load_recipe_model",
         lambda *_, **__: pytest.fail("a model was loaded"),
     )
-    result = here("tune", job_file(tmp_path, tiny_paths["vicuna"]), *words)
+    result = run_command("tune", job_file(tmp_path, tiny_paths["vicuna"]), *words)
     assert result.exit_code == 2
     assert message in result.stderr
 

@@ -18,8 +18,8 @@ from gc2ray.engine.engine import load_recipe_model
 from gc2ray.models import loading
 from gc2ray.models.base import LoadedModel
 from gc2ray.models.families.llava_next import LlavaNext
+from tests.support.commands import run_command
 from tests.support.rows import job_data, make_job, write_rows
-from tests.test_cli import here
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -301,10 +301,10 @@ def test_the_recipe_takes_rules_over_wherever_its_model_is_loaded(
     source = write_rows(tmp_path / "rows.parquet", 4)
     job = tmp_path / "job.yaml"
     job.write_text(json.dumps(job_data(model, source, tmp_path / "out")))
-    caught = here("estimate", job)
+    caught = run_command("estimate", job)
     assert (caught.exit_code, "min_length 3" in caught.stderr) == (2, True)
     ignored = "recipe.generation.ignore_model_rules=[min_length]"
-    assert here("estimate", job, ignored).exit_code == 0
+    assert run_command("estimate", job, ignored).exit_code == 0
 
 
 def test_a_hub_id_in_the_hubs_cache_is_held_to_the_same(

@@ -21,6 +21,7 @@ from gc2ray.output.planner import read_status
 from gc2ray.output.retry import next_retry
 from gc2ray.reporting.terminal import print_outcome
 from gc2ray.runner.run import run_retry
+from tests.support.commands import run_command
 from tests.support.outputs import (
     FILES,
     RECIPE,
@@ -31,7 +32,6 @@ from tests.support.outputs import (
     parts,
     write_round,
 )
-from tests.test_cli import here
 
 ROWS = sum(file.rows for file in FILES)
 ALLOWS = "cluster.max_bad_rows = 0.05 allows"
@@ -51,7 +51,7 @@ def _as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path, *overrides: str) -> Result:
     job = {"output": str(tmp_path / "out"), "recipe": RECIPE.model_dump(mode="json")}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    return here("run", tmp_path / "job.json", *overrides)
+    return run_command("run", tmp_path / "job.json", *overrides)
 
 
 @pytest.mark.parametrize("failed", [0, 1, 10])
@@ -64,7 +64,7 @@ def test_too_many_failures_are_no_success_however_few_rows_there_are(
     assert (first.exit_code, first.stdout) == (again.exit_code, again.stdout)
     assert first.exit_code == (1 if failed else 0)
     assert (f"{failed} of 17 answers failed, more than {ALLOWS}" in first.stdout) == (failed > 0)
-    status = here("status", tmp_path / "out")
+    status = run_command("status", tmp_path / "out")
     assert (status.exit_code, ALLOWS in status.stdout) == (0, False)
     accepted = run(tmp_path, "cluster.max_bad_rows=1")
     assert (accepted.exit_code, ALLOWS in accepted.stdout) == (0, False)
@@ -77,7 +77,7 @@ def test_the_first_failures_and_the_next_command_are_printed(tmp_path: Path) -> 
         return replace(answer, error=answer.error and f"\x1b[31m[red]{answer.error}\n" + "x" * 500)
 
     write_round(tmp_path / "out", 0, first_plan(), bad((1, 4, 5, 8)), changed=shown)
-    for result in (run(tmp_path), here("status", tmp_path / "out")):
+    for result in (run(tmp_path), run_command("status", tmp_path / "out")):
         lines = result.stdout.splitlines()
         at = lines.index("first failed answers:")
         keys = [f"  a.parquet#{row}: bad_image:  [31m[red]bad in 0 xxx" for row in (1, 4, 5)]
@@ -106,7 +106,7 @@ def test_verify_names_a_retry_round_that_is_not_finished(tmp_path: Path) -> None
     assert retry is not None
     write_round(tmp_path / "out", 1, retry.plan)
     parts(tmp_path / "out/retry_rounds/1")[0].unlink()
-    result = here("verify", tmp_path / "out")
+    result = run_command("verify", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-2:] == [
         "incomplete: 17 of 17 planned rows are answered",
@@ -117,7 +117,7 @@ def test_verify_names_a_retry_round_that_is_not_finished(tmp_path: Path) -> None
 def test_an_incomplete_run_is_resumed_first(tmp_path: Path) -> None:
     write_round(tmp_path / "out", 0, first_plan(), bad((1,)))
     parts(tmp_path / "out")[2].unlink()
-    status = here("status", tmp_path / "out")
+    status = run_command("status", tmp_path / "out")
     assert status.exit_code == 1
     assert "rows are not committed; run the same command" in status.stdout
     assert "a.parquet#1: bad_image: bad in 0" in status.stdout
@@ -155,7 +155,7 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     again = run(tmp_path, "cluster.max_bad_rows=0.1")
     assert again.exit_code == found.exit_code
     assert ("first failed answers" in again.stdout) == (mended < 10)
-    nothing = here("retry", output, "cluster.max_bad_rows=0.1", "--status", "timeout")
+    nothing = run_command("retry", output, "cluster.max_bad_rows=0.1", "--status", "timeout")
     assert "no row has to be answered again" in nothing.stdout
     assert nothing.exit_code == found.exit_code
 
@@ -185,8 +185,8 @@ def test_blank_answers_are_counted_and_reported(tmp_path: Path) -> None:
     result = run(tmp_path, "cluster.max_bad_rows=1")
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["│", "blank", "answers", "│", "3", "│"] in lines
-    assert here("verify", tmp_path / "out", "--deep").exit_code == 0
-    report = here("report", tmp_path / "out")
+    assert run_command("verify", tmp_path / "out", "--deep").exit_code == 0
+    report = run_command("report", tmp_path / "out")
     assert report.exit_code == 0, report.stderr
     assert json.loads((tmp_path / "out/report/report.json").read_text())
     assert "ok, but blank" in (tmp_path / "out/report/report.md").read_text()

@@ -16,8 +16,8 @@ from gc2ray.reporting.dataset_card import CARD_NAME, MARKER, card, write_card
 from gc2ray.reporting.summary import AuditSummary, EscalationStep, Summary, summarise
 from tests.output.test_totals import worker_record
 from tests.reporting.test_report import PRICES, a_run, run_with_markup
+from tests.support.commands import run_command
 from tests.support.outputs import first_plan, write_round
-from tests.test_cli import here
 
 
 def summary_of(folder: Path) -> Summary:
@@ -125,7 +125,7 @@ def test_markup_in_records_is_escaped(tmp_path: Path) -> None:
 
 def test_the_command_writes_report_and_card(tmp_path: Path) -> None:
     output = a_run(tmp_path / "run")
-    result = here("report", output, "--usd-per-hour", "2")
+    result = run_command("report", output, "--usd-per-hour", "2")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"{output}/report/report.html, .md, .json", f"{output}/README.md"
@@ -133,8 +133,8 @@ def test_the_command_writes_report_and_card(tmp_path: Path) -> None:
     assert {path.name for path in (output / "report").iterdir()} == {
         "report.html", "report.md", "report.json"
     }  # fmt: skip
-    assert here("verify", output).stdout.count("README") == 0
-    again = here("report", output, output, "--to", tmp_path / "both", "--no-card")
+    assert run_command("verify", output).stdout.count("README") == 0
+    again = run_command("report", output, output, "--to", tmp_path / "both", "--no-card")
     assert again.stdout.splitlines() == [f"{tmp_path}/both/report.html, .md, .json"]
 
 
@@ -142,6 +142,6 @@ def test_the_command_writes_report_and_card(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_reported_are_refused(tmp_path: Path, words: list[str]) -> None:
     write_round(tmp_path / "run", 0, first_plan())
     Store(str(tmp_path / "run")).create("workers/w.json", worker_record())
-    result = here("report", *(str(tmp_path / "run") if w == "OUT" else w for w in words))
+    result = run_command("report", *(str(tmp_path / "run") if w == "OUT" else w for w in words))
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1

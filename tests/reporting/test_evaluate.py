@@ -20,9 +20,9 @@ from gc2ray.data.store import Store
 from gc2ray.output.parts import PartFooter, commit_part, part_bytes
 from gc2ray.output.plan import Plan
 from gc2ray.output.planner import store_plan
+from tests.support.commands import run_command
 from tests.support.outputs import first_plan, parts, retry_of, write_round
 from tests.support.rows import make_recipe
-from tests.test_cli import here
 
 CARRIED = pa.schema([("reference", pa.string()), ("topic", pa.string())])
 RECIPE = make_recipe("model")
@@ -146,14 +146,14 @@ def test_runs_with_lists_are_paired_by_prompt(tmp_path: Path) -> None:
 
 def tables(*arguments: str) -> str:
     """What the command prints, without its line breaks."""
-    result = here("evaluate", *arguments)
+    result = run_command("evaluate", *arguments)
     assert (result.exit_code, result.stderr) == (0, "")
     return " ".join(result.stdout.split())
 
 
 def document(*arguments: str) -> dict[str, Any]:
     """Its JSON, which is all that it prints then."""
-    result = here("evaluate", *arguments, "--json")
+    result = run_command("evaluate", *arguments, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     found: dict[str, Any] = json.loads(result.stdout)
     return found
@@ -161,7 +161,7 @@ def document(*arguments: str) -> dict[str, Any]:
 
 def problem(*arguments: str) -> str:
     """The one line that says why runs cannot be evaluated."""
-    result = here("evaluate", *arguments)
+    result = run_command("evaluate", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
     return result.stderr
@@ -228,6 +228,6 @@ def test_nothing_is_answered_yet(tmp_path: Path) -> None:
 
 
 def test_a_reference_must_be_named(tmp_path: Path) -> None:
-    result = here("evaluate", tmp_path)
+    result = run_command("evaluate", tmp_path)
     assert result.exit_code == 2
     assert "--reference" in result.stderr

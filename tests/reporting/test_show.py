@@ -29,10 +29,10 @@ from gc2ray.reporting.heat_map import TokenMap, heat_map, panels
 from gc2ray.reporting.show import answer_lines, image_name, map_tokens
 from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker
+from tests.support.commands import run_command
 from tests.support.outputs import retry_of, write_round
 from tests.support.rows import SIZES, encoded, make_job, picture
 from tests.support.views import random_views
-from tests.test_cli import here
 
 
 def mask(packed: bytes) -> np.ndarray:
@@ -211,11 +211,11 @@ def test_rows_that_cannot_be_shown_are_refused_with_a_reason(
 
 def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
     file = tmp_path / "row.png"
-    result = here("show", answered.output, "odd#1.parquet#0", "--to", file)
+    result = run_command("show", answered.output, "odd#1.parquet#0", "--to", file)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(file)
     assert Image.open(file).format == "PNG"
-    refused = here("show", tmp_path / "nowhere", "a#0")
+    refused = run_command("show", tmp_path / "nowhere", "a#0")
     assert refused.exit_code == 2
     assert "there is no run here" in refused.stderr
 
@@ -223,15 +223,15 @@ def test_the_command_writes_a_picture(answered: Job, tmp_path: Path) -> None:
 def test_the_report_shows_rows(answered: Job, tmp_path: Path) -> None:
     """Two of its own choice, and one that was asked for."""
     words = ["--show", "2", "--row", "odd#1.parquet#3", "--to", tmp_path / "report"]
-    result = here("report", answered.output, *words)
+    result = run_command("report", answered.output, *words)
     assert result.exit_code == 0, result.stderr
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("<img ") == 3 * 4
     assert "not answered yet" in page
-    plain = here("report", answered.output)
+    plain = run_command("report", answered.output)
     assert "<img " not in (Path(answered.output) / "report" / "report.html").read_text()
     assert "Loading weights" not in plain.stderr
-    refused = here("report", answered.output, "--row", "other#0")
+    refused = run_command("report", answered.output, "--row", "other#0")
     assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
     assert "no row 'other#0' in the plan" in refused.stderr
 

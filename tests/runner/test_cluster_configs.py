@@ -21,9 +21,9 @@ from gc2ray.core.config.job import Job, load_job
 from gc2ray.data.store import Store
 from gc2ray.output.parts import list_parts
 from gc2ray.output.verify import verify
+from tests.support.commands import run_command
 from tests.support.ray_head import has_ended, until
 from tests.support.rows import job_data, write_rows
-from tests.test_cli import here
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cluster"
 PROGRAMS = Path(sys.executable).parent
@@ -127,7 +127,7 @@ def test_its_entrypoint_is_a_gc2ray_command(
         mount["name"],
         config_map["metadata"]["name"],
     )
-    result = here(*words[:-1], "--help")
+    result = run_command(*words[:-1], "--help")
     assert result.exit_code == 0
 
 
