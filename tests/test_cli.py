@@ -237,7 +237,7 @@ def test_verify_without_a_run(tmp_path: Path) -> None:
 
 
 def test_the_last_line_is_json_as_all_others_are(tmp_path: Path) -> None:
-    result = here("--log", "json", "verify", tmp_path)
+    result = run_command("--log", "json", "verify", tmp_path)
     (line,) = result.stderr.splitlines()
     assert result.exit_code == 2
     assert json.loads(line)["message"].startswith(f"configuration: {tmp_path}: there is no run")

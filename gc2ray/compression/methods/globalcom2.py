@@ -15,7 +15,7 @@ difference with its test in `tests/compression/test_compression.py`:
 4. Every view that shows anything keeps at least one token (`test_every_view_keeps_a_token`).
 5. Padding is cut with transformers' rounding (`test_unpadding_rounds_as_transformers`).
 6. Crop grids are those of the HF processor, which breaks ties for tiny images differently
-   (`tests/data/test_images.py`, agreement of `AnyRes` with transformers).
+   (`tests/models/test_image_processor.py`, agreement of `AnyRes` with transformers).
 7. Images without any valid crop token do not raise (`test_extreme_aspect_ratios`).
 8. Batches give what single images give (`test_many_equals_one_by_one`).
 9. Retention 1.0 is the identity (`test_retention_one_is_the_identity`).
