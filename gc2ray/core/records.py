@@ -45,7 +45,7 @@ class Request:
         row: Row number in the source.
         images: The row's images; length 1 for now. The requests of a row share them.
         prompts: The prompt; length 1, or 0 if there is a fault.
-        carried: The kept input columns, as Arrow scalars or Python values.
+        kept_columns: The kept input columns, as Arrow scalars or Python values.
         fault: Why the row cannot be answered, if reading it already showed that.
         prompt_index: Index of the prompt in its row; a row without prompts has one request, 0.
         prompt_count: Number of requests of the row, so that a lost one is noticed.
@@ -59,7 +59,7 @@ class Request:
     row: int
     images: tuple[ImageRef, ...]
     prompts: tuple[str, ...]
-    carried: Mapping[str, Any] = field(default_factory=dict)
+    kept_columns: Mapping[str, Any] = field(default_factory=dict)
     fault: BadRow | None = None
     prompt_index: int = 0
     prompt_count: int = 1

@@ -181,24 +181,28 @@ class Provenance:
     worker: str
 
 
-def answer_schema(carried: pa.Schema, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-    """The schema of every part: the carried input columns, then the answer columns."""
+def answer_schema(kept_columns: pa.Schema, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """The schema of every part: the kept input columns, then the answer columns."""
     head = {SCHEMA_KEY: str(SCHEMA_VERSION), **(metadata or {})}
-    return pa.schema([*carried, *ANSWER_FIELDS], metadata=head)
+    return pa.schema([*kept_columns, *ANSWER_FIELDS], metadata=head)
 
 
-def answer_table(answers: Sequence[Answer], carried: pa.Schema, provenance: Provenance) -> pa.Table:
-    """Answer rows as a table with `answer_schema(carried)`, in the order given."""
+def answer_table(
+    answers: Sequence[Answer], kept_columns: pa.Schema, provenance: Provenance
+) -> pa.Table:
+    """Answer rows as a table with `answer_schema(kept_columns)`, in the order given."""
     columns: dict[str, list[Any]] = {item.name: [] for item in ANSWER_FIELDS}
     for answer in answers:
         row = _answer_row(answer, provenance)
         for name, column in columns.items():
             column.append(row.get(name))
     kept = {
-        item.name: _column([answer.request.carried.get(item.name) for answer in answers], item.type)
-        for item in carried
+        item.name: _column(
+            [answer.request.kept_columns.get(item.name) for answer in answers], item.type
+        )
+        for item in kept_columns
     }
-    return pa.table({**kept, **columns}, schema=answer_schema(carried))
+    return pa.table({**kept, **columns}, schema=answer_schema(kept_columns))
 
 
 def _column(cells: Sequence[Any], kind: pa.DataType) -> pa.Array:

@@ -61,7 +61,7 @@ class RowReader:
         self._check_types(columns, source)
         return columns
 
-    def carried(self, files: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+    def kept_columns(self, files: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
         """The columns that are written back, with types that fit the values of all files.
 
         Args:
@@ -103,7 +103,7 @@ class RowReader:
             trouble = error
         prompt = self._prompt
         kept = ((name, record[column]) for name, column in self._kept)
-        carried = {name: cell for name, cell in kept if cell.is_valid}
+        kept_columns = {name: cell for name, cell in kept if cell.is_valid}
         listed = prompt.column is not None and is_list(record[prompt.column].type)
         texts = list(_texts(prompt, record)) if listed else [_text(prompt, record)]
         for index, text in enumerate(texts):
@@ -116,7 +116,7 @@ class RowReader:
                 row=row,
                 images=images,
                 prompts=(text,) if isinstance(text, str) and fault is None else (),
-                carried=carried,
+                kept_columns=kept_columns,
                 fault=fault,
                 prompt_index=index,
                 prompt_count=len(texts),

@@ -92,7 +92,7 @@ class Source:
         _check_keys([probe.file.source for probe in probed])
         _warn_of_large_groups(probed)
         columns = [(probe.file.source, probe.columns) for probe in probed]
-        return [probe.file for probe in probed], self._rows.carried(columns)
+        return [probe.file for probe in probed], self._rows.kept_columns(columns)
 
     def apart(self, files: Sequence[SourceFile], planned: Collection[str]) -> list[SourceFile]:
         """The files that are not planned under another name."""

@@ -129,7 +129,7 @@ def _answered(
 def references_of(requests: Sequence[Request], column: str) -> dict[str, list[str]]:
     """Reference answers by row key, from a column that the recipe keeps: a text or a list."""
     return {
-        request.row_key: reference_texts(request.carried[column])
+        request.row_key: reference_texts(request.kept_columns[column])
         for request in requests
-        if column in request.carried
+        if column in request.kept_columns
     }

@@ -192,7 +192,7 @@ def _schema(first: Round) -> pa.Schema:
     """The parts' schema; its metadata describes the run instead of a part."""
     recipe = json.dumps(first.run.recipe.model_dump(mode="json"))
     about = {"gc2ray.run": first.plan.recipe_fingerprint, "gc2ray.recipe": recipe}
-    return answer_schema(first.plan.carried, about)
+    return answer_schema(first.plan.kept_columns, about)
 
 
 def _answers(verdict: Verdict, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

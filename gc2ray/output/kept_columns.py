@@ -25,16 +25,16 @@ ROUNDS = 4
 _ERRORS = (pa.ArrowException, ValueError, TypeError, NotImplementedError, OSError)
 
 
-def as_written(carried: pa.Schema) -> pa.Schema:
+def as_written(kept_columns: pa.Schema) -> pa.Schema:
     """Kept columns with the types that they have in parts.
 
     Args:
-        carried: The same columns with the types that they have in the input.
+        kept_columns: The same columns with the types that they have in the input.
 
     Raises:
         ConfigError: A column cannot be written; the message names it and its type.
     """
-    return pa.schema([_written(item) for item in carried])
+    return pa.schema([_written(item) for item in kept_columns])
 
 
 def _written(item: pa.Field) -> pa.Field:
@@ -60,12 +60,12 @@ def _unwritable(item: pa.Field, why: str) -> ConfigError:
 
 def _through_parquet(item: pa.Field, cells: list[pa.Scalar | None]) -> pa.Field:
     """The type with which a column comes back from a part, with rows or without any."""
-    carried = pa.schema([item])
+    kept_columns = pa.schema([item])
     fields = []
     for some in (cells, []):
         answers = [_answer(item.name, row, cell) for row, cell in enumerate(some)]
         footer = PartFooter("0" * 16, "", "", "", len(some), stats_of(answers))
-        data = pa.BufferReader(part_bytes(answers, carried, Provenance(0, 0, ""), footer))
+        data = pa.BufferReader(part_bytes(answers, kept_columns, Provenance(0, 0, ""), footer))
         field = pq.read_schema(data).field(item.name)
         data.seek(0)
         table = open_parquet(data).read([item.name], use_threads=False)
@@ -80,8 +80,8 @@ def _through_parquet(item: pa.Field, cells: list[pa.Scalar | None]) -> pa.Field:
 
 
 def _answer(name: str, row: int, cell: pa.Scalar | None) -> Answer:
-    carried = {} if cell is None else {name: cell}
-    request = Request(f"#{row}", "", row, images=(), prompts=(), carried=carried)
+    kept_columns = {} if cell is None else {name: cell}
+    request = Request(f"#{row}", "", row, images=(), prompts=(), kept_columns=kept_columns)
     return Answer(request, Status.FAILED, "", 1.0)
 
 

@@ -78,7 +78,7 @@ def _footer_problems(
         yield f"answers another recipe, {footer.run}"
     if footer.rows != shard.rows:
         yield f"answers {footer.rows} rows, planned are {shard.rows}"
-    expected, schema = answer_schema(plan.carried), metadata.schema.to_arrow_schema()
+    expected, schema = answer_schema(plan.kept_columns), metadata.schema.to_arrow_schema()
     if not schema.equals(expected, check_metadata=False):
         yield f"its schema is another: {_schema_difference(expected, schema)}"
 
@@ -105,7 +105,7 @@ def _content_problems(this_round: Round, shard: Shard, footer: PartFooter) -> It
         yield "vanished while it was read"
         return
     try:
-        table = _readable(data, this_round.plan.carried)
+        table = _readable(data, this_round.plan.kept_columns)
     except (OSError, pa.ArrowException) as error:
         yield f"cannot be read: {' '.join(str(error).split())}"
         return
@@ -114,10 +114,10 @@ def _content_problems(this_round: Round, shard: Shard, footer: PartFooter) -> It
     yield from _count_problems(footer.stats, table_stats(table))
 
 
-def _readable(data: bytes, carried: pa.Schema) -> pa.Table:
-    """The answer columns. Carried columns may be large: they are read one by one, and dropped."""
+def _readable(data: bytes, kept_columns: pa.Schema) -> pa.Table:
+    """The answer columns. Kept columns may be large: they are read one by one, and dropped."""
     file = open_parquet(pa.BufferReader(data), check_pages=True)
-    for name in carried.names:
+    for name in kept_columns.names:
         file.read(columns=[name], use_threads=False)
     return file.read(columns=[item.name for item in ANSWER_FIELDS], use_threads=False)
 

@@ -150,11 +150,11 @@ def in_order(shard: Shard, answers: Iterable[Answer]) -> list[Answer]:
 
 
 def part_bytes(
-    answers: Sequence[Answer], carried: pa.Schema, provenance: Provenance, footer: PartFooter
+    answers: Sequence[Answer], kept_columns: pa.Schema, provenance: Provenance, footer: PartFooter
 ) -> bytes:
     """A part as a Parquet file, with its footer."""
-    table = answer_table(answers, carried, provenance)
-    table = table.cast(answer_schema(carried, footer.metadata()))
+    table = answer_table(answers, kept_columns, provenance)
+    table = table.cast(answer_schema(kept_columns, footer.metadata()))
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()

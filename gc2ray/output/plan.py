@@ -45,21 +45,23 @@ class Plan:
     Attributes:
         recipe_fingerprint: Fingerprint of its recipe.
         shards: In order of their index.
-        carried: Schema of the input columns that are written back.
+        kept_columns: Schema of the input columns that are written back.
     """
 
     recipe_fingerprint: str
     shards: Shards
-    carried: pa.Schema
+    kept_columns: pa.Schema
 
     @staticmethod
     def cut(
-        recipe: Recipe, files: Iterable[SourceFile], shard_rows: int, carried: pa.Schema
+        recipe: Recipe, files: Iterable[SourceFile], shard_rows: int, kept_columns: pa.Schema
     ) -> Plan:
         """The plan of a recipe's input files."""
         fingerprint = recipe.fingerprint()
         return Plan(
-            fingerprint, Shards.from_shards(cut_shards(files, shard_rows, fingerprint)), carried
+            fingerprint,
+            Shards.from_shards(cut_shards(files, shard_rows, fingerprint)),
+            kept_columns,
         )
 
     @property
@@ -75,13 +77,15 @@ class Plan:
         """
         if more.recipe_fingerprint != self.recipe_fingerprint:
             raise ConfigError("an extension of the plan is of another recipe")
-        if not more.carried.equals(self.carried):
+        if not more.kept_columns.equals(self.kept_columns):
             raise ConfigError(
-                f"recipe.input.keep: kept columns of new files are {_named(more.carried)}, "
-                f"those of planned files {_named(self.carried)}; all answers in an output must "
-                "have the same"
+                f"recipe.input.keep: kept columns of new files are {_named(more.kept_columns)}, "
+                f"those of planned files {_named(self.kept_columns)}; all answers in an output "
+                "must have the same"
             )
-        return Plan(self.recipe_fingerprint, self.shards.followed_by(more.shards), self.carried)
+        return Plan(
+            self.recipe_fingerprint, self.shards.followed_by(more.shards), self.kept_columns
+        )
 
     def to_bytes(self, follows: str = "") -> bytes:
         """The plan as a Parquet file; equal plans give equal bytes.
@@ -105,7 +109,9 @@ class Plan:
         metadata = {
             "gc2ray.recipe": self.recipe_fingerprint,
             "gc2ray.follows": follows,
-            "gc2ray.carried": base64.b64encode(self.carried.serialize().to_pybytes()).decode(),
+            "gc2ray.kept_columns": base64.b64encode(
+                self.kept_columns.serialize().to_pybytes()
+            ).decode(),
         }
         table = pa.table(columns, schema=_PLAN_SCHEMA.with_metadata(metadata))
         sink = io.BytesIO()
@@ -122,13 +128,13 @@ class Plan:
         try:
             table = open_parquet(io.BytesIO(data)).read(use_threads=False)
             metadata = table.schema.metadata
-            buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.carried"]))
-            carried = pa.ipc.read_schema(buffer)
+            buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.kept_columns"]))
+            kept_columns = pa.ipc.read_schema(buffer)
             fingerprint = metadata[b"gc2ray.recipe"].decode()
             shards = _shards(table.cast(_PLAN_SCHEMA).combine_chunks())
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{PLAN_NAME}: not written by gc2ray, or damaged") from error
-        return Plan(fingerprint, shards, carried)
+        return Plan(fingerprint, shards, kept_columns)
 
 
 def plan_name(number: int) -> str:

@@ -149,7 +149,7 @@ def stored_plan(store: Store, job: Job) -> Plan | None:
 
 
 def extend_plan(
-    store: Store, job: Job, plan: Plan, files: Sequence[SourceFile], carried: pa.Schema
+    store: Store, job: Job, plan: Plan, files: Sequence[SourceFile], kept_columns: pa.Schema
 ) -> Plan:
     """The plan with the input files that it does not have yet, stored as its next extension.
 
@@ -158,7 +158,7 @@ def extend_plan(
         job: The job.
         plan: The stored plan.
         files: The files of the input as it is now.
-        carried: Schema of its columns that are written back.
+        kept_columns: Schema of its columns that are written back.
 
     Raises:
         ConfigError: A planned file has changed, or the kept columns have.
@@ -171,20 +171,20 @@ def extend_plan(
             f"{f', and {len(changed) - 1} more' if changed[1:] else ''}; only new files can extend "
             "a run: give changed files another name, or choose a new output"
         )
-    if holds(plan.carried, carried):
-        carried = plan.carried
+    if holds(plan.kept_columns, kept_columns):
+        kept_columns = plan.kept_columns
     new = [file for file in files if file.source not in planned and file.rows]
     if not new:
         return plan
     rows = job.cluster.shard_rows or int(plan.shards.rows_each.max(initial=1))
-    more = Plan.cut(job.recipe, new, rows, carried)
+    more = Plan.cut(job.recipe, new, rows, kept_columns)
     plan.extended(more)  # refuses a plan that must not be stored
     names = store.names("plan")
     last = store.read(names[-1]) or b""
     store.create(plan_name(len(names)), more.to_bytes(bytes_digest(last)))
     grown = stored_plan(store, job) or plan
     return extend_plan(
-        store, job, grown, files, carried
+        store, job, grown, files, kept_columns
     )  # another driver may have stored one first
 
 

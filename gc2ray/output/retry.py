@@ -141,7 +141,7 @@ def retry_plan(verdict: Verdict, failures: Collection[str] = FAILURES) -> Plan |
         return None
     size = max(1, min(int(np.median(plan.shards.rows_each)), -(-rows // MIN_SHARDS)))
     cut = cut_spans(_spans(plan.shards.files, spans), size, plan.recipe_fingerprint)
-    return Plan(plan.recipe_fingerprint, Shards.from_shards(cut), plan.carried)
+    return Plan(plan.recipe_fingerprint, Shards.from_shards(cut), plan.kept_columns)
 
 
 def latest_failures(output: str) -> tuple[int, int]:

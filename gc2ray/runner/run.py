@@ -101,15 +101,15 @@ def run_job(
     output = _open_output(job.located(), extend=extend, warn_of_new_files=warn_of_new_files)
     if output.plan is not None and output.committed is not None and output.committed.whole:
         return _final_outcome(output, output.plan, output.committed)
-    files, carried = _check_before_answering(output)
+    files, kept_columns = _check_before_answering(output)
     with (
         ray_session.connected(address),
-        _workers(output.job, carried, make_worker) as pool,
+        _workers(output.job, kept_columns, make_worker) as pool,
         stopping() as stop,
     ):
         driver = Driver(pool.cluster, output.store, pool, display or (lambda _: None), stop)
         with driver_heartbeat(output.store, driver.usage):
-            plan = output.plan or _freeze_plan(output, files, carried, driver)
+            plan = output.plan or _freeze_plan(output, files, kept_columns, driver)
             # Another driver may have been faster, and have committed parts of a new plan.
             committed = output.committed or committed_parts(output.store, plan)
             driver.run(plan, committed)
@@ -252,7 +252,7 @@ def _check_before_answering(output: _Output) -> tuple[Sequence[SourceFile], pa.S
     output.store.check_usable(writing=True)
     warn_of_others(output.store)
     if output.plan is not None:
-        return [], output.plan.carried
+        return [], output.plan.kept_columns
     files, schema = output.source.scan()
     return files, as_written(schema)
 
@@ -268,12 +268,12 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 @contextmanager
-def _workers(job: Job, carried: pa.Schema, make_worker: MakeWorker) -> Iterator[RayPool]:
+def _workers(job: Job, kept_columns: pa.Schema, make_worker: MakeWorker) -> Iterator[RayPool]:
     """A pool of workers in the Ray that was joined; they end with the context."""
     # Workers record what they cost, so that their job has the share of a GPU that they really get.
     share = {"gpus_per_worker": ray_session.gpus_per_worker(job.cluster)}
     job = job.model_copy(update={"cluster": job.cluster.model_copy(update=share)})
-    pool = RayPool(job.cluster, make_worker, (job, carried))
+    pool = RayPool(job.cluster, make_worker, (job, kept_columns))
     try:
         yield pool
     finally:
@@ -281,7 +281,7 @@ def _workers(job: Job, carried: pa.Schema, make_worker: MakeWorker) -> Iterator[
 
 
 def _freeze_plan(
-    output: _Output, files: Sequence[SourceFile], carried: pa.Schema, driver: Driver
+    output: _Output, files: Sequence[SourceFile], kept_columns: pa.Schema, driver: Driver
 ) -> Plan:
     """Cut the input into shards and store the plan.
 
@@ -293,7 +293,7 @@ def _freeze_plan(
     if cluster.shard_rows is None and rows > 0:
         seconds = driver.calibrate(first_spans(files, CALIBRATION_ROWS))
     size = shard_rows(cluster, rows, driver.most_workers, seconds)
-    plan = Plan.cut(output.job.recipe, files, size, carried)
+    plan = Plan.cut(output.job.recipe, files, size, kept_columns)
     return store_plan(output.store, output.job, plan)
 
 

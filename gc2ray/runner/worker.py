@@ -72,7 +72,7 @@ class Worker:
 
     Args:
         job: The job.
-        carried: Schema of the input columns that are written back.
+        kept_columns: Schema of the input columns that are written back.
         retry_round: The number of the retry round, 0 for the first run.
         load: Makes the engine; the default loads the recipe's model.
         on_step: Called after every step of a shard, for tests.
@@ -85,7 +85,7 @@ class Worker:
     def __init__(
         self,
         job: Job,
-        carried: pa.Schema,
+        kept_columns: pa.Schema,
         *,
         retry_round: int = 0,
         load: Callable[[Job], AnsweringEngine] | None = None,
@@ -94,7 +94,7 @@ class Worker:
         self.uuid = uuid.uuid4().hex
         self.run = job.recipe.fingerprint()
         self._job = job
-        self._carried = carried
+        self._kept_columns = kept_columns
         self._retry_round = retry_round
         self._load = load or self._load_engine
         self._on_step = on_step or (lambda step, sid: log.debug("%s %s", step, sid))
@@ -284,7 +284,7 @@ class Worker:
 
     def _part(self, answers: Sequence[Answer], provenance: Provenance, footer: PartFooter) -> bytes:
         try:
-            return part_bytes(answers, self._carried, provenance, footer)
+            return part_bytes(answers, self._kept_columns, provenance, footer)
         except (pa.ArrowException, OverflowError) as error:
             raise UnwritableShard(
                 f"its answers do not fit into Parquet: {type(error).__name__}: {error}"

@@ -69,10 +69,10 @@ def run() -> list[Line]:
     """From Parquet to committed parts, two shards in flight, without Ray."""
     with tempfile.TemporaryDirectory(prefix="gc2ray-bench-") as directory:
         job = _job(Path(directory))
-        files, carried = Source(job.recipe.input).scan()
+        files, kept_columns = Source(job.recipe.input).scan()
         shards = tuple(cut_shards(files, SHARD_ROWS, job.recipe.fingerprint()))
         engine = SteadyEngine()
-        worker = Worker(job, carried, load=lambda _: engine)
+        worker = Worker(job, kept_columns, load=lambda _: engine)
         worker.load()
 
         def process(shard: Shard) -> RunStats:

@@ -59,9 +59,9 @@ class NoopEngine:
         return RunStats()
 
 
-def noop_worker(job: Job, carried: pa.Schema, sleep_seconds: float = 0.0) -> Worker:
+def noop_worker(job: Job, kept_columns: pa.Schema, sleep_seconds: float = 0.0) -> Worker:
     """A worker without a model; made in its own process."""
-    return Worker(job, carried, load=lambda _: NoopEngine(sleep_seconds))
+    return Worker(job, kept_columns, load=lambda _: NoopEngine(sleep_seconds))
 
 
 def run() -> list[Line]:

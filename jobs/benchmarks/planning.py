@@ -80,7 +80,7 @@ def _footers() -> Iterator[SourceFile]:
 def _part_of(plan: Plan, count: int) -> Plan:
     if count >= len(plan.shards):
         return plan
-    return Plan(plan.recipe_fingerprint, Shards.from_shards(plan.shards[:count]), plan.carried)
+    return Plan(plan.recipe_fingerprint, Shards.from_shards(plan.shards[:count]), plan.kept_columns)
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,9 @@ def _job(folder: Path, parts: int) -> Job:
     )
 
 
-def _worker(job: Job, carried: pa.Schema) -> Worker:
+def _worker(job: Job, kept_columns: pa.Schema) -> Worker:
     """Made in its own process."""
-    return Worker(job, carried, load=lambda _: MadeUpEngine(tuple(map(made_up, range(KINDS)))))
+    return Worker(job, kept_columns, load=lambda _: MadeUpEngine(tuple(map(made_up, range(KINDS)))))
 
 
 def made_up(kind: int) -> Answer:

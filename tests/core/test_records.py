@@ -27,7 +27,7 @@ from gc2ray.core.stats import STAGES, RunStats
 from tests.support.rows import request
 
 PROVENANCE = Provenance(attempt=2, retry_round=0, worker="w1")
-CARRIED = pa.schema([("id", pa.int64()), ("tags", pa.list_(pa.string()))])
+KEPT_COLUMNS = pa.schema([("id", pa.int64()), ("tags", pa.list_(pa.string()))])
 COLUMNS = [
     "row_key", "source", "row", "prompt_index", "answer", "status", "error", "finish_reason",
     "prompt_tokens", "output_tokens", "visual_tokens_full", "visual_tokens_kept", "newline_tokens",
@@ -43,7 +43,7 @@ UNMEASURED = [
 
 
 def row(number: int) -> Request:
-    return replace(request(seed=number), carried={"id": number, "tags": ["a", f"b{number}"]})
+    return replace(request(seed=number), kept_columns={"id": number, "tags": ["a", f"b{number}"]})
 
 
 def answered(number: int) -> Answer:
@@ -76,7 +76,7 @@ def failed(number: int) -> Answer:
 
 
 def table(*answers: Answer) -> pa.Table:
-    return answer_table(answers, CARRIED, PROVENANCE)
+    return answer_table(answers, KEPT_COLUMNS, PROVENANCE)
 
 
 def test_every_documented_column_is_there() -> None:
@@ -87,12 +87,12 @@ def test_every_documented_column_is_there() -> None:
 def test_schema_does_not_depend_on_what_happened() -> None:
     good, bad = table(answered(1), answered(2)), table(failed(1))
     assert good.schema.equals(bad.schema, check_metadata=True)
-    assert good.schema.equals(answer_schema(CARRIED), check_metadata=True)
+    assert good.schema.equals(answer_schema(KEPT_COLUMNS), check_metadata=True)
     assert table().schema.equals(good.schema, check_metadata=True)
 
 
 def test_schema_metadata() -> None:
-    metadata = answer_schema(CARRIED, {"gc2ray.sid": "x"}).metadata
+    metadata = answer_schema(KEPT_COLUMNS, {"gc2ray.sid": "x"}).metadata
     assert metadata == {
         b"gc2ray.schema_version": str(SCHEMA_VERSION).encode(),
         b"gc2ray.sid": b"x",
@@ -137,8 +137,8 @@ def test_rows_keep_their_order() -> None:
     assert table(*map(answered, numbers)).column("row").to_pylist() == numbers
 
 
-def test_a_carried_value_may_be_null() -> None:
-    bare = replace(failed(1), request=replace(row(1), carried={"id": None}))
+def test_a_kept_value_may_be_null() -> None:
+    bare = replace(failed(1), request=replace(row(1), kept_columns={"id": None}))
     (record,) = table(bare).to_pylist()
     assert (record["id"], record["tags"]) == (None, None)
 
@@ -152,20 +152,20 @@ def test_a_carried_value_may_be_null() -> None:
     ],
     ids=lambda cells: str(cells.type),
 )
-def test_nulls_within_carried_values_are_written(cells: pa.Array) -> None:
+def test_nulls_within_kept_values_are_written(cells: pa.Array) -> None:
     kept = [{"x": cell} if cell.is_valid else {} for cell in cells]
-    answers = [replace(failed(1), request=replace(row(1), carried=found)) for found in kept]
+    answers = [replace(failed(1), request=replace(row(1), kept_columns=found)) for found in kept]
     column = answer_table(answers, pa.schema([("x", cells.type)]), PROVENANCE)["x"]
     assert column.combine_chunks().equals(cells)
 
 
-def test_carried_values_of_another_type_are_cast_or_refused() -> None:
+def test_kept_values_of_another_type_are_cast_or_refused() -> None:
     """Exactly: what does not fit is no answer that looks right."""
     cells = [pa.scalar(1, pa.int8()), None, 2, pa.scalar("3"), pa.scalar(4, pa.int64())]
-    answers = [replace(failed(1), request=replace(row(1), carried={"x": c})) for c in cells]
+    answers = [replace(failed(1), request=replace(row(1), kept_columns={"x": c})) for c in cells]
     schema = pa.schema([("x", pa.int32())])
     assert answer_table(answers, schema, PROVENANCE)["x"].to_pylist() == [1, None, 2, 3, 4]
-    large = replace(failed(1), request=replace(row(1), carried={"x": pa.scalar(2**40)}))
+    large = replace(failed(1), request=replace(row(1), kept_columns={"x": pa.scalar(2**40)}))
     with pytest.raises(pa.ArrowInvalid):
         answer_table([large], schema, PROVENANCE)
 
@@ -264,7 +264,7 @@ ANSWERS = st.builds(
 @given(st.lists(ANSWERS, min_size=1, max_size=30))
 def test_statistics_of_columns_are_those_of_the_rows(answers: list[Answer]) -> None:
     """Those that are written; whatever was not measured counts nothing."""
-    statistics = table_stats(answer_table(answers, CARRIED, PROVENANCE))
+    statistics = table_stats(answer_table(answers, KEPT_COLUMNS, PROVENANCE))
     assert statistics == stats_of(answers)
 
 
@@ -275,7 +275,7 @@ def test_an_image_that_was_shared_is_counted_once() -> None:
 
 def test_only_unwritten_statistics_are_left_out() -> None:
     answer = replace(answered(3), image_shared=True, prompt_tokens_shared=2)
-    statistics = table_stats(answer_table([answer], CARRIED, PROVENANCE))
+    statistics = table_stats(answer_table([answer], KEPT_COLUMNS, PROVENANCE))
     assert {
         item.name
         for item in fields(RunStats)

@@ -96,7 +96,7 @@ def test_a_saved_dataset_is_read_in_place(tmp_path: Path) -> None:
         ("data-00001-of-00002.arrow", 3),
     ]
     rows = rows_of(source)
-    assert [row.carried["id"].as_py() for row in rows] == list(range(7))
+    assert [row.kept_columns["id"].as_py() for row in rows] == list(range(7))
     assert [row.prompts for row in rows] == [(f"Question {index}?",) for index in range(7)]
     raw = dataset.cast_column("image", ImageFeature(decode=False))
     for row, image in zip(rows, raw["image"], strict=True):
@@ -110,7 +110,7 @@ def test_a_saved_selection_is_read_as_selected(tmp_path: Path) -> None:
     dataset = save_dataset(tmp_path / "all")
     dataset.select([5, 2, 3]).save_to_disk(tmp_path / "some")
     rows = rows_of(source_of(tmp_path / "some", keep=["id"]))
-    assert [row.carried["id"].as_py() for row in rows] == [5, 2, 3]
+    assert [row.kept_columns["id"].as_py() for row in rows] == [5, 2, 3]
 
 
 def test_a_split_of_a_saved_dataset_must_be_named(tmp_path: Path) -> None:
@@ -137,7 +137,9 @@ def test_an_arrow_file_with_an_index_is_read_too(tmp_path: Path) -> None:
     source = source_of(tmp_path / "a.arrow", keep=["id"])
     (file,), _ = source.scan()
     assert file.groups == (4, 4, 2)
-    read = [row.carried["id"].as_py() for row in source.read(replace(whole(file), first=3), MEMORY)]
+    read = [
+        row.kept_columns["id"].as_py() for row in source.read(replace(whole(file), first=3), MEMORY)
+    ]
     assert read == list(range(3, 10))
 
 

@@ -59,7 +59,7 @@ def test_an_unknown_protocol_is_a_configuration_error() -> None:
 @pytest.mark.parametrize("pattern", ["", "/**/*.parquet"])
 def test_any_filesystem_is_read(in_memory: str, pattern: str) -> None:
     rows = rows_of(source_of(f"{in_memory}{pattern}", keep=["id"]))
-    assert [(row.row_key, row.carried["id"].as_py()) for row in rows] == [
+    assert [(row.row_key, row.kept_columns["id"].as_py()) for row in rows] == [
         ("a.parquet#0", 1),
         ("a.parquet#1", 2),
         ("sub/b.parquet#0", 1),

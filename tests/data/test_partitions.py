@@ -64,11 +64,11 @@ def test_folders_are_columns(tmp_path: Path) -> None:
     write(tmp_path / "in=x/b.parquet", image=[b"x"])
     keep = ["month", {"lang": "language"}]
     source = source_of(tmp_path / "in=x", prompt={"template": "{month} {lang}"}, keep=keep)
-    _, carried = source.scan()
-    assert carried == pa.schema([("month", pa.int32()), ("language", pa.string())])
+    _, kept_columns = source.scan()
+    assert kept_columns == pa.schema([("month", pa.int32()), ("language", pa.string())])
     rows = rows_of(source)
     assert [row.prompts for row in rows] == [(), ("01 de",), ("01 de",), ("11 de",)]
-    assert [row.carried.get("language", pa.scalar(None)).as_py() for row in rows] == [
+    assert [row.kept_columns.get("language", pa.scalar(None)).as_py() for row in rows] == [
         None,
         *["de"] * 3,
     ]

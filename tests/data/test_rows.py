@@ -183,7 +183,7 @@ def test_a_request_names_its_source_and_row(tmp_path: Path) -> None:
         row=1,
         images=(ImageRef(b"y"),),
         prompts=("two, 2",),
-        carried={"n": pa.scalar(2), "q": pa.scalar("two")},
+        kept_columns={"n": pa.scalar(2), "q": pa.scalar("two")},
     )
 
 
@@ -245,7 +245,7 @@ def test_a_list_gives_a_request_per_prompt(tmp_path: Path, kind: pa.DataType, me
     assert [row.row_key for row in rows] == [f"a.parquet#{r}#{i}" for r, i, _, _ in LISTED]
     assert [row.prompt_count for row in rows] == [max(1, len(LISTS[r] or ())) for r, *_ in LISTED]
     assert [row.images[0].data for row in rows] == [b"%d" % r for r, _, _, _ in LISTED]
-    assert [row.carried.get("prompt", pa.scalar(None)).as_py() for row in rows] == [
+    assert [row.kept_columns.get("prompt", pa.scalar(None)).as_py() for row in rows] == [
         LISTS[r] for r, _, _, _ in LISTED
     ]
     assert len({row.seed for row in rows}) == len(rows)

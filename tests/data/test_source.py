@@ -74,7 +74,7 @@ def test_a_span_gives_its_rows(
     read = list(source.read(span, host_memory_bytes=1 << shift))
     expected = list(range(span.first, span.stop))
     assert [row.row for row in read] == expected
-    assert [row.carried["id"].as_py() for row in read] == expected
+    assert [row.kept_columns["id"].as_py() for row in read] == expected
     assert [row.images[0].data for row in read] == [b"%d" % i * (1 + i % 9) for i in expected]
     assert [row.row_key for row in read] == [f"a.parquet#{row}" for row in expected]
 
@@ -85,7 +85,7 @@ def test_shards_read_every_row_once(tmp_path: Path) -> None:
     source = source_of(tmp_path / "in", keep=["id"])
     shards = list(cut_shards(source.scan()[0], 3, "recipe"))
     rows = [row for shard in shards for span in shard.spans for row in source.read(span, MEMORY)]
-    assert [row.carried["id"].as_py() for row in rows] == [*range(20), *range(3)]
+    assert [row.kept_columns["id"].as_py() for row in rows] == [*range(20), *range(3)]
 
 
 def test_a_changed_file_is_a_shard_error(tmp_path: Path) -> None:

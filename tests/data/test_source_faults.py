@@ -76,7 +76,7 @@ def single_try() -> Iterator[None]:
 @SERVERS
 @pytest.mark.parametrize("uri", ["in/", "in/*.parquet", "in/0.parquet"])
 def test_a_bucket_is_read(bucket: str, uri: str) -> None:
-    ids = [row.carried["id"].as_py() for row in rows_of(source_of(f"{bucket}/{uri}"))]
+    ids = [row.kept_columns["id"].as_py() for row in rows_of(source_of(f"{bucket}/{uri}"))]
     assert ids == list(range(ROWS if uri == "in/0.parquet" else FILES * ROWS))
 
 

@@ -315,4 +315,4 @@ def test_an_input_on_s3_is_known_by_its_etag(s3: str) -> None:
     assert all(file.fingerprint.startswith("etag:") for file in files)
     spans = [Span(file.source, file.fingerprint, 0, file.rows) for file in files]
     rows = [row for span in spans for row in source.read(span, 1 << 20)]
-    assert [row.carried["id"].as_py() for row in rows] == [1, 2, 3]
+    assert [row.kept_columns["id"].as_py() for row in rows] == [1, 2, 3]

@@ -312,9 +312,9 @@ def test_a_worker_writes_audits_to_the_part(
     source = write_rows(tmp_path / "in" / "a.parquet", 12)
     asked = {"audit__share": 0.5, "audit__escalate": escalate}
     job: Job = make_job(tiny_paths["vicuna"], source, tmp_path / "out", **asked).located()
-    files, carried = Source(job.recipe.input).scan()
-    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 12, carried))
-    worker = Worker(job, carried)
+    files, kept_columns = Source(job.recipe.input).scan()
+    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 12, kept_columns))
+    worker = Worker(job, kept_columns)
     worker.load()
     done = worker.process(ShardAssignment(plan.shards[0]))
     expected = {f"a.parquet#{row}" for row in range(12) if is_audited(f"a.parquet#{row}", 0.5)}

@@ -69,8 +69,8 @@ def test_an_engine_streams_again(loaded: LoadedModel) -> None:
     assert tokens_of(engine, rows) == tokens_of(engine, rows)
 
 
-def test_an_answer_keeps_carried_columns_but_no_image(loaded: LoadedModel) -> None:
-    row = replace(request(), carried={"id": 5})
+def test_an_answer_has_kept_columns_but_no_image(loaded: LoadedModel) -> None:
+    row = replace(request(), kept_columns={"id": 5})
     (answer,) = make_engine(loaded).stream([row])
     assert answer.request == replace(row, images=())
 

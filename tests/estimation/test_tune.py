@@ -234,7 +234,7 @@ def test_nothing_to_compare_with_is_reported() -> None:
 
 def test_references_are_texts_or_lists_of_them() -> None:
     asked = [
-        replace(row, carried={"right": value})
+        replace(row, kept_columns={"right": value})
         for row, value in zip(rows(3), ("a", ["b", None, "c"], 7), strict=True)
     ]
     assert references_of(asked, "right") == {"a#0": ["a"], "a#1": ["b", "c"], "a#2": ["7"]}

@@ -203,8 +203,8 @@ def greedy(request):
 def load(job):
     return EchoEngine(0.002, greedy)
 
-def worker(job, carried):
-    return Worker(job, carried, load=load)
+def worker(job, kept_columns):
+    return Worker(job, kept_columns, load=load)
 
 run_job(load_job(Path(sys.argv[1])), address=sys.argv[2], make_worker=worker)
 """

@@ -42,9 +42,9 @@ def _load(seconds: float, _job: Job) -> EchoEngine:
     return EchoEngine(seconds, buffered=IN_HAND)
 
 
-def slowed_worker(job: Job, carried: pa.Schema, seconds: float) -> Worker:
+def slowed_worker(job: Job, kept_columns: pa.Schema, seconds: float) -> Worker:
     """A worker that takes so long for each row."""
-    return Worker(job, carried, load=partial(_load, seconds))
+    return Worker(job, kept_columns, load=partial(_load, seconds))
 
 
 def living_workers() -> list[int]:

@@ -30,8 +30,8 @@ from gc2ray.output.compact import Dataset, compact
 from gc2ray.output.retry import next_retry
 from gc2ray.output.verify import verify
 from tests.support.outputs import (
-    CARRIED,
     FILES,
+    KEPT_COLUMNS,
     RECIPE,
     all_ok,
     first_plan,
@@ -158,7 +158,7 @@ def test_the_schema_is_that_of_answers_and_names_the_run(tmp_path: Path) -> None
     retried(tmp_path / "out", 3, 1, listed=False)
     compact(str(tmp_path / "out"), str(tmp_path / "dest"), incomplete=True)
     schema = pq.read_schema(tmp_path / "dest/part-00000.parquet")
-    assert schema.equals(answer_schema(CARRIED))
+    assert schema.equals(answer_schema(KEPT_COLUMNS))
     names = {"gc2ray.schema_version", "gc2ray.run", "gc2ray.recipe"}
     assert {name.decode() for name in schema.metadata} - {"ARROW:schema"} == names
     assert json.loads(schema.metadata[b"gc2ray.recipe"]) == RECIPE.model_dump(mode="json")
@@ -183,16 +183,20 @@ def test_other_libraries_read_the_dataset(tmp_path: Path) -> None:
 def test_any_kept_columns(tmp_path: Path) -> None:
     """Also such whose values are kept apart from their rows."""
     names = pa.dictionary(pa.int32(), pa.string())
-    carried = pa.schema([("id", names), ("tag", pa.list_(pa.struct([("a", pa.large_string())])))])
+    kept_columns = pa.schema(
+        [("id", names), ("tag", pa.list_(pa.struct([("a", pa.large_string())])))]
+    )
 
     def changed(answer: Answer) -> Answer:
         request = answer.request
         values = {"id": f"row {request.row}", "tag": [{"a": request.source}]}
-        return replace(answer, request=replace(request, carried=values))
+        return replace(answer, request=replace(request, kept_columns=values))
 
     output, dest = tmp_path / "out", tmp_path / "dest"
     outcome = random_outcome(4, 0, listed=False)
-    write_round(output, 0, replace(first_plan(), carried=carried), outcome, changed=changed)
+    write_round(
+        output, 0, replace(first_plan(), kept_columns=kept_columns), outcome, changed=changed
+    )
     retry = next_retry(str(output))
     assert retry is not None
     write_round(output, 1, retry.freeze(), changed=changed)
@@ -209,7 +213,7 @@ def test_no_rows_are_a_file_with_the_schema(tmp_path: Path) -> None:
     write_round(tmp_path / "out", 0, first_plan(files=[]))
     dataset = compact(str(tmp_path / "out"), str(tmp_path / "dest"))
     assert (dataset.rows, dataset.answers, len(dataset.files)) == (0, 0, 1)
-    assert read(tmp_path / "dest").schema.equals(answer_schema(CARRIED))
+    assert read(tmp_path / "dest").schema.equals(answer_schema(KEPT_COLUMNS))
 
 
 def test_an_incomplete_run_is_compacted_only_on_request(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.planner import extend_plan, store_plan, stored_plan
 from gc2ray.output.run_directory import frozen_plan, stored_run
 from gc2ray.output.verify import verify
-from tests.support.outputs import CARRIED, FILES, RECIPE, first_plan, write_round
+from tests.support.outputs import FILES, KEPT_COLUMNS, RECIPE, first_plan, write_round
 
 NEW = (SourceFile("e.parquet", "fe", (4,)), SourceFile("f.parquet", "ff", (0,)))
 
@@ -35,7 +35,7 @@ def extended(store: Store, files: tuple[SourceFile, ...], **cluster: object) -> 
     job = job_of(store, **cluster)
     plan = stored_plan(store, job)
     assert plan is not None
-    return extend_plan(store, job, plan, files, CARRIED)
+    return extend_plan(store, job, plan, files, KEPT_COLUMNS)
 
 
 def test_new_files_get_shards_after_the_old_ones(output: Store) -> None:
@@ -81,11 +81,11 @@ def test_a_changed_file_is_refused_and_nothing_is_stored(output: Store) -> None:
 
 def test_other_kept_columns_are_refused_and_nothing_is_stored(output: Store) -> None:
     job = job_of(output)
-    carried = pa.schema([pa.field("id", pa.string())])
+    kept_columns = pa.schema([pa.field("id", pa.string())])
     with pytest.raises(
         ConfigError, match=r"keep: .* are id string, those of planned files id int64"
     ):
-        extend_plan(output, job, first_plan(), (*FILES, *NEW), carried)
+        extend_plan(output, job, first_plan(), (*FILES, *NEW), kept_columns)
     assert output.names("plan") == [PLAN_NAME]
 
 
@@ -133,7 +133,7 @@ def test_an_extension_that_does_not_follow_is_damage(
 
 def test_an_extension_of_another_recipe_is_damage(output: Store) -> None:
     plan = first_plan()
-    other = Plan("another", plan.shards, plan.carried)
+    other = Plan("another", plan.shards, plan.kept_columns)
     output.create(plan_name(1), other.to_bytes(bytes_digest(output.read(PLAN_NAME) or b"")))
     (problem,) = verify(output.uri).problems
     assert problem == "plan/0001.parquet: an extension of the plan is of another recipe"

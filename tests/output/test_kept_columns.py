@@ -118,23 +118,23 @@ def test_kept_columns_have_the_planned_types(tmp_path: Path, cells: pa.Array) ->
     saved(tmp_path / "a.arrow", pa.table({"image": [b"x"] * 3, "kept": cells}))
     source = source_of(tmp_path / "a.arrow", keep=["kept"])
     files, found = source.scan()
-    carried = as_written(found)
+    kept_columns = as_written(found)
     job = make_job("model", tmp_path / "a.arrow", tmp_path / "out", input__keep=["kept"])
     fingerprint = job.recipe.fingerprint()
     shards = Shards.from_shards(cut_shards(files, 3, fingerprint))
     store = Store(job.output)
-    plan = store_plan(store, job, Plan(fingerprint, shards, carried))
+    plan = store_plan(store, job, Plan(fingerprint, shards, kept_columns))
     answers = [Answer(row, Status.OK, "m", 1.0, answer="a") for row in rows_of(source)]
     footer = PartFooter(shards[0].sid, fingerprint, "t", "w", 3, stats_of(answers))
     commit_part(
-        store, shards[0], part_bytes(answers, plan.carried, Provenance(1, 0, "w"), footer), "t"
+        store, shards[0], part_bytes(answers, plan.kept_columns, Provenance(1, 0, "w"), footer), "t"
     )
     assert verify(job.output, deep=True).problems == ()
     kept = pq.read_table(tmp_path / "out" / shards[0].part_name)["kept"].combine_chunks()
-    assert kept.type.equals(carried.field("kept").type)
+    assert kept.type.equals(kept_columns.field("kept").type)
     twice = pa.chunked_array([kept, kept]).take([5, 0]).to_pylist()
     assert twice == kept.take([2, 0]).to_pylist(), "retries and compact take rows of several parts"
-    assert as_written(carried).equals(carried), "for ever"
+    assert as_written(kept_columns).equals(kept_columns), "for ever"
     storage = getattr(kept, "storage", kept), getattr(cells, "storage", cells)
     assert storage[0].to_pylist() == storage[1].to_pylist()
 
@@ -251,12 +251,12 @@ def test_files_of_different_types_are_one_column(
     for number, cells in enumerate(arrays):
         write(tmp_path / f"{number}.parquet", image=[b"x"] * len(cells), kept=cells)
     source = source_of(tmp_path, keep=["kept"])
-    carried = as_written(source.scan()[1])
-    plain = carried.field("kept").type
+    kept_columns = as_written(source.scan()[1])
+    plain = kept_columns.field("kept").type
     assert plain.equals(kind) or str(plain) == str(kind).replace("item", "element")
     answers = [Answer(row, Status.OK, "m", 1.0) for row in rows_of(source)]
     footer = PartFooter("0" * 16, "r", "t", "w", len(answers), stats_of(answers))
-    data = pa.BufferReader(part_bytes(answers, carried, Provenance(1, 0, "w"), footer))
+    data = pa.BufferReader(part_bytes(answers, kept_columns, Provenance(1, 0, "w"), footer))
     kept = pq.read_table(data)["kept"]
     assert kept.type.equals(plain)
     assert kept.to_pylist() == [value for cells in arrays for value in cells.to_pylist()]

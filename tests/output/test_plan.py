@@ -18,7 +18,7 @@ from tests.support.methods import write_method
 from tests.support.rows import make_recipe
 
 RECIPE = make_recipe("model")
-CARRIED = pa.schema([("id", pa.int64()), ("tags", pa.list_(pa.struct([("a", pa.string())])))])
+KEPT_COLUMNS = pa.schema([("id", pa.int64()), ("tags", pa.list_(pa.struct([("a", pa.string())])))])
 
 
 def a_file(groups: list[int], name: str = "a.parquet") -> SourceFile:
@@ -27,7 +27,7 @@ def a_file(groups: list[int], name: str = "a.parquet") -> SourceFile:
 
 def a_plan(shard_rows: int = 7) -> Plan:
     files = [a_file([5, 5, 5]), a_file([3], "b.parquet"), a_file([30], "ü/c.parquet")]
-    return Plan.cut(RECIPE, files, shard_rows, CARRIED)
+    return Plan.cut(RECIPE, files, shard_rows, KEPT_COLUMNS)
 
 
 @pytest.mark.parametrize("shard_rows", [1, 7, 1000])
@@ -35,7 +35,7 @@ def test_a_plan_survives_its_file(shard_rows: int) -> None:
     plan = a_plan(shard_rows)
     again = Plan.from_bytes(plan.to_bytes())
     assert again == plan
-    assert again.carried.equals(CARRIED)
+    assert again.kept_columns.equals(KEPT_COLUMNS)
     assert again.rows == 48
     assert again.to_bytes() == plan.to_bytes()
 

@@ -120,7 +120,7 @@ def test_the_requested_failures_are_planned(
     retry = begin_retry(output, failures=failures)
     assert (retry.number, retry.begun, planned_rows(retry.plan)) == (1, False, rows)
     assert retry.plan.recipe_fingerprint == first_plan().recipe_fingerprint
-    assert retry.plan.carried == first_plan().carried
+    assert retry.plan.kept_columns == first_plan().kept_columns
 
 
 def test_nothing_failed(tmp_path: Path) -> None:
@@ -261,16 +261,18 @@ def test_workers_answer_a_retry(tmp_path: Path) -> None:
     job = make_job(
         "model", source, tmp_path / "out", input__keep=["id"], input__prompt={"column": "prompts"}
     )
-    files, carried = Source(job.recipe.input).scan()
-    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 6, carried))
-    answer(Worker(job, carried, load=lambda job: EchoEngine(buffered=4)), plan)
+    files, kept_columns = Source(job.recipe.input).scan()
+    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 6, kept_columns))
+    answer(Worker(job, kept_columns, load=lambda job: EchoEngine(buffered=4)), plan)
     assert verify(job.output, deep=True).problems == ()
     bad = [row for row in range(20) if None in (question_list(row) or [None])]
     retry = begin_retry(tmp_path / "out")
     assert planned_rows(retry.plan) == [("a.parquet", row) for row in bad]
     again = retry.job(Cluster())
     assert again.recipe == job.recipe
-    answer(Worker(again, carried, retry_round=1, load=lambda job: EchoEngine()), retry.freeze())
+    answer(
+        Worker(again, kept_columns, retry_round=1, load=lambda job: EchoEngine()), retry.freeze()
+    )
     verdict = verify(job.output, deep=True)
     assert (verdict.problems, [found.rows for found in verdict.rounds]) == ((), [20, len(bad)])
     assert begin_retry(tmp_path / "out").plan == retry.plan, "null prompts are bad for ever"

@@ -22,8 +22,8 @@ from gc2ray.output.planner import store_plan
 from gc2ray.output.run_directory import RUN_NAME, round_store
 from gc2ray.output.verify import verify
 from tests.support.outputs import (
-    CARRIED,
     FILES,
+    KEPT_COLUMNS,
     RECIPE,
     all_ok,
     an_answer,
@@ -126,7 +126,7 @@ def fewer_answers_than_the_footer_says(output: Path) -> str:
 
 
 def another_type(output: Path) -> str:
-    at = CARRIED.get_field_index("id")
+    at = KEPT_COLUMNS.get_field_index("id")
     item = pa.field("id", pa.int32())
     rewrite(second(output), lambda table: table.set_column(at, item, table["id"].cast(pa.int32())))
     return f"{SECOND.part_name}: its schema is another: 'id' int32, planned is 'id' int64"

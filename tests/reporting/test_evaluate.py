@@ -24,18 +24,18 @@ from tests.support.commands import run_command
 from tests.support.outputs import first_plan, parts, retry_of, write_round
 from tests.support.rows import make_recipe
 
-CARRIED = pa.schema([("reference", pa.string()), ("topic", pa.string())])
+KEPT_COLUMNS = pa.schema([("reference", pa.string()), ("topic", pa.string())])
 RECIPE = make_recipe("model")
 SCORED = ("--reference", "reference")
 ROWS = [("7", "7"), ("8", "9"), ("Yes.", "yes"), (None, "no")]
 
 
-def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.Schema) -> str:
+def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], kept_columns: pa.Schema) -> str:
     """A run of two parts; a row without an answer failed."""
     half = len(rows) // 2
     file = SourceFile("r.parquet", "f", (half, len(rows) - half))
     shards = list(cut_shards([file], half, RECIPE.fingerprint()))
-    store = planned(folder, shards, carried)
+    store = planned(folder, shards, kept_columns)
     for shard in shards:
         span = shard.spans[0]
         answers = [
@@ -44,20 +44,22 @@ def write_run(folder: Path, rows: Sequence[tuple[str | None, Any]], carried: pa.
         ]
         stats = stats_of(answers)
         footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", len(answers), stats)
-        commit_part(store, shard, part_bytes(answers, carried, Provenance(1, 0, "w"), footer), "t")
+        commit_part(
+            store, shard, part_bytes(answers, kept_columns, Provenance(1, 0, "w"), footer), "t"
+        )
     return str(folder)
 
 
-def planned(folder: Path, shards: Sequence[Shard], carried: pa.Schema) -> Store:
+def planned(folder: Path, shards: Sequence[Shard], kept_columns: pa.Schema) -> Store:
     store = Store(str(folder))
-    plan = Plan(RECIPE.fingerprint(), Shards.from_shards(shards), carried)
+    plan = Plan(RECIPE.fingerprint(), Shards.from_shards(shards), kept_columns)
     store_plan(store, Job(output=store.uri, recipe=RECIPE), plan)
     return store
 
 
 def answered(row: int, answer: str | None, reference: Any, topic: str) -> Answer:
-    carried = {"reference": reference, "topic": topic}
-    request = Request(f"r.parquet#{row}", "r.parquet", row, (), (), carried)
+    kept_columns = {"reference": reference, "topic": topic}
+    request = Request(f"r.parquet#{row}", "r.parquet", row, (), (), kept_columns)
     if answer is None:
         return Answer(request, Status.BAD_IMAGE, "none", 1.0, error="broken")
     return Answer(
@@ -68,9 +70,9 @@ def answered(row: int, answer: str | None, reference: Any, topic: str) -> Answer
 def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> str:
     """Rows with several prompts, and a list of references each."""
     references = [["7", "red"], ["8", "blue", "left"], ["yes"]]
-    carried = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
+    kept_columns = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
     (shard,) = cut_shards([SourceFile("r.parquet", "f", (3,))], 3, RECIPE.fingerprint())
-    store = planned(folder, [shard], carried)
+    store = planned(folder, [shard], kept_columns)
     written = [
         replace(
             found,
@@ -82,7 +84,7 @@ def write_listed_run(folder: Path, answers: Sequence[Sequence[str | None]]) -> s
     ]
     stats = stats_of(written)
     footer = PartFooter(shard.sid, RECIPE.fingerprint(), "t", "w", 3, stats)
-    commit_part(store, shard, part_bytes(written, carried, Provenance(1, 0, "w"), footer), "t")
+    commit_part(store, shard, part_bytes(written, kept_columns, Provenance(1, 0, "w"), footer), "t")
     return str(folder)
 
 
@@ -109,7 +111,7 @@ def test_a_list_may_be_right_for_every_prompt(tmp_path: Path) -> None:
 
 
 def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", ROWS, CARRIED)
+    run = write_run(tmp_path / "a", ROWS, KEPT_COLUMNS)
     assert document(run, "--reference", "reference")[run]["unanswered_rows"] == 0
     assert "not scored" not in tables(run, "--reference", "reference")
     parts(tmp_path / "a")[1].unlink()
@@ -120,7 +122,7 @@ def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_output_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, ROWS, CARRIED) for name in ("a", "b")]
+    runs = [write_run(tmp_path / name, ROWS, KEPT_COLUMNS) for name in ("a", "b")]
     path = tmp_path / "b" / "run.json"
     path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
     assert f"{runs[1]}: run.json: begun by an older gc2ray" in problem(*runs, *SCORED)
@@ -168,7 +170,7 @@ def problem(*arguments: str) -> str:
 
 
 def test_scores_of_a_run_by_group(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", ROWS, CARRIED)
+    run = write_run(tmp_path / "a", ROWS, KEPT_COLUMNS)
     arguments = [run, "--reference", "reference", "--by", "topic"]
     assert "4 answers, 1 failed, 34 visual tokens each" in tables(*arguments)
     scores = document(*arguments)[run]["scores"]
@@ -179,9 +181,9 @@ def test_scores_of_a_run_by_group(tmp_path: Path) -> None:
 
 
 def test_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "a", ROWS, CARRIED)
+    first = write_run(tmp_path / "a", ROWS, KEPT_COLUMNS)
     other = [("7", "7"), ("9", "9"), ("yes", "yes"), ("no", "no")]
-    second = write_run(tmp_path / "b", other, CARRIED)
+    second = write_run(tmp_path / "b", other, KEPT_COLUMNS)
     arguments = [first, second, "--reference", "reference", "--metric", "exact_match"]
     compared = document(*arguments)[f"{first} - {second}"]
     assert compared["same"]["mid"] == 0.5
@@ -190,9 +192,9 @@ def test_two_runs_are_compared_row_by_row(tmp_path: Path) -> None:
 
 
 def test_a_reference_may_be_a_list(tmp_path: Path) -> None:
-    carried = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
+    kept_columns = pa.schema([("reference", pa.list_(pa.string())), ("topic", pa.string())])
     rows = [("7", ["seven", "7"]), ("8", ["9"]), ("x", ["x", None]), ("y", ["z"])]
-    run = write_run(tmp_path / "a", rows, carried)
+    run = write_run(tmp_path / "a", rows, kept_columns)
     scores = document(run, "--reference", "reference", "--metric", "exact_match")[run]["scores"]
     assert scores["all"]["exact_match"]["mid"] == 0.5
 
@@ -211,8 +213,8 @@ def test_answers_of_a_retry_count(tmp_path: Path) -> None:
 
 
 def test_missing_columns_and_runs_are_reported_in_one_line(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", ROWS, CARRIED)
-    empty = write_run(tmp_path / "b", [("7", "7"), ("8", None)], CARRIED)
+    run = write_run(tmp_path / "a", ROWS, KEPT_COLUMNS)
+    empty = write_run(tmp_path / "b", [("7", "7"), ("8", None)], KEPT_COLUMNS)
     for arguments, message in (
         ([run, "--reference", "label"], "no column 'label'; input columns are written back"),
         ([str(tmp_path / "none"), "--reference", "reference"], "there is no run here"),

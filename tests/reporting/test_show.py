@@ -102,9 +102,9 @@ def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
     pq.write_table(table, tmp_path / "in" / "odd#1.parquet")
     output = tmp_path / "out"
     job = make_job(tiny_paths["vicuna"], tmp_path / "in", output, audit__share=1.0).located()
-    files, carried = Source(job.recipe.input).scan()
-    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 3, carried))
-    worker = Worker(job, carried)
+    files, kept_columns = Source(job.recipe.input).scan()
+    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 3, kept_columns))
+    worker = Worker(job, kept_columns)
     worker.load()
     worker.process(ShardAssignment(plan.shards[0]))
     return job

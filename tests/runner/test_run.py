@@ -50,9 +50,9 @@ def job(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
 
 
 def answered(job: Job, shard_rows: int = 3) -> Plan:
-    files, carried = Source(job.recipe.input).scan()
-    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, shard_rows, carried))
-    worker = Worker(job, carried, load=lambda job: EchoEngine())
+    files, kept_columns = Source(job.recipe.input).scan()
+    plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, shard_rows, kept_columns))
+    worker = Worker(job, kept_columns, load=lambda job: EchoEngine())
     answer(worker, plan)
     until(lambda: Store(job.output).read(f"workers/{worker.uuid}.json"))  # written by a thread
     return plan

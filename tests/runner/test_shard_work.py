@@ -31,7 +31,7 @@ from gc2ray.runner.messages import PoisonRow, ShardAssignment
 from gc2ray.runner.shard_work import ShardStream
 from tests.support.fakes import EchoEngine, echo
 from tests.support.rows import question_list
-from tests.support.workers import CARRIED, make_worker, second_try, shards_of
+from tests.support.workers import KEPT_COLUMNS, make_worker, second_try, shards_of
 
 FIRST, SECOND = (Shard(n, f"{n:016x}", (Span("a", "f", 2 * n, 2 * n + 2),)) for n in range(2))
 
@@ -110,7 +110,7 @@ def test_parts_hold_every_prompt_of_every_row_in_order(
     assert all(f.written and started < f.written < datetime.now(UTC) for f in footers)
     progress = worker.progress()
     assert (progress.rows, progress.answers) == (20, len(expected))
-    plan = Plan(multi_prompt_job.recipe.fingerprint(), Shards.from_shards(shards), CARRIED)
+    plan = Plan(multi_prompt_job.recipe.fingerprint(), Shards.from_shards(shards), KEPT_COLUMNS)
     state = outcome(store, plan, committed_parts(store, plan))
     assert (state.rows, state.planned_rows, state.exit_code) == (20, 20, 0)
     assert state.stats.rows == len(expected)

@@ -357,8 +357,8 @@ def gated(gate, taken, request):
 def load(gate, job):
     return EchoEngine(0.002, partial(gated, gate, itertools.count(1)))
 
-def worker(job, carried, gate):
-    return Worker(job, carried, load=partial(load, gate))
+def worker(job, kept_columns, gate):
+    return Worker(job, kept_columns, load=partial(load, gate))
 
 job_file, address, gate = sys.argv[1:4]
 job = load_job(Path(job_file))

@@ -30,7 +30,7 @@ from tests.support.fakes import EchoEngine
 from tests.support.methods import SOURCE, write_method
 from tests.support.ray_head import until
 from tests.support.rows import encoded, make_job, picture, prompts_of, write_rows
-from tests.support.workers import CARRIED, make_worker, shards_of
+from tests.support.workers import KEPT_COLUMNS, make_worker, shards_of
 
 
 def test_parts_hold_every_row_in_input_order(job: Job) -> None:
@@ -112,7 +112,7 @@ def test_a_broken_image_is_a_bad_answer_to_every_prompt(
     pq.write_table(pa.table(table), tmp_path / "in" / "a.parquet")
     recipe = {"input__keep": ["id"], "input__prompt": {"column": "prompts"}}
     job = make_job(tiny_paths["vicuna"], tmp_path / "in", tmp_path / "out", **recipe)
-    worker = Worker(job, CARRIED)
+    worker = Worker(job, KEPT_COLUMNS)
     worker.load()
     (shard,) = shards_of(job)
     worker.process(ShardAssignment(shard))
@@ -166,7 +166,7 @@ def test_progress_in_fetching_renews_the_load_clock(
         raise OSError("the network failed")
 
     monkeypatch.setattr("gc2ray.engine.engine.fetch_model", slow_fetch)
-    worker = Worker(job, CARRIED)
+    worker = Worker(job, KEPT_COLUMNS)
     with pytest.raises(OSError, match="the network failed"):
         worker.load()
     assert seen == [0, 1, 2]
@@ -210,7 +210,7 @@ def test_a_worker_with_another_source_of_the_method_is_refused(
     path = write_method(tmp_path, "own_method")
     recipe = job.recipe.model_dump(mode="json")
     recipe["compression"] = {"method": "own_method:Own", "allow_code": True}
-    worker = Worker(job.model_copy(update={"recipe": parse_recipe(recipe)}), CARRIED)
+    worker = Worker(job.model_copy(update={"recipe": parse_recipe(recipe)}), KEPT_COLUMNS)
     path.write_text(SOURCE + "# of another node\n")
     with pytest.raises(ConfigError, match=r"recipe\.compression\.source_sha256: the source of own"):
         worker.load()
@@ -271,7 +271,7 @@ def test_a_foreign_file_with_a_parts_name_fails_the_shard_for_good(job: Job) -> 
 
 def test_answers_that_do_not_fit_into_parquet_are_not_retried(job: Job) -> None:
     worker = make_worker(job)
-    worker._carried = pa.schema([pa.field("id", pa.binary())])
+    worker._kept_columns = pa.schema([pa.field("id", pa.binary())])
     with pytest.raises(UnwritableShard, match="its answers do not fit into Parquet: Arrow"):
         worker.process(ShardAssignment(shards_of(job)[0]))
 

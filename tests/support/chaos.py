@@ -176,18 +176,18 @@ def _load(_job: Job) -> EchoEngine:
     return EchoEngine(ROW_SECONDS)
 
 
-def chaotic_worker(job: Job, carried: pa.Schema, schedule: Schedule | None = None) -> Worker:
+def chaotic_worker(job: Job, kept_columns: pa.Schema, schedule: Schedule | None = None) -> Worker:
     """A worker whose process may be killed on schedule."""
-    return Worker(job, carried, load=_load, on_step=schedule.on_step if schedule else None)
+    return Worker(job, kept_columns, load=_load, on_step=schedule.on_step if schedule else None)
 
 
 def _load_slow(_job: Job) -> EchoEngine:
     return EchoEngine(SLOW_ROW_SECONDS)
 
 
-def slow_worker(job: Job, carried: pa.Schema) -> Worker:
+def slow_worker(job: Job, kept_columns: pa.Schema) -> Worker:
     """A worker that has time to be interrupted."""
-    return Worker(job, carried, load=_load_slow)
+    return Worker(job, kept_columns, load=_load_slow)
 
 
 def worker_on(schedule: Schedule) -> partial[Worker]:

@@ -148,12 +148,12 @@ def _load_echo(fault: Fault | None, seconds: float, job: Job) -> EchoEngine:
 
 
 def faulty_worker(
-    job: Job, carried: pa.Schema, fault: Fault | None = None, retry_round: int = 0
+    job: Job, kept_columns: pa.Schema, fault: Fault | None = None, retry_round: int = 0
 ) -> Worker:
     """A worker with an echo engine and at most one fault."""
     return Worker(
         job,
-        carried,
+        kept_columns,
         retry_round=retry_round,
         load=partial(_load_echo, fault, 0.002),
         on_step=fault.on_step if fault else None,
@@ -216,6 +216,6 @@ class Counted:
                 yield begin, what, end - begin
 
 
-def counted_worker(job: Job, carried: pa.Schema, counted: Counted) -> Worker:
+def counted_worker(job: Job, kept_columns: pa.Schema, counted: Counted) -> Worker:
     """A worker with such an engine."""
-    return Worker(job, carried, load=counted.load)
+    return Worker(job, kept_columns, load=counted.load)

@@ -27,7 +27,7 @@ from gc2ray.output.run_directory import round_store
 from tests.support.rows import make_recipe
 
 RECIPE = make_recipe("model")
-CARRIED = pa.schema([pa.field("id", pa.int64()), pa.field("tag", pa.list_(pa.string()))])
+KEPT_COLUMNS = pa.schema([pa.field("id", pa.int64()), pa.field("tag", pa.list_(pa.string()))])
 FILES = (SourceFile("a.parquet", "fa", (5, 5)), SourceFile("d/b.parquet", "fb", (7,)))
 
 WRITTEN = datetime(2026, 11, 1, tzinfo=UTC)
@@ -43,12 +43,12 @@ def all_ok(source: str, row: int) -> list[Status]:
 
 def first_plan(files: Sequence[SourceFile] = FILES, shard_rows: int = 3) -> Plan:
     shards = cut_shards(files, shard_rows, RECIPE.fingerprint())
-    return Plan(RECIPE.fingerprint(), ShardColumns.from_shards(shards), CARRIED)
+    return Plan(RECIPE.fingerprint(), ShardColumns.from_shards(shards), KEPT_COLUMNS)
 
 
 def retry_of(spans: Iterable[Span], shard_rows: int = 3) -> Plan:
     shards = cut_spans(spans, shard_rows, RECIPE.fingerprint())
-    return Plan(RECIPE.fingerprint(), ShardColumns.from_shards(shards), CARRIED)
+    return Plan(RECIPE.fingerprint(), ShardColumns.from_shards(shards), KEPT_COLUMNS)
 
 
 def an_answer(
@@ -62,7 +62,7 @@ def an_answer(
         row=row,
         images=(),
         prompts=(),
-        carried={"id": row, "tag": [source, None]},
+        kept_columns={"id": row, "tag": [source, None]},
         prompt_index=index,
     )
     stages = {stage: 100 * row + place for place, stage in enumerate(STAGES)}
@@ -94,13 +94,16 @@ def answers_of(
 
 
 def part_of(
-    shard: Shard, answers: Sequence[Answer], retry_round: int = 0, carried: pa.Schema = CARRIED
+    shard: Shard,
+    answers: Sequence[Answer],
+    retry_round: int = 0,
+    kept_columns: pa.Schema = KEPT_COLUMNS,
 ) -> bytes:
     own = RunStats(input_starved_ns=7, peak_host_bytes=5)
     stats = stats_of(answers) + own
     written = WRITTEN + timedelta(minutes=shard.index)
     footer = PartFooter(shard.sid, RECIPE.fingerprint(), "token", "w", shard.rows, stats, written)
-    return part_bytes(answers, carried, Provenance(1, retry_round, "w"), footer)
+    return part_bytes(answers, kept_columns, Provenance(1, retry_round, "w"), footer)
 
 
 def write_round(
@@ -120,7 +123,7 @@ def write_round(
         if answers is None:
             store.create(f"dead/{shard.sid}.3.json", b'{"reason": "it died"}')
         else:
-            part = part_of(shard, list(map(changed, answers)), number, plan.carried)
+            part = part_of(shard, list(map(changed, answers)), number, plan.kept_columns)
             commit_part(store, shard, part, "token")
     return store
 

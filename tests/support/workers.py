@@ -11,7 +11,7 @@ from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
 
-CARRIED = pa.schema([pa.field("id", pa.int64())])
+KEPT_COLUMNS = pa.schema([pa.field("id", pa.int64())])
 
 
 def shards_of(job: Job, rows: int = 6) -> tuple[Shard, ...]:
@@ -23,7 +23,7 @@ def shards_of(job: Job, rows: int = 6) -> tuple[Shard, ...]:
 def make_worker(job: Job, engine: object = None, **options: object) -> Worker:
     """A worker that is loaded; its engine echoes prompts, unless another is given."""
     engine = engine or EchoEngine()
-    worker = Worker(job, CARRIED, load=lambda job: engine, **options)
+    worker = Worker(job, KEPT_COLUMNS, load=lambda job: engine, **options)
     worker.load()
     return worker
 
