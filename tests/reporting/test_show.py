@@ -199,6 +199,7 @@ def test_an_answer_is_reported_with_its_audit(
         ("odd#1.parquet#7", "no row 'odd#1.parquet#7' in the plan"),
         ("other.parquet#0", "no row 'other.parquet#0' in the plan"),
         ("odd#1.parquet", "no row"),
+        (f"odd#1.parquet#{'9' * 5000}", "no row"),
         ("odd#1.parquet#0#2", "the row has no such prompt"),
     ],
 )
