@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from gc2ray.core.config.generation import GenerationConfig
-from gc2ray.engine.decoding.sampler import NOT_FINITE, Sampler, most_likely, row_numbers, sample
+from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
+from gc2ray.engine.decoding.sampler import (
+    NOT_FINITE,
+    Repetition,
+    Sampler,
+    most_likely,
+    row_numbers,
+    sample,
+)
+from gc2ray.engine.decoding.scheduler import DecodeLimits
+from gc2ray.models.layers.attention_backends import attend_by_row, attend_padded
+from gc2ray.models.llama import LanguageModel
+from tests.support.continuous_batching import (
+    BURSTS,
+    PLENTY,
+    ROOMS,
+    Expected,
+    decode,
+    ragged,
+    run,
+    tokens,
+    worded,
+)
 
 LOGITS = torch.tensor([1.0, 0.0, 3.0, 2.0, -1.0])
 
@@ -108,3 +136,122 @@ def test_the_largest_numbers_are_finite() -> None:
     """The sum of the largest and the least logit would not be."""
     most = torch.finfo(torch.float16).max
     assert most_likely(torch.full((1, 4), most, dtype=torch.float16))[1].all()
+
+
+MODES: dict[str, tuple[DecodeLimits, Any]] = {
+    "steps": (PLENTY, None),
+    "few slots": (DecodeLimits(20_000, live_rows=5), None),
+    "attention of torch": (PLENTY, attend_by_row),
+    "bursts": (BURSTS, attend_padded),
+    "long bursts": (DecodeLimits(20_000, graph_steps=16), attend_padded),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    [*((mode, torch.nan) for mode in MODES), ("steps", torch.inf), ("bursts", -torch.inf)],
+)
+def test_a_row_whose_logits_are_not_finite_fails_alone(
+    models: dict[str, Any], expected: Expected, mode: str, value: float
+) -> None:
+    """One from its prompt on, others from a token on that they wrote; nobody else notices."""
+    model, full = models["llama"], expected["llama"]
+    room, attend = MODES[mode]
+    requests = ragged(model)
+    requests[5][1].embeds[-1, 7] = value
+    often = Counter(token for row in full.values() for token in {*row[:-1]})
+    fatal = next(token for token, rows in often.items() if rows == 2)
+    language = LanguageModel(model)
+    language.embed = poisoned(language.embed, fatal, value)  # type: ignore[method-assign]
+    done = run(ContinuousBatchDecoder(language, room, eos=(), attend=attend), requests)
+    lost = {tag: row.index(fatal) + 1 for tag, row in full.items() if fatal in row[:-1]} | {5: 0}
+    assert len(lost) == 3
+    for tag, item in done.items():
+        if tag in lost:
+            assert (item.finish_reason, item.token_ids) == ("error", ())
+            assert f"not finite (NaN or infinite) after {lost[tag]} tokens" in str(item.error)
+        else:
+            assert (item.error, item.token_ids) == (None, full[tag])
+
+
+def poisoned(embed: Callable[[Tensor], Tensor], fatal: int, value: float) -> Any:
+    """An embedding table with one row that is no vector of numbers."""
+    return lambda ids: embed(ids).masked_fill((ids == fatal)[:, None], value)
+
+
+REPEATED = GenerationConfig(max_new_tokens=16, temperature=1.3, repetition_penalty=1.4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sampled_row_whose_logits_are_not_finite_fails_alone(
+    models: dict[str, Any], mode: str
+) -> None:
+    """A sampled row whose logits are not finite draws nothing, within bounds."""
+    model = models["llama"]
+    room, attend = MODES[mode]
+    requests = ragged(model, 6, temperature=1.3, top_p=0.9)
+    wanted = tokens(decode(model, requests))
+    requests[2] = (2, replace(requests[2][1], embeds=requests[2][1].embeds * torch.nan), REPEATED)
+    done = run(ContinuousBatchDecoder(LanguageModel(model), room, eos=(), attend=attend), requests)
+    assert [tag for tag, item in done.items() if item.error] == [2]
+    assert {tag: done[tag].token_ids for tag in wanted if tag != 2} == {
+        tag: row for tag, row in wanted.items() if tag != 2
+    }
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+@pytest.mark.parametrize("mode", MODES)
+def test_penalised_tokens_are_those_of_generate(
+    models: dict[str, Any], expected: Expected, mode: str, penalty: float
+) -> None:
+    """The prompt's tokens and the answer's; rows without a penalty share steps with the others."""
+    model = models["llama"]
+    room, attend = MODES[mode]
+    requests = [
+        (
+            tag,
+            prompt,
+            sampling.model_copy(update={"repetition_penalty": penalty if tag % 4 else 1.0}),
+        )
+        for tag, prompt, sampling in worded(model, 20)
+    ]
+    found = tokens(
+        run(ContinuousBatchDecoder(LanguageModel(model), room, eos=(), attend=attend), requests)
+    )
+    changed = 0
+    for tag, prompt, sampling in requests:
+        ids = torch.tensor([prompt.token_ids])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=sampling.repetition_penalty,
+        )
+        assert found[tag] == tuple(output[0, len(prompt) :].tolist())
+        changed += found[tag] != expected["llama"][tag]
+    assert changed > 5, "the penalty changes nothing: this test could not fail"
+
+
+@pytest.mark.parametrize("mode", ["few slots", "bursts"])
+def test_penalised_rows_sample_what_they_sample_alone(models: dict[str, Any], mode: str) -> None:
+    model = models["llama"]
+    room, attend = MODES[mode]
+    requests = worded(model, 24, temperature=1.3, top_p=0.9, repetition_penalty=1.3)
+    alone = tokens(decode(model, requests, ROOMS["one slot"]))
+    assert alone != tokens(decode(model, worded(model, 24, temperature=1.3, top_p=0.9)))
+    decoder = ContinuousBatchDecoder(LanguageModel(model), room, eos=(), attend=attend)
+    assert tokens(run(decoder, requests)) == alone
+
+
+def test_without_a_penalty_no_tokens_are_counted(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Repetition, "load", None)
+    monkeypatch.setattr(Repetition, "applied", None)
+    requests = worded(models["llama"], 5)
+    assert len(tokens(decode(models["llama"], requests))) == 5
+    decoder = ContinuousBatchDecoder(
+        LanguageModel(models["llama"]), BURSTS, eos=(), attend=attend_padded
+    )
+    assert len(tokens(run(decoder, requests))) == 5

@@ -129,3 +129,9 @@ def test_a_step_on_the_device_hides_its_sequences_from_the_host() -> None:
     assert [t.dtype for t in (step.slots, step.last, step.starts, step.used, step.query_ends)] == [
         t.dtype for t in (same.slots, same.last, same.starts, same.used, same.query_ends)
     ]
+
+
+def test_cache_space_is_more_than_zero() -> None:
+    for settings_ in ({"kv_tokens": 0}, {"kv_tokens": 9, "prefill_tokens": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            DecodeLimits(**settings_)
