@@ -4,59 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig
 
-from gc2ray.core.config.generation import NOTHING, OTHER_SETTINGS, RULES, TakenOver
+from gc2ray.core.config.generation import OTHER_SETTINGS, RULES, TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models import loading, registry
 from gc2ray.models.checkpoint.consistency import DONE_STEPS, MODEL_TYPES, check_directory
-
-CONFIG, GENERATION, TOKENIZER, PROCESSOR = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "processor_config.json",
+from tests.support.model_files import (
+    CONFIG,
+    GENERATION,
+    IMAGES,
+    PROCESSOR,
+    TEXT,
+    TOKENIZER,
+    VISION,
+    Change,
+    all_of,
+    edited,
+    holding,
+    without,
 )
-Change = Callable[[Path], object]
-
-
-@pytest.fixture
-def model(tiny_paths: dict[str, Path], tmp_path: Path) -> Path:
-    """A whole one, to be broken."""
-    return Path(shutil.copytree(tiny_paths["vicuna"], tmp_path / "model"))
-
-
-def edited(file: str, *keys: str, **changes: object) -> Change:
-    """Values of a file, or of what `keys` lead to in it, to be changed; None leaves one out."""
-
-    def change(model: Path) -> None:
-        data = json.loads((model / file).read_text()) if (model / file).is_file() else {}
-        part = data
-        for key in keys:
-            part = part.setdefault(key, {})
-        part.update(changes)
-        for name, value in changes.items():
-            if value is None:
-                del part[name]
-        (model / file).write_text(json.dumps(data))
-
-    return change
-
-
-def without(*files: str) -> Change:
-    return lambda model: [(model / file).unlink() for file in files]
-
-
-def holding(file: str, data: bytes) -> Change:
-    return lambda model: (model / file).write_bytes(data)
 
 
 def replaced(file: str, old: str, new: str) -> Change:
@@ -66,10 +38,6 @@ def replaced(file: str, old: str, new: str) -> Change:
         (model / file).write_text(text.replace(old, new))
 
     return change
-
-
-def all_of(*changes: Change) -> Change:
-    return lambda model: [change(model) for change in changes]
 
 
 def tokens(change: Callable[[dict[str, Any]], object]) -> Change:
@@ -88,14 +56,6 @@ def moved(token: dict[str, Any]) -> None:
     token["id"] = 9 if token["content"] == "<image>" else token["id"]
 
 
-def tensors(change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Change:
-    def apply(model: Path) -> None:
-        file = model / "model.safetensors"
-        save_file(dict(change(load_file(file))), file, {"format": "pt"})
-
-    return apply
-
-
 def renamed_file(name: str) -> Change:
     return lambda model: (model / "model.safetensors").rename(model / name)
 
@@ -110,15 +70,12 @@ def shortened(model: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-IMAGES = (PROCESSOR, "image_processor")
-TEXT, VISION = (CONFIG, "text_config"), (CONFIG, "vision_config")
 LARGE = 10**6
 NO_END = all_of(
     edited(GENERATION, eos_token_id=None),
     edited(*TEXT, eos_token_id=None),
     edited(TOKENIZER, eos_token=None),
 )
-
 REFUSED: dict[str, tuple[Change, str]] = {
     # Not what can be loaded.
     "no config": (without(CONFIG), r"there is no model in .*model \(no config\.json\)"),
@@ -353,70 +310,11 @@ def test_a_prompt_with_tokens_beyond_the_table_is_refused(model: Path) -> None:
         loading.load_metadata(str(model), dtype="float32")
 
 
-# --- where answers end --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "ends"),
-    [
-        (edited(GENERATION, eos_token_id=[5, 6]), (5, 6)),
-        (all_of(edited(GENERATION, eos_token_id=None), edited(*TEXT, eos_token_id=7)), (7,)),
-        (
-            all_of(
-                without(GENERATION), edited(*TEXT, eos_token_id=7), edited(CONFIG, eos_token_id=9)
-            ),
-            (7,),
-        ),
-        (all_of(without(GENERATION), edited(*TEXT, eos_token_id=[7, 8])), (7, 8)),
-        (all_of(without(GENERATION), edited(*TEXT, eos_token_id=None)), (1,)),
-        (
-            all_of(
-                without(GENERATION),
-                edited(*TEXT, eos_token_id=None),
-                edited(CONFIG, eos_token_id=9),
-            ),
-            (9,),
-        ),
-    ],
-)
-def test_the_first_file_with_end_tokens_decides(
-    model: Path, change: Change, ends: tuple[int, ...]
-) -> None:
-    """The generation config, the text config as written, the config, the tokenizer."""
-    change(model)
-    assert check_directory(model).ends == ends
-    loaded = loading.load(str(model), revision=None, dtype="float32", device="cpu")
-    assert loaded.end_tokens == ends
-
-
-@pytest.mark.parametrize(
-    ("written", "is_there"),
-    [({"eos_token": "A"}, True), ({"eos_token": None, "tokenizer_class": "Llama"}, False)],
-)
-def test_an_end_token_of_the_tokenizer_alone_is_found_at_loading(
-    model: Path, written: dict[str, object], is_there: object
-) -> None:
-    """One of the vocabulary's, and one that a class may have: files alone do not tell."""
-    without(GENERATION)(model)
-    edited(*TEXT, eos_token_id=None)(model)
-    edited(TOKENIZER, **written)(model)
-    assert check_directory(model).ends == ()
-    if is_there:
-        loaded = loading.load(str(model), revision=None, dtype="float32", device="cpu")
-        assert loaded.end_tokens == (loaded.processor.tokenizer.convert_tokens_to_ids("A"),)
-    else:
-        with pytest.raises(ConfigError, match="no token is named that ends an answer"):
-            loading.load(str(model), revision=None, dtype="float32", device="cpu")
-
-
 def test_a_recipe_may_say_where_answers_end(model: Path) -> None:
     NO_END(model)
     check_directory(model, TakenOver(stop_token_ids=(4,)))
     with pytest.raises(ConfigError, match=r"stop_token_ids is token 1000000, and the text table"):
         check_directory(model, TakenOver(stop_token_ids=(LARGE,)))
-
-
-# --- rules --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -445,34 +343,6 @@ def test_model_types_are_those_of_the_families() -> None:
     assert set(MODEL_TYPES) == {*registry.FAMILIES}
 
 
-# --- weights ------------------------------------------------------------------------------------
-
-
-def as_bytes(values: Any) -> Any:
-    return values.astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    "part",
-    ["qweight", "qzeros", "scales", "weight_packed", "weight_scale", "SCB", "weight.absmax",
-     "weight.quant_state.bitsandbytes__nf4", None],
-)  # fmt: skip
-def test_quantised_weights_whose_configuration_is_lost_are_refused(
-    model: Path, part: str | None
-) -> None:
-    """By the names that quantisers give, and by numbers that are no fractions."""
-
-    def quantised(found: dict[str, Any]) -> dict[str, Any]:
-        name = next(name for name in sorted(found) if name.endswith("up_proj.weight"))
-        if part is None:
-            return {**found, name: as_bytes(found[name])}
-        return {**found, f"{name.removesuffix('weight')}{part}": found[name]}
-
-    tensors(quantised)(model)
-    with pytest.raises(ConfigError, match=r"quantised weights \(1 tensors, the first is .*but its"):
-        check_directory(model)
-
-
 def test_a_sentencepiece_model_alone_is_reported(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -484,14 +354,3 @@ def test_a_sentencepiece_model_alone_is_reported(
         check_directory(model)
     (message,) = caplog.messages
     assert "tokenizer.model is a sentencepiece model without a tokenizer.json" in message
-
-
-def test_most_of_a_large_tokenizer_is_not_parsed(model: Path) -> None:
-    """What lies behind the added tokens may be anything, here: a decoy, and no end."""
-    text = (model / "tokenizer.json").read_text()
-    decoy = json.dumps({"note": '"added_tokens": [] '})[:-1]
-    start = text.index('"added_tokens"')
-    end = text.index('"normalizer"')
-    (model / "tokenizer.json").write_text(f'{decoy}, {text[start:end]} "model": ')
-    found = check_directory(model, NOTHING)
-    assert found.tokens["<image>"] == 3
