@@ -1,8 +1,9 @@
-"""Changes to the files of a model, one at a time."""
+"""Copies of a model, and changes to its files, one at a time."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ CONFIG, GENERATION, TOKENIZER, PROCESSOR = (
 IMAGES = (PROCESSOR, "image_processor")
 TEXT, VISION = (CONFIG, "text_config"), (CONFIG, "vision_config")
 Change = Callable[[Path], object]
+
+
+def copy_of(model: Path, to: Path) -> Path:
+    return Path(shutil.copytree(model, to))
 
 
 def edited(file: str, *keys: str, **changes: object) -> Change:
