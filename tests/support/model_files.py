@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 CONFIG, GENERATION, TOKENIZER, PROCESSOR = (
     "config.json",
@@ -20,6 +21,12 @@ Change = Callable[[Path], object]
 
 def copy_of(model: Path, to: Path) -> Path:
     return Path(shutil.copytree(model, to))
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    """Other values in a JSON file; None takes a key out."""
+    data = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
 
 def edited(file: str, *keys: str, **changes: object) -> Change:
