@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from gc2ray.core.errors import ShardError
-from gc2ray.data.source import Source
 from gc2ray.data.store import Store
-from tests.support.loopback import LoopbackServer
-from tests.support.sources import MEMORY, refusal, rows_of, source_of, sources_in, whole, write
+from tests.support.sources import parquet_bytes, refusal, source_of, sources_read, write
 
 
 def put(*paths: Path) -> None:
@@ -30,13 +22,6 @@ def put(*paths: Path) -> None:
 def link(place: Path, target: Path | str) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(target)
-
-
-def read(source: Source) -> list[str]:
-    """The sources of an input, each of which has been read."""
-    found = sources_in(source)
-    assert list(dict.fromkeys(row.source for row in rows_of(source))) == found
-    return found
 
 
 # --- links --------------------------------------------------------------------------------------
@@ -83,7 +68,7 @@ def test_linked_folders_are_followed_and_each_file_is_read_once(
     linked: Path, pattern: str, sources: list[str]
 ) -> None:
     """Under the name without a link in it, where there is one."""
-    assert read(source_of(f"{linked}{pattern}")) == sources
+    assert sources_read(source_of(f"{linked}{pattern}")) == sources
 
 
 def test_folders_that_link_to_each_other_are_walked_once(tmp_path: Path) -> None:
@@ -91,14 +76,14 @@ def test_folders_that_link_to_each_other_are_walked_once(tmp_path: Path) -> None
         put(tmp_path / name / f"{name}.parquet")
         for other in "abc":
             link(tmp_path / name / f"to_{other}", tmp_path / other)
-    assert read(source_of(tmp_path)) == [f"{name}/{name}.parquet" for name in "abc"]
+    assert sources_read(source_of(tmp_path)) == [f"{name}/{name}.parquet" for name in "abc"]
 
 
 def test_a_root_that_is_linked_keeps_plain_names(tmp_path: Path) -> None:
     put(tmp_path / "real/a.parquet")
     link(tmp_path / "real/0.parquet", "a.parquet")
     link(tmp_path / "alias", tmp_path / "real")
-    assert read(source_of(tmp_path / "alias")) == ["a.parquet"]
+    assert sources_read(source_of(tmp_path / "alias")) == ["a.parquet"]
 
 
 def test_another_link_to_a_planned_file_is_not_a_new_file(tmp_path: Path) -> None:
@@ -121,14 +106,14 @@ def test_a_file_named_like_a_row_key_is_refused(tmp_path: Path) -> None:
     assert "the name x.parquet#1 is also the row_key of a row of x.parquet" in refusal(
         source_of(names)
     )
-    assert read(source_of(names[1:])) == ["x.parquet#1"]
+    assert sources_read(source_of(names[1:])) == ["x.parquet#1"]
 
 
 @pytest.mark.parametrize("name", ["set::v2", "zip::set", "::", "s3:", "set::file:"])
 def test_a_local_path_may_contain_colons(tmp_path: Path, name: str) -> None:
     """To fsspec `::` is a chain, and what stands before it another folder."""
     put(tmp_path / "set" / "no.parquet", tmp_path / name / "yes.parquet")
-    assert read(source_of(tmp_path / name)) == ["yes.parquet"]
+    assert sources_read(source_of(tmp_path / name)) == ["yes.parquet"]
     store = Store(str(tmp_path / name))
     assert store.create("a.json", b"{}")
     assert (tmp_path / name / "a.json").is_file()
@@ -138,7 +123,7 @@ def test_a_local_path_may_contain_colons(tmp_path: Path, name: str) -> None:
 def test_a_broken_link_is_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a.parquet")
     link(tmp_path / "disk2", "/nowhere/at/all")
-    assert read(source_of(tmp_path)) == ["a.parquet"]
+    assert sources_read(source_of(tmp_path)) == ["a.parquet"]
     assert "disk2: a broken link" in caplog.text
     link(tmp_path / "b.parquet", "/nowhere/b.parquet")
     assert "b.parquet cannot be read" in refusal(source_of(tmp_path))
@@ -178,19 +163,19 @@ def test_a_file_is_planned_once_under_any_name(tmp_path: Path, entries: list[str
     link(tmp_path / "alias", tmp_path / "in")
     link(tmp_path / "alias.parquet", "in/a.parquet")
     uris = [e.format(root=tmp_path) if ":" in e else f"{tmp_path}/{e}" for e in entries]
-    assert len(read(source_of(uris))) == 1
+    assert len(sources_read(source_of(uris))) == 1
 
 
 def test_dots_are_resolved_after_links(tmp_path: Path) -> None:
     put(tmp_path / "far/a.parquet", tmp_path / "b.parquet")
     (tmp_path / "far/off").mkdir()
     link(tmp_path / "near", tmp_path / "far/off")
-    assert read(source_of(f"{tmp_path}/near/../a.parquet")) == ["a.parquet"]
+    assert sources_read(source_of(f"{tmp_path}/near/../a.parquet")) == ["a.parquet"]
 
 
 def test_an_entry_without_files_is_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a/x.parquet")
-    assert read(source_of([f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c*.pq"])) == [
+    assert sources_read(source_of([f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c*.pq"])) == [
         "a/x.parquet"
     ]
     reported = {record.getMessage().rsplit("/", 1)[-1] for record in caplog.records}
@@ -203,7 +188,7 @@ def test_an_entry_without_files_is_reported(tmp_path: Path, caplog: Any) -> None
 @pytest.mark.parametrize("name", ["a.pq", "a.PARQUET", "a.parquet.gzip", "part-0", "_a", "[x]?*"])
 def test_a_named_file_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
     put(tmp_path / "a", tmp_path / name)
-    assert read(source_of(tmp_path / name)) == [name]
+    assert sources_read(source_of(tmp_path / name)) == [name]
 
 
 @pytest.mark.parametrize(
@@ -227,13 +212,13 @@ def test_a_pattern_matches_files_and_folders(
     put(*(tmp_path / name for name in [*names, "s.parquet/part-0.parquet", "_tmp/e.parquet"]))
     for name in ("notes.txt", "_SUCCESS", "s.parquet/_SUCCESS"):
         (tmp_path / name).write_text("no rows")
-    assert read(source_of(tmp_path / pattern)) == sources
+    assert sources_read(source_of(tmp_path / pattern)) == sources
 
 
 def test_files_that_a_folder_leaves_out_are_reported(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path / "a.parquet", tmp_path / "sub/b.pq", tmp_path / "c.parquet.gzip")
     (tmp_path / "README.md").write_text("no rows")
-    assert read(source_of(tmp_path)) == ["a.parquet"]
+    assert sources_read(source_of(tmp_path)) == ["a.parquet"]
     assert "2 files are left out" in caplog.text
 
 
@@ -241,10 +226,13 @@ def test_folders_that_a_pattern_matches_beside_files_are_reported(
     tmp_path: Path, caplog: Any
 ) -> None:
     put(tmp_path / "2023" / "a.parquet", tmp_path / "2024.parquet")
-    assert read(source_of(tmp_path / "20*")) == ["2024.parquet"]
+    assert sources_read(source_of(tmp_path / "20*")) == ["2024.parquet"]
     assert "1 folders match, too, and nothing of them is read (2023)" in caplog.text
     caplog.clear()
-    assert read(source_of(tmp_path / "**" / "*.parquet")) == ["2023/a.parquet", "2024.parquet"]
+    assert sources_read(source_of(tmp_path / "**" / "*.parquet")) == [
+        "2023/a.parquet",
+        "2024.parquet",
+    ]
     assert not caplog.messages
 
 
@@ -255,45 +243,39 @@ FOLDERS = ["run [v2]", "what?", "a*b", "[", "[!x]", "[[]", "**"]
 @pytest.mark.parametrize("names", ["", "/*.parquet", "/x[01].parquet", "/x1.parquet"])
 def test_wildcards_in_existing_names_are_literal(tmp_path: Path, folder: str, names: str) -> None:
     put(tmp_path / folder / "x1.parquet", tmp_path / "run v/x0.parquet", tmp_path / "w/x0.parquet")
-    assert read(source_of(f"{tmp_path}/{folder}{names}")) == ["x1.parquet"]
+    assert sources_read(source_of(f"{tmp_path}/{folder}{names}")) == ["x1.parquet"]
 
 
 @pytest.mark.parametrize("folder", ["br[1]", "what?", "a*b"])
 def test_wildcards_in_existing_keys_are_literal_on_s3(s3: str, folder: str) -> None:
     upload(f"{s3}/{folder}/x1.parquet", f"{s3}/br1/x0.parquet")
     for names in ("", "/*.parquet", "/x[01].parquet", "/x1.parquet"):
-        assert read(source_of(f"{s3}/{folder}{names}")) == ["x1.parquet"]
+        assert sources_read(source_of(f"{s3}/{folder}{names}")) == ["x1.parquet"]
 
 
 def test_a_character_range_matches_on_s3(s3: str) -> None:
     upload(*(f"{s3}/in/{name}.parquet" for name in ("a1", "b1", "q1")))
-    assert read(source_of(f"{s3}/in/[aq]*.parquet")) == ["a1.parquet", "q1.parquet"]
+    assert sources_read(source_of(f"{s3}/in/[aq]*.parquet")) == ["a1.parquet", "q1.parquet"]
 
 
 def upload(*urls: str) -> None:
     for url in urls:
-        s3fs.S3FileSystem().pipe_file(url, parquet())
-
-
-def parquet(**changes: Any) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"image": [b"x", b"y"], "prompt": ["q", "r"], **changes}), sink)
-    return sink.getvalue()
+        s3fs.S3FileSystem().pipe_file(url, parquet_bytes())
 
 
 def test_keys_with_empty_components_are_read(s3: str) -> None:
     upload(f"{s3}/dbl//a.parquet", f"{s3}/dbl/a.parquet")
-    assert read(source_of(f"{s3}/dbl//a.parquet")) == ["a.parquet"]
-    assert read(source_of(f"{s3}/dbl")) == ["/a.parquet", "a.parquet"]
+    assert sources_read(source_of(f"{s3}/dbl//a.parquet")) == ["a.parquet"]
+    assert sources_read(source_of(f"{s3}/dbl")) == ["/a.parquet", "a.parquet"]
     both = [f"{s3}/dbl//a.parquet", f"{s3}/dbl/a.parquet"]
-    assert read(source_of(both)) == ["/a.parquet", "a.parquet"]
+    assert sources_read(source_of(both)) == ["/a.parquet", "a.parquet"]
 
 
 def test_buckets_may_differ(s3: str) -> None:
     other = f"{s3}-other"
     s3fs.S3FileSystem().mkdir(other)
     upload(f"{s3}/a.parquet", f"{other}/a.parquet")
-    found = read(source_of([f"{s3}/a.parquet", other]))
+    found = sources_read(source_of([f"{s3}/a.parquet", other]))
     assert found == [f"{url.removeprefix('s3://')}/a.parquet" for url in (s3, other)]
 
 
@@ -302,108 +284,6 @@ def test_a_bucket_that_is_not_there_is_named(s3: str) -> None:
     for uri in (f"s3://{gone}/in", f"s3://{gone}/in/*.parquet", f"s3://{gone}/a.parquet"):
         assert f"there is no bucket {gone!r}" in refusal(source_of(uri))
     assert "there is no bucket" not in refusal(source_of(f"{s3}/in"))
-
-
-# --- the web ------------------------------------------------------------------------------------
-
-
-class Site(LoopbackServer):
-    """Files by path, with or without ranges and tags; whatever stands behind `?` is all the same.
-
-    Attributes:
-        files: Contents.
-        head: Of every answer.
-        ranges: Whether they are served.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[str, bytes] = {}
-        self.head: dict[str, str] = {}
-        self.ranges = True
-        self.url = f"http://{self.host}:{self.port}"
-
-    def handle(self, request: BaseHTTPRequestHandler) -> None:
-        content = self.files.get(request.path.partition("?")[0])
-        asked = request.headers.get("Range") if self.ranges else None
-        status = 404 if content is None else 206 if asked else 200
-        body = content or b""
-        if asked and content:
-            first, last = asked.removeprefix("bytes=").split("-")
-            body = content[int(first) : int(last or len(content)) + 1]
-        request.send_response_only(status)
-        head = {
-            "Content-Length": str(len(body)),
-            "Accept-Ranges": "bytes" if self.ranges else "none",
-        }
-        for name, value in {**head, **self.head}.items():
-            request.send_header(name, value)
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(body)
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with Site().running() as server:
-        server.files = {"/d/a.parquet": parquet(), "/d/b": parquet(), "/c//a.parquet": parquet()}
-        yield server
-
-
-@pytest.mark.parametrize(
-    ("names", "sources"),
-    [
-        (["/d/a.parquet"], ["a.parquet"]),
-        (["/d/b"], ["b"]),
-        (["/c//a.parquet"], ["a.parquet"]),
-        (["/d/a.parquet?X-Sig=a*b%2F[c]"], ["a.parquet"]),
-        (["/d/a.parquet?X-Sig=a", "/d/b?X-Sig=b"], ["a.parquet", "b"]),
-        (["/d/b?part=1", "/d/b?part=2"], ["b?part=1", "b?part=2"]),
-        (["/d/a.parquet", "/d/x/../a.parquet"], ["a.parquet"]),
-        (["/d/a.parquet", "/c//a.parquet"], ["d/a.parquet", "c//a.parquet"]),
-    ],
-)
-def test_files_of_the_web_are_read_by_their_urls(
-    site: Site, names: list[str], sources: list[str]
-) -> None:
-    assert read(source_of([f"{site.url}{name}" for name in names])) == sources
-
-
-def test_a_file_of_the_web_that_is_not_there_is_refused(site: Site) -> None:
-    assert "gone.parquet cannot be read" in refusal(source_of(f"{site.url}/d/gone.parquet"))
-
-
-@pytest.mark.parametrize("head", [{"Accept-Ranges": "none"}, {}])
-def test_a_server_without_ranges_is_refused(site: Site, head: dict[str, str]) -> None:
-    site.ranges, site.head = False, head
-    site.files["/d/a.parquet"] = parquet(image=[os.urandom(1 << 17)] * 2)
-    message = refusal(source_of(f"{site.url}/d/a.parquet"))
-    assert message.startswith("recipe.input.uri: a.parquet cannot be read: ")
-    assert "range" in message
-
-
-@pytest.mark.parametrize(
-    ("head", "later"),
-    [
-        ({}, {}),
-        ({"ETag": '"1"'}, {"ETag": '"2"'}),
-        ({"ETag": 'W/"1"'}, {"ETag": 'W/"1"'}),
-        ({"ETag": 'W/"1"'}, {"ETag": 'W/"2"'}),
-        ({"Last-Modified": "Sun, 29 Nov 2026 10:00:00 GMT"},) * 2,
-    ],
-)
-def test_a_file_of_the_web_that_changes_is_noticed(
-    site: Site, head: dict[str, str], later: dict[str, str]
-) -> None:
-    site.head = head
-    source = source_of(f"{site.url}/d/a.parquet")
-    (file,), _ = source.scan()
-    assert len(list(source.read(whole(file), MEMORY))) == 2
-    site.head = later
-    site.files["/d/a.parquet"] = parquet(image=[b"x", b"z"])
-    assert len(site.files["/d/a.parquet"]) == len(parquet())
-    with pytest.raises(ShardError, match="changed since"):
-        list(source.read(whole(file), MEMORY))
 
 
 # --- what cannot be read ------------------------------------------------------------------------
@@ -418,7 +298,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (b"<!DOCTYPE html><html>", "an HTML or XML page (21 bytes)"),
         (POINTER, "a pointer of Git LFS"),
         (b"id,question\n1,What?\n", "no Parquet file (20 bytes)"),
-        (parquet()[:300], "a Parquet file that is cut short or damaged (300 bytes)"),
+        (parquet_bytes()[:300], "a Parquet file that is cut short or damaged (300 bytes)"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.parquet", "m.parquet", "z.parquet"])

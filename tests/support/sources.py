@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def write(path: Path, *, row_group: int = 1000, **columns: Any) -> Path:
     return path
 
 
+def parquet_bytes(**changes: Any) -> bytes:
+    """A Parquet file of two rows, with other columns or more."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"x", b"y"], "prompt": ["q", "r"], **changes}), sink)
+    return sink.getvalue()
+
+
 def whole(file: SourceFile) -> Span:
     """All rows of a file."""
     return Span(file.source, file.fingerprint, 0, file.rows)
@@ -52,3 +60,10 @@ def refusal(source: Source) -> str:
 
 def sources_in(source: Source) -> list[str]:
     return [file.source for file in source.scan()[0]]
+
+
+def sources_read(source: Source) -> list[str]:
+    """The sources of an input, each of which has been read."""
+    found = sources_in(source)
+    assert list(dict.fromkeys(row.source for row in rows_of(source))) == found
+    return found
