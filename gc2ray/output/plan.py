@@ -24,6 +24,8 @@ from gc2ray.data.parquet_footer import open_parquet
 PLAN_NAME = "plan/0000.parquet"
 """Name of the first file; `plan_name` has those of extensions."""
 
+_KEPT_COLUMNS = "gc2ray.carried"
+"""Key of the schema of kept columns in the metadata of a plan."""
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 _PLAN_SCHEMA = pa.schema(
     [
@@ -109,9 +111,7 @@ class Plan:
         metadata = {
             "gc2ray.recipe": self.recipe_fingerprint,
             "gc2ray.follows": follows,
-            "gc2ray.kept_columns": base64.b64encode(
-                self.kept_columns.serialize().to_pybytes()
-            ).decode(),
+            _KEPT_COLUMNS: base64.b64encode(self.kept_columns.serialize().to_pybytes()).decode(),
         }
         table = pa.table(columns, schema=_PLAN_SCHEMA.with_metadata(metadata))
         sink = io.BytesIO()
@@ -128,7 +128,7 @@ class Plan:
         try:
             table = open_parquet(io.BytesIO(data)).read(use_threads=False)
             metadata = table.schema.metadata
-            buffer = pa.py_buffer(base64.b64decode(metadata[b"gc2ray.kept_columns"]))
+            buffer = pa.py_buffer(base64.b64decode(metadata[_KEPT_COLUMNS.encode()]))
             kept_columns = pa.ipc.read_schema(buffer)
             fingerprint = metadata[b"gc2ray.recipe"].decode()
             shards = _shards(table.cast(_PLAN_SCHEMA).combine_chunks())

@@ -13,7 +13,7 @@ from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.errors import ConfigError
 from gc2ray.core.shards import Shards, SourceFile, bytes_digest
 from gc2ray.output.plan import Plan
-from gc2ray.output.run_directory import Run
+from gc2ray.output.run_directory import FORMAT, Run
 from tests.support.methods import write_method
 from tests.support.rows import make_recipe
 
@@ -38,6 +38,13 @@ def test_a_plan_survives_its_file(shard_rows: int) -> None:
     assert again.kept_columns.equals(KEPT_COLUMNS)
     assert again.rows == 48
     assert again.to_bytes() == plan.to_bytes()
+
+
+def test_plans_of_this_format_have_these_keys() -> None:
+    """Other keys are another format: outputs of this one could not be read."""
+    metadata = pq.read_schema(pa.BufferReader(a_plan().to_bytes())).metadata
+    assert {*metadata} == {b"gc2ray.recipe", b"gc2ray.follows", b"gc2ray.carried"}
+    assert FORMAT == 3
 
 
 def test_an_empty_plan_survives_its_file() -> None:
