@@ -6,7 +6,7 @@ memory.
 
 The record of a killed worker ends up to half a minute before its process did.
 
-Not covered: the answers themselves; which round's answer counts (`gc2ray.output.latest`).
+Not covered: the answers themselves; which round's answer is the latest (`gc2ray.output.latest`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from gc2ray.output.run_directory import (
     round_store,
     stored_run,
 )
+from gc2ray.output.verify import verify
 
 GROUPS = 64
 """Number of groups that parts are added to in turn: enough for a bootstrap."""
@@ -151,10 +152,12 @@ class RunTotals:
     Attributes:
         output: Directory or URL.
         rounds: The totals of its rounds, in order.
+        answered_rows: Number of input rows that have answers in any round.
     """
 
     output: str
     rounds: tuple[RoundTotals, ...]
+    answered_rows: int
 
     @property
     def run(self) -> Run:
@@ -195,8 +198,15 @@ def read_totals(output: str, tick: Callable[[int], None] = lambda _: None) -> Ru
     """
     store, _ = open_run(output)
     numbers = [0, *retry_numbers(store.names(RETRY_ROUNDS))]
-    rounds = (_round_totals(round_store(output, number), number, tick) for number in numbers)
-    return RunTotals(output, tuple(totals for totals in rounds if totals is not None))
+    totals = (_round_totals(round_store(output, number), number, tick) for number in numbers)
+    rounds = tuple(each for each in totals if each is not None)
+    return RunTotals(output, rounds, _answered_rows(output, rounds))
+
+
+def _answered_rows(output: str, rounds: Sequence[RoundTotals]) -> int:
+    """Rows with answers; a retry may have answered those of a shard that was given up."""
+    first, *retries = rounds
+    return verify(output).rows if retries and first.rows < first.run.rows else first.rows
 
 
 def _round_totals(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotals | None:

@@ -192,10 +192,10 @@ def _when(summary: Summary) -> str:
 
 
 def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
-    first = summary.rounds[0]
-    yield "rows committed", f"{first.rows:,} of {first.planned_rows:,}"
+    yield "rows answered", f"{summary.answered_rows:,} of {summary.rounds[0].planned_rows:,}"
     share = summary.errors / summary.answers if summary.answers else 0.0
-    yield f"errors among {summary.answers:,} answers", f"{summary.errors:,} ({share:.2%})"
+    rounds = " of all rounds" if len(summary.rounds) > 1 else ""
+    yield f"errors among {summary.answers:,} answers{rounds}", f"{summary.errors:,} ({share:.2%})"
     yield "of visual tokens kept", percent(summary.visual.share)
     yield "of the uncompressed KV cache", percent(summary.kv_bytes.share)
     yield "of the uncompressed operations", percent(summary.operations.share)
@@ -214,10 +214,9 @@ def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
 
 
 def _verdicts(summary: Summary) -> Iterator[Line]:
-    first = summary.rounds[0]
-    missing = first.planned_rows - first.rows
+    missing = summary.rounds[0].planned_rows - summary.answered_rows
     if missing:
-        text = f"{missing:,} planned rows are not committed; run the same command again to resume."
+        text = f"{missing:,} planned rows are not answered; run the job again to resume."
         yield Line(text, "bad")
     saved, answering = summary.costs.saved_seconds, summary.costs.answering_seconds
     if saved is None or summary.visual.share is None:

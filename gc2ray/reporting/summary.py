@@ -111,6 +111,7 @@ class Summary:
         started: Start of the first driver; None where no driver left a record.
         ended: When the last driver was last seen; None likewise.
         rounds: The run and its retries.
+        answered_rows: Input rows that have answers in any round.
         stats: Statistics of all their answers.
         throughput: Over time: answers a second, and the share of worker time spent waiting for
             input.
@@ -129,6 +130,7 @@ class Summary:
     started: datetime | None
     ended: datetime | None
     rounds: tuple[RoundSummary, ...]
+    answered_rows: int
     stats: RunStats
     throughput: tuple[tuple[datetime, float, float], ...]
     costs: Costs
@@ -272,6 +274,7 @@ def summarise(totals: RunTotals, prices: Prices) -> Summary:
         started=min((driver.started for driver in drivers), default=None),
         ended=max((driver.last_seen for driver in drivers), default=None),
         rounds=tuple(_round_summary(round_totals) for round_totals in totals.rounds),
+        answered_rows=totals.answered_rows,
         stats=stats,
         throughput=_throughput(first),
         costs=Costs.from_totals(totals, prices),

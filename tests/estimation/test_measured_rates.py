@@ -94,7 +94,7 @@ def run_totals(
         dead_letters=(),
         dead_letter_count=0,
     )
-    return RunTotals("out", (entry,))
+    return RunTotals("out", (entry,), entry.rows)
 
 
 def test_rates_of_a_run_predict_its_own_time() -> None:

@@ -27,6 +27,7 @@ from gc2ray.estimation.hardware import Prices
 from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.shape import LLAVA_7B
 from gc2ray.output.parts import read_part_footer
+from gc2ray.output.retry import DEAD, next_retry
 from gc2ray.output.totals import read_totals
 from gc2ray.reporting.charts import over_time
 from gc2ray.reporting.heat_map import TokenMap
@@ -71,6 +72,21 @@ def a_run(folder: Path, bad: tuple[int, ...] = (1,), *, device: str = "NVIDIA Bi
     record = driver_record(130.0, device_time)
     store.create(record.name, record.to_bytes())
     return folder
+
+
+def test_rows_that_a_retry_answered_are_not_missing(tmp_path: Path) -> None:
+    """Those of a shard that was given up, which has no part in the run itself."""
+    summary, found = written_report(a_run(tmp_path))
+    assert summary.answered_rows == summary.rounds[0].rows == 14
+    assert "3 planned rows are not answered; run the job again" in found.markdown
+    retry = next_retry(str(tmp_path), [DEAD])
+    assert retry is not None
+    write_round(tmp_path, 2, retry.plan, changed=measured)
+    summary, found = written_report(tmp_path)
+    assert summary.answered_rows == 17
+    assert "planned rows are not answered" not in found.markdown
+    assert "17 of 17" in found.markdown
+    assert "answers of all rounds" in found.markdown
 
 
 def written_report(folder: Path, prices: Prices = PRICES) -> tuple[Summary, Report]:
@@ -170,7 +186,7 @@ def test_all_three_forms_have_the_same_content(tmp_path: Path) -> None:
     for text in (committed, "it died", "retry 1", "unaccounted", "$0.13", "big", "loading"):
         assert text in found.markdown, text
         assert text in found.html, text
-    missing = f"{first.planned_rows - first.rows} planned rows are not committed"
+    missing = f"{first.planned_rows - first.rows} planned rows are not answered"
     assert missing in found.markdown
     assert missing in found.html
     assert json.loads(found.json)["runs"][0]["dead_letter_count"] == 1
@@ -179,7 +195,7 @@ def test_all_three_forms_have_the_same_content(tmp_path: Path) -> None:
 
 JSON_KEYS = {
     "output", "fingerprint", "recipe", "method", "retention_requested", "versions", "started",
-    "ended", "rounds", "throughput", "audit", "dead_letters", "dead_letter_count",
+    "ended", "rounds", "throughput", "audit", "dead_letters", "dead_letter_count", "answered_rows",
     "device_seconds_by_use", "devices", "price", "no_cost", "usd", "usd_per_1000",
     "answering_seconds", "saved_seconds", "what_if", "left_out",
     "by_status", "empty_answers", "images", "images_shared", "visual", "newlines", "views",
@@ -214,7 +230,7 @@ def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
     summary, found = written_report(tmp_path)
     assert (summary.answers, summary.costs.usd, summary.costs.saved_seconds) == (0, None, None)
     assert "0 of 17" in found.html
-    assert "17 planned rows are not committed" in found.markdown
+    assert "17 planned rows are not answered" in found.markdown
 
 
 class Elements(HTMLParser):
