@@ -165,7 +165,7 @@ def run_retry(
 def retry_output(
     output: str,
     cluster: Cluster,
-    failures: Collection[str] = FAILURES,
+    failures: Collection[str] = (),
     address: str | None = None,
     display: Display | None = None,
 ) -> Retried:
@@ -174,19 +174,20 @@ def retry_output(
     Args:
         output: Directory or URL of a run.
         cluster: Workers and limits.
-        failures: Which rows: statuses of answers, or `DEAD`.
+        failures: Which rows: statuses of answers, or `DEAD`; none: all that failed.
         address: Address of a Ray cluster, as in `run_job`.
         display: Display of the run's state, as in `run_job`.
 
     Raises:
         ConfigError, GivenUp, Interrupted: As `run_job`.
     """
-    retry = next_retry(output, failures)
-    if retry is None:
-        return Retried(None, None, Judged(*latest_failures(output), cluster.max_bad_rows))
-    result = run_retry(retry, cluster, address=address, display=display)
-    judged = result.judged or Judged(*latest_failures(output), cluster.max_bad_rows)
-    return Retried(retry.number, result, judged)
+    retry, number, result = next_retry(output, failures or FAILURES), None, None
+    if retry is not None:
+        number, result = retry.number, run_retry(retry, cluster, address=address, display=display)
+    judged = result.judged if result is not None else None
+    if judged is None:
+        judged = Judged(*latest_failures(output), cluster.max_bad_rows)
+    return Retried(number, result, judged)
 
 
 @contextmanager
@@ -263,7 +264,12 @@ def _check_recipe(recipe: Recipe) -> None:
     Raises:
         ConfigError: The message names the setting.
     """
-    recipe.compression.source()
+    source = recipe.compression.source()
+    if source is not None:
+        try:
+            source.check_class()
+        except LookupError as error:
+            raise ConfigError(f"recipe.compression.method: {error}") from error
     check_model(recipe.model, recipe.generation.taken_over())
 
 

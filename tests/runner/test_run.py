@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,26 @@ def test_a_method_that_is_gone_is_refused_before_ray(
     path.unlink()
     with pytest.raises(ConfigError, match=r"recipe\.compression\.method: no module 'own_method'"):
         run_job(job)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("Another = 1", "own_method.py has no class 'Own'"),
+        ("class Own:", "own_method.py is not valid Python"),
+    ],
+)
+def test_a_method_without_its_class_is_refused_before_ray(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str
+) -> None:
+    def started(_: str | None) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("gc2ray.runner.ray_session.connected", started)
+    write_method(tmp_path, "own_method", source)
+    with pytest.raises(ConfigError, match=f"recipe.compression.method: .*{re.escape(reason)}"):
+        run_job(with_method(job))
 
 
 # --- reported -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Not covered: a digest of what the module imports, its package included; modules 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import re
@@ -47,6 +48,22 @@ class MethodSource:
         if self.file.name == "__init__.py":
             return self.file.parents[depth]
         return self.file.parents[depth - 1] if depth else self.file
+
+    def check_class(self) -> None:
+        """Refuse a module without the class, as far as its source tells without running it.
+
+        Raises:
+            LookupError: The module binds no such name, or is not Python.
+        """
+        try:
+            nodes = list(ast.walk(ast.parse(self.file.read_bytes())))
+        except (SyntaxError, ValueError) as error:
+            raise LookupError(f"{self.file} is not valid Python: {error}") from error
+        names = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        names |= {node.id for node in nodes if isinstance(node, ast.Name)}
+        names |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+        if not names & {self.class_name.split(".")[0], "*", "__getattr__"}:
+            raise LookupError(f"{self.file} has no class {self.class_name!r}")
 
 
 def source_digest(data: bytes) -> str:
