@@ -151,9 +151,8 @@ def print_outcome(console: Console, outcome: Outcome, output: str, retry_round: 
     console.print(table)
     if not outcome.is_complete:
         missing = outcome.planned_rows - outcome.rows
-        console.print(
-            f"[bold red]{missing} rows are not committed[/]; run the same command again to resume"
-        )
+        again = "run gc2ray retry again" if retry_round else "run the job again"
+        console.print(f"[bold red]{missing} rows are not committed[/]; {again} to resume")
     for dead_letter in outcome.dead[:MAX_DEAD_LETTERS]:
         console.print(f"  {_plain(dead_letter)}", markup=False, soft_wrap=True)
     _print_failures(console, outcome, output, is_retry=retry_round > 0)
@@ -171,7 +170,7 @@ def _print_failures(console: Console, outcome: Outcome, output: str, *, is_retry
             f"{judged}; cluster.max_bad_rows=1 accepts any share", style="red", soft_wrap=True
         )
     if is_retry:  # another retry would most likely end as this one did
-        console.print(f"{outcome.stats.bad_rows:,} answers failed again", soft_wrap=True)
+        console.print(f"answers that failed again: {outcome.stats.bad_rows:,}", soft_wrap=True)
     elif outcome.is_complete:
         command = shlex.join(["gc2ray", "retry", output])
         console.print(f"to answer them again: {command}", markup=False, soft_wrap=True)
@@ -336,7 +335,7 @@ class Terminal:
 
     def written(self, written: WrittenReport) -> None:
         """Where a report is, and the dataset cards."""
-        self.line(f"{written.to}/report.html, .md, .json")
+        self.line(f"{written.to.rstrip('/')}/report.html, .md, .json")
         for card in written.cards:
             self.line(card)
         for card in written.foreign_cards:

@@ -36,7 +36,7 @@ def print_estimate(console: Console, result: Estimate, job: Job) -> None:
 
 
 def _input_table(result: Estimate, job: Job) -> Table:
-    table = Table("", "", title=", ".join(job.recipe.input.uris()), show_header=False)
+    table = Table("", "", title=escape(", ".join(job.recipe.input.uris())), show_header=False)
     table.add_row("rows", f"{result.rows:,}")
     table.add_row("prompts that can be answered", interval_text(result.prompts))
     for status, count in result.refused.items():
@@ -59,7 +59,7 @@ def _token_table(result: Estimate) -> Table:
         table.add_column("too long")
     for item in result.workloads:
         cells = (
-            item.method,
+            escape(item.method),
             f"{item.retention:g}",
             interval_text(item.visual_tokens),
             interval_text(item.prompt_tokens),
@@ -82,7 +82,7 @@ def _recipe_table(result: Estimate) -> Table:
     kinds = _price_kinds(result.devices)
     table = Table(
         "device", "workers", "time", "device time", *(kind.replace("_", " ") for kind in kinds),
-        title=f"time and cost, {own.method} at {own.retention:g}",
+        title=escape(f"time and cost, {own.method} at {own.retention:g}"),
     )  # fmt: skip
     for item in items:
         table.add_row(*_cells(item, kinds))
@@ -95,7 +95,7 @@ def _price_kinds(devices: Sequence[DeviceEstimate]) -> list[str]:
 
 
 def _cells(item: DeviceEstimate, kinds: Sequence[str]) -> Iterator[str]:
-    yield item.hardware
+    yield escape(item.hardware)
     yield str(item.workers)
     yield interval_text(item.hours, duration) if item.hours else ""
     yield duration(item.device_hours.mid) if item.device_hours else ""
@@ -114,7 +114,7 @@ def _retention_table(result: Estimate) -> Table:
     for device in dict.fromkeys(item.hardware for item in result.devices):
         by_retention = {i.retention: i for i in result.devices if i.hardware == device}
         if any(item.misfit is None for item in by_retention.values()):
-            table.add_row(device, *(_guess(by_retention.get(kept)) for kept in retentions))
+            table.add_row(escape(device), *(_guess(by_retention.get(kept)) for kept in retentions))
     return table
 
 
@@ -194,7 +194,7 @@ def _misfits(result: Estimate) -> Iterator[str]:
 def print_tuning(console: Console, result: Tuning) -> None:
     """Print all settings, and the verdict."""
     columns: dict[str, Callable[[Measured], str]] = {
-        "setting": lambda item: item.setting.name,
+        "setting": lambda item: escape(item.setting.name),
         "tokens": lambda item: precise(item.visual_tokens),
         "ms/row": lambda item: precise(1e3 * item.seconds_per_row),
         "speed-up": lambda item: _on_two_lines(item.speed_up),
@@ -235,8 +235,8 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
         console.print(_scores_table(run, evaluation.metrics))
         if run.unanswered_rows:
             console.print(
-                f"{run.output}: {run.unanswered_rows:,} more rows have no answer and are not "
-                "scored; gc2ray status says why",
+                f"{run.output}: {run.unanswered_rows:,} more rows have no answer and are "
+                "not scored",
                 soft_wrap=True,
                 markup=False,
             )

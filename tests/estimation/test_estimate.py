@@ -126,6 +126,20 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
     assert "visual tokens before compression" in default.stdout
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    tiny_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    config = job_file(tmp_path, tiny_paths["vicuna"])
+    (tmp_path / "in").rename(tmp_path / "[red]a[b]")
+    file = tmp_path / "hardware.yaml"
+    file.write_text(yaml.safe_dump({"hardware": [{**GOOD, "name": "[bold] our GPU[i]"}]}))
+    uri = f"recipe.input.uri={tmp_path / '[[]red]a[[]b]' / 'a.parquet'}"
+    result = run_command("estimate", config, uri, "--hardware", file)
+    assert result.exit_code == 0, result.stderr
+    assert "[[]red]a[[]b]" in result.stdout
+    assert "[bold] our GPU[i]" in result.stdout
+
+
 def test_the_size_of_the_sample_is_printed(tiny_paths: dict[str, Path], tmp_path: Path) -> None:
     config = job_file(tmp_path, tiny_paths["vicuna"], rows=60)
     result = run_command("estimate", config, "--rows", "20")

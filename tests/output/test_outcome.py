@@ -96,7 +96,7 @@ def test_rows_that_fail_again_are_no_reason_to_retry_again(tmp_path: Path) -> No
     console = Console(record=True, file=io.StringIO())
     print_outcome(console, outcome, str(tmp_path / "out"), retry_round=1)
     text = console.export_text()
-    assert "2 answers failed again" in text
+    assert "answers that failed again: 2" in text
     assert "gc2ray retry" not in text
 
 
@@ -119,7 +119,7 @@ def test_an_incomplete_run_is_resumed_first(tmp_path: Path) -> None:
     parts(tmp_path / "out")[2].unlink()
     status = run_command("status", tmp_path / "out")
     assert status.exit_code == 1
-    assert "rows are not committed; run the same command" in status.stdout
+    assert "rows are not committed; run the job again to resume" in status.stdout
     assert "a.parquet#1: bad_image: bad in 0" in status.stdout
     assert "gc2ray retry" not in status.stdout
 
