@@ -20,7 +20,7 @@ PROCESSES ?= $(shell nproc)
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.installed ## Create .venv and install everything (the other targets do it when needed)
+setup: $(VENV)/.installed ## Create .venv and install everything; others do it when needed
 
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/models/layers/cpu_attention.c
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/models/layers
 	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # pip would on one core; some files are for others
 	@touch $@
 
-demo: setup ## Run the whole job with the demo model on this machine, with right and wrong answers
+demo: setup ## Run a whole job with the demo model on this machine
 	$(PY) -m gc2ray demo
 
 test: setup ## Run the tests
@@ -40,14 +40,14 @@ test-all: setup ## Run the tests that are too slow for `make test`
 	$(PY) -m pytest -m "slow and not alone" $(PARALLEL)
 	$(PY) -m pytest -m "slow and alone" tests/faults
 
-test-ci: setup ## Run the tests of both, those that can in one go: no core waits between them
+test-ci: setup ## Run the tests of both, as far as possible in one go
 	$(PY) -m pytest -m "not alone" $(PARALLEL)
 	$(PY) -m pytest -m alone tests/faults
 
-chaos: setup ## Kill workers, drivers, nodes and stores in every window, KILLS=21 of each; prints the table
+chaos: setup ## Kill workers, drivers, nodes and stores, KILLS=21 of each
 	$(PY) -m pytest tests/faults/test_chaos.py --kills $(KILLS)
 
-soak: setup ## Answer 100,000 rows while KILLS=66 workers are killed at random; at least ten minutes
+soak: setup ## Answer 100,000 rows while KILLS=66 workers are killed
 	$(PY) -m pytest tests/faults/test_soak.py --rows 100000 --seconds 660 --kills $(if $(filter file,$(origin KILLS)),66,$(KILLS))
 
 check: setup docs ## Lint, format check, strict types, documentation
@@ -62,13 +62,13 @@ format: setup ## Format the code and fix what the linter can fix
 docs: setup ## Build the documentation into site/; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
-bench: setup ## Measure: a table, then one line of JSON; ONLY=name runs one of them, THREADS=n has n torch threads
+bench: setup ## Measure; ONLY=name runs one of them, THREADS=n sets torch
 	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY)) $(if $(THREADS),--threads $(THREADS))
 
-quality: setup ## Measure accuracy against visual tokens; rewrites docs/quality.*
+quality: setup ## Measure accuracy against tokens; rewrites docs/quality.*
 	$(PY) -m jobs.quality
 
-train-demo: setup ## Train the demo model again into demo-training/ (hours on a CPU; may be stopped)
+train-demo: setup ## Train the demo model again, into demo-training/ (hours)
 	$(PY) -m jobs.train_demo demo-training --processes $(PROCESSES)
 
 clean: ## Remove everything that make made

@@ -20,4 +20,6 @@ def main(model_path: str, question: str, *images: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

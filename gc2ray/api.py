@@ -2,12 +2,10 @@
 
 `load_model` and `read_answers` come from other modules; `follow` and `terminal` are here alone.
 
-Each function imports what it needs when it is called: torch, Ray and pyarrow take seconds. An
-`output` is always the directory or fsspec URL of a run, as a job's `output` names it.
+Each function imports what it needs when it is called: torch, Ray and pyarrow take seconds.
 
 Every function raises `ConfigError` where a setting, an input or an output cannot be used, and
-`OSError` where a storage does not answer; docstrings name other errors. Examples assume a job of
-six rows, `job.yaml` with output `out`.
+`OSError` where a storage does not answer. Examples assume `job.yaml` of six rows, output `out`.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gc2ray.core.arguments import PriceKind, ReferenceLists, as_tuple
-from gc2ray.core.config.locations import Location, as_location
+from gc2ray.core.config.locations import Location, as_location, as_locations
 from gc2ray.core.errors import ConfigError, GivenUp, explain
 from gc2ray.core.logs import LogForm, set_up, writes_json
 from gc2ray.core.process import INTERRUPTED, Stopped, unexpected
@@ -89,7 +87,7 @@ def run(
     """
     from gc2ray.runner.run import run_job
 
-    return run_job(job, address=address, display=display, extend=extend)
+    return run_job(_job(job), address=address, display=display, extend=extend)
 
 
 def retry(
@@ -113,11 +111,10 @@ def retry(
         True
     """
     from gc2ray.core.config.job import load_cluster
-    from gc2ray.output.retry import FAILURES
     from gc2ray.runner.run import retry_output
 
-    where, failures = as_location("OUTPUT", output), as_tuple(statuses) or FAILURES
-    return retry_output(where, load_cluster(overrides), failures, address, display)
+    where, cluster = as_location("OUTPUT", output), load_cluster(overrides)
+    return retry_output(where, cluster, as_tuple(statuses), address, display)
 
 
 def submit(
@@ -126,7 +123,7 @@ def submit(
     *,
     submission_id: str | None = None,
     extend: bool = False,
-    log: str = "text",
+    log: str = LogForm.TEXT,
 ) -> str:
     """Hand a job in to the job server of a Ray cluster; returns the job's name there.
 
@@ -143,10 +140,9 @@ def submit(
     """
     from gc2ray.runner.submit import JobServer
 
-    job.check_portable()
-    server = JobServer(address)
-    command = ["--log", log, "run", *(["--extend"] if extend else [])]
-    return server.submit(job, command, submission_id)
+    _job(job).check_portable()
+    command = ["--log", LogForm(log), "run", *(["--extend"] if extend else [])]
+    return JobServer(address).submit(job, command, submission_id)
 
 
 def follow(address: str, submission_id: str, write: Callable[[str], object]) -> int:
@@ -188,9 +184,13 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
     from gc2ray.estimation.measured_rates import MeasuredRates
     from gc2ray.output.totals import read_totals
 
-    rates = MeasuredRates.from_totals(read_totals(as_location("--like", like))) if like else None
+    rates = (
+        MeasuredRates.from_totals(read_totals(as_location("--like", like)))
+        if like is not None
+        else None
+    )
     assumptions = Assumptions(output_tokens=output_tokens, rates=rates, hours=hours)
-    return estimate_run(job, load_hardware(hardware), assumptions, rows, progress)
+    return estimate_run(_job(job), load_hardware(hardware), assumptions, rows, progress)
 
 
 def tune(  # noqa: PLR0913 - settings of one measurement, given by name
@@ -234,8 +234,9 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
     from gc2ray.estimation.recommendation import Target
     from gc2ray.estimation.tune import TuneRequest, tune_run
     from gc2ray.reporting.charts import tuning_chart
-    from gc2ray.reporting.writing import write_file
+    from gc2ray.reporting.writing import check_file, write_file
 
+    check_file("svg", svg)
     request = TuneRequest(
         rows=rows,
         methods=as_tuple(methods),
@@ -244,7 +245,7 @@ def tune(  # noqa: PLR0913 - settings of one measurement, given by name
         reference=reference,
         prices=Prices(load_hardware(hardware), usd_per_hour=usd_per_hour),
     )
-    tuning = tune_run(job, request)
+    tuning = tune_run(_job(job), request)
     if svg is not None:
         write_file(Path(svg), tuning_chart(tuning).encode())
     return tuning
@@ -263,7 +264,7 @@ def check(job: Job, rows: int = 16) -> Parity:
     """
     from gc2ray.engine.parity.check import check_parity
 
-    return check_parity(job, rows)
+    return check_parity(_job(job), rows)
 
 
 def status(output: Location) -> RunStatus:
@@ -353,7 +354,7 @@ def report(  # noqa: PLR0913 - settings, given by name
     prices = Prices(load_hardware(hardware), price, usd_per_hour)
     where = None if to is None else as_location("--to", to)
     request = ReportRequest(prices, where, show, as_tuple(rows), card=card)
-    return write_report(_checked(outputs), request, progress or (lambda _: None))
+    return write_report(as_locations("OUTPUT", outputs), request, progress or (lambda _: None))
 
 
 def show(output: Location, row_key: str, to: str | Path | None = None) -> Path:
@@ -403,18 +404,17 @@ def evaluate(
     from gc2ray.reporting.evaluation import EvaluateRequest, evaluate_runs
 
     request = EvaluateRequest(reference, as_tuple(metrics), by, lists)
-    return evaluate_runs(_checked(outputs), request)
+    return evaluate_runs(as_locations("OUTPUT", outputs), request)
 
 
 def terminal() -> Terminal:
-    """What shows the results of these functions to people, as tables and progress bars."""
+    """Shows the results of these functions to people, as tables and progress bars."""
     from gc2ray.reporting.terminal import Terminal
 
     return Terminal()
 
 
-def _checked(outputs: Sequence[Location]) -> list[str]:
-    """Outputs as text; at least one."""
-    if not outputs:
-        raise ConfigError("OUTPUT: name at least one output of a run")
-    return [as_location("OUTPUT", output) for output in outputs]
+def _job(job: Job) -> Job:
+    if not hasattr(job, "recipe"):
+        raise TypeError(f"{job!r} is no Job: gc2ray.load_job reads one from its YAML file")
+    return job

@@ -1,4 +1,4 @@
-"""The command line: each command reads its options, calls `gc2ray.api` once, and shows the result.
+"""The command line: each command reads its options, calls `gc2ray.api`, and shows the result.
 
 Exit codes: 0 every planned row is committed, and not too many answers failed; 1 they did, or
 something was given up; 2 the configuration cannot be used; 130 interrupted.
@@ -214,7 +214,9 @@ def retry(
     ] = None,
     status: Annotated[
         list[str] | None,
-        typer.Option(help="Only rows with this status, or `dead` ones; may be repeated."),
+        typer.Option(
+            help="Only rows with this status, as bad_image, or dead ones; may be repeated."
+        ),
     ] = None,
     address: Address = None,
 ) -> None:
@@ -323,7 +325,10 @@ def evaluate(
         str, typer.Option(help="Column with right answers; recipe.input.keep must name it.")
     ],
     metric: Annotated[
-        list[str] | None, typer.Option(help="A metric; may be repeated; else all of them.")
+        list[str] | None,
+        typer.Option(
+            help="exact_match, vqa_accuracy, contains, anls or yes_no; may be repeated; else all."
+        ),
     ] = None,
     by: Annotated[str | None, typer.Option(help="Column to group answers by.")] = None,
     lists: Annotated[

@@ -137,6 +137,8 @@ def saved(folder: Path, image: Image.Image) -> Path:
         lambda _, image: memoryview(encoded(image)),
         lambda _, image: io.BytesIO(encoded(image)),
         lambda folder, image: saved(folder, image).open("rb"),
+        lambda _, image: {"bytes": encoded(image), "path": "a.png"},
+        lambda folder, image: {"bytes": None, "path": str(saved(folder, image))},
         lambda folder, image: saved(folder, image),
         lambda folder, image: str(saved(folder, image)),
         lambda _, image: np.asarray(image),
@@ -148,6 +150,8 @@ def saved(folder: Path, image: Image.Image) -> Path:
         "memoryview",
         "buffer",
         "open file",
+        "struct of bytes",
+        "struct of a path",
         "path",
         "str",
         "array",
@@ -184,6 +188,10 @@ def test_numbers_of_images_and_prompts_must_fit(model: Model) -> None:
         model.answer(images, [PROMPT] * 2)
     with pytest.raises(TypeError, match="a prompt is text, not int"):
         model.answer(images, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a prompt is text, not dict"):
+        model.answer(images, {"question": "What?"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="or a numpy array, not dict"):
+        model.answer({"data": b"x"}, PROMPT)
     with pytest.raises(TypeError, match="a prompt is text, not bytes"):
         model.answer(images, b"What?")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="bytes, an open file or a numpy array, not float"):
@@ -206,11 +214,30 @@ def test_an_unanswerable_image_or_prompt_has_an_error(model: Model, tmp_path: Pa
     assert "image is null" in str(answers[5])
     assert "image_roots" in str(answers[7])
     assert "closed file" in str(answers[8])
-    with pytest.raises(TypeError, match="open it with mode 'rb'"):
+    with pytest.raises(TypeError, match="with mode 'rb'"):
         model.answer(io.StringIO("text"), PROMPT)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="with mode 'rb'"), Path(__file__).open() as text:
+        model.answer(text, PROMPT)  # type: ignore[arg-type]
     assert [answer.status for answer in model.answer(images[0], ["", " ", PROMPT])] == [
         Status.BAD_PROMPT, Status.BAD_PROMPT, Status.OK,
     ]  # fmt: skip
+
+
+class PathWithRead(type(Path())):  # type: ignore[misc]
+    """A path that can also read its file, as those of some libraries."""
+
+    def read(self) -> str:
+        return self.read_text()
+
+
+def test_a_file_is_read_from_its_start_each_time(
+    model: Model, expected: list[Answer], tmp_path: Path
+) -> None:
+    image = picture(SIZES[0], 0)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")  # its end is where it stands
+    assert facts(model.answer([buffer, buffer], PROMPT)) == facts([expected[0]] * 2)
+    assert facts(model.answer(PathWithRead(saved(tmp_path, image)), PROMPT)) == facts(expected[:1])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "HSV", "I;16", "I", "F"])

@@ -10,6 +10,12 @@ import pytest
 
 import gc2ray
 from gc2ray.core.arguments import as_tuple, check_range
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.errors import Status
+from gc2ray.core.metrics.scores import METRICS
+from gc2ray.core.stats import RunStats
+from gc2ray.output.planner import Judged, Outcome
+from gc2ray.output.retry import Retry
 from tests.support.outputs import first_plan, write_round
 from tests.support.rows import make_job
 
@@ -40,11 +46,24 @@ OUT_OF_RANGE: list[tuple[str, Callable[[Any, str], object]]] = [
     ("--method: no method 'gone'", lambda job, _: gc2ray.tune(job, methods="gone")),
     ("usd_per_hour: .* got inf", lambda _, out: gc2ray.report(out, usd_per_hour=INFINITE)),
     ("show: .* at least 0; got -1", lambda _, out: gc2ray.report(out, show=-1)),
+    ("price: .*did you mean 'spot'", lambda _, out: gc2ray.report(out, price="spott")),
+    (
+        "lists: .*did you mean 'each'",
+        lambda _, out: gc2ray.evaluate(out, reference="x", lists="eac"),
+    ),
+    ("rows: expected a whole number", lambda job, _: gc2ray.tune(job, rows=None)),
+    ("rows: expected a whole number.* got '3'", lambda job, _: gc2ray.check(job, rows="3")),
+    ("show: expected a whole number.* got 1.5", lambda _, out: gc2ray.report(out, show=1.5)),
+    ("svg: '/no/x.svg' cannot be written", lambda job, _: gc2ray.tune(job, svg="/no/x.svg")),
+    ("svg: '' cannot be written", lambda job, _: gc2ray.tune(job, svg="")),
+    ("--like: '' is neither", lambda job, _: gc2ray.estimate(job, like="")),
+    ("--to: .* lies inside", lambda _, out: gc2ray.report(out, to=f"{out}/data")),
+    ("lies inside", lambda _, out: gc2ray.compact(out, f"{out}/../{Path(out).name}/x")),
     ("price: .*known: on_demand, spot", lambda _, out: gc2ray.report(out, price="cheap")),
     ("no row 'in.parquet#0'", lambda _, out: gc2ray.report(out, rows="in.parquet#0")),
     ("file_bytes: .* at least 1", lambda _, out: gc2ray.compact(out, f"{out}-c", file_bytes=0)),
-    ("at least one output", lambda _, out: gc2ray.report()),
-    ("at least one output", lambda _, out: gc2ray.evaluate(reference="source")),
+    ("OUTPUT: name at least one", lambda _, out: gc2ray.report()),
+    ("OUTPUT: name at least one", lambda _, out: gc2ray.evaluate(reference="source")),
     ("'ded': is not a failure", lambda _, out: gc2ray.retry(out, statuses="ded")),
     (
         "--metric: unknown 'exact'",
@@ -74,7 +93,7 @@ def test_malformed_locations_are_refused(tmp_path: Path, name: str) -> None:
         OUTPUTS[name]("", tmp_path)
 
 
-def test_a_path_is_drawn_from_and_written_to(output: Path, tmp_path: Path) -> None:
+def test_locations_to_write_to_are_checked(output: Path, tmp_path: Path) -> None:
     with pytest.raises(gc2ray.ConfigError, match="no row 'x' in the plan"):
         gc2ray.show(output, "x", tmp_path / "tokens.png")
     with pytest.raises(gc2ray.ConfigError, match=r"DESTINATION: .*did you mean"):
@@ -86,10 +105,10 @@ def test_a_path_is_drawn_from_and_written_to(output: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("message", "call"), OUT_OF_RANGE)
-def test_arguments_out_of_range_are_refused(
+def test_arguments_that_cannot_be_used_are_refused(
     output: Path, message: str, call: Callable[[Any, str], object]
 ) -> None:
-    """In the words of the argument, before a model is loaded or a file is written."""
+    """Before a model is loaded or a file is written."""
     before = sorted(output.rglob("*"))
     with pytest.raises(gc2ray.ConfigError, match=message):
         call(make_job("model"), str(output))
@@ -98,14 +117,64 @@ def test_arguments_out_of_range_are_refused(
 
 def test_one_value_stands_for_a_list_of_one(output: Path) -> None:
     assert gc2ray.read_answers(output, "answer").column_names == ["answer"]
+    assert gc2ray.read_answers(output, []).num_columns == gc2ray.read_answers(output).num_columns
+    assert gc2ray.evaluate(output, reference="source", metrics=None).metrics == tuple(METRICS)  # type: ignore[arg-type]
     evaluation = gc2ray.evaluate(output, reference="source", metrics="contains")
     assert evaluation.metrics == ("contains",)
     assert gc2ray.retry(output, statuses="dead").retry_round is None
     assert (as_tuple(0.5), as_tuple(["a", "b"])) == ((0.5,), ("a", "b"))
 
 
+@pytest.mark.parametrize("name", ["run", "estimate", "tune", "check", "submit"])
+def test_a_file_is_no_job(name: str) -> None:
+    with pytest.raises(TypeError, match=r"'job\.yaml' is no Job: gc2ray.load_job reads one"):
+        getattr(gc2ray, name)("job.yaml", **({"address": "http://x"} if name == "submit" else {}))
+
+
+def test_overrides_are_text(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("output: out")
+    calls: list[Callable[[], object]] = [
+        lambda: gc2ray.load_job(tmp_path / "job.yaml", ["a.b=c"]),  # type: ignore[arg-type]
+        lambda: gc2ray.load_model(tmp_path, {"a": 1}),  # type: ignore[arg-type]
+        lambda: gc2ray.retry(tmp_path, ["cluster.workers=1"]),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(gc2ray.ConfigError, match=r"a\.b=c|only cluster"):
+            call()
+
+
+def test_a_file_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").touch()
+    with pytest.raises(
+        gc2ray.ConfigError, match=r"job\.yaml is a file, not the directory of a run"
+    ):
+        gc2ray.status(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "rows"), [((), [(0, 1), (4, 5)]), ("failed", [(0, 1)]), (["bad_image"], [(4, 5)])]
+)
+def test_a_retry_answers_the_rows_that_it_was_called_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: Any, rows: list[tuple[int, int]]
+) -> None:
+    def outcome(source: str, row: int) -> list[Status]:
+        failures = {0: Status.FAILED, 4: Status.BAD_IMAGE}
+        return [failures.get(row, Status.OK) if source == "a.parquet" else Status.OK]
+
+    def answered(retry: Retry, cluster: Cluster, **_: object) -> Outcome:
+        assert cluster.max_bad_rows == 0.5
+        spans.extend((span.first, span.stop) for shard in retry.plan.shards for span in shard.spans)
+        return Outcome(1, 1, 1, 1, RunStats(), judged=Judged(17, 0, 0.5))
+
+    spans: list[tuple[int, int]] = []
+    monkeypatch.setattr("gc2ray.runner.run.run_retry", answered)
+    write_round(tmp_path, 0, first_plan(), outcome)
+    retried = gc2ray.retry(tmp_path, "cluster.max_bad_rows=0.5", statuses=statuses)
+    assert (retried.retry_round, retried.judged.answers, retried.exit_code) == (1, 17, 0)
+    assert sorted(spans) == rows
+
+
 def test_a_range_has_its_ends_in_it() -> None:
-    check_range("x", None, 1)
     check_range("x", 1, 1)
     check_range("x", 1, 0, 1)
     with pytest.raises(gc2ray.ConfigError, match=r"x: expected a number, 0 to 1; got 1.5"):

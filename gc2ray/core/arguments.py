@@ -32,15 +32,15 @@ class ReferenceLists(StrEnum):
     EACH = "each"
 
 
-def as_tuple(values: T | Iterable[T]) -> tuple[T, ...]:
-    """One value or several, as a tuple: a single text is not taken for its letters."""
+def as_tuple(values: T | Iterable[T] | None) -> tuple[T, ...]:
+    """No value, one, or several as a tuple: a single text is not taken for its letters."""
+    if values is None:
+        return ()
     return (values,) if isinstance(values, str | float | int) else tuple(values)
 
 
-def check_range(
-    name: str, value: float | None, least: float, most: float = sys.float_info.max
-) -> None:
-    """Refuse a number that is out of range; None, for an argument that is not given, is fine.
+def check_range(name: str, value: object, least: float, most: float = sys.float_info.max) -> None:
+    """Refuse a number that is out of range, and what is no number.
 
     Args:
         name: Name of the argument.
@@ -51,6 +51,16 @@ def check_range(
     Raises:
         ConfigError: Names the argument and the range.
     """
-    if value is not None and not least <= value <= most:
+    if not isinstance(value, int | float) or not least <= value <= most:
         limits = f"at least {least:g}" if most == sys.float_info.max else f"{least:g} to {most:g}"
-        raise ConfigError(f"{name}: expected a number, {limits}; got {value:g}")
+        raise ConfigError(f"{name}: expected a number, {limits}; got {value!r}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse a number that is no whole number, or too small.
+
+    Raises:
+        ConfigError: Names the argument and the limit.
+    """
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}: expected a whole number, at least {least}; got {value!r}")

@@ -79,6 +79,8 @@ class Store:
         Raises:
             ConfigError: The storage does not answer, or refuses.
         """
+        if self._local and Path(self._root).is_file():
+            raise ConfigError(f"output: {self.uri} is a file, not the directory of a run's output")
         at_start = Store(self.uri, AT_START)
         try:
             at_start.names("data")
@@ -242,7 +244,8 @@ class Store:
             posixpath.join(os.path.realpath(root) if self._local else root, "")
             for root in (self._root, other._root)
         )
-        return bool(self._fs == other._fs) and its.startswith(own)
+        is_same = (self._local and other._local) or bool(self._fs == other._fs)
+        return is_same and its.startswith(own)
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)

@@ -12,7 +12,7 @@ import io
 import os
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeAlias
 
@@ -32,10 +32,10 @@ from gc2ray.models.loading import free_device_memory
 
 ImageInput: TypeAlias = (
     "Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO "
-    "| np.ndarray | None"
+    "| np.ndarray | Mapping[str, Any] | None"
 )
 _BYTES = (bytes, bytearray, memoryview)
-_ONE_IMAGE = (Image.Image, str, os.PathLike, *_BYTES, np.ndarray)
+_ONE_IMAGE = (Image.Image, str, os.PathLike, *_BYTES, np.ndarray, Mapping)
 _LOSSLESS = {
     **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "PNG"),
     **dict.fromkeys(("I", "F", "CMYK"), "TIFF"),
@@ -72,8 +72,9 @@ class Model:
         Give one image with many prompts, many images with one prompt, or equally many of both.
 
         Args:
-            images: A PIL image, a path or URL, an image file as bytes or opened for reading, or an
-                array of shape (height, width, 3) and dtype uint8; or several of these. URLs need a
+            images: A PIL image, a path or URL, an image file as bytes or open (it is read from its
+                start), an array of shape (height, width, 3) and dtype uint8, or a struct of bytes
+                and path as in Parquet; or several of these. URLs need a
                 `recipe.input.image_roots` that covers them.
             prompts: Text, without the model's chat template; or several.
 
@@ -171,7 +172,7 @@ def load_model(
     data: dict[str, Any] = {
         "output": ".",
         "recipe": {
-            "model": {"path": str(path), "dtype": dtype, "revision": revision},
+            "model": {"path": os.fspath(path), "dtype": dtype, "revision": revision},
             "compression": {"method": method, "retention": retention},
             "generation": {"max_new_tokens": max_new_tokens},
             "input": rows,
@@ -202,7 +203,7 @@ def _request(row: int, image: ImageRef | BadRow, prompt: str) -> Request:
 def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[str]]:
     """Images and prompts as lists of one length; an image is encoded once."""
     refs = [_image_ref(image) for image in _as_list(images, _ONE_IMAGE)]
-    texts = list(_as_list(prompts, (str, *_BYTES)))
+    texts = list(_as_list(prompts, (str, *_BYTES, Mapping)))
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"a prompt is text, not {type(text).__name__}")
@@ -231,14 +232,14 @@ def _image_ref(image: Any) -> ImageRef | BadRow:
     match image:
         case None:
             return ImageRef()
+        case {"bytes": data, "path": path}:  # as a row of Parquet has it
+            return _image_ref(path if data is None else data)
         case bytes() | bytearray() | memoryview():
             return ImageRef(data=bytes(image))
+        case str() | os.PathLike():
+            return _at(image)
         case _ if hasattr(image, "read"):
             return _read(image)
-        case str() if is_url(image):
-            return ImageRef(path=image)
-        case str() | os.PathLike():
-            return ImageRef(path=str(Path(image).expanduser().absolute()))
         case np.ndarray():
             return _from_array(image)
         case Image.Image():
@@ -249,6 +250,12 @@ def _image_ref(image: Any) -> ImageRef | BadRow:
     )
 
 
+def _at(location: str | os.PathLike[str]) -> ImageRef:
+    if isinstance(location, str) and is_url(location):
+        return ImageRef(path=location)
+    return ImageRef(path=str(Path(location).expanduser().absolute()))
+
+
 def _from_array(pixels: np.ndarray) -> ImageRef | BadRow:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         problem = f"an array of shape {pixels.shape} and dtype {pixels.dtype}"
@@ -256,13 +263,16 @@ def _from_array(pixels: np.ndarray) -> ImageRef | BadRow:
     return _encoded(lambda: Image.fromarray(np.ascontiguousarray(pixels)))
 
 
-def _read(file: BinaryIO) -> ImageRef | BadRow:
+def _read(file: Any) -> ImageRef | BadRow:
+    """The content of an open file from its start, as Pillow reads it."""
+    if isinstance(file, io.TextIOBase):
+        raise TypeError("an image file is opened for reading bytes, with mode 'rb'")
     try:
-        data: object = file.read()
-    except (OSError, ValueError) as error:  # ValueError: it is closed
+        if hasattr(file, "seek") and (not hasattr(file, "seekable") or file.seekable()):
+            file.seek(0)
+        data = bytes(file.read())
+    except Exception as error:  # noqa: BLE001 - the object is the caller's
         return BadRow(Status.BAD_IMAGE, f"the image cannot be read: {error}")
-    if not isinstance(data, bytes):
-        raise TypeError("an open file of an image is read as bytes: open it with mode 'rb'")
     return ImageRef(data=data)
 
 

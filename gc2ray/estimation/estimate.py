@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gc2ray.core.arguments import check_range
+from gc2ray.core.arguments import check_count, check_range
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Job
 from gc2ray.core.config.recipe import Recipe
@@ -100,7 +100,8 @@ class Assumptions:
     retentions: tuple[float, ...] = RETENTIONS
 
     def __post_init__(self) -> None:
-        check_range("output_tokens", self.output_tokens, 1)
+        if self.output_tokens is not None:
+            check_range("output_tokens", self.output_tokens, 1)
         check_range("hours", self.hours, 0.01)
 
 
@@ -123,7 +124,8 @@ def estimate_run(
     Raises:
         ConfigError: `rows` is out of range, or model or input cannot be read.
     """
-    check_range("rows", rows, 1)
+    if rows is not None:
+        check_count("rows", rows, 1)
     recipe = job.recipe
     model = load_metadata(
         str(fetch_metadata(recipe.model)),

@@ -205,7 +205,8 @@ class Prices:
     def __post_init__(self) -> None:
         if self.kind not in list(PriceKind):
             raise ConfigError(f"price: {unknown_key(self.kind, sorted(PriceKind))}")
-        check_range("usd_per_hour", self.usd_per_hour, 0)
+        if self.usd_per_hour is not None:
+            check_range("usd_per_hour", self.usd_per_hour, 0)
 
     def per_hour(self, device: str) -> float | None:
         """The price of a device for an hour; None where none is known."""

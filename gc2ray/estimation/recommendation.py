@@ -47,9 +47,11 @@ class Target:
     budget_usd: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("min_agreement", self.min_agreement, 0, 1)
-        check_range("min_accuracy", self.min_accuracy, 0, 1)
-        check_range("budget_usd", self.budget_usd, 0)
+        for name, share in (("agreement", self.min_agreement), ("accuracy", self.min_accuracy)):
+            if share is not None:
+                check_range(f"min_{name}", share, 0, 1)
+        if self.budget_usd is not None:
+            check_range("budget_usd", self.budget_usd, 0)
 
 
 @dataclass(frozen=True)
@@ -246,11 +248,15 @@ def _why_none(measured: Sequence[Measured], target: Target) -> str:
         if needed is None:
             return f"No sample shows an agreement of {share}; choose a lower --min-agreement."
         return (
-            f"{measured[0].agreement.rows} rows are too few to show an agreement of {share} with "
-            f"90 % confidence, however well the answers agree; take at least {needed} (--rows)."
+            f"{measured[0].agreement.rows} answers are too few to show an agreement of {share} "
+            f"with 90 % confidence: it takes {needed} that all agree. Choose more --rows, or a "
+            "lower --min-agreement."
         )
+    if target.budget_usd is not None:
+        cheapest = min(measured, key=lambda item: item.seconds_per_row).setting.name
+        return f"No setting answers all rows for that; the cheapest is {cheapest}."
     best = max(measured, key=lambda item: lower(item.quality))
     return (
         "No setting meets the target with 90 % confidence, uncompressed or not; the best is "
-        f"{best.setting.name} with {best.quality}. Try a larger sample (--rows)."
+        f"{best.setting.name} with {best.quality}. Choose more --rows, or a lower --min-accuracy."
     )

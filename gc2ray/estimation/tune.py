@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gc2ray.core.arguments import check_range
+from gc2ray.core.arguments import check_count
 from gc2ray.core.config.compression import CUSTOM, METHODS
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError
@@ -46,7 +46,7 @@ class TuneRequest:
     prices: Prices
 
     def __post_init__(self) -> None:
-        check_range("rows", self.rows, MIN_ROWS)
+        check_count("rows", self.rows, MIN_ROWS)
 
     def checked_target(self) -> Target:
         """The target, or the default one.

@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gc2ray.core.arguments import as_tuple, check_range
+from gc2ray.core.arguments import as_tuple, check_count
 from gc2ray.core.config.locations import Location, as_location
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.schema import answer_schema
@@ -94,7 +94,7 @@ def compact(
             `file_bytes` is out of range.
         OSError: The storage does not answer.
     """
-    check_range("file_bytes", file_bytes, 1)
+    check_count("file_bytes", file_bytes, 1)
     store, target = Store(output), Store(destination)
     if store.holds(target):
         raise ConfigError(f"{destination}: lies inside {output}; choose a destination outside it")
@@ -127,7 +127,7 @@ def read_answers(output: Location, columns: str | Sequence[str] | None = None) -
 
     Args:
         output: Directory or URL of a run, which may be incomplete.
-        columns: Names of the columns; None: all of them.
+        columns: Names of the columns; none: all of them.
 
     Returns:
         A row for each prompt that was answered: the `ok` answer where there is one, of equals the
@@ -151,7 +151,7 @@ def answers_table(
     """`read_answers` of an output that has been verified."""
     verdict.raise_if_damaged(output)
     schema = _schema(verdict.rounds[0].round).remove_metadata()
-    names = schema.names if columns is None else list(as_tuple(columns))
+    names = list(as_tuple(columns)) or schema.names
     missing = [name for name in names if name not in schema.names]
     if missing:
         raise ConfigError(

@@ -64,8 +64,9 @@ class Judged:
         return self.failed > self.allowed * self.answers
 
     def __str__(self) -> str:
+        verdict = "more than" if self.is_too_many else "which"
         return (
-            f"{self.failed:,} of {self.answers:,} answers failed, more than cluster.max_bad_rows = "
+            f"{self.failed:,} of {self.answers:,} answers failed, {verdict} cluster.max_bad_rows = "
             f"{self.allowed:g} allows"
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gc2ray.core.arguments import check_range
+from gc2ray.core.arguments import check_count
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.store import Store
 from gc2ray.estimation.hardware import Prices
@@ -40,7 +40,7 @@ class ReportRequest:
     card: bool = True
 
     def __post_init__(self) -> None:
-        check_range("show", self.show, 0)
+        check_count("show", self.show, 0)
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ def write_report(
         progress: Called with the number of parts that were read.
 
     Raises:
-        ConfigError: There is no run, or no such row.
+        ConfigError: There is no run, no such row, or `to` lies inside an output.
         OSError: A storage does not answer.
     """
+    store = Store(request.to or f"{outputs[0].rstrip('/')}/report")
+    _check_destination(store, outputs)
     totals = [read_totals(output, progress) for output in outputs]
     summaries = [summarise(each, request.prices) for each in totals]
     row_images = {summary.output: _row_images(summary, request) for summary in summaries}
     written = report(summaries, row_images)
-    store = Store(request.to or f"{outputs[0].rstrip('/')}/report")
     for form, text in zip(FORMS, (written.html, written.markdown, written.json), strict=True):
         store.replace(f"report.{form}", text.encode())
     store.tidy()
@@ -88,6 +89,24 @@ def write_report(
         cards[is_ours].append(f"{output.rstrip('/')}/{CARD_NAME}")
     files = tuple(f"{store.uri}/report.{form}" for form in FORMS)
     return WrittenReport(store.uri, files, tuple(cards[True]), tuple(cards[False]))
+
+
+def check_file(name: str, path: str | Path | None) -> None:
+    """Refuse a file that could not be written, before its content takes hours.
+
+    Args:
+        name: Argument that names it.
+        path: The file; None: there is none to write.
+
+    Raises:
+        ConfigError: Its directory does not exist, or it is a directory itself.
+    """
+    if path is None:
+        return
+    if not str(path) or Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise ConfigError(
+            f"{name}: {str(path)!r} cannot be written: name a file of a directory that exists"
+        )
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -100,6 +119,20 @@ def write_file(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _check_destination(store: Store, outputs: Sequence[str]) -> None:
+    """Refuse a directory among an output's own, where `report/` is the only one for reports.
+
+    Raises:
+        ConfigError: Names the output.
+    """
+    for output in outputs:
+        if Store(output).holds(store) and not Store(f"{output.rstrip('/')}/report").holds(store):
+            raise ConfigError(
+                f"--to: {store.uri} lies inside {output}; choose a directory outside it, or none "
+                "for its report/"
+            )
 
 
 def _row_images(summary: Summary, request: ReportRequest) -> list[RowImages]:

@@ -144,9 +144,16 @@ def test_a_sample_too_small_for_the_target_says_how_many_rows_it_takes(
     """The number is exact: with one row less nothing can be shown, with so many it can."""
     few = tuning(Known(SPEEDS), agreement(share), needed - 1)
     assert few.recommended is None
-    assert f"{needed - 1} rows are too few to show an agreement of {share:g}" in few.verdict
-    assert f"take at least {needed} (--rows)" in few.verdict
+    assert f"{needed - 1} answers are too few to show an agreement of {share:g}" in few.verdict
+    assert f"it takes {needed} that all agree" in few.verdict
     assert tuning(Known(SPEEDS), agreement(share), needed).recommended == TENTH
+
+
+def test_a_budget_that_nothing_meets_names_the_cheapest() -> None:
+    question = Criteria(Target(budget_usd=1e-9), {}, usd_per_hour=3.6, total_rows=100_000)
+    found = tuning(Known(SPEEDS), question)
+    assert found.recommended is None
+    assert found.verdict.endswith("the cheapest is globalcom2 at 0.1.")
 
 
 def test_no_sample_shows_that_all_answers_agree() -> None:

@@ -184,7 +184,7 @@ def load_cluster(overrides: Sequence[str]) -> Cluster:
     """
     data: dict[str, Any] = {}
     for override in overrides:
-        if not override.startswith("cluster."):
+        if not str(override).startswith("cluster."):
             raise ConfigError(f"{override!r}: the run has its recipe; only cluster.* may be set")
         apply_override(_ClusterOnly, data, override)
     return parsed(_ClusterOnly, data).cluster

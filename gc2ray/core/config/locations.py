@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -64,6 +65,17 @@ def as_location(key: str, given: Location) -> str:
     location = os.fspath(given)
     check_location(key, location)
     return location
+
+
+def as_locations(key: str, given: Sequence[Location]) -> list[str]:
+    """Locations as text, checked; at least one.
+
+    Raises:
+        ConfigError: There is none, or as `check_location`.
+    """
+    if not given:
+        raise ConfigError(f"{key}: name at least one")
+    return [as_location(key, location) for location in given]
 
 
 def is_url(location: str) -> bool:

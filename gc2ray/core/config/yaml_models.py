@@ -63,8 +63,10 @@ def flattened(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def apply_override(model: type[BaseModel], data: dict[str, Any], override: str) -> None:
+def apply_override(model: type[BaseModel], data: dict[str, Any], override: object) -> None:
     """Put one `a.b=c` into the data of a configuration, in place."""
+    if not isinstance(override, str):
+        raise ConfigError(f"{override!r}: overrides are text, written a.b=c")
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
@@ -202,5 +204,5 @@ def setting_error(setting: str, message: str) -> PydanticCustomError:
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """What to say of a key that nobody knows."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    hint = f"did you mean {str(near[0])!r}?" if near else f"known: {', '.join(known)}"
     return f"unknown {key!r}; {hint}"

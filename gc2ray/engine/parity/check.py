@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gc2ray.core.arguments import check_range
+from gc2ray.core.arguments import check_count
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.generation import GenerationConfig
 from gc2ray.core.config.job import Job
@@ -66,7 +66,7 @@ def check_parity(job: Job, rows: int) -> Parity:
     Raises:
         ConfigError: `rows` is out of range, or model or input cannot be used.
     """
-    check_range("rows", rows, 1)
+    check_count("rows", rows, 1)
     recipe, requests = job.recipe, _first_requests(job, rows)
     directory, taken_over = fetch_model(recipe.model).directory, recipe.generation.taken_over()
     # Before stock, which accepts checkpoints that gc2ray refuses.

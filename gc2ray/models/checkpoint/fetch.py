@@ -206,7 +206,11 @@ def _from_hub(model: ModelConfig, patterns: Sequence[str], tick: Tick) -> Path:
         directory = _snapshot(model, patterns, tick)
     except LocalEntryNotFoundError as error:
         if not constants.is_offline_mode():
-            raise  # the hub does not answer
+            error.add_note(
+                f"recipe.model.path: there is no directory {model.path}, and the hub does not "
+                "answer: LocalEntryNotFoundError"
+            )
+            raise
         raise ConfigError(
             f"recipe.model.path: there is no directory {model.path}; as a model of the hub, at "
             f"{model.revision or 'main'}, it is not in {constants.HF_HUB_CACHE}, and "
