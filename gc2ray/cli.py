@@ -214,9 +214,7 @@ def retry(
     ] = None,
     status: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Only rows with this status, as bad_image, or dead ones; may be repeated."
-        ),
+        typer.Option(help="Only rows of this status, as bad_image, or dead; may be repeated."),
     ] = None,
     address: Address = None,
 ) -> None:
@@ -326,9 +324,7 @@ def evaluate(
     ],
     metric: Annotated[
         list[str] | None,
-        typer.Option(
-            help="exact_match, vqa_accuracy, contains, anls or yes_no; may be repeated; else all."
-        ),
+        typer.Option(help="Of exact_match, vqa_accuracy, contains, anls, yes_no; else all."),
     ] = None,
     by: Annotated[str | None, typer.Option(help="Column to group answers by.")] = None,
     lists: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,20 @@ def offences(path: Path) -> list[str]:
         if below not in WINGS[here]:
             against.append(f"{here} ({file}) imports {below}, and may not")
     return against
+
+
+MAX_LINES, MAX_FILES = 420, 12
+GROWING = {"methods", "families", "formats", "metrics", "benchmarks"}
+"""Folders of one kind, where newcomers add a file: they may hold any number of them."""
+
+
+def test_files_and_folders_stay_small() -> None:
+    """What grows beyond that does several things, which have names of their own."""
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    counts = {path: len(path.read_text().splitlines()) for path in files}
+    assert {path: lines for path, lines in counts.items() if lines > MAX_LINES} == {}
+    folders = Counter(path.parent for path in files if path.parent.name not in GROWING)
+    assert {folder: count for folder, count in folders.items() if count > MAX_FILES} == {}
 
 
 def test_every_module_is_in_a_wing() -> None:
