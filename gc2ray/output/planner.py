@@ -8,7 +8,7 @@ failed answers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -27,14 +27,17 @@ from gc2ray.output.heartbeats import WorkerRecord, driver_records, worker_record
 from gc2ray.output.parts import foreign_part, planned_parts, read_part, read_part_footers
 from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.run_directory import (
+    RETRY_ROUNDS,
     RUN_NAME,
     Run,
     dead_letter_reason,
     dead_letters,
     frozen_plan,
     open_first_round,
+    retry_numbers,
     stored_run,
 )
+from gc2ray.output.verify import verify
 
 FIRST_ERRORS = 3
 
@@ -78,7 +81,7 @@ class Outcome:
     Attributes:
         shards: Number of committed shards.
         planned_shards: Number of shards in the plan.
-        rows: Number of input rows in committed shards.
+        rows: Number of input rows in committed shards; of `read_status`, those of retries too.
         planned_rows: Number of input rows in the plan.
         stats: Statistics of the answers; a row may have several answers.
         dead: A line for each shard that was given up, with the reason.
@@ -100,7 +103,7 @@ class Outcome:
     @property
     def is_complete(self) -> bool:
         """Whether every planned row is committed."""
-        return self.rows == self.planned_rows and self.shards == self.planned_shards
+        return self.rows == self.planned_rows
 
     @property
     def exit_code(self) -> int:
@@ -338,4 +341,7 @@ def read_status(output: str) -> RunStatus:
     """
     first = open_first_round(output)
     state = outcome(first.store, first.plan, committed_parts(first.store, first.plan))
+    if not state.is_complete and retry_numbers(first.store.names(RETRY_ROUNDS)):
+        rows = verify(output).rows  # a retry may have answered those of a shard that was given up
+        state = replace(state, rows=rows, dead=() if rows == state.planned_rows else state.dead)
     return RunStatus(state, tuple(worker_records(first.store)))

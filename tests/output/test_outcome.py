@@ -100,6 +100,27 @@ def test_rows_that_fail_again_are_no_reason_to_retry_again(tmp_path: Path) -> No
     assert "gc2ray retry" not in text
 
 
+def test_rows_that_a_retry_answered_are_not_missing(tmp_path: Path) -> None:
+    """The shard that was given up keeps its dead letter, and has no part in the run itself."""
+
+    def outcome(source: str, row: int) -> list[Status] | None:
+        return None if (source, row) == ("a.parquet", 4) else [Status.OK]
+
+    write_round(tmp_path, 0, first_plan(), outcome)
+    status = run_command("status", tmp_path)
+    assert (status.exit_code, "it died" in status.stdout) == (1, True)
+    retry = next_retry(str(tmp_path))
+    assert retry is not None
+    write_round(tmp_path, 1, retry.plan, outcome)
+    assert run_command("status", tmp_path).exit_code == 1
+    write_round(tmp_path, 2, retry.plan)
+    status = run_command("status", tmp_path)
+    assert (status.exit_code, "it died" in status.stdout) == (0, False)
+    assert "17 of 17" in status.stdout
+    assert "not committed" not in status.stdout
+    assert run_command("verify", tmp_path).exit_code == 0
+
+
 def test_verify_names_a_retry_round_that_is_not_finished(tmp_path: Path) -> None:
     write_round(tmp_path / "out", 0, first_plan(), bad((1, 4)))
     retry = next_retry(str(tmp_path / "out"))
