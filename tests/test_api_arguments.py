@@ -15,7 +15,7 @@ from gc2ray.core.errors import Status
 from gc2ray.core.metrics.scores import METRICS
 from gc2ray.core.stats import RunStats
 from gc2ray.output.planner import Judged, Outcome
-from gc2ray.output.retry import Retry
+from gc2ray.output.retry import Retried, Retry
 from tests.support.outputs import first_plan, write_round
 from tests.support.rows import make_job
 
@@ -161,10 +161,11 @@ def test_a_retry_answers_the_rows_that_it_was_called_for(
         failures = {0: Status.FAILED, 4: Status.BAD_IMAGE}
         return [failures.get(row, Status.OK) if source == "a.parquet" else Status.OK]
 
-    def answered(retry: Retry, cluster: Cluster, **_: object) -> Outcome:
+    def answered(retry: Retry, cluster: Cluster, **_: object) -> Retried:
         assert cluster.max_bad_rows == 0.5
         spans.extend((span.first, span.stop) for shard in retry.plan.shards for span in shard.spans)
-        return Outcome(1, 1, 1, 1, RunStats(), judged=Judged(17, 0, 0.5))
+        judged = Judged(17, 0, 0.5)
+        return Retried(retry.number, Outcome(1, 1, 1, 1, RunStats(), judged=judged), judged)
 
     spans: list[tuple[int, int]] = []
     monkeypatch.setattr("gc2ray.runner.run.run_retry", answered)

@@ -131,7 +131,7 @@ def run_retry(
     address: str | None = None,
     display: Display | None = None,
     make_worker: MakeWorker = Worker,
-) -> Outcome:
+) -> Retried:
     """Answer the rows of a retry again, as a run of its own; no earlier answer is changed.
 
     Args:
@@ -142,8 +142,8 @@ def run_retry(
         make_worker: Makes a worker, as in `run_job`; called with `retry_round` as well.
 
     Returns:
-        The outcome of the retry. Whether too many answers failed is judged once, at the end, by the
-        latest answers of the whole output: the rows of a retry have failed before.
+        Whether too many answers failed is judged once, at the end, by the latest answers of the
+        whole output: the rows of a retry have failed before.
 
     Raises:
         ConfigError, GivenUp, Interrupted: As `run_job`.
@@ -159,7 +159,7 @@ def run_retry(
         warn_of_new_files=False,
     )
     judged = Judged(*latest_failures(retry.output), cluster.max_bad_rows)
-    return replace(result, judged=judged)
+    return Retried(retry.number, replace(result, judged=judged), judged)
 
 
 def retry_output(
@@ -181,13 +181,10 @@ def retry_output(
     Raises:
         ConfigError, GivenUp, Interrupted: As `run_job`.
     """
-    retry, number, result = next_retry(output, failures or FAILURES), None, None
-    if retry is not None:
-        number, result = retry.number, run_retry(retry, cluster, address=address, display=display)
-    judged = result.judged if result is not None else None
-    if judged is None:
-        judged = Judged(*latest_failures(output), cluster.max_bad_rows)
-    return Retried(number, result, judged)
+    retry = next_retry(output, failures or FAILURES)
+    if retry is None:
+        return Retried(None, None, Judged(*latest_failures(output), cluster.max_bad_rows))
+    return run_retry(retry, cluster, address=address, display=display)
 
 
 @contextmanager

@@ -231,7 +231,7 @@ def test_failed_rows_are_retried_in_a_round_of_their_own(
     retry = next_retry(output)
     assert retry is not None
     assert (retry.number, retry.plan.rows) == (1, 15)
-    result = run_retry(retry, load(job_file).cluster, make_worker=faulty_worker)
+    result = run_retry(retry, load(job_file).cluster, make_worker=faulty_worker).outcome
     assert (result.exit_code, result.rows) == (0, 15)
     assert {path: path.read_bytes() for path in (Path(output) / "data").iterdir()} == before
     assert verify(output, deep=True).exit_code == 0

@@ -169,7 +169,7 @@ def test_a_retry_is_judged_by_the_latest_answers_of_the_whole_output(
     retry = next_retry(output)
     assert retry is not None
     write_round(output, 1, retry.freeze(), bad(range(mended, 10)))
-    found = run_retry(retry, Cluster(max_bad_rows=0.1))
+    found = run_retry(retry, Cluster(max_bad_rows=0.1)).outcome
     assert found.judged is not None
     assert (found.judged.answers, found.judged.failed) == (ROWS, 10 - mended)
     assert found.exit_code == (0 if mended >= 9 else 1)
