@@ -261,12 +261,7 @@ def _check_recipe(recipe: Recipe) -> None:
     Raises:
         ConfigError: The message names the setting.
     """
-    source = recipe.compression.source()
-    if source is not None:
-        try:
-            source.check_class()
-        except LookupError as error:
-            raise ConfigError(f"recipe.compression.method: {error}") from error
+    recipe.compression.check_source()
     check_model(recipe.model, recipe.generation.taken_over())
 
 

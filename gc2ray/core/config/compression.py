@@ -110,6 +110,19 @@ class CompressionConfig(Frozen):
             )
         return source
 
+    def check_source(self) -> None:
+        """Refuse a method that is missing, changed, or not in its module; none of it is run.
+
+        Raises:
+            ConfigError: As `source`, or its module has no such class.
+        """
+        source = self.source()
+        try:
+            if source is not None:
+                source.check_class()
+        except LookupError as error:
+            raise ConfigError(f"recipe.compression.method: {error}") from error
+
     @property
     def kind(self) -> Method:
         """What is known of the method without its code."""
