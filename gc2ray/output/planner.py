@@ -27,17 +27,15 @@ from gc2ray.output.heartbeats import WorkerRecord, driver_records, worker_record
 from gc2ray.output.parts import foreign_part, planned_parts, read_part, read_part_footers
 from gc2ray.output.plan import PLAN_NAME, Plan, plan_name
 from gc2ray.output.run_directory import (
-    RETRY_ROUNDS,
     RUN_NAME,
     Run,
     dead_letter_reason,
     dead_letters,
     frozen_plan,
     open_first_round,
-    retry_numbers,
     stored_run,
 )
-from gc2ray.output.verify import verify
+from gc2ray.output.verify import answered_rows
 
 FIRST_ERRORS = 3
 
@@ -341,7 +339,6 @@ def read_status(output: str) -> RunStatus:
     """
     first = open_first_round(output)
     state = outcome(first.store, first.plan, committed_parts(first.store, first.plan))
-    if not state.is_complete and retry_numbers(first.store.names(RETRY_ROUNDS)):
-        rows = verify(output).rows  # a retry may have answered those of a shard that was given up
-        state = replace(state, rows=rows, dead=() if rows == state.planned_rows else state.dead)
+    rows = answered_rows(output, state.rows, state.planned_rows)
+    state = replace(state, rows=rows, dead=() if rows == state.planned_rows else state.dead)
     return RunStatus(state, tuple(worker_records(first.store)))

@@ -40,7 +40,7 @@ from gc2ray.output.run_directory import (
     round_store,
     stored_run,
 )
-from gc2ray.output.verify import verify
+from gc2ray.output.verify import answered_rows
 
 GROUPS = 64
 """Number of groups that parts are added to in turn: enough for a bootstrap."""
@@ -200,13 +200,8 @@ def read_totals(output: str, tick: Callable[[int], None] = lambda _: None) -> Ru
     numbers = [0, *retry_numbers(store.names(RETRY_ROUNDS))]
     totals = (_round_totals(round_store(output, number), number, tick) for number in numbers)
     rounds = tuple(each for each in totals if each is not None)
-    return RunTotals(output, rounds, _answered_rows(output, rounds))
-
-
-def _answered_rows(output: str, rounds: Sequence[RoundTotals]) -> int:
-    """Rows with answers; a retry may have answered those of a shard that was given up."""
-    first, *retries = rounds
-    return verify(output).rows if retries and first.rows < first.run.rows else first.rows
+    first = rounds[0]
+    return RunTotals(output, rounds, answered_rows(output, first.rows, first.run.rows))
 
 
 def _round_totals(store: Store, number: int, tick: Callable[[int], None]) -> RoundTotals | None:

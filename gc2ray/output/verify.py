@@ -33,6 +33,7 @@ from gc2ray.output.run_directory import (
     open_round,
     open_run,
     retry_numbers,
+    round_store,
 )
 
 DEEP_THREADS = 2
@@ -116,6 +117,25 @@ class Verdict:
     def latest(self) -> Latest:
         """The latest answers."""
         return _latest(self.rounds)
+
+
+def answered_rows(output: str, first_rows: int, planned_rows: int) -> int:
+    """Number of input rows that have answers in any round.
+
+    A retry may have answered rows of a shard that was given up, which round 0 has no part of; only
+    then is the output verified.
+
+    Args:
+        output: Directory or URL.
+        first_rows: Number of rows that round 0 has answered.
+        planned_rows: Number of rows in its plan.
+
+    Raises:
+        ConfigError, OSError: As `verify`.
+    """
+    if first_rows >= planned_rows or not retry_numbers(round_store(output, 0).names(RETRY_ROUNDS)):
+        return first_rows
+    return verify(output).rows
 
 
 def verify(output: str, *, deep: bool = False) -> Verdict:
