@@ -184,11 +184,8 @@ def estimate(  # noqa: PLR0913 - assumptions, given by name
     from gc2ray.estimation.measured_rates import MeasuredRates
     from gc2ray.output.totals import read_totals
 
-    rates = (
-        MeasuredRates.from_totals(read_totals(as_location("--like", like)))
-        if like is not None
-        else None
-    )
+    earlier = None if like is None else read_totals(as_location("--like", like))
+    rates = None if earlier is None else MeasuredRates.from_totals(earlier)
     assumptions = Assumptions(output_tokens=output_tokens, rates=rates, hours=hours)
     return estimate_run(_job(job), load_hardware(hardware), assumptions, rows, progress)
 

@@ -47,9 +47,10 @@ class Target:
     budget_usd: float | None = None
 
     def __post_init__(self) -> None:
-        for name, share in (("agreement", self.min_agreement), ("accuracy", self.min_accuracy)):
-            if share is not None:
-                check_range(f"min_{name}", share, 0, 1)
+        if self.min_agreement is not None:
+            check_range("min_agreement", self.min_agreement, 0, 1)
+        if self.min_accuracy is not None:
+            check_range("min_accuracy", self.min_accuracy, 0, 1)
         if self.budget_usd is not None:
             check_range("budget_usd", self.budget_usd, 0)
 

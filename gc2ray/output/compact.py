@@ -142,16 +142,14 @@ def read_answers(output: Location, columns: str | Sequence[str] | None = None) -
         (6, {'ok'})
     """
     output = as_location("OUTPUT", output)
-    return answers_table(output, verify(output), columns)
+    return answers_table(output, verify(output), as_tuple(columns))
 
 
-def answers_table(
-    output: str, verdict: Verdict, columns: str | Sequence[str] | None = None
-) -> pa.Table:
+def answers_table(output: str, verdict: Verdict, columns: Sequence[str]) -> pa.Table:
     """`read_answers` of an output that has been verified."""
     verdict.raise_if_damaged(output)
     schema = _schema(verdict.rounds[0].round).remove_metadata()
-    names = list(as_tuple(columns)) or schema.names
+    names = list(columns) or schema.names
     missing = [name for name in names if name not in schema.names]
     if missing:
         raise ConfigError(

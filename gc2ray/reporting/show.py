@@ -83,7 +83,7 @@ def _location(this_round: Round, key: str) -> RowLocation:
     fingerprints = dict(this_round.plan.shards.files)
     for parts in (key.rsplit("#", 1), key.rsplit("#", 2)[:2]):
         source, row = parts[0], parts[-1]
-        if source in fingerprints and row.isdecimal() and len(row) < MAX_DIGITS:
+        if source in fingerprints and row.isdecimal() and len(row) <= MAX_DIGITS:
             location = RowLocation(source, fingerprints[source], int(row))
             if _shards_of(location, this_round.plan.shards).size:
                 return location

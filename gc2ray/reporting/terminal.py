@@ -335,7 +335,7 @@ class Terminal:
 
     def written(self, written: WrittenReport) -> None:
         """Where a report is, and the dataset cards."""
-        self.line(f"{written.to.rstrip('/')}/report.html, .md, .json")
+        self.line(f"{written.to}/report.html, .md, .json")
         for card in written.cards:
             self.line(card)
         for card in written.foreign_cards:

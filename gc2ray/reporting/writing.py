@@ -74,7 +74,7 @@ def write_report(
         ConfigError: There is no run, no such row, or `to` lies inside an output.
         OSError: A storage does not answer.
     """
-    store = Store(request.to or f"{outputs[0].rstrip('/')}/report")
+    store = Store(request.to or _own_report(outputs[0]))
     _check_destination(store, outputs)
     totals = [read_totals(output, progress) for output in outputs]
     summaries = [summarise(each, request.prices) for each in totals]
@@ -87,8 +87,9 @@ def write_report(
     for output, summary in zip(outputs, summaries, strict=True) if request.card else ():
         is_ours = write_card(Store(output), summary)
         cards[is_ours].append(f"{output.rstrip('/')}/{CARD_NAME}")
-    files = tuple(f"{store.uri}/report.{form}" for form in FORMS)
-    return WrittenReport(store.uri, files, tuple(cards[True]), tuple(cards[False]))
+    to = store.uri.rstrip("/")
+    files = tuple(f"{to}/report.{form}" for form in FORMS)
+    return WrittenReport(to, files, tuple(cards[True]), tuple(cards[False]))
 
 
 def check_file(name: str, path: str | Path | None) -> None:
@@ -121,6 +122,11 @@ def write_file(path: Path, content: bytes) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def _own_report(output: str) -> str:
+    """The directory of an output for reports."""
+    return f"{output.rstrip('/')}/report"
+
+
 def _check_destination(store: Store, outputs: Sequence[str]) -> None:
     """Refuse a directory among an output's own, where `report/` is the only one for reports.
 
@@ -128,7 +134,7 @@ def _check_destination(store: Store, outputs: Sequence[str]) -> None:
         ConfigError: Names the output.
     """
     for output in outputs:
-        if Store(output).holds(store) and not Store(f"{output.rstrip('/')}/report").holds(store):
+        if Store(output).holds(store) and not Store(_own_report(output)).holds(store):
             raise ConfigError(
                 f"--to: {store.uri} lies inside {output}; choose a directory outside it, or none "
                 "for its report/"
