@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import gc2ray
-from gc2ray.core.arguments import as_tuple, check_range
+from gc2ray.core.arguments import as_tuple, check_count, check_range
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import Status
 from gc2ray.core.metrics.scores import METRICS
@@ -173,6 +174,15 @@ def test_a_retry_answers_the_rows_that_it_was_called_for(
     retried = gc2ray.retry(tmp_path, "cluster.max_bad_rows=0.5", statuses=statuses)
     assert (retried.retry_round, retried.judged.answers, retried.exit_code) == (1, 17, 0)
     assert sorted(spans) == rows
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Those of a pandas column, say, are no `int` and, but for one, no `float`."""
+    assert as_tuple(np.float32(0.5)) == (0.5,)
+    check_range("x", np.float32(0.5), 0, 1)
+    check_count("x", np.int64(5), 1)
+    with pytest.raises(gc2ray.ConfigError, match="x: expected a whole number"):
+        check_count("x", np.float64(5), 1)
 
 
 def test_a_range_has_its_ends_in_it() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, cast
 
 from gc2ray.core.errors import ConfigError
 
@@ -34,9 +35,11 @@ class ReferenceLists(StrEnum):
 
 def as_tuple(values: T | Iterable[T] | None) -> tuple[T, ...]:
     """No value, one, or several as a tuple: a single text is not taken for its letters."""
-    if values is None:
+    given: Any = values  # numbers of numpy are of neither type
+    if given is None:
         return ()
-    return (values,) if isinstance(values, str | float | int) else tuple(values)
+    is_one = isinstance(given, str) or not isinstance(given, Iterable)
+    return (given,) if is_one else tuple(given)
 
 
 def check_range(name: str, value: object, least: float, most: float = sys.float_info.max) -> None:
@@ -51,7 +54,7 @@ def check_range(name: str, value: object, least: float, most: float = sys.float_
     Raises:
         ConfigError: Names the argument and the range.
     """
-    if not isinstance(value, int | float) or not least <= value <= most:
+    if not isinstance(value, Real) or not least <= cast(float, value) <= most:
         limits = f"at least {least:g}" if most == sys.float_info.max else f"{least:g} to {most:g}"
         raise ConfigError(f"{name}: expected a number, {limits}; got {value!r}")
 
@@ -62,5 +65,5 @@ def check_count(name: str, value: object, least: int) -> None:
     Raises:
         ConfigError: Names the argument and the limit.
     """
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name}: expected a whole number, at least {least}; got {value!r}")
