@@ -24,10 +24,11 @@ class CenterCrop(MaskCompressor):
 
     def keep(self, batch: ViewBatch) -> Tensor:
         """Mark what is kept, bool (V, N): V views of all images of the batch, N tokens of each."""
-        rows, columns = batch.images[0].canvas.side  # of a view's tokens, N = rows x columns
-        device = batch.valid.device
-        down = torch.arange(rows, device=device) - (rows - 1) / 2
-        right = torch.arange(columns, device=device) - (columns - 1) / 2
-        nearness = -(down[:, None] ** 2 + right**2).flatten().expand(batch.valid.shape)
-        shown = nearness.masked_fill(~batch.valid, -torch.inf)  # padding is never kept
+        views = [view for image in batch.images for view in image.geometry.views]
+        nearness = torch.full(batch.valid.shape, -torch.inf)
+        for row, view in zip(nearness, views, strict=True):  # a view may have less than N tokens
+            down = torch.arange(view.rows) - (view.rows - 1) / 2
+            right = torch.arange(view.columns) - (view.columns - 1) / 2
+            row[: view.tokens] = -(down[:, None] ** 2 + right**2).flatten()
+        shown = nearness.to(batch.valid.device).masked_fill(~batch.valid, -torch.inf)  # no padding
         return top_k_mask(shown, share_of(batch.counts, self.retention))

@@ -29,7 +29,7 @@ from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.object_servers import RcloneServer, a_bucket, moto_server, quick_clients
 
 if TYPE_CHECKING:
-    from gc2ray.models.base import LoadedModel
+    from gc2ray.models.adapter import LoadedModel
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is to hear it

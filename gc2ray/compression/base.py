@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import Geometry
 from gc2ray.compression.selection import Selection, everything, reading_order
 from gc2ray.compression.views import Views
 
@@ -27,14 +27,19 @@ from gc2ray.compression.views import Views
 class ViewBatch:
     """The views of several images of one model, concatenated.
 
+    A row of `scores` and `valid` is a view. Views with fewer tokens than the largest have padding
+    behind their own; `flat` takes it away.
+
     Attributes:
         images: The images.
         scores: float32 (sum of V, N).
-        valid: bool (sum of V, N).
+        valid: bool (sum of V, N), tokens that may be kept.
         counts: Valid tokens of each view, int64 (sum of V,).
-        crops: Indices of the views that are crops, int64 (C,).
-        crop_owner: Index of each crop's image, int64 (C,).
-        thumbnails: Indices of the views that are thumbnails, int64, in order of their images.
+        crops: Indices of the views that a thumbnail commands, int64 (C,).
+        crop_owner: Of each of them its thumbnail, as an index into `thumbnails`, int64 (C,).
+        thumbnails: Indices of the views that command others, int64 (T,).
+        token_index: int64 (sum of V, N), the number of each token among those of all images; that
+            of padding is any. None where there is no padding: then it is that of the rows.
     """
 
     images: tuple[Views, ...]
@@ -44,6 +49,7 @@ class ViewBatch:
     crops: Tensor
     crop_owner: Tensor
     thumbnails: Tensor
+    token_index: Tensor | None = None
 
     @staticmethod
     def from_images(images: Sequence[Views]) -> ViewBatch:
@@ -53,31 +59,67 @@ class ViewBatch:
         owner: list[int] = []
         thumbnails: list[int] = []
         first = 0
-        for index, image in enumerate(images):
-            if image.thumbnail is not None:
-                thumbnails.append(first + image.thumbnail)
-                first += 1
-            crops.extend(range(first, first + image.canvas.crops))
-            owner.extend([index] * image.canvas.crops)
-            first += image.canvas.crops
+        for image in images:
+            geometry = image.geometry
+            if geometry.thumbnail is not None and geometry.crops:
+                crops.extend(first + crop for crop in geometry.crops)
+                owner.extend([len(thumbnails)] * len(geometry.crops))
+                thumbnails.append(first + geometry.thumbnail)
+            first += len(geometry.views)
         device = images[0].scores.device
         host = torch.tensor([*counts, *crops, *owner, *thumbnails]).to(device)  # one copy
         lengths = [len(counts), len(crops), len(owner), len(thumbnails)]
         tensors = torch.split(host, lengths)
+        scores = torch.cat([image.scores for image in images])
+        valid = torch.cat([image.index.valid for image in images])
+        sizes = [count for image in images for count in image.geometry.counts]
+        index, inside = _rows(sizes, device)
         return ViewBatch(
             images=tuple(images),
-            scores=torch.cat([image.scores for image in images]),
-            valid=torch.cat([image.valid for image in images]),
+            scores=scores.view(len(sizes), -1) if index is None else scores[index],
+            valid=valid.view(len(sizes), -1) if index is None else valid[index] & inside,
             counts=tensors[0],
             crops=tensors[1],
             crop_owner=tensors[2],
             thumbnails=tensors[3],
+            token_index=index,
         )
 
     @property
     def valid_scores(self) -> Tensor:
         """Scores with padding at minus infinity."""
         return self.scores.masked_fill(~self.valid, -torch.inf)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Values of the tokens of all images, (sum of N,), in rows of views, (sum of V, N)."""
+        if self.token_index is None:
+            return values.view(self.valid.shape)
+        return values[self.token_index]
+
+    def flat(self, mask: Tensor) -> Tensor:
+        """A mask over views, (sum of V, N), as one over the tokens of all images, (sum of N,).
+
+        It is False for tokens that may not be kept.
+        """
+        kept = mask & self.valid
+        if self.token_index is None:
+            return kept.flatten()
+        tokens = sum(image.geometry.tokens for image in self.images)
+        flat = torch.zeros(tokens, dtype=torch.bool, device=kept.device)
+        flat[self.token_index[kept]] = True
+        return flat
+
+
+def _rows(sizes: Sequence[int], device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Token numbers in rows of views, (V, N), and which of them are there; None if all are."""
+    longest = max(sizes)
+    inside = torch.ones(len(sizes), longest, dtype=torch.bool, device=device)
+    if min(sizes) == longest:
+        return None, inside
+    counts = torch.tensor(sizes, device=device)[:, None]
+    column = torch.arange(longest, device=device)
+    inside = column < counts
+    return (counts.cumsum(0) - counts + column).masked_fill(~inside, 0), inside
 
 
 class Compressor(ABC):
@@ -95,12 +137,12 @@ class Compressor(ABC):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         """The tokens kept of each of several images, the same as one by one."""
 
-    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+    def bounds(self, geometry: Geometry) -> tuple[int, int]:
         """Least and most visual tokens that are kept, by an image's geometry alone.
 
-        Newlines are not counted. The image has a thumbnail.
+        Newlines and literals are not counted.
         """
-        return 0, sum(canvas.tokens_per_view())
+        return 0, geometry.visual_tokens
 
 
 @dataclass(frozen=True)
@@ -130,10 +172,10 @@ class MaskCompressor(Compressor):
                 f"method {self.name}: keep must return bool {tuple(valid.shape)}, one for each "
                 f"token of each view; got {kept.dtype} {tuple(kept.shape)}"
             )
-        return reading_order(images, kept & valid)  # padding is never kept
+        return reading_order(images, batch.flat(kept))  # padding is never kept
 
-    def bounds(self, canvas: Canvas) -> tuple[int, int]:
-        kept = sum(self.share(tokens) for tokens in canvas.tokens_per_view())
+    def bounds(self, geometry: Geometry) -> tuple[int, int]:
+        kept = sum(self.share(tokens) for tokens in geometry.valid_per_view)
         return kept, kept
 
     def share(self, tokens: int) -> int:

@@ -1,27 +1,19 @@
-"""`Canvas`: the geometry of dynamic cropping, from crops to tokens.
+"""`Canvas`: the canvas of tokens that LLaVA-NeXT and its kin lay an image on.
 
 The crops, laid out in their grid, form a `Canvas` of tokens; the image covers a rectangle of it
 (`rows`, `columns`), the rest is padding.
 
 A packed image is the thumbnail's tokens in raster order, without newlines, then the canvas row by
 row, each row closed by one newline token (LLaVA-NeXT's "spatial_unpad"; transformers,
-`pack_image_features`).
+`pack_image_features`): `gc2ray.compression.geometry.canvas_geometry`.
 
 Sizes are (height, width), grids (rows, columns), as in transformers; LLaVA itself and the
 reference implementation of GlobalCom2 write (width, height).
-
-The tensors that follow from a canvas are in `gc2ray.compression.canvas_index`, so that counting
-tokens needs no torch.
-
-Not covered: token merging inside the tower, thumbnails that come last, video.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-NEWLINE = -1
-"""Marks a newline token in `Selection.token_index`."""
 
 
 @dataclass(frozen=True)
@@ -78,29 +70,3 @@ class Canvas:
     def width(self) -> int:
         """Canvas columns that the image covers."""
         return self.columns[1] - self.columns[0]
-
-    @property
-    def newlines(self) -> int:
-        """Newlines of the uncompressed image: one per covered row, bare ones included."""
-        return self.height
-
-    def crop_rectangles(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Per crop, in raster order: covered (first, stop) token rows and columns within it."""
-
-        def cut(span: tuple[int, int], index: int, side: int) -> tuple[int, int]:
-            first = min(max(span[0] - index * side, 0), side)
-            return first, max(first, min(max(span[1] - index * side, 0), side))
-
-        return [
-            (cut(self.rows, r, self.side[0]), cut(self.columns, c, self.side[1]))
-            for r in range(self.grid[0])
-            for c in range(self.grid[1])
-        ]
-
-    def tokens_per_view(self) -> list[int]:
-        """Valid tokens of the thumbnail and of each crop, in raster order."""
-        crops = [
-            (bottom - top) * (right - left)
-            for (top, bottom), (left, right) in self.crop_rectangles()
-        ]
-        return [self.side[0] * self.side[1], *crops]

@@ -23,7 +23,7 @@ class CompressionPolicy:
 
     Attributes:
         compressor: The method that chooses tokens.
-        packing: Their newlines and positions.
+        packing: Their newlines, markers and positions.
         retention_requested: The configured retention; 1 for methods without one.
     """
 
@@ -35,7 +35,7 @@ class CompressionPolicy:
     def from_config(config: CompressionConfig) -> CompressionPolicy:
         """The policy of a configuration."""
         compressor = build_configured(config)
-        packing = Packing(config.positions, config.newlines)
+        packing = Packing(config.positions, config.newlines, config.markers)
         return CompressionPolicy(compressor, packing, config.retention_requested)
 
 

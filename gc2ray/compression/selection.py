@@ -1,4 +1,4 @@
-"""`Selection`: which tokens of the views are kept, in reading order, and their old positions."""
+"""`Selection`: which entries of an image's layout are kept, in reading order."""
 
 from __future__ import annotations
 
@@ -9,46 +9,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gc2ray.compression.canvas import NEWLINE
-from gc2ray.compression.canvas_index import canvas_index
+from gc2ray.compression.geometry import LITERAL, NEWLINE, Geometry
 from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens of an image that the language model reads, in order.
+    """What the language model reads of an image, in order.
 
     Attributes:
-        token_index: int32 (K,); view * N + token, or `NEWLINE`.
-        features: For methods that merge tokens: float (K, D), the merged tokens (rows at newlines
-            are not read), and `token_index` names a token that each stands for.
+        entries: int32 (K,); token numbers, `NEWLINE`, or `literal(token id)`.
+        places: int64 (K,), where each entry stands in the layout, ascending; None for methods that
+            write entries elsewhere than stock does.
+        features: For methods that merge tokens: float (N, D), which replace those of the views. A
+            merged token stands for one of its tokens.
     """
 
-    token_index: Tensor
+    entries: Tensor
+    places: Tensor | None = None
     features: Tensor | None = None
 
-    def kept_per_view(self, views: int, tokens_per_view: int) -> tuple[int, ...]:
-        """Kept tokens of each view. Brings `token_index` to the host."""
-        index = self.token_index.cpu()
-        kept = index[index >= 0] // tokens_per_view
-        return tuple(torch.bincount(kept, minlength=views).tolist())
+    def kept_per_view(self, geometry: Geometry) -> tuple[int, ...]:
+        """Kept tokens of each view. Brings `entries` to the host."""
+        kept = self.entries.cpu().numpy()
+        views = np.searchsorted(geometry.starts, kept[kept >= 0], side="right") - 1
+        return tuple(np.bincount(views, minlength=len(geometry.views)).tolist())
 
-    def bitmaps(self, views: int, tokens_per_view: int) -> tuple[bytes, ...]:
+    def bitmaps(self, geometry: Geometry) -> tuple[bytes, ...]:
         """Which tokens of each view are kept; bit i, counted from the lowest, is token i."""
-        kept = torch.zeros(views * tokens_per_view, dtype=torch.bool)
-        index = self.token_index.cpu().long()
-        kept[index[index >= 0]] = True
-        rows = kept.view(views, tokens_per_view).numpy()
-        return tuple(row.tobytes() for row in np.packbits(rows, axis=1, bitorder="little"))
+        kept = np.zeros(geometry.tokens, dtype=bool)
+        entries = self.entries.cpu().numpy()
+        kept[entries[entries >= 0]] = True
+        return tuple(
+            np.packbits(view, bitorder="little").tobytes()
+            for view in np.split(kept, geometry.starts[1:])
+        )
 
 
 @dataclass(frozen=True)
 class OriginalPositions:
-    """Positions that the selected tokens would have if nothing were dropped.
+    """Positions that the selected entries would have if nothing were dropped.
 
     Attributes:
-        index: Position of each token and newline in the uncompressed image's sequence, int64 (K,).
-        length: Tokens and newlines of that sequence.
+        index: Position of each entry in the uncompressed image's sequence, int64 (K,).
+        length: Entries of that sequence.
     """
 
     index: Tensor
@@ -56,46 +60,43 @@ class OriginalPositions:
 
 
 def reading_order(views: Sequence[Views], keep: Tensor) -> list[Selection]:
-    """Selections from a mask: kept tokens in reading order, one newline per row that keeps one.
+    """Selections from a mask: kept tokens where they stood, one newline per line that keeps one.
+
+    Literals stay. One gather serves all images.
 
     Args:
-        views: Images of one model.
-        keep: bool (sum of V, N), the images' views one after the other.
+        views: The images.
+        keep: Which tokens are kept, bool (sum of N,).
     """
-    return _emit(views, keep, only_kept_rows=True)
-
-
-def everything(views: Views) -> Selection:
-    """The uncompressed image, as stock transformers packs it: bare newlines included."""
-    return _emit([views], views.valid, only_kept_rows=False)[0]
-
-
-def _emit(views: Sequence[Views], keep: Tensor, *, only_kept_rows: bool) -> list[Selection]:
-    """One gather for all images; `keep` is bool (sum of V, N)."""
-    indexes = [canvas_index(view.canvas, view.thumbnail, view.scores.device) for view in views]
-    sizes = [len(index.order) for index in indexes]
-    tokens = [index.valid.numel() for index in indexes]
-    rows = [view.canvas.grid[0] * view.canvas.side[0] + 1 for view in views]
-    table = torch.tensor([_starts(tokens), _starts(rows)]).to(keep.device)  # (2, B)
+    indexes = [view.index for view in views]
+    sizes = [len(index.entries) for index in indexes]
+    tokens = [view.geometry.tokens for view in views]
+    lines = [index.lines for index in indexes]
+    table = torch.tensor([_starts(tokens), _starts(lines)]).to(keep.device)  # (2, B)
     owner = torch.arange(len(views), device=keep.device).repeat_interleave(
         torch.tensor(sizes, device=keep.device), output_size=sum(sizes)
     )
-    order = torch.cat([index.order for index in indexes])
-    is_newline = order == NEWLINE
-    tokens_at = (order + table[0][owner]).masked_fill_(is_newline, 0)
-    emitted = keep.flatten()[tokens_at] & ~is_newline
-    if only_kept_rows:
-        row_of = torch.cat([index.row_of for index in indexes]) + table[1][owner]
-        kept_rows = torch.zeros(sum(rows), dtype=torch.bool, device=keep.device)
-        kept_rows[row_of[emitted]] = True
-        newlines = kept_rows[row_of]
-    else:
-        newlines = torch.cat([index.image_rows for index in indexes])
-    emitted |= is_newline & newlines
+    entries = torch.cat([index.entries for index in indexes])
+    is_visual, is_newline = entries >= 0, entries == NEWLINE
+    tokens_at = (entries + table[0][owner]).masked_fill_(~is_visual, 0)
+    kept = keep[tokens_at] & is_visual
+    line_of = torch.cat([index.line_of for index in indexes]) + table[1][owner]
+    kept_lines = torch.zeros(sum(lines), dtype=torch.bool, device=keep.device)
+    kept_lines[line_of[kept]] = True
+    kept |= (is_newline & kept_lines[line_of]) | (entries <= LITERAL)
+    at = kept.nonzero().squeeze(1)
     if len(views) == 1:
-        return [Selection(order[emitted])]
-    counts = torch.bincount(owner[emitted], minlength=len(views)).tolist()
-    return [Selection(chosen) for chosen in torch.split(order[emitted], counts)]
+        return [Selection(entries[at], at)]
+    counts = torch.bincount(owner[at], minlength=len(views)).tolist()
+    places = at - torch.tensor(_starts(sizes), device=keep.device)[owner[at]]
+    pairs = zip(torch.split(entries[at], counts), torch.split(places, counts), strict=True)
+    return [Selection(*pair) for pair in pairs]
+
+
+def everything(views: Views) -> Selection:
+    """The image as stock transformers packs it: bare newlines included."""
+    entries = views.index.entries
+    return Selection(entries, torch.arange(len(entries), device=entries.device))
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

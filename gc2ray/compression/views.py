@@ -1,59 +1,54 @@
-"""`Views`: an encoded image as a compressor sees it, a global thumbnail and a grid of local crops.
+"""`Views`: an encoded image as a compressor sees it.
 
 A compressor turns it into a `Selection` (`gc2ray.compression.selection`). Its geometry is in
-`gc2ray.compression.canvas`.
+`gc2ray.compression.geometry`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.canvas_index import canvas_index
+from gc2ray.compression.geometry import Geometry
+from gc2ray.compression.geometry_index import GeometryIndex, geometry_index
 
 
 @dataclass(frozen=True)
 class Views:
-    """One encoded image.
+    """One encoded image. Tokens of all views stand one view after the other, padding included.
 
     Attributes:
-        features: Input of the projector, (V, N, D).
-        scores: Importance of each token, float32 (V, N); LLaVA-NeXT: the class token's attention.
-        canvas: Geometry; padding follows from it and never changes.
+        features: What becomes of the tokens in the language model after the projector, (N, D).
+        scores: Importance of each token, float32 (N,).
+        geometry: Views and layout; padding follows from it and never changes.
         size: Height and width of the original image.
-        thumbnail: Index of the global view (0), or None where there is none.
         seed: The image's seed, for methods that choose at random.
     """
 
     features: Tensor
     scores: Tensor
-    canvas: Canvas
+    geometry: Geometry
     size: tuple[int, int]
-    thumbnail: int | None = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        views = self.canvas.crops + (self.thumbnail is not None)
-        if self.thumbnail not in (0, None):
-            raise ValueError(f"thumbnail is view {self.thumbnail}; only the first view can be it")
-        expected = (views, self.canvas.side[0] * self.canvas.side[1])
-        if tuple(self.scores.shape) != expected or tuple(self.features.shape[:2]) != expected:
+        tokens = self.geometry.tokens
+        if tuple(self.scores.shape) != (tokens,) or self.features.shape[:1] != (tokens,):
             shapes = tuple(self.features.shape), tuple(self.scores.shape)
-            raise ValueError(f"features and scores are {shapes}, the canvas has (V, N) {expected}")
+            raise ValueError(f"features and scores are {shapes}, the geometry has {tokens} tokens")
 
     @property
-    def tokens_per_view(self) -> int:
-        """N: tokens of one view, padding included."""
-        return int(self.scores.shape[1])
-
-    @property
-    def valid(self) -> Tensor:
-        """Which tokens show the image, bool (V, N)."""
-        return canvas_index(self.canvas, self.thumbnail, self.scores.device).valid
+    def index(self) -> GeometryIndex:
+        """The geometry's tensors on the device of the scores."""
+        return geometry_index(self.geometry, self.scores.device)
 
     @property
     def valid_per_view(self) -> tuple[int, ...]:
         """Valid tokens of each view, on the host."""
-        return canvas_index(self.canvas, self.thumbnail, self.scores.device).valid_per_view
+        return self.geometry.valid_per_view
+
+    def per_view(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values of all tokens, (N, ...), split into the views: (rows * columns, ...) each."""
+        return torch.split(values, list(self.geometry.counts))

@@ -113,8 +113,9 @@ class Audit:
 class Answer:
     """One answer row; the documentation has a table of the columns.
 
-    `kept_per_view` is one list per image, one count per view. `kept_mask` has a bitmap for each
-    view: bit i, from the lowest of the first byte on, is token i in raster order.
+    `kept_per_view` is one list per image, one count per view: the thumbnail first, None where there
+    is none, then the crops. `kept_mask` has a bitmap for each view, in the same order: bit i, from
+    the lowest of the first byte on, is token i in raster order.
 
     Some fields are not written: `token_ids`; `is_retryable`, set if not the row but the storage of
     its image failed, so that its shard is tried again. Others count in the statistics only:
@@ -136,7 +137,7 @@ class Answer:
     visual_tokens_kept: int | None = None
     newline_tokens: int | None = None
     newline_tokens_full: int | None = None
-    kept_per_view: tuple[tuple[int, ...], ...] | None = None
+    kept_per_view: tuple[tuple[int | None, ...], ...] | None = None
     kv_bytes: int | None = None
     kv_bytes_full: int | None = None
     stage_ns: Mapping[str, int] = field(default_factory=dict)
@@ -146,11 +147,11 @@ class Answer:
     image_shared: bool = False
     prompt_tokens_shared: int = 0
     oom_splits: int = 0
-    full_per_view: tuple[tuple[int, ...], ...] | None = None
+    full_per_view: tuple[tuple[int | None, ...], ...] | None = None
     demand: Demand | None = None
     demand_full: Demand | None = None
     audit: Audit | None = None
-    kept_mask: tuple[bytes, ...] | None = None
+    kept_mask: tuple[bytes | None, ...] | None = None
 
     def __str__(self) -> str:
         """The answer's text, or why there is none."""

@@ -162,13 +162,13 @@ def _audit_stats(audits: Sequence[tuple[str, float, Mapping[str, Any]]]) -> dict
     }
 
 
-def _by_view(answers: Iterable[Sequence[Sequence[int]] | None]) -> dict[str, int]:
+def _by_view(answers: Iterable[Sequence[Sequence[int | None]] | None]) -> dict[str, int]:
     """Numbers of tokens by view, over all images of answers."""
     total: Counter[int] = Counter()
     for images in answers:
         for views in images or ():
             for view, tokens in enumerate(views):
-                total[view] += tokens
+                total[view] += tokens or 0  # None: an image without a thumbnail
     return {str(view): tokens for view, tokens in sorted(total.items())}
 
 

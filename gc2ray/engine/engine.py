@@ -43,7 +43,8 @@ from gc2ray.engine.prefetch import InlineExecutor, Prefetcher
 from gc2ray.engine.prompt_builder import PromptBuilder
 from gc2ray.engine.request_state import RequestState, device_lost, failure_from, views_of
 from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel, ModelAdapter, Prompt
+from gc2ray.models.adapter import LoadedModel, ModelAdapter
+from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.cache import Tick
 from gc2ray.models.checkpoint.fetch import fetch_model
@@ -265,15 +266,17 @@ class Engine:
         if cached_image is None:
             raise EngineDead(f"{row.request.row_key} was answered without its image")
         text_tokens = len(row.token_ids) - 1  # without the image's placeholder
-        kept = sum(cached_image.kept_per_view)
+        kept = cached_image.kept_tokens
+        packed = kept + cached_image.newlines + cached_image.markers
         tokens = AnswerTokens(
-            views=0 if row.shares_image else len(cached_image.kept_per_view),
-            projected=0 if row.shares_image else kept + cached_image.newlines,
-            prompt=text_tokens + kept + cached_image.newlines,
+            views=0 if row.shares_image else cached_image.encoded_views,
+            projected=0 if row.shares_image else packed,
+            prompt=text_tokens + packed,
             output=len(completion.token_ids),
             shared=completion.shared,
         )
-        full = text_tokens + cached_image.full_tokens + cached_image.full_newlines
+        full = text_tokens + cached_image.full_tokens
+        full += cached_image.full_newlines + cached_image.full_markers
         shape, per_token = self.model_shape, self._adapter.kv_bytes_per_token
         stages = {"prefill": completion.prefill_ns, "generate": completion.generate_ns}
         return Answer(

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from gc2ray.compression.geometry import NEWLINE
 from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow
@@ -34,7 +35,7 @@ class CachedImage:
     Attributes:
         key: Digest of its bytes, and of the prompt where the method reads it.
         policy: Name of the policy that compresses it.
-        kept_mask: Which tokens were kept, a bitmap for each view.
+        kept_mask: Which tokens were kept, a bitmap for each view, in the order of `kept_per_view`.
         decoded: Set when there are `tiles` or a `failure`.
         tiles: Its views as bytes, until it is encoded.
         packed: Its visual tokens for the language model, (K, D).
@@ -43,11 +44,21 @@ class CachedImage:
         is_retryable: Whether the failure may pass.
         oom_splits: How often a batch with it ran out of memory and was split in half.
         row_count: Rows with this image so far.
+        kept_per_view: Visual tokens kept of each view: the thumbnail, None where there is none,
+            then the crops.
+        full_per_view: The same before compression.
+        encoded_views: Views that went through the tower.
+        kept_tokens: Visual tokens kept.
+        full_tokens: Visual tokens before compression.
+        newlines: Learned newlines that stay.
+        full_newlines: Those before compression.
+        markers: Literal tokens around views that stay; they count as text.
+        full_markers: Those before compression.
     """
 
     key: str
     policy: str = RECIPES_POLICY
-    kept_mask: tuple[bytes, ...] = ()
+    kept_mask: tuple[bytes | None, ...] = ()
     decoded: threading.Event = field(default_factory=threading.Event)
     tiles: Tiles | None = None
     packed: Tensor | None = None
@@ -56,10 +67,15 @@ class CachedImage:
     is_retryable: bool = False
     oom_splits: int = 0
     row_count: int = 0
-    kept_per_view: tuple[int, ...] = ()
-    full_per_view: tuple[int, ...] = ()
+    kept_per_view: tuple[int | None, ...] = ()
+    full_per_view: tuple[int | None, ...] = ()
+    encoded_views: int = 0
+    kept_tokens: int = 0
+    full_tokens: int = 0
     newlines: int = 0
     full_newlines: int = 0
+    markers: int = 0
+    full_markers: int = 0
 
     @property
     def seed(self) -> int:
@@ -71,20 +87,20 @@ class CachedImage:
         """Views that are still to be encoded."""
         return 0 if self.tiles is None else len(self.tiles.pixels)
 
-    @property
-    def full_tokens(self) -> int:
-        """Visual tokens before compression."""
-        return sum(self.full_per_view)
-
     def count(self, views: Views, selection: Selection) -> None:
         """Count the tokens that the compressor kept."""
-        self.full_per_view = views.valid_per_view
-        views_count = len(self.full_per_view)
-        selection = Selection(selection.token_index.cpu())  # once
-        self.kept_per_view = selection.kept_per_view(views_count, views.tokens_per_view)
-        self.kept_mask = selection.bitmaps(views_count, views.tokens_per_view)
-        self.newlines = len(selection.token_index) - sum(self.kept_per_view)
-        self.full_newlines = views.canvas.newlines
+        geometry = views.geometry
+        selection = Selection(selection.entries.cpu())  # once
+        kept = selection.kept_per_view(geometry)
+        self.encoded_views, self.full_tokens = len(kept), geometry.visual_tokens
+        self.kept_tokens = sum(kept)
+        self.full_per_view = geometry.thumbnail_first(geometry.valid_per_view)
+        self.kept_per_view = geometry.thumbnail_first(kept)
+        self.kept_mask = geometry.thumbnail_first(selection.bitmaps(geometry))
+        self.newlines = int((selection.entries == NEWLINE).sum())
+        self.full_newlines = geometry.newlines
+        self.markers = len(selection.entries) - self.kept_tokens - self.newlines
+        self.full_markers = geometry.literals
 
 
 def image_key(data: bytes, prompt: str | None = None, policy: str = RECIPES_POLICY) -> str:

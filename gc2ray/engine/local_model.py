@@ -27,7 +27,7 @@ from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.device import cores, device_name
 from gc2ray.engine.engine import Engine, load_recipe_model
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.loading import free_device_memory
 
 ImageInput: TypeAlias = (

@@ -30,9 +30,10 @@ from gc2ray.data.image_decoding import decode, refusal
 from gc2ray.engine.decoding.decoder import overflow
 from gc2ray.engine.image_cache import CachedImage, ImageCache, image_key
 from gc2ray.engine.request_state import RequestState, run_isolated, share_time
-from gc2ray.models.base import ModelAdapter, Prompt
+from gc2ray.models.adapter import ModelAdapter
+from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.image_processor import AnyRes, Tiles, tile
+from gc2ray.models.image_processor import Cropping, Tiles, tile
 
 
 class PromptBuilder:
@@ -93,7 +94,9 @@ class PromptBuilder:
     def _decode(self, cached_image: CachedImage, request: Request, data: bytes) -> None:
         def work(cached_images: Sequence[CachedImage]) -> None:
             ref = request.images[0]
-            cached_images[0].tiles = tiles_of(data, ref, self._adapter.anyres, self._images)
+            cached_images[0].tiles = tiles_of(
+                data, ref, self._adapter.family.cropping, self._images
+            )
 
         try:
             run_isolated([cached_image], work)
@@ -233,17 +236,17 @@ def _prefix_key(row: RequestState, cached_image: CachedImage, prompt: Prompt) ->
     return f"{cached_image.key}/{text}"
 
 
-def load_tiles(ref: ImageRef, anyres: AnyRes, policy: ImageLimits) -> Tiles:
+def load_tiles(ref: ImageRef, cropping: Cropping, policy: ImageLimits) -> Tiles:
     """Read, decode and tile one image.
 
     Raises:
         BadRow: `BAD_IMAGE`, see `read_bytes` and `decode`.
         ConfigError, ShardError: See `read_bytes`.
     """
-    return tiles_of(read_bytes(ref, policy), ref, anyres, policy)
+    return tiles_of(read_bytes(ref, policy), ref, cropping, policy)
 
 
-def tiles_of(data: bytes, ref: ImageRef, anyres: AnyRes, policy: ImageLimits) -> Tiles:
+def tiles_of(data: bytes, ref: ImageRef, cropping: Cropping, policy: ImageLimits) -> Tiles:
     """Decode and tile the bytes of an image.
 
     Raises:
@@ -255,4 +258,4 @@ def tiles_of(data: bytes, ref: ImageRef, anyres: AnyRes, policy: ImageLimits) ->
         if ref.data is not None or ref.path is None:
             raise
         raise refusal(error.message, ref.path) from error
-    return tile(image, anyres)
+    return tile(image, cropping)

@@ -174,8 +174,8 @@ def estimate_profile(
             for status in sorted(profile.refused)
         },
         images=total(lambda shape: shape.is_new),
-        views=total(lambda shape: shape.is_new * (1 + shape.canvas.crops)),
-        visual_tokens_full=total(lambda shape: sum(shape.canvas.tokens_per_view())),
+        views=total(lambda shape: shape.is_new * len(shape.geometry.views)),
+        visual_tokens_full=total(lambda shape: shape.geometry.visual_tokens),
         text_tokens=total(lambda shape: shape.text_tokens),
         output_tokens=output,
         output_basis=basis,

@@ -20,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 
-from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import Geometry
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.intervals import Interval, ratio
@@ -44,13 +44,13 @@ class PromptShape:
     """The size of a prompt for the model.
 
     Attributes:
-        canvas: Geometry of its image.
+        geometry: Views and layout of its image.
         text_tokens: Its other tokens.
         leading_tokens: Text tokens before the image.
         is_new: No earlier prompt of the block shows the same image.
     """
 
-    canvas: Canvas
+    geometry: Geometry
     text_tokens: int
     leading_tokens: int
     is_new: bool
@@ -162,14 +162,14 @@ class _Profiler:
     def __init__(self, recipe: Recipe, model: ModelMetadata) -> None:
         self._model = model
         self._policy = recipe.input.image_limits()
-        self._chat = ChatPrompt(model.processor)
+        self._chat = ChatPrompt(model.family.processor)
         self._constant = recipe.input.prompt.constant
         self._counted: tuple[int, int] | None = None
 
     def block(self, requests: Iterator[Request], rows: int) -> SampleBlock:
         prompts: Counter[PromptShape] = Counter()
         refused: Counter[Status] = Counter()
-        seen: dict[bytes, Canvas] = {}
+        seen: dict[bytes, Geometry] = {}
         for request in requests:
             try:
                 prompts[self._shape(request, seen)] += 1
@@ -177,14 +177,15 @@ class _Profiler:
                 refused[error.status] += 1
         return SampleBlock(rows, prompts, refused)
 
-    def _shape(self, request: Request, seen: dict[bytes, Canvas]) -> PromptShape:
+    def _shape(self, request: Request, seen: dict[bytes, Geometry]) -> PromptShape:
         if request.fault is not None:
             raise request.fault
         data = read_bytes(request.images[0], self._policy)
         key = hashlib.blake2b(data, digest_size=16).digest()
         is_new = key not in seen
         if is_new:
-            seen[key] = self._model.canvas(upright_size(data, self._policy))
+            size = upright_size(data, self._policy)
+            seen[key] = self._model.family.geometry(size)
             if len(seen) > REMEMBERED:
                 del seen[next(iter(seen))]
         return PromptShape(seen[key], *self._text_tokens(request.prompts[0]), is_new)
@@ -193,7 +194,7 @@ class _Profiler:
         """Text tokens, and those before the image; a constant prompt is counted once."""
         if self._counted is None or self._constant is None:
             ids = self._chat.encode(prompt)
-            self._counted = len(ids) - 1, ids.index(self._model.image_token_id)
+            self._counted = len(ids) - 1, ids.index(self._model.family.image_token_id)
         return self._counted
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gc2ray.compression.base import Compressor
-from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import Geometry
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
@@ -40,37 +40,53 @@ class TokenBounds:
     Attributes:
         visual: Visual tokens.
         newlines: Newline tokens.
+        markers: Literal tokens around views, which count as text.
     """
 
     visual: Interval
     newlines: Interval
+    markers: Interval
 
     @staticmethod
-    def from_canvas(
-        canvas: Canvas, compression: CompressionConfig, compressor: Compressor
+    def from_geometry(
+        geometry: Geometry, compression: CompressionConfig, compressor: Compressor
     ) -> TokenBounds:
         """Bounds that follow from an image's geometry alone.
 
         Args:
-            canvas: Geometry of the image.
+            geometry: Views and layout of the image.
             compression: How images are compressed.
             compressor: The same, built.
         """
-        low, high = compressor.bounds(canvas)
+        low, high = compressor.bounds(geometry)
         visual = Interval(low, (low + high) / 2, high)
-        if compression.newlines == "none":
-            return TokenBounds(visual, Interval.exactly(0))
-        if compression.newlines == "all" or low == sum(canvas.tokens_per_view()):
-            return TokenBounds(visual, Interval.exactly(canvas.newlines))
-        thumbnail = canvas.tokens_per_view()[0]
-        share = compression.retention_requested
-        of_crops = [max(0.0, end - thumbnail * share) for end in (low, (low + high) / 2, high)]
-        rows = canvas.grid[0] * canvas.side[0]
-        fewest = math.ceil(of_crops[0] / max(1, canvas.width))
-        # Tokens that fall on rows at random leave each row empty with (1 - 1/rows)^tokens.
-        filled = canvas.height * (1 - (1 - 1 / max(1, canvas.height)) ** of_crops[1])
-        most = rows if compression.method == "globalcom2-reference" else canvas.height
-        return TokenBounds(visual, Interval(min(fewest, filled), filled, most))
+        whole = low == geometry.visual_tokens
+        newlines = _newline_bounds(geometry, compression, visual, whole=whole)
+        fewest = geometry.literals if compression.markers == "all" or whole else 0
+        markers = Interval(fewest, geometry.literals, geometry.literals)
+        return TokenBounds(visual, newlines, markers)
+
+
+def _newline_bounds(
+    geometry: Geometry, compression: CompressionConfig, visual: Interval, *, whole: bool
+) -> Interval:
+    """Learned newlines that stay; `whole`: the method keeps everything."""
+    if compression.newlines == "none" or not geometry.newlines:
+        return Interval.exactly(0)
+    if compression.newlines == "all" or whole:
+        return Interval.exactly(geometry.newlines)
+    lines, thumbnail, share = geometry.newlines, 0, compression.retention_requested
+    if geometry.thumbnail is not None:
+        thumbnail = geometry.valid_per_view[geometry.thumbnail]
+    low, mid, _ = [max(0.0, end - thumbnail * share) for end in _ends(visual)]
+    longest = max((geometry.visual_tokens - thumbnail) / lines, 1)
+    fewest = math.ceil(low / longest)
+    # Tokens that fall on rows at random leave each row empty with (1 - 1/rows)^tokens.
+    filled = lines * (1 - (1 - 1 / lines) ** mid)
+    most = lines
+    if compression.method == "globalcom2-reference" and geometry.canvas is not None:
+        most = geometry.canvas.grid[0] * geometry.canvas.side[0]
+    return Interval(min(fewest, filled), filled, most)
 
 
 @dataclass(frozen=True)
@@ -180,41 +196,45 @@ class _PromptMeasures:
         self._new = recipe.generation.max_new_tokens
         self._output = output_tokens
         self._limit = model.shape.text.max_positions
-        self._bounds: dict[Canvas, TokenBounds] = {}
+        self._bounds: dict[Geometry, TokenBounds] = {}
 
     def at_each_end(self, shape: PromptShape) -> np.ndarray:
         """`_MEASURES` at each end, float64 (3, M)."""
-        bounds = self._bounds_of(shape.canvas)
-        ends = zip(*(_ends(r) for r in (bounds.visual, bounds.newlines, self._output)), strict=True)
+        bounds = self._bounds_of(shape.geometry)
+        ends = zip(
+            *(_ends(r) for r in (bounds.visual, bounds.newlines, bounds.markers, self._output)),
+            strict=True,
+        )
         # Whether the beginning of a prompt is computed once or again depends on when rows meet.
         shares = (True, True, False)
         return np.array(
             [
-                self._one(shape, *end, shares=shared and not shape.is_new)
+                self._one(shape, end, shares=shared and not shape.is_new)
                 for end, shared in zip(ends, shares, strict=True)
             ]
         )
 
     def longest(self, shape: PromptShape) -> int:
         """Tokens of a prompt and its answer, at most."""
-        bounds = self._bounds_of(shape.canvas)
-        image = bounds.visual.high + bounds.newlines.high
+        bounds = self._bounds_of(shape.geometry)
+        image = bounds.visual.high + bounds.newlines.high + bounds.markers.high
         return math.ceil(shape.text_tokens + image) + self._new
 
-    def _bounds_of(self, canvas: Canvas) -> TokenBounds:
-        if canvas not in self._bounds:
-            self._bounds[canvas] = TokenBounds.from_canvas(
-                canvas, self._compression, self._compressor
+    def _bounds_of(self, geometry: Geometry) -> TokenBounds:
+        if geometry not in self._bounds:
+            self._bounds[geometry] = TokenBounds.from_geometry(
+                geometry, self._compression, self._compressor
             )
-        return self._bounds[canvas]
+        return self._bounds[geometry]
 
     def _one(
-        self, shape: PromptShape, visual: float, newlines: float, output: float, *, shares: bool
+        self, shape: PromptShape, end: tuple[float, float, float, float], *, shares: bool
     ) -> list[float]:
-        image = round(visual + newlines)
+        visual, newlines, markers, output = end
+        image = round(visual + newlines + markers)
         prompt = shape.text_tokens + image
         tokens = AnswerTokens(
-            views=(1 + shape.canvas.crops) * shape.is_new,
+            views=len(shape.geometry.views) * shape.is_new,
             projected=image * shape.is_new,
             prompt=prompt,
             output=max(1, round(output)),
@@ -229,8 +249,7 @@ class _PromptMeasures:
         """One behind the last position of a prompt."""
         if self._compression.positions == "compact":
             return prompt
-        canvas = shape.canvas
-        return shape.text_tokens + sum(canvas.tokens_per_view()) + canvas.newlines
+        return shape.text_tokens + len(shape.geometry.entries)
 
 
 def _ends(value: Interval) -> tuple[float, float, float]:

@@ -1,85 +1,103 @@
-"""`ModelAdapter`: the interface of a model architecture, the only code that knows its internals.
+"""What an architecture is to gc2ray: its `Family`, without weights, and its `VisionSide`.
 
-`Prompt` is the input that it makes for the language model.
+Only a family's file knows the architecture's internals; `gc2ray.models.adapter` makes prompts with
+both. `Prompt` is the input for the language model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, device
+from torch import Tensor
 
-from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.selection import OriginalPositions, Selection
-from gc2ray.compression.views import Views
-from gc2ray.models.image_processor import AnyRes, Tiles
-from gc2ray.models.shape import ModelShape, Needs
+from gc2ray.compression.geometry import Geometry
+from gc2ray.models.image_processor import Cropping
+from gc2ray.models.shape import ModelShape, Tower
 
 
-class ModelAdapter(Protocol):
-    """Vision side, projector and text table of a loaded model.
+class Family(Protocol):
+    """A model architecture without weights: how images become views, and how prompts hold them.
 
     Args:
-        model: The transformers model.
+        config: The model's config.
         processor: The model's processor.
 
     Attributes:
-        anyres: How images are cut into views.
-        device: Device of the model's tensors.
-        shape: The model's sizes.
-        max_positions: Longest sequence of prompt and answer, in tokens.
-        kv_bytes_per_token: Bytes of KV cache of one token over all layers.
+        cropping: How images are cut into views.
+        processor: Tokenizer and chat template.
+        image_token_id: Id of an image's placeholder in the chat template's output.
+        markers: Texts that stand around views in a prompt; row text must not spell them out.
+        tower: Sizes of the vision side.
     """
 
-    anyres: AnyRes
-    device: device
-    shape: ModelShape
-    max_positions: int
-    kv_bytes_per_token: int
+    @property
+    def cropping(self) -> Cropping: ...
+    @property
+    def processor(self) -> Any: ...
+    @property
+    def image_token_id(self) -> int: ...
+    @property
+    def markers(self) -> tuple[str, ...]: ...
+    @property
+    def tower(self) -> Tower: ...
 
-    def __init__(self, model: Any, processor: Any) -> None: ...
+    def __init__(self, config: Any, processor: Any) -> None: ...
 
-    @staticmethod
-    def metadata(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
-        """The model without its weights.
+    def geometry(self, size: tuple[int, int], *, alone: bool = True) -> Geometry:
+        """Views and layout of an image.
 
         Args:
-            config: The model's config.
-            processor: The model's processor.
-            itemsize: Bytes of a weight.
+            size: Height and width in pixels.
+            alone: Whether it is the only image of its prompt.
         """
 
-    def needs(self) -> Needs:
-        """The memory that the model needs."""
+
+class VisionSide(Protocol):
+    """Vision tower and projector of a loaded model.
+
+    Args:
+        model: The transformers model.
+        family: Its family.
+
+    Attributes:
+        newline: The learned newline vector (D,), or None where the model has none.
+    """
+
+    @property
+    def newline(self) -> Tensor | None: ...
+
+    def __init__(self, model: Any, family: Any) -> None: ...
 
     def freeze(self) -> None:
         """Optimise for inference; weights must not change afterwards."""
 
-    def canvas(self, tiles: Tiles) -> Canvas:
-        """The canvas of tokens that the image lies on."""
-
-    def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
-        """Run the vision tower over the views of several images."""
-
-    def pack(self, views: Sequence[Views], selections: Sequence[Selection]) -> list[Tensor]:
-        """Project the selected tokens; per image (K, D), newlines included."""
-
-    def embed(
-        self,
-        token_ids: Sequence[int],
-        images: Sequence[Tensor],
-        positions: Sequence[OriginalPositions | None] = (),
-    ) -> Prompt:
-        """Replace the image placeholders of token ids by packed images.
+    def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the tower over normalised views.
 
         Args:
-            token_ids: Token ids of the rendered chat prompt.
-            images: Packed images, (K, D) each.
-            positions: Per image, the positions that its tokens would have if nothing were dropped,
-                or None. If any image has them, the prompt has explicit positions.
+            pixels: (V, 3, T, T).
+
+        Returns:
+            Features (V, N, D) and scores, float32 (V, N), of the views' visual tokens.
         """
+
+    def arranged(
+        self, features: Tensor, scores: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """Features and scores of an image's views as the tokens of its geometry.
+
+        Args:
+            features: (V, N, D).
+            scores: (V, N).
+            geometry: The image's.
+
+        Returns:
+            (tokens, D) and (tokens,).
+        """
+
+    def project(self, features: Tensor) -> Tensor:
+        """Kept tokens, (K, D), as the language model reads them, (K, D_text); a new tensor."""
 
 
 @dataclass(frozen=True)
@@ -88,41 +106,11 @@ class ModelMetadata:
 
     Attributes:
         shape: The model's sizes.
-        anyres: How images are cut into views.
-        side: Token rows and columns of a view.
-        processor: Tokenizer and chat template.
-        image_token_id: Id of an image's placeholder.
+        family: How images become views and tokens.
     """
 
     shape: ModelShape
-    anyres: AnyRes
-    side: tuple[int, int]
-    processor: Any
-    image_token_id: int
-
-    def canvas(self, size: tuple[int, int]) -> Canvas:
-        """The canvas of tokens of an image of (height, width) pixels."""
-        return Canvas.from_image_size(size, self.anyres.grid(size), self.side)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        model: The transformers model, unchanged.
-        processor: Its processor: tokenizer, chat template, image settings.
-        adapter: The adapter of its architecture.
-        end_tokens: Token ids that end an answer.
-        digest: Digest of its files (`gc2ray.models.checkpoint.fetch.model_digest`); empty if none
-            was computed.
-    """
-
-    model: Any
-    processor: Any
-    adapter: ModelAdapter
-    end_tokens: tuple[int, ...]
-    digest: str = ""
+    family: Family
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from transformers.utils.logging import (
 
 from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.loading import free_device_memory, without_load_report
 
 

@@ -1,49 +1,151 @@
-"""Cuts an image into tiles, bit-equal to transformers' LLaVA-NeXT processor, but as bytes.
+"""Cuts an image into views, bit-equal to transformers' processors, but as bytes.
 
-`AnyRes` has the processor's settings; `Tiles` is an image cut by them: the thumbnail, then the
-crops in raster order.
+A `Cropping` has a processor's settings and says for a size how an image is cut: the `Cut`. `tile`
+does it and gives the `Tiles`. Each family has a cropping of its own; `AnyRes` is LLaVA-NeXT's.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+BLACK = (0, 0, 0)
 
-def tile(image: Image.Image, anyres: AnyRes) -> Tiles:
-    """Thumbnail and crops of an RGB image, as transformers' LLaVA-NeXT processor cuts them.
 
-    The thumbnail is the whole image squeezed into a square. For the crops the image is scaled to
-    fit its canvas, centred on black, and the canvas is cut in raster order.
+@dataclass(frozen=True)
+class Resize:
+    """Scale the image to a size in pixels; bytes are rounded behind it, as Pillow does."""
 
-    Returns:
-        `Tiles`: pixels uint8 (1 + rows * columns, T, T, 3), `size` that of `image`.
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Lay the image on a larger one.
+
+    Attributes:
+        height: Of the larger one, in pixels.
+        width: Likewise.
+        fill: Its colour.
+    """
+
+    height: int
+    width: int
+    fill: tuple[int, int, int] = BLACK
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an image becomes views.
+
+    Attributes:
+        steps: What is done to the image, in turn.
+        grid: Rows and columns of crops that are cut from it then; (0, 0) for none.
+        thumbnail: Index of the thumbnail among the views, 0 or the number of crops; None: there is
+            none.
+        thumbnail_step: Steps that are done before the thumbnail is squeezed into a square.
+    """
+
+    steps: tuple[Resize | Pad, ...]
+    grid: tuple[int, int]
+    thumbnail: int | None
+    thumbnail_step: int = 0
+
+    @property
+    def crops(self) -> int:
+        """Crops of the grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def views(self) -> int:
+        """Crops and thumbnail."""
+        return self.crops + (self.thumbnail is not None)
+
+
+class Cropping(Protocol):
+    """A processor's settings.
+
+    Attributes:
+        tile: Side of a view in pixels.
+        resample: Pillow's number of the resampling filter.
+        mean: Per channel, of pixel values rescaled by `rescale`.
+        std: Per channel, likewise.
+        rescale: Factor from 0..255.
+    """
+
+    @property
+    def tile(self) -> int: ...
+    @property
+    def resample(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+    @property
+    def rescale(self) -> float: ...
+
+    def cut(self, size: tuple[int, int], *, alone: bool = True) -> Cut:
+        """How an image of (height, width) pixels is cut.
+
+        Args:
+            size: The image's size.
+            alone: Whether it is the only image of its prompt; some models cut several otherwise.
+        """
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image cut into views, still as bytes.
+
+    Attributes:
+        pixels: uint8 (V, T, T, 3).
+        size: Height and width of the image.
+        alone: Whether it is the only image of its prompt.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    alone: bool = True
+
+
+def tile(image: Image.Image, cropping: Cropping, *, alone: bool = True) -> Tiles:
+    """The views of an RGB image, as transformers' processor cuts them.
+
+    Args:
+        image: The image.
+        cropping: The processor's settings.
+        alone: Whether it is the only image of its prompt.
 
     Raises:
         ValueError: The image is not RGB; the caller has to convert it.
     """
     if image.mode != "RGB":
         raise ValueError(f"tile takes RGB, not {image.mode}")
-    size, side = (image.height, image.width), anyres.tile
-    canvas_size, (rows, columns) = anyres.canvas_size(size), anyres.grid(size)
-    pixels = np.empty((1 + rows * columns, side, side, 3), dtype=np.uint8)
-    pixels[0] = np.asarray(image.resize((side, side), Image.Resampling(anyres.resample)))
-    canvas = np.asarray(_canvas(image, canvas_size, anyres.resample))
-    crops = canvas.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
-    pixels[1:].reshape(crops.shape)[...] = crops
-    return Tiles(pixels=pixels, size=size, grid=(rows, columns))
+    size, side = (image.height, image.width), cropping.tile
+    cut, resample = cropping.cut(size, alone=alone), Image.Resampling(cropping.resample)
+    pixels = np.empty((cut.views, side, side, 3), dtype=np.uint8)
+    for done in range(len(cut.steps) + 1):
+        if cut.thumbnail is not None and done == cut.thumbnail_step:
+            pixels[cut.thumbnail] = np.asarray(image.resize((side, side), resample))
+        if done < len(cut.steps):
+            image = _stepped(image, cut.steps[done], resample)
+    if cut.crops:
+        (rows, columns), first = cut.grid, int(cut.thumbnail == 0)
+        crops = np.asarray(image).reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
+        pixels[first : first + cut.crops].reshape(crops.shape)[...] = crops
+    return Tiles(pixels, size, alone)
 
 
-def _canvas(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """The image scaled into a black canvas of `size`, (height, width), and centred."""
-    height, width = fitted_size((image.height, image.width), size)
-    canvas = Image.new("RGB", (size[1], size[0]))
-    corner = (size[1] - width) // 2, (size[0] - height) // 2
-    canvas.paste(image.resize((width, height), Image.Resampling(resample)), corner)
+def _stepped(image: Image.Image, step: Resize | Pad, resample: Image.Resampling) -> Image.Image:
+    if isinstance(step, Resize):
+        return image.resize((step.width, step.height), resample)
+    canvas = Image.new("RGB", (step.width, step.height), step.fill)
+    canvas.paste(image, ((step.width - image.width) // 2, (step.height - image.height) // 2))
     return canvas
 
 
@@ -56,24 +158,34 @@ def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, in
 
 
 @dataclass(frozen=True)
-class AnyRes:
-    """The dynamic cropping of a processor.
-
-    Attributes:
-        tile: Side of a view in pixels.
-        pinpoints: Allowed canvas sizes in pixels, (height, width).
-        resample: Pillow's number of the resampling filter.
-        mean: Per channel, of pixel values rescaled by `rescale`.
-        std: Per channel, likewise.
-        rescale: Factor from 0..255.
-    """
+class ViewPixels:
+    """What all croppings have; see `Cropping`."""
 
     tile: int
-    pinpoints: tuple[tuple[int, int], ...]
     resample: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale: float
+
+
+@dataclass(frozen=True)
+class AnyRes(ViewPixels):
+    """LLaVA-NeXT's dynamic cropping.
+
+    The thumbnail is the whole image squeezed into a square. For the crops the image is scaled to
+    fit its canvas, centred on black, and the canvas is cut in raster order.
+
+    Attributes:
+        pinpoints: Allowed canvas sizes in pixels, (height, width).
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+
+    def cut(self, size: tuple[int, int], *, alone: bool = True) -> Cut:  # noqa: ARG002
+        """See `Cropping.cut`."""
+        canvas = self.canvas_size(size)
+        steps = (Resize(*fitted_size(size, canvas)), Pad(*canvas))
+        return Cut(steps, self.grid(size), thumbnail=0)
 
     def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The pinpoint for an image: most effective pixels, then least waste, then the first.
@@ -96,23 +208,23 @@ class AnyRes:
         return height // self.tile, width // self.tile
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """An image cut into views, still as bytes: `pixels` is uint8 (V, T, T, 3), thumbnail first."""
+def view_pixels(image_processor: Any, tile: int) -> ViewPixels:
+    """The settings that all image processors have, which `checkpoint.consistency` has checked.
 
-    pixels: np.ndarray
-    size: tuple[int, int]
-    grid: tuple[int, int]
-
-
-def anyres_from_processor(image_processor: Any, config: Any) -> AnyRes:
-    """The processor's image settings, which `checkpoint.consistency` has checked."""
+    Args:
+        image_processor: The processor.
+        tile: Side of a view in pixels.
+    """
     mean, std = image_processor.image_mean, image_processor.image_std
-    return AnyRes(
-        tile=int(config.vision_config.image_size),
-        pinpoints=tuple((int(h), int(w)) for h, w in image_processor.image_grid_pinpoints),
+    return ViewPixels(
+        tile=tile,
         resample=int(image_processor.resample),
         mean=(float(mean[0]), float(mean[1]), float(mean[2])),
         std=(float(std[0]), float(std[1]), float(std[2])),
         rescale=float(image_processor.rescale_factor),
     )
+
+
+def pinpoints_of(image_processor: Any) -> tuple[tuple[int, int], ...]:
+    """The canvas sizes that a processor of LLaVA-NeXT's kind allows, (height, width)."""
+    return tuple((int(h), int(w)) for h, w in image_processor.image_grid_pinpoints)

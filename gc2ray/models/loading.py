@@ -26,11 +26,12 @@ from transformers.utils.hub import cached_files
 
 from gc2ray.core.config.generation import NOTHING, TakenOver
 from gc2ray.core.errors import ConfigError
-from gc2ray.models.base import LoadedModel, ModelMetadata
+from gc2ray.models.adapter import LoadedModel
+from gc2ray.models.base import ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.consistency import check_checkpoint, check_directory
 from gc2ray.models.checkpoint.description import FILES, Checkpoint
-from gc2ray.models.registry import FAMILIES
+from gc2ray.models.registry import adapter_of, metadata_of
 
 BUFFERS = frozenset({"position_ids", "inv_freq", "masked_bias", "original_inv_freq"})
 """Tensors in older files that transformers now computes."""
@@ -58,11 +59,11 @@ def load(
             each other, or weights are missing.
     """
     with _loading(path):
-        checkpoint, config, processor = _described(path, revision, taken_over, weights=True)
+        checkpoint, _, processor = _described(path, revision, taken_over, weights=True)
         model = _whole_model(checkpoint, path, revision, getattr(torch, dtype))
     model.to(device).eval()
     with _loading(path):
-        adapter = FAMILIES[config.model_type](model, processor)
+        adapter = adapter_of(model, processor)
         adapter.freeze()
     return LoadedModel(model, processor, adapter, checkpoint.ends)
 
@@ -83,7 +84,7 @@ def load_metadata(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> 
     with _loading(path):
         _, config, processor = _described(path, None, taken_over, weights=False)
         itemsize = getattr(torch, dtype).itemsize
-        return FAMILIES[config.model_type].metadata(config, processor, itemsize)
+        return metadata_of(config, processor, itemsize)
 
 
 @contextmanager

@@ -1,14 +1,38 @@
 """Model architectures by the `model_type` of their config.
 
-To add one: a `gc2ray.models.base.ModelAdapter` in a file of its own in `families/`, a line in
-`FAMILIES`, and the same `model_type` in `checkpoint.consistency.MODEL_TYPES`. `families/tiny.py`
-makes tiny checkpoints of LLaVA-NeXT, with which tests compare an adapter with stock transformers;
-another architecture needs tiny checkpoints of its own.
+To add one: a family in a file of its own in `families/` (`gc2ray.models.base` says what it has), a
+line in `FAMILIES`, and its rules in `gc2ray.models.checkpoint`. `families/tiny.py` makes tiny
+checkpoints, with which the contract tests compare a family with stock transformers.
 """
 
 from __future__ import annotations
 
-from gc2ray.models.base import ModelAdapter
-from gc2ray.models.families.llava_next import LlavaNext
+from typing import Any
 
-FAMILIES: dict[str, type[ModelAdapter]] = {"llava_next": LlavaNext}
+from gc2ray.models.adapter import ModelAdapter
+from gc2ray.models.base import Family, ModelMetadata, VisionSide
+from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
+from gc2ray.models.shape import ModelShape
+
+FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
+    "llava_next": (LlavaNext, LlavaNextVision),
+}
+
+
+def metadata_of(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
+    """A model without its weights.
+
+    Args:
+        config: The model's config.
+        processor: The model's processor.
+        itemsize: Bytes of a weight.
+    """
+    family = FAMILIES[config.model_type][0](config, processor)
+    return ModelMetadata(ModelShape.of(family.tower, config, itemsize), family)
+
+
+def adapter_of(model: Any, processor: Any) -> ModelAdapter:
+    """The adapter of a transformers model of a supported architecture."""
+    family_class, vision_class = FAMILIES[model.config.model_type]
+    family = family_class(model.config, processor)
+    return ModelAdapter(model, family, vision_class(model, family))

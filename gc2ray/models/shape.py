@@ -293,9 +293,12 @@ class ModelShape:
     @staticmethod
     def from_config(config: Any, itemsize: int) -> ModelShape:
         """From a transformers config of LLaVA-NeXT, loaded with numbers of `itemsize` bytes."""
-        return ModelShape(
-            Tower.from_config(config), TextModel.from_config(config.text_config), itemsize
-        )
+        return ModelShape.of(Tower.from_config(config), config, itemsize)
+
+    @staticmethod
+    def of(tower: Tower, config: Any, itemsize: int) -> ModelShape:
+        """A tower with the language model of a config, loaded with numbers of `itemsize` bytes."""
+        return ModelShape(tower, TextModel.from_config(config.text_config), itemsize)
 
     @property
     def parameters(self) -> int:

@@ -18,8 +18,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import Geometry, ViewGrid
 
 DROPPED = 0.22
 """Brightness of dropped tokens."""
@@ -38,14 +39,14 @@ class TokenMap:
 
     Attributes:
         image: Pixels, uint8 (H, W, 3).
-        canvas: Geometry of the image and its views.
-        scores: Scores of the thumbnail's tokens, float (N,).
-        kept: Which tokens of each view were kept, bool (V, N), the thumbnail first.
+        geometry: Views of the image.
+        scores: Scores of the thumbnail's tokens, float (M,), or of the only view's.
+        kept: Which tokens of the views were kept, bool (N,), view after view.
         captions: Lines about the row, the first with its key and prompt.
     """
 
     image: np.ndarray
-    canvas: Canvas
+    geometry: Geometry
     scores: np.ndarray
     kept: np.ndarray
     captions: Sequence[str]
@@ -53,15 +54,33 @@ class TokenMap:
     @property
     def kept_per_view(self) -> list[int]:
         """Kept tokens of each view."""
-        return [int(count) for count in self.kept.sum(axis=1)]
+        return [int(view.sum()) for view in np.split(self.kept, self.geometry.starts[1:])]
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Indices of the views that are drawn on the image: the crops, or the only view."""
+        return self.geometry.crops or (0,)
+
+    @property
+    def thumbnail(self) -> ViewGrid:
+        """The view of `scores`."""
+        return self.geometry.views[self.geometry.thumbnail or 0]
 
     def covered(self) -> np.ndarray:
-        """Which tokens of the crops were kept, where the image covers them, bool (h, w)."""
-        (rows, columns), (height, width) = self.canvas.grid, self.canvas.side
-        crops = self.kept[1:].reshape(rows, columns, height, width)
-        whole = crops.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
-        (top, bottom), (left, right) = self.canvas.rows, self.canvas.columns
-        return whole[top:bottom, left:right]
+        """Which tokens of the drawn views were kept, where they show the image, bool (h, w)."""
+        first = self.geometry.views[self.drawn[0]]
+        covered = np.zeros((first.height, first.width), dtype=bool)
+        parts = np.split(self.kept, self.geometry.starts[1:])
+        for index in self.drawn:
+            view = self.geometry.views[index]
+            kept = parts[index].reshape(view.rows, view.columns)
+            top, left = max(0, view.top), max(0, view.left)
+            bottom = max(top, min(view.top + view.rows, first.height))
+            right = max(left, min(view.left + view.columns, first.width))
+            covered[top:bottom, left:right] = kept[
+                top - view.top : bottom - view.top, left - view.left : right - view.left
+            ]
+        return covered
 
 
 def _drawable(text: str) -> str:
@@ -122,28 +141,37 @@ def _image(axes: Axes, token_map: TokenMap) -> str:
 def _scores(axes: Axes, token_map: TokenMap) -> str:
     height, width = token_map.image.shape[:2]
     axes.imshow(token_map.image, extent=(0, width, height, 0))
-    scores = token_map.scores.reshape(token_map.canvas.side)
+    view = token_map.thumbnail
+    scores = token_map.scores.reshape(view.rows, view.columns)
     axes.imshow(scores, extent=(0, width, height, 0), cmap="viridis", alpha=0.65)
     low, high = (f"{end:.2g}" for end in (scores.min(), scores.max()))
-    return f"the thumbnail's scores: {low} (dark) to {high} (yellow)"
+    whose = "thumbnail" if token_map.geometry.thumbnail is not None else "only view"
+    return f"the {whose}'s scores: {low} (dark) to {high} (yellow)"
 
 
 def _budgets(axes: Axes, token_map: TokenMap) -> str:
-    """The share that each crop keeps of its own tokens."""
-    thumbnail, *full = token_map.canvas.tokens_per_view()
-    kept = token_map.kept_per_view
-    shares = [part / max(1, whole) for part, whole in zip(kept[1:], full, strict=True)]
-    axes.imshow(
-        np.array(shares).reshape(token_map.canvas.grid), cmap="cividis", vmin=0, aspect="auto"
-    )
+    """The share that each drawn view keeps of its own tokens."""
+    geometry, kept = token_map.geometry, token_map.kept_per_view
+    full = geometry.valid_per_view
+    shares = [kept[index] / max(1, full[index]) for index in token_map.drawn]
+    most, colours = max(shares) or 1.0, mpl.colormaps["cividis"]
+    axes.set_xlim(0, 1)
+    axes.set_ylim(1, 0)
     axes.set_box_aspect(_height(token_map, SINGLE_INCHES) / SINGLE_INCHES)
-    middle = (max(shares) if shares else 0) / 2
-    for index, share in enumerate(shares):
-        row, column = divmod(index, token_map.canvas.grid[1])
-        text = f"crop {index + 1}\n{kept[index + 1]} of {full[index]}\n{share:.1%}"
-        colour = "white" if share < middle else "black"
-        axes.text(column, row, text, ha="center", va="center", color=colour)
-    return f"tokens kept in each crop; in the thumbnail {kept[0]} of {thumbnail}"
+    size = mpl.rcParams["font.size"] * min(1.0, 3 / len(shares) ** 0.5)
+    for number, (index, share) in enumerate(zip(token_map.drawn, shares, strict=True), start=1):
+        top, left, bottom, right = np.clip(geometry.views[index].box, 0, 1)
+        axes.add_patch(
+            Rectangle((left, top), right - left, bottom - top, facecolor=colours(share / most))
+        )
+        text = f"crop {number}\n{kept[index]} of {full[index]}\n{share:.1%}"
+        colour = "white" if share < most / 2 else "black"
+        middle = (left + right) / 2, (top + bottom) / 2
+        axes.text(*middle, text, ha="center", va="center", color=colour, fontsize=size)
+    if geometry.thumbnail is None or not geometry.crops:
+        return f"tokens kept of the only view: {kept[0]} of {full[0]}"
+    of_thumbnail = f"{kept[geometry.thumbnail]} of {full[geometry.thumbnail]}"
+    return f"tokens kept in each crop; in the thumbnail {of_thumbnail}"
 
 
 def _kept(axes: Axes, token_map: TokenMap) -> str:
@@ -156,7 +184,8 @@ def _kept(axes: Axes, token_map: TokenMap) -> str:
     columns = np.minimum(np.arange(width) * light.shape[1] // width, light.shape[1] - 1)
     darkened = token_map.image * light[rows][:, columns, None]
     axes.imshow(darkened.astype(np.uint8))
-    return f"tokens kept in the crops: {int(kept.sum())} of {kept.size}"
+    what = "crops" if token_map.geometry.crops else "only view"
+    return f"tokens kept in the {what}: {int(kept.sum())} of {kept.size}"
 
 
 _PANELS: tuple[Callable[[Axes, TokenMap], str], ...] = (_image, _scores, _budgets, _kept)

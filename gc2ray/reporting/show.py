@@ -29,7 +29,7 @@ from gc2ray.data.source import Source
 from gc2ray.engine.engine import load_recipe_model
 from gc2ray.engine.image_cache import CachedImage, image_key
 from gc2ray.engine.sample import read_requests
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.image_processor import tile
 from gc2ray.output.latest import MERGED_BY, Latest
 from gc2ray.output.parts import planned_parts
@@ -120,18 +120,19 @@ def _token_map(
     except (BadRow, ShardError) as error:
         raise ConfigError(f"{request.row_key}: {error}") from error
     seed = recipe.generation.mixed(CachedImage(image_key(data)).seed)
-    (views,) = adapter.encode([tile(image, adapter.anyres)], [seed])
+    (views,) = adapter.encode([tile(image, adapter.family.cropping)], [seed])
     selection = compressor(views)
-    count, tokens = len(views.valid_per_view), views.tokens_per_view
-    bits = [np.frombuffer(view, np.uint8) for view in selection.bitmaps(count, tokens)]
-    kept = np.unpackbits(np.stack(bits), axis=1, count=tokens, bitorder="little").astype(bool)
+    geometry, entries = views.geometry, selection.entries.cpu().numpy()
+    kept = np.zeros(geometry.tokens, dtype=bool)
+    kept[entries[entries >= 0]] = True
     compression = recipe.compression
     method = f"{compression.method}, retention {compression.retention_requested:g}"
-    full = sum(views.valid_per_view)
+    full = geometry.visual_tokens
+    commander = views.per_view(views.scores)[geometry.thumbnail or 0]
     return TokenMap(
         image=np.asarray(image),
-        canvas=views.canvas,
-        scores=views.scores[0].float().cpu().numpy(),
+        geometry=geometry,
+        scores=commander.float().cpu().numpy(),
         kept=kept,
         captions=[*captions, f"{method}: {int(kept.sum())} of {full} visual tokens kept"],
     )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gc2ray.compression.canvas import NEWLINE, Canvas
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import NEWLINE, canvas_geometry
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.compression.selection import Selection
 from gc2ray.compression.views import Views
@@ -31,18 +32,19 @@ def run() -> list[Line]:
     for count, turns, calls in GROUPS:
         images = [_views(pool, SIZES[i % len(SIZES)], i) for i in range(count)]
         figures = _compare(images, turns, calls)
-        what = f"{count} image(s), {sum(len(view.scores) for view in images)} views"
+        what = f"{count} image(s), {sum(len(view.geometry.views) for view in images)} views"
         met = goal(f"speed-up at least {SPEED_UP}", met=figures["speed_up"] >= SPEED_UP)
         lines.append(Line(what, figures, met))
     return lines
 
 
 def _views(pool: Tensor, size: tuple[int, int], seed: int) -> Views:
-    canvas = Canvas.from_image_size(size, tiny_model().adapter.anyres.grid(size), (SIDE, SIDE))
-    count = canvas.crops + 1
+    grid = tiny_model().adapter.family.cropping.cut(size).grid
+    geometry = canvas_geometry(Canvas.from_image_size(size, grid, (SIDE, SIDE)))
+    count = len(geometry.views)
     first = seed * 5 % (len(pool) - count + 1)
-    scores = torch.randn(count, TOKENS, generator=torch.Generator().manual_seed(seed))
-    return Views(pool[first : first + count], scores, canvas, size)
+    scores = torch.randn(count * TOKENS, generator=torch.Generator().manual_seed(seed))
+    return Views(pool[first : first + count].flatten(0, 1), scores, geometry, size)
 
 
 def _compare(images: Sequence[Views], turns: int, calls: int) -> dict[str, float]:
@@ -61,19 +63,20 @@ def _compare(images: Sequence[Views], turns: int, calls: int) -> dict[str, float
 
 
 def _gathered(views: Views, selection: Selection) -> Tensor:
-    """Kept features, gathered as `families.llava_next` does."""
-    return views.features.flatten(0, 1).index_select(0, selection.token_index.clamp_min(0))
+    """Kept features, gathered as `gc2ray.models.adapter` does."""
+    return views.features.index_select(0, selection.entries.clamp_min(0))
 
 
 def _same(views: Views, selection: Selection) -> bool:
-    (source, features), tokens = _loop(views), selection.token_index != NEWLINE
-    same = selection.token_index.tolist() == source
+    (source, features), tokens = _loop(views), selection.entries != NEWLINE
+    same = selection.entries.tolist() == source
     return same and torch.equal(_gathered(views, selection)[tokens], features[tokens])
 
 
 def _loop(views: Views) -> tuple[list[int], Tensor]:
-    """As one would write it down, token by token: `Selection.token_index`, and features (K, D)."""
-    canvas, scores, features = views.canvas, views.scores, views.features
+    """As one would write it down, token by token: `Selection.entries`, and features (K, D)."""
+    canvas = _canvas(views)
+    scores, features = views.scores.view(-1, TOKENS), views.features.view(-1, TOKENS, WIDTH)
     places = torch.full((canvas.grid[0] * SIDE, canvas.grid[1] * SIDE), NEWLINE)
     kept = torch.zeros(*places.shape, WIDTH)
     size, (top, left) = (canvas.height, canvas.width), (canvas.rows[0], canvas.columns[0])
@@ -99,13 +102,20 @@ def _loop(views: Views) -> tuple[list[int], Tensor]:
 
 def _loop_shares(views: Views) -> list[float]:
     """Retention of each crop; the grids divide `SIDE`."""
-    rows, columns = views.canvas.grid
+    rows, columns = _canvas(views).grid
     sums = [0.0] * (rows * columns)
     for token in range(TOKENS):
         row, column = token // SIDE // (SIDE // rows), token % SIDE // (SIDE // columns)
-        sums[row * columns + column] += views.scores[0, token].item()
+        sums[row * columns + column] += views.scores[token].item()
     shares = torch.softmax(torch.tensor(sums, dtype=torch.float64) / METHOD.temperature, dim=0)
     return [min(1.0, METHOD.retention * (1 + x.item())) for x in shares - shares.mean()]
+
+
+def _canvas(views: Views) -> Canvas:
+    canvas = views.geometry.canvas
+    if canvas is None:
+        raise ValueError("the loop is written for LLaVA-NeXT's canvases")
+    return canvas
 
 
 def _loop_tokens(canvas: Canvas) -> list[list[tuple[int, int, int]]]:

@@ -23,7 +23,7 @@ from gc2ray.core.config.recipe import parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.core.stats import STAGES
 from gc2ray.engine.engine import Engine
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_generate
 from gc2ray.models.layers.linear import packed_module

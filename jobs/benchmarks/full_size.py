@@ -41,11 +41,11 @@ from gc2ray.engine.decoding.scheduler import DecodeLimits
 from gc2ray.engine.device import memory
 from gc2ray.engine.engine import Engine
 from gc2ray.estimation.retentions import RETENTIONS
-from gc2ray.models.base import LoadedModel
-from gc2ray.models.families.llava_next import LlavaNext
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.families.tiny import TinySpec, untrained
 from gc2ray.models.flops import paper_flops
 from gc2ray.models.llama import LanguageModel
+from gc2ray.models.registry import adapter_of
 from gc2ray.models.shape import TextModel
 from jobs.benchmarks import Line
 from jobs.benchmarks.support.inputs import IN_PROPORTION, REAL_GEOMETRY
@@ -94,7 +94,7 @@ def run(name: str, rows: int | None = None) -> list[Line]:
     device, dtype = _device(name)
     model, processor = untrained(SIZES[name], device=device, dtype=dtype)
     model.eval().generation_config.eos_token_id = None
-    adapter = LlavaNext(model, processor)
+    adapter = adapter_of(model, processor)
     adapter.freeze()
     loaded = LoadedModel(model, processor, adapter, end_tokens(model))
     rates = _rates(device, dtype)

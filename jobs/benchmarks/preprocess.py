@@ -20,8 +20,8 @@ from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.records import ImageRef
 from gc2ray.data.image_decoding import decode
 from gc2ray.engine.prompt_builder import load_tiles
-from gc2ray.models.families.llava_next import pixel_table
-from gc2ray.models.image_processor import AnyRes, tile
+from gc2ray.models.adapter import pixel_table
+from gc2ray.models.image_processor import Cropping, tile
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.support.inputs import TILE, XGA, opened, photographs, tiny_model
 from jobs.benchmarks.support.timing import Work, in_turn, median_ratio
@@ -36,21 +36,21 @@ def run() -> list[Line]:
 
 
 def _compare(name: str, data: Sequence[bytes]) -> list[Line]:
-    anyres, mode = tiny_model().adapter.anyres, ImageLimits()
+    cropping, mode = tiny_model().adapter.family.cropping, ImageLimits()
     images = [decode(item, mode) for item in data]
     stock: Any = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}
     )
     for image, item in zip(images, data, strict=True):
-        ours, theirs = _normalised(image, anyres), stock(opened(item), return_tensors="pt")
+        ours, theirs = _normalised(image, cropping), stock(opened(item), return_tensors="pt")
         if not torch.equal(ours, theirs.pixel_values[0, : len(ours)]):
             raise RuntimeError("our tiles are not bit-equal to the processor's")
     whole: dict[str, Work] = {
-        "ours": lambda: [len(load_tiles(ImageRef(item), anyres, mode).pixels) for item in data],
+        "ours": lambda: [len(load_tiles(ImageRef(item), cropping, mode).pixels) for item in data],
         "stock": lambda: [len(stock(opened(item), return_tensors="pt")) for item in data],
     }
     decoded: dict[str, Work] = {
-        "ours": lambda: [len(tile(image, anyres).pixels) for image in images],
+        "ours": lambda: [len(tile(image, cropping).pixels) for image in images],
         "stock": lambda: [len(stock(image, return_tensors="pt")) for image in images],
     }
     figures = _figures(whole, len(data))
@@ -68,7 +68,7 @@ def _figures(works: dict[str, Work], images: int) -> dict[str, float]:
     return {"ratio": median_ratio(times["stock"].cpu, times["ours"].cpu), **rates}
 
 
-def _normalised(image: Image.Image, anyres: AnyRes) -> Tensor:
+def _normalised(image: Image.Image, cropping: Cropping) -> Tensor:
     """Our tiles as the processor's: (V, 3, T, T), normalised."""
-    pixels = torch.from_numpy(tile(image, anyres).pixels).permute(0, 3, 1, 2).long()
-    return pixel_table(anyres)[torch.arange(3)[:, None, None], pixels]
+    pixels = torch.from_numpy(tile(image, cropping).pixels).permute(0, 3, 1, 2).long()
+    return pixel_table(cropping)[torch.arange(3)[:, None, None], pixels]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from gc2ray.models.families.llava_next import class_token_scores
+from gc2ray.models.layers.scores import ScoreInputs, class_token
 from jobs.benchmarks import Line, goal
 from jobs.benchmarks.support.inputs import SIDE, TILE
 from jobs.benchmarks.support.timing import Work, in_turn
@@ -33,10 +33,11 @@ def run() -> list[Line]:
         return tower.pre_layrnorm(tower.embeddings(pixels))
 
     state = embed()
+    inputs = ScoreInputs(last, state, state[:, 1:], class_token=True)
     works: dict[str, Work] = {
         "embed": embed,
         "layers": lambda: [layer(state, attention_mask=None) for layer in layers],
-        "scores": lambda: [class_token_scores(last, state) for _ in range(SCORES_PER_TURN)],
+        "scores": lambda: [class_token(inputs) for _ in range(SCORES_PER_TURN)],
     }
     in_turn(works, turns=1)  # warms up
     times = {name: median(taken.cpu) for name, taken in in_turn(works, TURNS).items()}

@@ -25,7 +25,7 @@ from gc2ray.demo.rows import DemoRow, Split, demo_rows
 from gc2ray.engine.engine import Engine
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel, ModelAdapter
+from gc2ray.models.adapter import LoadedModel, ModelAdapter
 from gc2ray.models.image_processor import Tiles
 from jobs.quality_curve.controls import Blind, ForeignScores
 from jobs.support.answering import answers_in_order
@@ -184,7 +184,7 @@ def shares_far_from_uniform(
     far: dict[float, list[bool]] = {temperature: [] for temperature in temperatures}
     for first in range(0, len(rows), BATCH):
         refs = [ImageRef(row.image) for row in rows[first : first + BATCH]]
-        tiles = [load_tiles(ref, loaded.adapter.anyres, ImageLimits()) for ref in refs]
+        tiles = [load_tiles(ref, loaded.adapter.family.cropping, ImageLimits()) for ref in refs]
         batch = ViewBatch.from_images(loaded.adapter.encode(tiles, [0] * len(tiles)))
         for temperature, found in far.items():
             scales = crop_scales(batch, retention, temperature)

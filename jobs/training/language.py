@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gc2ray.compression.canvas import NEWLINE
+from gc2ray.compression.geometry import NEWLINE
 from gc2ray.compression.selection import everything
 from gc2ray.compression.views import Views
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.scenes import COLOURS, KINDS
 from gc2ray.demo.spec import demo_spec
-from gc2ray.models.families.llava_next import LlavaNext
+from gc2ray.models.registry import adapter_of
 from jobs.training.dialogues import PAD, VISUAL, Dialogue, DialogueMaker, attention_mask, padded
 from jobs.training.labels import NOTHING
 from jobs.training.lessons import Lesson
@@ -74,7 +74,7 @@ class LanguageLearner:
         self._place_words = _words(processor.tokenizer, ("top", "bottom", "left", "right"))
         self._model, self._tower, self._share = model, tower, tower_share
         self._reads = reads
-        self._adapter = LlavaNext(model, processor)
+        self._adapter = adapter_of(model, processor)
         self._tokenizer = processor.tokenizer
         self._dialogues = DialogueMaker(processor)
         self._device = model.device
@@ -157,7 +157,12 @@ class LanguageLearner:
     def _packed(self, lesson: Lesson, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Projected visual tokens and newlines of each image, and where they come from."""
         views = [
-            Views(part, part.new_zeros(part.shape[:2]), self._adapter.canvas(tiles), tiles.size)
+            Views(
+                part.flatten(0, 1),
+                part.new_zeros(part.shape[:2]).flatten(),
+                self._adapter.family.geometry(tiles.size),
+                tiles.size,
+            )
             for tiles, part in zip(
                 lesson.tiles,
                 features.split([len(tiles.pixels) for tiles in lesson.tiles]),  # type: ignore[no-untyped-call]
@@ -165,7 +170,7 @@ class LanguageLearner:
             )
         ]
         selections = [everything(view) for view in views]
-        return self._adapter.pack(views, selections), [chosen.token_index for chosen in selections]
+        return self._adapter.pack(views, selections), [chosen.entries for chosen in selections]
 
     def _language_loss(
         self, dialogues: Sequence[Dialogue], visual: Tensor

@@ -14,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gc2ray.compression.base import ViewBatch
-from gc2ray.compression.canvas import NEWLINE, Canvas
-from gc2ray.compression.canvas_index import canvas_index
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import NEWLINE, canvas_geometry
 from gc2ray.compression.methods.globalcom2 import GlobalCom2, crop_scales
 from gc2ray.compression.methods.globalcom2_reference import GlobalCom2Reference
 from gc2ray.compression.registry import COMPRESSORS, build
@@ -24,7 +24,7 @@ from gc2ray.compression.views import Views
 from gc2ray.core.config.compression import METHODS, CompressionConfig
 from gc2ray.models.image_processor import AnyRes
 from tests.support import oracle
-from tests.support.views import kept_sets, random_views
+from tests.support.views import canvas_of, kept_sets, random_views
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())
@@ -52,11 +52,23 @@ def golden_views(data: dict[str, np.ndarray]) -> Views:
     grid = tuple(reversed(data["grid_wh"].tolist()))
     side = (int(data["side"]),) * 2
     return Views(
-        features=torch.from_numpy(data["features"]).float(),
-        scores=torch.from_numpy(data["cls_scores"]),
-        canvas=Canvas.from_image_size(size, grid, side),
+        features=torch.from_numpy(data["features"]).float().flatten(0, 1),
+        scores=torch.from_numpy(data["cls_scores"]).flatten(),
+        geometry=canvas_geometry(Canvas.from_image_size(size, grid, side)),
         size=size,
     )
+
+
+def as_the_reference_cuts(views: Views) -> Views:
+    """The image with its padding cut without rounding."""
+    canvas = canvas_of(views)
+    theirs = Canvas.from_image_size(views.size, canvas.grid, canvas.side, digits=None)
+    return replace(views, geometry=canvas_geometry(theirs))
+
+
+def per_view(views: Views) -> list[list[float]]:
+    """Scores of each view."""
+    return [view.tolist() for view in views.per_view(views.scores)]
 
 
 def make_views(
@@ -74,15 +86,12 @@ def test_reference_method_equals_the_reference(index: int) -> None:
     views = golden_views(data)
     method = GlobalCom2Reference(retention=float(data["ratio"]))
     selection = method(views)
-    assert selection.token_index.tolist() == data["packed_src"].tolist()
-    source = selection.token_index.long()
-    packed = views.features.flatten(0, 1)[source.clamp_min(0)]
+    assert selection.entries.tolist() == data["packed_src"].tolist()
+    source = selection.entries.long()
+    packed = views.features[source.clamp_min(0)]
     packed[source == NEWLINE] = torch.from_numpy(data["newline"]).float()
     assert torch.equal(packed, torch.from_numpy(data["packed"]).float())
-    reference_canvas = Canvas.from_image_size(
-        views.size, views.canvas.grid, views.canvas.side, digits=None
-    )
-    batch = ViewBatch.from_images([replace(views, canvas=reference_canvas)])
+    batch = ViewBatch.from_images([as_the_reference_cuts(views)])
     np.testing.assert_allclose(
         crop_scales(batch, float(data["ratio"]), 10.0).numpy(), data["scales"], rtol=0, atol=1e-12
     )
@@ -93,7 +102,7 @@ def test_globalcom2_keeps_the_reference_sets(index: int) -> None:
     data = golden(index)
     views = golden_views(data)
     retention = float(data["ratio"])
-    kept = kept_sets(views, GlobalCom2(retention)(views).token_index.tolist())
+    kept = kept_sets(views, GlobalCom2(retention)(views).entries.tolist())
     assert kept[0] == set(data["thumb_idx"].tolist())
     ptr = data["kept_ptr"]
     for crop in range(len(ptr) - 1):
@@ -107,7 +116,7 @@ def test_the_excepted_fixtures_do_differ() -> None:
     for index in (21, 24):
         data = golden(index)
         views = golden_views(data)
-        kept = kept_sets(views, GlobalCom2(float(data["ratio"]))(views).token_index.tolist())
+        kept = kept_sets(views, GlobalCom2(float(data["ratio"]))(views).entries.tolist())
         assert sum(map(len, kept[1:])) != len(data["kept_true"])
     for index in (14, 15, 16):
         data = golden(index)
@@ -120,16 +129,16 @@ def test_the_excepted_fixtures_do_differ() -> None:
 
 def test_thumbnail_in_raster_order() -> None:
     views = make_views((700, 700))
-    thumbnail = [place for place in GlobalCom2(0.3)(views).token_index.tolist() if 0 <= place < 36]
+    thumbnail = [place for place in GlobalCom2(0.3)(views).entries.tolist() if 0 <= place < 36]
     assert thumbnail == sorted(thumbnail)
-    accident = [p for p in GlobalCom2Reference(0.3)(views).token_index.tolist() if 0 <= p < 36]
+    accident = [p for p in GlobalCom2Reference(0.3)(views).entries.tolist() if 0 <= p < 36]
     assert accident != sorted(accident)
 
 
 def test_kept_tokens_stand_where_they_were() -> None:
     """1000x400 has padding above and below: the reference writes its tokens to other rows."""
     views = make_views((400, 1000))
-    source = GlobalCom2(0.4)(views).token_index.tolist()
+    source = GlobalCom2(0.4)(views).entries.tolist()
     canvas_rows: list[int] = []
     line: list[int] = []
     for place in source[source.index(next(p for p in source if p >= 36)) :]:
@@ -143,29 +152,28 @@ def test_kept_tokens_stand_where_they_were() -> None:
             line.append((token // 6, crop * 6 + token % 6))
     assert canvas_rows == sorted(set(canvas_rows))
     assert (
-        oracle.pack(kept_sets(views, GlobalCom2(0.4)(views).token_index.tolist()), (1, 3), 6)
-        == source
+        oracle.pack(kept_sets(views, GlobalCom2(0.4)(views).entries.tolist()), (1, 3), 6) == source
     )
 
 
 def test_one_newline_per_row_that_keeps_a_token() -> None:
     views = make_views((400, 1000), seed=3)
-    source = GlobalCom2(0.05)(views).token_index
+    source = GlobalCom2(0.05)(views).entries
     rows = {(p % 36) // 6 for p in source.tolist() if p >= 36}
-    assert int((source == NEWLINE).sum()) == len(rows) < views.canvas.newlines
-    assert int((GlobalCom2Reference(0.05)(views).token_index == NEWLINE).sum()) == 6
+    assert int((source == NEWLINE).sum()) == len(rows) < views.geometry.newlines
+    assert int((GlobalCom2Reference(0.05)(views).entries == NEWLINE).sum()) == 6
 
 
 def test_every_view_keeps_a_token() -> None:
     views = golden_views(golden(24))
     assert min(_counts(views, 0.01)) == 1
     reference = GlobalCom2Reference(0.01)(views)
-    assert 0 in reference.kept_per_view(len(views.valid_per_view), views.tokens_per_view)
+    assert 0 in reference.kept_per_view(views.geometry)
 
 
 def _counts(views: Views, retention: float) -> tuple[int, ...]:
     selection = GlobalCom2(retention)(views)
-    return selection.kept_per_view(len(views.valid_per_view), views.tokens_per_view)
+    return selection.kept_per_view(views.geometry)
 
 
 def test_unpadding_rounds_as_transformers() -> None:
@@ -177,7 +185,7 @@ def test_unpadding_rounds_as_transformers() -> None:
 @pytest.mark.parametrize("size", [(10, 2000), (2000, 10), (500, 3), (1, 1)])
 @pytest.mark.parametrize("method", COMPRESSORS)
 def test_extreme_aspect_ratios(method: str, size: tuple[int, int]) -> None:
-    source = build(method, retention=0.25)(make_views(size)).token_index
+    source = build(method, retention=0.25)(make_views(size)).entries
     assert (source >= 0).any()
 
 
@@ -188,7 +196,7 @@ def test_many_equals_one_by_one(method: str) -> None:
     compressor = build(method, retention=0.3)
     for image, selection in zip(images, compressor.many(images), strict=True):
         alone = compressor(image)
-        assert torch.equal(alone.token_index, selection.token_index)
+        assert torch.equal(alone.entries, selection.entries)
         if alone.features is not None:
             assert selection.features is not None
             assert torch.equal(alone.features, selection.features)
@@ -207,9 +215,7 @@ SIZES = [(700, 700), (400, 1000), (10, 2000), (2000, 10), (50, 40)]
 @pytest.mark.parametrize("method", METHODS)
 def test_keeps_everything_means_that_all_tokens_are_kept(method: str, retention: float) -> None:
     compressor, images = build(method, retention=retention), list(map(make_views, SIZES))
-    untouched = all(
-        compressor(image).token_index.equal(everything(image).token_index) for image in images
-    )
+    untouched = all(compressor(image).entries.equal(everything(image).entries) for image in images)
     assert CompressionConfig(method=method, retention=retention).keeps_everything == untouched
 
 
@@ -218,16 +224,16 @@ def test_keeps_everything_means_that_all_tokens_are_kept(method: str, retention:
 def test_retention_one_is_the_identity(method: str, size: tuple[int, int]) -> None:
     views = make_views(size)
     selection = build(method, retention=1.0)(views)
-    assert torch.equal(selection.token_index, everything(views).token_index)
+    assert torch.equal(selection.entries, everything(views).entries)
     assert selection.features is None
-    expected = oracle.everything(size, views.canvas.grid, 6)
-    assert selection.token_index.tolist() == expected.packed
+    expected = oracle.everything(size, canvas_of(views).grid, 6)
+    assert selection.entries.tolist() == expected.packed
 
 
 def test_ties_go_to_the_lower_index() -> None:
     views = make_views((700, 700))
     flat = replace(views, scores=torch.ones_like(views.scores))
-    kept = kept_sets(flat, GlobalCom2(0.25)(flat).token_index.tolist())
+    kept = kept_sets(flat, GlobalCom2(0.25)(flat).entries.tolist())
     assert kept == [set(range(9))] * 5
 
 
@@ -253,10 +259,10 @@ def test_globalcom2_equals_the_oracle(
 ) -> None:
     views = make_views(size, side=side, seed=seed)
     expected = oracle.globalcom2(
-        views.scores.tolist(), size, views.canvas.grid, side, retention, temperature
+        per_view(views), size, canvas_of(views).grid, side, retention, temperature
     )
     assume(expected.gap > NEAR_TIE)
-    assert GlobalCom2(retention, temperature)(views).token_index.tolist() == expected.packed
+    assert GlobalCom2(retention, temperature)(views).entries.tolist() == expected.packed
 
 
 @settings(max_examples=60, deadline=None)
@@ -265,21 +271,18 @@ def test_local_and_uniform_equal_the_oracle(
     size: tuple[int, int], retention: float, seed: int
 ) -> None:
     views = make_views(size, seed=seed)
-    grid = views.canvas.grid
-    local = oracle.local(views.scores.tolist(), size, grid, 6, retention)
-    assert build("local", retention=retention)(views).token_index.tolist() == local.packed
+    grid = canvas_of(views).grid
+    local = oracle.local(per_view(views), size, grid, 6, retention)
+    assert build("local", retention=retention)(views).entries.tolist() == local.packed
     uniform = oracle.uniform(size, grid, 6, retention)
-    assert build("uniform", retention=retention)(views).token_index.tolist() == uniform.packed
+    assert build("uniform", retention=retention)(views).entries.tolist() == uniform.packed
 
 
 def promised(method: str, views: Views, retention: float) -> list[int]:
     """Kept tokens of each view, recounted from the documentation."""
     counts = views.valid_per_view
     if method in ("globalcom2", "globalcom2-reference"):
-        canvas = views.canvas
-        if method == "globalcom2-reference":
-            canvas = Canvas.from_image_size(views.size, canvas.grid, canvas.side, digits=None)
-        at = replace(views, canvas=canvas)
+        at = as_the_reference_cuts(views) if method == "globalcom2-reference" else views
         scales = [retention, *crop_scales(ViewBatch.from_images([at]), retention, 10.0).tolist()]
         least = 1 if method == "globalcom2" else 0
         pairs = zip(at.valid_per_view, scales, strict=True)
@@ -302,9 +305,9 @@ def test_every_method_keeps_the_contract(
     compressor = build(method, retention=retention)
     selection = compressor(views)
     again = compressor(views)
-    source = selection.token_index
+    source = selection.entries
     assert source.dtype == torch.int32
-    assert torch.equal(source, again.token_index), "not deterministic"
+    assert torch.equal(source, again.entries), "not deterministic"
     assert torch.equal(views.scores, before[0]), "input changed"
     assert torch.equal(views.features, before[1]), "input changed"
     tokens = source[source >= 0].long()
@@ -313,8 +316,8 @@ def test_every_method_keeps_the_contract(
     assert len(source if emptiable else tokens) > 0, "empty"
     assert len(tokens) == len(set(tokens.tolist())), "a token twice"
     if method != "globalcom2-reference":  # it cuts padding by another rounding, by design
-        assert views.valid.flatten()[tokens].all(), "kept padding"
-    counts = list(selection.kept_per_view(len(views.valid_per_view), views.tokens_per_view))
+        assert views.index.valid[tokens].all(), "kept padding"
+    counts = list(selection.kept_per_view(views.geometry))
     if method == "pool":
         pairs = zip(counts, promised(method, views, retention), strict=True)
         assert all(min(1, n) <= count <= n for count, n in pairs)
@@ -331,8 +334,8 @@ def test_bounds_hold_whatever_the_scores(
     views = make_views(size, seed=seed)
     views = replace(views, scores=views.scores * 10 ** (seed % 4))  # from flat to all on one crop
     compressor = build(method, retention=retention)
-    kept = sum(compressor(views).kept_per_view(len(views.valid_per_view), views.tokens_per_view))
-    low, high = compressor.bounds(views.canvas)
+    kept = sum(compressor(views).kept_per_view(views.geometry))
+    low, high = compressor.bounds(views.geometry)
     assert 0 <= low <= kept <= high
     if method not in ("globalcom2", "globalcom2-reference"):
         assert low == high
@@ -340,33 +343,28 @@ def test_bounds_hold_whatever_the_scores(
 
 def test_bounds_are_close_where_crops_are_filled() -> None:
     """Budgets move between crops, and their sum stays; each crop loses less than a token."""
+    square = canvas_geometry(Canvas.from_image_size((672, 672), (2, 2), (24, 24)))
     for retention in (0.05, 0.1, 0.25, 0.5):
-        low, high = GlobalCom2(retention).bounds(
-            Canvas.from_image_size((672, 672), (2, 2), (24, 24))
-        )
+        low, high = GlobalCom2(retention).bounds(square)
         assert high - low <= 4
         assert high == pytest.approx(5 * 576 * retention, rel=0.01)
-    assert GlobalCom2(0.75).bounds(Canvas.from_image_size((672, 672), (2, 2), (24, 24))) == (
-        1976,
-        2160,
-    )
+    assert GlobalCom2(0.75).bounds(square) == (1976, 2160)
 
 
 @pytest.mark.parametrize("size", [(672, 672), (500, 672), (90, 2000), (2000, 90)])
 def test_extreme_scores_reach_the_bounds(size: tuple[int, int]) -> None:
     """All the thumbnail's scores in one crop's region, for each crop in turn."""
     base = make_views(size)
-    canvas = base.canvas
+    geometry, region = base.geometry, base.index.region_of
     method = GlobalCom2(0.4)
-    low, high = method.bounds(canvas)
-    region = canvas_index(canvas, 0, base.scores.device).region_of
+    low, high = method.bounds(geometry)
     sums = []
-    for crop in range(canvas.crops):
+    for crop in range(len(geometry.crops)):
         scores = torch.rand(base.scores.shape)
-        scores[0] += 1e4 * (region == crop)
+        scores[: len(region)] += 1e4 * (region == crop)
         views = replace(base, scores=scores)
-        sums.append(sum(method(views).kept_per_view(canvas.crops + 1, views.tokens_per_view)))
-    slack = canvas.crops
+        sums.append(sum(method(views).kept_per_view(geometry)))
+    slack = len(geometry.crops)
     assert min(sums) <= low + slack
     assert max(sums) >= high - slack
 
@@ -375,25 +373,25 @@ def test_pool_averages_its_cells() -> None:
     views = make_views((672, 672))
     selection = build("pool", retention=0.25)(views)
     assert selection.features is not None
-    first = views.features[0].view(6, 6, 4)[:2, :2].mean(dim=(0, 1))
-    torch.testing.assert_close(selection.features[0], first)
-    whole = selection.features[selection.token_index >= 0].mean(dim=0)
-    torch.testing.assert_close(whole, views.features.mean(dim=(0, 1)))
+    kept = selection.features[selection.entries[selection.entries >= 0]]
+    first = views.per_view(views.features)[0].view(6, 6, 4)[:2, :2].mean(dim=(0, 1))
+    torch.testing.assert_close(kept[0], first)
+    torch.testing.assert_close(kept.mean(dim=0), views.features.mean(dim=0))
 
 
 def test_random_follows_the_row_only() -> None:
     views = make_views((700, 700), seed=1)
     method = build("random", retention=0.3)
-    assert not torch.equal(method(views).token_index, method(replace(views, seed=2)).token_index)
-    other_scores = replace(views, scores=views.scores.flip(1))
-    assert torch.equal(method(views).token_index, method(other_scores).token_index)
+    assert not torch.equal(method(views).entries, method(replace(views, seed=2)).entries)
+    other_scores = replace(views, scores=views.scores.flip(0))
+    assert torch.equal(method(views).entries, method(other_scores).entries)
 
 
 def test_newlines_are_counted_apart_from_tokens() -> None:
     views = make_views((2000, 10))
-    source = everything(views).token_index
+    source = everything(views).entries
     assert source[36:].tolist() == [NEWLINE] * 18  # bare newlines, as stock packs them
-    assert views.canvas.newlines == 18
+    assert views.geometry.newlines == 18
 
 
 @pytest.mark.parametrize("retention", [0.0, -0.1, 1.01, math.nan])
@@ -409,15 +407,25 @@ def test_temperature_is_positive() -> None:
         GlobalCom2(0.5, temperature=0.0)
 
 
-def test_globalcom2_needs_a_thumbnail() -> None:
-    views = make_views((700, 700))
-    crops = Views(views.features[1:], views.scores[1:], views.canvas, views.size, thumbnail=None)
-    with pytest.raises(ValueError, match="thumbnail"):
-        GlobalCom2(0.5)(crops)
-    assert build("local", retention=0.5)(crops).token_index.max() < 4 * 36
+def crops_only(views: Views) -> Views:
+    """The image without its thumbnail."""
+    geometry = canvas_geometry(canvas_of(views), thumbnail=False)
+    first = len(views.scores) - geometry.tokens
+    return replace(
+        views, features=views.features[first:], scores=views.scores[first:], geometry=geometry
+    )
+
+
+def test_without_a_thumbnail_views_follow_their_own_scores() -> None:
+    crops = crops_only(make_views((700, 700)))
+    local = build("local", retention=0.5)(crops)
+    assert torch.equal(GlobalCom2(0.5)(crops).entries, local.entries)
+    assert local.entries.max() < 4 * 36
+    with pytest.raises(ValueError, match="LLaVA-NeXT"):
+        GlobalCom2Reference(0.5)(crops)
 
 
 def test_views_of_the_wrong_shape_are_refused() -> None:
     views = make_views((700, 700))
-    with pytest.raises(ValueError, match="canvas has"):
+    with pytest.raises(ValueError, match="geometry has"):
         replace(views, scores=views.scores[1:])

@@ -44,7 +44,7 @@ def test_a_custom_method_takes_its_settings(folder: Path) -> None:
     assert (policy.compressor.name, policy.retention_requested) == ("own", 0.5)
     views = random_views((700, 700))
     assert torch.equal(
-        policy.compressor(views).token_index, build("local", retention=0.5)(views).token_index
+        policy.compressor(views).entries, build("local", retention=0.5)(views).entries
     )
 
 
@@ -133,7 +133,7 @@ def test_padding_is_dropped_whatever_the_mask(folder: Path) -> None:
     )
     views = random_views((90, 2000))
     kept = build_configured(own_config(retention=0.5))(views)
-    assert kept.token_index.tolist() == everything(views).token_index.tolist()
+    assert kept.entries.tolist() == everything(views).entries.tolist()
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def example(monkeypatch: pytest.MonkeyPatch) -> CompressionConfig:
 @pytest.mark.parametrize("size", [(672, 672), (90, 2000), (400, 1000)])
 def test_the_example_keeps_the_middle(example: CompressionConfig, size: tuple[int, int]) -> None:
     compressor, views = build_configured(example), random_views(size)
-    for view, kept in enumerate(kept_sets(views, compressor(views).token_index.tolist())):
-        valid = [token for token in range(36) if views.valid[view, token]]
+    for view, kept in enumerate(kept_sets(views, compressor(views).entries.tolist())):
+        valid = [token for token in range(36) if views.index.valid[view * 36 + token]]
         assert kept <= {*valid}
         assert len(kept) == min(len(valid), max(1, len(valid) // 4))
         farthest_kept = max(map(from_the_middle, kept), default=0.0)
         assert all(from_the_middle(token) >= farthest_kept for token in {*valid} - kept)
     whole = build_configured(example.model_copy(update={"retention": 1.0}))
-    assert torch.equal(whole(views).token_index, everything(views).token_index)
+    assert torch.equal(whole(views).entries, everything(views).entries)
 
 
 def from_the_middle(token: int) -> float:

@@ -9,17 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gc2ray.compression.canvas import NEWLINE
+from gc2ray.compression.geometry import NEWLINE, canvas_geometry
 from gc2ray.compression.packing import Newlines, Packing
 from gc2ray.compression.registry import COMPRESSORS, build
 from gc2ray.compression.selection import OriginalPositions, Selection, everything, reading_order
 from gc2ray.compression.views import Views
 from tests.support import oracle
-from tests.support.views import kept_sets, random_views
+from tests.support.views import canvas_of, kept_sets, random_views
 
 ORIGINAL = Packing(positions="original")
 ALL, NONE = Packing(newlines="all"), Packing(newlines="none")
-EVERY_ROW = "globalcom2-reference"  # emits a newline for every row of the canvas, padding included
+PLACED = [method for method in COMPRESSORS if method != "globalcom2-reference"]
+"""Methods that keep entries where stock has them."""
 SIZES = [(700, 700), (400, 1000), (10, 2000), (2000, 10), (1100, 500), (50, 40)]
 
 edges = st.one_of(st.integers(1, 3000), st.integers(1, 60))
@@ -31,14 +32,13 @@ retentions = st.sampled_from([0.02, 0.1, 0.25, 0.6, 1.0])
 
 def random_mask(views: Views, share: float, seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return (torch.rand(views.valid.shape, generator=draw) < share) & views.valid
+    valid = views.index.valid
+    return (torch.rand(valid.shape, generator=draw) < share) & valid
 
 
 def rows_closed(method: str, retention: float, views: Views, packed: list[int]) -> list[int]:
     """The canvas row of each newline, from what the method promises."""
-    grid, side = views.canvas.grid, views.canvas.side[0]
-    if method == EVERY_ROW:
-        return list(range(grid[0] * side))
+    grid, side = canvas_of(views).grid, canvas_of(views).side[0]
     if method == "none" or (retention == 1 and method != "thumbnail"):
         return list(oracle.valid_rectangle(views.size, grid, side)[0])
     return oracle.rows_closed(packed, grid, side)
@@ -52,18 +52,18 @@ def places_of(packing: Packing, views: Views, selection: Selection) -> OriginalP
 
 
 def check_places(views: Views, selection: Selection, closed: list[int]) -> None:
-    grid, side = views.canvas.grid, views.canvas.side[0]
+    grid, side = canvas_of(views).grid, canvas_of(views).side[0]
     found = places_of(ORIGINAL, views, selection)
-    packed = selection.token_index.tolist()
+    packed = selection.entries.tolist()
     assert found.index.tolist() == oracle.places(packed, closed, views.size, grid, side)
     assert found.length == oracle.uncompressed_places(views.size, grid, side)[2]
-    assert found.length == len(everything(views).token_index)
+    assert found.length == len(everything(views).entries)
 
 
 # --- against the oracle ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize("method", PLACED)
 @settings(max_examples=60, deadline=None)
 @given(size=image_sizes, grid=grids, side=sides, retention=retentions, seed=st.integers(0, 999))
 def test_positions_are_those_of_the_uncompressed_image(
@@ -76,7 +76,7 @@ def test_positions_are_those_of_the_uncompressed_image(
 ) -> None:
     views = random_views(size, grid, side, seed)
     selection = build(method, retention=retention)(views)
-    closed = rows_closed(method, retention, views, selection.token_index.tolist())
+    closed = rows_closed(method, retention, views, selection.entries.tolist())
     check_places(views, selection, closed)
 
 
@@ -93,16 +93,16 @@ def test_positions_of_random_masks(
 ) -> None:
     views = random_views(size, grid, side)
     (selection,) = reading_order([views], random_mask(views, share, seed))
-    check_places(views, selection, oracle.rows_closed(selection.token_index.tolist(), grid, side))
+    check_places(views, selection, oracle.rows_closed(selection.entries.tolist(), grid, side))
     (full,) = ALL.apply([views], [selection])
-    assert full.token_index.dtype == selection.token_index.dtype
-    packed = full.token_index.tolist()
-    kept = kept_sets(views, selection.token_index.tolist())
+    assert full.entries.dtype == selection.entries.dtype
+    packed = full.entries.tolist()
+    kept = kept_sets(views, selection.entries.tolist())
     assert packed == oracle.pack_with_all_newlines(kept, size, grid, side)
     check_places(views, full, list(oracle.valid_rectangle(size, grid, side)[0]))
 
 
-@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize("method", PLACED)
 @pytest.mark.parametrize("newlines", ["all", "none"])
 @settings(max_examples=40, deadline=None)
 @given(size=image_sizes, grid=grids, side=sides, retention=retentions, seed=st.integers(0, 999))
@@ -117,30 +117,19 @@ def test_newlines_of_every_method(
 ) -> None:
     views = random_views(size, grid, side, seed)
     before = build(method, retention=retention)(views)
-    emitted = before.token_index.tolist()
+    emitted = before.entries.tolist()
     (after,) = Packing(newlines=newlines).apply([views], [before])
-    packed = after.token_index.tolist()
+    packed = after.entries.tolist()
     if newlines == "none":
         assert packed == [source for source in emitted if source != NEWLINE]
         closed = []
     else:
-        if method == EVERY_ROW:
-            expected = oracle.without_padding_newlines(emitted, size, grid, side)
-        else:
-            kept = kept_sets(views, emitted)
-            expected = oracle.pack_with_all_newlines(kept, size, grid, side)
+        kept = kept_sets(views, emitted)
+        expected = oracle.pack_with_all_newlines(kept, size, grid, side)
         assert packed == expected
         closed = list(oracle.valid_rectangle(size, grid, side)[0])
     check_places(views, after, closed)
-    if before.features is None:
-        assert after.features is None
-    else:  # every token keeps its merged features, in order
-        assert after.features is not None
-        assert len(after.features) == len(after.token_index)
-        assert torch.equal(
-            after.features[after.token_index != NEWLINE],
-            before.features[before.token_index != NEWLINE],
-        )
+    assert after.features is before.features  # merged features stand at their tokens' numbers
 
 
 # --- by example --------------------------------------------------------------------------------
@@ -149,35 +138,27 @@ def test_newlines_of_every_method(
 def test_a_small_image_by_hand() -> None:
     """A 1x2 grid of 2x2 views: thumbnail 0..3, rows (4 5 8 9) and (6 7 10 11)."""
     views = random_views((100, 200), (1, 2), 2)
-    assert everything(views).token_index.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
-    keep = torch.zeros(3, 4, dtype=torch.bool)
-    keep.view(-1)[[1, 6, 10]] = True
+    assert everything(views).entries.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
+    keep = torch.zeros(12, dtype=torch.bool)
+    keep[[1, 6, 10]] = True
     (selection,) = reading_order([views], keep)
-    assert selection.token_index.tolist() == [1, 6, 10, -1]
+    assert selection.entries.tolist() == [1, 6, 10, -1]
     found = places_of(ORIGINAL, views, selection)
     assert (found.index.tolist(), found.length) == ([1, 9, 11, 13], 14)
     (full,) = ALL.apply([views], [selection])
-    assert full.token_index.tolist() == [1, -1, 6, 10, -1]
+    assert full.entries.tolist() == [1, -1, 6, 10, -1]
     assert places_of(ORIGINAL, views, full).index.tolist() == [1, 8, 9, 11, 13]
     (bare,) = NONE.apply([views], [selection])
-    assert bare.token_index.tolist() == [1, 6, 10]
+    assert bare.entries.tolist() == [1, 6, 10]
     assert places_of(ORIGINAL, views, bare).index.tolist() == [1, 9, 11]
 
 
-def test_the_reference_counts_the_rows_of_padding_too() -> None:
-    """400x1000 on 2x2 crops of 6x6: rows 4..7 show the image, and 12 newlines come out."""
+@pytest.mark.parametrize("packing", [ORIGINAL, ALL, NONE])
+def test_a_method_that_packs_itself_takes_no_packing(packing: Packing) -> None:
     views = random_views((400, 1000))
-    assert views.canvas.rows == (4, 8)
-    selection = build(EVERY_ROW, retention=0.3)(views)
-    newline = selection.token_index == NEWLINE
-    found = places_of(ORIGINAL, views, selection).index[newline].tolist()
-    rows = [36 + 13 * row - 1 for row in range(1, 5)]
-    assert found == [35] * 4 + rows + [rows[-1]] * 4
-    (full,) = ALL.apply([views], [selection])
-    assert int((full.token_index == NEWLINE).sum()) == 4
-    thumbnail = selection.token_index[:10].tolist()
-    assert thumbnail != sorted(thumbnail)
-    assert places_of(ORIGINAL, views, selection).index[:10].tolist() == thumbnail
+    selection = build("globalcom2-reference", retention=0.3)(views)
+    with pytest.raises(ValueError, match="no other packing"):
+        packing.original_positions([views], packing.apply([views], [selection]))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -189,20 +170,23 @@ def test_at_retention_one_every_token_has_its_own_position(
     selection = build(method, retention=1.0)(views)
     for packing in (ORIGINAL, replace(ORIGINAL, newlines="all")):
         (packed,) = packing.apply([views], [selection])
-        assert torch.equal(packed.token_index, selection.token_index)
+        assert torch.equal(packed.entries, selection.entries)
         found = places_of(packing, views, packed)
         assert found.index.tolist() == list(range(found.length))
 
 
 def test_an_image_without_a_thumbnail() -> None:
     views = random_views((400, 1000))
-    crops = Views(views.features[1:], views.scores[1:], views.canvas, views.size, thumbnail=None)
+    geometry = canvas_geometry(canvas_of(views), thumbnail=False)
+    crops = replace(
+        views, features=views.features[36:], scores=views.scores[36:], geometry=geometry
+    )
     keep = random_mask(views, 0.2, seed=1)
-    keep[0] = False
+    keep[:36] = False
     (expected,) = ALL.apply([views], reading_order([views], keep))
-    (selection,) = ALL.apply([crops], reading_order([crops], keep[1:]))
-    shifted = expected.token_index - 36 * (expected.token_index != NEWLINE)
-    assert selection.token_index.tolist() == shifted.tolist()
+    (selection,) = ALL.apply([crops], reading_order([crops], keep[36:]))
+    shifted = expected.entries - 36 * (expected.entries != NEWLINE)
+    assert selection.entries.tolist() == shifted.tolist()
     found, with_thumbnail = (
         places_of(ORIGINAL, *pair) for pair in ((crops, selection), (views, expected))
     )
@@ -210,23 +194,16 @@ def test_an_image_without_a_thumbnail() -> None:
     assert found.length + 36 == with_thumbnail.length
 
 
-def test_a_newline_before_any_crop_token_closes_the_first_row() -> None:
-    """No method here emits one; were it the row before the canvas, it would be the last one's."""
-    views = random_views((400, 1000))
-    selection = Selection(torch.tensor([3, NEWLINE, 36 + 5 * 6, NEWLINE], dtype=torch.int32))
-    assert places_of(ORIGINAL, views, selection).index.tolist() == [3, 48, 49, 61]
-
-
 def test_packing_without_kept_tokens() -> None:
     views = random_views((400, 1000))
-    empty = Selection(torch.empty(0, dtype=torch.int32))
+    empty = Selection(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64))
     (full,) = ALL.apply([views], [empty])
-    assert full.token_index.tolist() == [NEWLINE] * 4
+    assert full.entries.tolist() == [NEWLINE] * 4
     assert places_of(ORIGINAL, views, empty).index.tolist() == []
-    assert NONE.apply([views], [full])[0].token_index.tolist() == []
+    assert NONE.apply([views], [full])[0].entries.tolist() == []
 
 
-@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize("method", PLACED)
 @pytest.mark.parametrize("packing", [replace(ORIGINAL, newlines="all"), ORIGINAL, NONE])
 def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
     images = [random_views(size, seed=seed) for seed, size in enumerate(SIZES)]
@@ -235,7 +212,7 @@ def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
     placed = packing.original_positions(images, together)
     for image, selection, packed, places in zip(images, selections, together, placed, strict=True):
         (alone,) = packing.apply([image], [selection])
-        assert torch.equal(alone.token_index, packed.token_index)
+        assert torch.equal(alone.entries, packed.entries)
         if packing.positions == "original":
             assert places is not None
             assert torch.equal(places.index, places_of(packing, image, alone).index)
@@ -243,7 +220,7 @@ def test_several_images_equal_one_by_one(method: str, packing: Packing) -> None:
             assert places is None
 
 
-@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize("method", PLACED)
 def test_the_papers_packing_changes_nothing(method: str) -> None:
     images = [random_views(size) for size in SIZES]
     selections = build(method, retention=0.3).many(images)

@@ -21,7 +21,7 @@ from gc2ray.data.image_decoding import decode
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import DemoRow, Split, demo_rows
 from gc2ray.demo.spec import GRIDS, MODEL, demo_anyres, demo_spec
-from gc2ray.models.base import LoadedModel, ModelAdapter
+from gc2ray.models.adapter import LoadedModel, ModelAdapter
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_generate
 from jobs.quality_curve.points import (
@@ -74,7 +74,7 @@ def test_it_is_small_and_stock() -> None:
     assert weights.stat().st_size <= 10_000_000
     assert 2e6 <= sum(p.numel() for p in model().model.parameters()) <= 5e6
     assert type(model().model).__module__.startswith("transformers.models.llava_next")
-    assert model().adapter.anyres == demo_anyres()
+    assert model().adapter.family.cropping == demo_anyres()
     assert {tuple(p) for p in model().model.config.image_grid_pinpoints} == {
         (rows * 56, columns * 56) for rows, columns in GRIDS
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from gc2ray.models.base import LoadedModel
+    from gc2ray.models.adapter import LoadedModel
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from gc2ray.core.schema import stats_of
 from gc2ray.data.store import Store
 from gc2ray.engine.audit import AuditedEngine, is_audited
 from gc2ray.engine.engine import Engine
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.output.verify import verify
 from gc2ray.runner.messages import ShardAssignment
 from gc2ray.runner.worker import Worker

@@ -13,7 +13,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.device import Memory, cores, free_host_bytes
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.shape import Needs
 
 GB = 10**9

@@ -18,7 +18,7 @@ from gc2ray.core.records import Answer, Request
 from gc2ray.core.stats import STAGES, RunStats
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.engine import Engine, load_engine
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.flops import AnswerTokens, demand_of
 from tests.support.engines import (
     NEW_TOKENS,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from tests.support.greedy import plain_greedy
 
 NEW = 12

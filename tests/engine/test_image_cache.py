@@ -15,7 +15,7 @@ from gc2ray.core.records import ImageRef
 from gc2ray.core.schema import stats_of
 from gc2ray.engine.engine import Engine
 from gc2ray.engine.image_cache import CachedImage, ImageCache, image_key
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from tests.support.engines import (
     NEW_TOKENS,
     QUESTIONS,

@@ -10,7 +10,7 @@ import torch
 
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import EngineDead, ShardError, Status
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.llama import LanguageModel
 from tests.support.engines import (
     NEW_TOKENS,

@@ -13,7 +13,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.engine import Engine
 from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_inputs
 from tests.support.rows import encoded, make_recipe, picture

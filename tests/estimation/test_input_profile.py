@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import canvas_geometry
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import Interval
@@ -29,7 +30,8 @@ from gc2ray.estimation.input_profile import (
     profile_input,
     sample_spans,
 )
-from gc2ray.models.base import LoadedModel, ModelMetadata
+from gc2ray.models.adapter import LoadedModel
+from gc2ray.models.base import ModelMetadata
 from gc2ray.models.loading import load_metadata
 from tests.support.rows import SIZES, encoded, make_job, picture, prompts_of, write_rows
 
@@ -85,10 +87,8 @@ def test_all_rows_are_what_an_engine_finds(
     assert found.refused == {Status.BAD_IMAGE: 2, Status.BAD_PROMPT: 1}
     assert {**found.refused, "ok": found.prompts.total()} == stats.by_status
     shown = found.prompts
-    assert sum(n * sum(s.canvas.tokens_per_view()) for s, n in shown.items()) == (
-        stats.visual_tokens_full
-    )
-    assert sum(n * s.canvas.newlines for s, n in shown.items()) == stats.newline_tokens_full
+    assert sum(n * s.geometry.visual_tokens for s, n in shown.items()) == (stats.visual_tokens_full)
+    assert sum(n * s.geometry.newlines for s, n in shown.items()) == stats.newline_tokens_full
     text = stats.prompt_tokens - stats.visual_tokens_kept - stats.newline_tokens
     assert sum(n * s.text_tokens for s, n in shown.items()) == text
     assert sum(n for s, n in shown.items() if s.is_new) == stats.images == 7
@@ -117,7 +117,7 @@ def test_pixels_are_not_decoded(
     pq.write_table(table, tmp_path / "a.parquet")
     found = profile_input(make_job(tiny_paths["vicuna"], tmp_path).recipe, metadata)
     ((shown, count),) = found.prompts.items()
-    assert (shown.canvas, count) == (metadata.canvas((200, 300)), 1)
+    assert (shown.geometry, count) == (metadata.family.geometry((200, 300)), 1)
 
 
 def test_a_sample_is_spread_over_the_input(
@@ -161,7 +161,8 @@ def test_an_input_that_cannot_be_read_is_refused(
 
 def sampled_profile(rows: int, counts: list[int], each: int) -> InputProfile:
     """Blocks with so many prompts in them."""
-    shown = PromptShape(Canvas.from_image_size((100, 100), (1, 2), (6, 6)), 9, 2, is_new=True)
+    geometry = canvas_geometry(Canvas.from_image_size((100, 100), (1, 2), (6, 6)))
+    shown = PromptShape(geometry, 9, 2, is_new=True)
     found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in counts)
     return InputProfile(rows, found)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import canvas_geometry
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.compression.packing import Packing
 from gc2ray.compression.policy import CompressionPolicy
@@ -28,13 +29,13 @@ DATA = Data("model", Split.VALIDATION, 70)
 
 def image(seed: int) -> Views:
     draw = torch.Generator().manual_seed(seed)
-    canvas = Canvas.from_image_size((60, 120), (1, 2), (8, 8))
-    scores = torch.randn(3, 64, generator=draw)
-    return Views(torch.randn(3, 64, 4, generator=draw), scores, canvas, (60, 120))
+    geometry = canvas_geometry(Canvas.from_image_size((60, 120), (1, 2), (8, 8)))
+    scores = torch.randn(3 * 64, generator=draw)
+    return Views(torch.randn(3 * 64, 4, generator=draw), scores, geometry, (60, 120))
 
 
 def test_the_blind_method_keeps_no_tokens() -> None:
-    assert [len(chosen.token_index) for chosen in Blind().many([image(0), image(1)])] == [0, 0]
+    assert [len(chosen.entries) for chosen in Blind().many([image(0), image(1)])] == [0, 0]
 
 
 def test_foreign_scores_are_those_of_the_image_before() -> None:
@@ -44,11 +45,11 @@ def test_foreign_scores_are_those_of_the_image_before() -> None:
     compressor = ForeignScores(0.25)
     _, chosen = compressor.many([first, second])
     swapped = GlobalCom2(0.25)(replace(second, scores=first.scores))
-    assert chosen.token_index.tolist() == swapped.token_index.tolist()
-    assert chosen.token_index.tolist() != GlobalCom2(0.25)(second).token_index.tolist()
+    assert chosen.entries.tolist() == swapped.entries.tolist()
+    assert chosen.entries.tolist() != GlobalCom2(0.25)(second).entries.tolist()
     (third,) = compressor.many([first])
     swapped = GlobalCom2(0.25)(replace(first, scores=second.scores))
-    assert third.token_index.tolist() == swapped.token_index.tolist(), "across batches too"
+    assert third.entries.tolist() == swapped.entries.tolist(), "across batches too"
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ from gc2ray.demo.rows import Split, picture
 from gc2ray.demo.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
 from gc2ray.demo.spec import GRIDS, demo_anyres, demo_spec
 from gc2ray.engine.decoding.decoder import end_tokens
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.families.llava_next import LlavaNext
 from gc2ray.models.families.tiny import untrained
 from gc2ray.models.hf_reference import stock_inputs
+from gc2ray.models.registry import adapter_of
 from jobs.train_demo import STAGES, main
 from jobs.training.dialogues import attention_mask
 from jobs.training.labels import PATCH_COLOURS, view_labels
@@ -111,7 +111,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
     lesson = Lessons(Split.VALIDATION, 1, 2, 4)[3]  # whose positions are not squeezed
     _, figures = learner.loss(lesson)
     chat = ChatPrompt(processor)
-    loaded = LoadedModel(model, processor, LlavaNext(model, processor), end_tokens(model))
+    loaded = LoadedModel(model, processor, adapter_of(model, processor), end_tokens(model))
     costs = []
     for place, asked in enumerate(lesson.questions):
         rng = np.random.default_rng([Split.VALIDATION.value, 1, 3, place])
@@ -134,7 +134,7 @@ def test_notes_in_words_replace_the_image() -> None:
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
     lesson = Lessons(Split.VALIDATION, 1, 2, 3)[3]
     read, _ = learner._reading_loss(lesson)
-    loaded = LoadedModel(model, processor, LlavaNext(model, processor), end_tokens(model))
+    loaded = LoadedModel(model, processor, adapter_of(model, processor), end_tokens(model))
     chat = ChatPrompt(processor)
     costs = []
     for question in lesson.questions[0]:
@@ -180,8 +180,9 @@ def test_the_tower_of_training_equals_the_family_s() -> None:
     lesson = Lessons(Split.TRAIN, 0, 2, 0)[0]
     with torch.no_grad():
         features, class_token = TowerRun(model.model.vision_tower)(lesson.pixels)
-        views = LlavaNext(model, processor).encode(lesson.tiles, [0, 0])
-    torch.testing.assert_close(features, torch.cat([view.features for view in views]))
+        views = adapter_of(model, processor).encode(lesson.tiles, [0, 0])
+    flat = torch.cat([view.features for view in views])
+    torch.testing.assert_close(features.flatten(0, 1), flat)
     assert class_token.shape == (len(lesson.pixels), demo_spec().vision[0])
 
 

@@ -14,7 +14,7 @@ from transformers import AddedToken
 
 from gc2ray.core.config.input import PromptConfig
 from gc2ray.core.errors import BadRow, ConfigError, Status
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_inputs
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.llama import LanguageModel, unsupported
 from tests.support.continuous_batching import KINDS, make_model
 

@@ -23,20 +23,16 @@ from gc2ray.core.records import Request
 from gc2ray.engine.engine import Engine, load_engine
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.families.llava_next import (
-    LlavaNext,
-    _FeedForward,
-    _replacement,
-    _ViewAttention,
-    class_token_scores,
-)
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from gc2ray.models.hf_reference import stock_generate, stock_inputs
 from gc2ray.models.image_processor import tile
 from gc2ray.models.layers.cpu_attention import compiled_kernel
 from gc2ray.models.layers.linear import packed_module
+from gc2ray.models.layers.scores import ScoreInputs, class_token
+from gc2ray.models.layers.tower import _FeedForward, _replacement, _ViewAttention
+from gc2ray.models.registry import adapter_of
 from tests.support.greedy import plain_greedy
 from tests.support.rows import SIZES, make_recipe, request, requests
 from tests.support.stock import prompt_logits, stock_logits
@@ -89,14 +85,15 @@ def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
 ) -> None:
     loaded = loaded_models["vicuna"]
     tower = loaded.model.model.vision_tower.encoder.layers
-    ours = loaded.adapter._layers
+    ours = vars(loaded.adapter._vision)["_layers"]
     packed = [not any(isinstance(m, torch.nn.Linear) for m in layer.modules()) for layer in ours]
     assert packed == [True] * (len(tower) - 1) + [False], "the last layer does not run"
     assert all(isinstance(layer.mlp.fc1, torch.nn.Linear) for layer in tower)
     assert all(isinstance(layer.mlp, _FeedForward) for layer in ours[:-1])
     assert not any(isinstance(layer.mlp, _FeedForward) for layer in tower)
-    thawed = LlavaNext(loaded.model, loaded.processor)
-    tiles = [load_tiles(row.images[0], thawed.anyres, ImageLimits()) for row in requests(SIZES[:2])]
+    thawed = adapter_of(loaded.model, loaded.processor)
+    cropping = thawed.family.cropping
+    tiles = [load_tiles(row.images[0], cropping, ImageLimits()) for row in requests(SIZES[:2])]
     with torch.inference_mode():
         for a, b in zip(
             thawed.encode(tiles, [0, 0]), loaded.adapter.encode(tiles, [0, 0]), strict=True
@@ -219,7 +216,7 @@ def test_views_equal_the_stock_tower(loaded_models: dict[str, LoadedModel]) -> N
     """Features are hidden_states[-2] bit for bit; packing everything is stock's own."""
     loaded = loaded_models["vicuna"]
     adapter, rows = loaded.adapter, requests(SIZES)
-    tiles = [load_tiles(row.images[0], adapter.anyres, ImageLimits()) for row in rows]
+    tiles = [load_tiles(row.images[0], adapter.family.cropping, ImageLimits()) for row in rows]
     with torch.inference_mode():
         views = adapter.encode(tiles, [0] * len(rows))
         packed = adapter.pack(views, [everything(view) for view in views])
@@ -244,7 +241,8 @@ def test_scores_are_the_class_tokens_attention_logits() -> None:
         query = attention.q_proj(x).view(3, 37, 4, 8).transpose(1, 2)
         key = attention.k_proj(x).view(3, 37, 4, 8).transpose(1, 2)
         logits = (query @ key.transpose(2, 3) * attention.scale).mean(dim=1)[:, 0, 1:]
-        torch.testing.assert_close(class_token_scores(layer, state), logits, rtol=0, atol=1e-5)
+        inputs = ScoreInputs(layer, state, state[:, 1:], class_token=True)
+        torch.testing.assert_close(class_token(inputs), logits, rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -357,12 +355,14 @@ def test_metadata_needs_no_weights(
         loading.load_metadata(str(bare), dtype="float32"),
         loaded_models[name].adapter,
     )
-    assert (metadata.shape, metadata.anyres) == (adapter.shape, adapter.anyres)
+    family = metadata.family
+    assert (metadata.shape, family.cropping) == (adapter.shape, adapter.family.cropping)
     assert metadata.shape.needs() == adapter.needs()
     for size in SIZES:
-        image = tile(Image.new("RGB", size[::-1]), adapter.anyres)
-        assert metadata.canvas(size) == adapter.canvas(image)
-    chat = ChatPrompt(metadata.processor)
+        tiles = tile(Image.new("RGB", size[::-1]), family.cropping)
+        assert len(tiles.pixels) == len(family.geometry(size).views)
+        assert family.geometry(size) == adapter.family.geometry(size)
+    chat = ChatPrompt(family.processor)
     assert chat.encode("what is it?") == ChatPrompt(loaded_models[name].processor).encode(
         "what is it?"
     )
@@ -382,6 +382,6 @@ def test_images_are_always_resized_by_pillow(
         return real(path, **named)
 
     monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", noted)
-    processor = loading.load_metadata(str(tiny_paths["vicuna"]), dtype="float32").processor
+    processor = loading.load_metadata(str(tiny_paths["vicuna"]), dtype="float32").family.processor
     assert asked == ["pil"]
     assert type(processor.image_processor).__name__ == "LlavaNextImageProcessorPil"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from gc2ray.core.errors import BadRow, ConfigError
 from gc2ray.engine.engine import load_recipe_model
 from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel
-from gc2ray.models.families.llava_next import LlavaNext
+from gc2ray.models.adapter import LoadedModel
+from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
 from tests.support.commands import run_command
 from tests.support.rows import job_data, make_job, write_rows
 
@@ -282,7 +282,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -
         "processor": (loading.AutoProcessor, "from_pretrained"),
         "weights": (loading.AutoModelForImageTextToText, "from_pretrained"),
         "family": (LlavaNext, "__init__"),
-        "freeze": (LlavaNext, "freeze"),
+        "freeze": (LlavaNextVision, "freeze"),
     }[where]
     monkeypatch.setattr(owner, name, fail)
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import canvas_geometry
 from gc2ray.core.errors import Status
 from gc2ray.core.intervals import Interval
 from gc2ray.core.records import Answer, Audit, Escalation
@@ -380,11 +381,11 @@ def test_an_audit_is_reported_with_its_interval(tmp_path: Path) -> None:
 
 def small_token_map(caption: str) -> TokenMap:
     """A small image of which a few tokens were kept."""
-    canvas = Canvas.from_image_size((40, 60), (1, 2), (6, 6))
-    kept = np.zeros((3, 36), bool)
-    kept[1:, 3] = True
+    geometry = canvas_geometry(Canvas.from_image_size((40, 60), (1, 2), (6, 6)))
+    kept = np.zeros(3 * 36, bool)
+    kept[[36 + 3, 72 + 3]] = True
     image = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
-    return TokenMap(image, canvas, np.arange(36.0), kept, [caption, "answer: x"])
+    return TokenMap(image, geometry, np.arange(36.0), kept, [caption, "answer: x"])
 
 
 def test_rows_with_token_maps_are_in_the_page(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import canvas_geometry
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, Status
@@ -32,7 +33,7 @@ from gc2ray.runner.worker import Worker
 from tests.support.commands import run_command
 from tests.support.outputs import retry_of, write_round
 from tests.support.rows import SIZES, encoded, make_job, picture
-from tests.support.views import random_views
+from tests.support.views import canvas_of, random_views
 
 
 def mask(packed: bytes) -> np.ndarray:
@@ -51,26 +52,29 @@ def test_tokens_are_drawn_where_they_are(
     """Place by place: canvas row and column of every kept token of every crop."""
     views = random_views(size, grid, 6, seed)
     selection = GlobalCom2(0.3).many([views])[0]
-    count = len(views.valid_per_view)
-    kept = np.stack([mask(view)[:36] for view in selection.bitmaps(count, 36)]).astype(bool)
-    token_map = TokenMap(np.zeros((8, 8, 3), np.uint8), views.canvas, np.zeros(36), kept, [])
-    expected = np.zeros((views.canvas.height, views.canvas.width), bool)
-    for source in selection.token_index.tolist():
+    canvas, kept = canvas_of(views), np.zeros(views.geometry.tokens, bool)
+    for view, packed in enumerate(selection.bitmaps(views.geometry)):
+        kept[36 * view : 36 * view + 36] = mask(packed)[:36]
+    token_map = TokenMap(np.zeros((8, 8, 3), np.uint8), views.geometry, np.zeros(36), kept, [])
+    expected = np.zeros((canvas.height, canvas.width), bool)
+    for source in selection.entries.tolist():
         if source >= 36:
             crop, token = divmod(source - 36, 36)
-            row = crop // grid[1] * 6 + token // 6 - views.canvas.rows[0]
-            column = crop % grid[1] * 6 + token % 6 - views.canvas.columns[0]
+            row = crop // grid[1] * 6 + token // 6 - canvas.rows[0]
+            column = crop % grid[1] * 6 + token % 6 - canvas.columns[0]
             expected[row, column] = True
     assert (token_map.covered() == expected).all()
-    assert token_map.kept_per_view == list(selection.kept_per_view(count, 36))
+    assert token_map.kept_per_view == list(selection.kept_per_view(views.geometry))
 
 
 @pytest.mark.parametrize("size", [(40, 60), (3, 400), (400, 3)])
 def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
-    canvas = Canvas.from_image_size(size, (1, 2), (6, 6))
-    kept = np.zeros((3, 36), bool)
+    geometry = canvas_geometry(Canvas.from_image_size(size, (1, 2), (6, 6)))
+    kept = np.zeros(3 * 36, bool)
     image = np.full((*size, 3), 200, np.uint8)
-    token_map = TokenMap(image, canvas, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40])
+    token_map = TokenMap(
+        image, geometry, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of letters that no font has
         drawn = Image.open(io.BytesIO(heat_map(token_map)))
@@ -120,7 +124,7 @@ def test_token_maps_equal_those_of_the_run(answered: Job) -> None:
     )
     for row, token_map in zip((rows[0], rows[2]), found, strict=True):
         assert [mask(view)[:36].tolist() for view in row["kept_mask"]] == (
-            token_map.kept.astype(int).tolist()
+            token_map.kept.astype(int).reshape(-1, 36).tolist()
         )
         reported = "\n".join(token_map.captions)
         assert row["row_key"] in reported

@@ -11,7 +11,7 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.engine.engine import Engine
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from tests.support.rows import encoded, make_recipe, picture, request
 
 NEW_TOKENS = 6

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gc2ray.models.base import LoadedModel, Prompt
+from gc2ray.models.adapter import LoadedModel
+from gc2ray.models.base import Prompt
 from gc2ray.models.hf_reference import stock_inputs
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from gc2ray.compression.canvas import NEWLINE, Canvas
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import canvas_geometry
 from gc2ray.compression.views import Views
 
 
@@ -15,11 +16,11 @@ def random_views(
 ) -> Views:
     """An image of `size`, cut into a thumbnail and `grid` crops of `side` x `side` tokens."""
     draw = torch.Generator().manual_seed(seed)
-    views = 1 + grid[0] * grid[1]
+    tokens = (1 + grid[0] * grid[1]) * side * side
     return Views(
-        features=torch.randn(views, side * side, 4, generator=draw),
-        scores=torch.randn(views, side * side, generator=draw),
-        canvas=Canvas.from_image_size(size, grid, (side, side)),
+        features=torch.randn(tokens, 4, generator=draw),
+        scores=torch.randn(tokens, generator=draw),
+        geometry=canvas_geometry(Canvas.from_image_size(size, grid, (side, side))),
         size=size,
         seed=seed,
     )
@@ -27,9 +28,16 @@ def random_views(
 
 def kept_sets(views: Views, packed: Sequence[int]) -> list[set[int]]:
     """Per view the tokens that stand in a packed sequence."""
-    n = views.tokens_per_view
-    kept: list[set[int]] = [set() for _ in views.valid_per_view]
-    for source in packed:
-        if source != NEWLINE:
-            kept[source // n].add(source % n)
+    starts = views.geometry.starts
+    kept: list[set[int]] = [set() for _ in starts]
+    for entry in packed:
+        if entry >= 0:
+            view = max(i for i, start in enumerate(starts) if start <= entry)
+            kept[view].add(entry - starts[view])
     return kept
+
+
+def canvas_of(views: Views) -> Canvas:
+    """The canvas of random views."""
+    assert views.geometry.canvas is not None
+    return views.geometry.canvas

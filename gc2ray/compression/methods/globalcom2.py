@@ -29,6 +29,7 @@ is not redistributed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,9 +38,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gc2ray.compression.base import MaskCompressor, ViewBatch
-from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.canvas_index import canvas_index
+from gc2ray.compression.geometry import Geometry
 from gc2ray.compression.selection import share_of, top_k_mask
+from gc2ray.compression.views import Views
 
 EPSILON = 1e-8
 """Added to the softmax's denominator, as in the paper's equation."""
@@ -63,15 +64,15 @@ class GlobalCom2(MaskCompressor):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0; got {self.temperature}")
 
-    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+    def bounds(self, geometry: Geometry) -> tuple[int, int]:
         """The thumbnail keeps its share; crops divide theirs, which hardly changes the sum.
 
         With the whole softmax on one crop the sum is largest or smallest, as it is concave in it
         (shares are clipped at 1); rounding down takes less than a token of each crop.
         """
-        thumbnail, *crops = canvas.tokens_per_view()
-        if self.retention == 1:
-            return thumbnail + sum(crops), thumbnail + sum(crops)
+        if geometry.thumbnail is None or not geometry.crops or self.retention == 1:
+            return super().bounds(geometry)
+        crops = [geometry.valid_per_view[crop] for crop in geometry.crops]
         views, covered = len(crops), sum(tokens > 0 for tokens in crops)
 
         def kept(favoured: int) -> float:
@@ -84,7 +85,7 @@ class GlobalCom2(MaskCompressor):
         lifted = sum(n > 0 and base * n < 1 for n in crops)  # may be raised to one token
         low = max(covered, math.ceil(least - ROUNDING) - covered)
         high = min(sum(crops), math.floor(most + ROUNDING) + lifted)
-        own = self.share(thumbnail)
+        own = self.share(geometry.valid_per_view[geometry.thumbnail])
         return own + low, own + max(low, high)
 
     def keep(self, batch: ViewBatch) -> Tensor:
@@ -98,20 +99,21 @@ def crop_scales(batch: ViewBatch, retention: float, temperature: float) -> Tenso
 
     Source: the paper's section 3.2; sums in float64, which the fixtures need.
     """
-    thumbnails, owner = _thumbnails(batch), batch.crop_owner
-    images, crops = len(batch.images), len(batch.crops)
+    commanded, owner, crops = _commanded(batch), batch.crop_owner, len(batch.crops)
+    if not commanded:
+        return batch.scores.new_zeros(0, dtype=torch.float64)
     region, first = [], 0
-    for image in batch.images:
-        index = canvas_index(image.canvas, image.thumbnail, image.scores.device)
-        region.append(index.region_of + first)
-        first += image.canvas.crops
+    for image in commanded:
+        region.append(image.index.region_of + first)
+        first += len(image.geometry.crops)
+    thumbnails = torch.cat([_thumbnail(image) for image in commanded])
     sums = thumbnails.new_zeros(crops, dtype=torch.float64)
-    sums.index_add_(0, torch.cat(region), thumbnails.double().flatten())
+    sums.index_add_(0, torch.cat(region), thumbnails.double())
 
     def per_image(values: Tensor) -> Tensor:
-        return values.new_zeros(images).index_add_(0, owner, values)
+        return values.new_zeros(len(commanded)).index_add_(0, owner, values)
 
-    peak = sums.new_full((images,), -torch.inf).scatter_reduce_(0, owner, sums, "amax")
+    peak = sums.new_full((len(commanded),), -torch.inf).scatter_reduce_(0, owner, sums, "amax")
     exps = ((sums - peak[owner]) / temperature).exp()
     softmax = exps / (per_image(exps) + EPSILON)[owner]
     mean = per_image(softmax) / per_image(torch.ones_like(softmax))
@@ -121,22 +123,44 @@ def crop_scales(batch: ViewBatch, retention: float, temperature: float) -> Tenso
 def combined_scores(batch: ViewBatch) -> Tensor:
     """The scores that rank tokens, (sum of V, N); padding at minus infinity.
 
-    Thumbnails keep their own scores. Crops add two maps of unit length: their own scores, and the
-    thumbnail's, resampled bilinearly to the covered canvas.
+    Thumbnails, and views that none commands, keep their own scores. Crops add two maps of unit
+    length: their own scores, and the thumbnail's, sampled bilinearly at the centres of their
+    tokens.
     """
-    images = batch.images
-    indexes = [canvas_index(image.canvas, image.thumbnail, image.scores.device) for image in images]
-    rows = torch.cat([index.row_weights for index in indexes])
-    columns = torch.cat([index.column_weights for index in indexes])
-    thumbnails = _thumbnails(batch)[batch.crop_owner].view(-1, *images[0].canvas.side)
-    # Products of small matrices take all geometries in one batch; F.interpolate takes one each.
-    guidance = torch.bmm(torch.bmm(rows, thumbnails), columns.transpose(1, 2)).flatten(1)
-    padding = ~batch.valid[batch.crops]
     ranked = batch.valid_scores
-    ranked[batch.crops] = (
-        _unit(batch.scores[batch.crops], padding) + _unit(guidance, padding)
-    ).masked_fill_(padding, -torch.inf)
+    if len(batch.crops):
+        padding = ~batch.valid[batch.crops]
+        ranked[batch.crops] = (
+            _unit(batch.scores[batch.crops], padding) + _unit(_guidance(batch), padding)
+        ).masked_fill_(padding, -torch.inf)
     return ranked
+
+
+def _guidance(batch: ViewBatch) -> Tensor:
+    """The thumbnails' scores at the centres of the crops' tokens, (C, N)."""
+    commanded = _commanded(batch)
+    rows = _joined([image.index.row_weights for image in commanded])
+    columns = _joined([image.index.column_weights for image in commanded])
+    maps = [_thumbnail(image).view(1, *_shape(image)) for image in commanded]
+    thumbnails = _joined(maps)[batch.crop_owner]
+    # Products of small matrices take all geometries in one batch; F.interpolate takes one each.
+    sampled = torch.bmm(torch.bmm(rows, thumbnails), columns.transpose(1, 2))  # (C, H, W)
+    widths = [image.geometry.views[i].columns for image in commanded for i in image.geometry.crops]
+    tokens, width = batch.valid.shape[1], sampled.shape[2]
+    if min(widths) == width and sampled[0].numel() == tokens:
+        return sampled.flatten(1)
+    token = torch.arange(tokens, device=sampled.device)
+    own = torch.tensor(widths, device=sampled.device).clamp_min(1)[:, None]
+    at = (token // own * width + token % own).clamp_max(max(0, sampled[0].numel() - 1))
+    return sampled.flatten(1).gather(1, at)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Batches of matrices as one, smaller ones with zeros behind."""
+    height, width = (max(part.shape[axis] for part in parts) for axis in (1, 2))
+    return torch.cat(
+        [F.pad(part, (0, width - part.shape[2], 0, height - part.shape[1])) for part in parts]
+    )
 
 
 def _unit(scores: Tensor, padding: Tensor) -> Tensor:
@@ -144,12 +168,20 @@ def _unit(scores: Tensor, padding: Tensor) -> Tensor:
     return F.normalize(scores.masked_fill(padding, 0), dim=1)
 
 
-def _thumbnails(batch: ViewBatch) -> Tensor:
-    """The thumbnails' scores, (B, N).
+def _commanded(batch: ViewBatch) -> list[Views]:
+    """The images whose thumbnail commands crops."""
+    return [
+        image
+        for image in batch.images
+        if image.geometry.thumbnail is not None and image.geometry.crops
+    ]
 
-    Raises:
-        ValueError: An image has none.
-    """
-    if any(image.thumbnail is None for image in batch.images):
-        raise ValueError("globalcom2 needs a thumbnail; this image has crops only")
-    return batch.scores[batch.thumbnails]
+
+def _thumbnail(image: Views) -> Tensor:
+    """The thumbnail's scores, (M,)."""
+    return image.per_view(image.scores)[image.geometry.thumbnail or 0]
+
+
+def _shape(image: Views) -> tuple[int, int]:
+    view = image.geometry.views[image.geometry.thumbnail or 0]
+    return view.rows, view.columns

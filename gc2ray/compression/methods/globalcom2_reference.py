@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from gc2ray.compression.base import Compressor, ViewBatch
-from gc2ray.compression.canvas import NEWLINE, Canvas
-from gc2ray.compression.canvas_index import canvas_index
+from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import NEWLINE, Geometry, canvas_geometry, canvas_lines
 from gc2ray.compression.methods.globalcom2 import GlobalCom2, combined_scores, crop_scales
 from gc2ray.compression.selection import Selection, top_k_mask
 from gc2ray.compression.views import Views
@@ -46,16 +47,16 @@ class GlobalCom2Reference(Compressor):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         return [self._one(image) for image in images]
 
-    def bounds(self, canvas: Canvas) -> tuple[int, int]:
+    def bounds(self, geometry: Geometry) -> tuple[int, int]:
         """No useful bounds: padding is rounded differently, by the image's size."""
-        views = canvas.tokens_per_view()
-        return 0, len(views) * views[0]
+        return 0, geometry.tokens
 
     def _one(self, image: Views) -> Selection:
-        canvas = Canvas.from_image_size(
-            image.size, image.canvas.grid, image.canvas.side, digits=None
-        )
-        image = replace(image, canvas=canvas)
+        canvas = image.geometry.canvas
+        if canvas is None or image.geometry.thumbnail is None:
+            raise ValueError(f"{self.name} reproduces LLaVA-NeXT; this model has other views")
+        canvas = Canvas.from_image_size(image.size, canvas.grid, canvas.side, digits=None)
+        image = replace(image, geometry=canvas_geometry(canvas))
         batch = ViewBatch.from_images([image])
         scales = crop_scales(batch, self.retention, self.temperature)
         counts = (batch.counts[1:].double() * scales).long()
@@ -63,19 +64,17 @@ class GlobalCom2Reference(Compressor):
         # True index of the u-th valid token of each crop; it is written at index u.
         true_index = (~batch.valid[1:]).to(torch.uint8).argsort(dim=1, stable=True)
         written = kept.gather(1, true_index)
-        return Selection(torch.cat([self._thumbnail(image), _crops(image, written, true_index)]))
-
-    def _thumbnail(self, image: Views) -> torch.Tensor:
-        best = image.scores[0].argsort(descending=True, stable=True)
-        return best[: int(image.tokens_per_view * self.retention)].int()
+        best = batch.scores[0].argsort(descending=True, stable=True)
+        thumbnail = best[: int(len(best) * self.retention)].int()
+        return Selection(torch.cat([thumbnail, _crops(canvas, written, true_index)]))
 
 
-def _crops(image: Views, written: torch.Tensor, true_index: torch.Tensor) -> torch.Tensor:
+def _crops(canvas: Canvas, written: Tensor, true_index: Tensor) -> Tensor:
     """Emit the written tokens row by row, under their true indices, and all rows' newlines."""
-    tokens = image.tokens_per_view
-    order = canvas_index(image.canvas, image.thumbnail, image.scores.device).order[tokens:].long()
-    index = (order - tokens).clamp_min(0)
-    newline = order == NEWLINE
+    tokens = canvas.side[0] * canvas.side[1]
+    lines = torch.from_numpy(canvas_lines(canvas, 0)).to(written.device)
+    order = torch.nn.functional.pad(lines, (0, 1), value=NEWLINE).flatten()
+    index, newline = order.clamp_min(0), order == NEWLINE
     source = true_index.flatten()[index] + (index // tokens + 1) * tokens
     source = source.masked_fill(newline, NEWLINE)
     return source[written.flatten()[index] | newline].int()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gc2ray.compression.base import Compressor
-from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import Geometry
 from gc2ray.compression.selection import Selection, everything
 from gc2ray.compression.views import Views
 
@@ -21,6 +21,5 @@ class NoCompression(Compressor):
     def many(self, images: Sequence[Views]) -> list[Selection]:
         return [everything(image) for image in images]
 
-    def bounds(self, canvas: Canvas) -> tuple[int, int]:
-        whole = sum(canvas.tokens_per_view())
-        return whole, whole
+    def bounds(self, geometry: Geometry) -> tuple[int, int]:
+        return geometry.visual_tokens, geometry.visual_tokens

@@ -24,5 +24,6 @@ class Random(MaskCompressor):
             torch.rand(image.scores.shape, generator=torch.Generator().manual_seed(image.seed))
             for image in batch.images
         ]
-        scores = torch.cat(random).to(batch.scores.device).masked_fill(~batch.valid, -torch.inf)
-        return top_k_mask(scores, share_of(batch.counts, self.retention))
+        scores = batch.rows(torch.cat(random).to(batch.scores.device))
+        ranked = scores.masked_fill(~batch.valid, -torch.inf)
+        return top_k_mask(ranked, share_of(batch.counts, self.retention))

@@ -9,14 +9,17 @@ from typing import ClassVar
 import torch
 
 from gc2ray.compression.base import Compressor, ViewBatch
-from gc2ray.compression.canvas import Canvas
+from gc2ray.compression.geometry import Geometry
 from gc2ray.compression.selection import Selection, reading_order
 from gc2ray.compression.views import Views
 
 
 @dataclass(frozen=True)
 class ThumbnailOnly(Compressor):
-    """Drop all crops, keep the whole thumbnail; there is no retention to set."""
+    """Drop all crops, keep the whole thumbnail; there is no retention to set.
+
+    An image without a thumbnail has one view as a rule, and keeps it.
+    """
 
     name: ClassVar[str] = "thumbnail"
 
@@ -24,10 +27,12 @@ class ThumbnailOnly(Compressor):
         if not images:
             return []
         batch = ViewBatch.from_images(images)
-        keep = torch.zeros_like(batch.valid)
-        keep[batch.thumbnails] = True
-        return reading_order(images, keep)
+        keep = torch.ones_like(batch.valid)
+        keep[batch.crops] = False
+        return reading_order(images, batch.flat(keep))
 
-    def bounds(self, canvas: Canvas) -> tuple[int, int]:
-        thumbnail = canvas.tokens_per_view()[0]
-        return thumbnail, thumbnail
+    def bounds(self, geometry: Geometry) -> tuple[int, int]:
+        if geometry.thumbnail is None:
+            return geometry.visual_tokens, geometry.visual_tokens
+        kept = geometry.valid_per_view[geometry.thumbnail]
+        return kept, kept

@@ -30,6 +30,8 @@ from gc2ray.core.errors import ConfigError
 
 Positions = Literal["compact", "original"]
 Newlines = Literal["kept_rows", "all", "none"]
+Markers = Literal["all", "kept_views"]
+Score = Literal["class_token", "mean_distance", "mean_query", "received", "distinct"]
 
 
 class CompressionConfig(Frozen):
@@ -45,7 +47,9 @@ class CompressionConfig(Frozen):
         positions: Whether kept tokens are numbered as they are read (`compact`), or keep the
             positions that they have without compression (`original`).
         newlines: Which canvas rows end in a newline token: those that keep a token, as in the
-            paper, all, or none.
+            paper, all, or none. Models without learned newlines have none to set.
+        markers: Which of the text tokens around views stay (`<row_1_col_2>` and the like, in models
+            that have them): all, or those of views that keep a token.
         allow_code: Whether `method` may be `package.module:Class`, whose code is then run.
         source_sha256: Digest of the source file of a method that is not gc2ray's. None: it is
             filled in when the recipe is read. A changed source is a different recipe.
@@ -56,6 +60,7 @@ class CompressionConfig(Frozen):
     temperature: float = Field(default=10.0, gt=0)
     positions: Positions = "compact"
     newlines: Newlines = "kept_rows"
+    markers: Markers = "all"
     allow_code: bool = Field(default=False, strict=True)
     source_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
@@ -72,6 +77,17 @@ class CompressionConfig(Frozen):
             return {**data, "source_sha256": find_method(method).sha256}
         except LookupError:  # `_check_method` says so
             return data
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> CompressionConfig:
+        """`globalcom2-reference` writes tokens where its authors do, whatever stands elsewhere."""
+        packing = {"positions": "compact", "newlines": "kept_rows", "markers": "all"}
+        for name, default in packing.items():
+            if self.method == "globalcom2-reference" and getattr(self, name) != default:
+                raise setting_error(
+                    name, f"globalcom2-reference packs images as its authors do, with {default}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_method(self) -> CompressionConfig:

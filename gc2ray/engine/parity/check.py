@@ -46,7 +46,8 @@ from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.parity.result import Parity, StockCheck
 from gc2ray.engine.sample import refusing_unreadable_input, sample_requests
 from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel, Prompt
+from gc2ray.models.adapter import LoadedModel
+from gc2ray.models.base import Prompt
 from gc2ray.models.checkpoint.fetch import fetch_model
 from gc2ray.models.hf_reference import StockAnswer, StockFailed, StockModel, StockSettings
 

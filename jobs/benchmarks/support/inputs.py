@@ -13,7 +13,7 @@ from PIL import Image
 
 from gc2ray.demo.photos import jpeg, opened_photos
 from gc2ray.models import loading
-from gc2ray.models.base import LoadedModel
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 
 REAL_GEOMETRY = TinySpec(image_size=336, patch_size=14, vision=(64, 4, 4), text=(128, 3, 4, 4))

@@ -54,6 +54,7 @@ CHANGES: dict[str, object] = {
     "compression.temperature": 9,
     "compression.positions": "original",
     "compression.newlines": "none",
+    "compression.markers": "kept_views",
     "compression.allow_code": True,
     "generation.max_new_tokens": 9,
     "generation.temperature": 0.1,

@@ -16,9 +16,10 @@ from gc2ray.engine.decoding import continuous_batching as native
 from gc2ray.engine.engine import Engine, load_recipe_model
 from gc2ray.engine.parity import check as parity
 from gc2ray.engine.parity import result as parity_result
+from gc2ray.models import adapter
+from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.families import llava_next
-from gc2ray.models.families.llava_next import LlavaNext
+from gc2ray.models.families.llava_next import LlavaNextVision
 from gc2ray.reporting.terminal_tables import parity_lines
 from tests.support.model_files import copy_of
 from tests.support.parity import checked, write_rows
@@ -42,17 +43,17 @@ def a_blank(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_row_of_the_projector(patch: pytest.MonkeyPatch) -> None:
-    freeze = LlavaNext.freeze
+    freeze = LlavaNextVision.freeze
 
-    def frozen(adapter: Any) -> None:
-        adapter._projector.linear_2.weight.data[3] *= 1.2
-        freeze(adapter)
+    def frozen(vision: Any) -> None:
+        vision._projector.linear_2.weight.data[3] *= 1.2
+        freeze(vision)
 
-    patch.setattr(LlavaNext, "freeze", frozen)
+    patch.setattr(LlavaNextVision, "freeze", frozen)
 
 
 def prompt_positions(patch: pytest.MonkeyPatch) -> None:
-    embed = LlavaNext.embed
+    embed = ModelAdapter.embed
 
     def embedded(*inputs: Any) -> Any:
         prompt = embed(*inputs)
@@ -60,7 +61,7 @@ def prompt_positions(patch: pytest.MonkeyPatch) -> None:
         positions[prompt.visual[-1][1] :] += 1
         return replace(prompt, positions=positions)
 
-    patch.setattr(LlavaNext, "embed", embedded)
+    patch.setattr(ModelAdapter, "embed", embedded)
 
 
 def answer_positions(patch: pytest.MonkeyPatch) -> None:
@@ -69,19 +70,19 @@ def answer_positions(patch: pytest.MonkeyPatch) -> None:
 
 
 def pixels(patch: pytest.MonkeyPatch) -> None:
-    table = llava_next.pixel_table
-    patch.setattr(llava_next, "pixel_table", lambda anyres: table(anyres) + 0.02)
+    table = adapter.pixel_table
+    patch.setattr(adapter, "pixel_table", lambda cropping: table(cropping) + 0.02)
 
 
 def no_newlines(patch: pytest.MonkeyPatch) -> None:
-    pack = LlavaNext.pack
+    pack = ModelAdapter.pack
 
     def packed(*inputs: Any) -> Any:
         parts = pack(*inputs)
         parts[0][-1] = 0
         return parts
 
-    patch.setattr(LlavaNext, "pack", packed)
+    patch.setattr(ModelAdapter, "pack", packed)
 
 
 def answer_text(patch: pytest.MonkeyPatch) -> None:
