@@ -44,11 +44,14 @@ class ModelAdapter:
     def __init__(self, model: Any, family: Family, vision: VisionSide) -> None:
         self.family = family
         self._vision = vision
-        self._weights = sum(parameter.nbytes for parameter in model.parameters())
+        parameters = list(model.parameters())
+        self._weights = sum(parameter.nbytes for parameter in parameters)
         self._text_table = model.get_input_embeddings()
         self.device: torch.device = self._text_table.weight.device
         self.dtype: torch.dtype = self._text_table.weight.dtype
-        self.shape = ModelShape.of(family.tower, model.config, self.dtype.itemsize)
+        self.shape = ModelShape.of(
+            family.tower, model.config, self.dtype.itemsize, sum(map(torch.numel, parameters))
+        )
         self._pixels = pixel_table(family.cropping).to(self.device, self.dtype)
         self.max_positions = self.shape.text.max_positions
         self.kv_bytes_per_token = self.shape.kv_bytes_per_token

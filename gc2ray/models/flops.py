@@ -68,6 +68,9 @@ def matmul_flops(
     """
     tower, text = shape.tower, shape.text
     ours = run is ExecutionMode.GC2RAY
+    projected = tokens.projected
+    if tower.projects_all:
+        projected = tokens.views * tower.visual_tokens
     prefill = (
         text.needed_prefill(tokens.prompt, tokens.shared)
         if ours
@@ -75,7 +78,7 @@ def matmul_flops(
     )
     return {
         "encode": tower.needed(tokens.views) if ours else tower.whole(tokens.views),
-        "compress": tower.projector(tokens.projected),
+        "compress": tower.projector(projected),
         "prefill": prefill,
         "generate": text.decode(tokens.prompt, tokens.output),
     }

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import AutoModelForImageTextToText
+
 from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.base import Family, ModelMetadata, VisionSide
 from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
@@ -28,7 +31,14 @@ def metadata_of(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
         itemsize: Bytes of a weight.
     """
     family = FAMILIES[config.model_type][0](config, processor)
-    return ModelMetadata(ModelShape.of(family.tower, config, itemsize), family)
+    return ModelMetadata(ModelShape.of(family.tower, config, itemsize, _parameters(config)), family)
+
+
+def _parameters(config: Any) -> int:
+    """Parameters of a model, made without memory for them."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def adapter_of(model: Any, processor: Any) -> ModelAdapter:

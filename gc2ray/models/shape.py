@@ -11,7 +11,7 @@ query saw every token before it), quantised weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model"})
@@ -174,6 +174,9 @@ class Tower:
         text_width: Width of the language model's hidden states.
         features: Hidden states that make a patch's features.
         class_token: Whether the tower has a class token.
+        merge: Patches that are merged into one visual token.
+        layers_behind: Inputs and outputs of the projector's linear layers; empty: the two of LLaVA.
+        projects_all: Whether all tokens go through the projector, not only those that are kept.
     """
 
     layers: int
@@ -185,6 +188,9 @@ class Tower:
     text_width: int
     features: int = 1
     class_token: bool = True
+    merge: int = 1
+    layers_behind: tuple[tuple[int, int], ...] = ()
+    projects_all: bool = False
 
     @staticmethod
     def from_config(config: Any) -> Tower:
@@ -206,6 +212,11 @@ class Tower:
         )
 
     @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of a view, as the language model counts them."""
+        return self.patches // self.merge
+
+    @property
     def tokens(self) -> int:
         """Tokens of a view within the tower."""
         return self.patches + self.class_token
@@ -222,7 +233,7 @@ class Tower:
 
     @property
     def parameters(self) -> int:
-        """All parameters: embeddings, layers with biases and two norms, outer norms, projector."""
+        """All parameters of LLaVA's: embeddings, layers, outer norms, projector, newline."""
         layer = self.layer_weights + 4 * self.width + self.ffn + self.width + 4 * self.width
         around = 4 * self.width if self.class_token else 2 * self.width
         patch = self.pixels * self.width + (0 if self.class_token else self.width)
@@ -240,11 +251,13 @@ class Tower:
         return views * self._view(self.run_layers)
 
     def projector(self, tokens: int) -> int:
-        """Operations of the projector's two layers for some tokens."""
+        """Operations of the projector's linear layers for some tokens."""
         return 2 * tokens * self._projector
 
     @property
     def _projector(self) -> int:
+        if self.layers_behind:
+            return sum(inputs * outputs for inputs, outputs in self.layers_behind)
         return self.features * self.width * self.text_width + self.text_width**2
 
     def _view(self, layers: int) -> int:
@@ -284,26 +297,37 @@ class ModelShape:
         tower: The vision tower and the projector.
         text: The language model.
         itemsize: Bytes of a weight, an activation and a cached number.
+        counted: Parameters of the whole model; 0: they follow from the sizes, as LLaVA's do.
     """
 
     tower: Tower
     text: TextModel
     itemsize: int
+    counted: int = 0
 
     @staticmethod
     def from_config(config: Any, itemsize: int) -> ModelShape:
         """From a transformers config of LLaVA-NeXT, loaded with numbers of `itemsize` bytes."""
-        return ModelShape.of(Tower.from_config(config), config, itemsize)
+        return ModelShape(
+            Tower.from_config(config), TextModel.from_config(config.text_config), itemsize
+        )
 
     @staticmethod
-    def of(tower: Tower, config: Any, itemsize: int) -> ModelShape:
-        """A tower with the language model of a config, loaded with numbers of `itemsize` bytes."""
-        return ModelShape(tower, TextModel.from_config(config.text_config), itemsize)
+    def of(tower: Tower, config: Any, itemsize: int, parameters: int) -> ModelShape:
+        """A tower with the language model of a config.
+
+        Args:
+            tower: The tower.
+            config: The model's config.
+            itemsize: Bytes of a weight.
+            parameters: Parameters of the whole model.
+        """
+        return ModelShape(tower, TextModel.from_config(config), itemsize, parameters)
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model."""
-        return self.tower.parameters + self.text.parameters
+        return self.counted or self.tower.parameters + self.text.parameters
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -319,7 +343,7 @@ class ModelShape:
             per_token=itemsize * (12 * text.width + 3 * text.ffn),
             per_view=itemsize * tower.tokens * (8 * tower.width + 2 * tower.ffn),
             features_per_view=itemsize * tower.patches * tower.width * tower.features,
-            packed_per_view=3 * itemsize * tower.patches * text.width,
+            packed_per_view=3 * itemsize * tower.visual_tokens * text.width,
             max_positions=text.max_positions,
         )
 
@@ -335,7 +359,9 @@ class ModelShape:
             KeyError, TypeError: `data` is not what `to_dict` returns.
         """
         tower, text = Tower(**data["tower"]), TextModel(**data["text"])
-        return ModelShape(tower, text, int(data["itemsize"]))
+        behind = tuple((int(inputs), int(outputs)) for inputs, outputs in tower.layers_behind)
+        tower = replace(tower, layers_behind=behind)
+        return ModelShape(tower, text, int(data["itemsize"]), int(data.get("counted", 0)))
 
 
 LLAVA_7B = ModelShape(
