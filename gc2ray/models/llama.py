@@ -1,8 +1,9 @@
 """`LanguageModel`: a transformers language model, run over packed tokens of many sequences.
 
-Llama, Mistral and Qwen2 have the same layers with different sizes: normalise, attend, add,
+Llama, Mistral, Qwen2 and Qwen3 have the same layers with different sizes: normalise, attend, add,
 normalise, feed forward, add; rotary positions, grouped key-value heads, biases and sliding windows
-as the config says. The modules' own weights are used. Compared with running the modules:
+as the config says. Qwen3 also normalises each head's query and key before it is turned by its
+position. The modules' own weights are used. Compared with running the modules:
 
 * tokens of all sequences are packed, (T, D), so that no sequence is padded to another's length;
 * keys and values go to slots of a KV cache that the caller chose, and positions are explicit;
@@ -12,8 +13,9 @@ as the config says. The modules' own weights are used. Compared with running the
 
 The model itself is read, never changed.
 
-Not covered: rotary frequencies that depend on the sequence's length ("dynamic", "longrope"), other
-architectures: `unsupported` gives the reason, and the engine then decodes with stock `generate`.
+Not covered: rotary frequencies that depend on the sequence's length ("dynamic", "longrope"), layers
+with experts (Qwen3-MoE, GPT-OSS), other architectures: `unsupported` gives the reason, and the
+engine then decodes with stock `generate`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch.nn import functional as F
 from gc2ray.models.layers.attention import Attend, KvShape, Step, write
 from gc2ray.models.layers.linear import Linear
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -49,12 +51,17 @@ class _Norm:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One decoder layer."""
+    """One decoder layer.
+
+    The norms of queries and keys are None where the model has none.
+    """
 
     index: int
     before: _Norm
     query: Linear
+    query_norm: _Norm | None
     key_value: Linear
+    key_norm: _Norm | None
     output: Linear
     after: _Norm
     gate_up: Linear
@@ -71,7 +78,9 @@ class _Layer:
             index=index,
             before=_Norm.from_module(module.input_layernorm),
             query=Linear.from_layers(attention.q_proj),
+            query_norm=_head_norm(attention, "q_norm"),
             key_value=Linear.from_layers(attention.k_proj, attention.v_proj),
+            key_norm=_head_norm(attention, "k_norm"),
             output=Linear.from_layers(attention.o_proj),
             after=_Norm.from_module(module.post_attention_layernorm),
             gate_up=Linear.from_layers(mlp.gate_proj, mlp.up_proj),
@@ -102,12 +111,13 @@ class _Layer:
         """Put keys and values into the KV cache; rows behind the tokens are padding."""
         size = (len(rotary.cos), -1, self.head_size)
         key, value = (part[: size[0]].view(size) for part in self.key_value.each(normed))
-        write(step, self.index, rotary.turned(key), value)
+        write(step, self.index, rotary.turned(_normed(key, self.key_norm)), value)
 
     def _queries(self, normed: Tensor, rotary: _Rotary) -> Tensor:
         """(T, heads, head size)."""
         size = (len(rotary.cos), -1, self.head_size)
-        return rotary.turned(self.query(normed)[: size[0]].view(size))
+        query = self.query(normed)[: size[0]].view(size)
+        return rotary.turned(_normed(query, self.query_norm))
 
     def fed_forward(self, hidden: Tensor) -> Tensor:
         """(T, D) to (T, D): the feed-forward part and its residual."""
@@ -196,6 +206,17 @@ class LanguageModel:
 def _activation(module: Any, config: Any) -> Any:
     """A layer's activation; SiLU, the usual one, overwrites its input."""
     return nn.SiLU(inplace=True) if config.hidden_act in ("silu", "swish") else module
+
+
+def _head_norm(attention: Any, name: str) -> _Norm | None:
+    """The norm of each head's queries or keys, where the model has one."""
+    module = getattr(attention, name, None)
+    return None if module is None else _Norm.from_module(module)
+
+
+def _normed(heads: Tensor, norm: _Norm | None) -> Tensor:
+    """Queries or keys (T, heads, head size), normalised where the model does."""
+    return heads if norm is None else norm(heads)
 
 
 def _padded(states: Tensor, rows: int) -> Tensor:

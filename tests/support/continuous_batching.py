@@ -16,6 +16,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from gc2ray.core.config.generation import GenerationConfig
@@ -40,6 +42,13 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen2ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     ),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "qwen3-window": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+        | {"head_dim": 24, "attention_bias": True},  # heads that no compiled attention takes
+    ),
 }
 PLENTY = DecodeLimits(20_000)
 BURSTS = DecodeLimits(20_000, graph_steps=4)
@@ -54,15 +63,27 @@ Submitted = tuple[int, Prompt, GenerationConfig]
 
 
 def make_model(kind: str) -> Any:
-    config_class, model_class, settings_ = KINDS[kind]
+    _, model_class, _ = KINDS[kind]
+    return randomised(model_class, make_config(kind))
+
+
+def make_config(kind: str) -> Any:
+    config_class, _, settings_ = KINDS[kind]
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     spread = {"vocab_size": VOCABULARY, "initializer_range": 0.15}
+    return config_class(**{**sizes, **heads, **spread, **settings_})
+
+
+def randomised(model_class: Any, config: Any) -> Any:
+    """A model whose biases and norms are random, too, and whose answers never end early."""
     torch.manual_seed(0)
-    model = model_class(config_class(**{**sizes, **heads, **spread, **settings_})).eval()
+    model = model_class(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
+        elif "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

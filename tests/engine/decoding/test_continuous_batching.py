@@ -83,7 +83,7 @@ def test_packed_and_plain_layers_decode_the_same(
     assert tokens(decode(model, ragged(model))) == expected["qwen2"]
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa-biased", "mistral-window"])
+@pytest.mark.parametrize("kind", ["llama-gqa-biased", "mistral-window", "qwen3"])
 def test_attention_of_torch_and_compiled_decode_the_same(
     models: dict[str, Any], expected: Expected, kind: str
 ) -> None:
@@ -302,7 +302,7 @@ def test_a_lost_device_is_not_an_error_of_a_row(models: dict[str, Any]) -> None:
 # Positions
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_positions_may_have_gaps(models: dict[str, Any], kind: str) -> None:
     model = models[kind]
     rng = random.Random(5)
@@ -324,5 +324,5 @@ def test_every_cpu_capability_decodes_the_same(
     models: dict[str, Any], expected: Expected, capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    for kind in ("llama-gqa-biased", "qwen2"):
+    for kind in ("llama-gqa-biased", "qwen2", "qwen3"):
         assert tokens(decode(models[kind], ragged(models[kind]))) == expected[kind]
