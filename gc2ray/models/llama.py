@@ -1,9 +1,10 @@
 """`LanguageModel`: a transformers language model, run over packed tokens of many sequences.
 
-Llama, Mistral, Qwen2 and Qwen3 have the same layers with different sizes: normalise, attend, add,
-normalise, feed forward, add; rotary positions, grouped key-value heads, biases and sliding windows
-as the config says. Qwen3 also normalises each head's query and key before it is turned by its
-position. The modules' own weights are used. Compared with running the modules:
+Llama, Mistral, Qwen2, Qwen3 and Granite have the same layers with different sizes: normalise,
+attend, add, normalise, feed forward, add; rotary positions, grouped key-value heads, biases and
+sliding windows as the config says. Qwen3 also normalises each head's query and key before it is
+turned by its position, and Granite multiplies embeddings, residual branches and logits by constants
+of its config. The modules' own weights are used. Compared with running the modules:
 
 * tokens of all sequences are packed, (T, D), so that no sequence is padded to another's length;
 * keys and values go to slots of a KV cache that the caller chose, and positions are explicit;
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from gc2ray.models.layers.attention import Attend, KvShape, Step, write
 from gc2ray.models.layers.linear import Linear
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -53,7 +54,8 @@ class _Norm:
 class _Layer:
     """One decoder layer.
 
-    The norms of queries and keys are None where the model has none.
+    The norms of queries and keys are None where the model has none, and so is the factor of the
+    residual branches: most models then save a pass.
     """
 
     index: int
@@ -70,6 +72,7 @@ class _Layer:
     head_size: int
     scale: float
     window: int | None
+    residual_factor: float | None
 
     @staticmethod
     def from_module(index: int, module: Any, config: Any) -> _Layer:
@@ -89,6 +92,7 @@ class _Layer:
             head_size=int(attention.head_dim),
             scale=float(attention.scaling),
             window=_window(attention, config),
+            residual_factor=_factor(module, "residual_multiplier"),
         )
 
     def attended(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
@@ -97,7 +101,7 @@ class _Layer:
         self._write(normed, rotary, step)
         queries = self._queries(normed, rotary)
         out = attend(step, self.index, queries, self.scale, self.window).flatten(1)
-        return self.output(_padded(out, len(hidden))).add_(hidden)
+        return self._added(self.output(_padded(out, len(hidden))), hidden)
 
     def attended_last(self, hidden: Tensor, rotary: _Rotary, step: Step, attend: Attend) -> Tensor:
         """(T, D) to (S, D): like `attended`, for each sequence's last token only."""
@@ -105,7 +109,7 @@ class _Layer:
         self._write(normed, rotary, step)
         queries = self._queries(normed[step.last], rotary.at(step.last))
         out = attend(step.only_last, self.index, queries, self.scale, self.window)
-        return self.output(out.flatten(1)).add_(hidden[step.last])
+        return self._added(self.output(out.flatten(1)), hidden[step.last])
 
     def _write(self, normed: Tensor, rotary: _Rotary, step: Step) -> None:
         """Put keys and values into the KV cache; rows behind the tokens are padding."""
@@ -123,7 +127,13 @@ class _Layer:
         """(T, D) to (T, D): the feed-forward part and its residual."""
         gate, up = self.gate_up.each(self.after(hidden))
         # In place: the products' outputs are not used elsewhere, and new memory has to be cleared.
-        return self.down(self.activation(gate).mul_(up)).add_(hidden)
+        return self._added(self.down(self.activation(gate).mul_(up)), hidden)
+
+    def _added(self, made: Tensor, hidden: Tensor) -> Tensor:
+        """What a residual branch made, in place, with the states that it began from."""
+        if self.residual_factor is not None:
+            made.mul_(self.residual_factor)
+        return made.add_(hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +176,12 @@ class LanguageModel:
         self.device: torch.device = text.norm.weight.device
         self.dtype: torch.dtype = text.norm.weight.dtype
         self._table = text.embed_tokens
+        self._input_factor = _factor(text, "embedding_multiplier")
         self._rotary = text.rotary_emb
         self._layers = [_Layer.from_module(i, layer, config) for i, layer in enumerate(text.layers)]
         self._norm = _Norm.from_module(text.norm)
         self._head = Linear.from_layers(model.lm_head)
+        self._logits_divisor = _logits_divisor(model, text)
         self.kv_shape = KvShape(
             layers=len(self._layers),
             heads=int(config.num_key_value_heads),
@@ -179,7 +191,7 @@ class LanguageModel:
         self.vocabulary = len(model.lm_head.weight)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Embeddings (T, D) of token ids (T,)."""
+        """Embeddings (T, D) of token ids (T,), as the table has them."""
         embedded: Tensor = self._table(token_ids)
         return embedded
 
@@ -187,20 +199,24 @@ class LanguageModel:
         """Logits of the token after each sequence, (S, vocabulary).
 
         Args:
-            hidden: Embeddings of the new tokens, (T, D).
+            hidden: Embeddings of the new tokens, (T, D), as the table has them: factors of the
+                model's own are applied here, to images as to text.
             positions: Positions of the new tokens, int64 (T,).
             step: The sequences of the new tokens; their keys and values are written.
             attend: How attention is computed.
         """
         cos, sin = self._rotary(hidden, positions[None])
         rotary = _Rotary(cos[0, :, None], sin[0, :, None])
+        if self._input_factor is not None:
+            hidden = hidden * self._input_factor
         # Padded once, rather than in every layer.
         hidden = _padded(hidden, self._head.rows_to_run(len(hidden)))
         for layer in self._layers[:-1]:
             hidden = layer.fed_forward(layer.attended(hidden, rotary, step, attend))
         last = self._layers[-1]
         hidden = last.fed_forward(last.attended_last(hidden, rotary, step, attend))
-        return self._head(self._norm(hidden))
+        logits = self._head(self._norm(hidden))
+        return logits if self._logits_divisor is None else logits.div_(self._logits_divisor)
 
 
 def _activation(module: Any, config: Any) -> Any:
@@ -217,6 +233,21 @@ def _head_norm(attention: Any, name: str) -> _Norm | None:
 def _normed(heads: Tensor, norm: _Norm | None) -> Tensor:
     """Queries or keys (T, heads, head size), normalised where the model does."""
     return heads if norm is None else norm(heads)
+
+
+def _factor(module: Any, name: str) -> float | None:
+    """A factor that a module applies, or None where it has none or it changes nothing."""
+    factor = float(getattr(module, name, 1.0))
+    return None if factor == 1 else factor
+
+
+def _logits_divisor(model: Any, text: Any) -> float | None:
+    """What logits are divided by.
+
+    transformers divides Granite's in the class of the language model only, not in those of images
+    and text with a Granite inside.
+    """
+    return _factor(text.config, "logits_scaling") if text is model.model else None
 
 
 def _padded(states: Tensor, rows: int) -> Tensor:

@@ -47,6 +47,7 @@ TOWER = {
 CLIP = CLIPVisionConfig(**TOWER, projection_dim=16)
 FAMILIES: dict[str, tuple[Any, Any, Any, str]] = {
     "llava-next-llama": (LlavaNextConfig, LlavaNextForConditionalGeneration, CLIP, "llama"),
+    "llava-next-granite": (LlavaNextConfig, LlavaNextForConditionalGeneration, CLIP, "granite"),
     "onevision-qwen2": (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -97,7 +98,7 @@ def test_logits_are_those_of_stock(every_model: dict[str, Any], name: str) -> No
     assert stock.std(dim=1).min() > 0.1, "logits alike: nothing could fail"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "internvl-qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "llava-next-granite"])
 def test_logits_in_half_precision_are_as_near_as_those_of_stock(name: str) -> None:
     """Both against stock's in float32 with the same weights, rounded."""
     build = in_family if name in FAMILIES else make_model
@@ -120,7 +121,7 @@ def test_models_of_images_and_text_answer_as_generate(
 @torch.inference_mode()
 def test_the_callers_embeddings_stay_as_they_are(every_model: dict[str, Any]) -> None:
     """A step that ran out of memory is repeated with them."""
-    model, prompt = LanguageModel(every_model["qwen3"]), torch.arange(9)
+    model, prompt = LanguageModel(every_model["granite"]), torch.arange(9)
     kv_cache = KvCache(model.kv_shape, 20, dtype=model.dtype, device=model.device)
     step, embeds = Step.from_chunks([Chunk(0, 9, 9)], kv_cache.states), model.embed(prompt)
     model.logits(embeds, prompt, step, attend_by_row)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -48,6 +50,12 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen3ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
         | {"head_dim": 24, "attention_bias": True},  # heads that no compiled attention takes
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3}
+        | {"logits_scaling": 8.0, "tie_word_embeddings": True},
     ),
 }
 PLENTY = DecodeLimits(20_000)

@@ -302,7 +302,7 @@ def test_a_lost_device_is_not_an_error_of_a_row(models: dict[str, Any]) -> None:
 # Positions
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "granite"])
 def test_positions_may_have_gaps(models: dict[str, Any], kind: str) -> None:
     model = models[kind]
     rng = random.Random(5)

@@ -26,7 +26,7 @@ from tests.support.continuous_batching import (
 
 
 @pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
-@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2", "qwen3-window"])
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2", "qwen3-window", "granite"])
 def test_prompts_that_begin_alike_share_it_and_answer_the_same(
     models: dict[str, Any], kind: str, room: DecodeLimits
 ) -> None:
