@@ -33,6 +33,8 @@ from gc2ray.models.layers.linear import Linear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+TEXT_MODELS = ("language_model", "text_model")
+"""What models of images and text call their language model; the second are Idefics3 and SmolVLM."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +271,8 @@ def unsupported(model: Any) -> str | None:
 
 def _text_model(model: Any) -> Any:
     inner = getattr(model, "model", None)
-    return getattr(inner, "language_model", inner)
+    named = (getattr(inner, name, None) for name in TEXT_MODELS)
+    return next((text for text in named if text is not None), inner)
 
 
 def _window(attention: Any, config: Any) -> int | None:

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import (
     CLIPVisionConfig,
     GptOssConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlamaConfig,
@@ -19,6 +21,8 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen3MoeConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from gc2ray.engine.decoding.forced import ForcedDecoder, largest_difference
@@ -60,6 +64,8 @@ FAMILIES: dict[str, tuple[Any, Any, Any, str]] = {
         {**TOWER, "image_size": (28, 28), "patch_size": (14, 14)},
         "qwen3",
     ),
+    "idefics3-llama": (Idefics3Config, Idefics3ForConditionalGeneration, TOWER, "llama"),
+    "smolvlm-llama": (SmolVLMConfig, SmolVLMForConditionalGeneration, TOWER, "llama"),
 }
 """Models of images and text, with the kind of language model inside."""
 
