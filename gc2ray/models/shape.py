@@ -47,6 +47,9 @@ class TextModel:
         biases: Whether query, key and value layers have them.
         tied: Whether the text table is the output layer, too.
         max_positions: Longest prompt and answer, in tokens.
+        output_biases: Whether the layers behind attention have them.
+        ffn_biases: Whether the feed-forward layers have them.
+        head_norms: Whether each head's queries and keys are normalised.
     """
 
     layers: int
@@ -59,24 +62,36 @@ class TextModel:
     biases: bool = False
     tied: bool = False
     max_positions: int = 0
+    output_biases: bool = False
+    ffn_biases: bool = False
+    head_norms: bool = False
 
     @staticmethod
     def from_config(config: Any) -> TextModel:
-        """From a transformers config of the Llama kind."""
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        """From a transformers config of the Llama kind, or of a model of images and text with one.
+
+        The outermost config says whether the text table is tied, as in transformers: that of the
+        language model inside may say something else.
+        """
+        text = getattr(config, "text_config", config)
+        heads = text.num_attention_heads
+        head = getattr(text, "head_dim", None) or text.hidden_size // heads
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        attention_bias = bool(getattr(text, "attention_bias", False))
         return TextModel(
-            layers=config.num_hidden_layers,
-            width=config.hidden_size,
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
             queries=head * heads,
             keys=head * key_heads,
-            ffn=config.intermediate_size,
-            vocabulary=config.vocab_size,
+            ffn=text.intermediate_size,
+            vocabulary=text.vocab_size,
             heads=heads,
-            biases=config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            biases=attention_bias or text.model_type == "qwen2",
             tied=bool(getattr(config, "tie_word_embeddings", False)),
-            max_positions=int(getattr(config, "max_position_embeddings", 0)),
+            max_positions=int(getattr(text, "max_position_embeddings", 0)),
+            output_biases=attention_bias,
+            ffn_biases=bool(getattr(text, "mlp_bias", False)),
+            head_norms=text.model_type == "qwen3",
         )
 
     @property
@@ -98,8 +113,10 @@ class TextModel:
     @property
     def parameters(self) -> int:
         """All parameters: linear layers, two norms a layer and one behind, tables."""
-        biases = self.biases * (self.queries + 2 * self.keys)
-        layer = self.layer_weights + 2 * self.width + biases
+        biases = self.biases * (self.queries + 2 * self.keys) + self.output_biases * self.width
+        biases += self.ffn_biases * (2 * self.ffn + self.width)
+        head_norms = self.head_norms * 2 * (self.queries // self.heads)
+        layer = self.layer_weights + 2 * self.width + biases + head_norms
         tables = self.head_weights * (1 if self.tied else 2)
         return self.layers * layer + self.width + tables
 
@@ -308,9 +325,7 @@ class ModelShape:
     @staticmethod
     def from_config(config: Any, itemsize: int) -> ModelShape:
         """From a transformers config of LLaVA-NeXT, loaded with numbers of `itemsize` bytes."""
-        return ModelShape(
-            Tower.from_config(config), TextModel.from_config(config.text_config), itemsize
-        )
+        return ModelShape(Tower.from_config(config), TextModel.from_config(config), itemsize)
 
     @staticmethod
     def of(tower: Tower, config: Any, itemsize: int, parameters: int) -> ModelShape:

@@ -146,7 +146,7 @@ def _figures(
     answers = answers_in_order(engine, requests)
     seconds = time.perf_counter() - started
     kept = sum(a.visual_tokens_kept or 0 for a in answers) / len(answers)
-    text = TextModel.from_config(loaded.model.config.text_config)
+    text = TextModel.from_config(loaded.model.config)
     stages = answering_stages(loaded.model.config, answers, NEW_TOKENS, loaded.model.dtype.itemsize)
     ideal = ideal_seconds(stages, rates.flops, rates.bytes_read)
     kv_tokens = derive_batch_sizes(Cluster(), loaded.adapter.needs(), memory(device)).kv_tokens

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaNextConfig,
@@ -22,6 +24,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -103,10 +107,20 @@ def test_the_paper_counts_more_than_the_products() -> None:
 # ---------------------------------------------------------------------------------- what torch says
 
 
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_operations_of_a_language_model_are_those_that_torch_counts(key_heads: int) -> None:
-    config = LlamaConfig(**TEXT | {"num_key_value_heads": key_heads})
-    model = LlamaForCausalLM(config).eval()
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TEXT)),
+    "one key head": lambda: LlamaForCausalLM(LlamaConfig(**TEXT | {"num_key_value_heads": 1})),
+    "as many as queries": lambda: LlamaForCausalLM(
+        LlamaConfig(**TEXT | {"num_key_value_heads": 4})
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=16)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**TEXT, residual_multiplier=0.5)),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_operations_of_a_language_model_are_those_that_torch_counts(make: Any) -> None:
+    model = make().eval()
     text, length = TextModel.from_config(model.config), 11
     ids = torch.arange(length)[None]
     output = model(ids)
@@ -150,14 +164,14 @@ def test_operations_of_a_tower_without_class_token_are_those_that_torch_counts()
     assert counted(lambda: model(torch.zeros(2, 3, 56, 56))) == tower.whole(2)
 
 
-def small(**changes: Any) -> Any:
+def small(text: Any = None, **changes: Any) -> Any:
     """A whole LLaVA-NeXT with eager attention, its image in five views."""
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
         image_size=56, patch_size=14, projection_dim=24,
     )  # fmt: skip
     config = LlavaNextConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT),
+        vision_config=vision, text_config=text or LlamaConfig(**TEXT),
         image_grid_pinpoints=[[112, 112]], image_token_id=49, **changes,
     )  # fmt: skip
     model = LlavaNextForConditionalGeneration(config).eval()
@@ -205,9 +219,10 @@ class CountingAttention:
         return torch.zeros_like(queries)
 
 
-def test_operations_of_our_language_model_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_operations_of_our_language_model_are_those_that_torch_counts(make: Any) -> None:
     """With float64 nothing is prepacked, and every product is one that torch sees."""
-    model = LlamaForCausalLM(LlamaConfig(**TEXT)).eval().double()
+    model = make().eval().double()
     ours, text, length, new = LanguageModel(model), TextModel.from_config(model.config), 11, 4
     kv_states = KvCache(ours.kv_shape, 20, dtype=ours.dtype, device=ours.device).states
 
@@ -251,9 +266,17 @@ def test_full_sizes_are_the_published_ones(name: str, billions: float) -> None:
         (LlamaForCausalLM, LlamaConfig(**TEXT, head_dim=16)),
         (MistralForCausalLM, MistralConfig(**TEXT)),
         (Qwen2ForCausalLM, Qwen2Config(**TEXT)),
+        (LlamaForCausalLM, LlamaConfig(**TEXT, attention_bias=True, mlp_bias=True)),
+        (Qwen3ForCausalLM, Qwen3Config(**TEXT, head_dim=16)),
+        (Qwen3ForCausalLM, Qwen3Config(**TEXT, attention_bias=True, tie_word_embeddings=True)),
+        (GraniteForCausalLM, GraniteConfig(**TEXT, tie_word_embeddings=True)),
+        (GraniteForCausalLM, GraniteConfig(**TEXT, attention_bias=True, mlp_bias=True)),
     ],
-    ids=["llama", "tied", "wide heads", "mistral", "qwen2"],
-)
+    ids=[
+        "llama", "tied", "wide heads", "mistral", "qwen2", "biased llama", "qwen3", "biased qwen3",
+        "granite", "biased granite",
+    ],
+)  # fmt: skip
 def test_all_weights_of_language_models_are_counted(make: Any, config: Any) -> None:
     model = make(config)
     text = TextModel.from_config(model.config)
@@ -261,6 +284,18 @@ def test_all_weights_of_language_models_are_counted(make: Any, config: Any) -> N
     cache = model(torch.arange(7)[None]).past_key_values
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert 7 * text.cached_numbers == numbers
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("outside", [True, False])
+def test_the_outermost_config_says_whether_the_text_table_is_tied(
+    *, outside: bool, inside: bool
+) -> None:
+    text = GraniteConfig(**TEXT, tie_word_embeddings=inside)
+    model = small(text, tie_word_embeddings=outside)
+    shape = ModelShape.from_config(model.config, FP16)
+    assert shape.text.tied is outside
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_all_weights_of_towers_are_counted() -> None:
