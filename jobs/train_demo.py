@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from gc2ray.demo.spec import demo_spec
 from gc2ray.models.families.tiny import untrained
+from gc2ray.models.processor import Processor
 from jobs.quality_curve.points import load
 from jobs.training.language import LanguageLearner
 from jobs.training.tower import TowerLearner
@@ -129,7 +130,8 @@ def train(rank: int, settings: Settings) -> None:
             world_size=settings.processes,
         )
     transformers_logging.disable_progress_bar()
-    model, processor = untrained(replace(demo_spec(), seed=settings.seed))
+    model, stock_processor = untrained(replace(demo_spec(), seed=settings.seed))
+    processor = Processor.from_transformers(stock_processor)
     if settings.start is not None:
         model.load_state_dict(load(str(settings.start)).model.state_dict())
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,7 +150,7 @@ def train(rank: int, settings: Settings) -> None:
         elif settings.start is None and trainer.has_run(course.stage):
             trainer.resume(course.stage, learner)
     if rank == 0:
-        export(settings.directory / "model", model, processor)
+        export(settings.directory / "model", model, stock_processor)
 
 
 def _run(trainer: Trainer, stage: Stage, learner: Learner) -> None:
@@ -159,7 +161,7 @@ def _run(trainer: Trainer, stage: Stage, learner: Learner) -> None:
 
 
 def export(directory: Path, model: Any, processor: Any) -> None:
-    """Write model and processor as transformers loads them, weights in half precision."""
+    """Write model and transformers' processor as files, weights in half precision."""
     half, _ = untrained(demo_spec())
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(directory)

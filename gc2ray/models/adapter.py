@@ -21,6 +21,7 @@ from gc2ray.compression.views import Views
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.models.base import Family, Prompt, VisionSide
 from gc2ray.models.image_processor import Cropping, Tiles
+from gc2ray.models.processor import Processor
 from gc2ray.models.shape import CPU_TOWER_VIEWS, GPU_TOWER_VIEWS, ModelShape, Needs
 
 
@@ -150,7 +151,7 @@ class LoadedModel:
     """
 
     model: Any
-    processor: Any
+    processor: Processor
     adapter: ModelAdapter
     end_tokens: tuple[int, ...]
     digest: str = ""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gc2ray.compression.geometry import Geometry
 from gc2ray.models.image_processor import Cropping
+from gc2ray.models.processor import Processor
 from gc2ray.models.shape import ModelShape, Tower
 
 
@@ -34,7 +35,7 @@ class Family(Protocol):
     @property
     def cropping(self) -> Cropping: ...
     @property
-    def processor(self) -> Any: ...
+    def processor(self) -> Processor: ...
     @property
     def image_token_id(self) -> int: ...
     @property
@@ -42,7 +43,7 @@ class Family(Protocol):
     @property
     def tower(self) -> Tower: ...
 
-    def __init__(self, config: Any, processor: Any) -> None: ...
+    def __init__(self, config: Any, processor: Processor) -> None: ...
 
     def geometry(self, size: tuple[int, int], *, alone: bool = True) -> Geometry:
         """Views and layout of an image.

@@ -9,9 +9,9 @@ Not covered: system prompts, several turns, few-shot examples.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from gc2ray.core.errors import BadRow, ConfigError, Status
+from gc2ray.models.processor import Processor
 
 NEUTRALISE_ROUNDS = 16
 
@@ -26,7 +26,7 @@ class ChatPrompt:
         ConfigError: The processor has no chat template.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Processor) -> None:
         self._processor = processor
         self._tokenizer = processor.tokenizer
         if not processor.chat_template:
@@ -47,10 +47,7 @@ class ChatPrompt:
         """The whole prompt as text, with one image placeholder per image."""
         content: list[dict[str, str]] = [{"type": "image"}] * images
         content = [*content, {"type": "text", "text": self.neutralise(text)}]
-        rendered: str = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        return rendered
+        return self._processor.render([{"role": "user", "content": content}])
 
     def encode(self, text: str, images: int = 1) -> list[int]:
         """Token ids of the prompt, one image placeholder id per image."""

@@ -33,14 +33,15 @@ from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.loading import free_device_memory, without_load_report
+from gc2ray.models.processor import processor_settings
 
 
 def stock_inputs(loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
     """The processor's model inputs; `texts` are rendered chat prompts with `<image>` in them."""
-    processor = loaded.processor
-    bos = processor.tokenizer.bos_token
+    tokenizer, config = loaded.processor.tokenizer, loaded.model.config
+    bos = tokenizer.bos_token
     has_bos = bool(bos) and all(text.startswith(bos) for text in texts)
-    inputs = processor(
+    inputs = stock_processor(tokenizer, loaded.processor.image_processor, config)(
         images=list(images),
         text=list(texts),
         padding=True,
@@ -49,6 +50,20 @@ def stock_inputs(loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequ
         return_tensors="pt",
     )
     return inputs.to(loaded.adapter.device, dtype=loaded.model.dtype)
+
+
+def stock_processor(tokenizer: Any, image_processor: Any, config: Any) -> Any:
+    """The processor of transformers' own for a model, made of its parts.
+
+    It takes its numbers from the config, as files of 2024 lack some that transformers needs today.
+    """
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+    )
 
 
 @torch.inference_mode()
@@ -110,9 +125,8 @@ class StockFailed(Exception):  # noqa: N818 - named like the project's other err
 class StockModel:
     """A checkpoint as transformers itself loads and runs it.
 
-    The tokenizer makes the prompt from the chat template in the files. The processor is built from
-    tokenizer, image processor and config, as files of 2024 lack numbers that transformers needs
-    today. Use it in a `with`, which frees the model.
+    The tokenizer makes the prompt from the chat template in the files; without one there, from its
+    own. Use it in a `with`, which frees the model.
 
     Not covered: families other than LLaVA-NeXT, towers without a class token.
 
@@ -134,17 +148,10 @@ class StockModel:
                     path, dtype=getattr(torch, settings.dtype), use_safetensors=True, **where
                 )
             self._model = model.to(settings.device).eval()
-            config = model.config
             self._tokenizer = tokenizer
-            self._template = _chat_template(directory)
-            self._processor = LlavaNextProcessor(
-                image_processor=images,
-                tokenizer=tokenizer,
-                patch_size=config.vision_config.patch_size,
-                vision_feature_select_strategy=config.vision_feature_select_strategy,
-                num_additional_image_tokens=1,
-            )
-            self._image_token_id = config.image_token_id
+            _, self._template = processor_settings(path, None)
+            self._processor = stock_processor(tokenizer, images, model.config)
+            self._image_token_id = model.config.image_token_id
             self.end_tokens = _end_tokens(directory, tokenizer)
             self._follow(settings)
 
@@ -250,19 +257,6 @@ def _without_progress() -> Iterator[None]:
     finally:
         if bars:
             enable_progress_bar()
-
-
-def _chat_template(directory: Path) -> str | None:
-    """The processor's chat template, the default one of several; None: use the tokenizer's.
-
-    The tokenizer's own template is usually that of the language model alone, without images.
-    """
-    settings, _ = LlavaNextProcessor.get_processor_dict(str(directory))
-    templates = settings.get("chat_template") or None
-    if isinstance(templates, list):
-        templates = {named["name"]: named["template"] for named in templates}
-    template: str | None = templates["default"] if isinstance(templates, dict) else templates
-    return template
 
 
 def _end_tokens(directory: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_files
 
@@ -31,6 +31,7 @@ from gc2ray.models.base import ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.consistency import check_checkpoint, check_directory
 from gc2ray.models.checkpoint.description import FILES, Checkpoint
+from gc2ray.models.processor import Processor, load_processor
 from gc2ray.models.registry import adapter_of, metadata_of
 
 BUFFERS = frozenset({"position_ids", "inv_freq", "masked_bias", "original_inv_freq"})
@@ -112,15 +113,13 @@ def _reason(error: Exception) -> str:
 
 def _described(
     path: str, revision: str | None, taken_over: TakenOver, *, weights: bool
-) -> tuple[Checkpoint, Any, Any]:
+) -> tuple[Checkpoint, Any, Processor]:
     """The settings in the files, checked, with the config and the processor made from them."""
     is_here = Path(path).is_dir()
     directory = Path(path) if is_here else _in_hub_cache(path, revision)
     checkpoint = check_directory(directory, taken_over, weights=weights and is_here)
-    where = {"revision": revision, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(path, **where)
-    # Pillow's image processor, also where torchvision is installed, which resizes differently.
-    processor = AutoProcessor.from_pretrained(path, backend="pil", **where)
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    processor = load_processor(path, revision)
     checkpoint = _filled(checkpoint, config, processor)
     check_checkpoint(checkpoint, taken_over)
     _check_prompts(checkpoint, processor)
@@ -135,30 +134,28 @@ def _in_hub_cache(path: str, revision: str | None) -> Path:
     return Path(path if not files else files[0]).parent
 
 
-def _filled(checkpoint: Checkpoint, config: Any, processor: Any) -> Checkpoint:
+def _filled(checkpoint: Checkpoint, config: Any, processor: Processor) -> Checkpoint:
     """The checkpoint with transformers' values for settings that the files leave out."""
-    tokenizer = processor.tokenizer
-    token, end = processor.image_token, tokenizer.eos_token_id
-    number = tokenizer.convert_tokens_to_ids(token)
+    token, end = processor.image_token, processor.tokenizer.eos_token_id
     return replace(
         checkpoint,
         config=config.to_dict(),
         images={**checkpoint.images, **processor.image_processor.to_dict()},
-        processor={"patch_size": processor.patch_size, "image_token": token},
+        processor={**processor.settings, "image_token": token},
         has_template=bool(processor.chat_template),
-        tokens={} if number is None else {token: number},
+        tokens={token: processor.image_token_id},
         tokenizer_ends=() if end is None else (end,),
     )
 
 
-def _check_prompts(checkpoint: Checkpoint, processor: Any) -> None:
+def _check_prompts(checkpoint: Checkpoint, processor: Processor) -> None:
     """Refuse a chat template or tokenizer whose prompts the model cannot read."""
     ids = ChatPrompt(processor).encode("What is it?")
-    marks = ids.count(checkpoint.placeholder or 0)
+    marks = ids.count(processor.image_token_id)
     if marks != 1:
         raise ConfigError(
             f"recipe.model.path: {checkpoint.name}: its chat template makes {marks} image tokens "
-            f"({checkpoint.image_token}, {checkpoint.placeholder}) of one image; use the template "
+            f"({processor.image_token}, {processor.image_token_id}) of one image; use the template "
             "that it was published with"
         )
     rows = checkpoint.text["vocab_size"]

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.base import Family, ModelMetadata, VisionSide
 from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
+from gc2ray.models.processor import Processor
 from gc2ray.models.shape import ModelShape
 
 FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
@@ -22,7 +23,7 @@ FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
 }
 
 
-def metadata_of(config: Any, processor: Any, itemsize: int) -> ModelMetadata:
+def metadata_of(config: Any, processor: Processor, itemsize: int) -> ModelMetadata:
     """A model without its weights.
 
     Args:
@@ -41,7 +42,7 @@ def _parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def adapter_of(model: Any, processor: Any) -> ModelAdapter:
+def adapter_of(model: Any, processor: Processor) -> ModelAdapter:
     """The adapter of a transformers model of a supported architecture."""
     family_class, vision_class = FAMILIES[model.config.model_type]
     family = family_class(model.config, processor)

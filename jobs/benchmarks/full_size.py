@@ -45,6 +45,7 @@ from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.families.tiny import TinySpec, untrained
 from gc2ray.models.flops import paper_flops
 from gc2ray.models.llama import LanguageModel
+from gc2ray.models.processor import Processor
 from gc2ray.models.registry import adapter_of
 from gc2ray.models.shape import TextModel
 from jobs.benchmarks import Line
@@ -92,7 +93,8 @@ def run(name: str, rows: int | None = None) -> list[Line]:
         ConfigError: This machine has no device for it.
     """
     device, dtype = _device(name)
-    model, processor = untrained(SIZES[name], device=device, dtype=dtype)
+    model, stock_processor = untrained(SIZES[name], device=device, dtype=dtype)
+    processor = Processor.from_transformers(stock_processor)
     model.eval().generation_config.eos_token_id = None
     adapter = adapter_of(model, processor)
     adapter.freeze()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from gc2ray.demo.questions import Question
 from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.processor import Processor
 
 VISUAL, PAD = -1, -2
 """Marks in place of token ids."""
@@ -48,7 +48,7 @@ class Dialogue:
 class DialogueMaker:
     """Makes dialogues in the words of a processor's chat template and tokenizer."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Processor) -> None:
         self._chat = ChatPrompt(processor)
         self._tokenizer = processor.tokenizer
         self._image_token = int(processor.image_token_id)

@@ -34,6 +34,7 @@ from gc2ray.compression.views import Views
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.scenes import COLOURS, KINDS
 from gc2ray.demo.spec import demo_spec
+from gc2ray.models.processor import Processor
 from gc2ray.models.registry import adapter_of
 from jobs.training.dialogues import PAD, VISUAL, Dialogue, DialogueMaker, attention_mask, padded
 from jobs.training.labels import NOTHING
@@ -63,7 +64,7 @@ class LanguageLearner:
     def __init__(
         self,
         model: Any,
-        processor: Any,
+        processor: Processor,
         tower: TowerLearner,
         *,
         tower_share: float,

@@ -25,6 +25,7 @@ from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.tiny import untrained
 from gc2ray.models.hf_reference import stock_inputs
+from gc2ray.models.processor import Processor
 from gc2ray.models.registry import adapter_of
 from jobs.train_demo import STAGES, main
 from jobs.training.dialogues import attention_mask
@@ -94,6 +95,11 @@ def test_a_mask_shows_each_question_the_image_and_itself() -> None:
     ]
 
 
+def untrained_demo() -> tuple[Any, Processor]:
+    model, processor = untrained(demo_spec())
+    return model, Processor.from_transformers(processor)
+
+
 def stock_cost(loaded: LoadedModel, answer: str, inputs: Any) -> tuple[float, int]:
     """Cross entropy of an answer that ends the inputs, by stock transformers; and its tokens."""
     tokenised = loaded.processor.tokenizer(f" {answer}</s>", add_special_tokens=False)
@@ -105,7 +111,7 @@ def stock_cost(loaded: LoadedModel, answer: str, inputs: Any) -> tuple[float, in
 
 @torch.no_grad()
 def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() -> None:
-    model, processor = untrained(demo_spec())
+    model, processor = untrained_demo()
     model.eval()
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
     lesson = Lessons(Split.VALIDATION, 1, 2, 4)[3]  # whose positions are not squeezed
@@ -129,7 +135,7 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
 
 @torch.no_grad()
 def test_notes_in_words_replace_the_image() -> None:
-    model, processor = untrained(demo_spec())
+    model, processor = untrained_demo()
     model.eval()
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
     lesson = Lessons(Split.VALIDATION, 1, 2, 3)[3]
@@ -176,7 +182,7 @@ def test_positions_of_visual_tokens_are_squeezed_unevenly() -> None:
 
 
 def test_the_tower_of_training_equals_the_family_s() -> None:
-    model, processor = untrained(demo_spec())
+    model, processor = untrained_demo()
     lesson = Lessons(Split.TRAIN, 0, 2, 0)[0]
     with torch.no_grad():
         features, class_token = TowerRun(model.model.vision_tower)(lesson.pixels)
@@ -196,7 +202,7 @@ def test_positions_are_named_by_the_thumbnail_only() -> None:
 @torch.no_grad()
 def test_the_word_loss_falls_where_tokens_are_the_words_that_name_them() -> None:
     """Embeddings of kinds that are what the projector makes of a patch of them."""
-    model, processor = untrained(demo_spec())
+    model, processor = untrained_demo()
     learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
     lesson = Lessons(Split.TRAIN, 1, 10, 0)[0]
     before, figures = learner.loss(lesson)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import stock_inputs
+from gc2ray.models.processor import Processor
 
 TEXTS = [
     "What is it?",
@@ -39,12 +41,12 @@ HOSTILE = [
 
 
 @pytest.fixture
-def processor(loaded_models: dict[str, LoadedModel]) -> Any:
+def processor(loaded_models: dict[str, LoadedModel]) -> Processor:
     return loaded_models["vicuna"].processor
 
 
 @pytest.fixture
-def chat(processor: Any) -> ChatPrompt:
+def chat(processor: Processor) -> ChatPrompt:
     return ChatPrompt(processor)
 
 
@@ -105,7 +107,9 @@ def test_ordinary_text_is_not_touched(chat: ChatPrompt, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_special_tokens_in_row_text_stay_text(chat: ChatPrompt, processor: Any, text: str) -> None:
+def test_special_tokens_in_row_text_stay_text(
+    chat: ChatPrompt, processor: Processor, text: str
+) -> None:
     tokenizer = processor.tokenizer
     ids = chat.encode(text)
     assert ids.count(processor.image_token_id) == 1
@@ -125,7 +129,7 @@ def test_nothing_special_survives(loaded_models: dict[str, LoadedModel], text: s
 
 
 @pytest.mark.parametrize("token", ["~", " ~~", "~ ", "~~ ~", "a", " "])
-def test_odd_special_tokens_do_not_hang(processor: Any, token: str) -> None:
+def test_odd_special_tokens_do_not_hang(processor: Processor, token: str) -> None:
     other = copy.deepcopy(processor)
     other.tokenizer.add_tokens([AddedToken(token, special=True)], special_tokens=True)
     text = f"a{token}b <image>"
@@ -149,39 +153,33 @@ def test_ids_are_the_processors(chat: ChatPrompt, loaded_models: Any, text: str)
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
-def test_one_placeholder_per_image(chat: ChatPrompt, processor: Any, images: int) -> None:
+def test_one_placeholder_per_image(chat: ChatPrompt, processor: Processor, images: int) -> None:
     assert chat.encode("hello", images).count(processor.image_token_id) == images
 
 
-def test_a_template_with_bos_gets_no_second_one(
-    processor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_with_bos_gets_no_second_one(processor: Processor) -> None:
     plain = ChatPrompt(processor).encode("hello")
-    monkeypatch.setattr(processor, "chat_template", "<s>" + processor.chat_template)
-    assert ChatPrompt(processor).encode("hello") == plain
+    with_bos = replace(processor, chat_template=f"<s>{processor.chat_template}")
+    assert ChatPrompt(with_bos).encode("hello") == plain
 
 
 def test_a_model_without_chat_template_is_refused(
-    processor: Any, monkeypatch: pytest.MonkeyPatch
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processor, "chat_template", None)
     monkeypatch.setattr(processor.tokenizer, "chat_template", None)
     with pytest.raises(ConfigError, match=r"recipe\.model\.path.*no chat template"):
-        ChatPrompt(processor)
+        ChatPrompt(replace(processor, chat_template=None))
 
 
-def test_a_chat_template_of_the_tokenizer_alone_is_refused(
-    processor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processor, "chat_template", None)
+def test_a_chat_template_of_the_tokenizer_alone_is_refused(processor: Processor) -> None:
     assert processor.tokenizer.chat_template
     with pytest.raises(ConfigError, match="no chat template"):
-        ChatPrompt(processor)
+        ChatPrompt(replace(processor, chat_template=None))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_decoding_drops_special_tokens_and_outer_space(
-    chat: ChatPrompt, processor: Any, text: str
+    chat: ChatPrompt, processor: Processor, text: str
 ) -> None:
     tokenizer = processor.tokenizer
     ids = tokenizer(f" {text}\n", add_special_tokens=False)["input_ids"]

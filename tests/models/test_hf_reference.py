@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
-from gc2ray.models.hf_reference import StockModel, StockSettings, _chat_template
+from gc2ray.models.hf_reference import StockModel, StockSettings
 from tests.support.model_files import copy_of, rewrite
 from tests.support.rows import SIZES, picture
 
@@ -58,22 +57,6 @@ def test_stock_follows_the_models_own_rules(tiny_paths: dict[str, Path], tmp_pat
     rewrite(model / "generation_config.json", suppress_tokens=[wanted])
     assert first_token(settings) != wanted
     assert first_token(replace(settings, ignored=("suppress_tokens",))) == wanted
-
-
-@pytest.mark.parametrize("kind", ["list", "dict"])
-@pytest.mark.parametrize("file", ["processor_config.json", "chat_template.json"])
-def test_stock_takes_the_default_of_named_templates(
-    tiny_paths: dict[str, Path], tmp_path: Path, file: str, kind: str
-) -> None:
-    model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
-    named = {"tool_use": "no", "default": (model / "chat_template.jinja").read_text()}
-    listed = [{"name": name, "template": template} for name, template in named.items()]
-    (model / "chat_template.jinja").unlink()
-    (model / file).touch()
-    held = json.loads((model / file).read_text() or "{}")
-    held["chat_template"] = named if kind == "dict" else listed
-    (model / file).write_text(json.dumps(held))
-    assert _chat_template(model) == named["default"]
 
 
 def test_stock_is_loaded_silently(

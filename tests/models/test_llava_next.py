@@ -368,20 +368,3 @@ def test_metadata_needs_no_weights(
     )
     with pytest.raises(ConfigError, match="has no weights"):
         loading.load(str(bare), revision=None, dtype="float32", device="cpu")
-
-
-def test_images_are_always_resized_by_pillow(
-    tiny_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With torchvision transformers would take another processor, which resizes otherwise."""
-    asked: list[object] = []
-    real = loading.AutoProcessor.from_pretrained
-
-    def noted(path: str, **named: object) -> object:
-        asked.append(named["backend"])
-        return real(path, **named)
-
-    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", noted)
-    processor = loading.load_metadata(str(tiny_paths["vicuna"]), dtype="float32").family.processor
-    assert asked == ["pil"]
-    assert type(processor.image_processor).__name__ == "LlavaNextImageProcessorPil"

@@ -279,7 +279,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -
 
     owner, name = {
         "config": (loading.AutoConfig, "from_pretrained"),
-        "processor": (loading.AutoProcessor, "from_pretrained"),
+        "processor": (loading, "load_processor"),
         "weights": (loading.AutoModelForImageTextToText, "from_pretrained"),
         "family": (LlavaNext, "__init__"),
         "freeze": (LlavaNextVision, "freeze"),

@@ -20,6 +20,7 @@ from gc2ray.models.image_processor import AnyRes, pinpoints_of, view_pixels
 from gc2ray.models.layers.linear import packed_module
 from gc2ray.models.layers.scores import SCORES, ScoreInputs
 from gc2ray.models.layers.tower import hidden_states, packed_layers
+from gc2ray.models.processor import Processor
 from gc2ray.models.shape import Tower
 
 
@@ -28,7 +29,7 @@ class LlavaNext:
 
     markers = ()
 
-    def __init__(self, config: Any, processor: Any) -> None:
+    def __init__(self, config: Any, processor: Processor) -> None:
         vision, images = config.vision_config, processor.image_processor
         side = vision.image_size // vision.patch_size
         self._side = (side, side)

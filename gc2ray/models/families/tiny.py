@@ -89,7 +89,7 @@ def build_tiny(directory: Path, spec: TinySpec | None = None) -> Path:
 def untrained(
     spec: TinySpec, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """Model and processor of `spec`, in memory; a large model is made on its own device.
+    """Model and transformers' processor of `spec`, in memory; a large model on its own device.
 
     Args:
         spec: Sizes of the model.
