@@ -62,7 +62,7 @@ def stock_processor(tokenizer: Any, image_processor: Any, config: Any) -> Any:
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(config.vision_feature_select_strategy == "default"),
     )
 
 

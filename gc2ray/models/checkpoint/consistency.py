@@ -39,10 +39,11 @@ from gc2ray.models.checkpoint.tensors import (
     table_rows,
     tensor_headers,
 )
-from gc2ray.models.shape import CLASS_TOKEN_TOWERS
 
 MODEL_TYPES = ("llava_next",)
 """The keys of `gc2ray.models.registry.FAMILIES`."""
+TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+"""Types of vision towers, and which of a layer's tokens are features: without a class token all."""
 CONVERTED = "https://huggingface.co/llava-hf"
 
 DONE_STEPS = frozenset({"do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"})
@@ -164,14 +165,15 @@ def _quantisation(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _tower(checkpoint: Checkpoint) -> Iterator[str]:
     kind = checkpoint.vision.get("model_type")
-    if kind is not None and kind not in CLASS_TOKEN_TOWERS:
-        yield (
-            f"the vision tower is {kind}, which has no class token to take scores from; only CLIP "
-            "towers are supported"
-        )
+    if kind is not None and kind not in TOWERS:
+        yield f"the vision tower is {kind}; supported: {', '.join(TOWERS)}"
     strategy = checkpoint.config.get("vision_feature_select_strategy", "default")
-    if strategy != "default":
-        yield f"vision_feature_select_strategy is {strategy!r}; only 'default' is supported"
+    wanted = TOWERS.get(str(kind), strategy)
+    if strategy != wanted:
+        yield (
+            f"vision_feature_select_strategy is {strategy!r}; a tower of type {kind} needs "
+            f"{wanted!r}, as the other keeps a class token, or drops a patch"
+        )
     layers, named = (
         number(checkpoint.vision.get("num_hidden_layers")),
         checkpoint.config.get("vision_feature_layer"),

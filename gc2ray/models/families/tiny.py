@@ -13,12 +13,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
+    GraniteConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -35,6 +37,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+FACTORS = {
+    "embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.3,
+    "logits_scaling": 4.0,
+}  # fmt: skip
+"""Granite's, of a size with those of Granite Vision."""
+
 
 @dataclass(frozen=True)
 class TinySpec:
@@ -45,7 +53,8 @@ class TinySpec:
         patch_size: Side of a patch in pixels.
         vision: Width, layers and heads of the tower.
         text: Width, layers, heads and key-value heads of the language model.
-        backbone: `llama` or `mistral`.
+        backbone: `llama`, `mistral` or `granite`.
+        tower: `clip` or `siglip`, which has no class token.
         grids: Crop grids (rows, columns) that the pinpoints allow.
         vision_layers: Hidden states that make the features.
         activation: Activation of the tower's feed-forward layers.
@@ -65,6 +74,7 @@ class TinySpec:
     vision: tuple[int, int, int] = (32, 3, 4)
     text: tuple[int, int, int, int] = (48, 2, 4, 4)
     backbone: str = "llama"
+    tower: str = "clip"
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     vision_layers: int | tuple[int, ...] = -2
     activation: str = "quick_gelu"
@@ -137,18 +147,22 @@ def _tokenizer(spec: TinySpec) -> Any:
 
 def _config(spec: TinySpec, tokenizer: Any) -> Any:
     width, layers, heads = spec.vision
-    vision = CLIPVisionConfig(
+    vision: Any = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[spec.tower](
         hidden_size=width,
         intermediate_size=spec.vision_ffn or 2 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         image_size=spec.image_size,
         patch_size=spec.patch_size,
-        projection_dim=width,
         hidden_act=spec.activation,
     )
+    if spec.tower == "clip":
+        vision.projection_dim = width
     width, layers, heads, kv_heads = spec.text
-    text_class = {"llama": LlamaConfig, "mistral": MistralConfig}[spec.backbone]
+    text_class: Any = {"llama": LlamaConfig, "mistral": MistralConfig, "granite": GraniteConfig}[
+        spec.backbone
+    ]
+    factors = FACTORS if spec.backbone == "granite" else {}
     text = text_class(
         vocab_size=max(len(tokenizer), spec.table),
         hidden_size=width,
@@ -163,6 +177,7 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **factors,
     )
     config_class: Any = LlavaNextConfig  # its signature misses fields that it takes
     return config_class(
@@ -173,9 +188,14 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
         vision_feature_layer=(
             spec.vision_layers if isinstance(spec.vision_layers, int) else list(spec.vision_layers)
         ),
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=_strategy(spec),
         initializer_range=spec.spread,
     )
+
+
+def _strategy(spec: TinySpec) -> str:
+    """Which of a layer's tokens are features: all but the class token, or all."""
+    return "default" if spec.tower == "clip" else "full"
 
 
 def _pinpoints(spec: TinySpec) -> list[list[int]]:
@@ -193,6 +213,6 @@ def _processor(spec: TinySpec, tokenizer: Any, config: Any) -> LlavaNextProcesso
         tokenizer=tokenizer,
         patch_size=spec.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(spec.tower == "clip"),
         chat_template=CHAT_TEMPLATE,
     )

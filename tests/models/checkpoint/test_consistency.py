@@ -109,7 +109,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edited(CONFIG, compression_config={"quant_method": "compressed-tensors"}),
         r"compression_config \(compressed-tensors\)",
     ),
-    "tower": (edited(*VISION, model_type="siglip_vision_model"), "siglip_vision_model, which has"),
+    "tower": (edited(*VISION, model_type="dinov2"), "tower is dinov2; supported: clip_vision"),
+    "patches": (
+        edited(*VISION, model_type="siglip_vision_model"),
+        "siglip_vision_model needs 'full'",
+    ),
     "strategy": (edited(CONFIG, vision_feature_select_strategy="full"), "strategy is 'full'"),
     "layer": (edited(CONFIG, vision_feature_layer=-5), r"from layer -5 .* tower has 3 "),
     "layers": (edited(CONFIG, vision_feature_layer=[-1, 4]), r"from layer 4 .* tower has 3 "),

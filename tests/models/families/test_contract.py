@@ -1,0 +1,270 @@
+"""What every family keeps, held against stock transformers on tiny checkpoints.
+
+A new family gets these tests for a line in `tests/support/families.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from gc2ray.compression.geometry import LITERAL, NEWLINE, Geometry
+from gc2ray.compression.registry import COMPRESSORS, build
+from gc2ray.compression.views import Views
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.records import ImageRef, Request
+from gc2ray.engine.engine import Engine
+from gc2ray.models import loading
+from gc2ray.models.adapter import LoadedModel, pixel_table
+from gc2ray.models.base import Family, Prompt
+from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.image_processor import Tiles, tile
+from gc2ray.models.llama import unsupported
+from tests.support.families import FAMILIES, Size
+from tests.support.rows import encoded, make_recipe
+
+NEW_TOKENS = 16
+TOLERANCE = 1e-5
+"""Largest difference of logits, float32; those of tiny models are of size 1 to 10."""
+NAMES = sorted(FAMILIES)
+CASES = [(name, size) for name in NAMES for size in FAMILIES[name].sizes]
+PLACED = [method for method in COMPRESSORS if method != "globalcom2-reference"]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's tiny checkpoint, loaded by gc2ray, and stock's processor."""
+
+    loaded: LoadedModel
+    stock: Any
+
+    @property
+    def family(self) -> Family:
+        return self.loaded.adapter.family
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Tiny checkpoints by name, made when they are first asked for."""
+
+    @cache
+    def of(name: str) -> Tiny:
+        directory = tmp_path_factory.mktemp(name)
+        FAMILIES[name].build(directory)
+        loaded = loading.load(str(directory), revision=None, dtype="float32", device="cpu")
+        return Tiny(loaded, FAMILIES[name].stock(directory))
+
+    return of
+
+
+def noise(size: Size, seed: int = 0) -> Image.Image:
+    """An image of random pixels, so that no view equals another."""
+    draw = np.random.default_rng([*size, seed])
+    small = draw.integers(0, 256, (max(1, size[0] // 3), max(1, size[1] // 3), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def row(size: Size, seed: int = 0) -> Request:
+    data = encoded(noise(size, seed))
+    return Request(f"{size}/{seed}", "test", seed, (ImageRef(data),), ("What is it?",))
+
+
+def stock_inputs(found: Tiny, size: Size) -> Any:
+    text = ChatPrompt(found.loaded.processor).render("What is it?")
+    bos = found.loaded.processor.tokenizer.bos_token
+    special = not (bos and text.startswith(bos))
+    return found.stock(
+        images=[noise(size)], text=[text], add_special_tokens=special, return_tensors="pt"
+    )
+
+
+def engine_of(found: Tiny, method: str = "globalcom2", retention: float = 1.0) -> Engine:
+    changes: dict[str, Any] = {
+        "compression__method": method,
+        "compression__retention": retention,
+        "generation__max_new_tokens": NEW_TOKENS,
+    }
+    return Engine(found.loaded, make_recipe("unused", **changes), Cluster(views_per_batch=60))
+
+
+def answered(engine: Engine, rows: list[Request]) -> dict[str, tuple[int, ...]]:
+    """Token ids by row."""
+    answers = list(engine.stream(rows))
+    assert [answer.error for answer in answers] == [None] * len(rows)
+    return {answer.request.row_key: answer.token_ids for answer in answers}
+
+
+def cut_behind_end(tokens: list[int], ends: tuple[int, ...]) -> tuple[int, ...]:
+    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tuple(tokens[:stop])
+
+
+def forward(found: Tiny, prompt: Prompt) -> Tensor:
+    """The model's logits over one of our prompts, (T, vocabulary)."""
+    logits: Tensor = found.loaded.model(inputs_embeds=prompt.embeds[None]).logits[0]
+    return logits
+
+
+def normalised(tiles: Tiles, family: Family) -> Tensor:
+    table, places = pixel_table(family.cropping), torch.from_numpy(tiles.pixels).long()
+    return torch.stack([table[channel][places[..., channel]] for channel in range(3)], dim=1)
+
+
+# --- against stock ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_views_are_those_of_stocks_processor(tiny: Any, name: str, size: Size) -> None:
+    found = tiny(name)
+    pixels = stock_inputs(found, size)["pixel_values"]
+    ours = normalised(tile(noise(size), found.family.cropping), found.family)
+    assert torch.equal(ours, pixels.view(-1, *pixels.shape[-3:]).float()[: len(ours)])
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_the_layout_is_what_stock_writes(tiny: Any, name: str, size: Size) -> None:
+    """Visual tokens and newlines as the model's own placeholder, literals as themselves."""
+    found = tiny(name)
+    expected: list[int] = stock_inputs(found, size)["input_ids"][0].tolist()
+    config = found.loaded.model.config
+    filler = config.image_token_id
+    entries = found.family.geometry(size).entries
+    written = [LITERAL - int(entry) if entry <= LITERAL else filler for entry in entries]
+    ids = ChatPrompt(found.loaded.processor).encode("What is it?")
+    mark = ids.index(found.family.image_token_id)
+    assert [*ids[:mark], *written, *ids[mark + 1 :]] == expected
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+@torch.inference_mode()
+def test_uncompressed_it_equals_stock(tiny: Any, name: str, size: Size) -> None:
+    """Logits of every prompt token behind the image, and the greedy tokens."""
+    found = tiny(name)
+    inputs, engine = stock_inputs(found, size), engine_of(found)
+    theirs = found.loaded.model(**inputs).logits[0]
+    (prompt,) = engine.prompts([row(size)])
+    assert len(prompt) == len(theirs)
+    first = prompt.visual[-1][1] - 1
+    torch.testing.assert_close(
+        forward(found, prompt)[first:], theirs[first:], rtol=0, atol=TOLERANCE
+    )
+    written = found.loaded.model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    tokens = written[0, inputs["input_ids"].shape[1] :].tolist()
+    ours = answered(engine, [row(size)])
+    assert list(ours.values()) == [cut_behind_end(tokens, found.loaded.end_tokens)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["globalcom2", "pool"])
+@torch.inference_mode()
+def test_compressed_it_equals_generate_over_the_same_embeddings(
+    tiny: Any, name: str, method: str
+) -> None:
+    """In one batch of all sizes; alone each gives the same tokens again."""
+    found = tiny(name)
+    rows = [row(size) for size in FAMILIES[name].sizes]
+    engine = engine_of(found, method, 0.25)
+    prompts = engine.prompts(rows)
+    together = answered(engine, rows)
+    for request, prompt in zip(rows, prompts, strict=True):
+        output = found.loaded.model.generate(
+            inputs_embeds=prompt.embeds[None], do_sample=False, max_new_tokens=NEW_TOKENS
+        )
+        expected = cut_behind_end(output[0].tolist(), found.loaded.end_tokens)
+        assert together[request.row_key] == expected
+        engine.clear_cache()
+        assert answered(engine, [request]) == {request.row_key: expected}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decoder_is_the_one_promised(tiny: Any, name: str) -> None:
+    assert (unsupported(tiny(name).loaded.model) is None) == FAMILIES[name].native
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metadata_needs_no_weights_and_says_the_same(tiny: Any, name: str) -> None:
+    found = tiny(name)
+    path = found.loaded.model.config._name_or_path
+    metadata = loading.load_metadata(path, dtype="float32")
+    adapter = found.loaded.adapter
+    assert metadata.shape == adapter.shape
+    assert metadata.shape.needs() == adapter.needs()
+    for size in FAMILIES[name].sizes:
+        assert metadata.family.geometry(size) == found.family.geometry(size)
+        assert metadata.family.cropping.cut(size) == found.family.cropping.cut(size)
+
+
+# --- any size, any method -----------------------------------------------------------------------
+
+edges = st.one_of(st.integers(1, 3000), st.integers(1, 120))
+
+
+def views_of(geometry: Geometry, seed: int) -> Views:
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.randn(geometry.tokens, generator=draw)
+    return Views(torch.randn(geometry.tokens, 3, generator=draw), scores, geometry, (1, 1), seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(size=st.tuples(edges, edges), alone=st.booleans())
+def test_a_geometry_is_consistent(tiny: Any, name: str, size: Size, *, alone: bool) -> None:
+    family = tiny(name).family
+    geometry = family.geometry(size, alone=alone)
+    visual = geometry.entries[geometry.entries >= 0]
+    assert len(set(visual.tolist())) == len(visual)
+    assert geometry.visual_tokens == int(geometry.valid.sum()) > 0
+    assert geometry.thumbnail is None or 0 <= geometry.thumbnail < len(geometry.views)
+    assert geometry is family.geometry(size, alone=alone), "made anew for the same size"
+    assert (geometry.entries == NEWLINE).any() == (geometry.newlines > 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.tuples(edges, edges),
+    retention=st.sampled_from([0.02, 0.1, 0.25, 0.6, 0.95, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_methods_keep_their_promises(
+    tiny: Any, name: str, size: Size, retention: float, seed: int
+) -> None:
+    """No padding, no token twice, every view a token, within the bounds, in reading order."""
+    views = views_of(tiny(name).family.geometry(size), seed)
+    geometry = views.geometry
+    for method in PLACED:
+        compressor = build(method, retention=retention)
+        selection = compressor(views)
+        assert selection.places is not None
+        assert (selection.places.diff() > 0).all()
+        assert torch.equal(selection.entries, views.index.entries[selection.places])
+        tokens = selection.entries[selection.entries >= 0]
+        assert views.index.valid[tokens.long()].all(), f"{method} keeps padding"
+        kept = selection.kept_per_view(geometry)
+        low, high = compressor.bounds(geometry)
+        assert low <= sum(kept) <= high, method
+        if method != "thumbnail":
+            pairs = zip(kept, geometry.valid_per_view, strict=True)
+            assert all((count > 0) == (full > 0) for count, full in pairs), method
+        if retention == 1 and method != "thumbnail":
+            assert len(selection.entries) == len(geometry.entries)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", PLACED)
+def test_several_images_equal_one_by_one(tiny: Any, name: str, method: str) -> None:
+    family = tiny(name).family
+    images = [views_of(family.geometry(size), i) for i, size in enumerate(FAMILIES[name].sizes)]
+    compressor = build(method, retention=0.3)
+    for image, together in zip(images, compressor.many(images), strict=True):
+        alone = compressor(image)
+        assert torch.equal(alone.entries, together.entries)
