@@ -54,8 +54,9 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "granite": (
         GraniteConfig,
         GraniteForCausalLM,
-        {"embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3}
-        | {"logits_scaling": 8.0, "tie_word_embeddings": True},
+        # With larger embeddings, or a tied table, answers repeat the prompt's last token.
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6}
+        | {"logits_scaling": 8.0},
     ),
 }
 PLENTY = DecodeLimits(20_000)
@@ -173,6 +174,8 @@ class Expected:
         if kind not in self._found:
             found = one_by_one(self._models[kind], ragged(self._models[kind]))
             assert len(set(found.values())) > REQUESTS - 5, "answers alike: nothing could fail"
+            different = sum(len({*row}) for row in found.values())
+            assert different > sum(map(len, found.values())) / 2, "tokens repeat"
             self._found[kind] = found
         return self._found[kind]
 
