@@ -84,7 +84,7 @@ def test_an_image_whose_scores_are_not_finite_fails_alone(
             views = super().encode(tiles, seeds)
             for image, view in zip(tiles, views, strict=True):
                 if image.size == SIZES[2]:
-                    view.scores[-1, 3] = value
+                    view.scores[-1] = value
             return views
 
     rows = requests(SIZES[:5])
