@@ -17,6 +17,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
 from gc2ray.core.errors import ConfigError
+from gc2ray.models.checkpoint.description import IMAGE_TOKEN_NAMES
 
 DEFAULT_PLACEHOLDER = "<image>"
 """The placeholder where neither the tokenizer nor the processor names one."""
@@ -115,9 +116,9 @@ def processor_settings(path: str, revision: str | None) -> tuple[dict[str, Any],
 def _assembled(
     tokenizer: Any, images: Any, template: str | None, settings: Mapping[str, Any]
 ) -> Processor:
-    """A processor of its parts; the tokenizer's name of the image token has precedence."""
-    token = getattr(tokenizer, "image_token", None) or settings.get("image_token")
-    token = token or DEFAULT_PLACEHOLDER
+    """A processor of its parts; the tokenizer's name for the placeholder has precedence."""
+    named = (getattr(tokenizer, name, None) for name in IMAGE_TOKEN_NAMES)
+    token = next(filter(None, named), settings.get("image_token")) or DEFAULT_PLACEHOLDER
     token_id = tokenizer.convert_tokens_to_ids(token)
     own = {name: value for name, value in settings.items() if name not in PARTS}
     return Processor(tokenizer, images, template, token, token_id, own)

@@ -1,8 +1,9 @@
 """Model architectures by the `model_type` of their config.
 
 To add one: a family in a file of its own in `families/` (`gc2ray.models.base` says what it has), a
-line in `FAMILIES`, and its rules in `gc2ray.models.checkpoint`. `families/tiny.py` makes tiny
-checkpoints, with which the contract tests compare a family with stock transformers.
+line in `FAMILIES`, the same `model_type` in `checkpoint.consistency.MODEL_TYPES`, and its rules in
+`checkpoint.family_rules.FAMILY_RULES`. The contract tests compare a family's tiny checkpoint with
+stock transformers.
 """
 
 from __future__ import annotations

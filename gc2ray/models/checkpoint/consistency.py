@@ -6,6 +6,8 @@ wrong without any error; such a checkpoint is refused, with both values. Refused
 settings that gc2ray does not follow (quantised weights, rules of `generation_config.json`, steps of
 image processing), and a model without a token that ends an answer.
 
+What the architectures differ in is in `gc2ray.models.checkpoint.family_rules`.
+
 The checks run twice. `check_directory` runs them on the files as they are written, which needs none
 of the model's libraries, so that a driver can check before it starts anything; values that a file
 leaves out are not compared. `gc2ray.models.loading` runs them again with all defaults filled in.
@@ -19,6 +21,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from gc2ray.models.checkpoint.description import (
     number,
     read_checkpoint,
 )
+from gc2ray.models.checkpoint.family_rules import FAMILY_RULES, FamilyRules
 from gc2ray.models.checkpoint.tensors import (
     check_named_once,
     check_unquantised,
@@ -41,20 +45,11 @@ from gc2ray.models.checkpoint.tensors import (
 )
 
 MODEL_TYPES = ("llava_next",)
-"""The keys of `gc2ray.models.registry.FAMILIES`."""
-TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-"""Types of vision towers, and which of a layer's tokens are features: without a class token all."""
+"""The keys of `gc2ray.models.registry.FAMILIES`; each has its `FAMILY_RULES`."""
 CONVERTED = "https://huggingface.co/llava-hf"
-
-DONE_STEPS = frozenset({"do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"})
-"""Steps of image processing that are always done."""
-IDLE_STEPS = frozenset({"do_center_crop"})
-"""Steps that change nothing: a view already has the size that it would be cropped to."""
 COLOURS = 3
 QUANTISATION = ("quantization_config", "compression_config")
 LAYERED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-IMAGE_PROCESSOR = "LlavaNextImageProcessor"
-"""How the types of supported image processors begin; there are several."""
 SLOW_TOKENIZER = (
     "%s is a sentencepiece model without a tokenizer.json: transformers 5 splits some texts "
     "differently than version 4 did, and answers may be worse; make a tokenizer.json with version "
@@ -118,13 +113,24 @@ def _list(value: object) -> Sequence[Any]:
 
 def _problems(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
     """All problems; one that explains others comes first."""
-    for of_the_model in (
-        _architecture, _adapter, _quantisation, _tower, _layers, _placeholder, _processor_type,
-        _geometry, _pinpoints, _colours, _steps, _template,
-    ):  # fmt: skip
-        yield from of_the_model(checkpoint)
-    for of_its_answers in (_table, _ends, _unfollowed):
-        yield from of_its_answers(checkpoint, taken_over)
+    yield from _architecture(checkpoint)
+    rules = FAMILY_RULES[checkpoint.config["model_type"]]
+    yield from chain(
+        _adapter(checkpoint),
+        _quantisation(checkpoint),
+        _tower(checkpoint, rules),
+        _layers(checkpoint),
+        _image_token(checkpoint),
+        _processor_type(checkpoint, rules),
+        _geometry(checkpoint, rules),
+        *(check(checkpoint) for check in rules.checks),
+        _colours(checkpoint),
+        _steps(checkpoint, rules),
+        _template(checkpoint),
+        _table(checkpoint, taken_over),
+        _ends(checkpoint, taken_over),
+        _unfollowed(checkpoint, taken_over),
+    )
 
 
 def _architecture(checkpoint: Checkpoint) -> Iterator[str]:
@@ -163,16 +169,16 @@ def _quantisation(checkpoint: Checkpoint) -> Iterator[str]:
                 )
 
 
-def _tower(checkpoint: Checkpoint) -> Iterator[str]:
+def _tower(checkpoint: Checkpoint, rules: FamilyRules) -> Iterator[str]:
     kind = checkpoint.vision.get("model_type")
-    if kind is not None and kind not in TOWERS:
-        yield f"the vision tower is {kind}; supported: {', '.join(TOWERS)}"
-    strategy = checkpoint.config.get("vision_feature_select_strategy", "default")
-    wanted = TOWERS.get(str(kind), strategy)
-    if strategy != wanted:
+    if kind is not None and kind not in rules.towers:
+        yield f"the vision tower is {kind}, and should be {' or '.join(rules.towers)}"
+    strategy = checkpoint.config.get("vision_feature_select_strategy")
+    wanted = rules.towers.get(str(kind))
+    if None not in (strategy, wanted) and strategy != wanted:
         yield (
-            f"vision_feature_select_strategy is {strategy!r}; a tower of type {kind} needs "
-            f"{wanted!r}, as the other keeps a class token, or drops a patch"
+            f"vision_feature_select_strategy is {strategy!r}, and a tower of type {kind} needs "
+            f"{wanted!r}: the other keeps a class token, or drops a patch"
         )
     layers, named = (
         number(checkpoint.vision.get("num_hidden_layers")),
@@ -186,12 +192,12 @@ def _tower(checkpoint: Checkpoint) -> Iterator[str]:
             )
 
 
-def _placeholder(checkpoint: Checkpoint) -> Iterator[str]:
+def _image_token(checkpoint: Checkpoint) -> Iterator[str]:
     config = checkpoint.config
     named = {key: config[key] for key in IMAGE_TOKEN_KEYS if config.get(key) is not None}
     if len({*map(str, named.values())}) > 1:
         yield f"config.json names two image tokens: {as_json(named)}; leave the wrong one out"
-    own, theirs = checkpoint.placeholder, checkpoint.tokens.get(checkpoint.image_token)
+    own, theirs = checkpoint.config_image_token, checkpoint.tokens.get(checkpoint.image_token)
     if own is not None and theirs is not None and own != theirs:
         yield (
             f"the image token is {own} in config.json "
@@ -208,68 +214,32 @@ def _layers(checkpoint: Checkpoint) -> Iterator[str]:
                 yield f"{location}.{name} in config.json is {as_json(value)}, and should be above 0"
 
 
-def _processor_type(checkpoint: Checkpoint) -> Iterator[str]:
+def _processor_type(checkpoint: Checkpoint, rules: FamilyRules) -> Iterator[str]:
     kind = checkpoint.images.get("image_processor_type")
-    if kind is not None and not str(kind).startswith(IMAGE_PROCESSOR):
+    if kind is not None and not rules.cuts_like(kind):
         yield (
             f"the image processor is {as_json(kind)} (image_processor_type), and images are cut as "
-            f"{IMAGE_PROCESSOR} does; use the processor that it was published with"
+            f"{rules.image_processors[0]} does; use the processor that it was published with"
         )
 
 
-def _geometry(checkpoint: Checkpoint) -> Iterator[str]:
-    side, patch = checkpoint.vision.get("image_size"), checkpoint.vision.get("patch_size")
-    for name, value in (("image_size", side), ("patch_size", patch)):
-        if value is not None and (number(value) or 0) <= 0:
+def _geometry(checkpoint: Checkpoint, rules: FamilyRules) -> Iterator[str]:
+    written = {name: checkpoint.vision.get(name) for name in ("image_size", "patch_size")}
+    for name, value in written.items():
+        if value is not None and (rules.side(value) or 0) <= 0:
             yield f"vision_config.{name} in config.json is {as_json(value)}, and should be pixels"
-    if side is None:
-        return
-    for name in ("size", "crop_size"):
-        for edge in _edges(checkpoint.images.get(name)):
-            if edge != side:
-                yield (
-                    f"the image processor cuts views of {edge} pixels ({name}), the vision tower "
-                    f"takes {side} (vision_config.image_size): correct the wrong one"
-                )
+    side, patch = map(rules.side, written.values())
+    for name, edge in rules.view_sides(checkpoint.images):
+        if side is not None and edge != side:
+            yield (
+                f"the image processor cuts views of {edge} pixels ({name}), the vision tower "
+                f"takes {side} (vision_config.image_size): correct the wrong one"
+            )
     theirs = checkpoint.processor.get("patch_size")
-    if None not in (theirs, patch) and theirs != patch:
+    if None not in (side, theirs, patch) and theirs != patch:
         yield (
             f"patch_size is {as_json(theirs)} in the processor, and {patch} in config.json "
             "(vision_config.patch_size): correct the wrong one"
-        )
-
-
-def _edges(size: object) -> list[object]:
-    """The sides in pixels that an image processor's size names."""
-    if not isinstance(size, dict):
-        return [] if size is None else [size]
-    return [
-        size[name] for name in ("shortest_edge", "height", "width") if size.get(name) is not None
-    ]
-
-
-def _pinpoints(checkpoint: Checkpoint) -> Iterator[str]:
-    grids = []
-    for location, part in (
-        ("config.json", checkpoint.config),
-        ("the image processor", checkpoint.images),
-    ):
-        written = part.get("image_grid_pinpoints")
-        if written is None:
-            continue
-        try:
-            grids.append({(int(height), int(width)) for height, width in written})
-        except (TypeError, ValueError):
-            grids.append({(0, 0)})
-        if not grids[-1] or min(map(min, grids[-1])) <= 0:
-            yield (
-                f"image_grid_pinpoints of {location} is {as_json(written)}, and should be a list "
-                "of [height, width] in pixels"
-            )
-    if len(grids) == 2 and grids[0] != grids[1]:
-        yield (
-            f"image_grid_pinpoints are {as_json(sorted(grids[0]))} in config.json, and "
-            f"{as_json(sorted(grids[1]))} in the image processor: correct the wrong ones"
         )
 
 
@@ -287,11 +257,11 @@ def _colours(checkpoint: Checkpoint) -> Iterator[str]:
             )
 
 
-def _steps(checkpoint: Checkpoint) -> Iterator[str]:
+def _steps(checkpoint: Checkpoint, rules: FamilyRules) -> Iterator[str]:
     for name, value in checkpoint.images.items():
-        if name in DONE_STEPS and value is not None and not value:
+        if name in rules.done_steps and value is not None and not value:
             yield f"the image processor has {name} {as_json(value)}, and it is always done here"
-        elif name.startswith("do_") and name not in DONE_STEPS | IDLE_STEPS and value:
+        elif name.startswith("do_") and name not in rules.done_steps | rules.idle_steps and value:
             yield f"the image processor has {name} {as_json(value)}, which is not done here"
 
 
@@ -312,7 +282,7 @@ def _table(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
             f"the text table has {checkpoint.table_rows} rows in the weights, and {rows} in "
             "config.json (text_config.vocab_size): correct it, or copy the model again"
         )
-    named = [(f"the image token ({checkpoint.image_token})", checkpoint.placeholder)]
+    named = [(f"the image token ({checkpoint.image_token})", checkpoint.config_image_token)]
     named += [("the end of an answer (eos_token_id)", token) for token in checkpoint.ends]
     named += [("recipe.generation.stop_token_ids", token) for token in taken_over.stop_token_ids]
     for what, token in named:

@@ -19,6 +19,9 @@ from gc2ray.core.config.generation import rules_in
 from gc2ray.core.errors import ConfigError, first_line
 
 IMAGE_TOKEN_KEYS = ("image_token_index", "image_token_id")
+"""Keys of config.json for the token that fills an image's place."""
+IMAGE_TOKEN_NAMES = ("context_image_token", "image_token")
+"""How tokenizers name the placeholder of an image; the former is InternVL's."""
 ADDED_TOKENS = '"added_tokens":'
 ADAPTER = "adapter_config.json"
 FILES = (
@@ -76,11 +79,11 @@ class Checkpoint:
 
     @property
     def image_token(self) -> str:
-        """The placeholder of an image in a prompt."""
+        """The placeholder of an image in a rendered prompt."""
         return str(self.processor.get("image_token") or "<image>")
 
     @property
-    def placeholder(self) -> int | None:
+    def config_image_token(self) -> int | None:
         """Id of the image token in `config.json`; None where it is left out."""
         ids = (number(self.config.get(key)) for key in IMAGE_TOKEN_KEYS)
         return next((token_id for token_id in ids if token_id is not None), None)
@@ -178,9 +181,10 @@ def _has_templates(directory: Path) -> bool:
 
 
 def _image_token(tokenizer: Mapping[str, Any]) -> str | None:
-    """The tokenizer's name for the image token; it has precedence over the processor's."""
+    """The tokenizer's name for the placeholder; it has precedence over the processor's."""
     extra = mapping(tokenizer.get("extra_special_tokens"))
-    return _content(tokenizer.get("image_token")) or _content(extra.get("image_token"))
+    named = (_content(tokenizer.get(name) or extra.get(name)) for name in IMAGE_TOKEN_NAMES)
+    return next(filter(None, named), None)
 
 
 def _added_tokens(directory: Path, tokenizer: Mapping[str, Any]) -> dict[str, int]:

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 from gc2ray.core.config.generation import OTHER_SETTINGS, RULES, TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models import loading, registry
-from gc2ray.models.checkpoint.consistency import DONE_STEPS, MODEL_TYPES, check_directory
+from gc2ray.models.checkpoint.consistency import MODEL_TYPES, check_directory
+from gc2ray.models.checkpoint.family_rules import FAMILY_RULES
 from tests.support.model_files import (
     CONFIG,
     GENERATION,
@@ -71,6 +72,7 @@ def shortened(model: Path) -> None:
 
 
 LARGE = 10**6
+DONE_STEPS = FAMILY_RULES["llava_next"].done_steps
 NO_END = all_of(
     edited(GENERATION, eos_token_id=None),
     edited(*TEXT, eos_token_id=None),
@@ -109,7 +111,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edited(CONFIG, compression_config={"quant_method": "compressed-tensors"}),
         r"compression_config \(compressed-tensors\)",
     ),
-    "tower": (edited(*VISION, model_type="dinov2"), "tower is dinov2; supported: clip_vision"),
+    "tower": (edited(*VISION, model_type="dinov2"), "tower is dinov2, and should be clip_vision"),
     "patches": (
         edited(*VISION, model_type="siglip_vision_model"),
         "siglip_vision_model needs 'full'",
