@@ -43,10 +43,10 @@ from gc2ray.models.checkpoint.tensors import (
     table_rows,
     tensor_headers,
 )
+from gc2ray.models.checkpoint.unsupported import said, why_unsupported
 
 MODEL_TYPES = ("llava_next",)
 """The keys of `gc2ray.models.registry.FAMILIES`; each has its `FAMILY_RULES`."""
-CONVERTED = "https://huggingface.co/llava-hf"
 COLOURS = 3
 QUANTISATION = ("quantization_config", "compression_config")
 LAYERED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -134,16 +134,10 @@ def _problems(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
 
 
 def _architecture(checkpoint: Checkpoint) -> Iterator[str]:
-    kind, names = checkpoint.config.get("model_type"), checkpoint.config.get("architectures") or ()
-    if any(key.startswith("mm_") for key in checkpoint.config) or any(
-        str(name).startswith("Llava") and str(name).endswith("ForCausalLM") for name in names
-    ):
-        yield (
-            f"it is in the layout of LLaVA's authors (model_type {as_json(kind)}), which "
-            f"transformers does not load; name its conversion, of those at {CONVERTED}"
-        )
-    elif kind not in MODEL_TYPES:
-        yield f"it is a {kind} model; supported: {', '.join(MODEL_TYPES)}"
+    kind = checkpoint.config.get("model_type")
+    if kind not in MODEL_TYPES or why_unsupported(checkpoint.config):
+        reason = why_unsupported(checkpoint.config) or said(kind)
+        yield f"{reason}; supported: {', '.join(MODEL_TYPES)}"
 
 
 def _adapter(checkpoint: Checkpoint) -> Iterator[str]:

@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "tokenizer": (holding("tokenizer.json", b'{"added_tokens": [}'), "tokenizer.json cannot be"),
     "no type": (edited(CONFIG, model_type=None), "is a None model; supported: llava_next"),
     "list of types": (edited(CONFIG, model_type=["a"]), r"is a \['a'\] model; supported"),
-    "other type": (edited(CONFIG, model_type="llava"), "is a llava model; supported: llava_next"),
+    "other type": (edited(CONFIG, model_type="git"), "is a git model; supported: llava_next"),
     "authors' class": (
         edited(CONFIG, model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"]),
         r"layout of LLaVA's authors \(model_type \"llava_llama\"\).*llava-hf",
