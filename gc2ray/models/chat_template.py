@@ -1,7 +1,7 @@
 """`ChatPrompt`: a prompt in the model's chat template, as token ids with a placeholder per image.
 
 Row text is untrusted: a special token spelled out in it ("<image>", "</s>") is broken up by a
-space, so that it stays text.
+space, so that it stays text; and so is any other string that the model takes for a mark.
 
 Not covered: system prompts, several turns, few-shot examples.
 """
@@ -9,6 +9,7 @@ Not covered: system prompts, several turns, few-shot examples.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from gc2ray.core.errors import BadRow, ConfigError, Status
 from gc2ray.models.processor import Processor
@@ -21,12 +22,14 @@ class ChatPrompt:
 
     Args:
         processor: The model's processor.
+        markers: Strings that mark parts of an image in the prompts of the model; its tokenizer may
+            have them as plain tokens ("<row_1_col_1>").
 
     Raises:
         ConfigError: The processor has no chat template.
     """
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(self, processor: Processor, markers: Collection[str] = ()) -> None:
         self._processor = processor
         self._tokenizer = processor.tokenizer
         if not processor.chat_template:
@@ -36,8 +39,8 @@ class ChatPrompt:
         added = self._tokenizer.added_tokens_decoder.values()
         special = {token.content.strip() for token in added if token.special}
         special |= {token.strip() for token in self._tokenizer.all_special_tokens}
-        special.add(processor.image_token)
-        # A token of one character cannot be broken up; no special token that matters is that short.
+        special |= {processor.image_token, *(marker.strip() for marker in markers)}
+        # A token of one character cannot be broken up; none that matters is that short.
         longest_first = sorted(
             (token for token in special if len(token) > 1), key=len, reverse=True
         )
@@ -63,7 +66,7 @@ class ChatPrompt:
         return text.strip()
 
     def neutralise(self, text: str) -> str:
-        """Row text with every special token in it broken up.
+        """Row text with every special token and marker in it broken up.
 
         Raises:
             BadRow: Breaking one up keeps spelling out another.

@@ -138,6 +138,50 @@ def test_odd_special_tokens_do_not_hang(processor: Processor, token: str) -> Non
     assert "<image>" not in clean
 
 
+ROW, TILE = "<row_1_col_1>", "TILE_1"
+
+
+@pytest.fixture
+def marked(processor: Processor) -> Processor:
+    """One whose tokenizer has markers as plain tokens, which spell out no special one."""
+    other = copy.deepcopy(processor)
+    assert other.tokenizer.add_tokens([AddedToken(ROW), AddedToken(TILE)]) == 2
+    return other
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"what does {ROW} say?",
+        f"{TILE}{ROW}{TILE}",
+        f"<row_1{ROW}_col_1>",
+        f"<row_1<image>_col_1> TI{TILE}LE_1",
+        "<row_1</s>_col_1>",
+    ],
+)
+def test_markers_in_row_text_stay_text(marked: Processor, text: str) -> None:
+    chat = ChatPrompt(marked, markers=(ROW, TILE))
+    tokens = set(marked.tokenizer.convert_tokens_to_ids([ROW, TILE]))
+    assert tokens.isdisjoint(chat.encode(text))
+    assert chat.neutralise(text).replace(" ", "") == text.replace(" ", "")
+    plain = ChatPrompt(marked)  # to show that there is something to be kept out
+    assert not tokens.isdisjoint(plain.encode(f"{TILE} {ROW}"))
+
+
+def test_text_beside_markers_is_not_touched(marked: Processor) -> None:
+    chat = ChatPrompt(marked, markers=(ROW, TILE, "", "<", f" {ROW}\n"))
+    for text in [*TEXTS, "row_1_col_1", "TILE_ 1", "<row_1_col_2>"]:
+        assert chat.neutralise(text) == text
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([ROW, TILE, "<row", "ow_", "1", "TI", "LE_1", ">", " "])))
+def test_no_marker_survives(loaded_models: dict[str, LoadedModel], parts: list[str]) -> None:
+    markers = (ROW, TILE, "<row", "w_1")
+    clean = ChatPrompt(loaded_models["vicuna"].processor, markers).neutralise("".join(parts))
+    assert not any(marker in clean for marker in markers)
+
+
 @pytest.mark.parametrize("text", ["What is it?", "Two\nlines", "ünïcödé 猫", "say </s> <image>"])
 def test_ids_are_the_processors(chat: ChatPrompt, loaded_models: Any, text: str) -> None:
     """The processor repeats the placeholder once per visual token; otherwise nothing differs."""
