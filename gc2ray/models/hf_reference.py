@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     LlavaNextProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,

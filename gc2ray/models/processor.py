@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoTokenizer, ProcessorMixin
+
+# Not from the package itself: there transformers 5.10 to 5.17 have none without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.checkpoint.description import IMAGE_TOKEN_NAMES

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoImageProcessor, AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from gc2ray.core.errors import ConfigError
 from gc2ray.models import loading
