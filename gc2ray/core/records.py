@@ -43,7 +43,7 @@ class Request:
         row_key: Unique in the run, see `gc2ray.core.shards.row_key`.
         source: Path of the source, relative to the input root.
         row: Row number in the source.
-        images: The row's images; length 1 for now. The requests of a row share them.
+        images: The row's images; none for a row of text. The requests of a row share them.
         prompts: The prompt; length 1, or 0 if there is a fault.
         kept_columns: The kept input columns, as Arrow scalars or Python values.
         fault: Why the row cannot be answered, if reading it already showed that.
@@ -114,12 +114,13 @@ class Answer:
     """One answer row; the documentation has a table of the columns.
 
     `kept_per_view` is one list per image, one count per view: the thumbnail first, None where there
-    is none, then the crops. `kept_mask` has a bitmap for each view, in the same order: bit i, from
-    the lowest of the first byte on, is token i in raster order.
+    is none, then the crops. `kept_mask` has a bitmap for each view, in the same order, image after
+    image: bit i, from the lowest of the first byte on, is token i in raster order.
 
     Some fields are not written: `token_ids`; `is_retryable`, set if not the row but the storage of
     its image failed, so that its shard is tried again. Others count in the statistics only:
-    `image_shared`, whether another row had encoded the image; `prompt_tokens_shared`, the number of
+    `images_encoded` and `images_shared`, the row's images that were encoded for it, and those that
+    another row had encoded; `prompt_tokens_shared`, the number of
     prompt tokens that another row had computed; `full_per_view`, as `kept_per_view` before
     compression; `demand`, the work of the answer, and `demand_full`, its work without compression.
     """
@@ -144,7 +145,8 @@ class Answer:
     device: str = ""
     token_ids: tuple[int, ...] = ()
     is_retryable: bool = False
-    image_shared: bool = False
+    images_encoded: int = 0
+    images_shared: int = 0
     prompt_tokens_shared: int = 0
     oom_splits: int = 0
     full_per_view: tuple[tuple[int | None, ...], ...] | None = None

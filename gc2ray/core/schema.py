@@ -113,7 +113,7 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         empty_answers=sum(_is_empty(answer.status, answer.answer) for answer in answers),
         view_tokens_full=_by_view(answer.full_per_view for answer in answers),
         view_tokens_kept=_by_view(answer.kept_per_view for answer in answers),
-        images=sum(answer.demand is not None and not answer.image_shared for answer in answers),
+        images=sum(answer.images_encoded for answer in answers),
         flops=merged(demand.flops for demand in demands),
         flops_full=merged(demand.flops for demand in full),
         cache_read_bytes=sum(demand.cache_read_bytes for demand in demands),
@@ -122,7 +122,7 @@ def stats_of(answers: Sequence[Answer]) -> RunStats:
         audit_uncompressed_ns=merged(audit.stage_ns for audit in audits),
         audit_compressed_ns=merged(audit.own_ns for audit in audits),
         escalation_ns=merged(a.escalation.stage_ns for a in audits if a.escalation is not None),
-        images_shared=sum(answer.image_shared for answer in answers),
+        images_shared=sum(answer.images_shared for answer in answers),
         prompt_tokens_shared=sum(answer.prompt_tokens_shared for answer in answers),
         stage_ns={
             stage: sum(answer.stage_ns.get(stage, 0) for answer in answers) for stage in STAGES

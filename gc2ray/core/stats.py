@@ -76,7 +76,7 @@ class RunStats:
         view_tokens_full: Visual tokens before compression by view: 0 the thumbnail, then crops.
         view_tokens_kept: Visual tokens the language model read, by view.
         images: Images that were decoded and encoded for them.
-        images_shared: Rows whose image another row had decoded and encoded.
+        images_shared: Images of rows that another row had decoded and encoded.
         prompt_tokens: Text, visual and newline tokens the language model read.
         prompt_tokens_shared: Prompt tokens that another row had computed.
         output_tokens: Tokens it wrote.

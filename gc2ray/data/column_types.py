@@ -49,7 +49,12 @@ def is_bytes(kind: pa.DataType) -> bool:
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Whether cells are images: a struct of bytes and path, or one of them; bytes; or a path."""
+    """Whether cells are images: a struct of bytes and path, or one of them; bytes; or a path.
+
+    Or lists of such.
+    """
+    if is_list(kind):
+        return not is_list(kind.value_type) and is_image(kind.value_type)
     if not types.is_struct(kind):
         return is_bytes(kind) or is_text(kind)
     fields = {item.name: item.type for item in kind}
@@ -60,6 +65,8 @@ def is_image(kind: pa.DataType) -> bool:
 
 def carries_bytes(kind: pa.DataType) -> bool:
     """Whether images can be in the cells themselves, and are not only named by a path."""
+    if is_list(kind):
+        return carries_bytes(kind.value_type)
     return is_bytes(kind) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 

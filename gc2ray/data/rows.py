@@ -2,8 +2,6 @@
 
 A row has a request for each of its prompts. A problem of a row becomes a fault of its requests; a
 problem of any file's schema is refused before a row is read.
-
-Not covered: several images in a row.
 """
 
 from __future__ import annotations
@@ -80,25 +78,44 @@ class RowReader:
                 raise ConfigError(f"{message}; expected {expected}")
 
         prompt, image = self._prompt, self._config.image
-        check("image", image, is_image, "a struct of bytes and path, binary, or a path")
-        if not (carries_bytes(columns.field(image).type) or self._config.image_roots):
-            raise ConfigError(
-                f"recipe.input.image_roots: column {image!r} is {columns.field(image).type} in "
-                f"{source}: images by path are read from below image_roots only, and none is "
-                "set; set it to the directories or URLs of the images"
-            )
+        if image is not None:
+            kinds = "a struct of bytes and path, binary, or a path; or a list of them"
+            check("image", image, is_image, kinds)
+            self._check_roots(columns.field(image).type, source)
         if prompt.column is not None:
             several = "string, or list<string> for several prompts per image"
             check("prompt.column", prompt.column, is_prompt, several)
         for name in prompt.columns() if prompt.template is not None else ():
             check("prompt.template", name, reads_as_text, "text, numbers, booleans or times")
 
+    def _images(self, record: Record) -> tuple[ImageRef, ...]:
+        """The images of a row.
+
+        Raises:
+            BadRow: They cannot be read, or are missing.
+        """
+        name = self._config.image
+        if name is None:
+            return ()
+        value = _value(record, name, Status.BAD_IMAGE)
+        if is_list(record[name].type):
+            return _listed(value, name)  # type: ignore[arg-type]  # a list, by its type
+        return (_image(value),)
+
+    def _check_roots(self, kind: pa.DataType, source: str) -> None:
+        if not (carries_bytes(kind) or self._config.image_roots):
+            raise ConfigError(
+                f"recipe.input.image_roots: column {self._config.image!r} is {kind} in {source}: "
+                "images by path are read from below image_roots only, and none is set; set it to "
+                "the directories or URLs of the images"
+            )
+
     def requests(self, source: str, row: int, record: Record) -> Iterator[Request]:
         """The requests of one row; kept columns stay Arrow scalars, so that they do not change."""
         images: tuple[ImageRef, ...] = ()
         trouble: BadRow | None = None
         try:
-            images = (_image(_value(record, self._config.image, Status.BAD_IMAGE)),)
+            images = self._images(record)
         except BadRow as error:
             trouble = error
         prompt = self._prompt
@@ -121,6 +138,22 @@ class RowReader:
                 prompt_index=index,
                 prompt_count=len(texts),
             )
+
+
+def _listed(cells: Sequence[object] | None, name: str) -> tuple[ImageRef, ...]:
+    """The images of a list; none of an empty one.
+
+    Raises:
+        BadRow: The list or an image in it is null.
+    """
+    if cells is None:
+        raise BadRow(
+            Status.BAD_IMAGE, f"image column {name!r} is null; an empty list is a row without image"
+        )
+    for index, cell in enumerate(cells, start=1):
+        if cell is None:
+            raise BadRow(Status.BAD_IMAGE, f"image {index} of {len(cells)} is null")
+    return tuple(map(_image, cells))
 
 
 def _value(record: Record, name: str, status: Status) -> object:

@@ -10,7 +10,7 @@ for every request.
 A failure is recorded in the answer of the row that causes it (`gc2ray.engine.request_state`); a
 lost device raises `EngineDead`.
 
-Not covered: several images or prompts in one request.
+Not covered: several prompts in one request.
 """
 
 from __future__ import annotations
@@ -262,23 +262,27 @@ class Engine:
                 yield self._answered(row, completion)
 
     def _answered(self, row: RequestState, completion: Completion) -> Answer:
-        cached_image = row.cached_image
-        if cached_image is None:
-            raise EngineDead(f"{row.request.row_key} was answered without its image")
-        text_tokens = len(row.token_ids) - 1  # without the image's placeholder
-        kept = cached_image.kept_tokens
-        packed = kept + cached_image.newlines + cached_image.markers
+        images, brought = row.cached_images, row.brought
+        encoded = [image for image, new in zip(images, brought, strict=True) if new]
+        text_tokens = len(row.token_ids) - len(images)  # without the images' placeholders
         tokens = AnswerTokens(
-            views=0 if row.shares_image else cached_image.encoded_views,
-            projected=0 if row.shares_image else packed,
-            prompt=text_tokens + packed,
+            views=sum(image.encoded_views for image in encoded),
+            projected=sum(image.packed_tokens for image in encoded),
+            prompt=text_tokens + sum(image.packed_tokens for image in images),
             output=len(completion.token_ids),
             shared=completion.shared,
         )
-        full = text_tokens + cached_image.full_tokens
-        full += cached_image.full_newlines + cached_image.full_markers
+        before = images[: row.prefix_images]  # what a shared beginning of the prompt ends behind
+        dropped = sum(image.full_length - image.packed_tokens for image in before)
+        uncompressed = replace(
+            tokens,
+            projected=sum(image.full_length for image in encoded),
+            prompt=text_tokens + sum(image.full_length for image in images),
+            shared=tokens.shared and tokens.shared + dropped,
+        )
         shape, per_token = self.model_shape, self._adapter.kv_bytes_per_token
         stages = {"prefill": completion.prefill_ns, "generate": completion.generate_ns}
+        masks = tuple(mask for image in images for mask in image.kept_mask)
         return Answer(
             request=row.request,
             status=Status.OK,
@@ -287,23 +291,24 @@ class Engine:
             finish_reason=completion.finish_reason,
             prompt_tokens=tokens.prompt,
             output_tokens=tokens.output,
-            visual_tokens_full=cached_image.full_tokens,
-            visual_tokens_kept=kept,
-            newline_tokens=cached_image.newlines,
-            newline_tokens_full=cached_image.full_newlines,
-            kept_per_view=(cached_image.kept_per_view,),
+            visual_tokens_full=sum(image.full_tokens for image in images),
+            visual_tokens_kept=sum(image.kept_tokens for image in images),
+            newline_tokens=sum(image.newlines for image in images),
+            newline_tokens_full=sum(image.full_newlines for image in images),
+            kept_per_view=tuple(image.kept_per_view for image in images),
             kv_bytes=(tokens.prompt + tokens.output) * per_token,
-            kv_bytes_full=(full + tokens.output) * per_token,
+            kv_bytes_full=(uncompressed.prompt + tokens.output) * per_token,
             stage_ns={**row.stage_ns, **stages},
             device=self.device,
             token_ids=completion.token_ids,
-            image_shared=row.shares_image,
+            images_encoded=len(encoded),
+            images_shared=len(images) - len(encoded),
             prompt_tokens_shared=completion.shared,
             oom_splits=row.oom_splits + completion.oom_splits,
-            full_per_view=(cached_image.full_per_view,),
-            kept_mask=cached_image.kept_mask if row.request.is_audited else None,
+            full_per_view=tuple(image.full_per_view for image in images),
+            kept_mask=masks if row.request.is_audited else None,
             demand=demand_of(shape, tokens),
-            demand_full=demand_of(shape, tokens.with_more(full - tokens.prompt)),
+            demand_full=demand_of(shape, uncompressed),
         )
 
     def _compression_of(self, request: Request) -> dict[str, Any]:

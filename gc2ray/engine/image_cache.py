@@ -83,6 +83,16 @@ class CachedImage:
         return int(self.key[:14], 16)
 
     @property
+    def packed_tokens(self) -> int:
+        """Tokens that stand in the prompt in the image's place."""
+        return self.kept_tokens + self.newlines + self.markers
+
+    @property
+    def full_length(self) -> int:
+        """Those before compression."""
+        return self.full_tokens + self.full_newlines + self.full_markers
+
+    @property
     def views(self) -> int:
         """Views that are still to be encoded."""
         return 0 if self.tiles is None else len(self.tiles.pixels)
@@ -103,15 +113,23 @@ class CachedImage:
         self.full_markers = geometry.literals
 
 
-def image_key(data: bytes, prompt: str | None = None, policy: str = RECIPES_POLICY) -> str:
+def image_key(
+    data: bytes,
+    prompt: str | None = None,
+    policy: str = RECIPES_POLICY,
+    *,
+    alone: bool = True,
+) -> str:
     """Digest of an image's bytes, and of the prompt where the method reads it.
 
-    Each policy that compresses the same image has a key of its own.
+    Each policy that compresses the same image has a key of its own, and so has an image among
+    several of a prompt, which some models cut otherwise than one that is alone.
     """
     digest = hashlib.blake2b(data, digest_size=16)
     if prompt is not None:
         digest.update(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
-    return digest.hexdigest() + ("" if policy == RECIPES_POLICY else f"/{policy}")
+    among = "" if alone else "/several"
+    return digest.hexdigest() + among + ("" if policy == RECIPES_POLICY else f"/{policy}")
 
 
 class ImageCache:

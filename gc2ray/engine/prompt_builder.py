@@ -3,10 +3,10 @@
 `open` runs on several threads, a row at a time; `encode` runs on one thread for a batch of opened
 rows. On a GPU it has a stream of its own, so that it can run beside the decoder.
 
-Rows with the same image share it: see `gc2ray.engine.image_cache`. Failures are recorded in the
-rows.
+Rows with the same image share it: see `gc2ray.engine.image_cache`. A row may have several images,
+or none. Failures are recorded in the rows.
 
-Not covered: several images or prompts in one request.
+Not covered: several prompts in one request.
 """
 
 from __future__ import annotations
@@ -69,21 +69,20 @@ class PromptBuilder:
         self._image_cache = ImageCache(self._cached_image_bytes)
 
     def open(self, request: Request) -> RequestState:
-        """Read the image, and decode and tile it unless another row did; called on threads."""
+        """Read the images, and decode and tile those that no other row did; called on threads."""
 
         def work(_: Sequence[RequestState]) -> None:
             if request.fault is not None:
                 raise request.fault
-            if len(request.images) != 1 or len(request.prompts) != 1:
-                raise BadRow(Status.FAILED, "a request has one image and one prompt, for now")
-            data = read_bytes(request.images[0], self._images)
-            policy = request.policy
-            reads_prompt = self._policies[policy].compressor.reads_prompt
-            key = image_key(data, request.prompts[0] if reads_prompt else None, policy)
-            row.cached_image, new = self._image_cache.find(key, policy)
-            row.shares_image = not new
-            if new:
-                self._decode(row.cached_image, request, data)
+            if len(request.prompts) != 1:
+                raise BadRow(Status.FAILED, "a request has one prompt, for now")
+            # All are read before any is entered, as others may wait for what is entered.
+            for ref, data in zip(request.images, self._read(request), strict=True):
+                cached_image, new = self._find(request, data)
+                row.cached_images.append(cached_image)
+                row.brought.append(new)
+                if new:
+                    self._decode(cached_image, ref, data, alone=len(request.images) == 1)
 
         started = time.perf_counter_ns()
         row = RequestState(replace(request, images=()))  # encoded bytes are not needed any more
@@ -91,12 +90,33 @@ class PromptBuilder:
         row.stage_ns["image"] = time.perf_counter_ns() - started
         return row
 
-    def _decode(self, cached_image: CachedImage, request: Request, data: bytes) -> None:
+    def _read(self, request: Request) -> list[bytes]:
+        """The bytes of a request's images.
+
+        Raises:
+            BadRow: One cannot be read; the message says which.
+        """
+        read = []
+        for index, ref in enumerate(request.images):
+            try:
+                read.append(read_bytes(ref, self._images))
+            except BadRow as error:
+                raise _of_several(error, index, len(request.images)) from error
+        return read
+
+    def _find(self, request: Request, data: bytes) -> tuple[CachedImage, bool]:
+        """An image of a request, and whether it is new."""
+        reads_prompt = self._policies[request.policy].compressor.reads_prompt
+        prompt = request.prompts[0] if reads_prompt else None
+        key = image_key(data, prompt, request.policy, alone=len(request.images) == 1)
+        return self._image_cache.find(key, request.policy)
+
+    def _decode(
+        self, cached_image: CachedImage, ref: ImageRef, data: bytes, *, alone: bool
+    ) -> None:
         def work(cached_images: Sequence[CachedImage]) -> None:
-            ref = request.images[0]
-            cached_images[0].tiles = tiles_of(
-                data, ref, self._adapter.family.cropping, self._images
-            )
+            cropping = self._adapter.family.cropping
+            cached_images[0].tiles = tiles_of(data, ref, cropping, self._images, alone=alone)
 
         try:
             run_isolated([cached_image], work)
@@ -113,23 +133,27 @@ class PromptBuilder:
         with torch.cuda.stream(self._own_stream()):  # nothing on a CPU
             payers: dict[CachedImage, RequestState] = {}
             for row in rows:
-                if row.cached_image is not None:
-                    row.cached_image.decoded.wait()
-                    if row.cached_image.tiles is not None:
-                        payers.setdefault(row.cached_image, row)
+                for cached_image in row.cached_images:
+                    cached_image.decoded.wait()
+                    if cached_image.tiles is not None:
+                        payers.setdefault(cached_image, row)
             run_isolated(list(payers), lambda cached_images: self._encode(cached_images, payers))
             for cached_image, row in payers.items():
                 row.oom_splits += cached_image.oom_splits
             for row in rows:
-                if row.cached_image is not None and row.cached_image.failure is not None:
-                    self._image_cache.discard(row.cached_image)
-                    row.failure, row.is_retryable = (
-                        row.cached_image.failure,
-                        row.cached_image.is_retryable,
-                    )
+                self._take_failures(row)
             run_isolated([row for row in rows if row.failure is None], self._embed)
             self._now()  # the results are complete before another stream reads them
         return rows
+
+    def _take_failures(self, row: RequestState) -> None:
+        """Fail a row whose image failed; with several, its message says which."""
+        for index, cached_image in enumerate(row.cached_images):
+            if cached_image.failure is not None:
+                self._image_cache.discard(cached_image)
+                if row.failure is None:
+                    row.failure = _of_several(cached_image.failure, index, len(row.cached_images))
+                row.is_retryable |= cached_image.is_retryable
 
     def _encode(
         self, cached_images: Sequence[CachedImage], payers: Mapping[CachedImage, RequestState]
@@ -186,18 +210,20 @@ class PromptBuilder:
 
     def _embed(self, rows: Sequence[RequestState]) -> None:
         for row in rows:
-            cached_image = row.cached_image
-            if cached_image is None or cached_image.packed is None:
-                raise RuntimeError(f"{row.request.row_key} has no image")
-            row.token_ids = self._chat.encode(row.request.prompts[0])
-            prompt = self._adapter.embed(
-                row.token_ids, [cached_image.packed], [cached_image.positions]
-            )
+            packed = [image.packed for image in row.cached_images if image.packed is not None]
+            if len(packed) != len(row.cached_images):
+                raise RuntimeError(f"{row.request.row_key} lacks an image")
+            row.token_ids = self._chat.encode(row.request.prompts[0], len(packed))
+            positions = [image.positions for image in row.cached_images]
+            prompt = self._adapter.embed(row.token_ids, packed, positions)
             row.failure = self._too_long(prompt)
             if row.failure is None:
+                key, images = _prefix(row, self._adapter.family.image_token_id)
+                row.prefix_images = images
                 row.prompt = replace(
                     prompt,
-                    prefix_key=_prefix_key(row, cached_image, prompt),
+                    prefix_key=key,
+                    prefix_images=images,
                     token_ids=tuple(row.token_ids),
                 )
 
@@ -227,13 +253,31 @@ class PromptBuilder:
         return time.perf_counter_ns()
 
 
-def _prefix_key(row: RequestState, cached_image: CachedImage, prompt: Prompt) -> str | None:
-    """Equal for prompts that begin with the same text and image; None where no row shares it."""
-    if cached_image.row_count < 2:
-        return None
-    before = row.token_ids[: prompt.visual[0][0]]
+def _prefix(row: RequestState, placeholder: int) -> tuple[str | None, int]:
+    """The key of a prompt's beginning, and the images in it; None and 0 where no row shares any.
+
+    It is equal for prompts that begin with the same text and images. The beginning ends behind the
+    last of the first images that other rows show, too.
+    """
+    shared = 0
+    for cached_image in row.cached_images:
+        if cached_image.row_count < 2:
+            break
+        shared += 1
+    if not shared:
+        return None, 0
+    marks = [place for place, token in enumerate(row.token_ids) if token == placeholder]
+    before = row.token_ids[: marks[shared - 1]]
     text = hashlib.blake2b(repr(before).encode(), digest_size=8).hexdigest()
-    return f"{cached_image.key}/{text}"
+    keys = "/".join(image.key for image in row.cached_images[:shared])
+    return f"{keys}/{text}", shared
+
+
+def _of_several(failure: BadRow, index: int, count: int) -> BadRow:
+    """A failure of one of a row's images, which its message names where there are several."""
+    if count == 1:
+        return failure
+    return BadRow(failure.status, f"image {index + 1} of {count}: {failure.message}")
 
 
 def load_tiles(ref: ImageRef, cropping: Cropping, policy: ImageLimits) -> Tiles:
@@ -246,7 +290,9 @@ def load_tiles(ref: ImageRef, cropping: Cropping, policy: ImageLimits) -> Tiles:
     return tiles_of(read_bytes(ref, policy), ref, cropping, policy)
 
 
-def tiles_of(data: bytes, ref: ImageRef, cropping: Cropping, policy: ImageLimits) -> Tiles:
+def tiles_of(
+    data: bytes, ref: ImageRef, cropping: Cropping, policy: ImageLimits, *, alone: bool = True
+) -> Tiles:
     """Decode and tile the bytes of an image.
 
     Raises:
@@ -258,4 +304,4 @@ def tiles_of(data: bytes, ref: ImageRef, cropping: Cropping, policy: ImageLimits
         if ref.data is not None or ref.path is None:
             raise
         raise refusal(error.message, ref.path) from error
-    return tile(image, cropping)
+    return tile(image, cropping, alone=alone)

@@ -45,9 +45,10 @@ class RequestState:
 
     Attributes:
         request: The request, without its images once they are read.
-        cached_image: Its image, which other rows may share.
-        shares_image: Whether another row brought that image.
-        token_ids: Token ids of its chat prompt, with the image's placeholder.
+        cached_images: Its images, which other rows may share.
+        brought: Of each image, whether this row brought it.
+        token_ids: Token ids of its chat prompt, with a placeholder for each image.
+        prefix_images: Images in the beginning of its prompt that other rows share.
         prompt: Input of the language model, until the decoder has it.
         failure: Why it cannot be answered.
         is_retryable: Whether the failure may pass, so that its shard is tried again.
@@ -57,9 +58,10 @@ class RequestState:
     """
 
     request: Request
-    cached_image: CachedImage | None = None
-    shares_image: bool = False
+    cached_images: list[CachedImage] = field(default_factory=list)
+    brought: list[bool] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    prefix_images: int = 0
     prompt: Prompt | None = None
     failure: BadRow | None = None
     is_retryable: bool = False
@@ -72,15 +74,15 @@ def views_of(rows: Sequence[RequestState]) -> int:
 
     Rows that share an image are each counted with its views, although it is encoded once.
     """
-    return sum(max(row.cached_image.views if row.cached_image else 0, 1) for row in rows)
+    return sum(max(sum(image.views for image in row.cached_images), 1) for row in rows)
 
 
 def share_time(
     rows: Sequence[RequestState], stage: str, total_ns: int, weights: Sequence[int]
 ) -> None:
-    """Divide a stage's time among rows by weight."""
+    """Divide a stage's time among rows by weight; a row may stand there several times."""
     for row, share in zip(rows, apportion(total_ns, weights), strict=True):
-        row.stage_ns[stage] = share
+        row.stage_ns[stage] = row.stage_ns.get(stage, 0) + share
 
 
 def run_isolated(items: Sequence[U], work: Callable[[Sequence[U]], None]) -> None:

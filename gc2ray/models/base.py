@@ -122,7 +122,9 @@ class Prompt:
         embeds: Embeddings, (T, D).
         visual: Spans (first, stop) of the images in it.
         positions: Position of every token, (T,), or None for 0..T-1.
-        prefix_key: Equal for prompts that start with the same `visual[-1][1]` tokens.
+        prefix_key: Equal for prompts that start with the same `prefix` tokens; None where no
+            other prompt does.
+        prefix_images: Images in that beginning, which ends behind the last of them.
         token_ids: Token ids of the text, with an image's placeholder once; for the repetition
             penalty.
     """
@@ -131,6 +133,7 @@ class Prompt:
     visual: tuple[tuple[int, int], ...] = ()
     positions: Tensor | None = None
     prefix_key: str | None = None
+    prefix_images: int = 0
     token_ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -144,4 +147,6 @@ class Prompt:
     @property
     def prefix(self) -> int:
         """Leading tokens shared by prompts with the same `prefix_key`; 0 without a key."""
-        return self.visual[-1][1] if self.prefix_key is not None else 0
+        if self.prefix_key is None or not self.prefix_images:
+            return 0
+        return self.visual[self.prefix_images - 1][1]

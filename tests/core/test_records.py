@@ -65,6 +65,7 @@ def answered(number: int) -> Answer:
         kv_bytes_full=1000,
         stage_ns=dict.fromkeys(STAGES, 10**number),
         device="cpu",
+        images_encoded=1,
         full_per_view=((30, 40), (), (10,)),
         demand=Demand({"encode": 7, "prefill": 10**number}, 50),
         demand_full=Demand({"encode": 7, "prefill": 3 * 10**number}, 90),
@@ -269,12 +270,12 @@ def test_statistics_of_columns_are_those_of_the_rows(answers: list[Answer]) -> N
 
 
 def test_an_image_that_was_shared_is_counted_once() -> None:
-    answers = [answered(1), replace(answered(2), image_shared=True), failed(3)]
+    answers = [answered(1), replace(answered(2), images_encoded=0, images_shared=1), failed(3)]
     assert (stats_of(answers).images, stats_of(answers).images_shared) == (1, 1)
 
 
 def test_only_unwritten_statistics_are_left_out() -> None:
-    answer = replace(answered(3), image_shared=True, prompt_tokens_shared=2)
+    answer = replace(answered(3), images_encoded=0, images_shared=1, prompt_tokens_shared=2)
     statistics = table_stats(answer_table([answer], KEPT_COLUMNS, PROVENANCE))
     assert {
         item.name

@@ -93,7 +93,7 @@ def test_a_missing_column_is_named_with_its_nearest(tmp_path: Path) -> None:
     ("image", "prompt", "key"),
     [
         ([1], ["q"], "recipe.input.image: column 'image' is int64"),
-        ([[b"x"]], ["q"], "recipe.input.image: column 'image' is list<"),
+        ([[[b"x"]]], ["q"], "recipe.input.image: column 'image' is list<"),
         ([{"data": b"x"}], ["q"], "recipe.input.image: column 'image' is struct<data"),
         ([{"bytes": "eA=="}], ["q"], "recipe.input.image: column 'image' is struct<bytes: string>"),
         ([{"bytes": [1]}], ["q"], "recipe.input.image: column 'image' is struct<bytes: list<"),

@@ -41,7 +41,7 @@ def test_rows_that_show_one_image_share_it_and_answer_the_same(
     answers = answers_of(engine, rows)
     assert [answer.token_ids for answer in answers] == alone
     assert sum(adapter.batches) == 1, "the image was encoded again"
-    assert sorted(answer.image_shared for answer in answers) == [False, True, True, True]
+    assert sorted(answer.images_shared for answer in answers) == [0, 1, 1, 1]
     total = stats_of(answers)
     assert total.images_shared == 3
     assert total.visual_tokens_kept == 4 * (answers[0].visual_tokens_kept or 0)
@@ -134,7 +134,7 @@ def test_a_method_that_reads_the_prompt_shares_nothing(loaded: LoadedModel) -> N
     engine = Engine(watched, recipe, Cluster(), Reading())
     answers = answers_of(engine, rows_of_one_image(3, [*QUESTIONS, QUESTIONS[0]]))
     assert sum(adapter.batches) == 4
-    assert sum(answer.image_shared for answer in answers) == 1
+    assert sum(answer.images_shared for answer in answers) == 1
 
 
 def test_cached_images_stay_within_the_byte_limit() -> None:

@@ -227,7 +227,7 @@ def test_a_failed_image_is_encoded_again_for_later_rows(loaded: LoadedModel) -> 
     assert failed.failure is not None
     adapter.error = None
     later = builder.open(second)  # while the row that failed, and its picture, are still there
-    assert not later.shares_image
+    assert later.brought == [True]
     assert builder.encode([later])[0].prompt is not None
 
 
@@ -236,10 +236,10 @@ def test_a_row_waits_for_the_image_that_another_decodes(
 ) -> None:
     started, go = threading.Event(), threading.Event()
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **named: Any) -> Any:
         started.set()
         assert go.wait(30)
-        return tiles_of(*arguments)
+        return tiles_of(*arguments, **named)
 
     monkeypatch.setattr("gc2ray.engine.prompt_builder.tiles_of", slow)
     builder = make_prompt_builder(loaded)
@@ -248,7 +248,7 @@ def test_a_row_waits_for_the_image_that_another_decodes(
         decoding = pool.submit(builder.open, first)
         assert started.wait(30)
         row = builder.open(second)
-        assert row.shares_image
+        assert row.brought == [False]
         encoding = pool.submit(builder.encode, [row])
         time.sleep(0.05)
         go.set()

@@ -173,5 +173,5 @@ def test_a_bad_row_is_not_retryable(loaded: LoadedModel) -> None:
     (answer,) = make_engine(loaded).stream([replace(request(), prompts=())])
     assert (answer.is_retryable, answer.error) == (
         False,
-        "a request has one image and one prompt, for now",
+        "a request has one prompt, for now",
     )

@@ -103,7 +103,9 @@ class InputConfig(Frozen):
     Attributes:
         uri: Parquet file, directory or glob, local or any fsspec URL; a directory that `datasets`
             has saved; `hf:OWNER/NAME?split=SPLIT`; or a list of these.
-        image: Column of images: struct of bytes and path, binary, or path.
+        image: Column of images: struct of bytes and path, binary, or path; or a list of them for
+            several images a row, where an empty list is a row of text alone. Null: no row has an
+            image.
         prompt: Where the prompt comes from.
         keep: Input columns to copy to the answers; `{answer: reference}` copies the input's
             column `answer` under the name `reference`.
@@ -113,7 +115,7 @@ class InputConfig(Frozen):
     """
 
     uri: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    image: str = "image"
+    image: str | None = "image"
     prompt: PromptConfig
     keep: tuple[str | dict[str, str], ...] = ()
     image_roots: tuple[str, ...] = ()
@@ -158,7 +160,8 @@ class InputConfig(Frozen):
     def columns(self) -> tuple[str, ...]:
         """The input columns that are read."""
         kept = self.kept().values()
-        return tuple(dict.fromkeys([self.image, *self.prompt.columns(), *kept]))
+        images = () if self.image is None else (self.image,)
+        return tuple(dict.fromkeys([*images, *self.prompt.columns(), *kept]))
 
     def kept(self) -> dict[str, str]:
         """Columns that are written back: by the name they are written under, the input's own."""
