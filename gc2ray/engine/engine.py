@@ -77,7 +77,7 @@ class Engine:
         policies: Mapping[str, CompressionConfig] | None = None,
     ) -> None:
         self._adapter: ModelAdapter = loaded.adapter
-        self._chat = ChatPrompt(loaded.processor)
+        self._chat = ChatPrompt(loaded.processor, loaded.adapter.family.markers)
         self._recipe = recipe
         self._sizes = derive_batch_sizes(
             cluster, self._adapter.needs(), memory(self._adapter.device)

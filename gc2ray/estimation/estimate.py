@@ -173,9 +173,11 @@ def estimate_profile(
             str(status): profile.scaled(np.array([b.refused[status] for b in profile.blocks]))
             for status in sorted(profile.refused)
         },
-        images=total(lambda shape: shape.is_new),
-        views=total(lambda shape: shape.is_new * len(shape.geometry.views)),
-        visual_tokens_full=total(lambda shape: shape.geometry.visual_tokens),
+        images=total(lambda shape: len(shape.new)),
+        views=total(lambda shape: sum(len(image.geometry.views) for image in shape.new)),
+        visual_tokens_full=total(
+            lambda shape: sum(image.geometry.visual_tokens for image in shape.images)
+        ),
         text_tokens=total(lambda shape: shape.text_tokens),
         output_tokens=output,
         output_basis=basis,

@@ -24,7 +24,7 @@ from gc2ray.compression.geometry import Geometry
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.intervals import Interval, ratio
-from gc2ray.core.records import Request
+from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import upright_size
@@ -40,20 +40,36 @@ REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
+class ShownImage:
+    """An image of a prompt.
+
+    Attributes:
+        geometry: Its views and layout.
+        leading_tokens: Text tokens of the prompt before it.
+        is_new: No earlier prompt of the block shows it.
+    """
+
+    geometry: Geometry
+    leading_tokens: int
+    is_new: bool
+
+
+@dataclass(frozen=True)
 class PromptShape:
     """The size of a prompt for the model.
 
     Attributes:
-        geometry: Views and layout of its image.
+        images: Its images, in order.
         text_tokens: Its other tokens.
-        leading_tokens: Text tokens before the image.
-        is_new: No earlier prompt of the block shows the same image.
     """
 
-    geometry: Geometry
+    images: tuple[ShownImage, ...]
     text_tokens: int
-    leading_tokens: int
-    is_new: bool
+
+    @property
+    def new(self) -> tuple[ShownImage, ...]:
+        """Images that no earlier prompt of the block shows."""
+        return tuple(image for image in self.images if image.is_new)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +178,9 @@ class _Profiler:
     def __init__(self, recipe: Recipe, model: ModelMetadata) -> None:
         self._model = model
         self._policy = recipe.input.image_limits()
-        self._chat = ChatPrompt(model.family.processor)
+        self._chat = ChatPrompt(model.family.processor, model.family.markers)
         self._constant = recipe.input.prompt.constant
-        self._counted: tuple[int, int] | None = None
+        self._counted: dict[int, tuple[int, list[int]]] = {}
 
     def block(self, requests: Iterator[Request], rows: int) -> SampleBlock:
         prompts: Counter[PromptShape] = Counter()
@@ -180,22 +196,38 @@ class _Profiler:
     def _shape(self, request: Request, seen: dict[bytes, Geometry]) -> PromptShape:
         if request.fault is not None:
             raise request.fault
-        data = read_bytes(request.images[0], self._policy)
-        key = hashlib.blake2b(data, digest_size=16).digest()
+        alone = len(request.images) == 1
+        shown = [self._shown(ref, seen, alone=alone) for ref in request.images]
+        text_tokens, leading = self._text_tokens(request.prompts[0], len(shown))
+        images = tuple(
+            ShownImage(geometry, before, is_new)
+            for (geometry, is_new), before in zip(shown, leading, strict=True)
+        )
+        return PromptShape(images, text_tokens)
+
+    def _shown(
+        self, ref: ImageRef, seen: dict[bytes, Geometry], *, alone: bool
+    ) -> tuple[Geometry, bool]:
+        """An image's geometry, and whether it was not seen before."""
+        data = read_bytes(ref, self._policy)
+        key = hashlib.blake2b(data, digest_size=16).digest() + bytes([alone])
         is_new = key not in seen
         if is_new:
             size = upright_size(data, self._policy)
-            seen[key] = self._model.family.geometry(size)
+            seen[key] = self._model.family.geometry(size, alone=alone)
             if len(seen) > REMEMBERED:
                 del seen[next(iter(seen))]
-        return PromptShape(seen[key], *self._text_tokens(request.prompts[0]), is_new)
+        return seen[key], is_new
 
-    def _text_tokens(self, prompt: str) -> tuple[int, int]:
-        """Text tokens, and those before the image; a constant prompt is counted once."""
-        if self._counted is None or self._constant is None:
-            ids = self._chat.encode(prompt)
-            self._counted = len(ids) - 1, ids.index(self._model.family.image_token_id)
-        return self._counted
+    def _text_tokens(self, prompt: str, images: int) -> tuple[int, list[int]]:
+        """Text tokens, and those before each image; a constant prompt is counted once."""
+        if self._constant is not None and images in self._counted:
+            return self._counted[images]
+        ids, placeholder = self._chat.encode(prompt, images), self._model.family.image_token_id
+        places = [place for place, token in enumerate(ids) if token == placeholder]
+        counted = len(ids) - images, [place - before for before, place in enumerate(places)]
+        self._counted[images] = counted
+        return counted
 
 
 def sample_spans(files: Sequence[SourceFile], rows: int) -> list[Span]:

@@ -200,25 +200,18 @@ class _PromptMeasures:
 
     def at_each_end(self, shape: PromptShape) -> np.ndarray:
         """`_MEASURES` at each end, float64 (3, M)."""
-        bounds = self._bounds_of(shape.geometry)
-        ends = zip(
-            *(_ends(r) for r in (bounds.visual, bounds.newlines, bounds.markers, self._output)),
-            strict=True,
-        )
+        output = _ends(self._output)
         # Whether the beginning of a prompt is computed once or again depends on when rows meet.
         shares = (True, True, False)
         return np.array(
-            [
-                self._one(shape, end, shares=shared and not shape.is_new)
-                for end, shared in zip(ends, shares, strict=True)
-            ]
+            [self._one(shape, end, output[end], shares=shares[end]) for end in range(ENDS)]
         )
 
     def longest(self, shape: PromptShape) -> int:
         """Tokens of a prompt and its answer, at most."""
-        bounds = self._bounds_of(shape.geometry)
-        image = bounds.visual.high + bounds.newlines.high + bounds.markers.high
-        return math.ceil(shape.text_tokens + image) + self._new
+        bounds = [self._bounds_of(image.geometry) for image in shape.images]
+        images = sum(b.visual.high + b.newlines.high + b.markers.high for b in bounds)
+        return math.ceil(shape.text_tokens + images) + self._new
 
     def _bounds_of(self, geometry: Geometry) -> TokenBounds:
         if geometry not in self._bounds:
@@ -227,29 +220,45 @@ class _PromptMeasures:
             )
         return self._bounds[geometry]
 
-    def _one(
-        self, shape: PromptShape, end: tuple[float, float, float, float], *, shares: bool
-    ) -> list[float]:
-        visual, newlines, markers, output = end
-        image = round(visual + newlines + markers)
-        prompt = shape.text_tokens + image
+    def _one(self, shape: PromptShape, end: int, output: float, *, shares: bool) -> list[float]:
+        """`_MEASURES` at one end."""
+        bounds = [self._bounds_of(image.geometry) for image in shape.images]
+        visual, newlines, markers = (
+            [_ends(getattr(each, name))[end] for each in bounds]
+            for name in ("visual", "newlines", "markers")
+        )
+        packed = [round(sum(of_image)) for of_image in zip(visual, newlines, markers, strict=True)]
+        prompt = shape.text_tokens + sum(packed)
         tokens = AnswerTokens(
-            views=len(shape.geometry.views) * shape.is_new,
-            projected=image * shape.is_new,
+            views=sum(len(image.geometry.views) for image in shape.new),
+            projected=sum(
+                count for image, count in zip(shape.images, packed, strict=True) if image.is_new
+            ),
             prompt=prompt,
             output=max(1, round(output)),
-            shared=shape.leading_tokens + image if shares else 0,
+            shared=_shared_tokens(shape, packed) if shares else 0,
         )
         demand = demand_of(self._shape, tokens)
         stages = [float(demand.flops[stage]) for stage in _STAGES]
         too_long = float(self._end_position(shape, prompt) + self._new > self._limit)
-        return [*stages, demand.cache_read_bytes, visual, newlines, prompt, output, 1.0, too_long]
+        counts = [sum(visual), sum(newlines), prompt, output, 1.0, too_long]
+        return [*stages, demand.cache_read_bytes, *counts]
 
     def _end_position(self, shape: PromptShape, prompt: int) -> int:
         """One behind the last position of a prompt."""
         if self._compression.positions == "compact":
             return prompt
-        return shape.text_tokens + len(shape.geometry.entries)
+        return shape.text_tokens + sum(len(image.geometry.entries) for image in shape.images)
+
+
+def _shared_tokens(shape: PromptShape, packed: Sequence[int]) -> int:
+    """Tokens up to the last of the first images that an earlier prompt shows, too."""
+    shared = 0
+    for index, image in enumerate(shape.images):
+        if image.is_new:
+            break
+        shared = image.leading_tokens + sum(packed[: index + 1])
+    return shared
 
 
 def _ends(value: Interval) -> tuple[float, float, float]:

@@ -27,6 +27,7 @@ from gc2ray.estimation.input_profile import (
     InputProfile,
     PromptShape,
     SampleBlock,
+    ShownImage,
     profile_input,
     sample_spans,
 )
@@ -87,11 +88,12 @@ def test_all_rows_are_what_an_engine_finds(
     assert found.refused == {Status.BAD_IMAGE: 2, Status.BAD_PROMPT: 1}
     assert {**found.refused, "ok": found.prompts.total()} == stats.by_status
     shown = found.prompts
-    assert sum(n * s.geometry.visual_tokens for s, n in shown.items()) == (stats.visual_tokens_full)
-    assert sum(n * s.geometry.newlines for s, n in shown.items()) == stats.newline_tokens_full
+    images = [(n, image.geometry) for prompt, n in shown.items() for image in prompt.images]
+    assert sum(n * geometry.visual_tokens for n, geometry in images) == stats.visual_tokens_full
+    assert sum(n * geometry.newlines for n, geometry in images) == stats.newline_tokens_full
     text = stats.prompt_tokens - stats.visual_tokens_kept - stats.newline_tokens
     assert sum(n * s.text_tokens for s, n in shown.items()) == text
-    assert sum(n for s, n in shown.items() if s.is_new) == stats.images == 7
+    assert sum(n * len(s.new) for s, n in shown.items()) == stats.images == 7
     total = found.total(lambda block: block.prompts.total())
     assert total == Interval.exactly(8)
 
@@ -103,7 +105,7 @@ def test_prompts_of_one_row_show_one_image(
     job = make_job(tiny_paths["vicuna"], source, input__prompt={"column": "prompts"})
     found = profile_input(job.recipe, metadata)
     assert found.prompts.total() + found.refused.total() == sum(map(prompts_of, range(20)))
-    assert sum(n for shown, n in found.prompts.items() if shown.is_new) <= 20
+    assert sum(n * len(shown.new) for shown, n in found.prompts.items()) <= 20
 
 
 def test_pixels_are_not_decoded(
@@ -117,7 +119,7 @@ def test_pixels_are_not_decoded(
     pq.write_table(table, tmp_path / "a.parquet")
     found = profile_input(make_job(tiny_paths["vicuna"], tmp_path).recipe, metadata)
     ((shown, count),) = found.prompts.items()
-    assert (shown.geometry, count) == (metadata.family.geometry((200, 300)), 1)
+    assert (shown.images[0].geometry, count) == (metadata.family.geometry((200, 300)), 1)
 
 
 def test_a_sample_is_spread_over_the_input(
@@ -162,7 +164,7 @@ def test_an_input_that_cannot_be_read_is_refused(
 def sampled_profile(rows: int, counts: list[int], each: int) -> InputProfile:
     """Blocks with so many prompts in them."""
     geometry = canvas_geometry(Canvas.from_image_size((100, 100), (1, 2), (6, 6)))
-    shown = PromptShape(geometry, 9, 2, is_new=True)
+    shown = PromptShape((ShownImage(geometry, 2, is_new=True),), 9)
     found = tuple(SampleBlock(each, Counter({shown: count}), Counter()) for count in counts)
     return InputProfile(rows, found)
 
