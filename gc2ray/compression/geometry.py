@@ -198,6 +198,12 @@ class Geometry:
         """Literal tokens of the uncompressed image."""
         return int((self.entries <= LITERAL).sum())
 
+    @cached_property
+    def literal_ids(self) -> tuple[int, ...]:
+        """The different literal tokens of the uncompressed image, by token id."""
+        literals = self.entries[self.entries <= LITERAL]
+        return tuple((LITERAL - np.unique(literals)).tolist())
+
     def thumbnail_first(self, per_view: Sequence[T]) -> tuple[T | None, ...]:
         """What belongs to each view, as the output lists it: thumbnail first, None if none."""
         first = None if self.thumbnail is None else per_view[self.thumbnail]

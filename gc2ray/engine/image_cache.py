@@ -54,6 +54,7 @@ class CachedImage:
         full_newlines: Those before compression.
         markers: Literal tokens around views that stay; they count as text.
         full_markers: Those before compression.
+        marker_ids: Their different token ids.
     """
 
     key: str
@@ -76,6 +77,7 @@ class CachedImage:
     full_newlines: int = 0
     markers: int = 0
     full_markers: int = 0
+    marker_ids: tuple[int, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -111,6 +113,7 @@ class CachedImage:
         self.full_newlines = geometry.newlines
         self.markers = len(selection.entries) - self.kept_tokens - self.newlines
         self.full_markers = geometry.literals
+        self.marker_ids = geometry.literal_ids
 
 
 def image_key(

@@ -225,6 +225,7 @@ class PromptBuilder:
                     prefix_key=key,
                     prefix_images=images,
                     token_ids=tuple(row.token_ids),
+                    marker_ids=tuple({i for image in row.cached_images for i in image.marker_ids}),
                 )
 
     def _too_long(self, prompt: Prompt) -> BadRow | None:

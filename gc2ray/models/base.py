@@ -6,6 +6,7 @@ both. `Prompt` is the input for the language model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ class Family(Protocol):
         image_token_id: Id of an image's placeholder in the chat template's output.
         markers: Texts that stand around views in a prompt; row text must not spell them out.
         tower: Sizes of the vision side.
+        stock_arguments: What transformers' image processor is called with beside the images.
     """
 
     @property
@@ -42,6 +44,8 @@ class Family(Protocol):
     def markers(self) -> tuple[str, ...]: ...
     @property
     def tower(self) -> Tower: ...
+    @property
+    def stock_arguments(self) -> Mapping[str, Any]: ...
 
     def __init__(self, config: Any, processor: Processor) -> None: ...
 
@@ -125,8 +129,8 @@ class Prompt:
         prefix_key: Equal for prompts that start with the same `prefix` tokens; None where no
             other prompt does.
         prefix_images: Images in that beginning, which ends behind the last of them.
-        token_ids: Token ids of the text, with an image's placeholder once; for the repetition
-            penalty.
+        token_ids: Token ids of the text, with an image's placeholder once.
+        marker_ids: The different literal tokens in the images' places.
     """
 
     embeds: Tensor
@@ -135,6 +139,12 @@ class Prompt:
     prefix_key: str | None = None
     prefix_images: int = 0
     token_ids: tuple[int, ...] = ()
+    marker_ids: tuple[int, ...] = ()
+
+    @property
+    def penalised_ids(self) -> tuple[int, ...]:
+        """All tokens that a repetition penalty counts, as stock counts them."""
+        return self.token_ids + self.marker_ids
 
     def __len__(self) -> int:
         return int(self.embeds.shape[0])

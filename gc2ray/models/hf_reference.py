@@ -7,9 +7,10 @@ that gc2ray loaded, without its preprocessing, tower, packing or decoding.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BatchFeature,
     GenerationConfig,
     LlavaNextProcessor,
 )
@@ -29,11 +31,17 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
+from gc2ray.compression.geometry import LITERAL
 from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
 from gc2ray.models.adapter import LoadedModel
+from gc2ray.models.base import Family
 from gc2ray.models.loading import free_device_memory, without_load_report
-from gc2ray.models.processor import processor_settings
+from gc2ray.models.processor import Processor, load_processor, processor_settings
+from gc2ray.models.registry import FAMILIES
+
+Expand = Callable[..., Any]
+"""Makes model inputs of images and text, as transformers' processors do."""
 
 
 def stock_inputs(loaded: LoadedModel, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
@@ -103,15 +111,16 @@ class StockAnswer:
     """Stock's answer to a prompt, on the host.
 
     Attributes:
-        prompt_ids: The prompt's token ids, with the image's placeholder once.
+        expanded_ids: The prompt's token ids, with what stands in the images' places.
         token_ids: The greedy answer, its end included.
         finish_reason: `stop` or `length`.
         text: The answer as its tokenizer writes it, without special tokens.
-        logits: Logits after the image's last token, after every prompt token behind it, and after
-            every token of the answer but the last, (P, vocabulary).
+        logits: Logits after the last image's last token (the first token, where there is none),
+            after every prompt token behind it, and after every token of the answer but the last,
+            (P, vocabulary).
     """
 
-    prompt_ids: tuple[int, ...]
+    expanded_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     finish_reason: str
     text: str
@@ -126,9 +135,13 @@ class StockModel:
     """A checkpoint as transformers itself loads and runs it.
 
     The tokenizer makes the prompt from the chat template in the files; without one there, from its
-    own. Use it in a `with`, which frees the model.
+    own. LLaVA-NeXT's placeholders are expanded by transformers' processor. Those of most other
+    models need torchvision, for videos: there gc2ray expands them, and tower, language model and
+    image processor are stock's. Use it in a `with`, which frees the model.
 
-    Not covered: families other than LLaVA-NeXT, towers without a class token.
+    Attributes:
+        end_tokens: Token ids that end an answer.
+        expands: Whether stock itself expands the placeholders.
 
     Args:
         directory: The checkpoint's directory.
@@ -150,7 +163,12 @@ class StockModel:
             self._model = model.to(settings.device).eval()
             self._tokenizer = tokenizer
             _, self._template = processor_settings(path, None)
-            self._processor = stock_processor(tokenizer, images, model.config)
+            self.expands = model.config.model_type == "llava_next"
+            self._expand: Expand
+            if self.expands:
+                self._expand = stock_processor(tokenizer, images, model.config)
+            else:
+                self._expand = ExpandedInputs(model, load_processor(path, None))
             self._image_token_id = model.config.image_token_id
             self.end_tokens = _end_tokens(directory, tokenizer)
             self._follow(settings)
@@ -192,35 +210,31 @@ class StockModel:
         return next((token for token in special if token.strip() and token.strip() in text), None)
 
     @torch.inference_mode()
-    def answer(self, image: Image.Image, text: str) -> StockAnswer:
-        """The greedy answer to one prompt, and its logits.
+    def answer(self, images: Sequence[Image.Image], text: str) -> StockAnswer:
+        """The greedy answer to one prompt about images, or about none, and its logits.
 
         Raises:
             StockFailed: Transformers cannot run it.
         """
         with _raising_stock_failed():
-            inputs = self._inputs(image, text)
+            inputs = self._inputs(images, text)
             ids: list[int] = inputs["input_ids"][0].tolist()
-            behind = ids[::-1].index(self._image_token_id)
+            behind = ids[::-1].index(self._image_token_id) if images else len(ids) - 1
             output = self._model.generate(**inputs, generation_config=self._rules)
             read = self._model(**inputs, logits_to_keep=behind + 1).logits[0]
         written = [logits.to(read.dtype) for logits in output.logits[1:]]
         token_ids = tuple(output.sequences[0, len(ids) :].tolist())
         answer: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return StockAnswer(
-            prompt_ids=tuple(
-                token
-                for token, before in zip(ids, [None, *ids], strict=False)
-                if token != self._image_token_id or before != token
-            ),
+            expanded_ids=tuple(ids),
             token_ids=token_ids,
             finish_reason="stop" if token_ids[-1] in self._stops else "length",
             text=answer.strip(),
             logits=torch.cat([read, *written]).cpu(),
         )
 
-    def _inputs(self, image: Image.Image, text: str) -> Any:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+    def _inputs(self, images: Sequence[Image.Image], text: str) -> Any:
+        content = [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]
         prompt: str = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self._template,
@@ -228,13 +242,68 @@ class StockModel:
             tokenize=False,
         )
         bos = self._tokenizer.bos_token
-        inputs = self._processor(
-            images=[image],
+        inputs = self._expand(
+            images=[list(images)] if images else None,
             text=[prompt],
             add_special_tokens=not (bos and prompt.startswith(bos)),
             return_tensors="pt",
         )
         return inputs.to(self._model.device, dtype=self._model.dtype)
+
+
+class ExpandedInputs:
+    """Inputs of a stock model whose own processor class cannot be loaded.
+
+    Args:
+        model: The model.
+        processor: Its tokenizer, image processor and chat template.
+    """
+
+    def __init__(self, model: Any, processor: Processor) -> None:
+        self._processor = processor
+        self._family = FAMILIES[model.config.model_type][0](model.config, processor)
+        self._filler = int(model.config.image_token_id)
+        self._takes = set(signature(model.forward).parameters)
+
+    def __call__(
+        self, images: Any, text: Sequence[str], *, add_special_tokens: bool, return_tensors: str
+    ) -> BatchFeature:
+        """The inputs of one prompt, as transformers' processors are called."""
+        given = images[0] if images else []
+        (ids,) = self._processor.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        expanded = torch.tensor([self.expanded(ids, [image.size[::-1] for image in given])])
+        inputs = {"input_ids": expanded, "attention_mask": torch.ones_like(expanded)}
+        if given:
+            pixels = self._processor.image_processor(
+                images=[given], return_tensors=return_tensors, **self._family.stock_arguments
+            )
+            inputs |= {name: value for name, value in pixels.items() if name in self._takes}
+        return BatchFeature(inputs)
+
+    def expanded(self, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Token ids with each placeholder replaced by what stands for its image, of a size."""
+        return expanded_ids(self._family, ids, sizes, self._filler)
+
+
+def expanded_ids(
+    family: Family, ids: Sequence[int], sizes: Sequence[tuple[int, int]], filler: int
+) -> list[int]:
+    """Token ids with each placeholder replaced by what stock writes for its image.
+
+    Args:
+        family: The model's family.
+        ids: A prompt, one placeholder per image.
+        sizes: The images' (height, width), in order.
+        filler: What visual tokens and newlines are in the ids.
+    """
+    remaining, expanded = list(sizes), []
+    for token in ids:
+        if token != family.image_token_id:
+            expanded.append(token)
+            continue
+        entries = family.geometry(remaining.pop(0), alone=len(sizes) == 1).entries.tolist()
+        expanded += [LITERAL - entry if entry <= LITERAL else filler for entry in entries]
+    return expanded
 
 
 @contextmanager

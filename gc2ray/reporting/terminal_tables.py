@@ -300,6 +300,12 @@ def _allowed_differences(parity: Parity) -> str:
     return f", {parity.near_ties} more but for a near tie (allowed)"
 
 
+EXPANDED_HERE = (
+    "  (images' placeholders were expanded by gc2ray in both: transformers' own processor of this "
+    "model needs torchvision)"
+)
+
+
 def _against_stock(parity: Parity) -> list[str]:
     if parity.stock_error is not None:
         return [f"stock transformers cannot run the model: {parity.stock_error}"]
@@ -315,6 +321,7 @@ def _against_stock(parity: Parity) -> list[str]:
     return [
         f"{prompts} prompts at retention 1.0 against stock transformers:",
         f"  prompt tokens: {stock.same_prompts} of {prompts} prompts the same{rest}",
+        *([] if stock.expanded_by_stock else [EXPANDED_HERE]),
         f"  {ends}",
         f"  largest logit difference: {stock.difference:.2e} of the largest logit (allowed "
         f"{TOLERANCE[parity.dtype]:.0e}){stock.where}",

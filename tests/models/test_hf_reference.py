@@ -36,10 +36,10 @@ def test_settings_that_we_ignore_do_not_change_stock(
     model = copy_of(tiny_paths["vicuna"], tmp_path / "model")
     image, settings = picture(SIZES[0]), StockSettings("float32", "cpu", max_new_tokens=4)
     with StockModel(model, settings) as stock:
-        wanted = stock.answer(image, "What is it?")
+        wanted = stock.answer([image], "What is it?")
     rewrite(model / "generation_config.json", **unheard)
     with StockModel(model, settings) as stock:
-        found = stock.answer(image, "What is it?")
+        found = stock.answer([image], "What is it?")
     assert (found.token_ids, found.finish_reason) == (wanted.token_ids, wanted.finish_reason)
     torch.testing.assert_close(found.logits, wanted.logits)
 
@@ -51,7 +51,7 @@ def test_stock_follows_the_models_own_rules(tiny_paths: dict[str, Path], tmp_pat
 
     def first_token(settings: StockSettings) -> int:
         with StockModel(model, settings) as stock:
-            return stock.answer(picture(SIZES[0]), "What is it?").token_ids[0]
+            return stock.answer([picture(SIZES[0])], "What is it?").token_ids[0]
 
     wanted = first_token(settings)
     rewrite(model / "generation_config.json", suppress_tokens=[wanted])

@@ -115,7 +115,7 @@ class GenerateDecoder:
     def _run(self, batch: list[_Item]) -> list[Completion]:
         embeds, mask = _left_padded([prompt.embeds for _, prompt, _ in batch])
         sampler = _RowSampler(
-            [sampling for _, _, sampling in batch], [prompt.token_ids for _, prompt, _ in batch]
+            [sampling for _, _, sampling in batch], [prompt.penalised_ids for _, prompt, _ in batch]
         )
         config = HfGenerationConfig(
             max_new_tokens=max(sampling.max_new_tokens for _, _, sampling in batch),

@@ -84,7 +84,7 @@ class DecodeRow:
     @property
     def had(self) -> tuple[int, ...]:
         """Tokens that the repetition penalty applies to: the prompt's and the answer's so far."""
-        return (*self.prompt.token_ids, *self.tokens) if self.penalised else ()
+        return (*self.prompt.penalised_ids, *self.tokens) if self.penalised else ()
 
     @property
     def penalised(self) -> bool:

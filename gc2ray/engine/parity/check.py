@@ -49,7 +49,13 @@ from gc2ray.models import loading
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.base import Prompt
 from gc2ray.models.checkpoint.fetch import fetch_model
-from gc2ray.models.hf_reference import StockAnswer, StockFailed, StockModel, StockSettings
+from gc2ray.models.hf_reference import (
+    StockAnswer,
+    StockFailed,
+    StockModel,
+    StockSettings,
+    expanded_ids,
+)
 
 STEPS = 2
 """Most steps of a half precision dtype between two logits where answers first differ."""
@@ -103,20 +109,25 @@ class _StockAnswers:
 
     Attributes:
         answers: Answers by row key.
+        sizes: (height, width) of the rows' images, by row key.
         end_tokens: Token ids that end an answer.
         left_out: Rows that stock reads differently on purpose, and why.
+        expands: Whether stock itself expands the placeholders.
         error: Why stock cannot run the model.
     """
 
     answers: dict[str, StockAnswer] = field(default_factory=dict)
+    sizes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     end_tokens: tuple[int, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
+    expands: bool = True
     error: str | None = None
 
 
 def _run_stock(recipe: Recipe, directory: Path, requests: Sequence[Request]) -> _StockAnswers:
     """Load the checkpoint in stock transformers, answer the first prompts, and free it."""
     answers: dict[str, StockAnswer] = {}
+    sizes: dict[str, list[tuple[int, int]]] = {}
     left_out: dict[str, str] = {}
     policy, logit_bytes = recipe.input.image_limits(), 0
     try:
@@ -133,12 +144,13 @@ def _run_stock(recipe: Recipe, directory: Path, requests: Sequence[Request]) -> 
                     continue
                 try:
                     with refusing_unreadable_input():
-                        image = decode(read_bytes(request.images[0], policy), policy)
+                        images = [decode(read_bytes(ref, policy), policy) for ref in request.images]
                 except BadRow:
                     continue  # our engine reports it, too
-                answers[key] = model.answer(image, text)
+                answers[key] = model.answer(images, text)
+                sizes[key] = [(image.height, image.width) for image in images]
                 logit_bytes += answers[key].logits.nbytes
-            return _StockAnswers(answers, model.end_tokens, left_out)
+            return _StockAnswers(answers, sizes, model.end_tokens, left_out, expands=model.expands)
     except StockFailed as error:
         return _StockAnswers(error=str(error))
 
@@ -182,6 +194,7 @@ class _Comparison:
         self.stock_check = StockCheck(
             prompts=len(prompts),
             same_prompts=len(same),
+            expanded_by_stock=self._stock.expands,
             our_ends=self._loaded.end_tokens,
             stock_ends=self._stock.end_tokens,
             difference=difference,
@@ -190,7 +203,10 @@ class _Comparison:
         )
 
     def _is_same_prompt(self, key: str, prompt: Prompt) -> bool:
-        return prompt.token_ids == self._stock.answers[key].prompt_ids
+        family = self._loaded.adapter.family
+        filler = int(self._loaded.model.config.image_token_id)
+        ours = expanded_ids(family, prompt.token_ids, self._stock.sizes[key], filler)
+        return tuple(ours) == self._stock.answers[key].expanded_ids
 
     def _differences(self, prompts: Mapping[str, Prompt]) -> tuple[float, str]:
         """The largest difference of logits, and its position for messages."""
@@ -198,9 +214,9 @@ class _Comparison:
         forced = ForcedDecoder(self._loaded.model)
         for key, prompt in prompts.items():
             stock = self._stock.answers[key]
-            start = prompt.visual[-1][1]
+            start = prompt.visual[-1][1] if prompt.visual else 1
             behind = len(prompt) - start
-            tail = stock.prompt_ids[len(stock.prompt_ids) - behind :]
+            tail = stock.expanded_ids[len(stock.expanded_ids) - behind :]
             written = stock.token_ids[:-1]
             stepped = forced.logits(prompt.until(start), [*tail, *written])
             whole = forced.logits(prompt, written)
@@ -230,7 +246,7 @@ class _Comparison:
         if first >= min(len(ours), len(stock.token_ids)):
             return False
         logits = stock.logits[len(stock.logits) - len(stock.token_ids) + first].tolist()
-        had = {*stock.prompt_ids, *stock.token_ids[:first]}
+        had = {*stock.expanded_ids, *stock.token_ids[:first]}
         return self._tie(logits, had, (stock.token_ids[first], ours[first]))
 
     def _tie(self, logits: Sequence[float], had: Set[int], tokens: tuple[int, int]) -> bool:
@@ -291,7 +307,7 @@ class _Comparison:
             return False
         prompt, common = engine.prompts([pair.request])[0], pair.alone[:first]
         logits = ForcedDecoder(self._loaded.model).logits(prompt, common)[-1].tolist()
-        had = {*prompt.token_ids, *common}
+        had = {*prompt.penalised_ids, *common}
         return self._tie(logits, had, (pair.batched[first], pair.alone[first]))
 
     def _note(self, request: Request, status: Status, message: str | None) -> None:

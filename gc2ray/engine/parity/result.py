@@ -15,6 +15,8 @@ class StockCheck:
     Attributes:
         prompts: Prompts compared.
         same_prompts: Prompts with the same token ids in both.
+        expanded_by_stock: Whether the placeholders of stock's prompts were expanded by its own
+            processor.
         our_ends: Token ids that end our answers.
         stock_ends: Token ids that end stock's answers.
         difference: Largest difference of logits, as a share of the position's largest logit;
@@ -28,6 +30,7 @@ class StockCheck:
 
     prompts: int = 0
     same_prompts: int = 0
+    expanded_by_stock: bool = True
     our_ends: tuple[int, ...] = ()
     stock_ends: tuple[int, ...] = ()
     difference: float = 0.0

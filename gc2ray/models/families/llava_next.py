@@ -9,6 +9,7 @@ Not covered: the feature strategy "full" with a class token, pruned or quantised
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class LlavaNext:
     """Cropping and geometry; see `gc2ray.models.base.Family`."""
 
     markers = ()
+    stock_arguments: Mapping[str, Any] = {}
 
     def __init__(self, config: Any, processor: Processor) -> None:
         vision, images = config.vision_config, processor.image_processor
