@@ -3,7 +3,7 @@
 It brings images of any kind into the form of a job's rows and hands them to the same `Engine`, so
 answers are those that a job with the same recipe gives.
 
-Not covered: several images in one prompt; audits, which belong to jobs.
+Not covered: audits, which belong to jobs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Model:
 
     def answer(
         self,
-        images: ImageInput | Iterable[ImageInput],
+        images: ImageInput | Iterable[ImageInput | Sequence[ImageInput]],
         prompts: str | Iterable[str],
     ) -> list[Answer]:
         """Answer one prompt about one image, or many of them.
@@ -74,7 +74,8 @@ class Model:
         Args:
             images: A PIL image, a path or URL, an image file as bytes or open (it is read from its
                 start), an array of shape (height, width, 3) and dtype uint8, or a struct of bytes
-                and path as in Parquet; or several of these. URLs need a
+                and path as in Parquet; or several of these. A list within the list is several
+                images of one prompt, an empty one is a prompt about no image. URLs need a
                 `recipe.input.image_roots` that covers them.
             prompts: Text, without the model's chat template; or several.
 
@@ -101,7 +102,7 @@ class Model:
             if self._engine is None:
                 self._engine = Engine(self._loaded, self.recipe, self._cluster)
             pairs = enumerate(zip(refs, texts, strict=True))
-            requests = [_request(row, ref, text) for row, (ref, text) in pairs]
+            requests = [_request(row, given, text) for row, (given, text) in pairs]
             try:
                 return answers_in_order(self._engine, requests)
             except BaseException as error:
@@ -191,18 +192,21 @@ def answers_in_order(engine: Engine, requests: Sequence[Request]) -> list[Answer
     return sorted(engine.stream(requests), key=lambda answer: order[answer.request.row_key])
 
 
-def _request(row: int, image: ImageRef | BadRow, prompt: str) -> Request:
+def _request(row: int, given: Sequence[ImageRef | BadRow], prompt: str) -> Request:
     """The pair as a row; its key, and so its seed, is the same in every call."""
-    failure = image if isinstance(image, BadRow) else None
+    failure = next((image for image in given if isinstance(image, BadRow)), None)
     if failure is None and not prompt.strip():
         failure = BadRow(Status.BAD_PROMPT, "the prompt is empty")
-    images = (image,) if isinstance(image, ImageRef) else ()
+    images = tuple(image for image in given if isinstance(image, ImageRef))
     return Request(f"{row}", "", row, images, (prompt,), fault=failure)
 
 
-def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[str]]:
-    """Images and prompts as lists of one length; an image is encoded once."""
-    refs = [_image_ref(image) for image in _as_list(images, _ONE_IMAGE)]
+def _paired(images: Any, prompts: Any) -> tuple[list[list[ImageRef | BadRow]], list[str]]:
+    """The images of each prompt, and prompts, as lists of one length; an image is encoded once."""
+    refs = [
+        [_image_ref(image) for image in (given if isinstance(given, list | tuple) else [given])]
+        for given in _as_list(images, _ONE_IMAGE)
+    ]
     texts = list(_as_list(prompts, (str, *_BYTES, Mapping)))
     for text in texts:
         if not isinstance(text, str):
@@ -213,7 +217,8 @@ def _paired(images: Any, prompts: Any) -> tuple[list[ImageRef | BadRow], list[st
         texts *= len(refs)
     if len(refs) != len(texts):
         raise ValueError(
-            f"{len(refs)} images and {len(texts)} prompts: give one of either, or equally many"
+            f"{len(refs)} images and {len(texts)} prompts: give one of either, or equally many; "
+            "several images of one prompt are a list within the list"
         )
     return refs, texts
 

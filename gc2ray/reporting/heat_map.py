@@ -96,17 +96,21 @@ class Panel:
     webp: bytes
 
 
-def heat_map(token_map: TokenMap) -> bytes:
-    """All four panels as one PNG."""
-    lines = [line for text in token_map.captions for line in textwrap.wrap(_drawable(text), LINE)]
-    panel = _height(token_map, WIDTH_INCHES / 2)
-    size = (WIDTH_INCHES, 2 * (panel + 0.4) + 0.2 * len(lines) + 0.2)
+def heat_map(token_maps: Sequence[TokenMap]) -> bytes:
+    """The four panels of each image of a row as one PNG, with what is said about the row."""
+    texts = [text for token_map in token_maps for text in token_map.captions]
+    lines = [line for text in texts for line in textwrap.wrap(_drawable(text), LINE)]
+    heights = [_height(token_map, WIDTH_INCHES / 2) for token_map in token_maps]
+    size = (WIDTH_INCHES, 2 * sum(height + 0.4 for height in heights) + 0.2 * len(lines) + 0.2)
     figure = Figure(figsize=size, layout="constrained")
     with mpl.rc_context({"text.parse_math": False}):
         figure.suptitle("\n".join(lines), fontsize=10, ha="left", x=0.02)
-        for axes, draw in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
-            axes.set_axis_off()
-            axes.set_title(draw(axes, token_map), fontsize=10)
+        ratios = [height for height in heights for _ in range(2)]
+        grid = figure.subplots(2 * len(token_maps), 2, height_ratios=ratios)
+        for index, token_map in enumerate(token_maps):
+            for axes, draw in zip(grid[2 * index : 2 * index + 2].flat, _PANELS, strict=True):
+                axes.set_axis_off()
+                axes.set_title(draw(axes, token_map), fontsize=10)
         sink = io.BytesIO()
         figure.savefig(sink, format="png", dpi=DOTS, metadata={"Software": None})
     return sink.getvalue()

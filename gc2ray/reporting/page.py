@@ -61,13 +61,14 @@ class RowImages:
     panels: Sequence[tuple[str, str]]
 
     @staticmethod
-    def from_token_map(token_map: TokenMap) -> RowImages:
-        """Draw the panels of a token map."""
+    def from_token_maps(token_maps: Sequence[TokenMap]) -> RowImages:
+        """Draw the panels of a row's token maps, image after image."""
         drawn = [
             (panel.title, f"data:image/webp;base64,{b64encode(panel.webp).decode()}")
+            for token_map in token_maps
             for panel in panels(token_map)
         ]
-        return RowImages(token_map.captions, drawn)
+        return RowImages([line for each in token_maps for line in each.captions], drawn)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Token maps of answered rows: which tokens the recipe's method kept of their images.
 
-The image is read from the input again and goes through the vision tower and the recipe's method.
+The images are read from the input again and go through the vision tower and the recipe's method.
 The result is the one of the run, because the choice depends on the image and the recipe alone. The
 answer and the audit come from the output.
 
@@ -10,7 +10,7 @@ Not covered: methods that read the prompt; outputs whose input has changed since
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
-from gc2ray.core.records import Request
+from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.shards import Integers, Shards, Span
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode
@@ -57,15 +57,15 @@ class RowLocation:
     row: int
 
 
-def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
-    """Token maps of some rows, one by one; the model is loaded once.
+def map_tokens(output: str, keys: Sequence[str]) -> Iterator[list[TokenMap]]:
+    """Token maps of some rows, one for each image, row by row; the model is loaded once.
 
     Args:
         output: Directory or URL.
         keys: The rows' `row_key`.
 
     Raises:
-        ConfigError: There is no such run or row, or an image cannot be read.
+        ConfigError: There is no such run or row, it has no image, or an image cannot be read.
     """
     first = open_first_round(output)
     recipe = first.run.recipe
@@ -75,7 +75,7 @@ def map_tokens(output: str, keys: Sequence[str]) -> Iterator[TokenMap]:
     for location, request in zip(locations, requests, strict=True):
         answer = _answer(latest, first.plan.shards, location, request.row_key)
         captions = [f"{request.row_key}: {request.prompts[0]}", *answer_lines(answer)]
-        yield _token_map(loaded, recipe, request, captions)
+        yield _token_maps(loaded, recipe, request, captions)
 
 
 def _location(this_round: Round, key: str) -> RowLocation:
@@ -97,6 +97,8 @@ def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
         raise ConfigError(f"{key}: the row has no such prompt")
     if requests[0].fault is not None:
         raise ConfigError(f"{key}: {requests[0].fault.message}")
+    if not requests[0].images:
+        raise ConfigError(f"{key}: the row has no image")
     return requests[0]
 
 
@@ -108,19 +110,32 @@ def _shards_of(location: RowLocation, shards: Shards) -> Integers:
     return holders
 
 
+def _token_maps(
+    loaded: LoadedModel, recipe: Recipe, request: Request, captions: Sequence[str]
+) -> list[TokenMap]:
+    """The maps of a row's images; the first has the captions about the row."""
+    count, maps = len(request.images), []
+    for index, ref in enumerate(request.images):
+        try:
+            kept = _token_map(loaded, recipe, ref, alone=count == 1)
+        except (BadRow, ShardError) as error:
+            raise ConfigError(f"{request.row_key}: {error}") from error
+        (line,) = kept.captions
+        which = "" if count == 1 else f"image {index + 1} of {count}: "
+        about = captions if index == 0 else ()
+        maps.append(replace(kept, captions=[*about, f"{which}{line}"]))
+    return maps
+
+
 @torch.inference_mode()
-def _token_map(
-    loaded: LoadedModel, recipe: Recipe, request: Request, captions: list[str]
-) -> TokenMap:
+def _token_map(loaded: LoadedModel, recipe: Recipe, ref: ImageRef, *, alone: bool) -> TokenMap:
     adapter, policy = loaded.adapter, recipe.input.image_limits()
     compressor = CompressionPolicy.from_config(recipe.compression).compressor
-    try:
-        data = read_bytes(request.images[0], policy)
-        image = decode(data, policy)
-    except (BadRow, ShardError) as error:
-        raise ConfigError(f"{request.row_key}: {error}") from error
-    seed = recipe.generation.mixed(CachedImage(image_key(data)).seed)
-    (views,) = adapter.encode([tile(image, adapter.family.cropping)], [seed])
+    data = read_bytes(ref, policy)
+    image = decode(data, policy)
+    seed = recipe.generation.mixed(CachedImage(image_key(data, alone=alone)).seed)
+    tiles = tile(image, adapter.family.cropping, alone=alone)
+    (views,) = adapter.encode([tiles], [seed])
     selection = compressor(views)
     geometry, entries = views.geometry, selection.entries.cpu().numpy()
     kept = np.zeros(geometry.tokens, dtype=bool)
@@ -134,7 +149,7 @@ def _token_map(
         geometry=geometry,
         scores=commander.float().cpu().numpy(),
         kept=kept,
-        captions=[*captions, f"{method}: {int(kept.sum())} of {full} visual tokens kept"],
+        captions=[f"{method}: {int(kept.sum())} of {full} visual tokens kept"],
     )
 
 

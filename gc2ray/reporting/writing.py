@@ -148,4 +148,4 @@ def _row_images(summary: Summary, request: ReportRequest) -> list[RowImages]:
         return []
     from gc2ray.reporting.show import map_tokens
 
-    return [RowImages.from_token_map(each) for each in map_tokens(summary.output, keys)]
+    return [RowImages.from_token_maps(each) for each in map_tokens(summary.output, keys)]

@@ -63,7 +63,8 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     summary, _ = written_report(a_run(folder / "run"))
     pictures = [
-        RowImages.from_token_map(small_token_map(f"d/b.parquet#{row}: what?")) for row in range(2)
+        RowImages.from_token_maps([small_token_map(f"d/b.parquet#{row}: what?")])
+        for row in range(2)
     ]
     found = report([summary], {summary.output: pictures})
     file = folder / "report.html"

@@ -394,8 +394,8 @@ def test_rows_with_token_maps_are_in_the_page(tmp_path: Path) -> None:
     other, _ = written_report(a_run(tmp_path / "two"))
     pictures = {
         summary.output: [
-            RowImages.from_token_map(small_token_map(EVIL)),
-            RowImages.from_token_map(small_token_map("a#2: who?")),
+            RowImages.from_token_maps([small_token_map(EVIL)]),
+            RowImages.from_token_maps([small_token_map("a#2: who?")]),
         ]
     }
     found = report([summary, other], pictures)

@@ -77,10 +77,10 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of letters that no font has
-        drawn = Image.open(io.BytesIO(heat_map(token_map)))
+        drawn = Image.open(io.BytesIO(heat_map([token_map])))
     assert drawn.format == "PNG"
     assert drawn.width > 1000
-    assert heat_map(token_map) == heat_map(token_map)
+    assert heat_map([token_map]) == heat_map([token_map])
     alone = list(panels(token_map))
     assert list(panels(token_map)) == alone
     titles = [
@@ -119,10 +119,10 @@ def test_token_maps_equal_those_of_the_run(answered: Job) -> None:
     store = Store(answered.output)
     rows = read_part(store, store.names("data")[0]).to_pylist()
     unanswered = "odd#1.parquet#3"
-    *found, other = map_tokens(
+    *found, (other,) = map_tokens(
         answered.output, [rows[0]["row_key"], rows[2]["row_key"], unanswered]
     )
-    for row, token_map in zip((rows[0], rows[2]), found, strict=True):
+    for row, (token_map,) in zip((rows[0], rows[2]), found, strict=True):
         assert [mask(view)[:36].tolist() for view in row["kept_mask"]] == (
             token_map.kept.astype(int).reshape(-1, 36).tolist()
         )
@@ -148,7 +148,7 @@ def test_the_latest_answer_is_reported(answered: Job) -> None:
         retry_of([Span(source, fingerprint, row, row + 1) for row in outcomes], 1),
         lambda _, row: [outcomes[row]],
     )
-    good, late = map_tokens(answered.output, ["odd#1.parquet#2", "odd#1.parquet#3"])
+    (good,), (late,) = map_tokens(answered.output, ["odd#1.parquet#2", "odd#1.parquet#3"])
     assert "answer: odd#1.parquet 3 0 of 1" in late.captions
     assert not any("bad in 1" in line for line in good.captions)
 

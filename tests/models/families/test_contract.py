@@ -73,17 +73,22 @@ def noise(size: Size, seed: int = 0) -> Image.Image:
     return Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
-def row(size: Size, seed: int = 0) -> Request:
-    data = encoded(noise(size, seed))
-    return Request(f"{size}/{seed}", "test", seed, (ImageRef(data),), ("What is it?",))
+def row(*sizes: Size) -> Request:
+    """A row with an image of each size."""
+    images = tuple(ImageRef(encoded(noise(size, seed))) for seed, size in enumerate(sizes))
+    return Request(f"{sizes}", "test", 0, images, ("What is it?",))
 
 
-def stock_inputs(found: Tiny, size: Size) -> Any:
-    text = ChatPrompt(found.loaded.processor).render("What is it?")
+def stock_inputs(found: Tiny, *sizes: Size) -> Any:
+    text = ChatPrompt(found.loaded.processor).render("What is it?", len(sizes))
     bos = found.loaded.processor.tokenizer.bos_token
     special = not (bos and text.startswith(bos))
+    images = [noise(size, seed) for seed, size in enumerate(sizes)]
     return found.stock(
-        images=[noise(size)], text=[text], add_special_tokens=special, return_tensors="pt"
+        images=[images] if images else None,
+        text=[text],
+        add_special_tokens=special,
+        return_tensors="pt",
     )
 
 
@@ -144,23 +149,34 @@ def test_the_layout_is_what_stock_writes(tiny: Any, name: str, size: Size) -> No
     assert [*ids[:mark], *written, *ids[mark + 1 :]] == expected
 
 
-@pytest.mark.parametrize(("name", "size"), CASES)
-@torch.inference_mode()
-def test_uncompressed_it_equals_stock(tiny: Any, name: str, size: Size) -> None:
-    """Logits of every prompt token behind the image, and the greedy tokens."""
-    found = tiny(name)
-    inputs, engine = stock_inputs(found, size), engine_of(found)
+def assert_equal_to_stock(found: Tiny, *sizes: Size) -> None:
+    """Logits of every prompt token behind the images, and the greedy tokens."""
+    inputs, engine = stock_inputs(found, *sizes), engine_of(found)
     theirs = found.loaded.model(**inputs).logits[0]
-    (prompt,) = engine.prompts([row(size)])
+    (prompt,) = engine.prompts([row(*sizes)])
     assert len(prompt) == len(theirs)
-    first = prompt.visual[-1][1] - 1
+    first = prompt.visual[0][1] - 1 if sizes else 0
     torch.testing.assert_close(
         forward(found, prompt)[first:], theirs[first:], rtol=0, atol=TOLERANCE
     )
     written = found.loaded.model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
     tokens = written[0, inputs["input_ids"].shape[1] :].tolist()
-    ours = answered(engine, [row(size)])
+    ours = answered(engine, [row(*sizes)])
     assert list(ours.values()) == [cut_behind_end(tokens, found.loaded.end_tokens)]
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+@torch.inference_mode()
+def test_uncompressed_it_equals_stock(tiny: Any, name: str, size: Size) -> None:
+    assert_equal_to_stock(tiny(name), size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [0, 2, 3])
+@torch.inference_mode()
+def test_several_images_and_none_equal_stock(tiny: Any, name: str, count: int) -> None:
+    """A row of text alone has another prompt in some chat templates."""
+    assert_equal_to_stock(tiny(name), *FAMILIES[name].sizes[:count])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,9 +185,9 @@ def test_uncompressed_it_equals_stock(tiny: Any, name: str, size: Size) -> None:
 def test_compressed_it_equals_generate_over_the_same_embeddings(
     tiny: Any, name: str, method: str
 ) -> None:
-    """In one batch of all sizes; alone each gives the same tokens again."""
-    found = tiny(name)
-    rows = [row(size) for size in FAMILIES[name].sizes]
+    """In one batch of all sizes, of several images and none; alone the same tokens again."""
+    found, sizes = tiny(name), FAMILIES[name].sizes
+    rows = [row(), row(*sizes[:2]), row(*sizes[1:4]), *map(row, sizes)]
     engine = engine_of(found, method, 0.25)
     prompts = engine.prompts(rows)
     together = answered(engine, rows)
