@@ -175,6 +175,8 @@ class MaskCompressor(Compressor):
         return reading_order(images, batch.flat(kept))  # padding is never kept
 
     def bounds(self, geometry: Geometry) -> tuple[int, int]:
+        if self.retention == 1:  # padding that stock reads stays, too
+            return geometry.visual_tokens, geometry.visual_tokens
         kept = sum(self.share(tokens) for tokens in geometry.valid_per_view)
         return kept, kept
 

@@ -183,10 +183,17 @@ class Geometry:
         empty = np.array(self.counts) == 0  # there `reduceat` gives the next view's first token
         return tuple(np.where(empty, 0, sums).tolist())
 
+    @cached_property
+    def full_per_view(self) -> tuple[int, ...]:
+        """Tokens of each view in the uncompressed prompt; some models keep padding there."""
+        visual = self.entries[self.entries >= 0]
+        views = np.searchsorted(self.starts, visual, side="right") - 1
+        return tuple(np.bincount(views, minlength=len(self.views)).tolist())
+
     @property
     def visual_tokens(self) -> int:
-        """Valid tokens of all views: what an uncompressed image has."""
-        return sum(self.valid_per_view)
+        """Visual tokens of the uncompressed prompt."""
+        return sum(self.full_per_view)
 
     @cached_property
     def newlines(self) -> int:

@@ -106,7 +106,7 @@ class CachedImage:
         kept = selection.kept_per_view(geometry)
         self.encoded_views, self.full_tokens = len(kept), geometry.visual_tokens
         self.kept_tokens = sum(kept)
-        self.full_per_view = geometry.thumbnail_first(geometry.valid_per_view)
+        self.full_per_view = geometry.thumbnail_first(geometry.full_per_view)
         self.kept_per_view = geometry.thumbnail_first(kept)
         self.kept_mask = geometry.thumbnail_first(selection.bitmaps(geometry))
         self.newlines = int((selection.entries == NEWLINE).sum())

@@ -33,6 +33,7 @@ class ThumbnailOnly(Compressor):
 
     def bounds(self, geometry: Geometry) -> tuple[int, int]:
         if geometry.thumbnail is None:
-            return geometry.visual_tokens, geometry.visual_tokens
+            kept = sum(geometry.valid_per_view)
+            return kept, kept
         kept = geometry.valid_per_view[geometry.thumbnail]
         return kept, kept

@@ -238,7 +238,7 @@ def test_a_geometry_is_consistent(tiny: Any, name: str, size: Size, *, alone: bo
     geometry = family.geometry(size, alone=alone)
     visual = geometry.entries[geometry.entries >= 0]
     assert len(set(visual.tolist())) == len(visual)
-    assert geometry.visual_tokens == int(geometry.valid.sum()) > 0
+    assert geometry.visual_tokens >= sum(geometry.valid_per_view) == int(geometry.valid.sum()) > 0
     assert geometry.thumbnail is None or 0 <= geometry.thumbnail < len(geometry.views)
     assert geometry is family.geometry(size, alone=alone), "made anew for the same size"
     assert (geometry.entries == NEWLINE).any() == (geometry.newlines > 0)
