@@ -364,7 +364,9 @@ class ModelShape:
 
     def to_dict(self) -> dict[str, Any]:
         """The sizes as plain data for JSON."""
-        return asdict(self)
+        data = asdict(self)
+        data["tower"]["layers_behind"] = [list(pair) for pair in self.tower.layers_behind]
+        return data
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ModelShape:
