@@ -66,6 +66,46 @@ def test_image_columns(
     assert [request.images for request in rows] == [(image,) for image in expected]
 
 
+IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.binary()), pa.large_list(pa.binary_view())], ids=str)
+def test_a_list_column_has_several_images_or_none(tmp_path: Path, kind: pa.DataType) -> None:
+    write(tmp_path / "a.parquet", image=pa.array([[b"x", b"y"], [b"z"], []], kind))
+    rows = rows_of(source_of(tmp_path))
+    expected = [(ImageRef(b"x"), ImageRef(b"y")), (ImageRef(b"z"),), ()]
+    assert [request.images for request in rows] == expected
+    assert [request.fault for request in rows] == [None] * 3
+
+
+def test_a_missing_image_of_a_list_costs_its_row(tmp_path: Path) -> None:
+    """Null is not an empty list: answering without an image that was meant would be wrong."""
+    image = {"bytes": b"x", "path": None}
+    write(tmp_path / "a.parquet", image=pa.array([None, [image, None, image], [image]], IMAGES))
+    null, within, good = rows_of(source_of(tmp_path))
+    for request in (null, within):
+        assert request.fault is not None
+        assert request.fault.status is Status.BAD_IMAGE
+    assert "image column 'image' is null; an empty list is a row" in str(null.fault)
+    assert "image 2 of 3 is null" in str(within.fault)
+    assert good.images == (ImageRef(b"x"),)
+
+
+def test_rows_may_have_no_image_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"q": ["Why?", "How?"]}), tmp_path / "a.parquet")
+    source = source_of(tmp_path, image=None, prompt={"column": "q"})
+    rows = rows_of(source)
+    assert [(request.images, request.prompts) for request in rows] == [
+        ((), ("Why?",)), ((), ("How?",))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string())], ids=str)
+def test_lists_of_paths_need_a_root(tmp_path: Path, kind: pa.DataType) -> None:
+    write(tmp_path / "a.parquet", image=pa.array([], kind))
+    assert refusal(source_of(tmp_path)).startswith("recipe.input.image_roots: column 'image' is li")
+
+
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.struct([("path", pa.string())])], ids=str
 )

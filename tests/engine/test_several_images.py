@@ -1,0 +1,124 @@
+"""Rows of several images and of none: what they share, what a bad one costs, what is counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gc2ray.core.config.job import Cluster
+from gc2ray.core.errors import Status
+from gc2ray.core.records import ImageRef, Request
+from gc2ray.core.schema import stats_of
+from gc2ray.models.adapter import LoadedModel
+from tests.support.engines import (
+    NEW_TOKENS,
+    PatientEngine,
+    answers_of,
+    make_engine,
+    tokens_of,
+    with_adapter,
+)
+from tests.support.rows import encoded, make_recipe, picture, request
+
+SIZES = [(40, 300), (100, 200), (90, 90), (200, 60)]
+
+
+def ref(seed: int) -> ImageRef:
+    return ImageRef(encoded(picture(SIZES[seed % 4], seed)))
+
+
+def rows_of(*images: tuple[ImageRef, ...], prompt: str = "What is it?") -> list[Request]:
+    return [
+        replace(request(), row=row, row_key=f"rows#{row}", images=of_row, prompts=(prompt,))
+        for row, of_row in enumerate(images)
+    ]
+
+
+MIXED = [(ref(0), ref(1)), (), (ref(2),), (ref(0), ref(1), ref(3)), (ref(1), ref(0)), (ref(2),) * 2]
+
+
+@pytest.mark.parametrize("retention", [0.25, 1.0])
+def test_a_batch_equals_one_by_one(loaded: LoadedModel, retention: float) -> None:
+    rows = rows_of(*MIXED)
+    together = tokens_of(make_engine(loaded, compression__retention=retention), rows)
+    alone = [
+        tokens_of(make_engine(loaded, compression__retention=retention), [row])[0] for row in rows
+    ]
+    assert together == alone
+    assert len(set(together)) > 3
+
+
+def test_tokens_are_summed_over_images(loaded: LoadedModel) -> None:
+    row, *singles = rows_of((ref(0), ref(1)), (ref(0),), (ref(1),))
+    (answer,) = answers_of(make_engine(loaded), [row])
+    parts = answers_of(make_engine(loaded), singles)
+    assert answer.kept_per_view == tuple(
+        part.kept_per_view[0] for part in parts if part.kept_per_view
+    )
+    for name in ("visual_tokens_full", "visual_tokens_kept", "newline_tokens"):
+        assert getattr(answer, name) == sum(getattr(part, name) for part in parts)
+    assert (answer.images_encoded, answer.images_shared) == (2, 0)
+    (prompt,) = make_engine(loaded).prompts([row])
+    assert answer.prompt_tokens == len(prompt)
+    assert len(prompt.visual) == 2
+
+
+def test_a_row_of_text_has_no_visual_tokens(loaded: LoadedModel) -> None:
+    (answer,) = answers_of(make_engine(loaded), rows_of(()))
+    assert answer.status is Status.OK
+    assert (answer.visual_tokens_full, answer.visual_tokens_kept) == (0, 0)
+    assert answer.retention_actual is None
+    assert answer.kept_per_view == ()
+    assert answer.demand is not None
+    assert answer.demand.flops["encode"] == answer.demand.flops["compress"] == 0
+    statistics = stats_of([answer])
+    assert (statistics.images, statistics.retention) == (0, {})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [ImageRef(b"no image"), ImageRef(path="/etc/passwd"), ImageRef()],
+    ids=["bytes", "path", "none"],
+)
+def test_a_bad_image_costs_its_row_and_is_named(loaded: LoadedModel, bad: ImageRef) -> None:
+    """Also where the row's other images are those of good rows."""
+    rows = rows_of((ref(0), bad, ref(1)), (ref(0),), (ref(1), ref(2)))
+    answers = answers_of(make_engine(loaded), rows)
+    assert [answer.status for answer in answers] == [Status.BAD_IMAGE, Status.OK, Status.OK]
+    assert (answers[0].error or "").startswith("image 2 of 3: ")
+    wanted = tokens_of(make_engine(loaded), rows[1:])
+    assert [answer.token_ids for answer in answers[1:]] == wanted
+
+
+def test_an_image_is_encoded_once_wherever_it_stands(loaded: LoadedModel) -> None:
+    watched, adapter = with_adapter(loaded)
+    answers = answers_of(make_engine(watched), rows_of(*MIXED))
+    # Images 0, 1 and 3 among several; image 2 alone, and among several.
+    assert sum(adapter.batches) == 5
+    assert sum(answer.images_encoded for answer in answers) == 5
+    assert sum(answer.images_shared for answer in answers) == sum(map(len, MIXED)) - 5
+
+
+def test_prompts_share_what_stands_up_to_the_first_images(loaded: LoadedModel) -> None:
+    """The same picture first, then another: everything up to the first one is shared."""
+    engine = PatientEngine(
+        loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
+    )
+    rows = rows_of((ref(0), ref(1)), (ref(0), ref(2)), (ref(0), ref(3)))
+    engine.rows = 3
+    answers = answers_of(engine, rows)
+    (prompt,) = make_engine(loaded).prompts(rows[:1])
+    shared = sorted(answer.prompt_tokens_shared for answer in answers)
+    assert shared == [0, prompt.visual[0][1], prompt.visual[0][1]]
+    assert [answer.token_ids for answer in answers] == tokens_of(make_engine(loaded), rows)
+
+
+def test_the_second_image_is_not_shared_behind_another_first(loaded: LoadedModel) -> None:
+    engine = PatientEngine(
+        loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
+    )
+    engine.rows = 2
+    answers = answers_of(engine, rows_of((ref(1), ref(0)), (ref(2), ref(0))))
+    assert [answer.prompt_tokens_shared for answer in answers] == [0, 0]
+    assert sum(answer.images_encoded for answer in answers) == 3
