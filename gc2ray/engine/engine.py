@@ -373,6 +373,6 @@ def load_recipe_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: Non
         revision=None,
         dtype=recipe.model.dtype,
         device=device,
-        taken_over=recipe.generation.taken_over(),
+        taken_over=recipe.taken_over(),
     )
     return replace(loaded, digest=fetched.digest)

@@ -130,7 +130,7 @@ def estimate_run(
     model = load_metadata(
         str(fetch_metadata(recipe.model)),
         dtype=recipe.model.dtype,
-        taken_over=recipe.generation.taken_over(),
+        taken_over=recipe.taken_over(),
     )
     profile = profile_input(recipe, model, rows, progress or (lambda _: None))
     return estimate_profile(profile, model, job, hardware, assumptions)

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gc2ray.compression.geometry import LITERAL, NEWLINE
+from gc2ray.compression.geometry import LITERAL, NEWLINE, Geometry
+from gc2ray.compression.geometry_index import geometry_index
 from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
+from gc2ray.core.config.compression import Score
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.models.base import Family, Prompt, VisionSide
 from gc2ray.models.image_processor import Cropping, Tiles
@@ -32,6 +34,7 @@ class ModelAdapter:
         model: The transformers model.
         family: Its family.
         vision: Its vision side.
+        score: How its vision side scores patches.
 
     Attributes:
         family: The model's family.
@@ -42,8 +45,9 @@ class ModelAdapter:
         kv_bytes_per_token: Bytes of KV cache of one token over all layers.
     """
 
-    def __init__(self, model: Any, family: Family, vision: VisionSide) -> None:
+    def __init__(self, model: Any, family: Family, vision: VisionSide, score: Score) -> None:
         self.family = family
+        self._standardised = score != "class_token"
         self._vision = vision
         parameters = list(model.parameters())
         self._weights = sum(parameter.nbytes for parameter in parameters)
@@ -76,9 +80,21 @@ class ModelAdapter:
         views = []
         for image, own, rated, seed in zip(tiles, features, scores, seeds, strict=True):
             geometry = self.family.geometry(image.size, alone=image.alone)
-            flat = self._vision.arranged(own, rated, geometry)
-            views.append(Views(*flat, geometry, image.size, seed))
+            flat = self._vision.arranged(own, rated, geometry, image.size)
+            views.append(self._views(*flat, geometry, image, seed))
         return views
+
+    def _views(
+        self, features: Tensor, scores: Tensor, geometry: Geometry, image: Tiles, seed: int
+    ) -> Views:
+        """An encoded image. Scores are standardised over it, unless they are the class token's.
+
+        GlobalCom²'s temperature was tuned to the class token's logits. Other scores have other
+        scales: softmaxed ones would give every crop the same budget, whatever the image shows.
+        """
+        if self._standardised:
+            scores = standardised(scores, geometry_index(geometry, scores.device).valid)
+        return Views(features, scores, geometry, image.size, seed)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Bytes to normalised values by table, on the device: bit-equal to the processor's."""
@@ -178,6 +194,13 @@ def _gathered(views: Views, selection: Selection) -> Tensor:
     if selection.features is not None:
         features = selection.features.to(features.dtype)
     return features.index_select(0, selection.entries.clamp_min(0))
+
+
+def standardised(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores of an image, (N,), less the mean of its valid tokens, over their deviation."""
+    own = scores[valid]
+    deviation = own.std(correction=0).clamp_min(torch.finfo(scores.dtype).eps)
+    return (scores - own.mean()) / deviation
 
 
 def pixel_table(cropping: Cropping) -> Tensor:

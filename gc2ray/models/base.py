@@ -6,19 +6,22 @@ both. `Prompt` is the input for the language model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from gc2ray.compression.geometry import Geometry
+from gc2ray.core.config.compression import Score
 from gc2ray.models.image_processor import Cropping
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import ModelShape, Tower
 
 
-class Family(Protocol):
+class Family(ABC):
     """A model architecture without weights: how images become views, and how prompts hold them.
 
     Args:
@@ -29,26 +32,22 @@ class Family(Protocol):
         cropping: How images are cut into views.
         processor: Tokenizer and chat template.
         image_token_id: Id of an image's placeholder in the chat template's output.
-        markers: Texts that stand around views in a prompt; row text must not spell them out.
         tower: Sizes of the vision side.
+        markers: Texts that stand around views in a prompt; row text must not spell them out.
         stock_arguments: What transformers' image processor is called with beside the images.
     """
 
-    @property
-    def cropping(self) -> Cropping: ...
-    @property
-    def processor(self) -> Processor: ...
-    @property
-    def image_token_id(self) -> int: ...
-    @property
-    def markers(self) -> tuple[str, ...]: ...
-    @property
-    def tower(self) -> Tower: ...
-    @property
-    def stock_arguments(self) -> Mapping[str, Any]: ...
+    cropping: Cropping
+    processor: Processor
+    image_token_id: int
+    tower: Tower
+    markers: tuple[str, ...] = ()
+    stock_arguments: Mapping[str, Any] = MappingProxyType({})
 
+    @abstractmethod
     def __init__(self, config: Any, processor: Processor) -> None: ...
 
+    @abstractmethod
     def geometry(self, size: tuple[int, int], *, alone: bool = True) -> Geometry:
         """Views and layout of an image.
 
@@ -58,25 +57,28 @@ class Family(Protocol):
         """
 
 
-class VisionSide(Protocol):
+class VisionSide(ABC):
     """Vision tower and projector of a loaded model.
 
     Args:
         model: The transformers model.
         family: Its family.
+        score: How patches are scored (`gc2ray.models.layers.scores`).
 
     Attributes:
         newline: The learned newline vector (D,), or None where the model has none.
     """
 
-    @property
-    def newline(self) -> Tensor | None: ...
+    newline: Tensor | None = None
 
-    def __init__(self, model: Any, family: Any) -> None: ...
+    @abstractmethod
+    def __init__(self, model: Any, family: Any, score: Score) -> None: ...
 
+    @abstractmethod
     def freeze(self) -> None:
         """Optimise for inference; weights must not change afterwards."""
 
+    @abstractmethod
     def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Run the tower over normalised views.
 
@@ -88,19 +90,23 @@ class VisionSide(Protocol):
         """
 
     def arranged(
-        self, features: Tensor, scores: Tensor, geometry: Geometry
+        self, features: Tensor, scores: Tensor, geometry: Geometry, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Features and scores of an image's views as the tokens of its geometry.
+        """Features and scores of an image's views as the tokens of its geometry: view after view.
 
         Args:
             features: (V, N, D).
             scores: (V, N).
             geometry: The image's.
+            size: The image's height and width in pixels.
 
         Returns:
             (tokens, D) and (tokens,).
         """
+        del size
+        return features.reshape(geometry.tokens, -1), scores.reshape(geometry.tokens)
 
+    @abstractmethod
     def project(self, features: Tensor) -> Tensor:
         """Kept tokens, (K, D), as the language model reads them, (K, D_text); a new tensor."""
 

@@ -64,7 +64,7 @@ def load(
         model = _whole_model(checkpoint, path, revision, getattr(torch, dtype))
     model.to(device).eval()
     with _loading(path):
-        adapter = adapter_of(model, processor)
+        adapter = adapter_of(model, processor, taken_over.score)
         adapter.freeze()
     return LoadedModel(model, processor, adapter, checkpoint.ends)
 
@@ -85,7 +85,7 @@ def load_metadata(path: str, *, dtype: str, taken_over: TakenOver = NOTHING) -> 
     with _loading(path):
         _, config, processor = _described(path, None, taken_over, weights=False)
         itemsize = getattr(torch, dtype).itemsize
-        return metadata_of(config, processor, itemsize)
+        return metadata_of(config, processor, itemsize, taken_over.score)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from gc2ray.core.config.compression import Score
+from gc2ray.core.errors import ConfigError
 from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.base import Family, ModelMetadata, VisionSide
 from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
@@ -24,15 +26,22 @@ FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
 }
 
 
-def metadata_of(config: Any, processor: Processor, itemsize: int) -> ModelMetadata:
+def metadata_of(
+    config: Any, processor: Processor, itemsize: int, score: Score | None = None
+) -> ModelMetadata:
     """A model without its weights.
 
     Args:
         config: The model's config.
         processor: The model's processor.
         itemsize: Bytes of a weight.
+        score: As in `adapter_of`.
+
+    Raises:
+        ConfigError: The tower cannot score patches so.
     """
     family = FAMILIES[config.model_type][0](config, processor)
+    chosen_score(family, score)
     return ModelMetadata(ModelShape.of(family.tower, config, itemsize, _parameters(config)), family)
 
 
@@ -43,8 +52,32 @@ def _parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def adapter_of(model: Any, processor: Processor) -> ModelAdapter:
-    """The adapter of a transformers model of a supported architecture."""
+def adapter_of(model: Any, processor: Processor, score: Score | None = None) -> ModelAdapter:
+    """The adapter of a transformers model of a supported architecture.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        score: How patches are scored; None: as the family does by default.
+
+    Raises:
+        ConfigError: The tower cannot score them so.
+    """
     family_class, vision_class = FAMILIES[model.config.model_type]
     family = family_class(model.config, processor)
-    return ModelAdapter(model, family, vision_class(model, family))
+    chosen = chosen_score(family, score)
+    return ModelAdapter(model, family, vision_class(model, family, chosen), chosen)
+
+
+def chosen_score(family: Family, score: Score | None) -> Score:
+    """How a family's patches are scored: as asked, or the paper's way for its tower.
+
+    Raises:
+        ConfigError: The tower has no class token to score by.
+    """
+    if score == "class_token" and not family.tower.class_token:
+        raise ConfigError(
+            "recipe.compression.score: the model's vision tower has no class token; leave the "
+            "setting out, or choose mean_distance, mean_query, received or distinct"
+        )
+    return score or ("class_token" if family.tower.class_token else "mean_distance")

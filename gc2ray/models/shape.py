@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model"})
-"""Model types of towers with a class token beside the patches, and a norm before the layers."""
+CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "internvl_vision"})
+"""Model types of towers with a class token beside the patches."""
 
 
 GPU_TOWER_VIEWS, CPU_TOWER_VIEWS = 32, 8

@@ -262,7 +262,7 @@ def _check_recipe(recipe: Recipe) -> None:
         ConfigError: The message names the setting.
     """
     recipe.compression.check_source()
-    check_model(recipe.model, recipe.generation.taken_over())
+    check_model(recipe.model, recipe.taken_over())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from gc2ray.compression.selection import OriginalPositions, everything
 from gc2ray.core.config.input import ImageLimits
@@ -30,7 +30,6 @@ from gc2ray.models.hf_reference import stock_generate, stock_inputs
 from gc2ray.models.image_processor import tile
 from gc2ray.models.layers.cpu_attention import compiled_kernel
 from gc2ray.models.layers.linear import packed_module
-from gc2ray.models.layers.scores import ScoreInputs, class_token
 from gc2ray.models.layers.tower import _FeedForward, _replacement, _ViewAttention
 from gc2ray.models.registry import adapter_of
 from tests.support.greedy import plain_greedy
@@ -226,23 +225,6 @@ def test_views_equal_the_stock_tower(loaded_models: dict[str, LoadedModel]) -> N
                 inputs["pixel_values"], inputs["image_sizes"]
             )
             torch.testing.assert_close(ours, stock.pooler_output[0], rtol=0, atol=1e-5)
-
-
-def test_scores_are_the_class_tokens_attention_logits() -> None:
-    """Against the definition: queries and keys of every head, scaled, averaged over heads."""
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4)
-    layer = CLIPEncoderLayer(config)
-    for parameter in layer.parameters():  # biases too: fresh ones are zero and would hide
-        torch.nn.init.normal_(parameter, std=0.5)
-    state = torch.randn(3, 37, 32)
-    with torch.inference_mode():
-        x = layer.layer_norm1(state)
-        attention = layer.self_attn
-        query = attention.q_proj(x).view(3, 37, 4, 8).transpose(1, 2)
-        key = attention.k_proj(x).view(3, 37, 4, 8).transpose(1, 2)
-        logits = (query @ key.transpose(2, 3) * attention.scale).mean(dim=1)[:, 0, 1:]
-        inputs = ScoreInputs(layer, state, state[:, 1:], class_token=True)
-        torch.testing.assert_close(class_token(inputs), logits, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

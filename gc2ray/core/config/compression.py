@@ -50,6 +50,9 @@ class CompressionConfig(Frozen):
             paper, all, or none. Models without learned newlines have none to set.
         markers: Which of the text tokens around views stay (`<row_1_col_2>` and the like, in models
             that have them): all, or those of views that keep a token.
+        score: How patches are scored (`class_token`, `mean_distance`, `mean_query`, `received`,
+            `distinct`; the methods' page defines them). Null: `class_token` where the vision tower
+            has one, else `mean_distance`.
         allow_code: Whether `method` may be `package.module:Class`, whose code is then run.
         source_sha256: Digest of the source file of a method that is not gc2ray's. None: it is
             filled in when the recipe is read. A changed source is a different recipe.
@@ -61,6 +64,7 @@ class CompressionConfig(Frozen):
     positions: Positions = "compact"
     newlines: Newlines = "kept_rows"
     markers: Markers = "all"
+    score: Score | None = None
     allow_code: bool = Field(default=False, strict=True)
     source_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from gc2ray.core.config.compression import Score
 from gc2ray.core.config.yaml_models import (
     Frozen,
     unknown_key,
@@ -112,10 +113,12 @@ class TakenOver:
     Attributes:
         rules: Names of generation rules.
         stop_token_ids: Tokens that end an answer, beside the model's own.
+        score: How patches are scored; None: as the model's family does.
     """
 
     rules: frozenset[str] = frozenset()
     stop_token_ids: tuple[int, ...] = ()
+    score: Score | None = None
 
 
 def rules_in(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from gc2ray.core.config.compression import CompressionConfig
-from gc2ray.core.config.generation import GenerationConfig
+from gc2ray.core.config.generation import GenerationConfig, TakenOver
 from gc2ray.core.config.input import InputConfig
 from gc2ray.core.config.locations import (
     is_url,
@@ -113,6 +114,10 @@ class Recipe(Frozen):
             f"retention {retention:g}": self.compression.model_copy(update={"retention": retention})
             for retention in self.audit.escalate
         }
+
+    def taken_over(self) -> TakenOver:
+        """Settings that the recipe decides instead of the model's files and family."""
+        return replace(self.generation.taken_over(), score=self.compression.score)
 
     def fingerprint(self) -> str:
         """Digest of every setting that is not its default: new settings change no old recipe."""

@@ -75,7 +75,7 @@ def check_parity(job: Job, rows: int) -> Parity:
     """
     check_count("rows", rows, 1)
     recipe, requests = job.recipe, _first_requests(job, rows)
-    directory, taken_over = fetch_model(recipe.model).directory, recipe.generation.taken_over()
+    directory, taken_over = fetch_model(recipe.model).directory, recipe.taken_over()
     # Before stock, which accepts checkpoints that gc2ray refuses.
     loading.load_metadata(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
     stock = _run_stock(recipe, directory, requests)

@@ -44,6 +44,7 @@ from gc2ray.models.checkpoint.tensors import (
     tensor_headers,
 )
 from gc2ray.models.checkpoint.unsupported import said, why_unsupported
+from gc2ray.models.shape import CLASS_TOKEN_TOWERS
 
 MODEL_TYPES = ("llava_next",)
 """The keys of `gc2ray.models.registry.FAMILIES`; each has its `FAMILY_RULES`."""
@@ -130,6 +131,7 @@ def _problems(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
         _table(checkpoint, taken_over),
         _ends(checkpoint, taken_over),
         _unfollowed(checkpoint, taken_over),
+        _score(checkpoint, taken_over),
     )
 
 
@@ -308,3 +310,12 @@ def _unfollowed(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
         f"generation_config.json has rules that answers would not follow: {listed}; {hint} in "
         "recipe.generation.ignore_model_rules"
     )
+
+
+def _score(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
+    kind = checkpoint.vision.get("model_type")
+    if taken_over.score == "class_token" and kind not in (None, *CLASS_TOKEN_TOWERS):
+        yield (
+            f"recipe.compression.score is class_token, and its vision tower ({kind}) has none: "
+            "leave the setting out, or choose another score"
+        )

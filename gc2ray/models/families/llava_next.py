@@ -9,7 +9,6 @@ Not covered: the feature strategy "full" with a class token, pruned or quantised
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.geometry import Geometry, canvas_geometry
+from gc2ray.core.config.compression import Score
+from gc2ray.models.base import Family, VisionSide
 from gc2ray.models.image_processor import AnyRes, pinpoints_of, view_pixels
 from gc2ray.models.layers.linear import packed_module
 from gc2ray.models.layers.scores import SCORES, ScoreInputs
@@ -25,11 +26,10 @@ from gc2ray.models.processor import Processor
 from gc2ray.models.shape import Tower
 
 
-class LlavaNext:
+class LlavaNext(Family):
     """Cropping and geometry; see `gc2ray.models.base.Family`."""
 
-    markers = ()
-    stock_arguments: Mapping[str, Any] = {}
+    cropping: AnyRes
 
     def __init__(self, config: Any, processor: Processor) -> None:
         vision, images = config.vision_config, processor.image_processor
@@ -47,21 +47,21 @@ class LlavaNext:
         return canvas_geometry(Canvas.from_image_size(size, self.cropping.grid(size), self._side))
 
 
-class LlavaNextVision:
+class LlavaNextVision(VisionSide):
     """Tower and projector of a `LlavaNextForConditionalGeneration`; see `VisionSide`."""
 
-    def __init__(self, model: Any, family: LlavaNext) -> None:
+    def __init__(self, model: Any, family: LlavaNext, score: Score) -> None:
         inner, named = model.model, model.config.vision_feature_layer
         self._tower = inner.vision_tower
         self._last = self._tower.encoder.layers[-1]
         self._layers = list(self._tower.encoder.layers)
         self._projector = inner.multi_modal_projector
         self._class_token = family.tower.class_token
-        self._score = SCORES["class_token" if self._class_token else "mean_distance"]
+        self._score = SCORES[score]
         count = len(self._layers)
         named = [named] if isinstance(named, int) else list(named)
         self._feature_states = [index + count + 1 if index < 0 else index for index in named]
-        self.newline: Tensor | None = inner.image_newline
+        self.newline = inner.image_newline
 
     def freeze(self) -> None:
         """See `VisionSide`."""
@@ -80,15 +80,6 @@ class LlavaNextVision:
         features = torch.cat([states[index][:, first:] for index in self._feature_states], dim=-1)
         inputs = ScoreInputs(self._last, states[last], features, self._class_token)
         return features, self._score(inputs)
-
-    def arranged(
-        self,
-        features: Tensor,
-        scores: Tensor,
-        geometry: Geometry,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """See `VisionSide`: view after view."""
-        return features.flatten(0, 1), scores.flatten()
 
     def project(self, features: Tensor) -> Tensor:
         """See `VisionSide`."""

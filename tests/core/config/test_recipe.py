@@ -55,6 +55,7 @@ CHANGES: dict[str, object] = {
     "compression.positions": "original",
     "compression.newlines": "none",
     "compression.markers": "kept_views",
+    "compression.score": "received",
     "compression.allow_code": True,
     "generation.max_new_tokens": 9,
     "generation.temperature": 0.1,
