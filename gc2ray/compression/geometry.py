@@ -179,9 +179,10 @@ class Geometry:
     @cached_property
     def valid_per_view(self) -> tuple[int, ...]:
         """Valid tokens of each view."""
-        sums = np.add.reduceat(self.valid, self.starts)
-        empty = np.array(self.counts) == 0  # there `reduceat` gives the next view's first token
-        return tuple(np.where(empty, 0, sums).tolist())
+        before = np.pad(self.valid.cumsum(), (1, 0))  # valid tokens before each token
+        starts = np.array(self.starts)
+        sums: list[int] = (before[starts + self.counts] - before[starts]).tolist()
+        return tuple(sums)
 
     @cached_property
     def full_per_view(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ class GeometryIndex:
         region_of: int64 (M,), of each thumbnail token the crop in whose region it lies, counted
             among the crops; empty without a thumbnail or crops.
         row_weights: float32 (C, H, h): bilinear weights, crop token row from thumbnail row; rows
-            behind those of a crop are zero.
+            behind those of a crop are zero. H is at least 1, even where no crop has a token.
         column_weights: float32 (C, W, w), bilinear weights of columns, likewise.
     """
 
@@ -127,7 +127,8 @@ def _weights(geometry: Geometry, axis: int) -> Tensor:
         return torch.zeros(0, 0, 0)
     own, crops = geometry.views[geometry.thumbnail], [geometry.views[i] for i in geometry.crops]
     side = (own.rows, own.columns)[axis]
-    weights = torch.zeros(len(crops), max(_along(view, axis)[0] for view in crops), side)
+    most = max(1, *(_along(view, axis)[0] for view in crops))
+    weights = torch.zeros(len(crops), most, side)
     for crop, view in enumerate(crops):
         count, first, whole = _along(view, axis)
         index = torch.arange(count)
