@@ -44,7 +44,11 @@ class LlavaNext(Family):
 
     def geometry(self, size: tuple[int, int], *, alone: bool = True) -> Geometry:  # noqa: ARG002
         """The thumbnail and the crops of a canvas, without the padding that centred the image."""
-        return canvas_geometry(Canvas.from_image_size(size, self.cropping.grid(size), self._side))
+        return canvas_geometry(self.canvas(size))
+
+    def canvas(self, size: tuple[int, int]) -> Canvas:
+        """The canvas of an image of (height, width) pixels."""
+        return Canvas.from_image_size(size, self.cropping.grid(size), self._side)
 
 
 class LlavaNextVision(VisionSide):
@@ -52,6 +56,7 @@ class LlavaNextVision(VisionSide):
 
     def __init__(self, model: Any, family: LlavaNext, score: Score) -> None:
         inner, named = model.model, model.config.vision_feature_layer
+        self._family = family
         self._tower = inner.vision_tower
         self._last = self._tower.encoder.layers[-1]
         self._layers = list(self._tower.encoder.layers)
