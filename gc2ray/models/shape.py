@@ -352,12 +352,15 @@ class ModelShape:
     def needs(self) -> Needs:
         """The memory that the model needs; activations are counted generously, by tensor."""
         tower, text, itemsize = self.tower, self.text, self.itemsize
+        features = tower.patches * tower.width * tower.features
+        if tower.projects_all:
+            features = tower.visual_tokens * tower.text_width
         return Needs(
             weights=itemsize * self.parameters,
             kv_per_token=self.kv_bytes_per_token,
             per_token=itemsize * (12 * text.width + 3 * text.ffn),
             per_view=itemsize * tower.tokens * (8 * tower.width + 2 * tower.ffn),
-            features_per_view=itemsize * tower.patches * tower.width * tower.features,
+            features_per_view=itemsize * features,
             packed_per_view=3 * itemsize * tower.visual_tokens * text.width,
             max_positions=text.max_positions,
         )

@@ -321,6 +321,12 @@ def test_a_7b_has_the_published_costs() -> None:
     assert needs.weights == pytest.approx(14.1e9, rel=0.01)
 
 
+def test_features_that_are_projected_first_are_as_wide_as_the_text() -> None:
+    first = replace(LLAVA_7B, tower=replace(LLAVA_7B.tower, projects_all=True))
+    assert LLAVA_7B.needs().features_per_view == FP16 * 576 * 1024
+    assert first.needs().features_per_view == FP16 * 576 * 4096
+
+
 def test_the_built_in_shape_of_the_7b_is_the_models() -> None:
     model, _ = untrained(full_size.VICUNA_7B, device=torch.device("meta"))
     found = ModelShape.from_config(model.config, FP16)
