@@ -253,9 +253,27 @@ def canvas_geometry(canvas: Canvas, *, thumbnail: bool = True) -> Geometry:
         for column in range(columns)
     ]
     lines = canvas_lines(canvas, first)[top:bottom, left:right]
+    return closed_lines(views, 0 if thumbnail else None, lines, canvas)
+
+
+def closed_lines(
+    views: Sequence[ViewGrid],
+    thumbnail: int | None,
+    lines: npt.NDArray[np.integer],
+    canvas: Canvas | None = None,
+) -> Geometry:
+    """A geometry with the thumbnail's tokens first, then lines with a newline behind each.
+
+    Args:
+        views: The views.
+        thumbnail: 0, or None: there is none.
+        lines: Token numbers, (lines, tokens of a line).
+        canvas: See `Geometry`.
+    """
+    first = 0 if thumbnail is None else views[thumbnail].tokens
     closed = np.pad(lines, ((0, 0), (0, 1)), constant_values=NEWLINE)
     entries = np.concatenate([np.arange(first), closed.ravel()])
-    return Geometry.from_entries(views, 0 if thumbnail else None, entries, canvas=canvas)
+    return Geometry.from_entries(views, thumbnail, entries, canvas=canvas)
 
 
 def canvas_lines(canvas: Canvas, first: int) -> npt.NDArray[np.int64]:

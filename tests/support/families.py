@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from gc2ray.models.hf_reference import stock_processor
+from tests.support import tiny_onevision
 
 Size = tuple[int, int]
 
@@ -65,5 +66,6 @@ FAMILIES: dict[str, TinyFamily] = {
     "granite_vision": TinyFamily(
         lambda path: build_tiny(path, GRANITE), _stock_llava_next, NEXT_SIZES
     ),
+    "llava_onevision": TinyFamily(tiny_onevision.build, tiny_onevision.stock, tiny_onevision.SIZES),
 }
 """By name; `tests/models/families/test_contract.py` holds them to the contract."""
