@@ -1,0 +1,453 @@
+"""LLaVA-OneVision: which tokens an image has, where they lie, and several images in a prompt."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaOnevisionConfig
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+from gc2ray.compression.geometry import NEWLINE, ViewGrid
+from gc2ray.compression.registry import COMPRESSORS, build
+from gc2ray.compression.selection import everything
+from gc2ray.compression.views import Views
+from gc2ray.models import loading
+from gc2ray.models.adapter import LoadedModel, pixel_table
+from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.families.llava_onevision import LlavaOnevision
+from gc2ray.models.flops import AnswerTokens, ExecutionMode, matmul_flops
+from gc2ray.models.image_processor import Cropping, Tiles, tile
+from tests.support import tiny_onevision
+from tests.support.rows import picture
+from tests.support.tiny_onevision import SIDE, SIZES, TOKENS
+
+Size = tuple[int, int]
+TOLERANCE = 1e-5
+"""Largest difference of logits and features, float32."""
+ROUNDED = ((1118, 3580), (988, 1230), (1813, 1820), (1454, 2406), (1969, 706))
+"""With views of 27 x 27 tokens, of which nine are allowed, floor division gives fewer rows."""
+SHOWN = [size for size in SIZES if min(size) >= 60]
+METHODS = [name for name in COMPRESSORS if name != "globalcom2-reference"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny model by changes of its config, and stock's processor."""
+
+    @cache
+    def of(pinpoints: tuple[Size, ...] = (), views: int = 0) -> tuple[LoadedModel, Any]:
+        directory = tmp_path_factory.mktemp("onevision")
+        changes: dict[str, Any] = {}
+        if pinpoints:
+            changes["image_grid_pinpoints"] = [[SIDE * r, SIDE * c] for r, c in pinpoints]
+        if views:
+            changes["vision_aspect_ratio"] = f"anyres_max_{views}"
+        tiny_onevision.build(directory, **changes)
+        loaded = loading.load(str(directory), revision=None, dtype="float32", device="cpu")
+        return loaded, tiny_onevision.stock(directory)
+
+    return of
+
+
+@pytest.fixture
+def loaded(tiny: Any) -> LoadedModel:
+    model: LoadedModel = tiny()[0]
+    return model
+
+
+def encoded(loaded: LoadedModel, images: list[Image.Image], *, alone: bool = True) -> list[Views]:
+    cropping = loaded.adapter.family.cropping
+    tiles = [tile(image, cropping, alone=alone) for image in images]
+    with torch.inference_mode():
+        return loaded.adapter.encode(tiles, [*range(len(images))])
+
+
+def normalised(tiles: Tiles, cropping: Cropping) -> Tensor:
+    table, places = pixel_table(cropping), torch.from_numpy(tiles.pixels).long()
+    return torch.stack([table[channel][places[..., channel]] for channel in range(3)], dim=1)
+
+
+def grid_of(view: ViewGrid) -> Size:
+    return view.rows, view.columns
+
+
+# --- geometry -----------------------------------------------------------------------------------
+
+
+def test_a_canvas_that_is_not_scaled_by_hand(loaded: LoadedModel) -> None:
+    """60 x 90 pixels: crops 1 x 2, the image in 9 of 12 columns; padding is cut in pairs."""
+    geometry = loaded.adapter.family.geometry((60, 90))
+    assert geometry.views == (
+        ViewGrid(6, 6, 0, 0, 6, 6), ViewGrid(6, 5, 0, 0, 6, 10), ViewGrid(6, 5, 0, 5, 6, 10)
+    )  # fmt: skip
+    assert (geometry.thumbnail, geometry.canvas, geometry.newlines) == (0, None, 6)
+    entries = geometry.entries.tolist()
+    assert entries[:36] == [*range(36)]
+    assert entries[36:47] == [*range(36, 41), *range(66, 71), NEWLINE]
+    assert entries[47:58] == [*range(41, 46), *range(71, 76), NEWLINE]
+    assert entries[-11:] == [*range(61, 66), *range(91, 96), NEWLINE]
+
+
+def test_a_canvas_that_is_scaled_by_hand(loaded: LoadedModel) -> None:
+    """400 x 300: 4 x 3 crops, 24 x 18 tokens are sqrt(3) too long a side, 13 x 10 remain.
+
+    Of 13 centres (i + 1/2) 24/13 three lie in each crop's six rows, but for the seventh: it lies
+    on the border, 12, and the third crop has it.
+    """
+    geometry = loaded.adapter.family.geometry((400, 300))
+    assert [grid_of(view) for view in geometry.views[1::3]] == [(3, 3), (3, 3), (4, 3), (3, 3)]
+    assert [grid_of(view) for view in geometry.views[7:10]] == [(4, 3), (4, 4), (4, 3)]
+    assert [view.top for view in geometry.views[1::3]] == [0, 3, 6, 10]
+    assert [view.left for view in geometry.views[1:4]] == [0, 3, 7]
+    assert {(view.height, view.width) for view in geometry.views[1:]} == {(13, 10)}
+    assert geometry.visual_tokens == 36 + 130
+    assert geometry.newlines == 13
+    assert geometry.entries[36:47].tolist() == [36, 37, 38, 45, 46, 47, 48, 57, 58, 59, NEWLINE]
+
+
+def test_regions_of_the_thumbnail_are_those_of_the_crops(loaded: LoadedModel) -> None:
+    """By centres: thumbnail rows end at 1/6, 2/6, …; crops of 13 rows at 3, 6, 10."""
+    image = encoded(loaded, [picture((400, 300))])[0]
+    region = image.index.region_of.view(6, 6)
+    assert region[:, 0].tolist() == [0, 3, 3, 6, 6, 9]
+    assert region[0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("size", [(7, 200), (1, 3000), (1, 300)])
+def test_an_image_too_thin_for_a_row_has_its_thumbnail_alone(
+    loaded: LoadedModel, size: Size
+) -> None:
+    geometry = loaded.adapter.family.geometry(size)
+    assert geometry.entries.tolist() == [*range(36)]
+    assert geometry.valid_per_view == (36, *[0] * len(geometry.crops))
+    assert len(geometry.views) == loaded.adapter.family.cropping.cut(size).views > 1
+
+
+def test_one_of_several_images_by_hand(loaded: LoadedModel) -> None:
+    """60 x 190: 65 pixels above and below are two whole rows of six; in four there is image."""
+    family = loaded.adapter.family
+    geometry = family.geometry((60, 190), alone=False)
+    assert geometry.views == (ViewGrid(6, 6, -2, 0, 2, 6),)
+    assert (geometry.thumbnail, geometry.visual_tokens, geometry.newlines) == (None, 12, 1)
+    assert geometry.entries.tolist() == [*range(36), NEWLINE]
+    assert np.flatnonzero(geometry.valid).tolist() == [*range(12, 24)]
+    tall = family.geometry((200, 90), alone=False)
+    assert tall.views == (ViewGrid(6, 6, 0, -1, 6, 4),)
+    assert family.geometry((1, 3000), alone=False).views == (ViewGrid(6, 6, -2, 0, 1, 6),)
+    assert family.geometry((1, 1), alone=False).views == (ViewGrid(6, 6, 0, 0, 6, 6),)
+
+
+@cache
+def of_real_size(views: int) -> tuple[LlavaOnevision, Any]:
+    """Our family and stock's processor with the pinpoints of published models."""
+    aspect = f"anyres_max_{views}"
+    images = LlavaOnevisionImageProcessorPil()
+    config: Any = LlavaOnevisionConfig(vision_aspect_ratio=aspect)
+    processor: Any = SimpleNamespace(image_processor=images)
+    stock: Any = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+    stock.image_processor, stock.num_image_tokens, stock.vision_aspect_ratio = images, 729, aspect
+    return LlavaOnevision(config, processor), stock
+
+
+edges = st.one_of(st.integers(1, 4000), st.integers(1, 200))
+
+
+@settings(max_examples=300, deadline=None)
+@given(size=st.tuples(edges, edges), views=st.sampled_from([9, 4, 1]))
+def test_tokens_are_as_many_as_stock_counts(size: Size, views: int) -> None:
+    check_count(size, views)
+
+
+@pytest.mark.parametrize("size", [*ROUNDED, (384, 384), (768, 1152), (1152, 1152), (1152, 1536)])
+@pytest.mark.parametrize("views", [9, 4, 1])
+def test_tokens_are_as_many_as_stock_counts_where_floats_round(size: Size, views: int) -> None:
+    check_count(size, views)
+
+
+def check_count(size: Size, views: int) -> None:
+    family, stock = of_real_size(views)
+    geometry = family.geometry(size)
+    assert geometry.counts[0] == 729
+    assert len(geometry.entries) == stock._get_number_of_features(*size, 384, 384)
+    grid = family.cropping.cut(size).grid
+    covered, newlines = stock._get_unpadded_features(*size, 27, 27, *grid)
+    assert (geometry.visual_tokens - 729, geometry.newlines) == (covered, newlines)
+    assert len(geometry.views) == family.cropping.cut(size).views
+
+
+def test_the_rounded_sizes_can_tell_floor_division_from_division() -> None:
+    for size in ROUNDED:
+        family, _ = of_real_size(9)
+        canvas = family.canvas(size)
+        ratio = (canvas.height * canvas.width / (9 * 27**2)) ** 0.5
+        assert family._scaled(canvas) != (int(canvas.height / ratio), int(canvas.width / ratio))
+
+
+# --- where tokens lie ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [*SIZES, (500, 450), (450, 700)])
+@torch.inference_mode()
+def test_a_token_mixes_patches_around_its_own_place(loaded: LoadedModel, size: Size) -> None:
+    """The weighted centre of the canvas patches in a token is the token's centre."""
+    adapter = loaded.adapter
+    geometry, canvas = adapter.family.geometry(size), adapter.family.canvas(size)  # type: ignore[attr-defined]
+    (rows, columns), (height, width) = canvas.grid, canvas.side
+    places = torch.zeros(1 + canvas.crops, TOKENS**2, 2)
+    for crop in range(canvas.crops):
+        for patch in range(TOKENS**2):
+            top, left = crop // columns * height, crop % columns * width
+            row, column = top + patch // width + 0.5, left + patch % width + 0.5
+            places[1 + crop, patch] = torch.tensor([row, column])
+    assert rows * columns == canvas.crops
+    scores = places[..., 0] + 100 * places[..., 1]
+    values, scored = adapter._vision.arranged(places, scores, geometry, size)
+    torch.testing.assert_close(scored, values[:, 0] + 100 * values[:, 1])
+    parts = values.split(list(geometry.counts))
+    for view, found in zip(geometry.views[1:], parts[1:], strict=True):
+        down = (torch.arange(view.rows) + view.top + 0.5) * canvas.height / max(1, view.height)
+        along = (torch.arange(view.columns) + view.left + 0.5) * canvas.width / max(1, view.width)
+        expected = torch.cartesian_prod(down + canvas.rows[0], along + canvas.columns[0])
+        torch.testing.assert_close(found, expected.view(-1, 2), rtol=0, atol=1e-4)
+    assert torch.equal(parts[0], places[0])
+
+
+class MeanColours:
+    """A projector and tower that return the mean colour of each patch, and its redness."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._mean = torch.tensor(loaded.adapter.family.cropping.mean)[:, None, None]
+        self._std = torch.tensor(loaded.adapter.family.cropping.std)[:, None, None]
+
+    def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        colours = F.avg_pool2d(pixels * self._std + self._mean, tiny_onevision.PATCH)
+        features = colours.flatten(2).transpose(1, 2)
+        return features, features[..., 0] + features[..., 1]
+
+
+def map_of(size: Size) -> Image.Image:
+    """Red grows downwards, green to the right, blue is full: it tells the image from padding."""
+    down = (np.arange(size[0]) + 0.5) / size[0]
+    along = (np.arange(size[1]) + 0.5) / size[1]
+    red, green = np.meshgrid(down, along, indexing="ij")
+    pixels = np.stack([red, green, np.ones(size)], axis=2)
+    return Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("method", ["globalcom2", "local"])
+@pytest.mark.parametrize("size", [*SHOWN, (500, 450), (450, 700), (130, 150)])
+def test_kept_tokens_lie_where_their_pixels_were(
+    loaded: LoadedModel, size: Size, method: str, *, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From pixels to the selection; an image's position is its colour."""
+    monkeypatch.setattr(loaded.adapter._vision, "run", MeanColours(loaded).run)
+    image = encoded(loaded, [map_of(size)], alone=alone)[0]
+    geometry = image.geometry
+    selection = build(method, retention=0.5)(image)
+    kept = selection.entries[selection.entries >= 0].long()
+    owner = np.searchsorted(geometry.starts, kept.numpy(), side="right") - 1
+    assert len(set(owner)) == len(geometry.views)
+    for token, view_index in zip(kept.tolist(), owner.tolist(), strict=True):
+        view, at = geometry.views[view_index], token - geometry.starts[view_index]
+        row, column = view.top + at // view.columns, view.left + at % view.columns
+        red, green, blue = image.features[token].tolist()
+        near = 0.75  # tokens: borders are half padding, and padding is rounded to whole tokens
+        if alone or (0 < row < view.height - 1 and 0 < column < view.width - 1):
+            assert red / blue * view.height == pytest.approx(row + 0.5, abs=near)
+            assert green / blue * view.width == pytest.approx(column + 0.5, abs=near)
+
+
+# --- features and scores ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.inference_mode()
+def test_features_are_those_of_the_model(tiny: Any, size: Size) -> None:
+    loaded, stock = tiny()
+    inputs = stock(images=[picture(size)], text=["<image>"], return_tensors="pt")
+    expected = loaded.model.model.get_image_features(
+        inputs["pixel_values"], inputs["image_sizes"],
+        vision_aspect_ratio=loaded.model.config.vision_aspect_ratio,
+    ).pooler_output[0]  # fmt: skip
+    views = encoded(loaded, [picture(size)])
+    (packed,) = loaded.adapter.pack(views, [everything(views[0])])
+    torch.testing.assert_close(packed, expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.inference_mode()
+def test_scores_are_the_distances_of_patches_scaled_like_features(loaded: LoadedModel) -> None:
+    """-cos(x, mean of x) of what the projector gets, then what `interpolate` makes of it."""
+    size = (400, 300)
+    tower, cropping = loaded.model.model.vision_tower, loaded.adapter.family.cropping
+    pixels = normalised(tile(picture(size), cropping), cropping)
+    x = tower(pixels, output_hidden_states=True).hidden_states[-1]
+    patches = -F.cosine_similarity(x, x.mean(dim=1, keepdim=True), dim=-1)
+    image = encoded(loaded, [picture(size)])[0]
+    torch.testing.assert_close(image.scores[:36], patches[0], rtol=0, atol=TOLERANCE)
+    crops = patches[1:].view(4, 3, 6, 6).transpose(1, 2).reshape(1, 1, 24, 18)
+    scaled = F.interpolate(crops, (13, 10), mode="bilinear").flatten()
+    lines = image.geometry.entries[36:].reshape(13, 11)[:, :10].ravel()
+    torch.testing.assert_close(image.scores[lines], scaled, rtol=0, atol=TOLERANCE)
+
+
+def test_features_take_the_memory_that_is_planned(loaded: LoadedModel) -> None:
+    image = encoded(loaded, [picture((84, 84))], alone=False)[0]
+    assert image.features.nbytes == loaded.adapter.needs().features_per_view
+
+
+# --- several images -----------------------------------------------------------------------------
+
+SEVERAL = [(84, 84), (60, 190), (200, 100), (7, 200), (1, 1)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@torch.inference_mode()
+def test_several_images_equal_stock(tiny: Any, count: int) -> None:
+    loaded, stock = tiny()
+    adapter, model = loaded.adapter, loaded.model
+    images = [picture(size, seed) for seed, size in enumerate(SEVERAL[:count])]
+    chat = ChatPrompt(loaded.processor)
+    inputs = stock(
+        images=[images], text=[chat.render("Which is larger?", count)], return_tensors="pt"
+    )
+    views = encoded(loaded, images, alone=False)
+    packed = adapter.pack(views, [everything(view) for view in views])
+    assert [len(part) for part in packed] == [37] * count
+    prompt = adapter.embed(chat.encode("Which is larger?", count), packed)
+    assert len(prompt) == inputs["input_ids"].shape[1]
+    expected, found = model(**inputs).logits, model(inputs_embeds=prompt.embeds[None]).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
+    written = model.generate(**inputs, **options)[0, len(prompt) :]
+    assert torch.equal(model.generate(inputs_embeds=prompt.embeds[None], **options)[0], written)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=2, max_size=3))
+def test_squares_equal_stocks(tiny: Any, sizes: list[Size]) -> None:
+    check_squares(tiny, sizes)
+
+
+def test_squares_of_thin_images_equal_stocks(tiny: Any) -> None:
+    check_squares(tiny, [(1, 3000), (3000, 1), (7, 200), (1, 1), (85, 84)])
+
+
+def check_squares(tiny: Any, sizes: list[Size]) -> None:
+    loaded, stock = tiny()
+    cropping = loaded.adapter.family.cropping
+    draw = np.random.default_rng(len(sizes))
+    images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    expected = stock.image_processor([images], return_tensors="pt")["pixel_values"]
+    ours = [normalised(tile(image, cropping, alone=False), cropping) for image in images]
+    assert torch.equal(torch.stack(ours), expected)
+
+
+def test_padding_of_squares_is_never_kept(loaded: LoadedModel) -> None:
+    images = encoded(loaded, [picture(size) for size in SEVERAL], alone=False)
+    for method in {*METHODS} - {"none"}:
+        for image, selection in zip(images, build(method, retention=0.9).many(images), strict=True):
+            kept = selection.entries[selection.entries >= 0].long()
+            assert image.index.valid[kept].all()
+            assert int(selection.entries[-1]) == NEWLINE
+
+
+# --- crops without tokens -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pinpoints", "size", "views"),
+    [(((3, 1),), (60, 150), 4), (((1, 3),), (150, 60), 4), (((5, 1),), (84, 400), 1)],
+)
+@torch.inference_mode()
+def test_crops_of_padding_alone_have_no_tokens(
+    tiny: Any, pinpoints: tuple[Size, ...], size: Size, views: int
+) -> None:
+    """Canvases that published models never choose for such images."""
+    loaded, stock = tiny(pinpoints, views)
+    adapter, model, image = loaded.adapter, loaded.model, picture(size)
+    counts = adapter.family.geometry(size).counts
+    assert 0 in counts[:2]
+    assert counts[-1] == 0
+    assert sum(counts[1:]) > 0
+    chat = ChatPrompt(loaded.processor)
+    inputs = stock(images=[image], text=[chat.render("Why?")], return_tensors="pt")
+    encoded_views = encoded(loaded, [image])
+    packed = adapter.pack(encoded_views, [everything(view) for view in encoded_views])
+    prompt = adapter.embed(chat.encode("Why?"), packed)
+    expected, found = model(**inputs).logits, model(inputs_embeds=prompt.embeds[None]).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    for method in METHODS:
+        kept = build(method, retention=0.3)(encoded_views[0]).kept_per_view(
+            encoded_views[0].geometry
+        )
+        assert kept[0] > 0
+        if method != "thumbnail":
+            assert [number > 0 for number in kept] == [number > 0 for number in counts]
+
+
+def test_a_canvas_scaled_to_no_row_leaves_the_thumbnail(tiny: Any) -> None:
+    """Two rows of 120 are scaled by 2.6; stock fails on such an image."""
+    loaded, _ = tiny(((1, 20),), 1)
+    image = encoded(loaded, [picture((11, 1680))])[0]
+    assert image.geometry.views[1].height == 0
+    assert image.geometry.entries.tolist() == [*range(36)]
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "several"), [((200, 100), 0), ((400, 300), 0), ((90, 100), 3)])
+def test_operations_are_those_that_torch_counts(tiny: Any, size: Size, several: int) -> None:
+    """Stock transformers from pixels to the first new token, with all tokens projected."""
+    loaded, stock = tiny()
+    model, images = loaded.model, [picture(size)] * max(1, several)
+    text = [ChatPrompt(loaded.processor).render("Why?", len(images))]
+    inputs = stock(images=[images], text=text, return_tensors="pt")
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(**inputs, logits_to_keep=1)
+    finally:
+        model.set_attn_implementation(before)
+    family = loaded.adapter.family
+    geometry = family.geometry(size, alone=not several)
+    views = len(geometry.views) * len(images)
+    length = inputs["input_ids"].shape[1]
+    answer = AnswerTokens(views, projected=geometry.visual_tokens, prompt=length, output=1)
+    stages = matmul_flops(loaded.adapter.shape, answer, ExecutionMode.EAGER)
+    assert sum(stages.values()) == counter.get_total_flops()
+
+
+def test_operations_that_we_run_are_those_that_torch_counts(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tower and projector, unpacked; the last layer is run, as its output makes the features."""
+    family, vision = loaded.adapter.family, loaded.adapter._vision
+    thawed = type(vision)(loaded.model, family)
+    tower = family.tower
+    assert (tower.run_layers, tower.layers, tower.class_token) == (3, 3, False)
+    before = loaded.model.config._attn_implementation
+    loaded.model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            thawed.run(torch.zeros(2, 3, SIDE, SIDE))
+    finally:
+        loaded.model.set_attn_implementation(before)
+    expected = tower.needed(2) + tower.projector(2 * TOKENS**2)
+    assert counter.get_total_flops() == expected
