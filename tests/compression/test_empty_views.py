@@ -98,7 +98,7 @@ def test_a_heat_map_is_drawn(cut: tuple[np.ndarray, np.ndarray]) -> None:
     kept = views.geometry.valid.copy()
     pixels = np.zeros((*views.size, 3), dtype=np.uint8)
     token_map = TokenMap(pixels, views.geometry, views.scores[:16].numpy(), kept, ["row"])
-    assert heat_map(token_map).startswith(b"\x89PNG")
+    assert heat_map([token_map]).startswith(b"\x89PNG")
     assert token_map.covered().shape == (cut[0].sum(), cut[1].sum())
     assert token_map.covered().all()
 

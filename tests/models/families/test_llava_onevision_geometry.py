@@ -101,7 +101,8 @@ def test_one_of_several_images_by_hand() -> None:
     """60 x 190: 65 pixels above and below are two whole rows of six each; two show the image."""
     geometry = of((60, 190), alone=False)
     assert geometry.views == (ViewGrid(6, 6, -2, 0, 2, 6),)
-    assert (geometry.thumbnail, geometry.visual_tokens, geometry.newlines) == (None, 12, 1)
+    assert (geometry.thumbnail, geometry.visual_tokens, geometry.newlines) == (None, 36, 1)
+    assert geometry.valid_per_view == (12,), "what shows the image; the prompt has the rest, too"
     assert geometry.entries.tolist() == [*range(36), NEWLINE]
     assert np.flatnonzero(geometry.valid).tolist() == [*range(12, 24)]
     tall = of((200, 90), alone=False)
