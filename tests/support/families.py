@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from gc2ray.models.hf_reference import stock_processor
-from tests.support import tiny_onevision
+from tests.support import tiny_internvl, tiny_onevision
 
 Size = tuple[int, int]
 
@@ -67,5 +67,9 @@ FAMILIES: dict[str, TinyFamily] = {
         lambda path: build_tiny(path, GRANITE), _stock_llava_next, NEXT_SIZES
     ),
     "llava_onevision": TinyFamily(tiny_onevision.build, tiny_onevision.stock, tiny_onevision.SIZES),
+    "internvl3": TinyFamily(tiny_internvl.built("qwen2"), tiny_internvl.stock, tiny_internvl.SIZES),
+    "internvl3_5": TinyFamily(
+        tiny_internvl.built("qwen3"), tiny_internvl.stock, tiny_internvl.SIZES
+    ),
 }
 """By name; `tests/models/families/test_contract.py` holds them to the contract."""
