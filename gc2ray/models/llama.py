@@ -14,13 +14,15 @@ of its config. The modules' own weights are used. Compared with running the modu
 
 The model itself is read, never changed.
 
-Not covered: rotary frequencies that depend on the sequence's length ("dynamic", "longrope"), layers
-with experts (Qwen3-MoE, GPT-OSS), other architectures: `unsupported` gives the reason, and the
-engine then decodes with stock `generate`.
+Not covered: rotary frequencies that depend on the sequence's length ("longrope"; "dynamic" is
+covered up to `max_position_embeddings`, where it is the default), layers with experts (Qwen3-MoE,
+GPT-OSS), other architectures: `unsupported` gives the reason, and the engine then decodes with
+stock `generate`.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +34,9 @@ from gc2ray.models.layers.attention import Attend, KvShape, Step, write
 from gc2ray.models.layers.linear import Linear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+"""`dynamic`, which InternVL3 has, stretches frequencies behind `max_position_embeddings` only, and
+gc2ray answers no prompt that would get there."""
 TEXT_MODELS = ("language_model", "text_model")
 """What models of images and text call their language model; the second are Idefics3 and SmolVLM."""
 
@@ -179,7 +183,7 @@ class LanguageModel:
         self.dtype: torch.dtype = text.norm.weight.dtype
         self._table = text.embed_tokens
         self._input_factor = _factor(text, "embedding_multiplier")
-        self._rotary = text.rotary_emb
+        self._rotary = _rotary(text)
         self._layers = [_Layer.from_module(i, layer, config) for i, layer in enumerate(text.layers)]
         self._norm = _Norm.from_module(text.norm)
         self._head = Linear.from_layers(model.lm_head)
@@ -219,6 +223,20 @@ class LanguageModel:
         hidden = last.fed_forward(last.attended_last(hidden, rotary, step, attend))
         logits = self._head(self._norm(hidden))
         return logits if self._logits_divisor is None else logits.div_(self._logits_divisor)
+
+
+def _rotary(text: Any) -> Any:
+    """The module that makes cosines and sines of positions.
+
+    That of `dynamic` looks at the positions of every step, for which a GPU would have to wait; a
+    twin of it does not.
+    """
+    if text.rotary_emb.rope_type != "dynamic":
+        return text.rotary_emb
+    twin = copy(text.rotary_emb)
+    twin._buffers = dict(twin._buffers)
+    twin.rope_type = "default"
+    return twin
 
 
 def _activation(module: Any, config: Any) -> Any:
@@ -264,8 +282,8 @@ def unsupported(model: Any) -> str | None:
     if kind not in MODEL_TYPES:
         return f"the language model is {kind}; supported: {', '.join(MODEL_TYPES)}"
     rope = config.rope_parameters.get("rope_type", "default")
-    if rope not in STATIC_ROPE:
-        return f"its rotary positions are {rope!r}; supported: {', '.join(STATIC_ROPE)}"
+    if rope not in ROPE_TYPES:
+        return f"its rotary positions are {rope!r}; supported: {', '.join(ROPE_TYPES)}"
     return None
 
 

@@ -115,6 +115,25 @@ def test_logits_in_half_precision_are_as_near_as_those_of_stock(name: str) -> No
     assert 0 < largest_difference(ours, exact)[0] < 2 * largest_difference(stock, exact)[0] < 0.2
 
 
+def test_dynamic_positions_are_those_of_stock() -> None:
+    """Up to the model's last position, also once transformers has stretched its own."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    text = make_config("qwen2")
+    text.rope_parameters, text.max_position_embeddings = rope, 64
+    model = in_family("internvl-qwen3", text)
+    assert unsupported(model) is None
+    ours, stock = compared(model, model)
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    language = LanguageModel(model)
+    before = language._rotary(stock, torch.arange(64)[None])
+    with torch.inference_mode():
+        model.model.language_model.rotary_emb(stock, torch.arange(90)[None])
+        theirs = model.model.language_model.rotary_emb(stock, torch.arange(80)[None])
+    assert not torch.equal(theirs[0][:, :64], before[0])
+    for ours, old in zip(language._rotary(stock, torch.arange(64)[None]), before, strict=True):
+        assert torch.equal(ours, old)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_of_images_and_text_answer_as_generate(
     every_model: dict[str, Any], name: str
@@ -139,14 +158,18 @@ def test_unsupported_models_are_recognised(
 ) -> None:
     assert all(unsupported(model) is None for model in every_model.values())
     assert all(unsupported(loaded.model) is None for loaded in loaded_models.values())
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0,
+        "original_max_position_embeddings": 1024, "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }  # fmt: skip
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, rope_parameters={"rope_type": "dynamic", "factor": 2.0,
-                                                "rope_theta": 1e4},
+        num_attention_heads=2, rope_parameters=rope,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    assert "dynamic" in (unsupported(model) or "")
-    with pytest.raises(ValueError, match="dynamic"):
+    assert "longrope" in (unsupported(model) or "")
+    with pytest.raises(ValueError, match="longrope"):
         LanguageModel(model)
     assert "Linear" in (unsupported(nn.Linear(2, 2)) or "")
 

@@ -168,7 +168,10 @@ def _as_of_2025(path: Path) -> None:
     """Sides in pairs, and rotary settings under their names of before."""
     config = json.loads(path.read_text())
     rope = config["text_config"].pop("rope_parameters")
-    config["text_config"] |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    scaling = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    scaling_of = {"qwen2": scaling, "qwen3": None}
+    kind = config["text_config"]["model_type"]
+    config["text_config"] |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling_of[kind]}
     assert config["vision_config"]["image_size"] == [SIDE, SIDE]
     _write(path, config)
 
