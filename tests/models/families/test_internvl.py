@@ -261,8 +261,7 @@ def test_scores_are_the_class_tokens_mean_logits(models: Any, name: str) -> None
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.inference_mode()
 def test_any_score_can_be_set(models: Any, name: str, score: Any) -> None:
-    vision = InternVLVision(models[name].model, models[name].adapter.family)
-    vision._score = SCORES[score]
+    vision = InternVLVision(models[name].model, models[name].adapter.family, score)
     _, scores = vision.run(torch.randn(2, 3, SIDE, SIDE))
     assert scores.shape == (2, TOKENS)
     assert scores.dtype == torch.float32
@@ -273,7 +272,7 @@ def test_any_score_can_be_set(models: Any, name: str, score: Any) -> None:
 def seeing_places(loaded: LoadedModel) -> ModelAdapter:
     """A patch's features are its mean colour, its score the mean red."""
     family = loaded.adapter.family
-    vision = InternVLVision(loaded.model, family)
+    vision = InternVLVision(loaded.model, family, "class_token")
     colours = (family.cropping.mean, family.cropping.std)
     mean, std = (torch.tensor(values)[:, None, None] for values in colours)
 
@@ -284,7 +283,7 @@ def seeing_places(loaded: LoadedModel) -> ModelAdapter:
     vision._tower = SimpleNamespace(embeddings=embeddings)
     vision._layers, vision._norm = [nn.Identity()] * 3, nn.Identity()
     vision._score = lambda inputs: inputs.features[..., 0]
-    return ModelAdapter(loaded.model, family, vision)
+    return ModelAdapter(loaded.model, family, vision, "class_token")
 
 
 def gradients(size: Size) -> Image.Image:
@@ -345,7 +344,7 @@ def test_packed_layers_are_transformers(
     """Class token, scales and norms included; compiled attention where nothing is normalised."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     model, family = models[name].model, models[name].adapter.family
-    plain, packed = InternVLVision(model, family), InternVLVision(model, family)
+    plain, packed = (InternVLVision(model, family, "class_token") for _ in range(2))
     packed.freeze()
     compiled = compiled_kernel() is not None and name == "qwen2"
     for layer, own in zip(packed._layers, model.model.vision_tower.encoder.layer, strict=True):
