@@ -100,7 +100,7 @@ def untrained(tokenizer: Any, backbone: str = "qwen2", seed: int = 0, **changes:
     for name, parameter in model.model.named_parameters():
         if "language_model" not in name:  # many of the tower's are 0 or 1 at first, which hides
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            torch.nn.init.normal_(parameter, centre + 0.5 * ("lambda" in name), std=0.2)
+            torch.nn.init.normal_(parameter, centre + 0.5 * ("lambda" in name), std=0.12)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -153,7 +153,7 @@ def _config(tokenizer: Any, backbone: str, changes: dict[str, Any]) -> Any:
         vision_config=vision,
         text_config=text(
             vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=12, initializer_range=0.2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=12, initializer_range=0.12,
             max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
