@@ -25,6 +25,8 @@ from tests.support.tiny_onevision import ALLOWED_VIEWS, GRIDS, PATCH, SIDE
 Size = tuple[int, int]
 ROUNDED = ((1118, 3580), (988, 1230), (1813, 1820), (1454, 2406), (1969, 706))
 """With views of 27 x 27 tokens, of which nine are allowed, floor division gives fewer rows."""
+NEARLY_WHOLE = ((1666, 1428), (738, 1722), (2250, 1750))
+"""Sizes whose rows or columns on the canvas are whole but for the last bits of a float."""
 
 
 @cache
@@ -132,7 +134,9 @@ def test_tokens_are_as_many_as_stock_counts(size: Size, views: int) -> None:
     check_count(size, views)
 
 
-@pytest.mark.parametrize("size", [*ROUNDED, (384, 384), (768, 1152), (1152, 1152), (1152, 1536)])
+@pytest.mark.parametrize(
+    "size", [*ROUNDED, *NEARLY_WHOLE, (384, 384), (768, 1152), (1152, 1152), (1152, 1536)]
+)
 @pytest.mark.parametrize("views", [9, 4, 1])
 def test_tokens_are_as_many_as_stock_counts_where_floats_round(size: Size, views: int) -> None:
     check_count(size, views)
@@ -159,6 +163,8 @@ def test_the_rounded_sizes_can_tell_floor_division_from_division() -> None:
 
 def test_a_canvas_scaled_to_no_row_leaves_the_thumbnail() -> None:
     """Two rows of 120 are scaled by 2.6; stock fails on such an image."""
-    geometry = tiny(1, ((1, 20),)).geometry((11, 1680))
+    family, size = tiny(1, ((1, 20),)), (15, 1680)
+    assert (family.canvas(size).height, family.canvas(size).width) == (2, 120)
+    geometry = family.geometry(size)
     assert geometry.views[1].height == 0
     assert geometry.entries.tolist() == [*range(36)]
