@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m jobs.train_demo DIRECTORY`.
+"""Train one of the demo's models: `python -m jobs.train_demo DIRECTORY [--family smolvlm]`.
 
 Four stages: the tower alone, on what is in patches and views; the projector, towards the words that
 name what patches show; projector and language model, on questions; then everything, the tower at
@@ -16,22 +16,22 @@ from __future__ import annotations
 import argparse
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from gc2ray.demo.spec import demo_spec
-from gc2ray.models.families.tiny import untrained
 from gc2ray.models.processor import Processor
-from jobs.quality_curve.points import load
 from jobs.training.language import LanguageLearner
+from jobs.training.llava_next import LlavaNextPocket
+from jobs.training.pocket import Pocket
+from jobs.training.smolvlm import SmolVlmPocket
 from jobs.training.tower import TowerLearner
 from jobs.training.trainer import Learner, Stage, Trainer
 
@@ -68,6 +68,11 @@ STAGES = {
     )
 }
 """Stages by name, in order."""
+POCKETS: dict[str, Callable[[], Pocket]] = {
+    "llava_next": LlavaNextPocket,
+    "smolvlm": SmolVlmPocket,
+}
+"""The demo's models by family."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Settings:
     """What the command line says."""
 
     directory: Path
+    family: str
     processes: int
     workers: int
     steps: float
@@ -92,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, or continue training."""
     parser = argparse.ArgumentParser(prog="python -m jobs.train_demo", description=__doc__)
     parser.add_argument("directory", type=Path, help="checkpoints, curve and model go here")
+    parser.add_argument("--family", choices=list(POCKETS), default="llava_next")
     parser.add_argument("--processes", type=int, default=1, help="that share each batch")
     parser.add_argument("--workers", type=int, default=0, help="per process, that draw scenes")
     parser.add_argument("--steps", type=float, default=1.0, help="share of every stage's steps")
@@ -104,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.stages) - set(STAGES):
         parser.error(f"no stage {min(unknown)!r}; there are {', '.join(STAGES)}")
-    towerless = TOWER.name not in chosen.stages and not Trainer(chosen.directory).has_run(TOWER)
+    trainer = Trainer(chosen.directory, POCKETS[chosen.family]().cutter)
+    towerless = TOWER.name not in chosen.stages and not trainer.has_run(TOWER)
     if towerless and chosen.start is None:
         parser.error(f"{chosen.directory} has no trained tower; run that stage or give --start")
     chosen.directory.mkdir(parents=True, exist_ok=True)
@@ -130,14 +138,16 @@ def train(rank: int, settings: Settings) -> None:
             world_size=settings.processes,
         )
     transformers_logging.disable_progress_bar()
-    model, stock_processor = untrained(replace(demo_spec(), seed=settings.seed))
-    processor = Processor.from_transformers(stock_processor)
+    pocket = POCKETS[settings.family]()
+    model, files = pocket.untrained(settings.seed)
+    processor = Processor.from_transformers(files)
     if settings.start is not None:
-        model.load_state_dict(load(str(settings.start)).model.state_dict())
+        start = AutoModelForImageTextToText.from_pretrained(settings.start, dtype=torch.float32)
+        model.load_state_dict(start.state_dict())
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(settings.directory, settings.workers, rank, settings.processes)
+    trainer = Trainer(settings.directory, pocket.cutter, settings.workers, rank, settings.processes)
     torch.manual_seed(settings.seed)
-    tower = TowerLearner(model)
+    tower = TowerLearner(model, pocket)
     last = max(list(STAGES).index(name) for name in settings.stages)
     for name, course in list(STAGES.items())[: last + 1]:
         learner: Learner = tower
@@ -146,11 +156,17 @@ def train(rank: int, settings: Settings) -> None:
                 model, processor, tower, tower_share=course.tower_share, reads=course.reads
             )
         if name in settings.stages:
-            _run(trainer, settings.stage(course.stage), learner)
+            stage = settings.stage(course.stage)
+            if learner is tower:
+                stage = replace(stage, scenes=max(1, round(stage.scenes * pocket.tower_batch)))
+            _run(trainer, stage, learner)
         elif settings.start is None and trainer.has_run(course.stage):
             trainer.resume(course.stage, learner)
     if rank == 0:
-        export(settings.directory / "model", model, stock_processor)
+        half, _ = pocket.untrained(settings.seed)
+        half.load_state_dict(model.state_dict())
+        half.half().save_pretrained(settings.directory / "model")
+        files.save_pretrained(settings.directory / "model")
 
 
 def _run(trainer: Trainer, stage: Stage, learner: Learner) -> None:
@@ -158,14 +174,6 @@ def _run(trainer: Trainer, stage: Stage, learner: Learner) -> None:
     for module in modules.values():
         module.train()
     trainer.run(stage, learner)
-
-
-def export(directory: Path, model: Any, processor: Any) -> None:
-    """Write model and transformers' processor as files, weights in half precision."""
-    half, _ = untrained(demo_spec())
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(directory)
-    processor.save_pretrained(directory)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
-"""The demo model's shape, its tokenizer's words, and where its trained weights lie.
+"""The demo models' shapes, their tokenizers' words, and where trained weights lie.
 
-A stock `LlavaNextForConditionalGeneration`: views of 56 pixels in 8 x 8 patches, the five crop
+The first is a stock `LlavaNextForConditionalGeneration`: views of 56 pixels in 8 x 8 patches, the five crop
 grids of LLaVA-NeXT, a CLIP tower whose layer -2 makes the features. `jobs/train_demo.py` trains
 it; the card in `model/README.md` says how well it does.
+
+The second is a stock `SmolVLMForConditionalGeneration`, for the same pictures and questions: no
+class token, 2 x 2 patches to a visual token, the thumbnail last, markers between views. Its views
+are larger (84 pixels, 6 x 6 tokens) and images are cut into two rows or columns at most. With views
+of 56 pixels and three of them along the longer side, of every ten things one would be cut between
+two crops so that neither has 70 % of it; with two, things in wide images would be 7 pixels wide.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from pathlib import Path
 from gc2ray.demo.questions import CAPTION, COUNT, SIGN, family
 from gc2ray.demo.scenes import COLOURS, KINDS
 from gc2ray.models.families.tiny import TinySpec
+from gc2ray.models.families.tiny_smolvlm import TinySmolVlmSpec
 from gc2ray.models.image_processor import AnyRes
 
 MODEL = Path(__file__).parent / "model"
@@ -36,6 +43,22 @@ def demo_spec() -> TinySpec:
     )
 
 
+def smolvlm_spec() -> TinySmolVlmSpec:
+    """The second model's sizes: 2.5 million parameters."""
+    return TinySmolVlmSpec(
+        tile=84,
+        patch=7,
+        scale=2,
+        longest=168,
+        vision=(128, 5, 4),
+        text=(192, 4, 6, 6),
+        rope_theta=1e6,
+        corpus=(*map(_in_turns, _corpus()), *["\n\n"] * 4),
+        vocabulary=550,
+        spread=(0.05, 0.02),
+    )
+
+
 def demo_anyres() -> AnyRes:
     """How the model's processor cuts images (CLIP's mean and deviation, bicubic)."""
     spec = demo_spec()
@@ -48,6 +71,12 @@ def demo_anyres() -> AnyRes:
         std=(0.26862954, 0.26130258, 0.27577711),
         rescale=1 / 255,
     )
+
+
+def _in_turns(text: str) -> str:
+    """A text of the corpus as the second model's chat template spells roles and questions."""
+    text = text.replace("USER", "User").replace(" ASSISTANT", "\nAssistant")
+    return text.replace("? Where", "?\nWhere").replace("? Is", "?\nIs")
 
 
 def _corpus() -> tuple[str, ...]:

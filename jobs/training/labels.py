@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gc2ray.demo.scenes import COLOURS, KINDS, Box, Scene, digit_boxes
-from gc2ray.models.image_processor import AnyRes, fitted_size
+from gc2ray.demo.scenes import COLOURS, KINDS, Scene, digit_boxes
+from jobs.training.pocket import Cutter
 
 NOTHING = 0
 """Label of a patch that shows background; kinds and colours count from 1."""
@@ -37,8 +36,8 @@ class ViewLabels:
     present: np.ndarray
 
 
-def view_labels(scene: Scene, anyres: AnyRes, patch: int) -> ViewLabels:
-    """Labels of thumbnail and crops, for patches of `patch` pixels."""
+def view_labels(scene: Scene, cutter: Cutter) -> ViewLabels:
+    """Labels of an image's views, in the cutter's order."""
     named = [
         (KINDS.index(thing.kind), PATCH_COLOURS.index(thing.colour), thing.box)
         for thing in scene.things
@@ -48,9 +47,10 @@ def view_labels(scene: Scene, anyres: AnyRes, patch: int) -> ViewLabels:
             SIGN_PLACES, scene.sign.text, digit_boxes(scene.sign), strict=True
         ):
             named.append((KINDS.index(digit), PATCH_COLOURS.index(f"sign-{place}"), box))
-    edges = np.arange(0, anyres.tile, patch, dtype=float)
+    patch = cutter.patch
+    edges = np.arange(0, cutter.tile, patch, dtype=float)
     kinds, colours, present = [], [], []
-    for boxes in _boxes_in_views(scene, anyres, [box for _, _, box in named]):
+    for boxes in cutter.boxes_in_views(scene, [box for _, _, box in named]):
         across = _overlap(boxes[:, 0], boxes[:, 2], edges, patch)
         down = _overlap(boxes[:, 1], boxes[:, 3], edges, patch)
         cover = down[:, :, None] * across[:, None, :]  # (K, h, w)
@@ -67,28 +67,21 @@ def view_labels(scene: Scene, anyres: AnyRes, patch: int) -> ViewLabels:
     return ViewLabels(np.stack(kinds), np.stack(colours), np.stack(present))
 
 
-def _boxes_in_views(scene: Scene, anyres: AnyRes, boxes: Sequence[Box]) -> list[np.ndarray]:
-    """The boxes in the pixels of each view, thumbnail first; (K, 4) each."""
-    at = np.array(boxes, dtype=float).reshape(-1, 4)
-    height, width = scene.size
-    thumbnail_scale = np.array([anyres.tile / width, anyres.tile / height] * 2)
-    canvas = anyres.canvas_size(scene.size)
-    fitted = fitted_size(scene.size, canvas)
-    scale = np.array([fitted[1] / width, fitted[0] / height] * 2)
-    corner = np.array([(canvas[1] - fitted[1]) // 2, (canvas[0] - fitted[0]) // 2] * 2)
-    on_canvas = at * scale + corner
-    rows, columns = anyres.grid(scene.size)
-    crops = [
-        on_canvas - np.array([column * anyres.tile, row * anyres.tile] * 2)
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    return [at * thumbnail_scale, *crops]
-
-
 def _overlap(low: np.ndarray, high: np.ndarray, edges: np.ndarray, patch: int) -> np.ndarray:
     """Length that each interval shares with each patch, (K, patches)."""
     first = np.maximum(low[:, None], edges[None, :])
     last = np.minimum(high[:, None], edges[None, :] + patch)
     shared: np.ndarray = np.clip(last - first, 0, None)
     return shared
+
+
+def kind_shares(labels: np.ndarray) -> np.ndarray:
+    """Labels of kinds as float32 (V, N, kinds): 1 for what is shown."""
+    shares: np.ndarray = np.eye(1 + len(KINDS), dtype=np.float32)[labels][..., 1:]
+    return shares
+
+
+def colour_shares(labels: np.ndarray) -> np.ndarray:
+    """Labels of colours as float32 (V, N, colours); a sign's digits have none."""
+    shares: np.ndarray = np.eye(1 + len(PATCH_COLOURS), dtype=np.float32)[labels]
+    return shares[..., 1 : 1 + len(COLOURS)]

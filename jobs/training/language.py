@@ -1,6 +1,6 @@
 """Projector and language model: answers to questions about what the tower sees.
 
-Images are packed as stock transformers packs them; no token is ever dropped in training, but most
+Images are packed as stock transformers packs them (`jobs.training.pocket`); no token is ever dropped in training, but most
 images' tokens are numbered more closely (`jobs.training.positions`). An image and all questions
 about it are one sequence (`jobs.training.dialogues`).
 
@@ -28,17 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gc2ray.compression.geometry import NEWLINE
-from gc2ray.compression.selection import everything
-from gc2ray.compression.views import Views
 from gc2ray.demo.questions import TOPICS
 from gc2ray.demo.scenes import COLOURS, KINDS
-from gc2ray.demo.spec import demo_spec
 from gc2ray.models.processor import Processor
-from gc2ray.models.registry import adapter_of
 from jobs.training.dialogues import PAD, VISUAL, Dialogue, DialogueMaker, attention_mask, padded
-from jobs.training.labels import NOTHING
 from jobs.training.lessons import Lesson
+from jobs.training.pocket import ShownImage
 from jobs.training.positions import squeezed_steps
 from jobs.training.tower import TowerLearner
 
@@ -57,7 +52,8 @@ class LanguageLearner:
         processor: Its processor.
         tower: The first stage, trained.
         tower_share: Learning rate of the tower as a share of the others'; 0 freezes it. Where it
-            is not frozen the first stage's loss is kept, so that the class token stays informative.
+            is not frozen the first stage's loss is kept, so that what stands for the view stays
+            informative.
         reads: Whether questions are asked about notes in words too.
     """
 
@@ -75,37 +71,33 @@ class LanguageLearner:
         self._place_words = _words(processor.tokenizer, ("top", "bottom", "left", "right"))
         self._model, self._tower, self._share = model, tower, tower_share
         self._reads = reads
-        self._adapter = adapter_of(model, processor)
+        self._packer = tower.pocket.packer(model, processor)
         self._tokenizer = processor.tokenizer
         self._dialogues = DialogueMaker(processor)
         self._device = model.device
-        self._language = model.model.language_model
+        self._language = self._packer.language()
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self._model, "heads": self._tower.heads}
 
     def groups(self, rate: float) -> Iterator[dict[str, Any]]:
-        inner = self._model.model
-        parts = (inner.multi_modal_projector, inner.language_model, self._model.lm_head)
-        own = [parameter for part in parts for parameter in part.parameters()]
-        yield {"params": [inner.image_newline, *own], "lr": rate}
+        yield {"params": list(self._packer.parameters()), "lr": rate}
         if self._share:
             yield from self._tower.groups(rate * self._share)
 
     def loss(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.set_grad_enabled(bool(self._share) and torch.is_grad_enabled()):
-            features, class_token = self._tower.run(lesson.pixels.to(self._device))
-        packed, sources = self._packed(lesson, features)
-        named, figures = self._word_loss(lesson, packed, sources)
+            features, views = self._tower.run(lesson.pixels.to(self._device))
+        shown = self._packer.pack(lesson.tiles, lesson.labels, features)
+        named, figures = self._word_loss(shown)
         loss = WORD_WEIGHT * named
         if any(lesson.questions):
             dialogues = [
-                self._dialogues.make(
-                    [VISUAL] * len(image), asked, _steps(lesson, place, len(image))
-                )
-                for place, (image, asked) in enumerate(zip(packed, lesson.questions, strict=True))
+                self._dialogues.make(image.marks, asked, _steps(lesson, place, image.marks))
+                for place, (image, asked) in enumerate(zip(shown, lesson.questions, strict=True))
             ]
-            answered, answer_figures = self._language_loss(dialogues, torch.cat(packed))
+            visual = torch.cat([image.embeds for image in shown])
+            answered, answer_figures = self._language_loss(dialogues, visual)
             figures = {"answers": answered.detach(), **answer_figures, **figures}
             loss = loss + answered
             if self._reads:
@@ -113,7 +105,7 @@ class LanguageLearner:
                 loss = loss + READ_WEIGHT * read
                 figures["read"] = read_figures["exact"]
         if self._share:
-            seen, tower_figures = self._tower.losses(lesson, features, class_token)
+            seen, tower_figures = self._tower.losses(lesson, features, views)
             loss, figures = loss + seen, {**figures, **tower_figures}
         return loss, figures
 
@@ -121,57 +113,30 @@ class LanguageLearner:
         """The questions about every other image again, with notes in words in its place."""
         dialogues = [
             self._dialogues.make(
-                self._tokenizer(notes, add_special_tokens=False)["input_ids"], asked
+                self._tokenizer(self._packer.notes(notes), add_special_tokens=False)["input_ids"],
+                asked,
             )
             for notes, asked in list(zip(lesson.notes, lesson.questions, strict=True))[::2]
         ]
-        nothing = self._model.model.image_newline.new_empty(0)
-        return self._language_loss(dialogues, nothing)
+        return self._language_loss(dialogues, torch.empty(0, device=self._device))
 
-    def _word_loss(
-        self, lesson: Lesson, packed: Sequence[Tensor], sources: Sequence[Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _word_loss(self, images: Sequence[ShownImage]) -> tuple[Tensor, dict[str, Tensor]]:
         """How far visual tokens are from the words that name what they show."""
-        kinds, colours = (
-            torch.cat(
-                [
-                    _taken(getattr(labels, name), source)
-                    for labels, source in zip(lesson.labels, sources, strict=True)
-                ]
-            ).to(self._device)
-            for name in ("kinds", "colours")
-        )
-        tokens = F.normalize(torch.cat(list(packed)), dim=-1)
+        kinds = torch.cat([image.kinds for image in images])
+        colours = torch.cat([image.colours for image in images])
+        tokens = F.normalize(torch.cat([image.embeds for image in images]), dim=-1)
         table = F.normalize(self._model.get_input_embeddings().weight, dim=-1)
-        shown = kinds != NOTHING
-        coloured = shown & (colours <= len(COLOURS))  # a sign's digits have no colour
+        shown, coloured = kinds.any(-1), colours.any(-1)
         kind = WORD_SCALE * tokens[shown] @ table[self._kind_words].T
         colour = WORD_SCALE * tokens[coloured] @ table[self._colour_words].T
-        loss = F.cross_entropy(kind, kinds[shown] - 1)
-        loss = loss + F.cross_entropy(colour, colours[coloured] - 1)
+        loss = F.cross_entropy(kind, kinds[shown])
+        loss = loss + F.cross_entropy(colour, colours[coloured])
         places = WORD_SCALE * tokens[shown] @ table[self._place_words].T
-        wanted = quarters(torch.cat(list(sources)).to(self._device)[shown])
+        wanted = torch.cat([image.places for image in images])[shown]
         loss = loss + F.cross_entropy(places[:, :2], wanted[:, :2])
         loss = loss + F.cross_entropy(places[:, 2:], wanted[:, 2:])
-        return loss, {"words": (kind.argmax(-1) == kinds[shown] - 1).float().mean()}
-
-    def _packed(self, lesson: Lesson, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Projected visual tokens and newlines of each image, and where they come from."""
-        views = [
-            Views(
-                part.flatten(0, 1),
-                part.new_zeros(part.shape[:2]).flatten(),
-                self._adapter.family.geometry(tiles.size),
-                tiles.size,
-            )
-            for tiles, part in zip(
-                lesson.tiles,
-                features.split([len(tiles.pixels) for tiles in lesson.tiles]),  # type: ignore[no-untyped-call]
-                strict=True,
-            )
-        ]
-        selections = [everything(view) for view in views]
-        return self._adapter.pack(views, selections), [chosen.entries for chosen in selections]
+        right = kind.argmax(-1) == kinds[shown].argmax(-1)
+        return loss, {"words": right.float().mean()}
 
     def _language_loss(
         self, dialogues: Sequence[Dialogue], visual: Tensor
@@ -207,9 +172,17 @@ class LanguageLearner:
         return F.cross_entropy(logits, wanted), figures
 
 
-def _steps(lesson: Lesson, place: int, count: int) -> np.ndarray | None:
-    """How far each of an image's visual tokens lies behind the one before; None for 1 each."""
-    return squeezed_steps(count, lesson.seeds[place]) if lesson.squeezed else None
+def _steps(lesson: Lesson, place: int, marks: Sequence[int]) -> np.ndarray | None:
+    """How far each of an image's tokens lies behind the one before; None for 1 each.
+
+    Only visual tokens move closer: markers keep their steps under every method.
+    """
+    if not lesson.squeezed:
+        return None
+    steps = np.ones(len(marks), dtype=np.int64)
+    visual = np.array(marks) == VISUAL
+    steps[visual] = squeezed_steps(int(visual.sum()), lesson.seeds[place])
+    return steps
 
 
 def _words(tokenizer: Any, words: Sequence[str]) -> list[int]:
@@ -222,19 +195,3 @@ def _words(tokenizer: Any, words: Sequence[str]) -> list[int]:
     if any(len(found) != 1 for found in ids):
         raise ValueError("the tokenizer splits a word that things are named by")
     return [found[0] for found in ids]
-
-
-def quarters(source: Tensor) -> Tensor:
-    """Chances of top, bottom, left and right, (K, 4): certain in the thumbnail, even in crops."""
-    spec = demo_spec()
-    side = spec.image_size // spec.patch_size
-    row, column = source % side**2 // side, source % side
-    lower, right = (row >= side // 2).float(), (column >= side // 2).float()
-    wanted = torch.stack([1 - lower, lower, 1 - right, right], dim=1)
-    return wanted.where((source < side**2)[:, None], torch.full_like(wanted, 0.5))
-
-
-def _taken(labels: np.ndarray, source: Tensor) -> Tensor:
-    """Labels (V, N) of emitted tokens (K,); newlines show nothing."""
-    taken = torch.from_numpy(labels).flatten()[source.clamp_min(0).long().cpu()]
-    return taken.masked_fill(source.cpu() == NEWLINE, NOTHING)

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gc2ray.core.config.input import ImageLimits
-from gc2ray.core.records import ImageRef
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS, Question, quarter
 from gc2ray.demo.rows import Split, picture
 from gc2ray.demo.scenes import Scene, Style, sample_scene
-from gc2ray.demo.spec import GRIDS, demo_anyres, demo_spec
-from gc2ray.engine.prompt_builder import load_tiles
+from gc2ray.demo.spec import GRIDS, demo_anyres
 from gc2ray.models.image_processor import Tiles
 from jobs.training.labels import ViewLabels, view_labels
+from jobs.training.pocket import Cutter
 
 CROWDED_SHARE = 0.75
 """Share of the tower's scenes that are crowded; the others are as full as rows of a data set."""
@@ -74,6 +72,7 @@ class Lessons(Dataset[Lesson]):
     """Batch number to `Lesson`.
 
     Args:
+        cutter: Cuts pictures into the model's views.
         split: Whose seeds.
         stage: A number of its own for each stage of training.
         scenes: In a batch; for a stage with questions, all of one grid, so that they pad little.
@@ -82,11 +81,18 @@ class Lessons(Dataset[Lesson]):
     """
 
     def __init__(
-        self, split: Split, stage: int, scenes: int, questions: int, share: tuple[int, int] = (0, 1)
+        self,
+        cutter: Cutter,
+        split: Split,
+        stage: int,
+        scenes: int,
+        questions: int,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        self._cutter = cutter
         self._split, self._stage = split, stage
         self._places, self._questions = range(share[0], scenes, share[1]), questions
-        self._anyres, self._patch = demo_anyres(), demo_spec().patch_size
+        self._anyres = demo_anyres()
         self._photographs = opened_photos()
 
     def __getitem__(self, batch: int) -> Lesson:
@@ -94,9 +100,8 @@ class Lessons(Dataset[Lesson]):
         for place in self._places:
             rng = np.random.default_rng([self._split.value, self._stage, batch, place])
             scene = self._scene(rng, batch, place)
-            ref = ImageRef(picture(scene, self._photographs))
-            tiles.append(load_tiles(ref, self._anyres, ImageLimits()))
-            labels.append(view_labels(scene, self._anyres, self._patch))
+            tiles.append(self._cutter.cut(picture(scene, self._photographs)))
+            labels.append(view_labels(scene, self._cutter))
             questions.append(self._asked(scene, rng))
             seeds.append(int(rng.integers(2**31)))
             notes.append(noted(scene, rng))

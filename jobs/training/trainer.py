@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 from gc2ray.demo.rows import Split
 from jobs.training.lessons import Lesson, Lessons, lesson_loader
+from jobs.training.pocket import Cutter
 
 CLIP = 1.0
 WARMUP = 0.04
@@ -99,12 +100,14 @@ class Trainer:
 
     Attributes:
         directory: Where checkpoints and `curve.jsonl` go.
+        cutter: Cuts pictures into the model's views.
         workers: Processes that draw scenes ahead; 0 draws them between steps.
         rank: This process, of `processes` that train together on parts of each batch.
         processes: How many; `torch.distributed` is initialised where there are several.
     """
 
     directory: Path
+    cutter: Cutter
     workers: int = 0
     rank: int = 0
     processes: int = 1
@@ -117,7 +120,7 @@ class Trainer:
         first = self.resume(stage, learner, optimizer) if self.has_run(stage) else 0
         if first >= stage.steps:
             return
-        lessons = Lessons(Split.TRAIN, stage.number, stage.scenes, stage.questions, self._share)
+        lessons = self._lessons(Split.TRAIN, stage)
         averages = Averages()
         started = time.monotonic()
         loader = lesson_loader(lessons, first, stage.steps, self.workers)
@@ -167,18 +170,16 @@ class Trainer:
     @torch.no_grad()
     def _validated(self, stage: Stage, learner: Learner) -> dict[str, float]:
         """Figures on the validation split, in the names of the curve with `validation_` before."""
-        lessons = Lessons(
-            Split.VALIDATION, stage.number, stage.scenes, stage.questions, self._share
-        )
+        lessons = self._lessons(Split.VALIDATION, stage)
         averages = Averages()
         for lesson in lesson_loader(lessons, 0, VALIDATION_BATCHES, self.workers):
             loss, figures = learner.loss(lesson)
             averages.add({"loss": loss, **figures})
         return {f"validation_{name}": mean for name, mean in averages.means().items()}
 
-    @property
-    def _share(self) -> tuple[int, int]:
-        return self.rank, self.processes
+    def _lessons(self, split: Split, stage: Stage) -> Lessons:
+        share = self.rank, self.processes
+        return Lessons(self.cutter, split, stage.number, stage.scenes, stage.questions, share=share)
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """The mean of all processes' gradients, in each of them."""

@@ -30,10 +30,11 @@ from gc2ray.models.registry import adapter_of
 from jobs.train_demo import STAGES, main
 from jobs.training.dialogues import attention_mask
 from jobs.training.labels import PATCH_COLOURS, view_labels
-from jobs.training.language import LanguageLearner, quarters
+from jobs.training.language import LanguageLearner
 from jobs.training.lessons import ASKED, Lessons, noted
+from jobs.training.llava_next import LlavaNextPocket, LlavaNextTower, quarters
 from jobs.training.positions import STOCK_SHARE, squeezed_steps
-from jobs.training.tower import TowerLearner, TowerRun
+from jobs.training.tower import TowerLearner
 from jobs.training.trainer import Averages, Stage
 
 PATCH = 7
@@ -54,7 +55,7 @@ def test_labels_name_what_patches_show() -> None:
         sign=Sign("12", (168, 0, 196, 14)),
         seed=0,
     )
-    labels = view_labels(scene, demo_anyres(), PATCH)
+    labels = view_labels(scene, LlavaNextPocket().cutter)
     assert named(labels.kinds, 1) == {(2, 1): "7", (3, 1): "7"}
     assert named(labels.kinds, 2) == {(0, 4): "1", (0, 5): "2"}
     # The thumbnail is squeezed to a quarter in width: two digits share a patch, the first has it.
@@ -78,7 +79,7 @@ def test_labels_follow_padding_and_crops() -> None:
         image.paste((255, 255, 255), tuple(round(edge) for edge in scene.things[0].box))
         light = tile(image, anyres).pixels[..., 0].astype(float) / 255
         share = light.reshape(-1, 8, PATCH, 8, PATCH).mean(axis=(2, 4)).reshape(len(light), -1)
-        marked = view_labels(scene, anyres, PATCH).kinds > 0
+        marked = view_labels(scene, LlavaNextPocket().cutter).kinds > 0
         assert share[marked].min() > 0.1
         assert share[~marked].max() < 0.6
 
@@ -113,8 +114,12 @@ def stock_cost(loaded: LoadedModel, answer: str, inputs: Any) -> tuple[float, in
 def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() -> None:
     model, processor = untrained_demo()
     model.eval()
-    learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
-    lesson = Lessons(Split.VALIDATION, 1, 2, 4)[3]  # whose positions are not squeezed
+    learner = LanguageLearner(
+        model, processor, TowerLearner(model, LlavaNextPocket()), tower_share=0.0
+    )
+    lesson = Lessons(LlavaNextPocket().cutter, Split.VALIDATION, 1, 2, 4)[
+        3
+    ]  # whose positions are not squeezed
     _, figures = learner.loss(lesson)
     chat = ChatPrompt(processor)
     loaded = LoadedModel(model, processor, adapter_of(model, processor), end_tokens(model))
@@ -137,8 +142,10 @@ def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() ->
 def test_notes_in_words_replace_the_image() -> None:
     model, processor = untrained_demo()
     model.eval()
-    learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0, reads=True)
-    lesson = Lessons(Split.VALIDATION, 1, 2, 3)[3]
+    learner = LanguageLearner(
+        model, processor, TowerLearner(model, LlavaNextPocket()), tower_share=0.0, reads=True
+    )
+    lesson = Lessons(LlavaNextPocket().cutter, Split.VALIDATION, 1, 2, 3)[3]
     read, _ = learner._reading_loss(lesson)
     loaded = LoadedModel(model, processor, adapter_of(model, processor), end_tokens(model))
     chat = ChatPrompt(processor)
@@ -183,9 +190,9 @@ def test_positions_of_visual_tokens_are_squeezed_unevenly() -> None:
 
 def test_the_tower_of_training_equals_the_family_s() -> None:
     model, processor = untrained_demo()
-    lesson = Lessons(Split.TRAIN, 0, 2, 0)[0]
+    lesson = Lessons(LlavaNextPocket().cutter, Split.TRAIN, 0, 2, 0)[0]
     with torch.no_grad():
-        features, class_token = TowerRun(model.model.vision_tower)(lesson.pixels)
+        features, class_token = LlavaNextTower(model.model.vision_tower)(lesson.pixels)
         views = adapter_of(model, processor).encode(lesson.tiles, [0, 0])
     flat = torch.cat([view.features for view in views])
     torch.testing.assert_close(features.flatten(0, 1), flat)
@@ -203,16 +210,20 @@ def test_positions_are_named_by_the_thumbnail_only() -> None:
 def test_the_word_loss_falls_where_tokens_are_the_words_that_name_them() -> None:
     """Embeddings of kinds that are what the projector makes of a patch of them."""
     model, processor = untrained_demo()
-    learner = LanguageLearner(model, processor, TowerLearner(model), tower_share=0.0)
-    lesson = Lessons(Split.TRAIN, 1, 10, 0)[0]
+    learner = LanguageLearner(
+        model, processor, TowerLearner(model, LlavaNextPocket()), tower_share=0.0
+    )
+    lesson = Lessons(LlavaNextPocket().cutter, Split.TRAIN, 1, 10, 0)[0]
     before, figures = learner.loss(lesson)
     features, _ = learner._tower.run(lesson.pixels)
-    packed, _ = learner._packed(lesson, features)
+    shown = learner._packer.pack(lesson.tiles, lesson.labels, features)
     projected = model.model.multi_modal_projector(features)
     kinds = lesson.label("kinds")
     for kind, word in enumerate(learner._kind_words, start=1):
         if (kinds == kind).any():
-            mean = projected[kinds == kind].mean(dim=0) - torch.cat(packed).mean(dim=0)
+            mean = projected[kinds == kind].mean(dim=0) - torch.cat(
+                [image.embeds for image in shown]
+            ).mean(dim=0)
             model.get_input_embeddings().weight[word] = mean
     after, named = learner.loss(lesson)
     assert after < before
@@ -251,18 +262,6 @@ def test_a_stage_without_a_trained_tower_is_refused(
         main([str(tmp_path / "new"), "--stages", "language"])
     assert stop.value.code == 2
     assert "has no trained tower; run that stage or give --start" in capsys.readouterr().err
-
-
-@pytest.fixture
-def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four stages of four steps, saved after each."""
-    monkeypatch.setattr("jobs.training.trainer.LOG_STEPS", 1)
-    monkeypatch.setattr("jobs.training.trainer.SAVE_STEPS", 1)
-    monkeypatch.setattr("jobs.training.trainer.VALIDATION_BATCHES", 1)
-    for name, course in STAGES.items():
-        asked = 3 if course.stage.questions else 0
-        stage = Stage(name, 0, 4, 2, asked, 1e-3)
-        monkeypatch.setitem(STAGES, name, replace(course, stage=stage))
 
 
 def end(directory: Path) -> dict[str, torch.Tensor]:
