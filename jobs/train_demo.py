@@ -89,9 +89,14 @@ class Settings:
     stages: tuple[str, ...]
     rendezvous: str
 
-    def stage(self, stage: Stage) -> Stage:
-        """The stage, shortened."""
-        return replace(stage, steps=max(1, round(stage.steps * self.steps)))
+    def stage(self, stage: Stage, pocket: Pocket) -> Stage:
+        """The stage, shortened; the tower's batches as large as suits the model."""
+        share = pocket.tower_batch if stage.name == TOWER.name else 1.0
+        return replace(
+            stage,
+            steps=max(1, round(stage.steps * self.steps)),
+            scenes=max(1, round(stage.scenes * share)),
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,14 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(rank: int, settings: Settings) -> None:
     """What each process does."""
-    if settings.processes > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.processes))
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{settings.rendezvous}",
-            rank=rank,
-            world_size=settings.processes,
-        )
+    _join(rank, settings)
     transformers_logging.disable_progress_bar()
     pocket = POCKETS[settings.family]()
     model, files = pocket.untrained(settings.seed)
@@ -156,10 +154,7 @@ def train(rank: int, settings: Settings) -> None:
                 model, processor, tower, tower_share=course.tower_share, reads=course.reads
             )
         if name in settings.stages:
-            stage = settings.stage(course.stage)
-            if learner is tower:
-                stage = replace(stage, scenes=max(1, round(stage.scenes * pocket.tower_batch)))
-            _run(trainer, stage, learner)
+            _run(trainer, settings.stage(course.stage, pocket), learner)
         elif settings.start is None and trainer.has_run(course.stage):
             trainer.resume(course.stage, learner)
     if rank == 0:
@@ -167,6 +162,19 @@ def train(rank: int, settings: Settings) -> None:
         half.load_state_dict(model.state_dict())
         half.half().save_pretrained(settings.directory / "model")
         files.save_pretrained(settings.directory / "model")
+
+
+def _join(rank: int, settings: Settings) -> None:
+    """Meet the other processes, if there are any."""
+    if settings.processes == 1:
+        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.processes))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{settings.rendezvous}",
+        rank=rank,
+        world_size=settings.processes,
+    )
 
 
 def _run(trainer: Trainer, stage: Stage, learner: Learner) -> None:

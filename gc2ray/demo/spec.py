@@ -1,8 +1,8 @@
 """The demo models' shapes, their tokenizers' words, and where trained weights lie.
 
-The first is a stock `LlavaNextForConditionalGeneration`: views of 56 pixels in 8 x 8 patches, the five crop
-grids of LLaVA-NeXT, a CLIP tower whose layer -2 makes the features. `jobs/train_demo.py` trains
-it; the card in `model/README.md` says how well it does.
+The first is a stock `LlavaNextForConditionalGeneration`: views of 56 pixels in 8 x 8 patches, the
+five crop grids of LLaVA-NeXT, a CLIP tower whose layer -2 makes the features. `jobs/train_demo.py`
+trains it; the card in `model/README.md` says how well it does.
 
 The second is a stock `SmolVLMForConditionalGeneration`, for the same pictures and questions: no
 class token, 2 x 2 patches to a visual token, the thumbnail last, markers between views. Its views

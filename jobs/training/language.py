@@ -1,8 +1,8 @@
 """Projector and language model: answers to questions about what the tower sees.
 
-Images are packed as stock transformers packs them (`jobs.training.pocket`); no token is ever dropped in training, but most
-images' tokens are numbered more closely (`jobs.training.positions`). An image and all questions
-about it are one sequence (`jobs.training.dialogues`).
+Images are packed as stock transformers packs them (`jobs.training.pocket`). No token is ever
+dropped in training, but most images' tokens are numbered closer (`jobs.training.positions`). An
+image and all questions about it are one sequence (`jobs.training.dialogues`).
 
 The word loss pulls each projected token of a thing towards the embeddings of the words that name
 its kind and its colour. Without it the model learns to find a thing by its colour, of which there

@@ -90,8 +90,7 @@ class Pocket(Protocol):
 
     @property
     def tower_batch(self) -> float:
-        """Scenes in the first stage's batches, as a share of the stage's; fewer where views are
-        larger."""
+        """Scenes in the first stage's batches, as a share of the stage's: larger views, fewer."""
 
     def untrained(self, seed: int) -> tuple[Any, Any]:
         """Model and transformers' processor or its like, with weights from `seed`."""

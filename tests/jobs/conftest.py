@@ -1,13 +1,14 @@
-"""Stages short enough for tests."""
+"""Training short enough for tests, and stopped in the middle."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from jobs.train_demo import STAGES
-from jobs.training.trainer import Stage
+from jobs.train_demo import STAGES, main
+from jobs.training.trainer import Stage, Trainer
 
 
 @pytest.fixture
@@ -20,3 +21,25 @@ def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         asked = 3 if course.stage.questions else 0
         stage = Stage(name, 0, 4, 2, asked, 1e-3)
         monkeypatch.setitem(STAGES, name, replace(course, stage=stage))
+
+
+@pytest.fixture
+def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], int], None]:
+    """Runs `main` with arguments, and stops it behind its n-th checkpoint."""
+
+    def run(arguments: list[str], saves: int) -> None:
+        save, saved = Trainer._save, 0
+
+        def stopping(self: Trainer, *of: object) -> None:
+            nonlocal saved
+            save(self, *of)  # type: ignore[arg-type]
+            saved += 1
+            if saved == saves:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_save", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                main(arguments)
+
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from gc2ray.models.families.tiny import untrained
 from gc2ray.models.hf_reference import stock_inputs
 from gc2ray.models.processor import Processor
 from gc2ray.models.registry import adapter_of
-from jobs.train_demo import STAGES, main
+from jobs.train_demo import main
 from jobs.training.dialogues import attention_mask
 from jobs.training.labels import PATCH_COLOURS, view_labels
 from jobs.training.language import LanguageLearner
@@ -38,6 +39,7 @@ from jobs.training.tower import TowerLearner
 from jobs.training.trainer import Averages, Stage
 
 PATCH = 7
+POCKET = LlavaNextPocket()
 
 
 def named(kinds: np.ndarray, view: int) -> dict[tuple[int, int], str]:
@@ -55,7 +57,7 @@ def test_labels_name_what_patches_show() -> None:
         sign=Sign("12", (168, 0, 196, 14)),
         seed=0,
     )
-    labels = view_labels(scene, LlavaNextPocket().cutter)
+    labels = view_labels(scene, POCKET.cutter)
     assert named(labels.kinds, 1) == {(2, 1): "7", (3, 1): "7"}
     assert named(labels.kinds, 2) == {(0, 4): "1", (0, 5): "2"}
     # The thumbnail is squeezed to a quarter in width: two digits share a patch, the first has it.
@@ -79,7 +81,7 @@ def test_labels_follow_padding_and_crops() -> None:
         image.paste((255, 255, 255), tuple(round(edge) for edge in scene.things[0].box))
         light = tile(image, anyres).pixels[..., 0].astype(float) / 255
         share = light.reshape(-1, 8, PATCH, 8, PATCH).mean(axis=(2, 4)).reshape(len(light), -1)
-        marked = view_labels(scene, LlavaNextPocket().cutter).kinds > 0
+        marked = view_labels(scene, POCKET.cutter).kinds > 0
         assert share[marked].min() > 0.1
         assert share[~marked].max() < 0.6
 
@@ -114,10 +116,8 @@ def stock_cost(loaded: LoadedModel, answer: str, inputs: Any) -> tuple[float, in
 def test_all_questions_at_once_cost_what_stock_transformers_says_one_by_one() -> None:
     model, processor = untrained_demo()
     model.eval()
-    learner = LanguageLearner(
-        model, processor, TowerLearner(model, LlavaNextPocket()), tower_share=0.0
-    )
-    lesson = Lessons(LlavaNextPocket().cutter, Split.VALIDATION, 1, 2, 4)[
+    learner = LanguageLearner(model, processor, TowerLearner(model, POCKET), tower_share=0.0)
+    lesson = Lessons(POCKET.cutter, Split.VALIDATION, 1, 2, 4)[
         3
     ]  # whose positions are not squeezed
     _, figures = learner.loss(lesson)
@@ -143,9 +143,9 @@ def test_notes_in_words_replace_the_image() -> None:
     model, processor = untrained_demo()
     model.eval()
     learner = LanguageLearner(
-        model, processor, TowerLearner(model, LlavaNextPocket()), tower_share=0.0, reads=True
+        model, processor, TowerLearner(model, POCKET), tower_share=0.0, reads=True
     )
-    lesson = Lessons(LlavaNextPocket().cutter, Split.VALIDATION, 1, 2, 3)[3]
+    lesson = Lessons(POCKET.cutter, Split.VALIDATION, 1, 2, 3)[3]
     read, _ = learner._reading_loss(lesson)
     loaded = LoadedModel(model, processor, adapter_of(model, processor), end_tokens(model))
     chat = ChatPrompt(processor)
@@ -190,7 +190,7 @@ def test_positions_of_visual_tokens_are_squeezed_unevenly() -> None:
 
 def test_the_tower_of_training_equals_the_family_s() -> None:
     model, processor = untrained_demo()
-    lesson = Lessons(LlavaNextPocket().cutter, Split.TRAIN, 0, 2, 0)[0]
+    lesson = Lessons(POCKET.cutter, Split.TRAIN, 0, 2, 0)[0]
     with torch.no_grad():
         features, class_token = LlavaNextTower(model.model.vision_tower)(lesson.pixels)
         views = adapter_of(model, processor).encode(lesson.tiles, [0, 0])
@@ -210,20 +210,17 @@ def test_positions_are_named_by_the_thumbnail_only() -> None:
 def test_the_word_loss_falls_where_tokens_are_the_words_that_name_them() -> None:
     """Embeddings of kinds that are what the projector makes of a patch of them."""
     model, processor = untrained_demo()
-    learner = LanguageLearner(
-        model, processor, TowerLearner(model, LlavaNextPocket()), tower_share=0.0
-    )
-    lesson = Lessons(LlavaNextPocket().cutter, Split.TRAIN, 1, 10, 0)[0]
+    learner = LanguageLearner(model, processor, TowerLearner(model, POCKET), tower_share=0.0)
+    lesson = Lessons(POCKET.cutter, Split.TRAIN, 1, 10, 0)[0]
     before, figures = learner.loss(lesson)
     features, _ = learner._tower.run(lesson.pixels)
     shown = learner._packer.pack(lesson.tiles, lesson.labels, features)
+    visual = torch.cat([image.embeds for image in shown])
     projected = model.model.multi_modal_projector(features)
     kinds = lesson.label("kinds")
     for kind, word in enumerate(learner._kind_words, start=1):
         if (kinds == kind).any():
-            mean = projected[kinds == kind].mean(dim=0) - torch.cat(
-                [image.embeds for image in shown]
-            ).mean(dim=0)
+            mean = projected[kinds == kind].mean(dim=0) - visual.mean(dim=0)
             model.get_input_embeddings().weight[word] = mean
     after, named = learner.loss(lesson)
     assert after < before
@@ -276,28 +273,16 @@ def end(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("short_stages")
 def test_training_resumes_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    train_until: Callable[[list[str], int], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Stopped in the middle of a stage, or after one, and started again: the same weights."""
     main([str(tmp_path / "whole")])
     main([str(tmp_path / "parts"), "--stages", "tower,words"])
     main([str(tmp_path / "parts"), "--stages", "language,together"])
-    saved = 0
-
-    def stopping(self: object, *arguments: object) -> None:
-        nonlocal saved
-        save(self, *arguments)
-        saved += 1
-        if saved == 10:  # in the third stage
-            raise KeyboardInterrupt
-
-    from jobs.training.trainer import Trainer
-
-    save = Trainer._save
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            main([str(tmp_path / "stopped")])
+    train_until([str(tmp_path / "stopped")], 10)  # in the third stage
+    main([str(tmp_path / "stopped")])
     main([str(tmp_path / "stopped")])
     capsys.readouterr()
     for other in ("stopped", "parts"):

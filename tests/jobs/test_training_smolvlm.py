@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +215,23 @@ def test_the_written_model_answers_by_stock_generate(tmp_path: Path) -> None:
     out = model.generate(**stock_inputs(processor, image, text), max_new_tokens=4, do_sample=False)
     assert out.shape[1] > len(tokenizer(text)["input_ids"])
     assert grid_of((image.height, image.width), 168, 84) != (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("short_stages")
+def test_training_resumes_where_it_stopped(
+    tmp_path: Path, train_until: Callable[[list[str], int], None]
+) -> None:
+    """Stopped in the third stage and started again: the weights of a run in one piece."""
+    whole, stopped = (
+        [str(tmp_path / name), "--family", "smolvlm"] for name in ("whole", "stopped")
+    )
+    main(whole)
+    train_until(stopped, 10)
+    main(stopped)
+    ends = [
+        torch.load(tmp_path / name / "together.pt", weights_only=True)["model"]
+        for name in ("whole", "stopped")
+    ]
+    torch.testing.assert_close(*ends)

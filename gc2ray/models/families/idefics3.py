@@ -43,8 +43,8 @@ class Markers:
 def scaled_size(size: Size, longest: int) -> Size:
     """Size after the first resize: the longer side is `longest`, the other even or `longest`.
 
-    Source: `_resize_output_size_rescale_to_max_len` and `_resize_output_size_scale_below_upper_bound`
-    of transformers' processor, one after the other.
+    Source: transformers' processor, `_resize_output_size_rescale_to_max_len`, then
+    `_resize_output_size_scale_below_upper_bound`.
     """
     height, width = size
     ratio = width / height
