@@ -68,8 +68,8 @@ bench: setup ## Measure; ONLY=name runs one of them, THREADS=n sets torch
 quality: setup ## Measure accuracy against tokens; rewrites docs/quality.*
 	$(PY) -m jobs.quality
 
-train-demo: setup ## Train the demo model again, into demo-training/ (hours)
-	$(PY) -m jobs.train_demo demo-training --processes $(PROCESSES)
+train-demo: setup ## Train a demo model again, into demo-training/ (hours); FAMILY=smolvlm for the second
+	$(PY) -m jobs.train_demo demo-training --processes $(PROCESSES) $(if $(FAMILY),--family $(FAMILY))
 
 clean: ## Remove everything that make made
 	rm -rf $(VENV) demo-output build site *.egg-info gc2ray/models/layers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
