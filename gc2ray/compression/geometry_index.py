@@ -93,8 +93,9 @@ def _regions(geometry: Geometry) -> Tensor:
     On a canvas these are equal parts of the thumbnail, whatever the padding, and the last takes the
     remainder, as the paper has it. Elsewhere it is the crop that shows the token's centre.
     """
-    own = geometry.views[geometry.thumbnail or 0]
-    canvas = geometry.canvas
+    if geometry.thumbnail is None or not geometry.crops:
+        return torch.zeros(0, dtype=torch.int64)
+    own, canvas = geometry.views[geometry.thumbnail], geometry.canvas
     if canvas is not None:
         rows, columns = (
             _equal_parts(own.rows, canvas.grid[0]),
