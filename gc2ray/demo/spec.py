@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gc2ray.demo.questions import CAPTION, COUNT, SIGN, family
 from gc2ray.demo.scenes import COLOURS, KINDS
+from gc2ray.models.families.idefics3 import ScaledCanvas
 from gc2ray.models.families.tiny import TinySpec
 from gc2ray.models.families.tiny_smolvlm import TinySmolVlmSpec
 from gc2ray.models.image_processor import AnyRes
@@ -70,6 +71,14 @@ def demo_anyres() -> AnyRes:
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
         rescale=1 / 255,
+    )
+
+
+def smolvlm_cropping() -> ScaledCanvas:
+    """How the second model's processor cuts images (mean and deviation of one half, Lanczos)."""
+    spec, half = smolvlm_spec(), (0.5, 0.5, 0.5)
+    return ScaledCanvas(
+        tile=spec.tile, resample=1, mean=half, std=half, rescale=1 / 255, longest=spec.longest
     )
 
 

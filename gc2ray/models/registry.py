@@ -17,6 +17,7 @@ from gc2ray.core.config.compression import Score
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.base import Family, ModelMetadata, VisionSide
+from gc2ray.models.families.idefics3 import Idefics3, Idefics3Vision
 from gc2ray.models.families.internvl import InternVL, InternVLVision
 from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
 from gc2ray.models.families.llava_onevision import LlavaOnevision, LlavaOnevisionVision
@@ -27,6 +28,8 @@ FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
     "llava_next": (LlavaNext, LlavaNextVision),
     "llava_onevision": (LlavaOnevision, LlavaOnevisionVision),
     "internvl": (InternVL, InternVLVision),
+    "idefics3": (Idefics3, Idefics3Vision),
+    "smolvlm": (Idefics3, Idefics3Vision),
 }
 
 

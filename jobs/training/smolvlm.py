@@ -9,20 +9,21 @@ A visual token is named after all that its patches show, in equal parts.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from gc2ray.compression.geometry import LITERAL
+from gc2ray.core.config.input import ImageLimits
+from gc2ray.core.records import ImageRef
 from gc2ray.demo.scenes import Box, Scene
-from gc2ray.demo.spec import smolvlm_spec
-from gc2ray.models.families.idefics3 import canvas_size, grid_of, image_text, scaled_size
+from gc2ray.demo.spec import smolvlm_cropping, smolvlm_spec
+from gc2ray.engine.prompt_builder import load_tiles
+from gc2ray.models.families.idefics3 import Idefics3
 from gc2ray.models.families.tiny_smolvlm import untrained_smolvlm
 from gc2ray.models.image_processor import Tiles
 from gc2ray.models.processor import Processor
@@ -38,30 +39,17 @@ class SmolVlmCutter:
     """See `jobs.training.pocket.Cutter`."""
 
     def __init__(self) -> None:
-        spec = smolvlm_spec()
-        self.tile, self.patch, self._longest = spec.tile, spec.patch, spec.longest
+        self._cropping = smolvlm_cropping()
+        self.tile, self.patch = self._cropping.tile, smolvlm_spec().patch
 
     def cut(self, image: bytes) -> Tiles:
-        """Two resizes in a row, as transformers' processor does: bytes are rounded in between."""
-        opened = Image.open(io.BytesIO(image)).convert("RGB")
-        size = opened.height, opened.width
-        rows, columns = grid_of(size, self._longest, self.tile)
-        canvas = _resized(
-            _resized(opened, scaled_size(size, self._longest)),
-            canvas_size(size, self._longest, self.tile),
-        )
-        if not rows:
-            return Tiles(np.asarray(canvas)[None], size)
-        crops = np.asarray(canvas).reshape(rows, self.tile, columns, self.tile, 3)
-        crops = crops.transpose(0, 2, 1, 3, 4).reshape(-1, self.tile, self.tile, 3)
-        thumbnail = np.asarray(_resized(canvas, (self.tile, self.tile)))
-        return Tiles(np.concatenate([crops, thumbnail[None]]), size)
+        return load_tiles(ImageRef(image), self._cropping, ImageLimits())
 
     def boxes_in_views(self, scene: Scene, boxes: Sequence[Box]) -> list[np.ndarray]:
         at = np.array(boxes, dtype=float).reshape(-1, 4)
         height, width = scene.size
-        canvas = canvas_size(scene.size, self._longest, self.tile)
-        rows, columns = grid_of(scene.size, self._longest, self.tile)
+        _, canvas = self._cropping.resizes(scene.size)
+        rows, columns = self._cropping.grid(scene.size)
         on_canvas = at * np.array([canvas[1] / width, canvas[0] / height] * 2)
         crops = [
             on_canvas - np.array([column * self.tile, row * self.tile] * 2)
@@ -97,9 +85,7 @@ class SmolVlmPacker:
 
     def __init__(self, model: Any, processor: Processor) -> None:
         self._model = model
-        self._processor = processor
-        self._scale = int(model.config.scale_factor)
-        self._marks = lru_cache(self._marked)
+        self._family = Idefics3(model.config, processor)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         inner = self._model.model
@@ -126,20 +112,13 @@ class SmolVlmPacker:
     def _shown(self, tiles: Tiles, labels: ViewLabels, merged: Tensor) -> ShownImage:
         """One image; `merged` is (V, N, D_text)."""
         kinds, colours = (
-            merged_shares(shares, self._scale).to(merged.device)
+            merged_shares(shares, self._family.merge).to(merged.device)
             for shares in (kind_shares(labels.kinds), colour_shares(labels.colours))
         )
         places = _places(len(merged), merged.shape[1]).to(merged.device)
-        spec = smolvlm_spec()
-        grid = grid_of(tiles.size, spec.longest, spec.tile)
-        return ShownImage(list(self._marks(grid)), merged.flatten(0, 1), kinds, colours, places)
-
-    def _marked(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """The tokens of an image's place; tokenised in one piece, as line breaks join."""
-        text = image_text(grid, smolvlm_spec().tokens)
-        ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        image = self._processor.image_token_id
-        return tuple(VISUAL if token == image else token for token in ids)
+        entries = self._family.geometry(tiles.size).entries.tolist()
+        marks = [VISUAL if entry >= 0 else LITERAL - entry for entry in entries]
+        return ShownImage(marks, merged.flatten(0, 1), kinds, colours, places)
 
 
 class SmolVlmPocket:
@@ -179,7 +158,3 @@ def _places(views: int, tokens: int) -> Tensor:
     lower, right = (row >= side // 2).float(), (column >= side // 2).float()
     thumbnail = torch.stack([1 - lower, lower, 1 - right, right], dim=1)
     return torch.cat([torch.full(((views - 1) * tokens, 4), 0.5), thumbnail])
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image.resize((size[1], size[0]), Image.Resampling.LANCZOS)

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import Split, demo_rows, picture
 from gc2ray.demo.scenes import KINDS, Scene, Sign, Style, Thing, sample_scene
-from gc2ray.demo.spec import GRIDS, demo_anyres, smolvlm_spec
+from gc2ray.demo.spec import GRIDS, demo_anyres, smolvlm_cropping, smolvlm_spec
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.families.idefics3 import grid_of, image_text
 from gc2ray.models.processor import Processor
 from jobs.train_demo import main
 from jobs.training.dialogues import VISUAL
@@ -55,7 +55,9 @@ def stock_inputs(processor: Any, image: Image.Image, text: str) -> dict[str, tor
     """Pixels of transformers' processor and ids of the whole prompt, its marker expanded."""
     cut = processor.image_processor(image, return_row_col_info=True, return_tensors="pt")
     grid = cut["rows"][0][0], cut["cols"][0][0]
-    expanded = text.replace("<image>", image_text(grid, smolvlm_spec().tokens))
+    names = "<fake_token_around_image>", "<image>", "<global-img>"
+    view = get_image_prompt_string(*grid, smolvlm_spec().tokens, *names)
+    expanded = text.replace("<image>", view)
     ids = processor.tokenizer(expanded, add_special_tokens=False, return_tensors="pt")
     return {
         "input_ids": ids["input_ids"],
@@ -73,11 +75,7 @@ def test_cuts_are_those_of_transformers(untrained: tuple[Any, Any]) -> None:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         cut = cutter.cut(buffer.getvalue())
-        stock = processor.image_processor(
-            image, do_rescale=False, do_normalize=False, return_row_col_info=True
-        )
-        grid = grid_of((height, width), smolvlm_spec().longest, smolvlm_spec().tile)
-        assert (stock["rows"][0][0], stock["cols"][0][0]) == grid
+        stock = processor.image_processor(image, do_rescale=False, do_normalize=False)
         views = np.stack(stock["pixel_values"][0]).transpose(0, 2, 3, 1)
         assert np.array_equal(views, cut.pixels)
 
@@ -214,7 +212,7 @@ def test_the_written_model_answers_by_stock_generate(tmp_path: Path) -> None:
     text = ChatPrompt(processor).render(row.question.text)
     out = model.generate(**stock_inputs(processor, image, text), max_new_tokens=4, do_sample=False)
     assert out.shape[1] > len(tokenizer(text)["input_ids"])
-    assert grid_of((image.height, image.width), 168, 84) != (0, 0)
+    assert smolvlm_cropping().grid((image.height, image.width)) != (0, 0)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from gc2ray.models.hf_reference import stock_processor
-from tests.support import tiny_internvl, tiny_onevision
+from tests.support import tiny_idefics3, tiny_internvl, tiny_onevision
 
 Size = tuple[int, int]
 
@@ -70,6 +70,17 @@ FAMILIES: dict[str, TinyFamily] = {
     "internvl3": TinyFamily(tiny_internvl.built("qwen2"), tiny_internvl.stock, tiny_internvl.SIZES),
     "internvl3_5": TinyFamily(
         tiny_internvl.built("qwen3"), tiny_internvl.stock, tiny_internvl.SIZES
+    ),
+    "idefics3": TinyFamily(
+        tiny_idefics3.build_idefics3, tiny_idefics3.stock_idefics3, tiny_idefics3.SIZES
+    ),
+    "smolvlm": TinyFamily(
+        tiny_idefics3.build_smolvlm, tiny_idefics3.stock_smolvlm, tiny_idefics3.SIZES
+    ),
+    "smolvlm_one_view": TinyFamily(
+        lambda path: tiny_idefics3.build_smolvlm(path, tiny_idefics3.ONE_VIEW),
+        tiny_idefics3.stock_smolvlm,
+        tiny_idefics3.SIZES,
     ),
 }
 """By name; `tests/models/families/test_contract.py` holds them to the contract."""

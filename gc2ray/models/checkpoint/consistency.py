@@ -46,7 +46,7 @@ from gc2ray.models.checkpoint.tensors import (
 from gc2ray.models.checkpoint.unsupported import said, why_unsupported
 from gc2ray.models.shape import CLASS_TOKEN_TOWERS
 
-MODEL_TYPES = ("llava_next", "llava_onevision", "internvl")
+MODEL_TYPES = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm")
 """The keys of `gc2ray.models.registry.FAMILIES`; each has its `FAMILY_RULES`."""
 COLOURS = 3
 QUANTISATION = ("quantization_config", "compression_config")

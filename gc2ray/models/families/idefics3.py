@@ -1,114 +1,149 @@
-"""Idefics3 and SmolVLM: how an image is cut, and what stands in its place in the prompt.
+"""Idefics3 and SmolVLM: views of SigLIP, whose patches are merged in square blocks.
 
-An image is scaled, up or down, until its longer side is a setting of the processor; then both sides
-are stretched to multiples of a view's side. That is cut into crops in raster order. The thumbnail,
-the whole squeezed into one view, comes last. An image that fits one view is that view alone.
+An image is scaled to a longer side that is set, then stretched to whole views. That is cut into
+crops, and squeezed into the thumbnail, which comes last; what fits one view is that view alone.
+Markers name a crop's row and column; line breaks end rows. A block has its patches' mean score.
 
-Every crop's tokens follow a marker of its row and column, every row of crops ends in a line break.
-
-Not covered: `do_image_splitting` off, and videos.
+Not covered: videos, `do_image_splitting` off.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-LARGEST = 4096
-"""No side of a scaled image is longer; transformers' `MAX_IMAGE_SIZE`."""
+import torch
+from torch import Tensor
 
+from gc2ray.compression.geometry import Geometry, Spans, ViewGrid, crop_views, literal
+from gc2ray.core.config.compression import Score
+from gc2ray.models.base import Family, VisionSide
+from gc2ray.models.image_processor import Cut, Resize, ViewPixels, view_pixels
+from gc2ray.models.layers.linear import packed_module
+from gc2ray.models.layers.scores import SCORES, ScoreInputs
+from gc2ray.models.layers.tower import hidden_states, packed_layers
+from gc2ray.models.processor import Processor
+from gc2ray.models.shape import Tower
+
+LARGEST = 4096  # no side of a scaled image is longer: transformers' MAX_IMAGE_SIZE
 Size = tuple[int, int]
-"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
-class Markers:
-    """Spellings of the tokens around an image's visual tokens.
+class ScaledCanvas(ViewPixels):
+    """Idefics3's cropping: two resizes in a row, the first to `longest` pixels along one side."""
 
-    Attributes:
-        image: Stands for one visual token; in the chat template, for the whole image.
-        fake: Before each view, and behind the last.
-        whole: Before the thumbnail's tokens.
-    """
+    longest: int
 
-    image: str = "<image>"
-    fake: str = "<fake_token_around_image>"
-    whole: str = "<global-img>"
+    def cut(self, size: Size, *, alone: bool = True) -> Cut:  # noqa: ARG002
+        """See `Cropping.cut`."""
+        grid, steps = self.grid(size), tuple(Resize(*after) for after in self.resizes(size))
+        return Cut(steps, grid, thumbnail=math.prod(grid), thumbnail_step=len(steps))
 
-    def crop(self, row: int, column: int) -> str:
-        """Before a crop's tokens; rows and columns count from 0."""
-        return f"<row_{row + 1}_col_{column + 1}>"
+    def resizes(self, size: Size) -> tuple[Size, Size]:
+        """Sizes behind each resize; the second starts from the rounded size of the first."""
+        first = _scaled(size, self.longest, multiple=2)
+        first = first if max(first) <= LARGEST else _scaled(first, LARGEST)
+        longest = math.ceil(max(first) / self.tile) * self.tile
+        return first, _scaled(first, longest, multiple=self.tile)
 
-
-def scaled_size(size: Size, longest: int) -> Size:
-    """Size after the first resize: the longer side is `longest`, the other even or `longest`.
-
-    Source: transformers' processor, `_resize_output_size_rescale_to_max_len`, then
-    `_resize_output_size_scale_below_upper_bound`.
-    """
-    height, width = size
-    ratio = width / height
-    if width >= height:
-        height, width = _even(int(longest / ratio)), longest
-    else:
-        height, width = longest, _even(int(longest * ratio))
-    return _bounded((max(height, 1), max(width, 1)))
+    def grid(self, size: Size) -> tuple[int, int]:
+        """Crop rows and columns; (0, 0) where the image is one view, uncut."""
+        height, width = self.resizes(size)[1]
+        grid = height // self.tile, width // self.tile
+        return grid if grid != (1, 1) else (0, 0)
 
 
-def canvas_size(size: Size, longest: int, tile: int) -> Size:
-    """Size after the second resize, of which the crops are cut.
-
-    It starts from the rounded size of the first, as `resize_for_vision_encoder` does;
-    `get_number_of_image_patches` does not, and is wrong for some sizes.
-    """
-    height, width = scaled_size(size, longest)
-    ratio = width / height
-    if width >= height:
-        width = _multiple(width, tile)
-        return _multiple(int(width / ratio), tile), width
-    height = _multiple(height, tile)
-    return height, _multiple(int(height * ratio), tile)
+def _scaled(size: Size, longest: int, multiple: int = 1) -> Size:
+    """The size with that longer side; the other is cut to a number, then raised to a multiple."""
+    ratio = size[1] / size[0]  # and not its inverse: transformers divides or multiplies by it
+    shorter = int(longest / ratio) if ratio >= 1 else int(longest * ratio)
+    shorter = max(1, math.ceil(shorter / multiple) * multiple)
+    return (shorter, longest) if ratio >= 1 else (longest, shorter)
 
 
-def grid_of(size: Size, longest: int, tile: int) -> tuple[int, int]:
-    """Rows and columns of crops; (0, 0) where the image is one view, uncut."""
-    height, width = canvas_size(size, longest, tile)
-    return (height // tile, width // tile) if max(height, width) > tile else (0, 0)
+@lru_cache(maxsize=1024)
+def _geometry(grid: Size, side: int, names: tuple[str, str], processor: Processor) -> Geometry:
+    """Crops and thumbnail; their markers are tokenised in one piece, as line breaks join."""
+    (rows, columns), (fake, whole) = grid, names
+    last, image, tokenizer = rows * columns, processor.image_token, processor.tokenizer
+    lines = [
+        "".join(f"{fake}<row_{row}_col_{column}>{image}" for column in range(1, columns + 1)) + "\n"
+        for row in range(1, rows + 1)
+    ]
+    text = "".join(lines) + "\n" * bool(lines) + f"{fake}{whole}{image}{fake}"
+    entries, spans, view, owners = list[int](), Spans(), 0, (0, last)
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if token == processor.image_token_id:
+            entries += range(view * side**2, (view + 1) * side**2)
+            # Of a line break behind it: the crops of its row, and the thumbnail if that is next.
+            owners, view = (view - view % max(1, columns), view + (view + 1 == last)), view + 1
+            continue
+        if token == tokenizer.convert_tokens_to_ids(fake):
+            owners = (view, view) if view <= last else (0, last)
+        spans[len(entries)] = owners
+        entries.append(literal(token))
+    views = [*crop_views(grid, (side, side)), ViewGrid.whole(side, side)]
+    return Geometry.from_entries(views, last, entries, spans)
 
 
-def image_text(grid: tuple[int, int], tokens: int, markers: Markers | None = None) -> str:
-    """What replaces an image's placeholder in the prompt.
+class Idefics3(Family):
+    """Cropping and geometry; see `gc2ray.models.base.Family`."""
 
-    Args:
-        grid: Of `grid_of`.
-        tokens: Visual tokens of each view.
-        markers: Spellings; None for the usual ones.
-    """
-    names = markers or Markers()
-    rows, columns = grid
-    view = names.image * tokens
-    text = ""
-    for row in range(rows):
-        crops = (f"{names.fake}{names.crop(row, column)}{view}" for column in range(columns))
-        text += "".join(crops) + "\n"
-    before = "\n" if rows else ""
-    return f"{text}{before}{names.fake}{names.whole}{view}{names.fake}"
+    cropping: ScaledCanvas
+
+    def __init__(self, config: Any, processor: Processor) -> None:
+        vision, images = config.vision_config, processor.image_processor
+        pixels = vars(view_pixels(images, vision.image_size))
+        self.cropping = ScaledCanvas(**pixels, longest=images.size["longest_edge"])
+        self.processor, self.image_token_id = processor, processor.image_token_id
+        fake = getattr(processor.tokenizer, "fake_image_token", "<fake_token_around_image>")
+        self._names = (fake, getattr(processor.tokenizer, "global_image_token", "<global-img>"))
+        added = processor.tokenizer.get_added_vocab()
+        self.markers = (*self._names, *(name for name in added if name.startswith("<row_")))
+        self.merge, layers = config.scale_factor, vision.num_hidden_layers
+        self.side = vision.image_size // vision.patch_size // self.merge
+        width, text, block = vision.hidden_size, config.text_config.hidden_size, self.merge**2
+        self.tower = Tower(
+            layers, layers, width, vision.intermediate_size, patches=self.side**2 * block,
+            pixels=vision.num_channels * vision.patch_size**2, text_width=text, class_token=False,
+            merge=block, layers_behind=((block * width, text),),
+        )  # fmt: skip
+
+    def geometry(self, size: Size, *, alone: bool = True) -> Geometry:  # noqa: ARG002
+        """See `Family.geometry`."""
+        return _geometry(self.cropping.grid(size), self.side, self._names, self.processor)
 
 
-def _even(length: int) -> int:
-    return length + length % 2
+class Idefics3Vision(VisionSide):
+    """Tower and connector of an Idefics3 or SmolVLM; see `VisionSide`."""
 
+    def __init__(self, model: Any, family: Idefics3, score: Score) -> None:
+        self._tower, self._connector = model.model.vision_model, model.model.connector
+        self._projection = self._connector.modality_projection
+        self._layers, self._last = [*self._tower.encoder.layers], self._tower.encoder.layers[-1]
+        self._side, self._merge = family.side, family.merge
+        self._score = SCORES[score]
 
-def _multiple(length: int, of: int) -> int:
-    return math.ceil(length / of) * of
+    def freeze(self) -> None:
+        """See `VisionSide`."""
+        self._layers = packed_layers(self._layers)
+        self._projection = packed_module(self._projection)
 
+    def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `VisionSide`; features (V, tokens, D of a block's patches) are not projected yet."""
+        side, merge, count = self._side, self._merge, len(self._layers)
+        everywhere = pixels.new_ones(len(pixels), side * merge, side * merge, dtype=torch.bool)
+        state = self._tower.embeddings(pixels, patch_attention_mask=everywhere)
+        states = hidden_states(self._layers, state, {count - 1, count}, attention_mask=None)
+        features = self._tower.post_layernorm(states[count])
+        inputs = ScoreInputs(self._last, states[count - 1], features, class_token=False)
+        blocks = self._score(inputs).view(-1, side, merge, side, merge)
+        return self._connector.pixel_shuffle(features, merge), blocks.mean((2, 4)).flatten(1)
 
-def _bounded(size: Size) -> Size:
-    """The size with both sides at most `LARGEST`."""
-    height, width = size
-    ratio = width / height
-    if width >= height and width > LARGEST:
-        height, width = int(LARGEST / ratio), LARGEST
-    elif height > width and height > LARGEST:
-        height, width = LARGEST, int(LARGEST * ratio)
-    return max(height, 1), max(width, 1)
+    def project(self, features: Tensor) -> Tensor:
+        """See `VisionSide`."""
+        projected: Tensor = self._projection(features)
+        return projected

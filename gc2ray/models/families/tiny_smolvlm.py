@@ -23,8 +23,6 @@ from transformers import (
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from gc2ray.models.families.idefics3 import Markers
-
 TEXT = (
     "User: what is in the picture? Assistant: a photograph of a cat, a cup of coffee and a rocket. "
     "Describe the image in one sentence.\n\nHow many objects are there? Which colour is it?\n\n"
@@ -37,7 +35,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 BOS, EOS, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
-MOST_TILES = 6
+IMAGE, FAKE, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
+"""The placeholder; then what stands before each view and behind the last; then of the thumbnail."""
+MARKED = range(1, 7)
 """Rows and columns of crops that have a marker."""
 
 
@@ -95,7 +95,7 @@ class SmolVlmFiles:
     tokenizer: Any
     image_processor: Any
     image_seq_len: int
-    image_token: str = Markers.image
+    image_token: str = IMAGE
 
     @property
     def chat_template(self) -> str:
@@ -132,14 +132,13 @@ def untrained_smolvlm(spec: TinySmolVlmSpec) -> tuple[Any, SmolVlmFiles]:
 
 
 def _tokenizer(spec: TinySmolVlmSpec) -> Any:
-    markers = Markers()
-    crops = [markers.crop(row, column) for row in range(MOST_TILES) for column in range(MOST_TILES)]
+    crops = [f"<row_{row}_col_{column}>" for row in MARKED for column in MARKED]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=spec.vocabulary,
-        special_tokens=[BOS, EOS, PAD, markers.image, markers.fake, markers.whole, *crops],
+        special_tokens=[BOS, EOS, PAD, IMAGE, FAKE, WHOLE, *crops],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -150,9 +149,9 @@ def _tokenizer(spec: TinySmolVlmSpec) -> Any:
         eos_token=EOS,
         pad_token=PAD,
         extra_special_tokens={
-            "image_token": markers.image,
-            "fake_image_token": markers.fake,
-            "global_image_token": markers.whole,
+            "image_token": IMAGE,
+            "fake_image_token": FAKE,
+            "global_image_token": WHOLE,
             "end_of_utterance_token": EOS,
         },
         chat_template=CHAT_TEMPLATE,
@@ -192,7 +191,7 @@ def _config(spec: TinySmolVlmSpec, tokenizer: Any) -> Any:
         vision_config=vision,
         text_config=text,
         scale_factor=spec.scale,
-        image_token_id=tokenizer.convert_tokens_to_ids(Markers.image),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
         initializer_range=spec.spread[1],
