@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 BLACK = (0, 0, 0)
+STRIP_PIXELS = 1 << 24
+"""Pixels of a square that are in memory at once, padding included: 64 MB."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class Pad:
 
 
 @dataclass(frozen=True)
+class Square:
+    """Lay the image in the middle of a square as long as it is, and scale that.
+
+    Attributes:
+        side: Of the scaled square, in pixels.
+        fill: Colour of the padding.
+    """
+
+    side: int
+    fill: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Cut:
     """How an image becomes views.
 
@@ -51,7 +66,7 @@ class Cut:
         thumbnail_step: Steps that are done before the thumbnail is squeezed into a square.
     """
 
-    steps: tuple[Resize | Pad, ...]
+    steps: tuple[Resize | Pad | Square, ...]
     grid: tuple[int, int]
     thumbnail: int | None
     thumbnail_step: int = 0
@@ -141,12 +156,33 @@ def tile(image: Image.Image, cropping: Cropping, *, alone: bool = True) -> Tiles
     return Tiles(pixels, size, alone)
 
 
-def _stepped(image: Image.Image, step: Resize | Pad, resample: Image.Resampling) -> Image.Image:
+def _stepped(
+    image: Image.Image, step: Resize | Pad | Square, resample: Image.Resampling
+) -> Image.Image:
+    if isinstance(step, Square):
+        return _squared(image, step, resample)
     if isinstance(step, Resize):
         return image.resize((step.width, step.height), resample)
     canvas = Image.new("RGB", (step.width, step.height), step.fill)
     canvas.paste(image, ((step.width - image.width) // 2, (step.height - image.height) // 2))
     return canvas
+
+
+def _squared(image: Image.Image, step: Square, resample: Image.Resampling) -> Image.Image:
+    """The scaled square, made of strips: one of 100,000 x 100,000 pixels would take 40 GB.
+
+    The bytes are those of one call, as Pillow scales along rows first, each row by itself.
+    """
+    width, height, longest = image.width, image.height, max(image.size)
+    left, above = (longest - width) // 2, (longest - height) // 2
+    squeezed = Image.new("RGB", (step.side, longest), step.fill)
+    rows = max(1, STRIP_PIXELS // longest)
+    for top in range(0, height, rows):
+        count = min(rows, height - top)
+        strip = Image.new("RGB", (longest, count), step.fill)
+        strip.paste(image.crop((0, top, width, top + count)), (left, 0))
+        squeezed.paste(strip.resize((step.side, count), resample), (0, above + top))
+    return squeezed.resize((step.side, step.side), resample)
 
 
 def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from gc2ray.models.adapter import LoadedModel, pixel_table
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.llava_onevision import LlavaOnevision
 from gc2ray.models.flops import AnswerTokens, ExecutionMode, matmul_flops
-from gc2ray.models.image_processor import Cropping, Tiles, tile
+from gc2ray.models.image_processor import STRIP_PIXELS, Cropping, Tiles, tile
 from tests.support import tiny_onevision
 from tests.support.rows import picture
 from tests.support.tiny_onevision import SIDE, SIZES, TOKENS
@@ -226,6 +226,28 @@ def test_squares_equal_stocks(tiny: Any, sizes: list[Size]) -> None:
 
 def test_squares_of_thin_images_equal_stocks(tiny: Any) -> None:
     check_squares(tiny, [(1, 3000), (3000, 1), (7, 200), (1, 1), (85, 84)])
+
+
+def test_squares_in_strips_equal_stocks(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gc2ray.models.image_processor.STRIP_PIXELS", 1000)  # three to eleven rows
+    check_squares(tiny, [(90, 300), (300, 90), (200, 200), (84, 84), (1, 90)])
+
+
+def test_the_square_of_a_long_image_takes_little_memory(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have 10^10 pixels."""
+    new = Image.new
+
+    def small(mode: str, size: Size, *colour: Any) -> Image.Image:
+        assert size[0] * size[1] <= STRIP_PIXELS
+        return new(mode, size, *colour)
+
+    cropping, image = tiny()[0].adapter.family.cropping, new("RGB", (100_000, 2))
+    monkeypatch.setattr("gc2ray.models.image_processor.Image.new", small)
+    (square,) = tile(image, cropping, alone=False).pixels
+    fill = [int(255 * mean) for mean in tiny_onevision.MEAN]
+    assert square[0, 0].tolist() == square[-1, -1].tolist() == fill
 
 
 def check_squares(tiny: Any, sizes: list[Size]) -> None:
