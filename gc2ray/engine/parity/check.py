@@ -218,10 +218,12 @@ class _Comparison:
             behind = len(prompt) - start
             tail = stock.expanded_ids[len(stock.expanded_ids) - behind :]
             written = stock.token_ids[:-1]
+            # Stock's begin at the last visual token, behind which literals of its image may stand.
+            wanted = stock.logits[len(stock.logits) - behind - len(stock.token_ids) :]
             stepped = forced.logits(prompt.until(start), [*tail, *written])
             whole = forced.logits(prompt, written)
             for logits, skipped in ((stepped, 0), (whole, behind)):
-                difference, at = largest_difference(logits, stock.logits[skipped:])
+                difference, at = largest_difference(logits, wanted[skipped:])
                 if difference >= worst:
                     worst = difference
                     where = f", {skipped + at} tokens behind the image of {key}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +80,7 @@ class InternVL(Family):
     """Cropping and geometry; see `gc2ray.models.base.Family`."""
 
     cropping: StretchedGrid
+    stock_arguments = MappingProxyType({"crop_to_patches": True})
 
     def __init__(self, config: Any, processor: Processor) -> None:
         vision, images = config.vision_config, processor.image_processor

@@ -29,10 +29,13 @@ from gc2ray.models.adapter import LoadedModel, ModelAdapter
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.internvl import InternVL, InternVLVision, StretchedGrid
 from gc2ray.models.flops import AnswerTokens, ExecutionMode, matmul_flops
+from gc2ray.models.hf_reference import StockModel, StockSettings
 from gc2ray.models.image_processor import Cut, Resize, tile
 from gc2ray.models.layers.cpu_attention import compiled_kernel
 from gc2ray.models.layers.scores import SCORES
 from gc2ray.models.layers.tower import _ViewAttention
+from gc2ray.reporting.terminal_tables import parity_lines
+from tests.support.parity import checked, write_rows
 from tests.support.tiny_internvl import (
     CONTEXT,
     END,
@@ -203,6 +206,31 @@ def test_several_images_equal_stock(paths: dict[str, Path], models: Any) -> None
     for name in BACKBONES:
         assert gap_to_stock(models[name], paths[name], images) < 1e-5
         assert gap_to_stock(models[name], paths[name], images[:2]) < 1e-5
+
+
+@torch.inference_mode()
+def test_checks_compare_with_crops_as_stock_cuts_them(paths: dict[str, Path]) -> None:
+    """The files say that images are not cropped, and transformers crops them."""
+    path, images = paths["qwen2"], [noise((200, 100)), noise((56, 56))]
+    loaded = load(path)
+    text = ChatPrompt(loaded.processor).render("What is it?", len(images))
+    inputs = stock(path)(images=images, text=[text], return_tensors="pt")
+    with StockModel(path, StockSettings("float32", "cpu", max_new_tokens=6)) as model:
+        answer = model.answer(images, "What is it?")
+    assert list(answer.expanded_ids) == inputs["input_ids"][0].tolist()
+    wanted = loaded.model(**inputs, logits_to_keep=1).logits[0, -1]
+    behind = len(answer.logits) - len(answer.token_ids)
+    torch.testing.assert_close(answer.logits[behind], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_good_model_passes_its_check(paths: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A mark stands behind the last visual token, from which stock's logits are taken."""
+    rows = write_rows(tmp_path / "rows.parquet", ("What is it?", "Which colour?"))
+    found = checked(paths[name], rows)
+    assert found.passed, parity_lines(found)
+    assert found.stock.same_prompts == found.stock.same_answers == 2
+    assert found.stock.difference > 0, "compared with itself"
 
 
 # --- features and scores ------------------------------------------------------------------------
