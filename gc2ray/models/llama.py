@@ -35,7 +35,7 @@ from gc2ray.models.layers.linear import Linear
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-"""`dynamic`, which InternVL3 has, stretches frequencies behind `max_position_embeddings` only, and
+"""`dynamic`, which InternVL3 has, changes frequencies behind `max_position_embeddings` only, and
 gc2ray answers no prompt that would get there."""
 TEXT_MODELS = ("language_model", "text_model")
 """What models of images and text call their language model; the second are Idefics3 and SmolVLM."""
