@@ -23,6 +23,9 @@ from gc2ray.estimation.roofline import ROOFLINE_SHARE
 from gc2ray.estimation.workload import Workload
 from gc2ray.reporting.evaluation import ALL, Evaluation, RunScores
 
+MOST = 0.5
+"""Share of the operations from which the tower is what a run mostly pays for."""
+
 
 def print_estimate(console: Console, result: Estimate, job: Job) -> None:
     """Print all tables of an estimate, and notes on where the figures come from."""
@@ -143,6 +146,7 @@ def _notes(result: Estimate, job: Job) -> Iterator[str]:
         "has its text and the newline tokens."
     )
     yield f"Output tokens: {result.output_basis}."
+    yield from _tower_note(result)
     fits = [item for item in result.devices if item.misfit is None]
     yield from _audit_note(result, job)
     for device in dict.fromkeys(item.hardware for item in fits if item.basis == "run"):
@@ -159,6 +163,19 @@ def _notes(result: Estimate, job: Job) -> Iterator[str]:
         yield (
             f"No cost of {', '.join(unpriced)}: the hardware table has no price; use --hardware "
             "FILE with your own."
+        )
+
+
+def _tower_note(result: Estimate) -> Iterator[str]:
+    """That selection saves little, where the tower is what images cost."""
+    own = result.workloads[0]
+    operations = own.work[1].flops
+    share = operations["encode"] / max(1, sum(operations.values()))
+    if share >= MOST:
+        yield (
+            f"The vision tower takes {share:.0%} of the operations at retention {own.retention:g}. "
+            "Compression begins behind it, so a lower retention saves little more; fewer or "
+            "smaller views would."
         )
 
 

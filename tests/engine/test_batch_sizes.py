@@ -70,6 +70,12 @@ def test_a_share_that_is_too_small_is_refused_with_what_to_do() -> None:
         derive_batch_sizes(Cluster(gpus_per_worker=0.2), SEVEN_B, H100)
 
 
+def test_a_model_larger_than_a_gpu_is_refused_with_what_would_run_it() -> None:
+    seventy = replace(SEVEN_B, weights=141 * GB)
+    with pytest.raises(ConfigError, match=r"weights take 141.0 GB, .* has 73.6 GB.*vLLM"):
+        derive_batch_sizes(Cluster(), seventy, H100)
+
+
 def test_a_host_gives_an_eighth_of_its_memory_or_one_long_row() -> None:
     needs = replace(SEVEN_B, kv_per_token=32_768)
     assert derive_batch_sizes(Cluster(), needs, HOST).kv_tokens == 1024 * MIB // 32_768

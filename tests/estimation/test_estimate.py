@@ -126,6 +126,20 @@ def test_devices_without_figures_are_left_out(tiny_paths: dict[str, Path], tmp_p
     assert "visual tokens before compression" in default.stdout
 
 
+@pytest.mark.parametrize(("new", "told"), [(1, True), (400, False)])
+def test_it_says_where_the_tower_is_what_images_cost(
+    tiny_paths: dict[str, Path], tmp_path: Path, new: int, *, told: bool
+) -> None:
+    config = job_file(tmp_path, tiny_paths["vicuna"])
+    settings = ("recipe.compression.retention=0.1", f"recipe.generation.max_new_tokens={new}")
+    (own, *_) = json.loads(run_command("estimate", config, *settings, "--json").stdout)["workloads"]
+    flops = {stage: operations["mid"] for stage, operations in own["flops"].items()}
+    share = flops["encode"] / sum(flops.values())
+    assert (share >= 0.5) == told
+    shown = run_command("estimate", config, *settings).stdout
+    assert (f"The vision tower takes {share:.0%} of the operations" in shown) == told
+
+
 def test_names_that_look_like_markup_are_printed_as_they_are(
     tiny_paths: dict[str, Path], tmp_path: Path
 ) -> None:
