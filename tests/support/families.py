@@ -26,12 +26,14 @@ class TinyFamily:
         stock: transformers' own processor class for that directory.
         sizes: (height, width) of images, from one view to the most.
         native: Whether the native decoder runs it.
+        stock_expands: Whether `check` has transformers' own processor expand placeholders.
     """
 
     build: Callable[[Path], Any]
     stock: Callable[[Path], Any]
     sizes: tuple[Size, ...]
     native: bool = True
+    stock_expands: bool = False
 
 
 def _stock_llava_next(directory: Path) -> Any:
@@ -55,16 +57,17 @@ GRANITE = TinySpec(
 """As Granite Vision 3.x: four layers make the features, and one grid is a single crop."""
 
 FAMILIES: dict[str, TinyFamily] = {
-    "llava_next": TinyFamily(build_tiny, _stock_llava_next, NEXT_SIZES),
+    "llava_next": TinyFamily(build_tiny, _stock_llava_next, NEXT_SIZES, stock_expands=True),
     "llava_next_siglip": TinyFamily(
         lambda path: build_tiny(
             path, TinySpec(tower="siglip", activation="gelu_pytorch_tanh", vision_layers=-2, seed=5)
         ),
         _stock_llava_next,
         NEXT_SIZES,
+        stock_expands=True,
     ),
     "granite_vision": TinyFamily(
-        lambda path: build_tiny(path, GRANITE), _stock_llava_next, NEXT_SIZES
+        lambda path: build_tiny(path, GRANITE), _stock_llava_next, NEXT_SIZES, stock_expands=True
     ),
     "llava_onevision": TinyFamily(tiny_onevision.build, tiny_onevision.stock, tiny_onevision.SIZES),
     "internvl3": TinyFamily(tiny_internvl.built("qwen2"), tiny_internvl.stock, tiny_internvl.SIZES),
