@@ -7,6 +7,7 @@ A compressor turns it into a `Selection` (`gc2ray.compression.selection`). Its g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Views:
             shapes = tuple(self.features.shape), tuple(self.scores.shape)
             raise ValueError(f"features and scores are {shapes}, the geometry has {tokens} tokens")
 
-    @property
+    @cached_property
     def index(self) -> GeometryIndex:
         """The geometry's tensors on the device of the scores."""
         return geometry_index(self.geometry, self.scores.device)
