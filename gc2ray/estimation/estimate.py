@@ -48,7 +48,7 @@ class Estimate:
         images: To be decoded and encoded.
         views: Views of those images.
         visual_tokens_full: Visual tokens of all prompts' images before compression.
-        text_tokens: Other tokens of all prompts.
+        text_tokens: Other tokens of all prompts, those around views included.
         output_tokens: Tokens of an answer.
         output_basis: Where that figure comes from.
         workloads: By retention, the recipe's first.
@@ -178,7 +178,9 @@ def estimate_profile(
         visual_tokens_full=total(
             lambda shape: sum(image.geometry.visual_tokens for image in shape.images)
         ),
-        text_tokens=total(lambda shape: shape.text_tokens),
+        text_tokens=total(
+            lambda shape: shape.text_tokens + sum(i.geometry.literals for i in shape.images)
+        ),
         output_tokens=output,
         output_basis=basis,
         workloads=workloads,

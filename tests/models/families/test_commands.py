@@ -116,6 +116,10 @@ def test_the_estimate_holds(given: Given, answered: dict[int, dict[str, Any]]) -
     rows = answered.values()
     full = sum(row["visual_tokens_full"] for row in rows)
     assert found["visual_tokens_full"] == {"low": full, "mid": full, "high": full}
+    text = sum(
+        row["prompt_tokens"] - row["visual_tokens_kept"] - row["newline_tokens"] for row in rows
+    )
+    assert found["text_tokens"]["mid"] == text
     own = found["workloads"][0]
     kept = sum(row["visual_tokens_kept"] for row in rows)
     assert own["visual_tokens"]["low"] <= kept <= own["visual_tokens"]["high"]
