@@ -198,9 +198,11 @@ def _gathered(views: Views, selection: Selection) -> Tensor:
 
 def standardised(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores of an image, (N,), less the mean of its valid tokens, over their deviation."""
-    own = scores[valid]
-    deviation = own.std(correction=0).clamp_min(torch.finfo(scores.dtype).eps)
-    return (scores - own.mean()) / deviation
+    weights = valid.to(scores.dtype)  # and not `scores[valid]`, for which a GPU would be waited for
+    tokens = weights.sum()
+    centred = scores - (scores * weights).sum() / tokens
+    deviation = ((centred.square() * weights).sum() / tokens).sqrt()
+    return centred / deviation.clamp_min(torch.finfo(scores.dtype).eps)
 
 
 def pixel_table(cropping: Cropping) -> Tensor:
