@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from gc2ray.models.families.tiny import TinySpec, build_tiny
 from gc2ray.models.hf_reference import stock_processor

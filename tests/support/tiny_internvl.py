@@ -11,7 +11,6 @@ from unittest import mock
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -20,6 +19,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 SIDE, PATCH, MERGE = 56, 7, 2
