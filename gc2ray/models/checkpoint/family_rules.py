@@ -199,6 +199,16 @@ def _tiles(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the image processor has min_patches {least}, above max_patches {most}"
 
 
+def _one_layer(checkpoint: Checkpoint) -> Iterator[str]:
+    """InternVL of transformers, unlike LLaVA, cannot join the features of several layers."""
+    named = checkpoint.config.get("vision_feature_layer")
+    if named is not None and number(named) is None:
+        yield (
+            f"vision_feature_layer in config.json is {as_json(named)}, and should be one layer's "
+            "number; use the config.json that it was published with"
+        )
+
+
 def _longest_edges(checkpoint: Checkpoint) -> Iterator[str]:
     for name in ("size", "max_image_size"):
         value = checkpoint.images.get(name)
@@ -240,7 +250,7 @@ FAMILY_RULES: Mapping[str, FamilyRules] = MappingProxyType({
         towers={"internvl_vision": "default"},
         idle_steps=frozenset({"do_center_crop", "do_pad"}),  # this processor has neither
         paired_sides=True,
-        checks=(_tiles, _shuffled_tokens),
+        checks=(_one_layer, _tiles, _shuffled_tokens),
     ),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,

@@ -110,6 +110,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], Change, str]] = {
         edited(CONFIG, vision_feature_layer=-4),
         r"takes features from layer -4 .* tower has 2 ",
     ),
+    "several layers": (
+        (INTERNVL,),
+        edited(CONFIG, vision_feature_layer=[-1, -2]),
+        r"vision_feature_layer .* is \[-1, -2\], and should be one layer's number",
+    ),
     "aspect ratio": (
         (ONEVISION,),
         edited(PROCESSOR, vision_aspect_ratio="anyres_max_4"),
