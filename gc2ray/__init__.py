@@ -10,21 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gc2ray.core.version import __version__
 
 if TYPE_CHECKING:
-    from gc2ray.api import (
-        check,
-        compact,
-        estimate,
-        evaluate,
-        load_job,
-        report,
-        retry,
-        run,
-        show,
-        status,
-        submit,
-        tune,
-        verify,
-    )
+    from gc2ray.api.jobs import check, estimate, load_job, run, submit, tune
+    from gc2ray.api.outputs import compact, evaluate, report, retry, show, status, verify
     from gc2ray.core.config.job import Cluster, Job
     from gc2ray.core.config.recipe import Recipe
     from gc2ray.core.errors import ConfigError, EngineDead, GivenUp, Interrupted
@@ -72,10 +59,23 @@ _MODULES = {
     "Model": "gc2ray.engine.local_model",
     "Recipe": "gc2ray.core.config.recipe",
     "Request": "gc2ray.core.records",
+    "check": "gc2ray.api.jobs",
+    "compact": "gc2ray.api.outputs",
+    "estimate": "gc2ray.api.jobs",
+    "evaluate": "gc2ray.api.outputs",
+    "load_job": "gc2ray.api.jobs",
     "load_model": "gc2ray.engine.local_model",
     "read_answers": "gc2ray.output.compact",
+    "report": "gc2ray.api.outputs",
+    "retry": "gc2ray.api.outputs",
+    "run": "gc2ray.api.jobs",
+    "show": "gc2ray.api.outputs",
+    "status": "gc2ray.api.outputs",
+    "submit": "gc2ray.api.jobs",
+    "tune": "gc2ray.api.jobs",
+    "verify": "gc2ray.api.outputs",
 }
-"""Modules of public names; those that are not here are functions of `gc2ray.api`."""
+"""Modules of public names."""
 
 
 def __getattr__(name: str) -> Any:
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_MODULES.get(name, "gc2ray.api")), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ def main() -> None:
 
 
 def _command() -> None:
-    from gc2ray.cli import app
+    from gc2ray.cli.app import app
 
     app()
 

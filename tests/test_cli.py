@@ -19,7 +19,7 @@ import s3fs
 from typer.testing import CliRunner
 
 from gc2ray import __version__
-from gc2ray.cli import app
+from gc2ray.cli.app import app
 from tests.support.commands import ROOT, gc2ray, job_file, run_command, start
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.object_servers import a_bucket

@@ -21,7 +21,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from gc2ray import api
+import gc2ray
+from gc2ray.api import command_line
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import MeanInterval, interval
@@ -83,7 +84,7 @@ def demo_job(root: Path, overrides: Sequence[str] = ()) -> Job:
         f"recipe.model.path={root / 'model'}",
         f"recipe.input.uri={root / 'questions.parquet'}",
     ]
-    return api.load_job(CONFIG, *places, *overrides)
+    return gc2ray.load_job(CONFIG, *places, *overrides)
 
 
 def _write_inputs(console: Console, root: Path, job: Job) -> None:
@@ -114,9 +115,9 @@ def _backgrounds() -> tuple[list[Image.Image], str]:
 
 
 def _run(job: Job) -> Outcome:
-    terminal = api.terminal()
+    terminal = command_line.terminal()
     with terminal.display() as display:
-        outcome = api.run(job, display=display)
+        outcome = gc2ray.run(job, display=display)
     terminal.outcome(outcome, job.output)
     return outcome
 

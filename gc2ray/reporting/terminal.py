@@ -1,7 +1,7 @@
 """Shows a run in the terminal: a progress bar while it runs, a table when it ends.
 
 On a terminal the bar moves; in a log a line is printed every half minute. `Terminal` shows the
-results of `gc2ray.api`, each in its form.
+results of the functions of `gc2ray`, each in its form.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def _change(full: int, kept: int) -> str:
 
 
 class Terminal:
-    """Shows people what the functions of `gc2ray.api` return.
+    """Shows people what the functions of `gc2ray` return.
 
     Args:
         console: Where to; None: standard output.

@@ -81,7 +81,7 @@ from gc2ray.core import process as ending
 from gc2ray.output import verify
 def hit(*_, **__): os.kill(os.getpid(), signal.SIGTERM)
 def command():
-    from gc2ray.cli import app
+    from gc2ray.cli.app import app
     if sys.argv[1] == "before": hit()
     if sys.argv[1] == "within": verify.verify = hit
     sys.argv[:] = ["gc2ray", "verify", sys.argv[2]]

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from gc2ray.cli import app
+from gc2ray.cli.app import app
 from jobs.docs_configuration import settings
 from tests.docs.test_words import offences
 

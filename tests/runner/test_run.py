@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gc2ray import __version__
-from gc2ray.cli import app
+from gc2ray.cli.app import app
 from gc2ray.core.config.job import Job, parse_job
 from gc2ray.core.errors import ConfigError
 from gc2ray.data.source import Source

@@ -12,7 +12,7 @@ from pathlib import Path
 from click.testing import Result
 from typer.testing import CliRunner
 
-from gc2ray.cli import app
+from gc2ray.cli.app import app
 from tests.support.rows import job_data, write_rows
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gc2ray.cli import app
+from gc2ray.cli.app import app
 from gc2ray.core.errors import ConfigError, ShardError
 from gc2ray.core.records import Request
 from gc2ray.engine.parity import check as parity
