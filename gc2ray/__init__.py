@@ -12,6 +12,7 @@ from gc2ray.core.version import __version__
 if TYPE_CHECKING:
     from gc2ray.api.jobs import check, estimate, load_job, run, submit, tune
     from gc2ray.api.outputs import compact, evaluate, report, retry, show, status, verify
+    from gc2ray.api.standalone import supported_models
     from gc2ray.core.config.job import Cluster, Job
     from gc2ray.core.config.recipe import Recipe
     from gc2ray.core.errors import ConfigError, EngineDead, GivenUp, Interrupted
@@ -44,6 +45,7 @@ __all__ = [
     "show",
     "status",
     "submit",
+    "supported_models",
     "tune",
     "verify",
 ]
@@ -72,6 +74,7 @@ _MODULES = {
     "show": "gc2ray.api.outputs",
     "status": "gc2ray.api.outputs",
     "submit": "gc2ray.api.jobs",
+    "supported_models": "gc2ray.api.standalone",
     "tune": "gc2ray.api.jobs",
     "verify": "gc2ray.api.outputs",
 }

@@ -53,7 +53,8 @@ def python(script: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["gc2ray", "gc2ray.api.jobs", "gc2ray.api.outputs", "gc2ray.cli.app"]
+    "module",
+    ["gc2ray", "gc2ray.api.jobs", "gc2ray.api.outputs", "gc2ray.api.standalone", "gc2ray.cli.app"],
 )
 def test_importing_loads_no_large_library(module: str) -> None:
     large = {"torch", "ray", "pyarrow", "pydantic", "numpy", "aiohttp", "rich", "transformers"}
@@ -370,8 +371,9 @@ def test_outputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 
 EXAMPLES = [
-    "load_model", "Model.answer", "load_job", "check", "estimate", "tune", "run", "read_answers",
-    "status", "verify", "retry", "compact", "report", "show", "evaluate", "submit",
+    "supported_models", "load_model", "Model.answer", "load_job", "check", "estimate", "tune",
+    "run", "read_answers", "status", "verify", "retry", "compact", "report", "show", "evaluate",
+    "submit",
 ]  # fmt: skip
 """In an order in which they can be typed: what reads an output comes after the run."""
 

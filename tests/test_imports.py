@@ -154,17 +154,10 @@ def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_modules_that_do_not_compute_start_without_torch() -> None:
     """It takes seconds and hundreds of megabytes: commands, drivers and idle workers do without."""
-    light = [
-        "cli.app",
-        "api.jobs",
-        "api.outputs",
-        "runner.run",
-        "runner.submit",
-        "runner.worker",
-        "engine.device",
-    ]
-    light += ["output.retry"]
-    light += ["output.verify", "output.compact", "reporting.page", "reporting.dataset_card"]
+    light = ["cli.app", "api.jobs", "api.outputs", "api.standalone"]
+    light += ["runner.run", "runner.submit", "runner.worker", "engine.device"]
+    light += ["output.retry", "output.verify", "output.compact"]
+    light += ["models.checkpoint.known_models", "reporting.page", "reporting.dataset_card"]
     script = f"import sys, {', '.join(f'gc2ray.{name}' for name in light)}\n"
     script += "print(sorted({'torch', 'transformers'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

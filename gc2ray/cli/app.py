@@ -15,12 +15,12 @@ from gc2ray import __version__
 from gc2ray.api import command_line
 from gc2ray.cli.jobs import check, estimate, run, submit, tune
 from gc2ray.cli.outputs import compact, evaluate, report, retry, show, status, verify
-from gc2ray.cli.standalone import demo
+from gc2ray.cli.standalone import demo, models
 
 HELP = "Answer a Parquet of images and prompts with a compressed vision-language model on Ray."
 COMMANDS = (
     run, submit, estimate, tune, status, retry, report, show, verify, compact, evaluate, check,
-    demo,
+    models, demo,
 )  # fmt: skip
 """In the order in which `gc2ray --help` lists them."""
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gc2ray.engine.parity.result import Parity
     from gc2ray.estimation.estimate import Estimate
     from gc2ray.estimation.recommendation import Tuning
+    from gc2ray.models.checkpoint.known_models import SupportedModels
     from gc2ray.output.compact import Dataset
     from gc2ray.output.heartbeats import WorkerRecord
     from gc2ray.reporting.evaluation import Evaluation
@@ -332,6 +333,12 @@ class Terminal:
         from gc2ray.reporting.terminal_tables import print_parity
 
         print_parity(self._console, parity)
+
+    def models(self, supported: SupportedModels) -> None:
+        """Which models are supported, or why some are not."""
+        from gc2ray.reporting.terminal_tables import print_models
+
+        print_models(self._console, supported)
 
     def written(self, written: WrittenReport) -> None:
         """Where a report is, and the dataset cards."""

@@ -21,6 +21,7 @@ from gc2ray.estimation.estimate import Estimate
 from gc2ray.estimation.recommendation import Measured, Tuning
 from gc2ray.estimation.roofline import ROOFLINE_SHARE
 from gc2ray.estimation.workload import Workload
+from gc2ray.models.checkpoint.known_models import KnownModel, SupportedModels
 from gc2ray.reporting.evaluation import ALL, Evaluation, RunScores
 
 MOST = 0.5
@@ -283,6 +284,49 @@ def _scores_table(run: RunScores, metrics: Sequence[str]) -> Table:
             mean = scores[metric]
             table.add_row("" if index else escape(name), str(mean.rows), metric, str(mean))
         table.add_section()
+    return table
+
+
+def print_models(console: Console, supported: SupportedModels) -> None:
+    """Print supported models, and how many are refused; or why, where only those are given."""
+    if not supported.models:
+        for kind, why in supported.refused.items():
+            console.print(f"{kind} is not supported: {why}", markup=False, soft_wrap=True)
+        return
+    console.print(_model_table(supported.models))
+    console.print(_checkpoint_table(supported.models))
+    console.print(
+        "Decoder: gc2ray's own, or stock transformers' generate. Settings: those of the "
+        "compression, measured on the demo model or not. Unverified: from memory, not looked up.",
+        highlight=False,
+    )
+    if supported.refused:
+        others = len(supported.refused) - len(supported.not_yet)
+        console.print(
+            f"Not supported yet: {', '.join(supported.not_yet)}. {others} other model types are "
+            "refused; for the reason: gc2ray models MODEL_TYPE",
+            highlight=False,
+        )
+
+
+def _model_table(models: Sequence[KnownModel]) -> Table:
+    table = Table("model type", "models, sizes", "decoder", "default score", "settings")
+    for model in models:
+        name = f"{model.name}\n{', '.join(model.sizes)}"
+        measured = "measured" if model.measured else "not measured"
+        table.add_row(model.model_type, name, model.decoder, model.score, measured)
+    for column in table.columns:
+        column.no_wrap = column.header != "models, sizes"
+    return table
+
+
+def _checkpoint_table(models: Sequence[KnownModel]) -> Table:
+    """Hub ids, short enough for one line each."""
+    table = Table("typical checkpoints (unverified)", "licence (unverified)")
+    table.columns[0].overflow = "fold"
+    for model in models:
+        for checkpoints in model.checkpoints:
+            table.add_row(escape(checkpoints.pattern), checkpoints.licence)
     return table
 
 

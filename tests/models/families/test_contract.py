@@ -27,7 +27,9 @@ from gc2ray.models import loading
 from gc2ray.models.adapter import LoadedModel, pixel_table
 from gc2ray.models.base import Family, Prompt
 from gc2ray.models.chat_template import ChatPrompt
+from gc2ray.models.checkpoint.known_models import KNOWN_MODELS
 from gc2ray.models.image_processor import Tiles, tile
+from gc2ray.models.layers.scores import SCORES
 from gc2ray.models.llama import unsupported
 from tests.support.families import FAMILIES, Size
 from tests.support.rows import encoded, make_recipe
@@ -204,6 +206,16 @@ def test_compressed_it_equals_generate_over_the_same_embeddings(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_decoder_is_the_one_promised(tiny: Any, name: str) -> None:
     assert (unsupported(tiny(name).loaded.model) is None) == FAMILIES[name].native
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_of_known_models_has_its_score(tiny: Any, name: str) -> None:
+    found, config = tiny(name), tiny(name).loaded.model.config
+    kind, tower = config.model_type, config.vision_config.model_type
+    known = {
+        model.score for model in KNOWN_MODELS if (model.model_type, model.tower) == (kind, tower)
+    }
+    assert {SCORES[score] for score in known} == {found.loaded.adapter._vision._score}
 
 
 @pytest.mark.parametrize("name", NAMES)
