@@ -29,8 +29,8 @@ from gc2ray.models.base import Family, Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.known_models import KNOWN_MODELS
 from gc2ray.models.image_processor import Tiles, tile
-from gc2ray.models.layers.scores import SCORES
 from gc2ray.models.llama import unsupported
+from gc2ray.models.registry import chosen_score
 from tests.support.families import FAMILIES, Size
 from tests.support.rows import encoded, make_recipe
 
@@ -210,12 +210,10 @@ def test_the_decoder_is_the_one_promised(tiny: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_of_known_models_has_its_score(tiny: Any, name: str) -> None:
-    found, config = tiny(name), tiny(name).loaded.model.config
-    kind, tower = config.model_type, config.vision_config.model_type
-    known = {
-        model.score for model in KNOWN_MODELS if (model.model_type, model.tower) == (kind, tower)
-    }
-    assert {SCORES[score] for score in known} == {found.loaded.adapter._vision._score}
+    config = tiny(name).loaded.model.config
+    kinds = config.model_type, config.vision_config.model_type
+    known = {model.score for model in KNOWN_MODELS if (model.model_type, model.tower) == kinds}
+    assert known == {chosen_score(tiny(name).family, None)}
 
 
 @pytest.mark.parametrize("name", NAMES)
