@@ -1,8 +1,9 @@
 """Model architectures by the `model_type` of their config.
 
 To add one: a family in a file of its own in `families/` (`gc2ray.models.base` says what it has), a
-line in `FAMILIES`, the same `model_type` in `checkpoint.consistency.MODEL_TYPES`, and its rules in
-`checkpoint.family_rules.FAMILY_RULES`. The contract tests compare a family's tiny checkpoint with
+line in `FAMILIES`, the same `model_type` in `checkpoint.consistency.MODEL_TYPES`, its rules in
+`checkpoint.family_rules.FAMILY_RULES`, and what people should know of its models in
+`checkpoint.known_models.KNOWN_MODELS`. The contract tests compare a family's tiny checkpoint with
 stock transformers.
 """
 
