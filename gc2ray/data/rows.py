@@ -83,7 +83,7 @@ class RowReader:
             check("image", image, is_image, kinds)
             self._check_roots(columns.field(image).type, source)
         if prompt.column is not None:
-            several = "string, or list<string> for several prompts per image"
+            several = "string, or list<string> for several prompts per row"
             check("prompt.column", prompt.column, is_prompt, several)
         for name in prompt.columns() if prompt.template is not None else ():
             check("prompt.template", name, reads_as_text, "text, numbers, booleans or times")

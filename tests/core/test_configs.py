@@ -20,6 +20,7 @@ def test_the_documented_configs_exist() -> None:
         "llava-next-7b-caption",
         "llava-next-7b-vqa",
         "llava-next-13b-caption",
+        "internvl3-8b-several-images",
     }
 
 
