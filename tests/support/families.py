@@ -75,6 +75,9 @@ FAMILIES: dict[str, TinyFamily] = {
     "internvl3_5": TinyFamily(
         tiny_internvl.built("qwen3"), tiny_internvl.stock, tiny_internvl.SIZES
     ),
+    "internvl3_5_moe": TinyFamily(
+        tiny_internvl.built("qwen3_moe"), tiny_internvl.stock, tiny_internvl.SIZES[:5], native=False
+    ),
     "idefics3": TinyFamily(
         tiny_idefics3.build_idefics3, tiny_idefics3.stock_idefics3, tiny_idefics3.SIZES
     ),

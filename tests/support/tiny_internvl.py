@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
@@ -65,7 +66,8 @@ def build(directory: Path, backbone: str = "qwen2", seed: int = 0, **changes: An
     Args:
         directory: Where.
         backbone: `qwen2`, as InternVL3; `qwen3`, as the largest InternVL3.5 but smaller: its tower
-            normalises queries and keys, and has a norm behind its layers.
+            normalises queries and keys, and has a norm behind its layers; `qwen3_moe`, the same
+            with experts.
         seed: Seed of the weights.
         changes: Other settings of the config, or of the vision config.
     """
@@ -139,7 +141,7 @@ def _tokenizer() -> Any:
 
 
 def _config(tokenizer: Any, backbone: str, changes: dict[str, Any]) -> Any:
-    large = backbone == "qwen3"
+    large = backbone != "qwen2"
     vision: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH,
@@ -148,14 +150,15 @@ def _config(tokenizer: Any, backbone: str, changes: dict[str, Any]) -> Any:
     }  # fmt: skip
     for name in [name for name in changes if hasattr(InternVLVisionConfig(), name)]:
         vision[name] = changes.pop(name)
-    text: Any = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[backbone]
+    text: Any = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}[backbone]
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     config: Any = InternVLConfig(
         vision_config=vision,
         text_config=text(
             vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, head_dim=12, initializer_range=0.12,
             max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id, **(experts if text is Qwen3MoeConfig else {}),
         ),
         image_token_id=tokenizer.convert_tokens_to_ids(CONTEXT),
         tie_word_embeddings=False,
@@ -169,9 +172,9 @@ def _as_of_2025(path: Path) -> None:
     config = json.loads(path.read_text())
     rope = config["text_config"].pop("rope_parameters")
     scaling = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
-    scaling_of = {"qwen2": scaling, "qwen3": None}
     kind = config["text_config"]["model_type"]
-    config["text_config"] |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling_of[kind]}
+    scaling = scaling if kind == "qwen2" else None
+    config["text_config"] |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
     assert config["vision_config"]["image_size"] == [SIDE, SIDE]
     _write(path, config)
 
