@@ -123,6 +123,13 @@ def test_files_and_folders_stay_small() -> None:
     assert {folder: count for folder, count in folders.items() if count > MAX_FILES} == {}
 
 
+def test_an_architecture_is_a_small_file() -> None:
+    """What several need belongs to `gc2ray/models`; `tiny` files write untrained models."""
+    for path in (PACKAGE / "models/families").glob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert lines < 150 or path.name.startswith("tiny"), (path.name, lines)
+
+
 def test_every_module_is_in_a_wing() -> None:
     assert {wing(path) for path in modules()} == {*WINGS}
 
