@@ -38,7 +38,7 @@ from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.base import Family
 from gc2ray.models.loading import free_device_memory, without_load_report
 from gc2ray.models.processor import Processor, load_processor, processor_settings
-from gc2ray.models.registry import FAMILIES
+from gc2ray.models.registry import family_of
 
 Expand = Callable[..., Any]
 """Makes model inputs of images and text, as transformers' processors do."""
@@ -261,7 +261,7 @@ class ExpandedInputs:
 
     def __init__(self, model: Any, processor: Processor) -> None:
         self._processor = processor
-        self._family = FAMILIES[model.config.model_type][0](model.config, processor)
+        self._family = family_of(model.config, processor)
         self._filler = int(model.config.image_token_id)
         self._takes = set(signature(model.forward).parameters)
 

@@ -25,6 +25,9 @@ from gc2ray.models.families.llava_onevision import LlavaOnevision, LlavaOnevisio
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import ModelShape
 
+MARKED = ((4096, 4096), (1024, 4096), (4096, 1024), (16, 16))
+"""Sizes, (height, width), of images whose views are many or one."""
+
 FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
     "llava_next": (LlavaNext, LlavaNextVision),
     "llava_onevision": (LlavaOnevision, LlavaOnevisionVision),
@@ -32,6 +35,28 @@ FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
     "idefics3": (Idefics3, Idefics3Vision),
     "smolvlm": (Idefics3, Idefics3Vision),
 }
+
+
+def family_of(config: Any, processor: Processor) -> Family:
+    """The family of a model.
+
+    Args:
+        config: The model's config.
+        processor: The model's processor.
+
+    Raises:
+        ConfigError: The text around views has tokens for which the model has no embedding; on a GPU
+            the device would be lost.
+    """
+    family = FAMILIES[config.model_type][0](config, processor)
+    rows = int(config.text_config.vocab_size)
+    highest = max(max(family.geometry(size).literal_ids, default=0) for size in MARKED)
+    if highest >= rows:
+        raise ConfigError(
+            f"recipe.model.path: the text around an image's views has token {highest}, and the "
+            f"text table has {rows} rows, from 0; use the tokenizer that it was published with"
+        )
+    return family
 
 
 def metadata_of(
@@ -48,7 +73,7 @@ def metadata_of(
     Raises:
         ConfigError: The tower cannot score patches so.
     """
-    family = FAMILIES[config.model_type][0](config, processor)
+    family = family_of(config, processor)
     chosen_score(family, score)
     return ModelMetadata(ModelShape.of(family.tower, config, itemsize, _parameters(config)), family)
 
@@ -71,8 +96,8 @@ def adapter_of(model: Any, processor: Processor, score: Score | None = None) -> 
     Raises:
         ConfigError: The tower cannot score them so.
     """
-    family_class, vision_class = FAMILIES[model.config.model_type]
-    family = family_class(model.config, processor)
+    vision_class = FAMILIES[model.config.model_type][1]
+    family = family_of(model.config, processor)
     chosen = chosen_score(family, score)
     return ModelAdapter(model, family, vision_class(model, family, chosen), chosen)
 

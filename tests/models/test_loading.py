@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from gc2ray.core.errors import BadRow, ConfigError
 from gc2ray.engine.engine import load_recipe_model
 from gc2ray.models import loading
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
+from gc2ray.models.processor import load_processor
+from gc2ray.models.registry import family_of
 from tests.support.commands import run_command
+from tests.support.families import FAMILIES
 from tests.support.rows import job_data, make_job, write_rows
 
 Tensors = dict[str, torch.Tensor]
@@ -319,3 +323,19 @@ def test_a_hub_id_in_the_hubs_cache_is_held_to_the_same(
     edit(snapshot, image_token_index=7)
     with pytest.raises(ConfigError, match=r"image token is 7 in config\.json"):
         load("some/model")
+
+
+def test_markers_without_an_embedding_are_refused(tmp_path: Path) -> None:
+    """Their ids go to the text table unseen; on a GPU the device would be lost."""
+    FAMILIES["smolvlm"].build(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    processor = load_processor(str(tmp_path), None)
+    row = processor.tokenizer.convert_tokens_to_ids("<row_1_col_2>")
+    model_config = AutoConfig.from_pretrained(tmp_path)
+    assert row < config["text_config"]["vocab_size"]
+    family_of(model_config, processor)
+    model_config.text_config.vocab_size = row
+    with pytest.raises(
+        ConfigError, match=rf"views has token \d+, and the text table has {row} rows"
+    ):
+        family_of(model_config, processor)
