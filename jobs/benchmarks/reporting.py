@@ -145,6 +145,7 @@ def made_up(kind: int) -> Answer:
         kept_per_view=(kept,), full_per_view=((VIEW_TOKENS,) * VIEWS,),
         kv_bytes=(tokens.prompt + words) * LLAVA_7B.kv_bytes_per_token,
         kv_bytes_full=(tokens.prompt + full - sum(kept) + words) * LLAVA_7B.kv_bytes_per_token,
+        images_encoded=1,
         demand=demand_of(LLAVA_7B, tokens),
         demand_full=demand_of(LLAVA_7B, tokens.with_more(full - sum(kept))),
         device="NVIDIA H200",

@@ -51,6 +51,7 @@ def measured(answer: Answer) -> Answer:
         answer,
         visual_tokens_full=2880, visual_tokens_kept=720, newline_tokens=20, newline_tokens_full=48,
         kept_per_view=((144,) * 5,), full_per_view=((576,) * 5,), prompt_tokens=800,
+        images_encoded=1,
         demand=demand_of(LLAVA_7B, tokens), demand_full=demand_of(LLAVA_7B, tokens.with_more(2188)),
         stage_ns=dict.fromkeys(answer.stage_ns, 10 ** 8),
     )  # fmt: skip

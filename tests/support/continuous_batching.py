@@ -212,7 +212,9 @@ def families_of(model: Any, per_group: Sequence[int]) -> list[Submitted]:
         start = embedded(20 + 7 * group)
         for member in range(members):
             embeds = torch.cat([start, embedded(3 + member)])
-            prompt = Prompt(embeds, ((2, len(start)),), prefix_key=f"image {group}")
+            prompt = Prompt(
+                embeds, ((2, len(start)),), prefix_key=f"image {group}", prefix_images=1
+            )
             made.append((len(made), prompt, GenerationConfig(max_new_tokens=5 + member % 4)))
     return made
 

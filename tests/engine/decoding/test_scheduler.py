@@ -22,7 +22,7 @@ def make_scheduler(limits: DecodeLimits) -> Scheduler:
 
 def make_row(tag: int, length: int, key: str | None = None) -> DecodeRow:
     visual = ((0, length - 1),) if key else ()
-    prompt = Prompt(torch.zeros(length, 2), visual, prefix_key=key)
+    prompt = Prompt(torch.zeros(length, 2), visual, prefix_key=key, prefix_images=len(visual))
     return DecodeRow(tag, prompt, GenerationConfig(max_new_tokens=NEW), [], length)
 
 
