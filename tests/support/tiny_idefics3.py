@@ -8,13 +8,13 @@ from typing import Any
 from unittest import mock
 
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
     ProcessorMixin,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 
