@@ -36,7 +36,7 @@ from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.base import Family
-from gc2ray.models.loading import free_device_memory, without_load_report
+from gc2ray.models.loading import free_device_memory, load_config, without_load_report
 from gc2ray.models.processor import Processor, load_processor, processor_settings
 from gc2ray.models.registry import family_of
 
@@ -158,7 +158,11 @@ class StockModel:
             images = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
             with _without_progress():
                 model: Any = AutoModelForImageTextToText.from_pretrained(
-                    path, dtype=getattr(torch, settings.dtype), use_safetensors=True, **where
+                    path,
+                    config=load_config(path, None),
+                    dtype=getattr(torch, settings.dtype),
+                    use_safetensors=True,
+                    **where,
                 )
             self._model = model.to(settings.device).eval()
             self._tokenizer = tokenizer

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_files
 
@@ -60,8 +60,8 @@ def load(
             each other, or weights are missing.
     """
     with _loading(path):
-        checkpoint, _, processor = _described(path, revision, taken_over, weights=True)
-        model = _whole_model(checkpoint, path, revision, getattr(torch, dtype))
+        checkpoint, config, processor = _described(path, revision, taken_over, weights=True)
+        model = _whole_model(checkpoint, path, config, revision, getattr(torch, dtype))
     model.to(device).eval()
     with _loading(path):
         adapter = adapter_of(model, processor, taken_over.score)
@@ -111,6 +111,24 @@ def _reason(error: Exception) -> str:
     return f"{kind}{message}"[:REASON_CHARACTERS]
 
 
+def load_config(path: str, revision: str | None) -> Any:
+    """A model's config, which ties the head to the text table where transformers 4 did.
+
+    Version 4 asked the language model's own config. Version 5 asks the outermost one, in which
+    files of before have nothing, or a value that was not used.
+
+    Args:
+        path: Directory, or hub id.
+        revision: Commit or tag of a hub id.
+    """
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    written, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    tied_inside = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    if tied_inside or "tie_word_embeddings" not in written:
+        config.tie_word_embeddings = tied_inside
+    return config
+
+
 def _described(
     path: str, revision: str | None, taken_over: TakenOver, *, weights: bool
 ) -> tuple[Checkpoint, Any, Processor]:
@@ -118,7 +136,7 @@ def _described(
     is_here = Path(path).is_dir()
     directory = Path(path) if is_here else _in_hub_cache(path, revision)
     checkpoint = check_directory(directory, taken_over, weights=weights and is_here)
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    config = load_config(path, revision)
     processor = load_processor(path, revision)
     checkpoint = _filled(checkpoint, config, processor)
     check_checkpoint(checkpoint, taken_over)
@@ -167,7 +185,7 @@ def _check_prompts(checkpoint: Checkpoint, processor: Processor) -> None:
 
 
 def _whole_model(
-    checkpoint: Checkpoint, path: str, revision: str | None, dtype: torch.dtype
+    checkpoint: Checkpoint, path: str, config: Any, revision: str | None, dtype: torch.dtype
 ) -> Any:
     """The model on the CPU, with all weights read from its files.
 
@@ -177,6 +195,7 @@ def _whole_model(
     with without_load_report():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             revision=revision,
@@ -186,6 +205,9 @@ def _whole_model(
         )
     model, info = loaded
     _check_whole(checkpoint, info, model)
+    # Not tied, whatever the config says, where the files have a head of its own.
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    model.config.tie_word_embeddings = head.weight is table.weight
     return model
 
 
@@ -204,7 +226,7 @@ def _check_whole(checkpoint: Checkpoint, info: Mapping[str, Any], model: Any) ->
     )
     where = f"recipe.model.path: {checkpoint.name}"
     if missing:
-        hint = _tied_head(checkpoint, missing) or _other_names(unexpected)
+        hint = _other_names(unexpected)
         raise ConfigError(
             f"{where} lacks {len(missing)} of the model's {total} tensors, which would be random "
             f"numbers: {_few(missing)}{hint}"
@@ -251,16 +273,6 @@ def _few(names: Collection[str]) -> str:
 def _other_names(unexpected: Collection[str]) -> str:
     """A hint that missing tensors may be there under other names."""
     return f"; it has others instead ({len(unexpected)}): {_few(unexpected)}" if unexpected else ""
-
-
-def _tied_head(checkpoint: Checkpoint, missing: Collection[str]) -> str:
-    """A hint where only the language model's own configuration says that it has no head."""
-    if not checkpoint.text.get("tie_word_embeddings") or "lm_head.weight" not in missing:
-        return ""
-    return (
-        "; config.json has tie_word_embeddings true in text_config only, where transformers 5 does "
-        "not look: write it at the top level, too"
-    )
 
 
 @contextmanager

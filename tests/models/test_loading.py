@@ -167,23 +167,30 @@ def test_nothing_is_moved_to_a_device_before_it_is_known_to_be_whole(model: Path
         load(model, device="no such device")
 
 
+def without_head(found: Tensors) -> Tensors:
+    return {name: found[name] for name in found if "lm_head" not in name}
+
+
 @pytest.mark.parametrize("top", [{}, {"tie_word_embeddings": False}])
-def test_a_head_that_only_the_text_config_ties_is_refused_with_the_remedy(
-    model: Path, top: dict[str, object]
-) -> None:
+def test_a_head_that_only_the_text_config_ties_is_tied(model: Path, top: dict[str, object]) -> None:
     """As small tied language models were saved: transformers 5 looks at the top level alone."""
-    rewritten(model, lambda found: {name: found[name] for name in found if "lm_head" not in name})
+    rewritten(model, without_head)
     config = json.loads((model / "config.json").read_text())
     config["text_config"]["tie_word_embeddings"] = True
     del config["tie_word_embeddings"]
     (model / "config.json").write_text(json.dumps(config | top))
-    with pytest.raises(
-        ConfigError, match=r"lm_head\.weight; config\.json has tie.* top level, too"
-    ):
-        load(model)
-    edit(model, tie_word_embeddings=True)
     loaded = load(model).model
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert loaded.config.tie_word_embeddings
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(model: Path) -> None:
+    edit(model, tie_word_embeddings=True)
+    loaded = load(model)
+    assert loaded.model.lm_head.weight is not loaded.model.get_input_embeddings().weight
+    assert not loaded.model.config.tie_word_embeddings
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert loaded.adapter.shape.parameters == parameters
 
 
 def test_unused_tensors_are_reported_but_not_old_buffers(
