@@ -115,13 +115,15 @@ def load_config(path: str, revision: str | None) -> Any:
     """A model's config, which ties the head to the text table where transformers 4 did.
 
     Version 4 asked the language model's own config. Version 5 asks the outermost one, in which
-    files of before have nothing, or a value that was not used.
+    files of before have nothing, or a value that was not used. Attention is torch's: some files
+    name that of another package, which made their training faster.
 
     Args:
         path: Directory, or hub id.
         revision: Commit or tag of a hub id.
     """
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    config._attn_implementation = "sdpa"
     written, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     tied_inside = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     if tied_inside or "tie_word_embeddings" not in written:
@@ -226,7 +228,7 @@ def _check_whole(checkpoint: Checkpoint, info: Mapping[str, Any], model: Any) ->
     )
     where = f"recipe.model.path: {checkpoint.name}"
     if missing:
-        hint = _other_names(unexpected)
+        hint = _other_names(unexpected) or _lost_head(missing)
         raise ConfigError(
             f"{where} lacks {len(missing)} of the model's {total} tensors, which would be random "
             f"numbers: {_few(missing)}{hint}"
@@ -273,6 +275,13 @@ def _few(names: Collection[str]) -> str:
 def _other_names(unexpected: Collection[str]) -> str:
     """A hint that missing tensors may be there under other names."""
     return f"; it has others instead ({len(unexpected)}): {_few(unexpected)}" if unexpected else ""
+
+
+def _lost_head(missing: Collection[str]) -> str:
+    """A hint where the head alone is missing."""
+    if [*missing] != ["lm_head.weight"]:
+        return ""
+    return "; copy the model again (a head that is the text table: set tie_word_embeddings true)"
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from gc2ray.models.checkpoint.tensors import (
     table_rows,
     tensor_headers,
 )
-from gc2ray.models.checkpoint.unsupported import said, why_unsupported
+from gc2ray.models.checkpoint.unsupported import REMOTE, said, why_unsupported
 from gc2ray.models.shape import CLASS_TOKEN_TOWERS
 
 MODEL_TYPES = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm")
@@ -51,6 +51,11 @@ MODEL_TYPES = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm
 COLOURS = 3
 QUANTISATION = ("quantization_config", "compression_config")
 LAYERED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+OWN_CODE = (
+    "%s: its config.json names code of its own (auto_map), which is never run: the model is loaded "
+    "as transformers has it"
+)
 SLOW_TOKENIZER = (
     "%s is a sentencepiece model without a tokenizer.json: transformers 5 splits some texts "
     "differently than version 4 did, and answers may be worse; make a tokenizer.json with version "
@@ -89,10 +94,22 @@ def check_directory(
         check_named_once(directory, headers)
         checkpoint = replace(checkpoint, table_rows=table_rows(headers))
         check_checkpoint(checkpoint, taken_over)
+        _check_tokenizer(directory)
+    if checkpoint.config.get("auto_map"):
+        log.warning(OWN_CODE, checkpoint.name)
     slow, fast = directory / "tokenizer.model", directory / "tokenizer.json"
     if slow.is_file() and not fast.is_file():
         log.warning(SLOW_TOKENIZER, slow)
     return checkpoint
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """Refuse a model without one; of some types transformers makes an empty tokenizer then."""
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        raise ConfigError(
+            f"recipe.model.path: {directory} has no tokenizer: no {TOKENIZERS[0]}; copy the model "
+            "again"
+        )
 
 
 def check_checkpoint(checkpoint: Checkpoint, taken_over: TakenOver = NOTHING) -> None:
@@ -138,7 +155,8 @@ def _problems(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
 def _architecture(checkpoint: Checkpoint) -> Iterator[str]:
     kind = checkpoint.config.get("model_type")
     if kind not in MODEL_TYPES or why_unsupported(checkpoint.config):
-        reason = why_unsupported(checkpoint.config) or said(kind)
+        code = f", {REMOTE}" if checkpoint.config.get("auto_map") else ""
+        reason = why_unsupported(checkpoint.config) or f"{said(kind)}{code}"
         yield f"{reason}; supported: {', '.join(MODEL_TYPES)}"
 
 
@@ -211,6 +229,11 @@ def _layers(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _processor_type(checkpoint: Checkpoint, rules: FamilyRules) -> Iterator[str]:
+    if not checkpoint.images:
+        yield (
+            "nothing says how its images are cut: no preprocessor_config.json, and no "
+            "image_processor in processor_config.json; copy the model again"
+        )
     kind = checkpoint.images.get("image_processor_type")
     if kind is not None and not rules.cuts_like(kind):
         yield (

@@ -68,6 +68,8 @@ CONVERTED = "its conversion, of those at https://huggingface.co/llava-hf"
 
 def said(kind: object) -> str:
     """How messages name a model's type."""
+    if kind is None:
+        return "its config.json names no model_type"
     return f"it is {'an' if str(kind)[:1] in 'aeiou' else 'a'} {kind} model"
 
 

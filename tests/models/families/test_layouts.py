@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.hf_reference import StockModel, StockSettings
 from tests.support.families import FAMILIES
-from tests.support.old_layouts import LAYOUTS, build_today, write_old
+from tests.support.old_layouts import LAYOUTS
 from tests.support.rows import encoded, make_recipe
 
 NEW_TOKENS = 8
@@ -34,32 +33,6 @@ IMAGE = Image.fromarray(
 QUESTION = "What is it?"
 WITHOUT_HEAD = ("granite-vision, tied inside", "idefics3, tied inside")
 """Of these transformers 5 takes a random head, if it is not told otherwise."""
-
-
-@pytest.fixture(scope="session")
-def today(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Checkpoints of today by family, and whether their head is tied."""
-
-    @cache
-    def of(family: str, *, tied: bool) -> Path:
-        return build_today(family, tmp_path_factory.mktemp(family), tied=tied)
-
-    return of
-
-
-@pytest.fixture(scope="session")
-def old(
-    today: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Checkpoints in old layouts, by name; not to be changed."""
-
-    @cache
-    def of(name: str) -> Path:
-        layout = LAYOUTS[name]
-        source = today(layout.family, tied=layout.tied)
-        return write_old(layout, source, tmp_path_factory.mktemp("old") / "model")
-
-    return of
 
 
 @cache
