@@ -61,52 +61,64 @@ def _generation(config: Data) -> Data:
     return {"_from_model_config": True, "transformers_version": "4.45.0", **ends}
 
 
+def llava_next(config: Data, images: Data) -> Data:
+    """LLaVA-1.6, of early 2024: Vicuna's config does not say which token ends an answer."""
+    processor, tokens = "LlavaNextProcessor", {"bos_token": "<s>"}
+    text = _text(config, "LlamaForCausalLM")
+    del text["eos_token_id"]
+    return {
+        "config.json": {
+            "architectures": config["architectures"],
+            "ignore_index": -100,
+            "image_grid_pinpoints": config["image_grid_pinpoints"],
+            "image_token_index": config["image_token_index"],
+            "model_type": "llava_next",
+            "projector_hidden_act": "gelu",
+            "text_config": text,
+            "torch_dtype": "float16",
+            "transformers_version": "4.39.0.dev0",
+            "use_image_newline_parameter": True,
+            "vision_config": _vision(config, projection_dim=768, vocab_size=32000),
+            "vision_feature_layer": config["vision_feature_layer"],
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+        },
+        "generation_config.json": _generation(config),
+        "preprocessor_config.json": _images(images, "LlavaNextImageProcessor", processor),
+        "processor_config.json": {"processor_class": processor},
+        "tokenizer_config.json": _tokenizer(
+            "PreTrainedTokenizerFast", processor, "</s>", "<pad>", **tokens
+        ),
+    }
+
+
 def granite_vision(config: Data, images: Data) -> Data:
     """Granite Vision 3.x, of 2025: factors are written as integers."""
-    own = config["text_config"]
+    own, written = config["text_config"], llava_next(config, images)
     factors = {
         name: int(own[name]) if own[name] == int(own[name]) else own[name]
         for name in own
         if name.endswith("_multiplier") or name == "logits_scaling"
     }
     square = {"height": images["size"]["shortest_edge"], "width": images["size"]["shortest_edge"]}
-    processor = "LlavaNextProcessor"
-    return {
-        "config.json": {
-            "architectures": config["architectures"],
-            "ignore_index": -100,
-            "image_grid_pinpoints": config["image_grid_pinpoints"],
-            "image_seq_length": 576,
-            "image_token_index": config["image_token_index"],
-            "model_type": "llava_next",
-            "multimodal_projector_bias": True,
-            "pad_token_id": 0,
-            "projector_hidden_act": "gelu",
-            "text_config": _text(
-                config, "GraniteForCausalLM", attention_bias=False, rope_scaling=None, **factors
-            ),
-            "torch_dtype": "bfloat16",
-            "transformers_version": "4.49.0",
-            "use_image_newline_parameter": True,
-            "vision_config": _vision(config, _name_or_path="", torch_dtype="bfloat16"),
-            "vision_feature_layer": config["vision_feature_layer"],
-            "vision_feature_select_strategy": "full",
-        },
-        "generation_config.json": _generation(config),
-        "preprocessor_config.json": _images(
-            images, "LlavaNextImageProcessor", processor, size=square, crop_size=square
+    written["config.json"] |= {
+        "image_seq_length": 576,
+        "multimodal_projector_bias": True,
+        "pad_token_id": 0,
+        "text_config": _text(
+            config, "GraniteForCausalLM", attention_bias=False, rope_scaling=None, **factors
         ),
-        "processor_config.json": {
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,
-            "patch_size": config["vision_config"]["patch_size"],
-            "processor_class": processor,
-            "vision_feature_select_strategy": "full",
-        },
-        "tokenizer_config.json": _tokenizer(
-            "PreTrainedTokenizerFast", processor, "</s>", "<pad>", bos_token="<s>"
-        ),
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.49.0",
+        "vision_config": _vision(config, _name_or_path="", torch_dtype="bfloat16"),
     }
+    written["preprocessor_config.json"] |= {"size": square, "crop_size": square}
+    written["processor_config.json"] |= {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 0,
+        "patch_size": config["vision_config"]["patch_size"],
+        "vision_feature_select_strategy": "full",
+    }
+    return written
 
 
 def llava_onevision(config: Data, images: Data) -> Data:
@@ -155,7 +167,9 @@ def llava_onevision(config: Data, images: Data) -> Data:
 
 
 def internvl(config: Data, images: Data) -> Data:
-    """InternVL3, of 2025."""
+    """InternVL3 and InternVL3.5, of 2025."""
+    own, text = config["vision_config"], config["text_config"]["model_type"]
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[text]
     processor = "InternVLProcessor"
     names = {
         "context_image_token": "<IMG_CONTEXT>",
@@ -173,18 +187,19 @@ def internvl(config: Data, images: Data) -> Data:
             "model_type": "internvl",
             "projector_hidden_act": "gelu",
             "text_config": _text(
-                config, "Qwen2ForCausalLM", max_window_layers=70, moe_config=None,
+                config, architecture, max_window_layers=70, moe_config=None,
                 sliding_window=None, use_cache=True, use_sliding_window=False,
             ),
             "torch_dtype": "bfloat16",
             "transformers_version": "4.52.0.dev0",
             "vision_config": _vision(
-                config, architectures=["InternVisionModel"], attention_bias=True,
+                config, architectures=["InternVisionModel"], attention_bias=own["attention_bias"],
                 attention_dropout=0.0, dropout=0.0, hidden_act="gelu", hidden_dropout_prob=0.0,
                 initializer_factor=0.1, layer_norm_eps=1e-6, layer_scale_init_value=0.1,
-                norm_type="layer_norm", num_channels=3, projection_dropout=0.0,
+                norm_type=own["norm_type"], num_channels=3, projection_dropout=0.0,
                 torch_dtype="bfloat16", use_absolute_position_embeddings=True,
-                use_mask_token=False, use_mean_pooling=True, use_qk_norm=False,
+                use_mask_token=False, use_mean_pooling=own["use_mean_pooling"],
+                use_qk_norm=own["use_qk_norm"],
             ),
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "default",

@@ -19,6 +19,7 @@ from tests.support.old_files import (
     granite_vision,
     idefics3,
     internvl,
+    llava_next,
     llava_onevision,
     smolvlm,
 )
@@ -143,6 +144,8 @@ def _write(path: Path, data: object) -> None:
 
 
 LAYOUTS: dict[str, Layout] = {
+    "llava-next 7B 2024": Layout("llava_next", llava_next, TOWER_INSIDE, shards=3),
+    "llava-next, trained": Layout("llava_next", llava_next, NESTED_TOWER_INSIDE),
     "granite-vision 2025": Layout(
         "granite_vision", granite_vision, TOWER_INSIDE, tied=True, shards=2,
         config={"tie_word_embeddings": True}, text={"tie_word_embeddings": True},
@@ -166,6 +169,13 @@ LAYOUTS: dict[str, Layout] = {
     "internvl3, trained": Layout(
         "internvl3", internvl, NESTED, config={"tie_word_embeddings": True},
         text={"tie_word_embeddings": False}, template="chat_template.jinja",
+    ),
+    "internvl3.5 38B 2025": Layout(
+        "internvl3_5", internvl, shards=2, template="chat_template.jinja"
+    ),
+    "internvl3.5 1B 2025": Layout(
+        "internvl3_5", internvl, tied=True, text={"tie_word_embeddings": True},
+        template="chat_template.jinja",
     ),
     "idefics3 8B 2024": Layout("idefics3", idefics3, shards=2),
     "idefics3, tied inside": Layout(
