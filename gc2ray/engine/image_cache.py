@@ -55,6 +55,7 @@ class CachedImage:
         markers: Literal tokens around views that stay; they count as text.
         full_markers: Those before compression.
         marker_ids: Their different token ids.
+        shares: Retentions of all images of the row, where they share a budget.
     """
 
     key: str
@@ -78,11 +79,17 @@ class CachedImage:
     markers: int = 0
     full_markers: int = 0
     marker_ids: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
 
     @property
     def seed(self) -> int:
         """A seed that depends on the image only, never on its row, batch or worker."""
         return int(self.key[:14], 16)
+
+    @property
+    def share(self) -> float | None:
+        """Its own retention, where the images of a row share a budget."""
+        return self.shares[int(self.key.rpartition(".")[2])] if self.shares else None
 
     @property
     def packed_tokens(self) -> int:
@@ -133,6 +140,51 @@ def image_key(
         digest.update(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
     among = "" if alone else "/several"
     return digest.hexdigest() + among + ("" if policy == RECIPES_POLICY else f"/{policy}")
+
+
+@dataclass(eq=False)
+class ImageUnit:
+    """Images that are compressed together: one, or those of a row that share a budget.
+
+    Attributes:
+        images: The images.
+    """
+
+    images: tuple[CachedImage, ...]
+
+    @property
+    def pending(self) -> list[CachedImage]:
+        """Those that are still to be encoded."""
+        return [image for image in self.images if image.tiles is not None]
+
+    @property
+    def failure(self) -> BadRow | None:
+        """Why they cannot be used; setting it sets that of each image to be encoded."""
+        return next((i.failure for i in self.images if i.failure is not None), None)
+
+    @failure.setter
+    def failure(self, failure: BadRow | None) -> None:
+        for image in self.pending:
+            image.failure = failure
+
+    @property
+    def is_retryable(self) -> bool:
+        """Whether the failure may pass."""
+        return any(image.is_retryable for image in self.images)
+
+    @is_retryable.setter
+    def is_retryable(self, is_retryable: bool) -> None:
+        for image in self.pending:
+            image.is_retryable = is_retryable
+
+    @property
+    def oom_splits(self) -> int:
+        """How often a batch with them ran out of memory and was split in half."""
+        return self.images[0].oom_splits
+
+    @oom_splits.setter
+    def oom_splits(self, splits: int) -> None:
+        self.images[0].oom_splits = splits
 
 
 class ImageCache:

@@ -28,7 +28,7 @@ from gc2ray.core.records import ImageRef, Request
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode, refusal
 from gc2ray.engine.decoding.decoder import overflow
-from gc2ray.engine.image_cache import CachedImage, ImageCache, image_key
+from gc2ray.engine.image_cache import CachedImage, ImageCache, ImageUnit, image_key
 from gc2ray.engine.request_state import RequestState, run_isolated, share_time
 from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.base import Prompt
@@ -77,8 +77,9 @@ class PromptBuilder:
             if len(request.prompts) != 1:
                 raise BadRow(Status.FAILED, "a request has one prompt, for now")
             # All are read before any is entered, as others may wait for what is entered.
-            for ref, data in zip(request.images, self._read(request), strict=True):
-                cached_image, new = self._find(request, data)
+            read = self._read(request)
+            for ref, data, key in zip(request.images, read, self._keys(request, read), strict=True):
+                cached_image, new = self._image_cache.find(key, request.policy)
                 row.cached_images.append(cached_image)
                 row.brought.append(new)
                 if new:
@@ -104,12 +105,15 @@ class PromptBuilder:
                 raise _of_several(error, index, len(request.images)) from error
         return read
 
-    def _find(self, request: Request, data: bytes) -> tuple[CachedImage, bool]:
-        """An image of a request, and whether it is new."""
-        reads_prompt = self._policies[request.policy].compressor.reads_prompt
-        prompt = request.prompts[0] if reads_prompt else None
-        key = image_key(data, prompt, request.policy, alone=len(request.images) == 1)
-        return self._image_cache.find(key, request.policy)
+    def _keys(self, request: Request, read: Sequence[bytes]) -> list[str]:
+        """Keys of a request's images; where they share a budget, each names all of them."""
+        policy, alone = self._policies[request.policy], len(read) == 1
+        prompt = request.prompts[0] if policy.compressor.reads_prompt else None
+        keys = [image_key(data, prompt, request.policy, alone=alone) for data in read]
+        if not policy.shares_budget or alone:
+            return keys
+        row = hashlib.blake2b("/".join(keys).encode(), digest_size=8).hexdigest()
+        return [f"{key}/{row}.{index}" for index, key in enumerate(keys)]
 
     def _decode(
         self, cached_image: CachedImage, ref: ImageRef, data: bytes, *, alone: bool
@@ -137,7 +141,7 @@ class PromptBuilder:
                     cached_image.decoded.wait()
                     if cached_image.tiles is not None:
                         payers.setdefault(cached_image, row)
-            run_isolated(list(payers), lambda cached_images: self._encode(cached_images, payers))
+            run_isolated(self._units(rows), lambda units: self._encode(units, payers))
             for cached_image, row in payers.items():
                 row.oom_splits += cached_image.oom_splits
             for row in rows:
@@ -145,6 +149,17 @@ class PromptBuilder:
             run_isolated([row for row in rows if row.failure is None], self._embed)
             self._now()  # the results are complete before another stream reads them
         return rows
+
+    def _units(self, rows: Sequence[RequestState]) -> list[ImageUnit]:
+        """The images of rows that are still to be encoded, each once, with those they belong to."""
+        units: dict[CachedImage, ImageUnit] = {}
+        for row in rows:
+            shares = self._policies[row.request.policy].shares_budget
+            images = tuple(row.cached_images)
+            for unit in [images] if shares and len(images) > 1 else [(i,) for i in images]:
+                if unit[0] not in units and any(image.tiles is not None for image in unit):
+                    units[unit[0]] = ImageUnit(unit)
+        return list(units.values())
 
     def _take_failures(self, row: RequestState) -> None:
         """Fail a row whose image failed; with several, its message says which."""
@@ -156,9 +171,10 @@ class PromptBuilder:
                 row.is_retryable |= cached_image.is_retryable
 
     def _encode(
-        self, cached_images: Sequence[CachedImage], payers: Mapping[CachedImage, RequestState]
+        self, units: Sequence[ImageUnit], payers: Mapping[CachedImage, RequestState]
     ) -> None:
         """Run tower, selection and projection; the rows that brought the images take the time."""
+        cached_images = [image for unit in units for image in unit.pending]
         tiles = [
             cached_image.tiles for cached_image in cached_images if cached_image.tiles is not None
         ]
@@ -169,6 +185,7 @@ class PromptBuilder:
         encoded = self._now()
         if not finite:  # in some image of the batch; `run_isolated` finds out which
             raise overflow("the vision tower's scores of the image")
+        self._share_budgets(units, dict(zip(cached_images, views, strict=True)))
         selections, positions = self._select(cached_images, views)
         packed = self._adapter.pack(views, selections)
         compressed = self._now()
@@ -186,9 +203,25 @@ class PromptBuilder:
             cached_image.count(views[index], selections[index])
             cached_image.packed, cached_image.positions = copies[index], positions[index]
             cached_image.tiles = None
-            self._image_cache.keep(cached_image)
+            if not cached_image.shares:  # they are of use to this row alone
+                self._image_cache.keep(cached_image)
         full = [cached_image.full_tokens for cached_image in cached_images]
         share_time(rows, "compress", compressed - encoded, full)
+
+    def _share_budgets(
+        self, units: Sequence[ImageUnit], views: Mapping[CachedImage, Views]
+    ) -> None:
+        """Set the retentions of images that share a budget.
+
+        Of a unit that another row had encoded, and that lost an image since, they are known.
+        """
+        for unit in units:
+            policy = self._policies[unit.images[0].policy]
+            known = next((image.shares for image in unit.images if image.shares), None)
+            if known is None and all(image in views for image in unit.images):
+                known = tuple(policy.shares_of([views[image] for image in unit.images]) or ())
+            for image in unit.images:
+                image.shares = known or ()
 
     def _select(
         self, cached_images: Sequence[CachedImage], views: Sequence[Views]
@@ -200,7 +233,7 @@ class PromptBuilder:
             policy = self._policies[name]
             own = [at for at, image in enumerate(cached_images) if image.policy == name]
             own_views = [views[at] for at in own]
-            kept = policy.packing.apply(own_views, policy.compressor.many(own_views))
+            kept = policy.select(own_views, [cached_images[at].share for at in own])
             selections |= dict(zip(own, kept, strict=True))
             positions |= dict(
                 zip(own, policy.packing.original_positions(own_views, kept), strict=True)

@@ -18,6 +18,7 @@ import numpy as np
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.geometry import Geometry
 from gc2ray.compression.policy import CompressionPolicy
+from gc2ray.compression.row_budget import extreme_shares
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Interval
@@ -65,6 +66,19 @@ class TokenBounds:
         fewest = geometry.literals if compression.markers == "all" or whole else 0
         markers = Interval(fewest, geometry.literals, geometry.literals)
         return TokenBounds(visual, newlines, markers)
+
+    @staticmethod
+    def widest(cases: Sequence[TokenBounds]) -> TokenBounds:
+        """Bounds that hold in any of some cases; the best guess is the first's."""
+        found = {
+            name: Interval(
+                min(getattr(case, name).low for case in cases),
+                getattr(cases[0], name).mid,
+                max(getattr(case, name).high for case in cases),
+            )
+            for name in ("visual", "newlines", "markers")
+        }
+        return TokenBounds(**found)
 
 
 def _newline_bounds(
@@ -192,11 +206,11 @@ class _PromptMeasures:
     def __init__(self, model: ModelMetadata, recipe: Recipe, output_tokens: Interval) -> None:
         self._shape = model.shape
         self._compression = recipe.compression
-        self._compressor = CompressionPolicy.from_config(recipe.compression).compressor
         self._new = recipe.generation.max_new_tokens
         self._output = output_tokens
         self._limit = model.shape.text.max_positions
-        self._bounds: dict[Geometry, TokenBounds] = {}
+        self._bounds: dict[tuple[Geometry, float | None], TokenBounds] = {}
+        self._policy = CompressionPolicy.from_config(recipe.compression)
 
     def at_each_end(self, shape: PromptShape) -> np.ndarray:
         """`_MEASURES` at each end, float64 (3, M)."""
@@ -209,20 +223,37 @@ class _PromptMeasures:
 
     def longest(self, shape: PromptShape) -> int:
         """Tokens of a prompt and its answer, at most."""
-        bounds = [self._bounds_of(image.geometry) for image in shape.images]
+        bounds = self._bounds_of_row([image.geometry for image in shape.images])
         images = sum(b.visual.high + b.newlines.high + b.markers.high for b in bounds)
         return math.ceil(shape.text_tokens + images) + self._new
 
-    def _bounds_of(self, geometry: Geometry) -> TokenBounds:
-        if geometry not in self._bounds:
-            self._bounds[geometry] = TokenBounds.from_geometry(
-                geometry, self._compression, self._compressor
-            )
-        return self._bounds[geometry]
+    def _bounds_of_row(self, geometries: Sequence[Geometry]) -> list[TokenBounds]:
+        """Bounds of each image of a row; where they share a budget, whatever the images show."""
+        if not self._policy.shares_budget or len(geometries) < 2:
+            return [self._bounds_of(geometry) for geometry in geometries]
+        shares = extreme_shares(geometries, self._compression.retention)
+        cases = [
+            [
+                self._bounds_of(geometry, share)
+                for geometry, share in zip(geometries, row, strict=True)
+            ]
+            for row in shares
+        ]
+        return [TokenBounds.widest(of_image) for of_image in zip(*cases, strict=True)]
+
+    def _bounds_of(self, geometry: Geometry, share: float | None = None) -> TokenBounds:
+        if (geometry, share) not in self._bounds:
+            compression, compressor = self._compression, self._policy.compressor
+            if share is not None:
+                compression = compression.model_copy(update={"retention": share})
+                compressor = self._policy.at_share(share)
+            bounds = TokenBounds.from_geometry(geometry, compression, compressor)
+            self._bounds[geometry, share] = bounds
+        return self._bounds[geometry, share]
 
     def _one(self, shape: PromptShape, end: int, output: float, *, shares: bool) -> list[float]:
         """`_MEASURES` at one end."""
-        bounds = [self._bounds_of(image.geometry) for image in shape.images]
+        bounds = self._bounds_of_row([image.geometry for image in shape.images])
         visual, newlines, markers = (
             [_ends(getattr(each, name))[end] for each in bounds]
             for name in ("visual", "newlines", "markers")

@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 import torch
 
 from gc2ray.compression.policy import CompressionPolicy
+from gc2ray.compression.selection import Selection
+from gc2ray.compression.views import Views
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, ShardError, Status
@@ -110,46 +112,53 @@ def _shards_of(location: RowLocation, shards: Shards) -> Integers:
     return holders
 
 
+@torch.inference_mode()
 def _token_maps(
     loaded: LoadedModel, recipe: Recipe, request: Request, captions: Sequence[str]
 ) -> list[TokenMap]:
     """The maps of a row's images; the first has the captions about the row."""
-    count, maps = len(request.images), []
-    for index, ref in enumerate(request.images):
-        try:
-            kept = _token_map(loaded, recipe, ref, alone=count == 1)
-        except (BadRow, ShardError) as error:
-            raise ConfigError(f"{request.row_key}: {error}") from error
-        (line,) = kept.captions
+    count, policy = len(request.images), CompressionPolicy.from_config(recipe.compression)
+    try:
+        encoded = [_encoded(loaded, recipe, ref, alone=count == 1) for ref in request.images]
+    except (BadRow, ShardError) as error:
+        raise ConfigError(f"{request.row_key}: {error}") from error
+    views = [view for _, view in encoded]
+    shares: Sequence[float | None] = policy.shares_of(views) or [None] * count
+    selections = policy.select(views, shares)
+    maps = []
+    for index, (image, view) in enumerate(encoded):
         which = "" if count == 1 else f"image {index + 1} of {count}: "
-        about = captions if index == 0 else ()
-        maps.append(replace(kept, captions=[*about, f"{which}{line}"]))
+        kept = _token_map(image, view, selections[index])
+        share = shares[index] or recipe.compression.retention_requested
+        line = f"{which}{recipe.compression.method}, retention {share:.3g}: "
+        line += f"{int(kept.kept.sum())} of {view.geometry.visual_tokens} visual tokens kept"
+        maps.append(replace(kept, captions=[*(captions if index == 0 else ()), line]))
     return maps
 
 
-@torch.inference_mode()
-def _token_map(loaded: LoadedModel, recipe: Recipe, ref: ImageRef, *, alone: bool) -> TokenMap:
-    adapter, policy = loaded.adapter, recipe.input.image_limits()
-    compressor = CompressionPolicy.from_config(recipe.compression).compressor
-    data = read_bytes(ref, policy)
-    image = decode(data, policy)
+def _encoded(
+    loaded: LoadedModel, recipe: Recipe, ref: ImageRef, *, alone: bool
+) -> tuple[np.ndarray, Views]:
+    """An image, and what the vision tower makes of it."""
+    adapter, limits = loaded.adapter, recipe.input.image_limits()
+    data = read_bytes(ref, limits)
+    image = decode(data, limits)
     seed = recipe.generation.mixed(CachedImage(image_key(data, alone=alone)).seed)
-    tiles = tile(image, adapter.family.cropping, alone=alone)
-    (views,) = adapter.encode([tiles], [seed])
-    selection = compressor(views)
+    (views,) = adapter.encode([tile(image, adapter.family.cropping, alone=alone)], [seed])
+    return np.asarray(image), views
+
+
+def _token_map(image: np.ndarray, views: Views, selection: Selection) -> TokenMap:
     geometry, entries = views.geometry, selection.entries.cpu().numpy()
     kept = np.zeros(geometry.tokens, dtype=bool)
     kept[entries[entries >= 0]] = True
-    compression = recipe.compression
-    method = f"{compression.method}, retention {compression.retention_requested:g}"
-    full = geometry.visual_tokens
     commander = views.per_view(views.scores)[geometry.thumbnail or 0]
     return TokenMap(
-        image=np.asarray(image),
+        image=image,
         geometry=geometry,
         scores=commander.float().cpu().numpy(),
         kept=kept,
-        captions=[f"{method}: {int(kept.sum())} of {full} visual tokens kept"],
+        captions=[],
     )
 
 

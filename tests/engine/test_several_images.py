@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import Status
@@ -14,6 +16,7 @@ from gc2ray.models.adapter import LoadedModel
 from tests.support.engines import (
     NEW_TOKENS,
     PatientEngine,
+    WatchedAdapter,
     answers_of,
     make_engine,
     tokens_of,
@@ -122,3 +125,54 @@ def test_the_second_image_is_not_shared_behind_another_first(loaded: LoadedModel
     answers = answers_of(engine, rows_of((ref(1), ref(0)), (ref(2), ref(0))))
     assert [answer.prompt_tokens_shared for answer in answers] == [0, 0]
     assert sum(answer.images_encoded for answer in answers) == 3
+
+
+# --- one budget for a row -----------------------------------------------------------------------
+
+SHARED = {"compression__budget": "row", "compression__retention": 0.3}
+
+
+@pytest.mark.parametrize("method", ["globalcom2", "random", "pool"])
+def test_rows_that_share_a_budget_answer_the_same_in_a_batch_and_alone(
+    loaded: LoadedModel, method: str
+) -> None:
+    rows = rows_of(*MIXED, (ref(0), ref(1)))
+    settings = {**SHARED, "compression__method": method}
+    answers = answers_of(make_engine(loaded, **settings), rows)
+    alone = [answers_of(make_engine(loaded, **settings), [row])[0] for row in rows]
+    assert [a.token_ids for a in answers] == [a.token_ids for a in alone]
+    assert [a.kept_per_view for a in answers] == [a.kept_per_view for a in alone]
+    assert [a.images_shared for a in answers] == [0] * 6 + [2], "the row that is there twice"
+
+
+def test_a_row_keeps_in_sum_what_its_images_would_alone(loaded: LoadedModel) -> None:
+    rows = rows_of((ref(0), ref(1), ref(3)))
+    (own,) = answers_of(make_engine(loaded, compression__retention=0.3), rows)
+    (shared,) = answers_of(make_engine(loaded, **SHARED), rows)
+    assert shared.kept_per_view != own.kept_per_view
+    views = sum(map(len, shared.kept_per_view or ()))
+    assert abs((shared.visual_tokens_kept or 0) - (own.visual_tokens_kept or 0)) <= views
+
+
+def test_a_bad_image_of_a_shared_budget_is_named(loaded: LoadedModel) -> None:
+    rows = rows_of((ref(0), ref(1), ImageRef(b"no image")), (ref(0), ref(1)))
+    answers = answers_of(make_engine(loaded, **SHARED), rows)
+    assert [answer.status for answer in answers] == [Status.BAD_IMAGE, Status.OK]
+    assert (answers[0].error or "").startswith("image 3 of 3: ")
+
+
+def test_rows_that_share_a_budget_are_not_torn_where_memory_is_short(loaded: LoadedModel) -> None:
+    """A batch that fails is tried again in halves, and a row's images stay together."""
+
+    class Small(WatchedAdapter):
+        def encode(self, tiles: Any, seeds: Any) -> Any:
+            if len(tiles) > 3:
+                raise torch.OutOfMemoryError("too many")
+            return super().encode(tiles, seeds)
+
+    rows = rows_of((ref(0), ref(1), ref(3)), (ref(1), ref(2), ref(0)), (ref(2), ref(3)))
+    wanted = answers_of(make_engine(loaded, **SHARED), rows)
+    small = replace(loaded, adapter=Small(loaded.adapter))
+    found = answers_of(make_engine(small, **SHARED), rows)
+    assert [a.kept_per_view for a in found] == [a.kept_per_view for a in wanted]
+    assert sum(answer.oom_splits for answer in found) > 0

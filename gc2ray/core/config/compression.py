@@ -31,6 +31,7 @@ from gc2ray.core.errors import ConfigError
 Positions = Literal["compact", "original"]
 Newlines = Literal["kept_rows", "all", "none"]
 Markers = Literal["all", "kept_views"]
+Budget = Literal["image", "row"]
 Score = Literal["class_token", "mean_distance", "mean_query", "received", "distinct"]
 
 
@@ -50,6 +51,8 @@ class CompressionConfig(Frozen):
             paper, all, or none. Models without learned newlines have none to set.
         markers: Which of the text tokens around views stay (`<row_1_col_2>` and the like, in models
             that have them): all, or those of views that keep a token.
+        budget: Whether each image of a row keeps its own share (`image`), or all images of a row
+            share one (`row`), of which those that differ most from the others get more.
         score: How patches are scored (`class_token`, `mean_distance`, `mean_query`, `received`,
             `distinct`; the methods' page defines them). Null: `class_token` where the vision tower
             has one, else `mean_distance`.
@@ -64,6 +67,7 @@ class CompressionConfig(Frozen):
     positions: Positions = "compact"
     newlines: Newlines = "kept_rows"
     markers: Markers = "all"
+    budget: Budget = "image"
     score: Score | None = None
     allow_code: bool = Field(default=False, strict=True)
     source_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -91,6 +95,12 @@ class CompressionConfig(Frozen):
                 raise setting_error(
                     name, f"globalcom2-reference packs images as its authors do, with {default}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> CompressionConfig:
+        if self.budget == "row" and not self.kind.takes_retention:
+            raise setting_error("budget", f"{self.method} has no retention to share out")
         return self
 
     @model_validator(mode="after")

@@ -56,6 +56,7 @@ CHANGES: dict[str, object] = {
     "compression.newlines": "none",
     "compression.markers": "kept_views",
     "compression.score": "received",
+    "compression.budget": "row",
     "compression.allow_code": True,
     "generation.max_new_tokens": 9,
     "generation.temperature": 0.1,

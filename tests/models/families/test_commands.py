@@ -33,6 +33,10 @@ from tests.support.rows import encoded, job_data, picture
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
+SHARING = {"llava_next_siglip", "llava_onevision", "internvl3", "smolvlm"}
+"""Families whose job divides one budget among a row's images."""
+
+
 @dataclass(frozen=True)
 class Given:
     """A family's job.
@@ -67,6 +71,8 @@ def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     pq.write_table(pa.table({"image": pa.array(rows, IMAGES)}), folder / "rows.parquet")
     data = job_data(folder / "model", folder / "rows.parquet", folder / "out")
     data["recipe"]["audit"] = {"share": 1.0}
+    if request.param in SHARING:
+        data["recipe"]["compression"]["budget"] = "row"
     data["cluster"] = {"workers": 1, "shard_rows": 50}
     (folder / "job.yaml").write_text(json.dumps(data))
     return Given(folder / "job.yaml", family.stock_expands, sizes)

@@ -1,0 +1,71 @@
+"""One budget for all images of a row: those that differ most from the others keep more.
+
+The rule is VidCom²'s for the frames of a video (arXiv 2505.14454): an image's share is raised or
+lowered by the softmax over the images' uniqueness, minus the mean cosine of its tokens to the mean
+of all images' tokens, at temperature 0.01. Shares are then scaled so that all images together keep
+what they would keep of budgets of their own; none keeps more than it has. For images of a row
+nothing is published: whether it pays has to be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gc2ray.compression.geometry import Geometry
+from gc2ray.compression.views import Views
+
+TEMPERATURE = 0.01
+
+
+def row_shares(images: Sequence[Views], retention: float) -> list[float]:
+    """The retention of each image of a row.
+
+    Args:
+        images: The row's images, encoded by one model.
+        retention: Of the row, in (0, 1].
+    """
+    units = [F.normalize(_leading(image).float(), dim=-1) for image in images]
+    mean = F.normalize(torch.cat([unit.mean(0, keepdim=True) for unit in units]).mean(0), dim=0)
+    uniqueness = torch.stack([-(unit @ mean).mean() for unit in units])
+    softmax = (uniqueness.double() / TEMPERATURE).softmax(0).tolist()
+    counts = [sum(image.valid_per_view) for image in images]
+    return scaled_shares([1 + share - 1 / len(images) for share in softmax], counts, retention)
+
+
+def extreme_shares(geometries: Sequence[Geometry], retention: float) -> Iterator[list[float]]:
+    """Shares where one image is unlike all others, for each image in turn, and equal shares.
+
+    Args:
+        geometries: Of the row's images.
+        retention: Of the row.
+    """
+    counts, number = [sum(each.valid_per_view) for each in geometries], len(geometries)
+    yield [retention] * number
+    for favoured in range(number):
+        weights = [1 + (index == favoured) - 1 / number for index in range(number)]
+        yield scaled_shares(weights, counts, retention)
+
+
+def scaled_shares(weights: Sequence[float], counts: Sequence[int], retention: float) -> list[float]:
+    """Retentions in the proportions of weights that keep as many tokens as one for all would.
+
+    Args:
+        weights: Of each image.
+        counts: Tokens of each image that may be kept.
+        retention: The one for all.
+    """
+    weighted = sum(weight * count for weight, count in zip(weights, counts, strict=True))
+    scale = retention * sum(counts) / weighted
+    return [min(1.0, weight * scale) for weight in weights]
+
+
+def _leading(image: Views) -> Tensor:
+    """Features of the view that shows the whole image, or of all views, (M, D)."""
+    features = image.per_view(image.features)
+    if image.geometry.thumbnail is not None:
+        return features[image.geometry.thumbnail]
+    return image.features[image.index.valid]

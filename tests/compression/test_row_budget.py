@@ -1,0 +1,101 @@
+"""One budget for the images of a row: how it is divided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gc2ray.compression.policy import CompressionPolicy
+from gc2ray.compression.row_budget import extreme_shares, row_shares, scaled_shares
+from gc2ray.compression.views import Views
+from gc2ray.core.config.compression import METHODS, CompressionConfig
+from tests.support.views import random_views
+
+SIZES = [(700, 700), (400, 1000), (300, 300)]
+
+
+def row_of(*seeds: int) -> list[Views]:
+    """Images of one look, but for those of odd seeds."""
+    images = []
+    for index, seed in enumerate(seeds):
+        image = random_views(SIZES[index % 3], seed=seed)
+        look = torch.zeros(image.features.shape[1])
+        look[seed % 2] = 9
+        images.append(replace(image, features=image.features + look))
+    return images
+
+
+def kept_of(images: list[Views], shares: list[float]) -> float:
+    counts = [sum(image.valid_per_view) for image in images]
+    return sum(share * count for share, count in zip(shares, counts, strict=True))
+
+
+def test_an_image_unlike_the_others_gets_more_and_the_sum_stays() -> None:
+    images = row_of(0, 2, 1, 4)
+    shares = row_shares(images, 0.2)
+    assert shares.index(max(shares)) == 2
+    assert shares[2] > 1.5 * max(shares[0], shares[1], shares[3])
+    assert kept_of(images, shares) == pytest.approx(kept_of(images, [0.2] * 4))
+
+
+def test_images_alike_share_alike() -> None:
+    one = random_views((700, 700))
+    assert row_shares([one, one, one], 0.3) == pytest.approx([0.3] * 3)
+
+
+def test_the_order_of_images_does_not_matter() -> None:
+    images = row_of(0, 1, 2)
+    shares = row_shares(images, 0.25)
+    assert row_shares(images[::-1], 0.25) == pytest.approx(shares[::-1])
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 3), st.integers(1, 3000)), min_size=2, max_size=6),
+    st.floats(0.01, 1),
+)
+def test_scaled_shares_keep_what_one_share_would_or_less(
+    images: list[tuple[float, int]], retention: float
+) -> None:
+    weights, counts = [list(part) for part in zip(*images, strict=True)]
+    shares = scaled_shares(weights, counts, retention)
+    assert all(0 < share <= 1 for share in shares)
+    kept = sum(share * count for share, count in zip(shares, counts, strict=True))
+    assert kept <= retention * sum(counts) * (1 + 1e-9)
+    if max(shares) < 1:
+        assert kept == pytest.approx(retention * sum(counts))
+
+
+def test_the_extremes_enclose_what_images_get() -> None:
+    images = row_of(0, 1, 2)
+    cases = list(extreme_shares([image.geometry for image in images], 0.2))
+    assert cases[0] == [0.2] * 3
+    for index, share in enumerate(row_shares(images, 0.2)):
+        found = [case[index] for case in cases]
+        assert min(found) <= share <= max(found)
+
+
+def test_only_images_that_share_a_budget_have_shares() -> None:
+    images = row_of(0, 1)
+    for budget, row, shares in (
+        ("image", images, False),
+        ("row", images, True),
+        ("row", images[:1], False),
+    ):
+        config = CompressionConfig(retention=0.2, budget=budget)  # type: ignore[arg-type]
+        assert (CompressionPolicy.from_config(config).shares_of(row) is not None) == shares
+    whole = CompressionConfig(retention=1.0, budget="row")
+    assert CompressionPolicy.from_config(whole).shares_of(images) is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_without_a_retention_has_no_budget_to_share(method: str) -> None:
+    if METHODS[method].takes_retention:
+        policy = CompressionPolicy.from_config(CompressionConfig(method=method, budget="row"))
+        assert policy.shares_budget
+    else:
+        with pytest.raises(ValueError, match="no retention to share out"):
+            CompressionConfig(method=method, budget="row")
