@@ -24,6 +24,8 @@ from gc2ray.models.image_processor import AnyRes
 
 MODEL = Path(__file__).parent / "model"
 """Directory of the trained model, loadable by transformers."""
+SMOLVLM_MODEL = Path(__file__).parent / "model_smolvlm"
+"""Directory of the second; only in the repository, as `gc2ray demo` does not need it."""
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """Crop grids (rows, columns) that occur."""
 

@@ -40,7 +40,7 @@ POLL_SECONDS = 1.0
 LOST_SECONDS = 60.0
 """Time that a job server may be silent before following a job is given up."""
 PACKAGE = Path(__file__).parents[1]
-_DEMO_MODEL = Path("demo", "model")
+_DEMO_MODELS = (Path("demo", "model"), Path("demo", "model_smolvlm"))
 _METADATA = "Metadata-Version: 2.1\nName: gc2ray-job-method\nVersion: 0\n"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -196,13 +196,13 @@ def _check_address(address: str) -> None:
 
 
 def _check_model_travels(job: Job) -> None:
-    """Refuse the demo's model where it lies in this package, because it is not uploaded.
+    """Refuse the demo's models where they lie in this package, because they are not uploaded.
 
     Raises:
-        ConfigError: It is the job's model.
+        ConfigError: One is the job's model.
     """
-    path = Path(job.recipe.model.path)
-    if path.is_absolute() and path.resolve() == (PACKAGE / _DEMO_MODEL).resolve():
+    path, left_out = Path(job.recipe.model.path), [PACKAGE / model for model in _DEMO_MODELS]
+    if path.is_absolute() and path.resolve() in [model.resolve() for model in left_out]:
         raise ConfigError(
             f"recipe.model.path: {path} is the demo's model, which is not uploaded; copy that "
             "directory to a place that all nodes of the cluster read, and name it"
@@ -222,11 +222,8 @@ def _packed(job: Job) -> Iterator[Path]:
 
 def _left_out(folder: str, names: Sequence[str]) -> set[str]:
     """Names of a folder of this package that are not uploaded."""
-    return {
-        name
-        for name in names
-        if name == "__pycache__" or Path(folder, name) == PACKAGE / _DEMO_MODEL
-    }
+    models = [PACKAGE / model for model in _DEMO_MODELS]
+    return {name for name in names if name == "__pycache__" or Path(folder, name) in models}
 
 
 def _pack_method(compression: CompressionConfig, folder: Path) -> None:

@@ -1,42 +1,35 @@
-"""The measured curve as Markdown for `docs/quality.md`, and as a plot.
+"""The measured curves as Markdown for `docs/quality.md`.
 
 Everything is rendered from one JSON document (`docs/quality.json`), so that a test can tell whether
-the page still says what was measured.
+the page still says what was measured. A model or a part that was not measured yet is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jobs.quality_curve import verdicts
+from jobs.quality_curve.models import MODELS, DemoModel
+from jobs.quality_curve.plan import LOW
+from jobs.quality_curve.plot import COLOURS
+from jobs.quality_curve.verdicts import in_points
+
+Item = Mapping[str, Any]
+
 BEGIN, END = "<!-- quality: made by `make quality` -->", "<!-- end of quality -->"
-COLOURS = {
-    "globalcom2": "#0072B2", "globalcom2-reference": "#56B4E9", "local": "#009E73",
-    "pool": "#E69F00", "uniform": "#CC79A7", "random": "#D55E00", "thumbnail": "#000000",
-}  # fmt: skip
-"""Okabe and Ito's, which colour-blind readers tell apart."""
-TICKS = (10, 20, 40, 80, 160, 320)
 
 
-def render(document: Mapping[str, Any]) -> str:
-    """Everything between the page's marks."""
-    parts = [
-        BEGIN,
-        _heading(document),
-        "![Exact match against visual tokens a row](quality.svg)",
-        _curve(document["points"]),
-        _differences(document["differences"]),
-        _topics(document["topics"]),
-        *([packings(document["packings"])] if "packings" in document else []),
-        _commander(document),
-        END,
-    ]
-    return "\n\n".join(parts)
+def render(documents: Mapping[str, Item]) -> str:
+    """Everything between the page's marks, from the documents of the models by name."""
+    parts = [BEGIN]
+    for name, model in MODELS.items():
+        parts += _section(model, documents[name]) if name in documents else _unmeasured(model)
+    return "\n\n".join([*parts, END])
 
 
-def inserted(text: str, document: Mapping[str, Any]) -> str:
-    """The page with the rendered document in place of what is between its marks.
+def inserted(text: str, documents: Mapping[str, Item]) -> str:
+    """The page with the rendered documents in place of what is between its marks.
 
     Raises:
         ValueError: It has no marks.
@@ -45,132 +38,175 @@ def inserted(text: str, document: Mapping[str, Any]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"docs/quality.md lacks the lines {BEGIN} and {END}")
-    return before + render(document) + after
+    return before + render(documents) + after
 
 
-def _heading(document: Mapping[str, Any]) -> str:
+def _unmeasured(model: DemoModel) -> Iterator[str]:
+    yield f"### {model.title}"
+    yield f"{model.about} Not measured yet (`python -m jobs.quality --model {model.name}`)."
+
+
+def _section(model: DemoModel, document: Item) -> Iterator[str]:
+    """A model's part of the page."""
+    yield f"### {model.title}"
+    yield _heading(model, document)
+    yield f"![Exact match against visual tokens a row]({model.plot})"
+    yield _curve(document["points"])
+    yield verdicts.guidance(document["differences"])
+    yield _differences(document["differences"])
+    if "downsampled" in document:
+        yield model.smaller
+        yield _downsampled(document["downsampled"])
+    if "scores" in document:
+        yield verdicts.default_score(model, document["scores"])
+        yield _scores(document["scores"])
+    yield _topics(document["topics"])
+    if "packings" in document:
+        yield packings(document["packings"])
+    if "markers" in document:
+        yield _markers(document["markers"])
+    yield _temperatures(model, document)
+
+
+def _heading(model: DemoModel, document: Item) -> str:
     return (
-        f"`make quality` on {document['hardware']}, {document['date']}: {document['rows']:,} "
-        "held-out rows of the demo model, float32, greedy. Exact match with 95% bootstrap "
+        f"{model.about} `make quality` on {document['hardware']}, {document['date']}: "
+        f"{document['rows']:,} held-out rows, float32, greedy. Exact match with 95% bootstrap "
         "intervals; below it the visual tokens a row that the language model really reads, "
         "newlines included."
     )
 
 
-def _curve(points: Sequence[Mapping[str, Any]]) -> str:
+def _curve(points: Sequence[Item]) -> str:
     swept = [point for point in points if point["method"] in COLOURS]
     retentions = sorted({p["retention"] for p in swept}, reverse=True)
     by = {(p["method"], p["retention"]): p for p in swept}
-    lines = ["| method | " + " | ".join(f"{r:g}" for r in retentions) + " |"]
-    lines.append("|---" * (len(retentions) + 1) + "|")
+    rows = []
     for method in COLOURS:
         cells = []
         for retention in retentions:
             point = by.get((method, retention))
             cells.append(f"{_interval(point)}<br>{point['tokens']:.0f}" if point else "")
         if any(cells):
-            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([f"`{method}`", *cells])
+    return _table(["method", *(f"{r:g}" for r in retentions)], rows)
 
 
-def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| paired difference, points of exact match | at 0.1 | at 0.05 |", "|---|---|---|"]
-    names = list(dict.fromkeys(item["name"] for item in differences))
-    for name in names:
+def _differences(differences: Sequence[Item]) -> str:
+    rows = []
+    for name in dict.fromkeys(item["name"] for item in differences):
         cells = {item["retention"]: item for item in differences if item["name"] == name}
-        row = [_points(cells[r]) if r in cells else "" for r in (0.1, 0.05)]
-        lines.append(f"| {name} | {row[0]} | {row[1]} |")
-    return "\n".join(lines)
+        rows.append([name, *(in_points(cells[r]) if r in cells else "" for r in LOW)])
+    header = ["paired difference, points of exact match", *(f"at {r:g}" for r in LOW)]
+    return _table(header, rows)
+
+
+def _downsampled(lines: Sequence[Item]) -> str:
+    header = [
+        "`downsample`", "rows that fit", "exact match", "tokens", "prompt", "`globalcom2`",
+        "tokens", "prompt", "`globalcom2` - `downsample`",
+    ]  # fmt: skip
+    rows = []
+    for line in lines:
+        cells = [f"at {line['retention']:g}", f"{line['fitting']:.0%}", *_read(line)]
+        rows.append([*cells, *_read(line["globalcom2"]), in_points(line["difference"])])
+    return _table(header, rows)
+
+
+def _read(line: Item) -> tuple[str, str, str]:
+    """Accuracy, visual tokens, and all tokens of the prompt."""
+    return _interval(line), f"{line['tokens']:.0f}", f"{line['prompt_tokens']:.0f}"
+
+
+def _scores(lines: Sequence[Item]) -> str:
+    by = {(line["score"], line["retention"], line["method"]): line for line in lines}
+    rows = []
+    for score, retention in dict.fromkeys((line["score"], line["retention"]) for line in lines):
+        ours, local = (by[score, retention, method] for method in ("globalcom2", "local"))
+        cells = [f"`{score}`", f"{retention:g}"]
+        for line in (ours, local):
+            cells += [
+                _interval(line),
+                in_points(line["difference"]) if "difference" in line else "",
+            ]
+        rows.append([*cells, in_points(ours["guidance"])])
+    header = ["score", "at", "`globalcom2`", "difference", "`local`", "difference"]
+    return _table([*header, "`globalcom2` - `local`"], rows)
 
 
 def _topics(topics: Mapping[str, Mapping[str, float]]) -> str:
     names = list(next(iter(topics.values())))
-    lines = [
-        "| exact match by topic | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
+    rows = [
+        [label, *(f"{by_topic[name]:.3f}" for name in names)] for label, by_topic in topics.items()
     ]
-    for label, by_topic in topics.items():
-        lines.append(f"| {label} | " + " | ".join(f"{by_topic[n]:.3f}" for n in names) + " |")
-    return "\n".join(lines)
+    return _table(["exact match by topic", *names], rows)
 
 
-def packings(measured: Sequence[Mapping[str, Any]]) -> str:
+def packings(measured: Sequence[Item]) -> str:
     """Policies of packing; differences are to the first of each retention, the paper's way."""
-    lines = [
-        "| `globalcom2` | positions | newlines | exact match | tokens | difference | `where` "
-        "| difference |",
-        "|---" * 8 + "|",
-    ]
+    header = [
+        "`globalcom2`", "positions", "newlines", "exact match", "tokens", "difference", "`where`",
+        "difference",
+    ]  # fmt: skip
+    rows = []
     for item in measured:
         differences = [
-            _points(item[name]) if name in item else ""
+            in_points(item[name]) if name in item else ""
             for name in ("difference", "where_difference")
         ]
-        cells = (
+        rows.append([
             f"at {item['retention']:g}", item["positions"], item["newlines"], _interval(item),
             f"{item['tokens']:.0f}", differences[0], f"{item['where']:.3f}", differences[1],
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return _table(header, rows)
 
 
-def _commander(document: Mapping[str, Any]) -> str:
-    shares = document["far_from_uniform"]
-    cells = ", ".join(f"{float(t):g}: {share:.0%}" for t, share in shares.items())
-    tried = "; ".join(
-        f"{item['temperature']:g}: {_points(item)}" for item in document["temperatures"]
-    )
-    return (
-        "Share of crops whose budget differs from uniform by more than a fifth, by temperature: "
-        f"{cells}. Chosen on {document['validation_rows']:,} validation rows at 0.1 by the rule "
-        "*10, the paper's, unless another is better beyond doubt*; differences from 10, in points: "
-        f"{tried}. Used: {document['temperature']:g}."
-    )
-
-
-def _interval(item: Mapping[str, Any]) -> str:
-    return f"{item['mean']:.3f} [{item['low']:.3f}, {item['high']:.3f}]"
-
-
-def _points(item: Mapping[str, Any]) -> str:
-    """A difference in points, bold where its interval excludes 0."""
-    low, high = 100 * item["low"], 100 * item["high"]
-    text = f"{100 * item['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def plot(document: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against visual tokens, one line a method, as SVG; same data, same bytes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "gc2ray", "font.size": 10})
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
-    for method, colour in COLOURS.items():
-        points = sorted(
-            (p for p in document["points"] if p["method"] == method), key=lambda p: p["tokens"]
-        )
-        if not points:
-            continue
-        tokens = [p["tokens"] for p in points]
-        means = [100 * p["mean"] for p in points]
-        spread = [
-            [100 * (p["mean"] - p["low"]) for p in points],
-            [100 * (p["high"] - p["mean"]) for p in points],
+def _markers(lines: Sequence[Item]) -> str:
+    rows = [
+        [
+            line["markers"],
+            *_read(line),
+            in_points(line["difference"]) if "difference" in line else "",
         ]
-        axes.errorbar(
-            tokens, means, yerr=spread, color=colour, label=method, capsize=2, linewidth=1.6,
-            marker="D" if method == "thumbnail" else "o", markersize=4,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
-    axes.minorticks_off()
-    axes.set_xlabel("visual tokens a row that the language model reads (newlines included)")
-    axes.set_ylabel("exact match, %, with 95% intervals")
-    axes.set_ylim(0, 100)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+        for line in lines
+    ]
+    table = _table(["`thumbnail`, markers", "exact match", "tokens", "prompt", "difference"], rows)
+    return (
+        f"{table}\n\nOnly `thumbnail` leaves views without a token. All other methods keep at "
+        "least one of each view, so all markers stay with `markers: kept_views`, too."
+    )
+
+
+def _temperatures(model: DemoModel, document: Item) -> str:
+    default = {
+        "used": document["temperature"],
+        "tried": document["temperatures"],
+        "far_from_uniform": document["far_from_uniform"],
+    }
+    by_score = document.get("score_temperatures", {model.scores[0]: default})
+    temperatures = list(default["far_from_uniform"])
+    rows = []
+    for score, found in by_score.items():
+        tried = {f"{item['temperature']:g}": in_points(item) for item in found["tried"]}
+        shares = found["far_from_uniform"]
+        cells = [
+            f"{shares[t]:.0%}<br>{tried[t]}" if t in tried else f"{shares[t]:.0%}"
+            for t in temperatures
+        ]
+        rows.append([f"`{score}`", *cells, f"{found['used']:g}"])
+    table = _table(["score, by temperature", *temperatures, "used"], rows)
+    return (
+        f"{table}\n\nShare of crops whose budget differs from uniform by more than a fifth, at "
+        "0.1; below it the difference from 10, in points, on "
+        f"{document['validation_rows']:,} validation rows. Used is *10, the paper's, unless "
+        "another is better beyond doubt*."
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _interval(item: Item) -> str:
+    return f"{item['mean']:.3f} [{item['low']:.3f}, {item['high']:.3f}]"

@@ -15,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 from gc2ray.compression.base import Compressor, ViewBatch
 from gc2ray.compression.methods.globalcom2 import crop_scales
 from gc2ray.compression.views import Views
-from gc2ray.core.config.compression import Newlines, Positions
+from gc2ray.core.config.compression import Markers, Newlines, Positions, Score
+from gc2ray.core.config.generation import TakenOver
 from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.config.job import Cluster
-from gc2ray.core.config.recipe import parse_recipe
+from gc2ray.core.config.recipe import Recipe, parse_recipe
 from gc2ray.core.records import Answer, ImageRef, Request
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.rows import DemoRow, Split, demo_rows
@@ -27,7 +28,9 @@ from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models import loading
 from gc2ray.models.adapter import LoadedModel, ModelAdapter
 from gc2ray.models.image_processor import Tiles
+from jobs.quality_curve import downsample
 from jobs.quality_curve.controls import Blind, ForeignScores
+from jobs.quality_curve.models import DemoModel
 from jobs.support.answering import answers_in_order
 
 NEW_TOKENS = 32
@@ -40,13 +43,18 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured: a method or control of `CONTROLS`, its settings, and the packing."""
+    """What is measured: a method, `downsample` or a control of `CONTROLS`, and its settings.
+
+    Where `score` is None it is the model's default.
+    """
 
     method: str
     retention: float = 1.0
     temperature: float = TEMPERATURE
     positions: Positions = "compact"
     newlines: Newlines = "kept_rows"
+    markers: Markers = "all"
+    score: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -57,24 +65,31 @@ class Measured:
         point: Where.
         answers: By row.
         tokens: Visual tokens that the language model read a row, newlines included.
+        prompt_tokens: All that it read: with markers, and the question.
+        fitting: Share of rows with no more visual tokens than the retention allows.
     """
 
     point: Point
     answers: tuple[str, ...]
     tokens: float
+    prompt_tokens: float = 0.0
+    fitting: float = 1.0
 
 
 @dataclass(frozen=True)
 class Data:
     """Rows of a split, and the model that answers them."""
 
-    model: str
+    model: DemoModel
     split: Split
     rows: int
 
 
 def measure_all(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
-    """Measure points in several processes of one thread each, as they finish."""
+    """Measure points in several processes of one thread each, as they finish.
+
+    Points of one score should follow each other: images are encoded again for each.
+    """
     if processes == 1:
         workplace = _Workplace(data)
         yield from (workplace.measure(point) for point in points)
@@ -106,20 +121,39 @@ class RememberedViews:
 
 
 class _Workplace:
-    """A loaded model and rows; made once in each process."""
+    """Rows, and the model with one score after the other; made once in each process."""
 
     def __init__(self, data: Data) -> None:
         torch.set_num_threads(1)
         transformers_logging.disable_progress_bar()
         self._data = data
-        loaded = load(data.model)
-        self._loaded = replace(loaded, adapter=cast(ModelAdapter, RememberedViews(loaded.adapter)))
         self._rows = list(demo_rows(data.split, data.rows, opened_photos()))
+        self._take(None)
+
+    def _take(self, score: Score | None) -> None:
+        self._score = score
+        self._loaded = load(str(self._data.model.directory), score)
+        adapter = cast(ModelAdapter, RememberedViews(self._loaded.adapter))
+        self._remembering = replace(self._loaded, adapter=adapter)
 
     def measure(self, point: Point) -> Measured:
-        answers = answer(self._loaded, self._data.model, self._rows, point)
-        tokens = [(a.visual_tokens_kept or 0) + (a.newline_tokens or 0) for a in answers]
-        return Measured(point, tuple(a.answer or "" for a in answers), float(np.mean(tokens)))
+        if point.score != self._score:
+            self._take(point.score)
+        # What is remembered of an image would be taken for the smaller one.
+        smaller = point.method == downsample.NAME
+        loaded = self._loaded if smaller else self._remembering
+        answers = answer(loaded, str(self._data.model.directory), self._rows, point)
+        visual = np.array([a.visual_tokens_kept or 0 for a in answers])
+        newlines = np.array([a.newline_tokens or 0 for a in answers])
+        family = self._loaded.adapter.family
+        full = np.array([family.geometry(row.scene.size).visual_tokens for row in self._rows])
+        return Measured(
+            point,
+            tuple(a.answer or "" for a in answers),
+            tokens=float((visual + newlines).mean()),
+            prompt_tokens=float(np.mean([a.prompt_tokens or 0 for a in answers])),
+            fitting=float((visual <= point.retention * full).mean()),
+        )
 
 
 _here: dict[str, _Workplace] = {}
@@ -133,9 +167,10 @@ def _measure(point: Point) -> Measured:
     return _here["workplace"].measure(point)
 
 
-def load(model: str) -> LoadedModel:
+def load(model: str, score: Score | None = None) -> LoadedModel:
     """The model in float32 on the CPU: the curve is about tokens, not about rounding."""
-    return loading.load(model, revision=None, dtype="float32", device="cpu")
+    taken_over = TakenOver(score=score)
+    return loading.load(model, revision=None, dtype="float32", device="cpu", taken_over=taken_over)
 
 
 def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Point) -> list[Answer]:
@@ -144,15 +179,33 @@ def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Poin
     Raises:
         RuntimeError: A row was not answered.
     """
-    control = CONTROLS.get(point.method)
+    requests = [
+        Request(row.id, "pocket", place, (ImageRef(row.image),), (row.question.text,))
+        for place, row in enumerate(rows)
+    ]
+    recipe, compressor = _recipe(model, point), _control(point)
+
+    def answered(loaded: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
+        engine = Engine(loaded, recipe, Cluster(image_threads=1), compressor)
+        return answers_in_order(engine, requests)
+
+    if point.method == downsample.NAME:
+        return downsample.answers(loaded, requests, point.retention, answered)
+    return answered(loaded, requests)
+
+
+def _recipe(model: str, point: Point) -> Recipe:
+    """The recipe of a point; controls replace its method."""
     settings: dict[str, Any] = {
-        "method": "none" if control else point.method,
+        "method": "none" if point.method in {downsample.NAME, *CONTROLS} else point.method,
         "retention": point.retention,
         "temperature": point.temperature,
         "positions": point.positions,
         "newlines": point.newlines,
+        "markers": point.markers,
+        "score": point.score,
     }
-    recipe = parse_recipe(
+    return parse_recipe(
         {
             "model": {"path": model, "dtype": "float32"},
             "compression": settings,
@@ -160,17 +213,13 @@ def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Poin
             "input": {"uri": "-", "prompt": {"column": "question"}},
         }
     )
-    compressor: Compressor | None = None
+
+
+def _control(point: Point) -> Compressor | None:
+    control = CONTROLS.get(point.method)
     if control is Blind:
-        compressor = Blind()
-    elif control is ForeignScores:
-        compressor = ForeignScores(point.retention, point.temperature)
-    engine = Engine(loaded, recipe, Cluster(image_threads=1), compressor)
-    requests = [
-        Request(row.id, "pocket", place, (ImageRef(row.image),), (row.question.text,))
-        for place, row in enumerate(rows)
-    ]
-    return answers_in_order(engine, requests)
+        return Blind()
+    return ForeignScores(point.retention, point.temperature) if control else None
 
 
 @torch.inference_mode()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,22 @@ from gc2ray.compression.views import Views
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.demo.rows import Split
 from jobs import quality
-from jobs.quality_curve import page, points
+from jobs.quality_curve import page, points, verdicts
 from jobs.quality_curve.controls import Blind, ForeignScores
+from jobs.quality_curve.models import LLAVA_NEXT, MODELS, SMOLVLM
+from jobs.quality_curve.plot import COLOURS, plot
 from jobs.quality_curve.points import Data, Measured, Point
 
 ROOT = Path(__file__).parents[2]
-DATA = Data("model", Split.VALIDATION, 70)
+DATA = Data(LLAVA_NEXT, Split.VALIDATION, 70)
+SMOLVLM_DATA = replace(DATA, model=SMOLVLM)
+PAPERS = dict.fromkeys(LLAVA_NEXT.scores, 10.0)
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """The documents of the models that were measured."""
+    documents: dict[str, dict[str, Any]] = json.loads((ROOT / "docs/quality.json").read_text())
+    return documents
 
 
 def image(seed: int) -> Views:
@@ -39,8 +51,6 @@ def test_the_blind_method_keeps_no_tokens() -> None:
 
 
 def test_foreign_scores_are_those_of_the_image_before() -> None:
-    from dataclasses import replace
-
     first, second = image(0), image(1)
     compressor = ForeignScores(0.25)
     _, chosen = compressor.many([first, second])
@@ -63,24 +73,45 @@ def test_foreign_scores_are_those_of_the_image_before() -> None:
 def test_the_temperature_stays_unless_another_is_significantly_better(
     right_rows: dict[float, int], chosen: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
+    def answered(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
         rows = quality._rows(data)
         for point in points:
             right = right_rows[point.temperature]
             answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
             yield Measured(point, tuple(answers), 30.0)
 
-    monkeypatch.setattr(quality, "measure_all", measured)
-    temperature, tried = quality.choose_temperature(DATA, 1)
-    assert temperature == chosen
-    assert len(tried) == 4
+    monkeypatch.setattr(quality, "measure_all", answered)
+    found = quality.choose_temperatures(DATA, 1)
+    assert {name: of.temperature for name, of in found.items()} == dict.fromkeys(
+        LLAVA_NEXT.scores, chosen
+    )
+    assert all(len(of.tried) == 4 for of in found.values())
+
+
+def test_each_score_has_its_own_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
+        rows = quality._rows(data)
+        best = {None: 3.0, "received": 100.0}
+        for point in points:
+            right = 60 if best.get(point.score, 10.0) == point.temperature else 40
+            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
+            yield Measured(point, tuple(answers), 30.0)
+
+    monkeypatch.setattr(quality, "measure_all", answered)
+    found = quality.choose_temperatures(SMOLVLM_DATA, 1)
+    assert {name: of.temperature for name, of in found.items()} == {
+        "mean_distance": 3.0,
+        "mean_query": 10.0,
+        "received": 100.0,
+        "distinct": 10.0,
+    }
 
 
 def fake_measure(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     """Measuring in no time; the more is other than the paper's way, the fewer rows are right."""
     asked: list[Point] = []
 
-    def measured(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
+    def answered(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
         asked.extend(points)
         rows = quality._rows(data)
         for point in points:
@@ -89,8 +120,8 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
             answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
             yield Measured(point, tuple(answers), 30.0 - (point.newlines == "none"))
 
-    monkeypatch.setattr(quality, "measure_all", measured)
-    monkeypatch.setattr(quality, "load", lambda model: None)
+    monkeypatch.setattr(quality, "measure_all", answered)
+    monkeypatch.setattr(quality, "load", lambda model, score: None)
     monkeypatch.setattr(quality, "shares_far_from_uniform", lambda *given: {10.0: 0.5})
     return asked
 
@@ -99,7 +130,7 @@ def test_packings_are_compared_with_the_papers_at_their_retention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = fake_measure(monkeypatch)
-    document = quality.measure(DATA, 3.0, 1)
+    document = quality.measure(DATA, {**PAPERS, "class_token": 3.0}, 1)
     assert len(set(asked)) == len(asked), "measured twice"
     lines = {(p["retention"], p["positions"], p["newlines"]): p for p in document["packings"]}
     packings = [(p, n) for p in ("compact", "original") for n in ("kept_rows", "none")]
@@ -128,7 +159,8 @@ def test_packings_alone_are_printed_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     asked = fake_measure(monkeypatch)
-    assert quality.main(["--packings", "--rows", "70", "--into", str(tmp_path)]) == 0
+    asked_for = ["--packings", "--model", "llava_next", "--rows", "70", "--into", str(tmp_path)]
+    assert quality.main(asked_for) == 0
     assert {point.method for point in asked} == {"globalcom2"}
     assert len(asked) == len(set(asked)) == 12
     printed = capsys.readouterr().out
@@ -138,7 +170,7 @@ def test_packings_alone_are_printed_and_nothing_is_written(
 
 def test_packings_stay_out_of_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_measure(monkeypatch)
-    curve = quality.measure(DATA, 10.0, 1)["points"]
+    curve = quality.measure(DATA, PAPERS, 1)["points"]
     keys = [(point["method"], point["retention"]) for point in curve]
     assert len(set(keys)) == len(keys)
     (at,) = (p for p in curve if (p["method"], p["retention"]) == ("globalcom2", 0.25))
@@ -161,9 +193,10 @@ def test_a_point_is_answered_with_its_packing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_table_of_packings_is_there_once_it_was_measured() -> None:
-    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    documents = measured()
+    document = documents["llava_next"]
     document.pop("packings", None)
-    without = page.render(document)
+    without = page.render(documents)
     assert "| positions |" not in without
     mean = {"mean": 0.8, "low": 0.75, "high": 0.85}
     papers = {"positions": "compact", "newlines": "kept_rows", "retention": 0.1, "tokens": 26.6}
@@ -171,7 +204,7 @@ def test_the_table_of_packings_is_there_once_it_was_measured() -> None:
     other["difference"] = {"mean": -0.1, "low": -0.2, "high": -0.05}
     other["where_difference"] = {"mean": 0.01, "low": -0.2, "high": 0.22}
     document["packings"] = [{**papers, **mean, "where": 0.75}, other]
-    lines = page.render(document).splitlines()
+    lines = page.render(documents).splitlines()
     assert [line for line in lines if line not in without.splitlines()] == [
         "| `globalcom2` | positions | newlines | exact match | tokens | difference | `where` "
         "| difference |",
@@ -183,27 +216,30 @@ def test_the_table_of_packings_is_there_once_it_was_measured() -> None:
 
 
 def test_the_page_matches_the_measurements() -> None:
-    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    documents = measured()
     text = (ROOT / "docs" / "quality.md").read_text()
-    assert page.inserted(text, document) == text, "run `make quality`"
-    assert (ROOT / "docs" / "quality.svg").exists()
+    assert page.inserted(text, documents) == text, "run `make quality`"
+    for name in documents:
+        assert (ROOT / "docs" / MODELS[name].plot).exists()
 
 
 def test_a_significant_difference_is_bold() -> None:
-    assert page._points({"mean": 0.1, "low": 0.05, "high": 0.2}) == "**+10.0 [+5.0, +20.0]**"
-    assert page._points({"mean": 0.1, "low": -0.05, "high": 0.2}) == "+10.0 [-5.0, +20.0]"
+    in_points = verdicts.in_points
+    assert in_points({"mean": 0.1, "low": 0.05, "high": 0.2}) == "**+10.0 [+5.0, +20.0]**"
+    assert in_points({"mean": 0.1, "low": -0.05, "high": 0.2}) == "+10.0 [-5.0, +20.0]"
 
 
 def test_a_page_without_marks_is_left_alone() -> None:
-    document = json.loads((ROOT / "docs" / "quality.json").read_text())
     with pytest.raises(ValueError, match="lacks the lines"):
-        page.inserted("# nothing here\n", document)
+        page.inserted("# nothing here\n", measured())
 
 
 def test_the_plot_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
-    document = json.loads((ROOT / "docs" / "quality.json").read_text())
+    curve = measured()["llava_next"]["points"]
     for name in ("a.svg", "b.svg"):
-        page.plot(document, tmp_path / name)
+        plot(curve, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    for method in page.COLOURS:
+    drawn = {point["method"] for point in curve} & set(COLOURS)
+    assert len(drawn) >= 7
+    for method in drawn:
         assert f"<!-- {method} -->" in (tmp_path / "a.svg").read_text()

@@ -21,7 +21,7 @@ from gc2ray.core.config.job import Job, load_job
 from gc2ray.core.errors import ConfigError, GivenUp
 from gc2ray.core.stats import RunStats
 from gc2ray.data.store import Store
-from gc2ray.demo.spec import MODEL
+from gc2ray.demo.spec import MODEL, SMOLVLM_MODEL
 from gc2ray.output.parts import list_parts, read_part_footers
 from gc2ray.output.verify import verify
 from gc2ray.runner import submit as submission
@@ -187,7 +187,8 @@ def test_weights_of_the_demo_are_not_uploaded(
         for path in (ROOT / "gc2ray").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {*files} == {Path("job.yaml")} | {path for path in there if MODEL.name not in path.parts}
+    weights = {MODEL.name, SMOLVLM_MODEL.name}
+    assert {*files} == {Path("job.yaml")} | {path for path in there if not weights & {*path.parts}}
 
 
 def test_a_job_runs_from_what_is_uploaded(
@@ -217,10 +218,11 @@ def test_a_job_runs_from_what_is_uploaded(
     assert {row["method"] for row in rows} == {"own"}
 
 
-def test_the_demos_model_in_the_package_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job_file: Path
+@pytest.mark.parametrize("model", [MODEL, SMOLVLM_MODEL])
+def test_the_demos_models_in_the_package_are_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job_file: Path
 ) -> None:
-    job = load_job(job_file, [f"recipe.model.path={MODEL}"])
+    job = load_job(job_file, [f"recipe.model.path={model}"])
     with pytest.raises(
         ConfigError, match=r"recipe\.model\.path: .* the demo's model, which is not"
     ):

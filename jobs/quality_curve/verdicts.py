@@ -1,0 +1,75 @@
+"""What the figures of a model say, in words: computed, so that no sentence outlives its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.quality_curve.models import DemoModel
+
+Item = Mapping[str, Any]
+
+
+def in_points(item: Item) -> str:
+    """A difference in points, bold where its interval excludes 0."""
+    low, high = 100 * item["low"], 100 * item["high"]
+    text = f"{100 * item['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if sign(item) else text
+
+
+def sign(item: Item) -> int:
+    """1 or -1 where the interval of a difference lies above or below 0, else 0."""
+    return int(item["low"] > 0) - int(item["high"] < 0)
+
+
+def guidance(differences: Sequence[Item]) -> str:
+    """Whether the thumbnail's guidance pays: `globalcom2` against `local`, which is without it."""
+    found = [item for item in differences if item["name"] == "`globalcom2` - `local`"]
+    signs = {sign(item) for item in found}
+    if {1, -1} <= signs:
+        verdict = "helps at one retention and costs accuracy at another"
+    elif 1 in signs:
+        verdict = "pays" if signs == {1} else "pays in part"
+    elif -1 in signs:
+        verdict = "does not pay: it costs accuracy"
+    else:
+        verdict = "does not pay: no gain was found"
+    figures = ", ".join(f"{in_points(item)} at {item['retention']:g}" for item in found)
+    return (
+        f"**On this model the thumbnail's guidance {verdict}.** `globalcom2` - `local`, the same "
+        f"method without it, in points: {figures}."
+    )
+
+
+def default_score(model: DemoModel, scores: Sequence[Item]) -> str:
+    """Whether the default score stays, by the rule that the text states."""
+    default, others = model.scores[0], model.scores[1:]
+    where = "with" if default == "class_token" else "without"
+    compared = [item for item in scores if item["method"] == "globalcom2"]
+    signs = {
+        score: [sign(item["difference"]) for item in compared if item["score"] == score]
+        for score in others
+    }
+    better = [score for score in others if all(found == 1 for found in signs[score])]
+    in_part = [score for score in others if 1 in signs[score] and score not in better]
+    worse = [score for score in others if -1 in signs[score]]
+    retentions = " and ".join(f"{r:g}" for r in dict.fromkeys(i["retention"] for i in compared))
+    rule = (
+        f"The rule: *`{default}`, the paper's, is the default {where} a class token, unless "
+        f"another is better beyond doubt*, by `globalcom2` at {retentions}."
+    )
+    if better:
+        best = max(better, key=lambda score: _gain(compared, score))
+        result = f"**`{best}` is, and should be the default.**"
+    else:
+        result = f"**None is: `{default}` stays.**"
+    remarks = [
+        f"{text}: {', '.join(f'`{score}`' for score in named)}."
+        for text, named in (("Better at one of them only", in_part), ("Worse", worse))
+        if named
+    ]
+    return " ".join([rule, result, *remarks])
+
+
+def _gain(compared: Sequence[Item], score: str) -> float:
+    return sum(float(i["difference"]["mean"]) for i in compared if i["score"] == score)
