@@ -9,7 +9,7 @@ What that means depends on how a model cuts images:
   blurred. The processor's setting for that side is lowered instead, by whole views.
 
 Neither has fewer than one view's tokens, so low retentions are not reached. Then the fewest tokens
-are read that any size has; how many is reported.
+are read that any size has, and how many they are is reported. Nor does the thumbnail stay sharp.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def _by_longest(family: Family, size: Size) -> list[Smaller]:
 
 
 def _by_size(family: Family, size: Size) -> Iterator[Smaller]:
-    for longest in range(max(size), 0, -1):
+    # An image smaller than a view has fewer tokens only where rounding changes its proportions.
+    for longest in range(max(size), min(max(size), family.cropping.tile) - 1, -1):
         ratio = longest / max(size)
         scaled = (max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio)))
         yield Smaller(scaled, None, family.geometry(scaled).visual_tokens)

@@ -33,6 +33,8 @@ class DemoModel:
         methods: Methods that it can be compressed by, `globalcom2` first.
         scores: Scores that its tower can have; the default first.
         packings: Positions and newlines beside the paper's.
+        low: Retentions at which methods and scores are compared row by row; at those `globalcom2`
+            and `local` keep about as many tokens.
         grids: Crop grids (rows, columns) by which `globalcom2` and `local` are compared.
         has_markers: Whether literal tokens stand around its views.
     """
@@ -46,6 +48,7 @@ class DemoModel:
     methods: tuple[str, ...]
     scores: tuple[Score, ...]
     packings: tuple[Packing, ...]
+    low: tuple[float, ...]
     grids: Mapping[str, frozenset[Grid]]
     has_markers: bool = False
 
@@ -71,13 +74,14 @@ LLAVA_NEXT = DemoModel(
     smaller=(
         "`downsample` compresses nothing: the image is made smaller, by the processor's filter and "
         "with its proportions, until its visual tokens fit the retention. As AnyRes scales any "
-        "image up to a canvas, that means fewer crops, and two at least; where nothing fits, the "
-        "fewest tokens are read."
+        "image up to a canvas, that means fewer crops, and two at least, and a thumbnail that is "
+        "blurred, too; where nothing fits, the fewest tokens are read."
     ),
     cropping=demo_anyres(),
     methods=("globalcom2", "globalcom2-reference", *METHODS[1:]),
     scores=("class_token", "mean_distance", "mean_query", "received", "distinct"),
     packings=(("compact", "none"), ("original", "kept_rows"), ("original", "none")),
+    low=(0.1, 0.05),
     # Three crops do not divide the thumbnail's eight rows: regions of unequal size are compared.
     grids={
         "1x3 and 3x1 grids": frozenset({(1, 3), (3, 1)}),
@@ -102,6 +106,8 @@ SMOLVLM = DemoModel(
     methods=METHODS,
     scores=("mean_distance", "mean_query", "received", "distinct"),
     packings=(("original", "kept_rows"),),
+    # 0.05 of 36 tokens is 1.8: `local` rounds that down to 1, `globalcom2` keeps a third more.
+    low=(0.25, 0.1),
     grids={
         "1x2 and 2x1 grids": frozenset({(1, 2), (2, 1)}),
         "2x2 grids": frozenset({(2, 2)}),

@@ -11,9 +11,8 @@ from typing import Any
 
 from jobs.quality_curve import verdicts
 from jobs.quality_curve.models import MODELS, DemoModel
-from jobs.quality_curve.plan import LOW
 from jobs.quality_curve.plot import COLOURS
-from jobs.quality_curve.verdicts import in_points
+from jobs.quality_curve.verdicts import in_points, tokens
 
 Item = Mapping[str, Any]
 
@@ -52,7 +51,7 @@ def _section(model: DemoModel, document: Item) -> Iterator[str]:
     yield _heading(model, document)
     yield f"![Exact match against visual tokens a row]({model.plot})"
     yield _curve(document["points"])
-    yield verdicts.guidance(document["differences"])
+    yield verdicts.guidance(document["differences"], document["points"])
     yield _differences(document["differences"])
     if "downsampled" in document:
         yield model.smaller
@@ -86,36 +85,41 @@ def _curve(points: Sequence[Item]) -> str:
         cells = []
         for retention in retentions:
             point = by.get((method, retention))
-            cells.append(f"{_interval(point)}<br>{point['tokens']:.0f}" if point else "")
+            cells.append(f"{_interval(point)}<br>{tokens(point)}" if point else "")
         if any(cells):
             rows.append([f"`{method}`", *cells])
     return _table(["method", *(f"{r:g}" for r in retentions)], rows)
 
 
 def _differences(differences: Sequence[Item]) -> str:
-    rows = []
+    rows, retentions = [], list(dict.fromkeys(item["retention"] for item in differences))
     for name in dict.fromkeys(item["name"] for item in differences):
         cells = {item["retention"]: item for item in differences if item["name"] == name}
-        rows.append([name, *(in_points(cells[r]) if r in cells else "" for r in LOW)])
-    header = ["paired difference, points of exact match", *(f"at {r:g}" for r in LOW)]
+        rows.append([name, *(in_points(cells[r]) if r in cells else "" for r in retentions)])
+    header = ["paired difference, points of exact match", *(f"at {r:g}" for r in retentions)]
     return _table(header, rows)
 
 
 def _downsampled(lines: Sequence[Item]) -> str:
     header = [
         "`downsample`", "rows that fit", "exact match", "tokens", "prompt", "`globalcom2`",
-        "tokens", "prompt", "`globalcom2` - `downsample`",
+        "exact match", "tokens", "prompt", "`globalcom2` - `downsample`",
     ]  # fmt: skip
     rows = []
     for line in lines:
         cells = [f"at {line['retention']:g}", f"{line['fitting']:.0%}", *_read(line)]
-        rows.append([*cells, *_read(line["globalcom2"]), in_points(line["difference"])])
-    return _table(header, rows)
+        ours = line["globalcom2"]
+        cells += [f"at {ours['retention']:g}", *_read(ours)]
+        rows.append([*cells, in_points(line["difference"])])
+    return (
+        f"{_table(header, rows)}\n\nCompared is the highest retention of `globalcom2` whose "
+        "prompts are no longer, or the lowest."
+    )
 
 
 def _read(line: Item) -> tuple[str, str, str]:
     """Accuracy, visual tokens, and all tokens of the prompt."""
-    return _interval(line), f"{line['tokens']:.0f}", f"{line['prompt_tokens']:.0f}"
+    return _interval(line), tokens(line), f"{line['prompt_tokens']:.0f}"
 
 
 def _scores(lines: Sequence[Item]) -> str:
@@ -156,7 +160,7 @@ def packings(measured: Sequence[Item]) -> str:
         ]
         rows.append([
             f"at {item['retention']:g}", item["positions"], item["newlines"], _interval(item),
-            f"{item['tokens']:.0f}", differences[0], f"{item['where']:.3f}", differences[1],
+            tokens(item), differences[0], f"{item['where']:.3f}", differences[1],
         ])  # fmt: skip
     return _table(header, rows)
 

@@ -13,9 +13,7 @@ from jobs.quality_curve.controls import ForeignScores
 from jobs.quality_curve.models import PAPERS_PACKING, DemoModel
 from jobs.quality_curve.points import CONTROLS, TEMPERATURE, Point
 
-LOW = (0.1, 0.05)
-"""Retentions at which methods and scores are compared row by row."""
-PACKED = (0.25, *LOW)
+PACKED = (0.25, 0.1, 0.05)
 """Retentions at which policies of packing are compared, by `globalcom2`."""
 GUIDED = ("globalcom2", "globalcom2-reference", ForeignScores.name)
 """What reads the temperature."""
@@ -80,6 +78,6 @@ class Plan:
         return [
             self.point(method, r, score)
             for score in self.model.scores
-            for r in LOW
+            for r in self.model.low
             for method in ("globalcom2", "local")
         ]

@@ -15,7 +15,7 @@ from gc2ray.estimation.retentions import TUNED_RETENTIONS
 from jobs.quality_curve import downsample
 from jobs.quality_curve.controls import ForeignScores
 from jobs.quality_curve.models import PAPERS_PACKING
-from jobs.quality_curve.plan import LOW, PACKED, Plan
+from jobs.quality_curve.plan import PACKED, Plan
 from jobs.quality_curve.points import CONTROLS, Measured, Point
 
 Line = dict[str, Any]
@@ -55,7 +55,7 @@ class Results:
         """
         return [
             {"name": name, "retention": r, **found}
-            for r in LOW
+            for r in self.plan.model.low
             for name, found in self._differences_at(r)
         ]
 
@@ -151,17 +151,23 @@ class Results:
         return lines
 
     def downsampled(self) -> list[Line]:
-        """Smaller images against `globalcom2` at the same retention, with what both really read."""
+        """Smaller images against `globalcom2` at about the tokens that they really take."""
         lines = []
         for retention in TUNED_RETENTIONS:
             smaller = self.plan.point(downsample.NAME, retention)
-            ours = self.plan.point("globalcom2", retention)
+            ours = self._reading_no_more_than(self.measured[smaller].prompt_tokens)
             line = {"retention": retention, **self._line(smaller)}
             line["fitting"] = self.measured[smaller].fitting
-            line["globalcom2"] = self._line(ours)
+            line["globalcom2"] = {"retention": ours.retention, **self._line(ours)}
             line["difference"] = plain(difference(self.right[ours], self.right[smaller]))
             lines.append(line)
         return lines
+
+    def _reading_no_more_than(self, tokens: float) -> Point:
+        """The highest retention of `globalcom2` with prompts of so many tokens; else the lowest."""
+        points = [self.plan.point("globalcom2", r) for r in TUNED_RETENTIONS]
+        fitting = [point for point in points if self.measured[point].prompt_tokens <= tokens]
+        return fitting[0] if fitting else points[-1]
 
     def _between(
         self,

@@ -22,7 +22,12 @@ def sign(item: Item) -> int:
     return int(item["low"] > 0) - int(item["high"] < 0)
 
 
-def guidance(differences: Sequence[Item]) -> str:
+def tokens(item: Item) -> str:
+    """Tokens of a row; of few, with a decimal."""
+    return f"{item['tokens']:.{1 if item['tokens'] < 20 else 0}f}"
+
+
+def guidance(differences: Sequence[Item], points: Sequence[Item]) -> str:
     """Whether the thumbnail's guidance pays: `globalcom2` against `local`, which is without it."""
     found = [item for item in differences if item["name"] == "`globalcom2` - `local`"]
     signs = {sign(item) for item in found}
@@ -34,7 +39,12 @@ def guidance(differences: Sequence[Item]) -> str:
         verdict = "does not pay: it costs accuracy"
     else:
         verdict = "does not pay: no gain was found"
-    figures = ", ".join(f"{in_points(item)} at {item['retention']:g}" for item in found)
+    read = {(point["method"], point["retention"]): tokens(point) for point in points}
+    figures = ", ".join(
+        f"{in_points(item)} at {r:g} ({read['globalcom2', r]} and {read['local', r]} tokens)"
+        for item in found
+        for r in [item["retention"]]
+    )
     return (
         f"**On this model the thumbnail's guidance {verdict}.** `globalcom2` - `local`, the same "
         f"method without it, in points: {figures}."
