@@ -65,8 +65,8 @@ docs: setup ## Build the documentation into site/; broken links are errors
 bench: setup ## Measure; ONLY=name runs one of them, THREADS=n sets torch
 	$(PY) -m jobs.bench $(if $(ONLY),--only $(ONLY)) $(if $(THREADS),--threads $(THREADS))
 
-quality: setup ## Measure accuracy against tokens; rewrites docs/quality.*
-	$(PY) -m jobs.quality
+quality: setup ## Measure accuracy against tokens, MODEL=smolvlm of one model; rewrites docs/quality*
+	$(PY) -m jobs.quality $(if $(MODEL),--model $(MODEL))
 
 train-demo: setup ## Train a demo model again, into demo-training/ (hours); FAMILY=smolvlm for the second
 	$(PY) -m jobs.train_demo demo-training --processes $(PROCESSES) $(if $(FAMILY),--family $(FAMILY))

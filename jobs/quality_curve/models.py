@@ -67,10 +67,7 @@ LLAVA_NEXT = DemoModel(
     name="llava_next",
     title="LLaVA-NeXT",
     directory=MODEL,
-    about=(
-        "`gc2ray/demo/model`: views of 64 tokens, a class token, the thumbnail first, newlines "
-        "behind rows."
-    ),
+    about="Views of 64 tokens, a class token, the thumbnail first, newlines behind rows.",
     smaller=(
         "`downsample` compresses nothing: the image is made smaller, by the processor's filter and "
         "with its proportions, until its visual tokens fit the retention. As AnyRes scales any "
@@ -93,8 +90,8 @@ SMOLVLM = DemoModel(
     title="SmolVLM",
     directory=SMOLVLM_MODEL,
     about=(
-        "`gc2ray/demo/model_smolvlm`: views of 36 tokens, each of 2 x 2 patches, no class token, "
-        "the thumbnail last, markers around views."
+        "Views of 36 tokens, each of 2 x 2 patches, no class token, the thumbnail last, markers "
+        "around views."
     ),
     smaller=(
         "`downsample` compresses nothing. The processor scales any image to the same longer side, "

@@ -68,11 +68,12 @@ def _section(model: DemoModel, document: Item) -> Iterator[str]:
 
 
 def _heading(model: DemoModel, document: Item) -> str:
+    directory = "/".join(model.directory.parts[-3:])
     return (
-        f"{model.about} `make quality` on {document['hardware']}, {document['date']}: "
-        f"{document['rows']:,} held-out rows, float32, greedy. Exact match with 95% bootstrap "
-        "intervals; below it the visual tokens a row that the language model really reads, "
-        "newlines included."
+        f"`{directory}`. {model.about} `make quality` on {document['hardware']}, "
+        f"{document['date']}: {document['rows']:,} held-out rows, float32, greedy. "
+        "Exact match with 95% bootstrap intervals; below it the visual tokens a row that the "
+        "language model really reads, newlines included."
     )
 
 
