@@ -107,6 +107,19 @@ def test_a_lowered_side_is_the_processors_own_setting(smolvlm: Path, tmp_path: P
     assert [a.token_ids for a in small] != [a.token_ids for a in whole]
 
 
+def test_rows_of_several_settings_are_answered_in_order(tmp_path: Path) -> None:
+    """With more views there is more than one side to choose from."""
+    directory = str(export(tmp_path / "more", longest=336))
+    some, loaded = rows(35)[::5], load(directory)
+    answers = answer(loaded, directory, some, Point("downsample", 0.6))
+    promised = [smaller(loaded.adapter.family, row.scene.size, 0.6) for row in some]
+    assert [a.visual_tokens_kept for a in answers] == [found.tokens for found in promised]
+    settings = [found.longest or 0 for found in promised]
+    assert len(set(settings)) > 1
+    assert settings != sorted(settings)
+    assert settings != sorted(settings, reverse=True)
+
+
 def test_smaller_images_are_answered_in_order_with_the_tokens_promised() -> None:
     some, directory = rows(35)[::5], str(LLAVA_NEXT.directory)
     loaded = load(directory)
