@@ -91,7 +91,7 @@ SMOLVLM = DemoModel(
     directory=SMOLVLM_MODEL,
     about=(
         "Views of 36 tokens, each of 2 x 2 patches, no class token, the thumbnail last, markers "
-        "around views."
+        "around views: 8 to 13 tokens an image, which count as text and not as visual tokens."
     ),
     smaller=(
         "`downsample` compresses nothing. The processor scales any image to the same longer side, "
