@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from gc2ray.core.config.compression import Score
 from gc2ray.core.config.generation import NOTHING, TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.checkpoint.description import (
@@ -120,6 +121,7 @@ def check_checkpoint(checkpoint: Checkpoint, taken_over: TakenOver = NOTHING) ->
     """
     for problem in _problems(checkpoint, taken_over):
         raise ConfigError(f"recipe.model.path: {checkpoint.name}: {problem}")
+    _check_score(checkpoint, taken_over.score)
 
 
 def _list(value: object) -> Sequence[Any]:
@@ -148,7 +150,6 @@ def _problems(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
         _table(checkpoint, taken_over),
         _ends(checkpoint, taken_over),
         _unfollowed(checkpoint, taken_over),
-        _score(checkpoint, taken_over),
     )
 
 
@@ -335,10 +336,15 @@ def _unfollowed(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
     )
 
 
-def _score(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
+def _check_score(checkpoint: Checkpoint, score: Score | None) -> None:
+    """Refuse scores by a class token of towers without one.
+
+    Raises:
+        ConfigError: The tower has none.
+    """
     kind = checkpoint.vision.get("model_type")
-    if taken_over.score == "class_token" and kind not in (None, *CLASS_TOKEN_TOWERS):
-        yield (
-            f"recipe.compression.score is class_token, and its vision tower ({kind}) has none: "
-            "leave the setting out, or choose another score"
+    if score == "class_token" and kind not in (None, *CLASS_TOKEN_TOWERS):
+        raise ConfigError(
+            f"recipe.compression.score: the vision tower of {checkpoint.name} ({kind}) has no "
+            "class token; leave the setting out, or choose another score"
         )
