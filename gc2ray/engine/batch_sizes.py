@@ -81,6 +81,22 @@ def derive_batch_sizes(cluster: Cluster, needs: Needs, memory: Memory) -> BatchS
     return replace(sizes, kv_tokens=tokens)
 
 
+def check_weights_fit(needs: Needs, memory: Memory) -> None:
+    """Refuse a model that is larger than a whole device, before its weights are loaded.
+
+    Raises:
+        ConfigError: It is.
+    """
+    whole = int(memory.total_bytes * GPU_USABLE)
+    if needs.weights >= whole:
+        raise ConfigError(
+            f"recipe.model: its weights take {needs.weights / 1e9:.1f} GB, and a whole GPU of this "
+            f"kind has {whole / 1e9:.1f} GB for them. gc2ray runs a model on one GPU: use one with "
+            "more memory or a smaller model; vLLM (tensor parallel) runs such a model on several "
+            "GPUs, uncompressed"
+        )
+
+
 def _gpu_tokens(sizes: BatchSizes, needs: Needs, memory: Memory) -> int:
     usable = int(memory.total_bytes * sizes.gpu_share * GPU_USABLE)
     working = (
@@ -90,14 +106,7 @@ def _gpu_tokens(sizes: BatchSizes, needs: Needs, memory: Memory) -> int:
         + needs.per_token * max(sizes.prefill_tokens, LONG_PROMPT)
         + sizes.cached_image_bytes
     )
-    whole = int(memory.total_bytes * GPU_USABLE)
-    if needs.weights >= whole:
-        raise ConfigError(
-            f"recipe.model: its weights take {needs.weights / 1e9:.1f} GB, and a whole GPU of this "
-            f"kind has {whole / 1e9:.1f} GB for them. gc2ray runs a model on one GPU: use one with "
-            "more memory or a smaller model; vLLM (tensor parallel) runs such a model on several "
-            "GPUs, uncompressed"
-        )
+    check_weights_fit(needs, memory)
     tokens = (usable - needs.weights - working) // needs.kv_per_token
     if tokens < SMALLEST_KV_TOKENS:
         raise ConfigError(

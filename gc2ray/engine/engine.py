@@ -33,12 +33,19 @@ from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, EngineDead, Status
 from gc2ray.core.records import RECIPES_POLICY, Answer, Request
 from gc2ray.core.stats import RunStats
-from gc2ray.engine.batch_sizes import BatchSizes, derive_batch_sizes
+from gc2ray.engine.batch_sizes import BatchSizes, check_weights_fit, derive_batch_sizes
 from gc2ray.engine.decoding.continuous_batching import ContinuousBatchDecoder
 from gc2ray.engine.decoding.decoder import Completion, Decoder
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
 from gc2ray.engine.decoding.scheduler import DecodeLimits
-from gc2ray.engine.device import EnergyMeter, device_name, gpu_uuid, memory, own_device
+from gc2ray.engine.device import (
+    EnergyMeter,
+    Memory,
+    device_name,
+    gpu_uuid,
+    memory,
+    own_device,
+)
 from gc2ray.engine.prefetch import InlineExecutor, Prefetcher
 from gc2ray.engine.prompt_builder import PromptBuilder
 from gc2ray.engine.request_state import RequestState, device_lost, failure_from, views_of
@@ -47,7 +54,7 @@ from gc2ray.models.adapter import LoadedModel, ModelAdapter
 from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.cache import Tick
-from gc2ray.models.checkpoint.fetch import fetch_model
+from gc2ray.models.checkpoint.fetch import fetch_metadata, fetch_model
 from gc2ray.models.flops import AnswerTokens, demand_of
 from gc2ray.models.llama import LanguageModel, unsupported
 
@@ -367,6 +374,7 @@ def load_recipe_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: Non
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     else:  # a cap, so that workers on one GPU cannot take from each other
         torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker or 1.0))
+        _check_fits(recipe, memory(torch.device(device)))
     fetched = fetch_model(recipe.model, tick=tick)
     loaded = loading.load(
         str(fetched.directory),
@@ -376,3 +384,15 @@ def load_recipe_model(recipe: Recipe, cluster: Cluster, tick: Tick = lambda: Non
         taken_over=recipe.taken_over(),
     )
     return replace(loaded, digest=fetched.digest)
+
+
+def _check_fits(recipe: Recipe, device: Memory) -> None:
+    """Refuse a model larger than the device, by its small files alone: weights are not fetched.
+
+    Raises:
+        ConfigError: It is larger, or cannot be loaded.
+    """
+    small = str(fetch_metadata(recipe.model))
+    dtype, taken_over = recipe.model.dtype, recipe.taken_over()
+    metadata = loading.load_metadata(small, dtype=dtype, taken_over=taken_over)
+    check_weights_fit(metadata.shape.needs(), device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,8 +15,10 @@ from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import ConfigError
 from gc2ray.engine.batch_sizes import derive_batch_sizes
 from gc2ray.engine.device import Memory, cores, free_host_bytes
+from gc2ray.engine.engine import _check_fits
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.shape import Needs
+from tests.support.rows import make_recipe
 
 GB = 10**9
 SEVEN_B = Needs(
@@ -98,3 +102,15 @@ def test_the_needs_of_a_model_are_those_of_its_weights(
     assert needs.weights == sum(p.numel() * 4 for p in model.parameters())
     assert needs.kv_per_token == loaded_models["llama3"].adapter.kv_bytes_per_token
     assert needs.features_per_view == 36 * 32 * 4
+
+
+def test_a_model_is_refused_before_its_weights_are_fetched(
+    tmp_path: Path, tiny_paths: dict[str, Path]
+) -> None:
+    """From a directory that has none of them."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_paths["vicuna"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe = make_recipe(bare)
+    _check_fits(recipe, H100)
+    with pytest.raises(ConfigError, match="weights take"):
+        _check_fits(recipe, replace(H100, total_bytes=100_000))
