@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gc2ray.compression.base import Compressor
+from gc2ray.compression.base import Compressor, MaskCompressor
 from gc2ray.compression.packing import Packing
 from gc2ray.compression.registry import build_configured
-from gc2ray.compression.row_budget import row_shares
+from gc2ray.compression.row_budget import WholeShare, row_shares
 from gc2ray.compression.selection import Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.config.compression import CompressionConfig
@@ -70,7 +70,9 @@ class CompressionPolicy:
         return self.packing.apply(images, chosen)
 
     def at_share(self, share: float) -> Compressor:
-        """The method at another retention."""
+        """The method at another retention; at 1, too, the image is one of a compressed row."""
+        if share == 1 and isinstance(self.compressor, MaskCompressor):
+            return WholeShare()
         other: Any = replace(self.compressor, retention=share)  # type: ignore[type-var]
         return other  # type: ignore[no-any-return]
 

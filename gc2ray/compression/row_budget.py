@@ -10,15 +10,35 @@ nothing is published: whether it pays has to be measured.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gc2ray.compression.base import Compressor
 from gc2ray.compression.geometry import Geometry
+from gc2ray.compression.selection import Selection, reading_order
 from gc2ray.compression.views import Views
 
 TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class WholeShare(Compressor):
+    """Keep all that an image of a compressed row shows: neither padding nor bare newlines."""
+
+    name: ClassVar[str] = "whole-share"
+
+    def many(self, images: Sequence[Views]) -> list[Selection]:
+        if not images:
+            return []
+        return reading_order(images, torch.cat([image.index.valid for image in images]))
+
+    def bounds(self, geometry: Geometry) -> tuple[int, int]:
+        shown = sum(geometry.valid_per_view)
+        return shown, shown
 
 
 def row_shares(images: Sequence[Views], retention: float) -> list[float]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gc2ray.compression.geometry import NEWLINE, Geometry, ViewGrid
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.compression.row_budget import extreme_shares, row_shares, scaled_shares
 from gc2ray.compression.views import Views
@@ -89,6 +91,27 @@ def test_only_images_that_share_a_budget_have_shares() -> None:
         assert (CompressionPolicy.from_config(config).shares_of(row) is not None) == shares
     whole = CompressionConfig(retention=1.0, budget="row")
     assert CompressionPolicy.from_config(whole).shares_of(images) is None
+
+
+PADDED = Geometry.from_entries(
+    [ViewGrid(4, 4, -1, 0, 2, 4)],
+    None,
+    np.array([*range(8), NEWLINE, *range(8, 16), NEWLINE, NEWLINE]),
+)
+"""A square of 4 x 4 tokens whose first and last row are padding, and a bare newline behind it."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_that_keeps_all_of_its_share_keeps_no_padding(method: str) -> None:
+    """Nor newlines of rows that keep nothing: it is as compressed as the others of its row."""
+    if not METHODS[method].takes_retention or method == "globalcom2-reference":
+        return
+    config = CompressionConfig(method=method, retention=0.9, budget="row")
+    policy = CompressionPolicy.from_config(config)
+    views = Views(torch.randn(16, 3), torch.randn(16), PADDED, (2, 4), 0)
+    (selection,) = policy.select([views], [1.0])
+    assert selection.entries.tolist() == [*range(4, 8), NEWLINE, *range(8, 12), NEWLINE]
+    assert policy.at_share(1.0).bounds(PADDED) == (8, 8)
 
 
 @pytest.mark.parametrize("method", METHODS)
