@@ -18,7 +18,7 @@ import numpy as np
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.geometry import Geometry
 from gc2ray.compression.policy import CompressionPolicy
-from gc2ray.compression.row_budget import extreme_shares
+from gc2ray.compression.row_budget import WholeShare, extreme_shares
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Interval
@@ -61,7 +61,7 @@ class TokenBounds:
         """
         low, high = compressor.bounds(geometry)
         visual = Interval(low, (low + high) / 2, high)
-        whole = low == geometry.visual_tokens
+        whole = compression.keeps_everything and not isinstance(compressor, WholeShare)
         newlines = _newline_bounds(geometry, compression, visual, whole=whole)
         fewest = geometry.literals if compression.markers == "all" or whole else 0
         markers = Interval(fewest, geometry.literals, geometry.literals)
@@ -84,7 +84,9 @@ class TokenBounds:
 def _newline_bounds(
     geometry: Geometry, compression: CompressionConfig, visual: Interval, *, whole: bool
 ) -> Interval:
-    """Learned newlines that stay; `whole`: the method keeps everything."""
+    """Learned newlines that stay; `whole`: the image is left as it is, bare newlines included."""
+    if compression.method == "globalcom2-reference" and geometry.canvas is not None:
+        return Interval.exactly(geometry.canvas.grid[0] * geometry.canvas.side[0])
     if compression.newlines == "none" or not geometry.newlines:
         return Interval.exactly(0)
     if compression.newlines == "all" or whole:
@@ -92,15 +94,13 @@ def _newline_bounds(
     lines, thumbnail, share = geometry.newlines, 0, compression.retention_requested
     if geometry.thumbnail is not None:
         thumbnail = geometry.valid_per_view[geometry.thumbnail]
-    low, mid, _ = [max(0.0, end - thumbnail * share) for end in _ends(visual)]
+    outside = max(1.0, thumbnail * share) if thumbnail else 0.0  # in no line; one at least stays
+    low, mid, _ = [max(0.0, end - outside) for end in _ends(visual)]
     longest = max((geometry.visual_tokens - thumbnail) / lines, 1)
     fewest = math.ceil(low / longest)
     # Tokens that fall on rows at random leave each row empty with (1 - 1/rows)^tokens.
     filled = lines * (1 - (1 - 1 / lines) ** mid)
-    most = lines
-    if compression.method == "globalcom2-reference" and geometry.canvas is not None:
-        most = geometry.canvas.grid[0] * geometry.canvas.side[0]
-    return Interval(min(fewest, filled), filled, most)
+    return Interval(min(fewest, filled), filled, lines)
 
 
 @dataclass(frozen=True)

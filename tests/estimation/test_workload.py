@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gc2ray.compression.policy import CompressionPolicy
@@ -100,8 +100,11 @@ def test_compressed_it_is_within_the_interval(
 
 @pytest.mark.parametrize(("method", "newlines"), PACKED)
 @settings(max_examples=40, deadline=None)
+@example(size=(400, 1), retention=0.02, seed=0)
+@example(size=(400, 1), retention=0.98, seed=0)
+@example(size=(1, 400), retention=0.25, seed=0)
 @given(
-    size=st.sampled_from([*SIZES, (90, 900), (900, 90)]),
+    size=st.sampled_from([*SIZES, (90, 900), (900, 90), (400, 1), (1, 400)]),
     retention=st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
     seed=st.integers(0, 1000),
 )
