@@ -30,7 +30,7 @@ from gc2ray.compression.policy import policies_of
 from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
-from gc2ray.core.errors import BadRow, EngineDead, Status
+from gc2ray.core.errors import BadRow, ConfigError, EngineDead, Status
 from gc2ray.core.records import RECIPES_POLICY, Answer, Request
 from gc2ray.core.stats import RunStats
 from gc2ray.engine.batch_sizes import BatchSizes, check_weights_fit, derive_batch_sizes
@@ -73,6 +73,9 @@ class Engine:
         cluster: Batch sizes and threads.
         compressor: Replaces the recipe's, for experiments with methods that no recipe names.
         policies: Further compression policies that requests may name.
+
+    Raises:
+        ConfigError: The model's decoder cannot place tokens as the recipe asks.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Engine:
             self._policies[RECIPES_POLICY] = replace(own, compressor=compressor)
         self._sampling = recipe.generation
         self._model = loaded.model
+        self._check_positions()
         self._end_tokens = loaded.end_tokens
         self._prompt_builder = PromptBuilder(
             self._adapter, self._chat, recipe, self._policies, self._sizes.cached_image_bytes
@@ -107,6 +111,16 @@ class Engine:
         self.model_shape = self._adapter.shape
         self._input_starved_ns = 0
         self._energy = EnergyMeter(gpu_uuid(self._adapter.device))
+
+    def _check_positions(self) -> None:
+        """Refuse original positions for a language model that the native decoder does not run."""
+        reason = unsupported(self._model)
+        original = any(p.packing.positions == "original" for p in self._policies.values())
+        if original and reason is not None:
+            raise ConfigError(
+                "recipe.compression.positions: original positions need the native decoder, and "
+                f"{reason}; use compact positions for this model"
+            )
 
     @cached_property
     def _decoder(self) -> Decoder:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gc2ray.core.config.job import Cluster
-from gc2ray.core.errors import BadRow, EngineDead, Status
+from gc2ray.core.errors import BadRow, ConfigError, EngineDead, Status
 from gc2ray.core.records import Answer, Request
 from gc2ray.core.stats import STAGES, RunStats
 from gc2ray.engine.decoding.hf_generate import GenerateDecoder
@@ -164,6 +164,19 @@ def test_both_decoders_give_the_same_answers(
     assert isinstance(stock._decoder, GenerateDecoder)
     assert "it is new" in caplog.text
     assert tokens_of(native, requests()) == tokens_of(stock, requests())
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_original_positions_are_refused_where_generate_decodes(
+    loaded: LoadedModel, positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a row is answered, and not by each of them."""
+    monkeypatch.setattr("gc2ray.engine.engine.unsupported", lambda model: "it is new")
+    if positions == "compact":
+        make_engine(loaded, compression__positions=positions)
+        return
+    with pytest.raises(ConfigError, match="positions need the native decoder, and it is new"):
+        make_engine(loaded, compression__positions=positions)
 
 
 class Forgetful:
