@@ -21,10 +21,11 @@ from functools import cached_property
 import numpy as np
 
 from gc2ray.compression.geometry import Geometry
+from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, Status
 from gc2ray.core.intervals import Interval, ratio
-from gc2ray.core.records import ImageRef, Request
+from gc2ray.core.records import Request
 from gc2ray.core.shards import SourceFile, Span
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import upright_size
@@ -46,7 +47,8 @@ class ShownImage:
     Attributes:
         geometry: Its views and layout.
         leading_tokens: Text tokens of the prompt before it.
-        is_new: No earlier prompt of the block shows it.
+        is_new: No earlier prompt of the block shows it. Where the images of a row share a budget:
+            none shows the same images, as only then they are encoded once.
     """
 
     geometry: Geometry
@@ -180,6 +182,7 @@ class _Profiler:
         self._policy = recipe.input.image_limits()
         self._chat = ChatPrompt(model.family.processor, model.family.markers)
         self._constant = recipe.input.prompt.constant
+        self._shares = CompressionPolicy.from_config(recipe.compression).shares_budget
         self._counted: dict[int, tuple[int, list[int]]] = {}
 
     def block(self, requests: Iterator[Request], rows: int) -> SampleBlock:
@@ -197,7 +200,13 @@ class _Profiler:
         if request.fault is not None:
             raise request.fault
         alone = len(request.images) == 1
-        shown = [self._shown(ref, seen, alone=alone) for ref in request.images]
+        read = [read_bytes(ref, self._policy) for ref in request.images]
+        keys = [_key(data, alone=alone) for data in read]
+        if self._shares and not alone:
+            keys = [b"".join([*keys, bytes([at % 256, at // 256])]) for at in range(len(keys))]
+        shown = [
+            self._shown(data, key, seen, alone=alone) for data, key in zip(read, keys, strict=True)
+        ]
         text_tokens, leading = self._text_tokens(request.prompts[0], len(shown))
         images = tuple(
             ShownImage(geometry, before, is_new)
@@ -206,11 +215,9 @@ class _Profiler:
         return PromptShape(images, text_tokens)
 
     def _shown(
-        self, ref: ImageRef, seen: dict[bytes, Geometry], *, alone: bool
+        self, data: bytes, key: bytes, seen: dict[bytes, Geometry], *, alone: bool
     ) -> tuple[Geometry, bool]:
         """An image's geometry, and whether it was not seen before."""
-        data = read_bytes(ref, self._policy)
-        key = hashlib.blake2b(data, digest_size=16).digest() + bytes([alone])
         is_new = key not in seen
         if is_new:
             size = upright_size(data, self._policy)
@@ -228,6 +235,10 @@ class _Profiler:
         counted = len(ids) - images, [place - before for before, place in enumerate(places)]
         self._counted[images] = counted
         return counted
+
+
+def _key(data: bytes, *, alone: bool) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest() + bytes([alone])
 
 
 def sample_spans(files: Sequence[SourceFile], rows: int) -> list[Span]:

@@ -108,6 +108,27 @@ def test_prompts_of_one_row_show_one_image(
     assert sum(n * len(shown.new) for shown, n in found.prompts.items()) <= 20
 
 
+@pytest.mark.parametrize(("budget", "encoded_images"), [("image", 4), ("row", 6)])
+def test_images_of_rows_that_share_a_budget_are_encoded_again(
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    loaded_models: dict[str, LoadedModel],
+    metadata: ModelMetadata,
+    budget: str,
+    encoded_images: int,
+) -> None:
+    """An image that stands twice in a row, or in two rows, unless all images are the same."""
+    one, two, three = ({"bytes": encoded(picture(size, 1)), "path": None} for size in SIZES[:3])
+    rows = [[one, one], [one, two, three], [one], [one, one], []]
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": pa.array(rows, pa.list_(IMAGE))})
+    pq.write_table(table, tmp_path / "in" / "a.parquet")
+    job = make_job(tiny_paths["vicuna"], tmp_path / "in", compression__budget=budget)
+    found = profile_input(job.recipe, metadata)
+    stats = stats_of(answers(job, loaded_models["vicuna"]))
+    assert stats.images == sum(n * len(s.new) for s, n in found.prompts.items()) == encoded_images
+
+
 def test_pixels_are_not_decoded(
     tmp_path: Path, tiny_paths: dict[str, Path], metadata: ModelMetadata
 ) -> None:
