@@ -141,8 +141,8 @@ def _token_table(summary: Summary) -> Table:
     note = ""
     if stats.images_shared:
         note = (
-            f"{stats.images_shared:,} answers reused the image of another, and "
-            f"{short(stats.prompt_tokens_shared)} of their prompt tokens were not computed again."
+            f"{stats.images_shared:,} images and {short(stats.prompt_tokens_shared)} prompt tokens "
+            "were those of another row, and not computed again."
         )
     return Table("Tokens", ["", "before", "after", "share"], rows, note)
 

@@ -239,7 +239,7 @@ def _cost_lines(stats: RunStats) -> list[tuple[str, str]]:
     ]
     lines.append(("seconds, waiting for input", f"{stats.input_starved_ns / 1e9:.2f}"))
     if stats.images_shared:
-        lines.append(("answers with a shared image", f"{stats.images_shared:,}"))
+        lines.append(("images shared by rows", f"{stats.images_shared:,}"))
         lines.append(("prompt tokens shared", f"{stats.prompt_tokens_shared:,}"))
     if stats.oom_splits:
         lines.append(("batches split for memory", f"{stats.oom_splits:,}"))
