@@ -209,7 +209,7 @@ def test_compact(tmp_path: Path) -> None:
     result = run_command("compact", tmp_path / "out", tmp_path / "dest", "--file-mb", "1")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == (
-        f"17 answers to 17 rows, 0 of them failed, in 1 files: {tmp_path}/dest\n"
+        f"17 answers to 17 rows, 0 of them failed, in 1 file: {tmp_path}/dest\n"
     )
     assert pq.read_table(tmp_path / "dest/part-00000.parquet").num_rows == 17
     result = run_command("compact", tmp_path / "out", tmp_path / "dest")

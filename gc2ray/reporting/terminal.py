@@ -350,9 +350,10 @@ class Terminal:
 
     def dataset(self, dataset: Dataset, destination: str) -> None:
         """What `compact` wrote."""
+        files = len(dataset.files)
         self.line(
             f"{dataset.answers:,} answers to {dataset.rows:,} rows, {dataset.failed:,} of them "
-            f"failed, in {len(dataset.files):,} files: {destination}"
+            f"failed, in {files:,} {'file' if files == 1 else 'files'}: {destination}"
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:
