@@ -96,7 +96,10 @@ def _request(recipe: Recipe, location: RowLocation, key: str) -> Request:
     span = Span(location.source, location.fingerprint, location.row, location.row + 1)
     requests = [r for r in read_requests(Source(recipe.input), [span]) if r.row_key == key]
     if not requests:
-        raise ConfigError(f"{key}: the row has no such prompt")
+        raise ConfigError(
+            f"{key}: the row has no such prompt; the column row_key lists the keys, which end in "
+            "the prompt's number where prompts are lists"
+        )
     if requests[0].fault is not None:
         raise ConfigError(f"{key}: {requests[0].fault.message}")
     if not requests[0].images:
@@ -118,19 +121,21 @@ def _token_maps(
 ) -> list[TokenMap]:
     """The maps of a row's images; the first has the captions about the row."""
     count, policy = len(request.images), CompressionPolicy.from_config(recipe.compression)
-    try:
-        encoded = [_encoded(loaded, recipe, ref, alone=count == 1) for ref in request.images]
-    except (BadRow, ShardError) as error:
-        raise ConfigError(f"{request.row_key}: {error}") from error
+    names = [f"image {index} of {count}: " if count > 1 else "" for index in range(1, count + 1)]
+    encoded = []
+    for name, ref in zip(names, request.images, strict=True):
+        try:
+            encoded.append(_encoded(loaded, recipe, ref, alone=count == 1))
+        except (BadRow, ShardError) as error:
+            raise ConfigError(f"{request.row_key}: {name}{error}") from error
     views = [view for _, view in encoded]
     shares: Sequence[float | None] = policy.shares_of(views) or [None] * count
     selections = policy.select(views, shares)
     maps = []
     for index, (image, view) in enumerate(encoded):
-        which = "" if count == 1 else f"image {index + 1} of {count}: "
         kept = _token_map(image, view, selections[index])
         share = shares[index] or recipe.compression.retention_requested
-        line = f"{which}{recipe.compression.method}, retention {share:.3g}: "
+        line = f"{names[index]}{recipe.compression.method}, retention {share:.3g}: "
         line += f"{int(kept.kept.sum())} of {view.geometry.visual_tokens} visual tokens kept"
         maps.append(replace(kept, captions=[*(captions if index == 0 else ()), line]))
     return maps
