@@ -18,6 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
 from gc2ray.compression.geometry import Geometry, ViewGrid
@@ -29,6 +30,8 @@ PANEL_INCHES = (1.6, 8.0)
 """Lowest and highest."""
 LINE = 110
 """Characters of a line of text."""
+MISSING = "\N{WHITE SQUARE}"
+"""Drawn in the place of a letter that the font lacks."""
 SINGLE_INCHES, SINGLE_DOTS, SINGLE_POINTS = 5.0, 120, 18
 """A single panel: width, dots an inch, and a font size that can be read on a phone."""
 
@@ -84,8 +87,10 @@ class TokenMap:
 
 
 def _drawable(text: str) -> str:
-    """Text without control characters, which a model may write and no font has."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    """Text without what a model may write and the font lacks: controls, or Chinese."""
+    letters = get_font(findfont(FontProperties())).get_charmap()
+    printable = (char if char.isprintable() else " " for char in text)
+    return "".join(char if ord(char) in letters else MISSING for char in printable)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
     kept = np.zeros(3 * 36, bool)
     image = np.full((*size, 3), 200, np.uint8)
     token_map = TokenMap(
-        image, geometry, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer " * 40]
+        image, geometry, np.arange(36.0), kept, ["$x_1$ <b>", "an\x05 answer 错 " * 40]
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of letters that no font has
