@@ -268,7 +268,11 @@ def _references(output: str, table: Mapping[str, Any], request: EvaluateRequest)
     references = [reference_texts(value) for value in values]
     if not all(references):
         key = table["row_key"][[bool(item) for item in references].index(False)]
-        raise ConfigError(f"{output}: row {key} has no reference in column {reference!r}")
+        hint = "; --lists each takes from a list the entry of each prompt"
+        raise ConfigError(
+            f"{output}: row {key} has no reference in column {reference!r}"
+            f"{hint if lists == ReferenceLists.EACH else ''}"
+        )
     return references
 
 

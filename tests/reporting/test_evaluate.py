@@ -134,6 +134,7 @@ def test_the_meaning_of_lists_must_be_given(tmp_path: Path) -> None:
     more = write_listed_run(tmp_path / "b", [["7", "red"], ["8", "blue", "left"], ["yes", "no"]])
     message = problem(more, "--reference", "reference", "--lists", "each")
     assert "row r.parquet#2#1 has no reference" in message
+    assert message.strip().endswith("; --lists each takes from a list the entry of each prompt")
 
 
 def test_runs_with_lists_are_paired_by_prompt(tmp_path: Path) -> None:
