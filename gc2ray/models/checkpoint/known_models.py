@@ -150,7 +150,12 @@ def _parameters(size: str) -> float:
 
 
 def _unknown(model_type: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(model_type, known, n=1)
+    if "/" in model_type:
+        return (
+            f"MODEL_TYPE: {model_type!r} looks like a checkpoint; give the model_type in its "
+            "config.json, or see whether a job with it passes `gc2ray check`"
+        )
+    near = difflib.get_close_matches(model_type.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`gc2ray models` lists those that are known"
     return (
         f"MODEL_TYPE: nothing is known of {model_type!r}, which should be the model_type in a "

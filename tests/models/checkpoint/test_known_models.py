@@ -112,13 +112,19 @@ def test_a_single_model_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "hint"), [("lava_next", "did you mean 'llava_next'?"), ("git", "lists those that")]
+    ("kind", "hint"),
+    [
+        ("lava_next", "did you mean 'llava_next'?"),
+        ("SmolVLM", "did you mean 'smolvlm'?"),
+        ("git", "lists those that"),
+        ("OpenGVLab/InternVL3-8B-hf", "give the model_type in its config.json"),
+    ],
 )
 def test_a_model_type_that_is_not_known(kind: str, hint: str) -> None:
     result = run_command("models", kind)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert hint in result.stderr
-    with pytest.raises(gc2ray.ConfigError, match="which should be the model_type"):
+    with pytest.raises(gc2ray.ConfigError, match=r"^MODEL_TYPE: "):
         gc2ray.supported_models(kind)
 
 
