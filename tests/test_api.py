@@ -199,6 +199,10 @@ def test_numbers_of_images_and_prompts_must_fit(model: Model) -> None:
         model.answer(images, b"What?")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="bytes, an open file or a numpy array, not float"):
         model.answer([0.5], PROMPT)  # type: ignore[list-item]
+    with pytest.raises(
+        TypeError, match="not list; a list within the list holds one prompt's images"
+    ):
+        model.answer([[[images[0]]]], PROMPT)  # type: ignore[list-item]
 
 
 def test_an_unanswerable_image_or_prompt_has_an_error(model: Model, tmp_path: Path) -> None:

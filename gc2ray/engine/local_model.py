@@ -249,9 +249,10 @@ def _image_ref(image: Any) -> ImageRef | BadRow:
             return _from_array(image)
         case Image.Image():
             return _encoded(lambda: ImageOps.exif_transpose(image))
+    deep = "; a list within the list holds one prompt's images, and no more lists"
     raise TypeError(
         "an image is a PIL image, a path, bytes, an open file or a numpy array, not "
-        f"{type(image).__name__}"
+        f"{type(image).__name__}{deep if isinstance(image, list | tuple) else ''}"
     )
 
 
