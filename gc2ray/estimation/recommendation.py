@@ -250,8 +250,8 @@ def _why_none(measured: Sequence[Measured], target: Target) -> str:
             return f"No sample shows an agreement of {share}; choose a lower --min-agreement."
         return (
             f"{measured[0].agreement.rows} answers are too few to show an agreement of {share} "
-            f"with 90 % confidence: it takes {needed} that all agree. Choose more --rows, or a "
-            "lower --min-agreement."
+            f"with 90 % confidence: it takes {needed} that all agree. Choose more --rows, where "
+            "the input has them, or a lower --min-agreement."
         )
     if target.budget_usd is not None:
         cheapest = min(measured, key=lambda item: item.seconds_per_row).setting.name
