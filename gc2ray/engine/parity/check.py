@@ -226,7 +226,8 @@ class _Comparison:
                 difference, at = largest_difference(logits, wanted[skipped:])
                 if difference >= worst:
                     worst = difference
-                    where = f", {skipped + at} tokens behind the image of {key}"
+                    origin = "image" if prompt.visual else "first token"
+                    where = f", {skipped + at} tokens behind the {origin} of {key}"
         return worst, where
 
     def _same_answers(self, answers: Mapping[str, Answer]) -> dict[str, int]:
