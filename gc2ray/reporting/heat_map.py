@@ -173,7 +173,8 @@ def _budgets(axes: Axes, token_map: TokenMap) -> str:
         axes.add_patch(
             Rectangle((left, top), right - left, bottom - top, facecolor=colours(share / most))
         )
-        text = f"crop {number}\n{kept[index]} of {full[index]}\n{share:.1%}"
+        name = f"crop {number}" if len(geometry.views) > 1 else "only view"
+        text = f"{name}\n{kept[index]} of {full[index]}\n{share:.1%}"
         colour = "white" if share < most / 2 else "black"
         middle = (left + right) / 2, (top + bottom) / 2
         axes.text(*middle, text, ha="center", va="center", color=colour, fontsize=size)
@@ -193,7 +194,7 @@ def _kept(axes: Axes, token_map: TokenMap) -> str:
     columns = np.minimum(np.arange(width) * light.shape[1] // width, light.shape[1] - 1)
     darkened = token_map.image * light[rows][:, columns, None]
     axes.imshow(darkened.astype(np.uint8))
-    what = "crops" if token_map.geometry.crops else "only view"
+    what = "crops" if len(token_map.geometry.views) > 1 else "only view"
     return f"tokens kept in the {what}: {int(kept.sum())} of {kept.size}"
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gc2ray.compression.canvas import Canvas
-from gc2ray.compression.geometry import canvas_geometry
+from gc2ray.compression.geometry import Geometry, ViewGrid, canvas_geometry
 from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.core.config.job import Job
 from gc2ray.core.errors import ConfigError, Status
@@ -243,3 +243,14 @@ def test_the_report_shows_rows(answered: Job, tmp_path: Path) -> None:
 
 def test_a_picture_is_named_for_its_row() -> None:
     assert image_name("s3://b/run-7/", "a/b c.parquet#3") == "run-7-a_b_c.parquet_3.png"
+
+
+def test_an_image_that_is_one_view_is_drawn_without_crops() -> None:
+    geometry = Geometry.from_entries([ViewGrid.whole(6, 6)], None, range(36))
+    image, kept = np.full((60, 60, 3), 200, np.uint8), np.arange(36) < 9
+    titles = [panel.title for panel in panels(TokenMap(image, geometry, np.arange(36.0), kept, []))]
+    assert titles[1].startswith("the only view's scores")
+    assert titles[2:] == [
+        "tokens kept of the only view: 9 of 36",
+        "tokens kept in the only view: 9 of 36",
+    ]
