@@ -77,7 +77,7 @@ def map_tokens(output: str, keys: Sequence[str]) -> Iterator[list[TokenMap]]:
     for location, request in zip(locations, requests, strict=True):
         answer = _answer(latest, first.plan.shards, location, request.row_key)
         captions = [f"{request.row_key}: {request.prompts[0]}", *answer_lines(answer)]
-        yield _token_maps(loaded, recipe, request, captions)
+        yield _token_maps(loaded, _as_answered(recipe, answer), request, captions)
 
 
 def _location(this_round: Round, key: str) -> RowLocation:
@@ -113,6 +113,16 @@ def _shards_of(location: RowLocation, shards: Shards) -> Integers:
     holding = (spans.file == file) & (spans.first <= location.row) & (location.row < spans.stop)
     holders: Integers = spans.shard[holding]
     return holders
+
+
+def _as_answered(recipe: Recipe, answer: Mapping[str, Any] | None) -> Recipe:
+    """The recipe at the retention of an answer, which an audit may have raised."""
+    if answer is None or not recipe.compression.kind.takes_retention:
+        return recipe
+    retention = {"retention": answer["retention_requested"]}
+    return recipe.model_copy(
+        update={"compression": recipe.compression.model_copy(update=retention)}
+    )
 
 
 @torch.inference_mode()

@@ -96,8 +96,11 @@ def test_a_picture_is_drawn_of_any_shape(size: tuple[int, int]) -> None:
 
 
 @pytest.fixture
-def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
-    """A run of three rows in one shard, one of them broken, and a shard that is not answered."""
+def answered(request: pytest.FixtureRequest, tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
+    """A run of three rows in one shard, one of them broken, and a shard that is not answered.
+
+    Its parameter: retentions at which audits answer again.
+    """
     images = [encoded(picture((100, 200), 1)), b"no image", encoded(picture((168, 168), 2))]
     images += [images[0]] * 3
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -105,7 +108,8 @@ def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
     (tmp_path / "in").mkdir()
     pq.write_table(table, tmp_path / "in" / "odd#1.parquet")
     output = tmp_path / "out"
-    job = make_job(tiny_paths["vicuna"], tmp_path / "in", output, audit__share=1.0).located()
+    audit = {"audit__share": 1.0, "audit__escalate": getattr(request, "param", [])}
+    job = make_job(tiny_paths["vicuna"], tmp_path / "in", output, **audit).located()
     files, kept_columns = Source(job.recipe.input).scan()
     plan = store_plan(Store(job.output), job, Plan.cut(job.recipe, files, 3, kept_columns))
     worker = Worker(job, kept_columns)
@@ -114,8 +118,9 @@ def answered(tmp_path: Path, tiny_paths: dict[str, Path]) -> Job:
     return job
 
 
+@pytest.mark.parametrize("answered", [[], [0.8]], indirect=True, ids=["first", "again"])
 def test_token_maps_equal_those_of_the_run(answered: Job) -> None:
-    """The same tokens as when it was answered: the mask in the output is the one drawn."""
+    """The same tokens as when it was answered, or answered again: the mask in the output."""
     store = Store(answered.output)
     rows = read_part(store, store.names("data")[0]).to_pylist()
     unanswered = "odd#1.parquet#3"
@@ -128,7 +133,10 @@ def test_token_maps_equal_those_of_the_run(answered: Job) -> None:
         )
         reported = "\n".join(token_map.captions)
         assert row["row_key"] in reported
-        assert f"answer: {row['answer']}" in reported
+        again = answered.recipe.audit.escalate
+        assert row["retention_requested"] == (again[0] if again else 0.25)
+        head = f"again at retention {again[0]:g}" if again else "answer"
+        assert f"{head}: {row['answer']}" in reported
         assert f"uncompressed: {row['audit']['answer']}" in reported
         assert f"{row['visual_tokens_kept']} of {row['visual_tokens_full']}" in reported
     assert other.captions[0].startswith(f"{unanswered}: ")
