@@ -175,6 +175,7 @@ class PromptBuilder:
     ) -> None:
         """Run tower, selection and projection; the rows that brought the images take the time."""
         cached_images = [image for unit in units for image in unit.pending]
+        alone = {unit.images[0] for unit in units if len(unit.images) == 1}
         tiles = [
             cached_image.tiles for cached_image in cached_images if cached_image.tiles is not None
         ]
@@ -203,7 +204,7 @@ class PromptBuilder:
             cached_image.count(views[index], selections[index])
             cached_image.packed, cached_image.positions = copies[index], positions[index]
             cached_image.tiles = None
-            if not cached_image.shares:  # they are of use to this row alone
+            if cached_image in alone:  # the others are of use to their row only
                 self._image_cache.keep(cached_image)
         full = [cached_image.full_tokens for cached_image in cached_images]
         share_time(rows, "compress", compressed - encoded, full)

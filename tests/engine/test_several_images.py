@@ -176,3 +176,12 @@ def test_rows_that_share_a_budget_are_not_torn_where_memory_is_short(loaded: Loa
     found = answers_of(make_engine(small, **SHARED), rows)
     assert [a.kept_per_view for a in found] == [a.kept_per_view for a in wanted]
     assert sum(answer.oom_splits for answer in found) > 0
+
+
+def test_images_beside_a_bad_one_are_not_kept_for_later_rows(loaded: LoadedModel) -> None:
+    """They were encoded without the share that they would have beside a good one."""
+    engine = make_engine(loaded, **SHARED)
+    answers_of(engine, rows_of((ref(0), ref(1), ImageRef(b"no image"))))
+    assert not engine._prompt_builder._image_cache._kept
+    answers_of(engine, rows_of((ref(0),)))
+    assert len(engine._prompt_builder._image_cache._kept) == 1
