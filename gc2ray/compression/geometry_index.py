@@ -26,7 +26,6 @@ class GeometryIndex:
             all the thumbnail's tokens.
         lines: Lines, the last one included.
         valid: bool (N,), tokens that may be kept.
-        valid_per_view: Valid tokens of each view.
         spans: int64 (E, 2), of each literal the first view it stands for and one behind the last.
         region_of: int64 (M,), of each thumbnail token the crop in whose region it lies, counted
             among the crops; empty without a thumbnail or crops.
@@ -39,7 +38,6 @@ class GeometryIndex:
     line_of: Tensor
     lines: int
     valid: Tensor
-    valid_per_view: tuple[int, ...]
     spans: Tensor
     region_of: Tensor
     row_weights: Tensor
@@ -59,7 +57,6 @@ def geometry_index(geometry: Geometry, device: torch.device) -> GeometryIndex:
         line_of=tensor(line_of),
         lines=lines,
         valid=tensor(geometry.valid),
-        valid_per_view=geometry.valid_per_view,
         spans=tensor(_spans(geometry)),
         region_of=_regions(geometry).to(device),
         row_weights=_weights(geometry, axis=0).to(device),
