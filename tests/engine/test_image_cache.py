@@ -19,9 +19,9 @@ from gc2ray.models.adapter import LoadedModel
 from tests.support.engines import (
     NEW_TOKENS,
     QUESTIONS,
-    PatientEngine,
     answers_of,
     make_engine,
+    make_patient_engine,
     rows_of_one_image,
     tokens_of,
     with_adapter,
@@ -50,10 +50,7 @@ def test_rows_that_show_one_image_share_it_and_answer_the_same(
 
 def test_the_shared_prefix_of_prompts_is_computed_once(loaded: LoadedModel) -> None:
     """Text before the image and the image: all but the question, and the answer's start."""
-    engine = PatientEngine(
-        loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
-    )
-    engine.rows = 4
+    engine = make_patient_engine(loaded, 4)
     answers = answers_of(engine, rows_of_one_image(3, QUESTIONS))
     shared = [answer.prompt_tokens_shared for answer in answers]
     assert sorted(map(bool, shared)) == [False, True, True, True]
@@ -66,11 +63,7 @@ def test_the_shared_prefix_of_prompts_is_computed_once(loaded: LoadedModel) -> N
 
 
 def test_shared_work_is_counted_once(loaded: LoadedModel) -> None:
-    recipe = make_recipe(
-        "unused", generation__max_new_tokens=NEW_TOKENS, compression__retention=0.25
-    )
-    engine = PatientEngine(loaded, recipe, Cluster())
-    engine.rows = 4
+    engine = make_patient_engine(loaded, 4, compression__retention=0.25)
     answers = answers_of(engine, rows_of_one_image(3, QUESTIONS))
     stats, shape = stats_of(answers), loaded.adapter.shape
     assert (stats.images, stats.images_shared) == (1, 3)
@@ -102,10 +95,7 @@ def test_an_image_is_encoded_again_after_clear_cache(loaded: LoadedModel) -> Non
 
 
 def test_a_prompt_prefix_is_computed_again_after_clear_cache(loaded: LoadedModel) -> None:
-    engine = PatientEngine(
-        loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
-    )
-    engine.rows = 4
+    engine = make_patient_engine(loaded, 4)
     answers_of(engine, rows_of_one_image(3, QUESTIONS))
 
     def answer_again() -> list[bool]:

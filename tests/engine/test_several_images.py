@@ -8,21 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from gc2ray.core.config.job import Cluster
 from gc2ray.core.errors import Status
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.core.schema import stats_of
 from gc2ray.models.adapter import LoadedModel
 from tests.support.engines import (
-    NEW_TOKENS,
-    PatientEngine,
     WatchedAdapter,
     answers_of,
     make_engine,
+    make_patient_engine,
     tokens_of,
     with_adapter,
 )
-from tests.support.rows import encoded, make_recipe, picture, request
+from tests.support.rows import encoded, picture, request
 
 SIZES = [(40, 300), (100, 200), (90, 90), (200, 60)]
 
@@ -105,11 +103,8 @@ def test_an_image_is_encoded_once_wherever_it_stands(loaded: LoadedModel) -> Non
 
 def test_prompts_share_what_stands_up_to_the_first_images(loaded: LoadedModel) -> None:
     """The same picture first, then another: everything up to the first one is shared."""
-    engine = PatientEngine(
-        loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
-    )
+    engine = make_patient_engine(loaded, 3)
     rows = rows_of((ref(0), ref(1)), (ref(0), ref(2)), (ref(0), ref(3)))
-    engine.rows = 3
     answers = answers_of(engine, rows)
     (prompt,) = make_engine(loaded).prompts(rows[:1])
     shared = sorted(answer.prompt_tokens_shared for answer in answers)
@@ -118,10 +113,7 @@ def test_prompts_share_what_stands_up_to_the_first_images(loaded: LoadedModel) -
 
 
 def test_the_second_image_is_not_shared_behind_another_first(loaded: LoadedModel) -> None:
-    engine = PatientEngine(
-        loaded, make_recipe("unused", generation__max_new_tokens=NEW_TOKENS), Cluster()
-    )
-    engine.rows = 2
+    engine = make_patient_engine(loaded, 2)
     answers = answers_of(engine, rows_of((ref(1), ref(0)), (ref(2), ref(0))))
     assert [answer.prompt_tokens_shared for answer in answers] == [0, 0]
     assert sum(answer.images_encoded for answer in answers) == 3
@@ -173,7 +165,8 @@ def test_rows_that_share_a_budget_are_not_torn_where_memory_is_short(loaded: Loa
     rows = rows_of((ref(0), ref(1), ref(3)), (ref(1), ref(2), ref(0)), (ref(2), ref(3)))
     wanted = answers_of(make_engine(loaded, **SHARED), rows)
     small = replace(loaded, adapter=Small(loaded.adapter))
-    found = answers_of(make_engine(small, **SHARED), rows)
+    engine = make_patient_engine(small, len(rows), **SHARED)  # all in one batch, or each may fit
+    found = answers_of(engine, rows)
     assert [a.kept_per_view for a in found] == [a.kept_per_view for a in wanted]
     assert sum(answer.oom_splits for answer in found) > 0
 

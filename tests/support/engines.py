@@ -91,6 +91,14 @@ class PatientEngine(Engine):
         return len(batch) >= self.rows
 
 
+def make_patient_engine(loaded: LoadedModel, rows: int, **changes: Any) -> PatientEngine:
+    """An engine as `make_engine` makes it, that encodes so many rows at once."""
+    settings = {"generation__max_new_tokens": NEW_TOKENS, **changes}
+    engine = PatientEngine(loaded, make_recipe("unused", **settings), Cluster())
+    engine.rows = rows
+    return engine
+
+
 def rows_of_one_image(seed: int, prompts: Sequence[str]) -> list[Request]:
     """A row for each prompt; all show the same image."""
     return [
