@@ -3,8 +3,8 @@
 The rule is VidCom²'s for the frames of a video (arXiv 2505.14454): an image's share is raised or
 lowered by the softmax over the images' uniqueness, minus the mean cosine of its tokens to the mean
 of all images' tokens, at temperature 0.01. Shares are then scaled so that all images together keep
-what they would keep of budgets of their own; what an image would get above all that it has is lost.
-For images of a row nothing is published: whether it pays has to be measured.
+what they would keep of budgets of their own; what an image would get above all that it has goes to
+the others. For images of a row nothing is published: whether it pays has to be measured.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def row_shares(images: Sequence[Views], retention: float) -> list[float]:
 
 
 def extreme_shares(geometries: Sequence[Geometry], retention: float) -> Iterator[list[float]]:
-    """Shares where one image is unlike all others, for each image in turn, and equal shares.
+    """Shares between which those of every row of such images lie, image by image.
+
+    An image gets most where it is unlike all others. It gets least where the largest of the others
+    is unlike it, if that one's share is taken as if it could be above 1: what goes to the others
+    in that case does not where several are a little unlike.
 
     Args:
         geometries: Of the row's images.
@@ -68,19 +72,37 @@ def extreme_shares(geometries: Sequence[Geometry], retention: float) -> Iterator
     for favoured in range(number):
         weights = [1 + (index == favoured) - 1 / number for index in range(number)]
         yield scaled_shares(weights, counts, retention)
+        yield [min(1.0, share) for share in _scaled(weights, counts, retention * sum(counts))]
 
 
 def scaled_shares(weights: Sequence[float], counts: Sequence[int], retention: float) -> list[float]:
     """Retentions in the proportions of weights that keep as many tokens as one for all would.
+
+    An image that would get more than it has keeps all of it; the others share what is left.
 
     Args:
         weights: Of each image.
         counts: Tokens of each image that may be kept.
         retention: The one for all.
     """
+    shares = dict.fromkeys(range(len(weights)), 1.0)
+    open_ = list(shares)
+    while open_:
+        whole = sum(counts[index] for index in shares if index not in open_)
+        left = retention * sum(counts) - whole
+        scaled = _scaled([weights[i] for i in open_], [counts[i] for i in open_], left)
+        shares.update(zip(open_, (min(1.0, share) for share in scaled), strict=True))
+        still = [index for index, share in zip(open_, scaled, strict=True) if share <= 1]
+        if still == open_:
+            break
+        open_ = still
+    return list(shares.values())
+
+
+def _scaled(weights: Sequence[float], counts: Sequence[int], tokens: float) -> list[float]:
+    """Shares in the proportions of weights that keep so many tokens, where they may be above 1."""
     weighted = sum(weight * count for weight, count in zip(weights, counts, strict=True))
-    scale = retention * sum(counts) / weighted
-    return [min(1.0, weight * scale) for weight in weights]
+    return [weight * tokens / weighted for weight in weights]
 
 
 def _leading(image: Views) -> Tensor:

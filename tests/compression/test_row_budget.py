@@ -59,25 +59,40 @@ def test_the_order_of_images_does_not_matter() -> None:
     st.lists(st.tuples(st.floats(0.01, 3), st.integers(1, 3000)), min_size=2, max_size=6),
     st.floats(0.01, 1),
 )
-def test_scaled_shares_keep_what_one_share_would_or_less(
+def test_scaled_shares_keep_what_one_share_would(
     images: list[tuple[float, int]], retention: float
 ) -> None:
+    """In the proportions of their weights, but for those that have no more to give."""
     weights, counts = [list(part) for part in zip(*images, strict=True)]
     shares = scaled_shares(weights, counts, retention)
     assert all(0 < share <= 1 for share in shares)
     kept = sum(share * count for share, count in zip(shares, counts, strict=True))
-    assert kept <= retention * sum(counts) * (1 + 1e-9)
-    if max(shares) < 1:
-        assert kept == pytest.approx(retention * sum(counts))
+    assert kept == pytest.approx(retention * sum(counts))
+    scale = max(share / weight for share, weight in zip(shares, weights, strict=True))
+    for share, weight in zip(shares, weights, strict=True):
+        assert share == pytest.approx(min(1.0, scale * weight))
 
 
-def test_the_extremes_enclose_what_images_get() -> None:
-    images = row_of(0, 1, 2)
-    cases = list(extreme_shares([image.geometry for image in images], 0.2))
-    assert cases[0] == [0.2] * 3
-    for index, share in enumerate(row_shares(images, 0.2)):
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 1), st.sampled_from([*SIZES, (90, 2000), (60, 60)])),
+        min_size=2,
+        max_size=5,
+    ),
+    st.floats(0.05, 0.99),
+)
+def test_the_extremes_enclose_what_images_get(
+    images: list[tuple[float, tuple[int, int]]], retention: float
+) -> None:
+    geometries = [random_views(size).geometry for _, size in images]
+    parts = np.array([part for part, _ in images]) + 1e-9
+    weights = 1 + parts / parts.sum() - 1 / len(images)
+    counts = [sum(geometry.valid_per_view) for geometry in geometries]
+    cases = list(extreme_shares(geometries, retention))
+    assert cases[0] == [retention] * len(images)
+    for index, share in enumerate(scaled_shares(weights.tolist(), counts, retention)):
         found = [case[index] for case in cases]
-        assert min(found) <= share <= max(found)
+        assert min(found) - 1e-9 <= share <= max(found) + 1e-9
 
 
 def test_only_images_that_share_a_budget_have_shares() -> None:
