@@ -1,10 +1,10 @@
 """How accuracy falls with visual tokens, on the demo's models: `make quality`.
 
 Answers the test rows of each model with every method at every retention, with smaller images, with
-controls, with every score, and with GlobalCom² packed in other ways; chooses the softmax
-temperature of each score on validation rows first. Writes `docs/quality.json`, the plots, and the
-part of `docs/quality.md` between its marks, after each model; prints what it measures as it goes.
-Nothing is tuned on test rows.
+controls, with every score, with two images a row, and with GlobalCom² packed in other ways; chooses
+the softmax temperature of each score on validation rows first. Writes `docs/quality.json`, the
+plots, and the part of `docs/quality.md` between its marks, after each model; prints what it
+measures as it goes. Nothing is tuned on test rows.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from jobs.quality_curve.points import (
     shares_far_from_uniform,
 )
 from jobs.quality_curve.results import Results, plain
+from jobs.quality_curve.several import asked_rows
 from jobs.support.machine import cpu_name
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +158,7 @@ def measure(data: Data, temperatures: Mapping[Score, float], processes: int) -> 
         "scores": results.scores(),
         "topics": results.topics(),
         "packings": results.packings(),
+        "several": results.several(),
         "far_from_uniform": far_from_uniform(data, data.model.scores[0]),
     }
     return {**found, "markers": results.markers()} if data.model.has_markers else found
@@ -190,8 +192,9 @@ def _results(data: Data, plan: Plan, points: Sequence[Point], processes: int) ->
 def _name(point: Point) -> str:
     """A point as it is printed: method, retention, and what is not the default."""
     usual = Point(point.method)
-    settings = ("positions", "newlines", "markers", "score")
+    settings = ("positions", "newlines", "markers", "score", "budget")
     others = [getattr(point, s) for s in settings if getattr(point, s) != getattr(usual, s)]
+    others += [f"{point.images} images"] if point.images > 1 else []
     return ", ".join([f"{point.method} at {point.retention:g}", *others])
 
 
@@ -200,7 +203,8 @@ def _rows(data: Data) -> list[DemoRow]:
 
 
 def _right(rows: Sequence[DemoRow], measured: Measured) -> np.ndarray:
-    return score("exact_match", measured.answers, [[row.question.answer] for row in rows])
+    answered = [asked.row for asked in asked_rows(rows, measured.point.images)]
+    return score("exact_match", measured.answers, [[row.question.answer] for row in answered])
 
 
 def _write(model: DemoModel, measured: Mapping[str, Any], into: Path) -> None:

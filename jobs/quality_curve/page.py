@@ -62,6 +62,9 @@ def _section(model: DemoModel, document: Item) -> Iterator[str]:
     yield _topics(document["topics"])
     if "packings" in document:
         yield packings(document["packings"])
+    if "several" in document:
+        yield verdicts.shared_budget(document["several"])
+        yield _several(document["several"])
     if "markers" in document:
         yield _markers(document["markers"])
     yield _temperatures(model, document)
@@ -164,6 +167,20 @@ def packings(measured: Sequence[Item]) -> str:
             tokens(item), differences[0], f"{item['where']:.3f}", differences[1],
         ])  # fmt: skip
     return _table(header, rows)
+
+
+def _several(lines: Sequence[Item]) -> str:
+    rows = [
+        [
+            f"{line['retention']:g}",
+            "" if line["retention"] == 1 else line["budget"],
+            *_read(line),
+            in_points(line["difference"]) if "difference" in line else "",
+        ]
+        for line in lines
+    ]
+    header = ["two images, `globalcom2` at", "budget", "exact match", "tokens", "prompt"]
+    return _table([*header, "difference"], rows)
 
 
 def _markers(lines: Sequence[Item]) -> str:

@@ -17,6 +17,8 @@ PACKED = (0.25, 0.1, 0.05)
 """Retentions at which policies of packing are compared, by `globalcom2`."""
 GUIDED = ("globalcom2", "globalcom2-reference", ForeignScores.name)
 """What reads the temperature."""
+SEVERAL, SEVERAL_AT = 2, (0.25, 0.1)
+"""Images of a row where several are measured, and the retentions."""
 NOT_WHOLE = ("globalcom2-reference", "thumbnail")
 """What drops tokens at 1.0 too; there every other method is the identity."""
 
@@ -39,15 +41,15 @@ class Plan:
         return self.model.scores[0]
 
     def point(
-        self, method: str, retention: float = 1.0, score: Score | None = None, **packing: Any
+        self, method: str, retention: float = 1.0, score: Score | None = None, **others: Any
     ) -> Point:
-        """A method at a retention, with the temperature of its score."""
+        """A method at a retention, with its score's temperature and others of its settings."""
         if retention == 1.0 and method not in NOT_WHOLE:
-            return Point("none")
+            return Point("none", images=others.get("images", 1))
         chosen = score or self.default_score
         temperature = self.temperatures[chosen] if method in GUIDED else TEMPERATURE
         named = None if chosen == self.default_score else chosen
-        return Point(method, retention, temperature, score=named, **packing)
+        return Point(method, retention, temperature, score=named, **others)
 
     def points(self) -> list[Point]:
         """All of them, those of one score together."""
@@ -56,7 +58,7 @@ class Plan:
         curves = (*self.model.methods, downsample.NAME)
         planned += [self.point(method, r) for r in TUNED_RETENTIONS for method in curves]
         planned += [self.point(name, 0.1) for name in CONTROLS]
-        planned += self.packings() + self.markers() + self.scores()
+        planned += self.packings() + self.markers() + self.several() + self.scores()
         return list(dict.fromkeys(planned))
 
     def packings(self) -> list[Point]:
@@ -72,6 +74,17 @@ class Plan:
         if not self.model.has_markers:
             return []
         return [self.point("thumbnail"), self.point("thumbnail", markers="kept_views")]
+
+    def several(self) -> list[Point]:
+        """Rows of two images, with budgets of their own and one that they share."""
+        return [
+            self.point("none", images=SEVERAL),
+            *(
+                self.point("globalcom2", r, images=SEVERAL, budget=budget)
+                for r in SEVERAL_AT
+                for budget in ("image", "row")
+            ),
+        ]
 
     def scores(self) -> list[Point]:
         """Every score, with the thumbnail's guidance and without."""

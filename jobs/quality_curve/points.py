@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from gc2ray.compression.base import Compressor, ViewBatch
 from gc2ray.compression.methods.globalcom2 import crop_scales
 from gc2ray.compression.views import Views
-from gc2ray.core.config.compression import Markers, Newlines, Positions, Score
+from gc2ray.core.config.compression import Budget, Markers, Newlines, Positions, Score
 from gc2ray.core.config.generation import TakenOver
 from gc2ray.core.config.input import ImageLimits
 from gc2ray.core.config.job import Cluster
@@ -31,6 +31,7 @@ from gc2ray.models.image_processor import Tiles
 from jobs.quality_curve import downsample
 from jobs.quality_curve.controls import Blind, ForeignScores
 from jobs.quality_curve.models import DemoModel
+from jobs.quality_curve.several import Asked, asked_rows
 from jobs.support.answering import answers_in_order
 
 NEW_TOKENS = 32
@@ -45,7 +46,8 @@ BATCH = 100
 class Point:
     """What is measured: a method, `downsample` or a control of `CONTROLS`, and its settings.
 
-    Where `score` is None it is the model's default.
+    Where `score` is None it is the model's default. A row shows so many `images`
+    (`jobs.quality_curve.several`), which have budgets of their own or share one.
     """
 
     method: str
@@ -55,6 +57,8 @@ class Point:
     newlines: Newlines = "kept_rows"
     markers: Markers = "all"
     score: Score | None = None
+    images: int = 1
+    budget: Budget = "image"
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Measured:
 
     Attributes:
         point: Where.
-        answers: By row.
+        answers: By row, of those that are answered with the point's number of images.
         tokens: Visual tokens that the language model read a row, newlines included.
         prompt_tokens: All that it read: with markers, and the question.
         fitting: Share of rows with no more visual tokens than the retention allows.
@@ -99,9 +103,9 @@ def measure_all(data: Data, points: Sequence[Point], processes: int) -> Iterator
 
 
 class RememberedViews:
-    """An adapter that encodes each row once: points differ in what they keep, not in what they see.
+    """An adapter that encodes each image once: points differ in what they keep, not what they see.
 
-    Rows are told apart by their seed. Everything else is the adapter's own.
+    Images are told apart by their seed. Everything else is the adapter's own.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
@@ -142,11 +146,14 @@ class _Workplace:
         # What is remembered of an image would be taken for the smaller one.
         smaller = point.method == downsample.NAME
         loaded = self._loaded if smaller else self._remembering
-        answers = answer(loaded, str(self._data.model.directory), self._rows, point)
+        rows = asked_rows(self._rows, point.images)
+        answers = answer(loaded, str(self._data.model.directory), rows, point)
         visual = np.array([a.visual_tokens_kept or 0 for a in answers])
         newlines = np.array([a.newline_tokens or 0 for a in answers])
         family = self._loaded.adapter.family
-        full = np.array([family.geometry(row.scene.size).visual_tokens for row in self._rows])
+        full = np.array(
+            [sum(family.geometry(s.scene.size).visual_tokens for s in row.shown) for row in rows]
+        )
         return Measured(
             point,
             tuple(a.answer or "" for a in answers),
@@ -173,15 +180,15 @@ def load(model: str, score: Score | None = None) -> LoadedModel:
     return loading.load(model, revision=None, dtype="float32", device="cpu", taken_over=taken_over)
 
 
-def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Point) -> list[Answer]:
+def answer(loaded: LoadedModel, model: str, rows: Sequence[Asked], point: Point) -> list[Answer]:
     """Answers in the order of the rows.
 
     Raises:
         RuntimeError: A row was not answered.
     """
     requests = [
-        Request(row.id, "pocket", place, (ImageRef(row.image),), (row.question.text,))
-        for place, row in enumerate(rows)
+        Request(asked.row.id, "pocket", place, _images(asked), (asked.row.question.text,))
+        for place, asked in enumerate(rows)
     ]
     recipe, compressor = _recipe(model, point), _control(point)
 
@@ -194,6 +201,10 @@ def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Poin
     return answered(loaded, requests)
 
 
+def _images(asked: Asked) -> tuple[ImageRef, ...]:
+    return tuple(ImageRef(shown.image) for shown in asked.shown)
+
+
 def _recipe(model: str, point: Point) -> Recipe:
     """The recipe of a point; controls replace its method."""
     settings: dict[str, Any] = {
@@ -204,6 +215,7 @@ def _recipe(model: str, point: Point) -> Recipe:
         "newlines": point.newlines,
         "markers": point.markers,
         "score": point.score,
+        "budget": point.budget,
     }
     return parse_recipe(
         {

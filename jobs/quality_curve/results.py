@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,18 @@ class Results:
             if point.markers != "all":
                 every = self.right[self.plan.point("thumbnail")]
                 line["difference"] = plain(difference(self.right[point], every))
+            lines.append(line)
+        return lines
+
+    def several(self) -> list[Line]:
+        """Rows of two images: uncompressed, and by whether they share a budget."""
+        lines = []
+        for point in self.plan.several():
+            line: Line = {"budget": point.budget, "retention": point.retention}
+            line |= {"rows": len(self.right[point]), **self._line(point)}
+            if point.budget == "row":
+                own = self.right[replace(point, budget="image")]
+                line["difference"] = plain(difference(self.right[point], own))
             lines.append(line)
         return lines
 

@@ -27,18 +27,18 @@ def tokens(item: Item) -> str:
     return f"{item['tokens']:.{1 if item['tokens'] < 20 else 0}f}"
 
 
+def _pays(differences: Sequence[Item]) -> str:
+    signs = {sign(item) for item in differences}
+    if {1, -1} <= signs:
+        return "helps at one retention and costs accuracy at another"
+    if 1 in signs:
+        return "pays" if signs == {1} else "pays in part"
+    return f"does not pay: {'it costs accuracy' if -1 in signs else 'no gain was found'}"
+
+
 def guidance(differences: Sequence[Item], points: Sequence[Item]) -> str:
     """Whether the thumbnail's guidance pays: `globalcom2` against `local`, which is without it."""
     found = [item for item in differences if item["name"] == "`globalcom2` - `local`"]
-    signs = {sign(item) for item in found}
-    if {1, -1} <= signs:
-        verdict = "helps at one retention and costs accuracy at another"
-    elif 1 in signs:
-        verdict = "pays" if signs == {1} else "pays in part"
-    elif -1 in signs:
-        verdict = "does not pay: it costs accuracy"
-    else:
-        verdict = "does not pay: no gain was found"
     read = {(point["method"], point["retention"]): tokens(point) for point in points}
     figures = ", ".join(
         f"{in_points(item)} at {r:g} ({read['globalcom2', r]} and {read['local', r]} tokens)"
@@ -46,8 +46,8 @@ def guidance(differences: Sequence[Item], points: Sequence[Item]) -> str:
         for r in [item["retention"]]
     )
     return (
-        f"**On this model the thumbnail's guidance {verdict}.** `globalcom2` - `local`, the same "
-        f"method without it, in points: {figures}."
+        f"**On this model the thumbnail's guidance {_pays(found)}.** `globalcom2` - `local`, the "
+        f"same method without it, in points: {figures}."
     )
 
 
@@ -79,6 +79,17 @@ def default_score(model: DemoModel, scores: Sequence[Item]) -> str:
         if named
     ]
     return " ".join([rule, result, *remarks])
+
+
+def shared_budget(lines: Sequence[Item]) -> str:
+    """Whether one budget for the images of a row pays, against one for each."""
+    found = {line["retention"]: line["difference"] for line in lines if "difference" in line}
+    figures = ", ".join(f"{in_points(item)} at {r:g}" for r, item in found.items())
+    return (
+        f"**One budget for two images {_pays([*found.values()])}.** On {lines[0]['rows']:,} of the "
+        "rows with a second image, which their questions do not ask about, `budget: row` against "
+        f"`budget: image`, in points: {figures}."
+    )
 
 
 def _gain(compared: Sequence[Item], score: str) -> float:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
+from gc2ray.demo.rows import DemoRow
+from jobs.quality_curve.points import Point
+from jobs.quality_curve.several import asked_rows
 from jobs.train_demo import STAGES, main
 from jobs.training.trainer import Stage, Trainer
+
+
+def first_right(rows: Sequence[DemoRow], point: Point, count: int) -> tuple[str, ...]:
+    """Answers of the rows that a point measures, the first of them right."""
+    answered = [each.row for each in asked_rows(rows, point.images)]
+    return tuple(r.question.answer if i < count else "x" for i, r in enumerate(answered))
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from jobs.quality_curve.controls import Blind, ForeignScores
 from jobs.quality_curve.models import LLAVA_NEXT, MODELS, SMOLVLM
 from jobs.quality_curve.plot import COLOURS, plot
 from jobs.quality_curve.points import Data, Measured, Point
+from tests.jobs.conftest import first_right
 
 ROOT = Path(__file__).parents[2]
 DATA = Data(LLAVA_NEXT, Split.VALIDATION, 70)
@@ -77,8 +78,7 @@ def test_the_temperature_stays_unless_another_is_significantly_better(
         rows = quality._rows(data)
         for point in points:
             right = right_rows[point.temperature]
-            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
-            yield Measured(point, tuple(answers), 30.0)
+            yield Measured(point, first_right(rows, point, right), 30.0)
 
     monkeypatch.setattr(quality, "measure_all", answered)
     found = quality.choose_temperatures(DATA, 1)
@@ -94,8 +94,7 @@ def test_each_score_has_its_own_temperature(monkeypatch: pytest.MonkeyPatch) -> 
         best = {None: 3.0, "received": 100.0}
         for point in points:
             right = 60 if best.get(point.score, 10.0) == point.temperature else 40
-            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
-            yield Measured(point, tuple(answers), 30.0)
+            yield Measured(point, first_right(rows, point, right), 30.0)
 
     monkeypatch.setattr(quality, "measure_all", answered)
     found = quality.choose_temperatures(SMOLVLM_DATA, 1)
@@ -117,8 +116,8 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
         for point in points:
             right = 60 - 5 * (point.newlines == "none") - 10 * (point.positions == "original")
             right -= 20 * (point.retention < 0.1)
-            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows)]
-            yield Measured(point, tuple(answers), 30.0 - (point.newlines == "none"))
+            answers = first_right(rows, point, right)
+            yield Measured(point, answers, 30.0 - (point.newlines == "none"))
 
     monkeypatch.setattr(quality, "measure_all", answered)
     monkeypatch.setattr(quality, "load", lambda model, score: None)

@@ -16,18 +16,23 @@ from gc2ray.compression.base import Compressor
 from gc2ray.compression.packing import Packing
 from gc2ray.compression.registry import COMPRESSORS
 from gc2ray.compression.views import Views
+from gc2ray.core.records import Answer
 from gc2ray.demo.photos import opened_photos
+from gc2ray.demo.questions import TOPICS as TOPICS_OF_SCENES
 from gc2ray.demo.rows import DemoRow, Split, demo_rows
 from gc2ray.demo.spec import smolvlm_spec
 from gc2ray.models import loading
+from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.base import Family
 from gc2ray.models.families.tiny_smolvlm import untrained_smolvlm
 from jobs import quality
-from jobs.quality_curve import page, verdicts
+from jobs.quality_curve import page, points, verdicts
 from jobs.quality_curve.downsample import smaller
 from jobs.quality_curve.models import LLAVA_NEXT, SMOLVLM, DemoModel
 from jobs.quality_curve.plan import Plan
-from jobs.quality_curve.points import Data, Measured, Point, _Workplace, answer, load
+from jobs.quality_curve.points import Data, Measured, Point, _Workplace, load
+from jobs.quality_curve.several import Asked, asked_rows
+from tests.jobs.conftest import first_right
 
 ROWS = 70
 
@@ -48,6 +53,11 @@ def export(folder: Path, **changes: Any) -> Path:
 def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The second model before its training."""
     return export(tmp_path_factory.mktemp("smolvlm"))
+
+
+def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Point) -> list[Answer]:
+    """Answers of rows with one image each."""
+    return points.answer(loaded, model, [Asked(row, (row,)) for row in rows], point)
 
 
 def family(directory: Path) -> Family:
@@ -149,6 +159,32 @@ def test_a_process_measures_one_score_after_the_other(smolvlm: Path) -> None:
     assert small.fitting < 1
 
 
+def test_the_second_image_does_not_change_the_answer() -> None:
+    found = asked_rows(rows(), 2)
+    assert len(found) == 40, "four of seven topics"
+    assert [each.shown.index(each.row) for each in found] == [0, 1] * 20
+    for each in found:
+        (other,) = (shown for shown in each.shown if shown is not each.row)
+        for question in TOPICS_OF_SCENES[each.row.question.topic](other.scene):
+            assert question.text != each.row.question.text
+
+
+def test_rows_of_two_images_are_measured_by_their_budget(smolvlm: Path) -> None:
+    data = Data(replace(SMOLVLM, directory=smolvlm), Split.VALIDATION, 12)
+    workplace, some = _Workplace(data), asked_rows(rows(12), 2)
+    found = []
+    for budget in ("image", "row"):
+        point = Point("globalcom2", 0.25, images=2, budget=budget)  # type: ignore[arg-type]
+        found.append(workplace.measure(point))
+        fresh = points.answer(load(str(smolvlm)), str(smolvlm), some, point)
+        assert found[-1].answers == tuple(a.answer for a in fresh)
+        assert [len(a.kept_per_view or ()) for a in fresh] == [2] * len(some)
+    assert found[0].tokens == pytest.approx(found[1].tokens, rel=0.1)
+    assert found[0].answers != found[1].answers
+    whole = workplace.measure(Point("none", images=2))
+    assert len(whole.answers) == len(some)
+
+
 def uncompressed(model: Family, size: tuple[int, int]) -> Views:
     geometry = model.geometry(size)
     draw = torch.Generator().manual_seed(0)
@@ -175,23 +211,24 @@ def test_only_the_thumbnail_alone_leaves_views_without_a_token(smolvlm: Path) ->
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     """Measuring in no time; `received` answers more rows than other scores do, `local` fewer."""
-    points: list[Point] = []
+    wanted_points: list[Point] = []
 
     def measured(data: Data, wanted: Sequence[Point], processes: int) -> Iterator[Measured]:
-        points.extend(wanted)
+        wanted_points.extend(wanted)
         for point in wanted:
             right = 50 + 15 * (point.score == "received") - 15 * (point.method == "local")
             right -= 20 * (point.method == "downsample")
-            answers = [row.question.answer if i < right else "x" for i, row in enumerate(rows())]
+            right -= 30 * (point.images > 1) - 10 * (point.budget == "row")
+            answers = first_right(rows(), point, right)
             tokens = 36.0 if point.method == "downsample" else 100 * point.retention
-            yield Measured(point, tuple(answers), tokens, tokens + 20, 0.5)
+            yield Measured(point, answers, tokens, tokens + 20, 0.5)
 
     monkeypatch.setattr(quality, "measure_all", measured)
     monkeypatch.setattr(quality, "load", lambda model, score: None)
     monkeypatch.setattr(
         quality, "shares_far_from_uniform", lambda *given: dict.fromkeys(given[-1], 0.5)
     )
-    return points
+    return wanted_points
 
 
 def measured_on(model: DemoModel) -> dict[str, Any]:
@@ -216,6 +253,8 @@ def test_everything_is_measured_once_and_shown(model: DemoModel, asked: list[Poi
     assert "| at 0.75 | 50% | 0.429" in text
     # 56 tokens of a prompt are those of `globalcom2` at 0.25, not at 0.5.
     assert {line["globalcom2"]["retention"] for line in document["downsampled"]} == {0.25}
+    assert "**One budget for two images pays.** On 40 of the rows" in text
+    assert "| 0.25 | row | 0.750" in text
     assert "Not measured yet" in text, "the other model"
     assert json.loads(json.dumps(document)) == document
 
