@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
@@ -123,23 +124,42 @@ class CachedImage:
         self.marker_ids = geometry.literal_ids
 
 
-def image_key(
-    data: bytes,
-    prompt: str | None = None,
-    policy: str = RECIPES_POLICY,
-    *,
-    alone: bool = True,
-) -> str:
+def image_key(data: bytes, prompt: str | None = None, policy: str = RECIPES_POLICY) -> str:
     """Digest of an image's bytes, and of the prompt where the method reads it.
 
-    Each policy that compresses the same image has a key of its own, and so has an image among
-    several of a prompt, which some models cut otherwise than one that is alone.
+    Each policy that compresses the same image has a key of its own.
     """
     digest = hashlib.blake2b(data, digest_size=16)
     if prompt is not None:
         digest.update(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
-    among = "" if alone else "/several"
-    return digest.hexdigest() + among + ("" if policy == RECIPES_POLICY else f"/{policy}")
+    return digest.hexdigest() + ("" if policy == RECIPES_POLICY else f"/{policy}")
+
+
+def image_keys(
+    row: Sequence[bytes],
+    prompt: str | None = None,
+    policy: str = RECIPES_POLICY,
+    *,
+    cuts_several: bool,
+    shares_budget: bool,
+) -> list[str]:
+    """Keys of a row's images; images of one key are encoded once.
+
+    Args:
+        row: The images' bytes.
+        prompt: Where the method reads it.
+        policy: What compresses them.
+        cuts_several: Whether the model cuts images otherwise where a row has several; then they
+            have other keys than those that are alone.
+        shares_budget: Whether the images of a row share a budget; then each key names all of them.
+    """
+    keys = [image_key(data, prompt, policy) for data in row]
+    if len(row) == 1:
+        return keys
+    if shares_budget:
+        images = hashlib.blake2b("/".join(keys).encode(), digest_size=8).hexdigest()
+        return [f"{key}/{images}.{index}" for index, key in enumerate(keys)]
+    return [f"{key}/several" for key in keys] if cuts_several else keys
 
 
 @dataclass(eq=False)

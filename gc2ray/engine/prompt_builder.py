@@ -28,7 +28,7 @@ from gc2ray.core.records import ImageRef, Request
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import decode, refusal
 from gc2ray.engine.decoding.decoder import overflow
-from gc2ray.engine.image_cache import CachedImage, ImageCache, ImageUnit, image_key
+from gc2ray.engine.image_cache import CachedImage, ImageCache, ImageUnit, image_keys
 from gc2ray.engine.request_state import RequestState, run_isolated, share_time
 from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.base import Prompt
@@ -106,14 +106,15 @@ class PromptBuilder:
         return read
 
     def _keys(self, request: Request, read: Sequence[bytes]) -> list[str]:
-        """Keys of a request's images; where they share a budget, each names all of them."""
-        policy, alone = self._policies[request.policy], len(read) == 1
-        prompt = request.prompts[0] if policy.compressor.reads_prompt else None
-        keys = [image_key(data, prompt, request.policy, alone=alone) for data in read]
-        if not policy.shares_budget or alone:
-            return keys
-        row = hashlib.blake2b("/".join(keys).encode(), digest_size=8).hexdigest()
-        return [f"{key}/{row}.{index}" for index, key in enumerate(keys)]
+        """Keys of a request's images."""
+        policy = self._policies[request.policy]
+        return image_keys(
+            read,
+            request.prompts[0] if policy.compressor.reads_prompt else None,
+            request.policy,
+            cuts_several=self._adapter.family.cropping.cuts_several,
+            shares_budget=policy.shares_budget,
+        )
 
     def _decode(
         self, cached_image: CachedImage, ref: ImageRef, data: bytes, *, alone: bool

@@ -12,7 +12,6 @@ Not covered: images that are damaged behind their header; images shared by rows 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from gc2ray.core.shards import SourceFile, Span
 from gc2ray.data.image_bytes import read_bytes
 from gc2ray.data.image_decoding import upright_size
 from gc2ray.data.source import Source
+from gc2ray.engine.image_cache import image_keys
 from gc2ray.engine.sample import read_requests, refusing_unreadable_input
 from gc2ray.models.base import ModelMetadata
 from gc2ray.models.chat_template import ChatPrompt
@@ -179,16 +179,16 @@ class _Profiler:
 
     def __init__(self, recipe: Recipe, model: ModelMetadata) -> None:
         self._model = model
-        self._policy = recipe.input.image_limits()
+        self._limits = recipe.input.image_limits()
         self._chat = ChatPrompt(model.family.processor, model.family.markers)
         self._constant = recipe.input.prompt.constant
-        self._shares = CompressionPolicy.from_config(recipe.compression).shares_budget
+        self._compression = CompressionPolicy.from_config(recipe.compression)
         self._counted: dict[int, tuple[int, list[int]]] = {}
 
     def block(self, requests: Iterator[Request], rows: int) -> SampleBlock:
         prompts: Counter[PromptShape] = Counter()
         refused: Counter[Status] = Counter()
-        seen: dict[bytes, Geometry] = {}
+        seen: dict[str, Geometry] = {}
         for request in requests:
             try:
                 prompts[self._shape(request, seen)] += 1
@@ -196,14 +196,17 @@ class _Profiler:
                 refused[error.status] += 1
         return SampleBlock(rows, prompts, refused)
 
-    def _shape(self, request: Request, seen: dict[bytes, Geometry]) -> PromptShape:
+    def _shape(self, request: Request, seen: dict[str, Geometry]) -> PromptShape:
         if request.fault is not None:
             raise request.fault
-        alone = len(request.images) == 1
-        read = [read_bytes(ref, self._policy) for ref in request.images]
-        keys = [_key(data, alone=alone) for data in read]
-        if self._shares and not alone:
-            keys = [b"".join([*keys, bytes([at % 256, at // 256])]) for at in range(len(keys))]
+        alone, policy = len(request.images) == 1, self._compression
+        read = [read_bytes(ref, self._limits) for ref in request.images]
+        keys = image_keys(
+            read,
+            request.prompts[0] if policy.compressor.reads_prompt else None,
+            cuts_several=self._model.family.cropping.cuts_several,
+            shares_budget=policy.shares_budget,
+        )
         shown = [
             self._shown(data, key, seen, alone=alone) for data, key in zip(read, keys, strict=True)
         ]
@@ -215,12 +218,12 @@ class _Profiler:
         return PromptShape(images, text_tokens)
 
     def _shown(
-        self, data: bytes, key: bytes, seen: dict[bytes, Geometry], *, alone: bool
+        self, data: bytes, key: str, seen: dict[str, Geometry], *, alone: bool
     ) -> tuple[Geometry, bool]:
         """An image's geometry, and whether it was not seen before."""
         is_new = key not in seen
         if is_new:
-            size = upright_size(data, self._policy)
+            size = upright_size(data, self._limits)
             seen[key] = self._model.family.geometry(size, alone=alone)
             if len(seen) > REMEMBERED:
                 del seen[next(iter(seen))]
@@ -235,10 +238,6 @@ class _Profiler:
         counted = len(ids) - images, [place - before for before, place in enumerate(places)]
         self._counted[images] = counted
         return counted
-
-
-def _key(data: bytes, *, alone: bool) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest() + bytes([alone])
 
 
 def sample_spans(files: Sequence[SourceFile], rows: int) -> list[Span]:

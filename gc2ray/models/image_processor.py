@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
@@ -91,7 +91,10 @@ class Cropping(Protocol):
         mean: Per channel, of pixel values rescaled by `rescale`.
         std: Per channel, likewise.
         rescale: Factor from 0..255.
+        cuts_several: Whether an image is cut otherwise where its prompt has several.
     """
+
+    cuts_several: ClassVar[bool]
 
     @property
     def tile(self) -> int: ...
@@ -109,7 +112,7 @@ class Cropping(Protocol):
 
         Args:
             size: The image's size.
-            alone: Whether it is the only image of its prompt; some models cut several otherwise.
+            alone: Whether it is the only image of its prompt.
         """
 
 
@@ -196,6 +199,8 @@ def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, in
 @dataclass(frozen=True)
 class ViewPixels:
     """What all croppings have; see `Cropping`."""
+
+    cuts_several: ClassVar[bool] = False
 
     tile: int
     resample: int

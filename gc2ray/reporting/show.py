@@ -158,7 +158,7 @@ def _encoded(
     adapter, limits = loaded.adapter, recipe.input.image_limits()
     data = read_bytes(ref, limits)
     image = decode(data, limits)
-    seed = recipe.generation.mixed(CachedImage(image_key(data, alone=alone)).seed)
+    seed = recipe.generation.mixed(CachedImage(image_key(data)).seed)
     (views,) = adapter.encode([tile(image, adapter.family.cropping, alone=alone)], [seed])
     return np.asarray(image), views
 

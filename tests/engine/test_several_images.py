@@ -95,10 +95,9 @@ def test_a_bad_image_costs_its_row_and_is_named(loaded: LoadedModel, bad: ImageR
 def test_an_image_is_encoded_once_wherever_it_stands(loaded: LoadedModel) -> None:
     watched, adapter = with_adapter(loaded)
     answers = answers_of(make_engine(watched), rows_of(*MIXED))
-    # Images 0, 1 and 3 among several; image 2 alone, and among several.
-    assert sum(adapter.batches) == 5
-    assert sum(answer.images_encoded for answer in answers) == 5
-    assert sum(answer.images_shared for answer in answers) == sum(map(len, MIXED)) - 5
+    assert sum(adapter.batches) == 4
+    assert sum(answer.images_encoded for answer in answers) == 4
+    assert sum(answer.images_shared for answer in answers) == sum(map(len, MIXED)) - 4
 
 
 def test_prompts_share_what_stands_up_to_the_first_images(loaded: LoadedModel) -> None:

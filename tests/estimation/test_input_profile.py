@@ -15,6 +15,7 @@ from PIL import Image
 
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.geometry import canvas_geometry
+from gc2ray.compression.methods.globalcom2 import GlobalCom2
 from gc2ray.core.config.job import Cluster, Job
 from gc2ray.core.errors import ConfigError, Status
 from gc2ray.core.intervals import Interval
@@ -108,7 +109,7 @@ def test_prompts_of_one_row_show_one_image(
     assert sum(n * len(shown.new) for shown, n in found.prompts.items()) <= 20
 
 
-@pytest.mark.parametrize(("budget", "encoded_images"), [("image", 4), ("row", 6)])
+@pytest.mark.parametrize(("budget", "encoded_images"), [("image", 3), ("row", 6)])
 def test_images_of_rows_that_share_a_budget_are_encoded_again(
     tmp_path: Path,
     tiny_paths: dict[str, Path],
@@ -127,6 +128,24 @@ def test_images_of_rows_that_share_a_budget_are_encoded_again(
     found = profile_input(job.recipe, metadata)
     stats = stats_of(answers(job, loaded_models["vicuna"]))
     assert stats.images == sum(n * len(s.new) for s, n in found.prompts.items()) == encoded_images
+
+
+def test_a_method_that_reads_the_prompt_shares_no_images(
+    tmp_path: Path,
+    tiny_paths: dict[str, Path],
+    loaded_models: dict[str, LoadedModel],
+    metadata: ModelMetadata,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(GlobalCom2, "reads_prompt", True)
+    image = {"bytes": encoded(picture(SIZES[0], 1)), "path": None}
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": pa.array([image] * 3, IMAGE), "q": ["What?", "Who?", "What?"]})
+    pq.write_table(table, tmp_path / "in" / "a.parquet")
+    job = make_job(tiny_paths["vicuna"], tmp_path / "in", input__prompt={"column": "q"})
+    found = profile_input(job.recipe, metadata)
+    stats = stats_of(answers(job, loaded_models["vicuna"]))
+    assert stats.images == sum(n * len(s.new) for s, n in found.prompts.items()) == 2
 
 
 def test_pixels_are_not_decoded(

@@ -28,13 +28,14 @@ from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
 from gc2ray.models.image_processor import AnyRes, Cut, Square
 from gc2ray.models.processor import Processor
 
-LARGEST_RATIO = 1.1
-"""A canvas whose sides are at most so many times longer than allowed is left as it is."""
+LARGEST_RATIO = 1.1  # a canvas with sides so many times longer than allowed is left as it is
 
 
 @dataclass(frozen=True)
 class SquareOrAnyRes(AnyRes):
     """LLaVA-NeXT's cropping of an image alone in its prompt; each of several is one square."""
+
+    cuts_several = True
 
     def cut(self, size: tuple[int, int], *, alone: bool = True) -> Cut:
         """See `Cropping.cut`."""

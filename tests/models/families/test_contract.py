@@ -182,6 +182,23 @@ def test_several_images_and_none_equal_stock(tiny: Any, name: str, count: int) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_image_is_shared_with_rows_of_several_where_it_is_cut_alike(
+    tiny: Any, name: str
+) -> None:
+    family, sizes = tiny(name).family, FAMILIES[name].sizes
+    differs = {
+        family.cropping.cut(size) != family.cropping.cut(size, alone=False)
+        or family.geometry(size) != family.geometry(size, alone=False)
+        for size in sizes
+    }
+    assert differs == {family.cropping.cuts_several}
+    engine = engine_of(tiny(name), "globalcom2", 0.25)
+    answers = list(engine.stream([row(sizes[0]), row(*sizes[:2])]))
+    wanted = 3 if family.cropping.cuts_several else 2
+    assert sum(a.images_encoded for a in answers) == wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["globalcom2", "pool"])
 @torch.inference_mode()
 def test_compressed_it_equals_generate_over_the_same_embeddings(
