@@ -44,19 +44,6 @@ class AnswerTokens:
     output: int
     shared: int = 0
 
-    def with_more(self, image_tokens: int) -> AnswerTokens:
-        """The same answer with so many more image tokens kept.
-
-        A shared prefix ends behind the image, so it grows by the same number.
-        """
-        return AnswerTokens(
-            views=self.views,
-            projected=self.projected and self.projected + image_tokens,
-            prompt=self.prompt + image_tokens,
-            output=self.output,
-            shared=self.shared and self.shared + image_tokens,
-        )
-
 
 def matmul_flops(
     shape: ModelShape, tokens: AnswerTokens, run: ExecutionMode = ExecutionMode.GC2RAY

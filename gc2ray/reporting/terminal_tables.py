@@ -291,7 +291,8 @@ def print_models(console: Console, supported: SupportedModels) -> None:
     """Print supported models, and how many are refused; or why, where only those are given."""
     if not supported.models:
         for kind, why in supported.refused.items():
-            console.print(f"{kind} is not supported: {why}", markup=False, soft_wrap=True)
+            text = " yet" if kind in supported.not_yet else f": {why}"
+            console.print(f"{kind} is not supported{text}", markup=False, soft_wrap=True)
         return
     console.print(_model_table(supported.models))
     console.print(_checkpoint_table(supported.models))

@@ -137,6 +137,8 @@ def made_up(kind: int) -> Answer:
     kept = (144, *(100 + (kind * step) % 88 for step in (3, 5, 7, 11)))
     full, words = VIEWS * VIEW_TOKENS, 1 + kind % 64
     tokens = AnswerTokens(VIEWS, sum(kept), TEXT_TOKENS + sum(kept) + NEWLINES, words)
+    more = full - sum(kept)
+    uncompressed = replace(tokens, projected=sum(kept) + more, prompt=tokens.prompt + more)
     return Answer(
         Request("", "", 0, (), ()), Status.OK, "globalcom2", 0.25, answer="two dogs",
         finish_reason="stop", prompt_tokens=tokens.prompt, output_tokens=words,
@@ -147,7 +149,7 @@ def made_up(kind: int) -> Answer:
         kv_bytes_full=(tokens.prompt + full - sum(kept) + words) * LLAVA_7B.kv_bytes_per_token,
         images_encoded=1,
         demand=demand_of(LLAVA_7B, tokens),
-        demand_full=demand_of(LLAVA_7B, tokens.with_more(full - sum(kept))),
+        demand_full=demand_of(LLAVA_7B, uncompressed),
         device="NVIDIA H200",
     )  # fmt: skip
 

@@ -101,7 +101,9 @@ def test_the_demand_of_an_answer_follows_from_its_tokens(loaded: LoadedModel) ->
         )
         assert answer.demand == demand_of(shape, tokens)
         full = (answer.visual_tokens_full or 0) + (answer.newline_tokens_full or 0)
-        assert answer.demand_full == demand_of(shape, tokens.with_more(full - tokens.projected))
+        prompt = tokens.prompt + full - tokens.projected
+        uncompressed = replace(tokens, projected=full, prompt=prompt)
+        assert answer.demand_full == demand_of(shape, uncompressed)
         assert answer.full_per_view is not None
         assert sum(answer.full_per_view[0]) == answer.visual_tokens_full
 

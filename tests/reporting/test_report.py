@@ -47,12 +47,13 @@ def measured(answer: Answer) -> Answer:
     if answer.status != Status.OK:
         return answer
     tokens = AnswerTokens(views=5, projected=740, prompt=800, output=answer.output_tokens or 1)
+    uncompressed = replace(tokens, projected=740 + 2188, prompt=800 + 2188)
     return replace(
         answer,
         visual_tokens_full=2880, visual_tokens_kept=720, newline_tokens=20, newline_tokens_full=48,
         kept_per_view=((144,) * 5,), full_per_view=((576,) * 5,), prompt_tokens=800,
         images_encoded=1,
-        demand=demand_of(LLAVA_7B, tokens), demand_full=demand_of(LLAVA_7B, tokens.with_more(2188)),
+        demand=demand_of(LLAVA_7B, tokens), demand_full=demand_of(LLAVA_7B, uncompressed),
         stage_ns=dict.fromkeys(answer.stage_ns, 10 ** 8),
     )  # fmt: skip
 

@@ -138,9 +138,16 @@ def supported_models(model_type: str | None = None) -> SupportedModels:
     refused = sorted(listed - {*MODEL_TYPES})
     return SupportedModels(
         tuple(model for model in KNOWN_MODELS if model.model_type in listed & {*MODEL_TYPES}),
-        {kind: str(why_unsupported({"model_type": kind})) for kind in refused},
+        {kind: _why_refused(kind) for kind in refused},
         tuple(kind for kind in refused if UNSUPPORTED.get(kind) == NOT_YET),
     )
+
+
+def _why_refused(kind: str) -> str:
+    """The reason; `why_unsupported` names the type in it once more."""
+    if kind in UNSUPPORTED:
+        return f"it is a model {UNSUPPORTED[kind]}"
+    return str(why_unsupported({"model_type": kind}))
 
 
 def _parameters(size: str) -> float:

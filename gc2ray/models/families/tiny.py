@@ -158,27 +158,17 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
     )
     if spec.tower == "clip":
         vision.projection_dim = width
-    width, layers, heads, kv_heads = spec.text
-    text_class: Any = {"llama": LlamaConfig, "mistral": MistralConfig, "granite": GraniteConfig}[
-        spec.backbone
-    ]
-    factors = FACTORS if spec.backbone == "granite" else {}
-    text = text_class(
+    backbones = {"llama": LlamaConfig, "mistral": MistralConfig, "granite": GraniteConfig}
+    others: dict[str, Any] = dict(FACTORS) if spec.backbone == "granite" else {}
+    if spec.text_ffn is not None:
+        others["intermediate_size"] = spec.text_ffn
+    text = text_config(
+        backbones[spec.backbone], spec.text, tokenizer,
         vocab_size=max(len(tokenizer), spec.table),
-        hidden_size=width,
-        intermediate_size=spec.text_ffn or 2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=width // heads,
-        max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
         initializer_range=spec.spread,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **factors,
-    )
+        **others,
+    )  # fmt: skip
     config_class: Any = LlavaNextConfig  # its signature misses fields that it takes
     return config_class(
         vision_config=vision,
@@ -191,6 +181,32 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
         vision_feature_select_strategy=_strategy(spec),
         initializer_range=spec.spread,
     )
+
+
+def text_config(kind: Any, sizes: tuple[int, int, int, int], tokenizer: Any, **others: Any) -> Any:
+    """The config of a tiny language model.
+
+    Args:
+        kind: Its class.
+        sizes: Width, layers, heads and key-value heads.
+        tokenizer: Its tokenizer.
+        others: Settings that are not the usual ones.
+    """
+    width, layers, heads, kv_heads = sizes
+    usual = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": width // heads,
+        "max_position_embeddings": 8192,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return kind(**usual | others)
 
 
 def _strategy(spec: TinySpec) -> str:

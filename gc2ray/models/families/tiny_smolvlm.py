@@ -23,6 +23,8 @@ from transformers import (
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from gc2ray.models.families.tiny import text_config
+
 TEXT = (
     "User: what is in the picture? Assistant: a photograph of a cat, a cup of coffee and a rocket. "
     "Describe the image in one sentence.\n\nHow many objects are there? Which colour is it?\n\n"
@@ -170,22 +172,11 @@ def _config(spec: TinySmolVlmSpec, tokenizer: Any) -> Any:
         patch_size=spec.patch,
         initializer_range=spec.spread[0],
     )
-    width, layers, heads, kv_heads = spec.text
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=width // heads,
-        max_position_embeddings=8192,
+    text = text_config(
+        LlamaConfig, spec.text, tokenizer,
         rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
         initializer_range=spec.spread[1],
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    )  # fmt: skip
     config_class: Any = SmolVLMConfig  # its signature misses fields that it takes
     return config_class(
         vision_config=vision,

@@ -105,7 +105,7 @@ def test_a_single_model_type() -> None:
     refused = run_command("models", "mllama")
     assert (refused.exit_code, refused.stdout) == (
         1,
-        "mllama is not supported: it is a mllama model, which reads images by cross-attention: "
+        "mllama is not supported: it is a model which reads images by cross-attention: "
         "they have no tokens in the prompt\n",
     )
     assert "OpenGVLab/InternVL3-8B-hf" in run_command("models", "internvl_chat").stdout
