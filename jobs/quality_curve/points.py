@@ -147,7 +147,7 @@ class _Workplace:
         smaller = point.method == downsample.NAME
         loaded = self._loaded if smaller else self._remembering
         rows = asked_rows(self._rows, point.images)
-        answers = answer(loaded, str(self._data.model.directory), rows, point)
+        answers = answer(loaded, str(self._data.model.directory), self._rows, point)
         visual = np.array([a.visual_tokens_kept or 0 for a in answers])
         newlines = np.array([a.newline_tokens or 0 for a in answers])
         family = self._loaded.adapter.family
@@ -180,15 +180,15 @@ def load(model: str, score: Score | None = None) -> LoadedModel:
     return loading.load(model, revision=None, dtype="float32", device="cpu", taken_over=taken_over)
 
 
-def answer(loaded: LoadedModel, model: str, rows: Sequence[Asked], point: Point) -> list[Answer]:
-    """Answers in the order of the rows.
+def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Point) -> list[Answer]:
+    """Answers in the order of the rows that are answered with the point's number of images.
 
     Raises:
         RuntimeError: A row was not answered.
     """
     requests = [
         Request(asked.row.id, "pocket", place, _images(asked), (asked.row.question.text,))
-        for place, asked in enumerate(rows)
+        for place, asked in enumerate(asked_rows(rows, point.images))
     ]
     recipe, compressor = _recipe(model, point), _control(point)
 

@@ -16,22 +16,20 @@ from gc2ray.compression.base import Compressor
 from gc2ray.compression.packing import Packing
 from gc2ray.compression.registry import COMPRESSORS
 from gc2ray.compression.views import Views
-from gc2ray.core.records import Answer
 from gc2ray.demo.photos import opened_photos
 from gc2ray.demo.questions import TOPICS as TOPICS_OF_SCENES
 from gc2ray.demo.rows import DemoRow, Split, demo_rows
 from gc2ray.demo.spec import smolvlm_spec
 from gc2ray.models import loading
-from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.base import Family
 from gc2ray.models.families.tiny_smolvlm import untrained_smolvlm
 from jobs import quality
-from jobs.quality_curve import page, points, verdicts
+from jobs.quality_curve import page, verdicts
 from jobs.quality_curve.downsample import smaller
 from jobs.quality_curve.models import LLAVA_NEXT, SMOLVLM, DemoModel
 from jobs.quality_curve.plan import Plan
-from jobs.quality_curve.points import Data, Measured, Point, _Workplace, load
-from jobs.quality_curve.several import Asked, asked_rows
+from jobs.quality_curve.points import Data, Measured, Point, _Workplace, answer, load
+from jobs.quality_curve.several import asked_rows
 from tests.jobs.conftest import first_right
 
 ROWS = 70
@@ -53,11 +51,6 @@ def export(folder: Path, **changes: Any) -> Path:
 def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The second model before its training."""
     return export(tmp_path_factory.mktemp("smolvlm"))
-
-
-def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Point) -> list[Answer]:
-    """Answers of rows with one image each."""
-    return points.answer(loaded, model, [Asked(row, (row,)) for row in rows], point)
 
 
 def family(directory: Path) -> Family:
@@ -171,18 +164,18 @@ def test_the_second_image_does_not_change_the_answer() -> None:
 
 def test_rows_of_two_images_are_measured_by_their_budget(smolvlm: Path) -> None:
     data = Data(replace(SMOLVLM, directory=smolvlm), Split.VALIDATION, 12)
-    workplace, some = _Workplace(data), asked_rows(rows(12), 2)
+    workplace, count = _Workplace(data), len(asked_rows(rows(12), 2))
     found = []
     for budget in ("image", "row"):
         point = Point("globalcom2", 0.25, images=2, budget=budget)  # type: ignore[arg-type]
         found.append(workplace.measure(point))
-        fresh = points.answer(load(str(smolvlm)), str(smolvlm), some, point)
+        fresh = answer(load(str(smolvlm)), str(smolvlm), rows(12), point)
         assert found[-1].answers == tuple(a.answer for a in fresh)
-        assert [len(a.kept_per_view or ()) for a in fresh] == [2] * len(some)
+        assert [len(a.kept_per_view or ()) for a in fresh] == [2] * count
     assert found[0].tokens == pytest.approx(found[1].tokens, rel=0.1)
     assert found[0].answers != found[1].answers
     whole = workplace.measure(Point("none", images=2))
-    assert len(whole.answers) == len(some)
+    assert len(whole.answers) == count
 
 
 def uncompressed(model: Family, size: tuple[int, int]) -> Views:

@@ -131,7 +131,7 @@ def test_a_model_type_that_is_not_known(kind: str, hint: str) -> None:
 def test_json() -> None:
     document = json.loads(printed("--json"))
     assert document["not_yet"] == ["aya_vision", "cohere2_vision", "lfm2_vl"]
-    assert document["refused"]["mllama"].startswith("it is a mllama model, which reads")
+    assert document["refused"]["mllama"].startswith("it is a model which reads")
     next_, granite = (m for m in document["models"] if m["model_type"] == "llava_next")
     assert (next_["measured"], next_["decoder"], next_["default_score"]) == (
         True, "native", "class_token",
