@@ -283,8 +283,8 @@ class Engine:
                 yield self._answered(row, completion)
 
     def _answered(self, row: RequestState, completion: Completion) -> Answer:
-        images, brought = row.cached_images, row.brought
-        encoded = [image for image, new in zip(images, brought, strict=True) if new]
+        images = row.cached_images
+        encoded = [image for image, new in zip(images, row.encoded, strict=True) if new]
         text_tokens = len(row.token_ids) - len(images)  # without the images' placeholders
         tokens = AnswerTokens(
             views=sum(image.encoded_views for image in encoded),

@@ -221,14 +221,22 @@ class ImageCache:
         self._bytes = 0  # of those
         self._lock = threading.Lock()
 
-    def find(self, key: str, policy: str = RECIPES_POLICY) -> tuple[CachedImage, bool]:
-        """The image of a key, and whether it is new, so that the caller has to decode it."""
+    def find(
+        self, key: str, policy: str = RECIPES_POLICY, *, again: bool = False
+    ) -> tuple[CachedImage, bool]:
+        """The image of a key, and whether it is new, so that the caller has to decode it.
+
+        Args:
+            key: See `image_keys`.
+            policy: What compresses it.
+            again: Whether the same row shows it once more: rows are counted, not places.
+        """
         with self._lock:
             cached_image = self._images.get(key)
             new = cached_image is None
             if cached_image is None:
                 cached_image = self._images[key] = CachedImage(key, policy)
-            cached_image.row_count += 1
+            cached_image.row_count += not again
             if key in self._kept:
                 self._kept.move_to_end(key)
             return cached_image, new

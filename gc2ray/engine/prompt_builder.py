@@ -78,10 +78,13 @@ class PromptBuilder:
                 raise BadRow(Status.FAILED, "a request has one prompt, for now")
             # All are read before any is entered, as others may wait for what is entered.
             read = self._read(request)
+            seen: set[str] = set()
             for ref, data, key in zip(request.images, read, self._keys(request, read), strict=True):
-                cached_image, new = self._image_cache.find(key, request.policy)
+                again = key in seen
+                cached_image, new = self._image_cache.find(key, request.policy, again=again)
+                seen.add(key)
                 row.cached_images.append(cached_image)
-                row.brought.append(new)
+                row.encoded.append(False)
                 if new:
                     self._decode(cached_image, ref, data, alone=len(request.images) == 1)
 
@@ -136,16 +139,16 @@ class PromptBuilder:
             EngineDead: The device is lost.
         """
         with torch.cuda.stream(self._own_stream()):  # nothing on a CPU
-            payers: dict[CachedImage, RequestState] = {}
             for row in rows:
                 for cached_image in row.cached_images:
                     cached_image.decoded.wait()
-                    if cached_image.tiles is not None:
-                        payers.setdefault(cached_image, row)
-            run_isolated(self._units(rows), lambda units: self._encode(units, payers))
+                self._take_failures(row)
+            readable = [row for row in rows if row.failure is None]
+            payers = _payers(readable)
+            run_isolated(self._units(readable), lambda units: self._encode(units, payers))
             for cached_image, row in payers.items():
                 row.oom_splits += cached_image.oom_splits
-            for row in rows:
+            for row in readable:
                 self._take_failures(row)
             run_isolated([row for row in rows if row.failure is None], self._embed)
             self._now()  # the results are complete before another stream reads them
@@ -163,26 +166,27 @@ class PromptBuilder:
         return list(units.values())
 
     def _take_failures(self, row: RequestState) -> None:
-        """Fail a row whose image failed; with several, its message says which."""
-        for index, cached_image in enumerate(row.cached_images):
-            if cached_image.failure is not None:
-                self._image_cache.discard(cached_image)
-                if row.failure is None:
-                    row.failure = _of_several(cached_image.failure, index, len(row.cached_images))
-                row.is_retryable |= cached_image.is_retryable
+        """Fail a row whose image failed; its message says which, where that is known."""
+        failed = [image for image in row.cached_images if image.failure is not None]
+        together = len(set(failed)) > 1 and len({id(image.failure) for image in failed}) == 1
+        for cached_image in failed:
+            self._image_cache.discard(cached_image)
+            if row.failure is None and cached_image.failure is not None:
+                index, count = row.cached_images.index(cached_image), len(row.cached_images)
+                row.failure = _of_several(cached_image.failure, index, 1 if together else count)
+            row.is_retryable |= cached_image.is_retryable
 
     def _encode(
         self, units: Sequence[ImageUnit], payers: Mapping[CachedImage, RequestState]
     ) -> None:
-        """Run tower, selection and projection; the rows that brought the images take the time."""
+        """Run tower, selection and projection; the rows that pay for the images take the time."""
         cached_images = [image for unit in units for image in unit.pending]
-        alone = {unit.images[0] for unit in units if len(unit.images) == 1}
         tiles = [
             cached_image.tiles for cached_image in cached_images if cached_image.tiles is not None
         ]
         started = self._now()
         seeds = [self._generation.mixed(cached_image.seed) for cached_image in cached_images]
-        views = self._adapter.encode(tiles, seeds)
+        views = self._views(units, tiles, seeds)
         finite = torch.stack([view.scores.isfinite().all() for view in views]).all()
         encoded = self._now()
         if not finite:  # in some image of the batch; `run_isolated` finds out which
@@ -205,10 +209,25 @@ class PromptBuilder:
             cached_image.count(views[index], selections[index])
             cached_image.packed, cached_image.positions = copies[index], positions[index]
             cached_image.tiles = None
-            if cached_image in alone:  # the others are of use to their row only
-                self._image_cache.keep(cached_image)
+            self._image_cache.keep(cached_image)
         full = [cached_image.full_tokens for cached_image in cached_images]
         share_time(rows, "compress", compressed - encoded, full)
+
+    def _views(
+        self, units: Sequence[ImageUnit], tiles: Sequence[Tiles], seeds: Sequence[int]
+    ) -> list[Views]:
+        """What the tower makes of images.
+
+        Those of a single row go through it one after the other: a row of many images that share a
+        budget needs no more memory there than one image does.
+        """
+        if len(units) > 1:
+            return self._adapter.encode(tiles, seeds)
+        return [
+            view
+            for one, seed in zip(tiles, seeds, strict=True)
+            for view in self._adapter.encode([one], [seed])
+        ]
 
     def _share_budgets(
         self, units: Sequence[ImageUnit], views: Mapping[CachedImage, Views]
@@ -287,6 +306,16 @@ class PromptBuilder:
         if self._adapter.device.type == "cuda":
             torch.cuda.current_stream(self._adapter.device).synchronize()
         return time.perf_counter_ns()
+
+
+def _payers(rows: Sequence[RequestState]) -> dict[CachedImage, RequestState]:
+    """The first row of each image that is still to be encoded; it is counted there."""
+    payers: dict[CachedImage, RequestState] = {}
+    for row in rows:
+        for index, cached_image in enumerate(row.cached_images):
+            if cached_image.tiles is not None and cached_image not in payers:
+                payers[cached_image], row.encoded[index] = row, True
+    return payers
 
 
 def _prefix(row: RequestState, placeholder: int) -> tuple[str | None, int]:

@@ -46,7 +46,7 @@ class RequestState:
     Attributes:
         request: The request, without its images once they are read.
         cached_images: Its images, which other rows may share.
-        brought: Of each image, whether this row brought it.
+        encoded: Of each image, whether it was encoded for this row, and not for another one.
         token_ids: Token ids of its chat prompt, with a placeholder for each image.
         prefix_images: Images in the beginning of its prompt that other rows share.
         prompt: Input of the language model, until the decoder has it.
@@ -59,7 +59,7 @@ class RequestState:
 
     request: Request
     cached_images: list[CachedImage] = field(default_factory=list)
-    brought: list[bool] = field(default_factory=list)
+    encoded: list[bool] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     prefix_images: int = 0
     prompt: Prompt | None = None

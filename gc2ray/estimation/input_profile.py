@@ -13,7 +13,7 @@ Not covered: images that are damaged behind their header; images shared by rows 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -207,9 +207,14 @@ class _Profiler:
             cuts_several=self._model.family.cropping.cuts_several,
             shares_budget=policy.shares_budget,
         )
+        new: dict[str, Geometry] = {}
         shown = [
-            self._shown(data, key, seen, alone=alone) for data, key in zip(read, keys, strict=True)
+            self._shown(data, key, seen, new, alone=alone)
+            for data, key in zip(read, keys, strict=True)
         ]
+        seen |= new  # not before: no image of a row with a bad one is encoded
+        while len(seen) > REMEMBERED:
+            del seen[next(iter(seen))]
         text_tokens, leading = self._text_tokens(request.prompts[0], len(shown))
         images = tuple(
             ShownImage(geometry, before, is_new)
@@ -218,16 +223,20 @@ class _Profiler:
         return PromptShape(images, text_tokens)
 
     def _shown(
-        self, data: bytes, key: str, seen: dict[str, Geometry], *, alone: bool
+        self,
+        data: bytes,
+        key: str,
+        seen: Mapping[str, Geometry],
+        new: dict[str, Geometry],
+        *,
+        alone: bool,
     ) -> tuple[Geometry, bool]:
-        """An image's geometry, and whether it was not seen before."""
-        is_new = key not in seen
-        if is_new:
-            size = upright_size(data, self._limits)
-            seen[key] = self._model.family.geometry(size, alone=alone)
-            if len(seen) > REMEMBERED:
-                del seen[next(iter(seen))]
-        return seen[key], is_new
+        """An image's geometry, and whether it was not seen before; then it is noted in `new`."""
+        if key in seen or key in new:
+            return seen.get(key) or new[key], False
+        size = upright_size(data, self._limits)
+        new[key] = self._model.family.geometry(size, alone=alone)
+        return new[key], True
 
     def _text_tokens(self, prompt: str, images: int) -> tuple[int, list[int]]:
         """Text tokens, and those before each image; a constant prompt is counted once."""

@@ -92,6 +92,31 @@ def test_a_bad_image_costs_its_row_and_is_named(loaded: LoadedModel, bad: ImageR
     assert [answer.token_ids for answer in answers[1:]] == wanted
 
 
+@pytest.mark.parametrize("budget", ["image", "row"])
+def test_images_beside_a_bad_one_are_not_encoded_for_its_row(
+    loaded: LoadedModel, budget: str
+) -> None:
+    """Nor counted as shared by the rows that they are encoded for."""
+    rows = rows_of((ref(0), ref(1), ImageRef(b"no image")), (ref(0),), (ref(2), ref(2)))
+    watched, adapter = with_adapter(loaded)
+    failed, *answers = answers_of(make_engine(watched, compression__budget=budget), rows)
+    assert failed.status is Status.BAD_IMAGE
+    assert [(a.images_encoded, a.images_shared) for a in answers] == (
+        [(1, 0), (1, 1)] if budget == "image" else [(1, 0), (2, 0)]
+    )
+    assert sum(adapter.batches) == sum(a.images_encoded for a in answers)
+    assert all(a.demand is not None and a.demand.flops["encode"] > 0 for a in answers)
+
+
+def test_a_row_that_shows_an_image_twice_shares_it_with_no_other(loaded: LoadedModel) -> None:
+    """Its beginning is kept for nobody."""
+    engine = make_engine(loaded)
+    (prompt,) = engine.prompts(rows_of((ref(0), ref(0))))
+    assert (prompt.prefix_key, prompt.prefix_images) == (None, 0)
+    first, _ = engine.prompts(rows_of((ref(1), ref(1)), (ref(1),)))
+    assert first.prefix_images == 2
+
+
 def test_an_image_is_encoded_once_wherever_it_stands(loaded: LoadedModel) -> None:
     watched, adapter = with_adapter(loaded)
     answers = answers_of(make_engine(watched), rows_of(*MIXED))
@@ -168,6 +193,41 @@ def test_rows_that_share_a_budget_are_not_torn_where_memory_is_short(loaded: Loa
     found = answers_of(engine, rows)
     assert [a.kept_per_view for a in found] == [a.kept_per_view for a in wanted]
     assert sum(answer.oom_splits for answer in found) > 0
+
+
+def test_a_row_of_one_budget_needs_no_more_memory_than_its_largest_image(
+    loaded: LoadedModel,
+) -> None:
+    class Small(WatchedAdapter):
+        def encode(self, tiles: Any, seeds: Any) -> Any:
+            if len(tiles) > 1:
+                raise torch.OutOfMemoryError("too many")
+            return super().encode(tiles, seeds)
+
+    rows = rows_of((ref(0), ref(1), ref(3)), (ref(2),))
+    wanted = answers_of(make_engine(loaded, **SHARED), rows)
+    small = replace(loaded, adapter=Small(loaded.adapter))
+    found = answers_of(make_patient_engine(small, len(rows), **SHARED), rows)
+    assert [(a.token_ids, a.kept_per_view) for a in found] == [
+        (a.token_ids, a.kept_per_view) for a in wanted
+    ]
+
+
+def test_what_fails_for_images_together_names_none_of_them(loaded: LoadedModel) -> None:
+    broken, _ = with_adapter(loaded, error=torch.OutOfMemoryError("full"))
+    (answer,) = answers_of(make_engine(broken, **SHARED), rows_of((ref(0), ref(1))))
+    assert answer.status is Status.OUT_OF_MEMORY
+    assert (answer.error or "").startswith("the device has not enough memory")
+
+
+def test_rows_of_the_same_images_share_them_although_others_come_between(
+    loaded: LoadedModel,
+) -> None:
+    rows = rows_of((ref(0), ref(1)), *[(ref(seed), ref(2)) for seed in range(4, 12)])
+    engine = make_engine(loaded, **SHARED)
+    answers_of(engine, rows)
+    (again,) = answers_of(engine, rows[:1])
+    assert (again.images_encoded, again.images_shared) == (0, 2)
 
 
 def test_images_beside_a_bad_one_are_not_kept_for_later_rows(loaded: LoadedModel) -> None:

@@ -120,7 +120,8 @@ def test_images_of_rows_that_share_a_budget_are_encoded_again(
 ) -> None:
     """An image that stands twice in a row, or in two rows, unless all images are the same."""
     one, two, three = ({"bytes": encoded(picture(size, 1)), "path": None} for size in SIZES[:3])
-    rows = [[one, one], [one, two, three], [one], [one, one], []]
+    cut = {"bytes": b"no image", "path": None}
+    rows = [[two, three, cut], [one, one], [one, two, three], [one], [one, one], []]
     (tmp_path / "in").mkdir()
     table = pa.table({"image": pa.array(rows, pa.list_(IMAGE))})
     pq.write_table(table, tmp_path / "in" / "a.parquet")
