@@ -128,6 +128,9 @@ class Compressor(ABC):
     name: ClassVar[str]
     reads_prompt: ClassVar[bool] = False
     """Whether the result depends on the text; images are shared between prompts only if not."""
+    keeps_its_share: ClassVar[bool] = False
+    """Whether it keeps its retention of an image's tokens, up to a token a view, and not more or
+    less in steps."""
 
     def __call__(self, views: Views) -> Selection:
         """The tokens kept of one image."""
@@ -154,6 +157,7 @@ class MaskCompressor(Compressor):
             stock transformers packs it. Reports count the tokens that were really kept.
     """
 
+    keeps_its_share: ClassVar[bool] = True
     retention: float = 0.25
 
     def __post_init__(self) -> None:

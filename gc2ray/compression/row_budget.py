@@ -9,7 +9,7 @@ the others. For images of a row nothing is published: whether it pays has to be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,23 +56,30 @@ def row_shares(images: Sequence[Views], retention: float) -> list[float]:
     return scaled_shares([1 + share - 1 / len(images) for share in softmax], counts, retention)
 
 
-def extreme_shares(geometries: Sequence[Geometry], retention: float) -> Iterator[list[float]]:
-    """Shares between which those of every row of such images lie, image by image.
+def share_bounds(counts: Sequence[int], retention: float) -> list[tuple[float, float]]:
+    """The least and the highest retention that each image of a row can get.
 
-    An image gets most where it is unlike all others. It gets least where the largest of the others
-    is unlike it, if that one's share is taken as if it could be above 1: what goes to the others
-    in that case does not where several are a little unlike.
+    An image gets most where it alone is unlike the others, and least where the largest of the
+    others is. For the least, that other one is counted with its full share, also where it is above
+    1: the overflow goes to the row's images only while one image takes it all, and not where two
+    are somewhat unlike, so this is below every share that occurs.
 
     Args:
-        geometries: Of the row's images.
+        counts: Tokens of each image that may be kept.
         retention: Of the row.
     """
-    counts, number = [sum(each.valid_per_view) for each in geometries], len(geometries)
-    yield [retention] * number
-    for favoured in range(number):
-        weights = [1 + (index == favoured) - 1 / number for index in range(number)]
-        yield scaled_shares(weights, counts, retention)
-        yield [min(1.0, share) for share in _scaled(weights, counts, retention * sum(counts))]
+    number, bounds = len(counts), []
+    for image in range(number):
+        most = scaled_shares(_favouring(image, number), counts, retention)[image]
+        other = max((i for i in range(number) if i != image), key=counts.__getitem__)
+        least = _scaled(_favouring(other, number), counts, retention * sum(counts))[image]
+        bounds.append((min(1.0, least), most))
+    return bounds
+
+
+def _favouring(image: int, number: int) -> list[float]:
+    """Weights of a row's images where one is unlike all others."""
+    return [1 + (index == image) - 1 / number for index in range(number)]
 
 
 def scaled_shares(weights: Sequence[float], counts: Sequence[int], retention: float) -> list[float]:

@@ -34,6 +34,11 @@ class Interval:
         """Whether both bounds are the same."""
         return self.low == self.high
 
+    @property
+    def ends(self) -> tuple[float, float, float]:
+        """Lower bound, best estimate, upper bound."""
+        return self.low, self.mid, self.high
+
     def times(self, other: Interval) -> Interval:
         """The product of two intervals that are not negative."""
         return Interval(self.low * other.low, self.mid * other.mid, self.high * other.high)

@@ -15,15 +15,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gc2ray.compression.base import Compressor
-from gc2ray.compression.geometry import Geometry
-from gc2ray.compression.policy import CompressionPolicy
-from gc2ray.compression.row_budget import WholeShare, extreme_shares
-from gc2ray.core.config.compression import CompressionConfig
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.intervals import Interval
 from gc2ray.estimation.input_profile import InputProfile, PromptShape
 from gc2ray.estimation.roofline import Work, WorkRange
+from gc2ray.estimation.token_bounds import RowBounds
 from gc2ray.models.base import ModelMetadata
 from gc2ray.models.flops import AnswerTokens, demand_of
 
@@ -32,75 +28,6 @@ NO_WORK: WorkRange = (Work(), Work(), Work())
 DISAGREEING = (0.0, 0.5, 1.0)
 """Share of the audited rows that are answered again at each escalation step, at the low end, the
 best guess and the high end: it is not known before the run."""
-
-
-@dataclass(frozen=True)
-class TokenBounds:
-    """Tokens of an image after compression.
-
-    Attributes:
-        visual: Visual tokens.
-        newlines: Newline tokens.
-        markers: Literal tokens around views, which count as text.
-    """
-
-    visual: Interval
-    newlines: Interval
-    markers: Interval
-
-    @staticmethod
-    def from_geometry(
-        geometry: Geometry, compression: CompressionConfig, compressor: Compressor
-    ) -> TokenBounds:
-        """Bounds that follow from an image's geometry alone.
-
-        Args:
-            geometry: Views and layout of the image.
-            compression: How images are compressed.
-            compressor: The same, built.
-        """
-        low, high = compressor.bounds(geometry)
-        visual = Interval(low, (low + high) / 2, high)
-        whole = compression.keeps_everything and not isinstance(compressor, WholeShare)
-        newlines = _newline_bounds(geometry, compression, visual, whole=whole)
-        fewest = geometry.literals if compression.markers == "all" or whole else 0
-        markers = Interval(fewest, geometry.literals, geometry.literals)
-        return TokenBounds(visual, newlines, markers)
-
-    @staticmethod
-    def widest(cases: Sequence[TokenBounds]) -> TokenBounds:
-        """Bounds that hold in any of some cases; the best guess is the first's."""
-        found = {
-            name: Interval(
-                min(getattr(case, name).low for case in cases),
-                getattr(cases[0], name).mid,
-                max(getattr(case, name).high for case in cases),
-            )
-            for name in ("visual", "newlines", "markers")
-        }
-        return TokenBounds(**found)
-
-
-def _newline_bounds(
-    geometry: Geometry, compression: CompressionConfig, visual: Interval, *, whole: bool
-) -> Interval:
-    """Learned newlines that stay; `whole`: the image is left as it is, bare newlines included."""
-    if compression.method == "globalcom2-reference" and geometry.canvas is not None:
-        return Interval.exactly(geometry.canvas.grid[0] * geometry.canvas.side[0])
-    if compression.newlines == "none" or not geometry.newlines:
-        return Interval.exactly(0)
-    if compression.newlines == "all" or whole:
-        return Interval.exactly(geometry.newlines)
-    lines, thumbnail, share = geometry.newlines, 0, compression.retention_requested
-    if geometry.thumbnail is not None:
-        thumbnail = geometry.valid_per_view[geometry.thumbnail]
-    outside = max(1.0, thumbnail * share) if thumbnail else 0.0  # in no line; one at least stays
-    low, mid, _ = [max(0.0, end - outside) for end in _ends(visual)]
-    longest = max((geometry.visual_tokens - thumbnail) / lines, 1)
-    fewest = math.ceil(low / longest)
-    # Tokens that fall on rows at random leave each row empty with (1 - 1/rows)^tokens.
-    filled = lines * (1 - (1 - 1 / lines) ** mid)
-    return Interval(min(fewest, filled), filled, lines)
 
 
 @dataclass(frozen=True)
@@ -209,12 +136,11 @@ class _PromptMeasures:
         self._new = recipe.generation.max_new_tokens
         self._output = output_tokens
         self._limit = model.shape.text.max_positions
-        self._bounds: dict[tuple[Geometry, float | None], TokenBounds] = {}
-        self._policy = CompressionPolicy.from_config(recipe.compression)
+        self._bounds = RowBounds(recipe.compression)
 
     def at_each_end(self, shape: PromptShape) -> np.ndarray:
         """`_MEASURES` at each end, float64 (3, M)."""
-        output = _ends(self._output)
+        output = self._output.ends
         # Whether the beginning of a prompt is computed once or again depends on when rows meet.
         shares = (True, True, False)
         return np.array(
@@ -223,39 +149,15 @@ class _PromptMeasures:
 
     def longest(self, shape: PromptShape) -> int:
         """Tokens of a prompt and its answer, at most."""
-        bounds = self._bounds_of_row([image.geometry for image in shape.images])
+        bounds = self._bounds.of([image.geometry for image in shape.images])
         images = sum(b.visual.high + b.newlines.high + b.markers.high for b in bounds)
         return math.ceil(shape.text_tokens + images) + self._new
 
-    def _bounds_of_row(self, geometries: Sequence[Geometry]) -> list[TokenBounds]:
-        """Bounds of each image of a row; where they share a budget, whatever the images show."""
-        if not self._policy.shares_budget or len(geometries) < 2:
-            return [self._bounds_of(geometry) for geometry in geometries]
-        shares = extreme_shares(geometries, self._compression.retention)
-        cases = [
-            [
-                self._bounds_of(geometry, share)
-                for geometry, share in zip(geometries, row, strict=True)
-            ]
-            for row in shares
-        ]
-        return [TokenBounds.widest(of_image) for of_image in zip(*cases, strict=True)]
-
-    def _bounds_of(self, geometry: Geometry, share: float | None = None) -> TokenBounds:
-        if (geometry, share) not in self._bounds:
-            compression, compressor = self._compression, self._policy.compressor
-            if share is not None:
-                compression = compression.model_copy(update={"retention": share})
-                compressor = self._policy.at_share(share)
-            bounds = TokenBounds.from_geometry(geometry, compression, compressor)
-            self._bounds[geometry, share] = bounds
-        return self._bounds[geometry, share]
-
     def _one(self, shape: PromptShape, end: int, output: float, *, shares: bool) -> list[float]:
         """`_MEASURES` at one end."""
-        bounds = self._bounds_of_row([image.geometry for image in shape.images])
+        bounds = self._bounds.of([image.geometry for image in shape.images])
         visual, newlines, markers = (
-            [_ends(getattr(each, name))[end] for each in bounds]
+            [getattr(each, name).ends[end] for each in bounds]
             for name in ("visual", "newlines", "markers")
         )
         packed = [round(sum(of_image)) for of_image in zip(visual, newlines, markers, strict=True)]
@@ -290,10 +192,6 @@ def _shared_tokens(shape: PromptShape, packed: Sequence[int]) -> int:
             break
         shared = image.leading_tokens + sum(packed[: index + 1])
     return shared
-
-
-def _ends(value: Interval) -> tuple[float, float, float]:
-    return value.low, value.mid, value.high
 
 
 def _work(totals: Mapping[str, Interval], end: str) -> Work:

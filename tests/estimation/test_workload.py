@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from gc2ray.compression.policy import CompressionPolicy
 from gc2ray.compression.registry import COMPRESSORS
-from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.compression.row_budget import scaled_shares
+from gc2ray.core.config.compression import METHODS, CompressionConfig
 from gc2ray.core.intervals import Interval
 from gc2ray.core.schema import stats_of
 from gc2ray.core.stats import RunStats
 from gc2ray.estimation.input_profile import profile_input
-from gc2ray.estimation.workload import TokenBounds, Workload, estimate_workload
+from gc2ray.estimation.token_bounds import RowBounds, TokenBounds
+from gc2ray.estimation.workload import Workload, estimate_workload
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.loading import load_metadata
 from tests.estimation.test_input_profile import answers, mixed
@@ -119,6 +121,55 @@ def test_kept_tokens_of_an_image_are_within_the_bounds(
     kept = TokenBounds.from_geometry(views.geometry, config, policy.compressor)
     assert kept.visual.low <= tokens <= kept.visual.high
     assert kept.newlines.low <= len(selection.entries) - tokens <= kept.newlines.high
+
+
+SHARING = [name for name, kind in METHODS.items() if kind.takes_retention]
+
+
+@pytest.mark.parametrize("method", SHARING)
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(
+        st.sampled_from([*SIZES, (90, 900), (900, 90), (400, 1)]), min_size=2, max_size=4
+    ),
+    parts=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    retention=st.sampled_from([0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95]),
+    seed=st.integers(0, 1000),
+)
+def test_kept_tokens_of_a_row_that_shares_a_budget_are_within_the_bounds(
+    method: str, sizes: list[tuple[int, int]], parts: list[float], retention: float, seed: int
+) -> None:
+    """Whichever of its images are unlike the others."""
+    images = [random_views(size, (2, 2), 6, seed + at) for at, size in enumerate(sizes)]
+    config = CompressionConfig(method=method, retention=retention, budget="row")
+    policy = CompressionPolicy.from_config(config)
+    unlike = np.array(parts[: len(images)]) ** 4 + 1e-9
+    weights = 1 + unlike / unlike.sum() - 1 / len(images)
+    counts = [sum(image.valid_per_view) for image in images]
+    selections = policy.select(images, scaled_shares(weights.tolist(), counts, retention))
+    kept = [
+        sum(chosen.kept_per_view(image.geometry))
+        for chosen, image in zip(selections, images, strict=True)
+    ]
+    newlines = sum(len(chosen.entries) for chosen in selections) - sum(kept)
+    bounds = RowBounds(config).of([image.geometry for image in images])
+    for found, name in ((sum(kept), "visual"), (newlines, "newlines")):
+        low, mid, high = (
+            sum(getattr(image, name).ends[end] for image in bounds) for end in range(3)
+        )
+        assert low - 1e-6 <= found <= high + 1e-6
+        assert low <= mid + 1e-6 <= high + 2e-6
+
+
+def test_bounds_of_a_shared_budget_are_about_as_close_as_those_of_own_ones() -> None:
+    row = [random_views(size, (2, 2), 24).geometry for size in ((672, 672), (400, 300), (90, 900))]
+    spans = []
+    for budget in ("image", "row"):
+        config = CompressionConfig(retention=0.25, budget=budget)  # type: ignore[arg-type]
+        bounds = RowBounds(config).of(row)
+        spans.append(sum(image.visual.high - image.visual.low for image in bounds))
+    views = sum(len(geometry.views) for geometry in row)
+    assert spans[0] <= spans[1] <= 2 * spans[0] + 2 * views
 
 
 def test_the_estimate_of_newlines_is_close() -> None:

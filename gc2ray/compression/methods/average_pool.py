@@ -31,6 +31,7 @@ class AveragePool(MaskCompressor):
     """Average neighbouring tokens until the budget holds."""
 
     name: ClassVar[str] = "pool"
+    keeps_its_share: ClassVar[bool] = False  # it divides views into whole cells
 
     def many(self, images: Sequence[Views]) -> list[Selection]:
         selections = super().many(images)
