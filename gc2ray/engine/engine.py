@@ -27,7 +27,7 @@ import torch
 
 from gc2ray.compression.base import Compressor
 from gc2ray.compression.policy import policies_of
-from gc2ray.core.config.compression import CompressionConfig
+from gc2ray.core.config.compression import CompressionConfig, check_suits
 from gc2ray.core.config.job import Cluster
 from gc2ray.core.config.recipe import Recipe
 from gc2ray.core.errors import BadRow, ConfigError, EngineDead, Status
@@ -75,7 +75,8 @@ class Engine:
         policies: Further compression policies that requests may name.
 
     Raises:
-        ConfigError: The model's decoder cannot place tokens as the recipe asks.
+        ConfigError: The model's decoder cannot place tokens as the recipe asks, or a method cannot
+            compress the model's images.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Engine:
         self._sampling = recipe.generation
         self._model = loaded.model
         self._check_positions()
+        for policy in self._policies.values():
+            check_suits(policy.compressor.name, loaded.model.config.model_type)
         self._end_tokens = loaded.end_tokens
         self._prompt_builder = PromptBuilder(
             self._adapter, self._chat, recipe, self._policies, self._sizes.cached_image_bytes

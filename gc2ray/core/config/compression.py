@@ -177,10 +177,12 @@ class Method:
         settings: Names of the settings that it takes.
         whole_from: The lowest retention at which images pass untouched; 0 where they always do,
             infinite where they never do.
+        only_model_type: The one model type whose images it can compress; None: it takes all.
     """
 
     settings: tuple[str, ...] = ("retention",)
     whole_from: float = 1.0
+    only_model_type: str | None = None
 
     @property
     def takes_retention(self) -> bool:
@@ -193,7 +195,9 @@ CUSTOM = Method(("retention", "temperature"))
 
 METHODS = {
     "globalcom2": Method(("retention", "temperature")),
-    "globalcom2-reference": Method(("retention", "temperature"), whole_from=math.inf),
+    "globalcom2-reference": Method(
+        ("retention", "temperature"), whole_from=math.inf, only_model_type="llava_next"
+    ),
     "none": Method((), whole_from=0.0),
     "random": Method(),
     "uniform": Method(),
@@ -202,6 +206,20 @@ METHODS = {
     "pool": Method(),
 }
 """By the name in a recipe."""
+
+
+def check_suits(method: str, model_type: str) -> None:
+    """Refuse a method that cannot compress a model's images.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    only = METHODS.get(method, CUSTOM).only_model_type
+    if only not in (None, model_type):
+        raise ConfigError(
+            f"recipe.compression.method: {method} compresses the images of {only} models alone, "
+            f"and this is a {model_type} model; choose another method"
+        )
 
 
 def _why_unknown(method: str) -> str:

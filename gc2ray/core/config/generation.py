@@ -114,11 +114,13 @@ class TakenOver:
         rules: Names of generation rules.
         stop_token_ids: Tokens that end an answer, beside the model's own.
         score: How patches are scored; None: as the model's family does.
+        method: What compresses the model's images; None: nothing is known of it.
     """
 
     rules: frozenset[str] = frozenset()
     stop_token_ids: tuple[int, ...] = ()
     score: Score | None = None
+    method: str | None = None
 
 
 def rules_in(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:

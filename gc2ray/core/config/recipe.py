@@ -117,7 +117,10 @@ class Recipe(Frozen):
 
     def taken_over(self) -> TakenOver:
         """Settings that the recipe decides instead of the model's files and family."""
-        return replace(self.generation.taken_over(), score=self.compression.score)
+        compression = self.compression
+        return replace(
+            self.generation.taken_over(), score=compression.score, method=compression.method
+        )
 
     def fingerprint(self) -> str:
         """Digest of every setting that is not its default: new settings change no old recipe."""

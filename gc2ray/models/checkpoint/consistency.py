@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gc2ray.core.config.compression import Score
+from gc2ray.core.config.compression import Score, check_suits
 from gc2ray.core.config.generation import NOTHING, TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.checkpoint.description import (
@@ -122,6 +122,8 @@ def check_checkpoint(checkpoint: Checkpoint, taken_over: TakenOver = NOTHING) ->
     for problem in _problems(checkpoint, taken_over):
         raise ConfigError(f"recipe.model.path: {checkpoint.name}: {problem}")
     _check_score(checkpoint, taken_over.score)
+    if taken_over.method is not None:
+        check_suits(taken_over.method, str(checkpoint.config.get("model_type")))
 
 
 def _list(value: object) -> Sequence[Any]:

@@ -91,6 +91,20 @@ def answered(given: Given) -> dict[int, dict[str, Any]]:
     return {row["row"]: row for row in read_part(store, store.names("data")[0]).to_pylist()}
 
 
+@pytest.mark.parametrize("command", ["estimate", "tune", "check"])
+def test_a_method_that_compresses_other_models_alone_is_refused(given: Given, command: str) -> None:
+    """`globalcom2-reference` reproduces what its authors did to LLaVA-NeXT."""
+    method = "recipe.compression.method=globalcom2-reference"
+    model = json.loads((given.config.parent / "model" / "config.json").read_text())["model_type"]
+    if model == "llava_next":
+        return
+    result = run_command(command, given.config, method, "recipe.compression.budget=image")
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if "recipe.compression.method" in line]
+    assert len(lines) == 1, result.stderr
+    assert f"this is a {model} model" in result.stderr.replace("\n", " ")
+
+
 def test_check_passes_and_says_who_expanded_the_placeholders(given: Given) -> None:
     """The model's own float32 logits and tokens, in stock and here, in batches and alone."""
     result = run_command("check", given.config, "--rows", len(given.sizes))
