@@ -40,7 +40,7 @@ from jobs.quality_curve.points import (
     shares_far_from_uniform,
 )
 from jobs.quality_curve.results import Results, plain
-from jobs.quality_curve.several import asked_rows
+from jobs.quality_curve.several import rows_with_images
 from jobs.support.machine import cpu_name
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +203,7 @@ def _rows(data: Data) -> list[DemoRow]:
 
 
 def _right(rows: Sequence[DemoRow], measured: Measured) -> np.ndarray:
-    answered = [asked.row for asked in asked_rows(rows, measured.point.images)]
+    answered = [asked.row for asked in rows_with_images(rows, measured.point.images)]
     return score("exact_match", measured.answers, [[row.question.answer] for row in answered])
 
 

@@ -140,7 +140,7 @@ def image_keys(
     prompt: str | None = None,
     policy: str = RECIPES_POLICY,
     *,
-    cuts_several: bool,
+    cuts_several_differently: bool,
     shares_budget: bool,
 ) -> list[str]:
     """Keys of a row's images; images of one key are encoded once.
@@ -149,8 +149,8 @@ def image_keys(
         row: The images' bytes.
         prompt: Where the method reads it.
         policy: What compresses them.
-        cuts_several: Whether the model cuts images otherwise where a row has several; then they
-            have other keys than those that are alone.
+        cuts_several_differently: Whether the model cuts an image differently where its row has
+            several; then it has another key than where it is alone.
         shares_budget: Whether the images of a row share a budget; then each key names all of them.
     """
     keys = [image_key(data, prompt, policy) for data in row]
@@ -159,7 +159,7 @@ def image_keys(
     if shares_budget:
         images = hashlib.blake2b("/".join(keys).encode(), digest_size=8).hexdigest()
         return [f"{key}/{images}.{index}" for index, key in enumerate(keys)]
-    return [f"{key}/several" for key in keys] if cuts_several else keys
+    return [f"{key}/several" for key in keys] if cuts_several_differently else keys
 
 
 @dataclass(eq=False)

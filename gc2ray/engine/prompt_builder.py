@@ -115,7 +115,7 @@ class PromptBuilder:
             read,
             request.prompts[0] if policy.compressor.reads_prompt else None,
             request.policy,
-            cuts_several=self._adapter.family.cropping.cuts_several,
+            cuts_several_differently=self._adapter.family.cropping.cuts_several_differently,
             shares_budget=policy.shares_budget,
         )
 

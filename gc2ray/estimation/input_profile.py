@@ -204,7 +204,7 @@ class _Profiler:
         keys = image_keys(
             read,
             request.prompts[0] if policy.compressor.reads_prompt else None,
-            cuts_several=self._model.family.cropping.cuts_several,
+            cuts_several_differently=self._model.family.cropping.cuts_several_differently,
             shares_budget=policy.shares_budget,
         )
         new: dict[str, Geometry] = {}

@@ -91,10 +91,11 @@ class Cropping(Protocol):
         mean: Per channel, of pixel values rescaled by `rescale`.
         std: Per channel, likewise.
         rescale: Factor from 0..255.
-        cuts_several: Whether an image is cut otherwise where its prompt has several.
+        cuts_several_differently: Whether an image is cut differently where its prompt has
+            several.
     """
 
-    cuts_several: ClassVar[bool]
+    cuts_several_differently: ClassVar[bool]
 
     @property
     def tile(self) -> int: ...
@@ -200,7 +201,7 @@ def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, in
 class ViewPixels:
     """What all croppings have; see `Cropping`."""
 
-    cuts_several: ClassVar[bool] = False
+    cuts_several_differently: ClassVar[bool] = False
 
     tile: int
     resample: int

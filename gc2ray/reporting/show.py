@@ -144,8 +144,11 @@ def _token_maps(
     maps = []
     for index, (image, view) in enumerate(encoded):
         kept = _token_map(image, view, selections[index])
-        share = shares[index] or recipe.compression.retention_requested
-        line = f"{names[index]}{recipe.compression.method}, retention {share:.3g}: "
+        share = shares[index]
+        setting = f"retention {recipe.compression.retention_requested:.3g}"
+        if share is not None:
+            setting += f", of which this image's share is {share:.3g}"
+        line = f"{names[index]}{recipe.compression.method}, {setting}: "
         line += f"{int(kept.kept.sum())} of {view.geometry.visual_tokens} visual tokens kept"
         maps.append(replace(kept, captions=[*(captions if index == 0 else ()), line]))
     return maps

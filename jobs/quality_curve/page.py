@@ -172,14 +172,14 @@ def packings(measured: Sequence[Item]) -> str:
 def _several(lines: Sequence[Item]) -> str:
     rows = [
         [
-            f"{line['retention']:g}",
+            "uncompressed" if line["retention"] == 1 else f"`globalcom2` at {line['retention']:g}",
             "" if line["retention"] == 1 else line["budget"],
             *_read(line),
             in_points(line["difference"]) if "difference" in line else "",
         ]
         for line in lines
     ]
-    header = ["two images, `globalcom2` at", "budget", "exact match", "tokens", "prompt"]
+    header = ["two images", "budget", "exact match", "tokens", "prompt"]
     return _table([*header, "difference"], rows)
 
 

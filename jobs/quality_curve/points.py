@@ -31,7 +31,7 @@ from gc2ray.models.image_processor import Tiles
 from jobs.quality_curve import downsample
 from jobs.quality_curve.controls import Blind, ForeignScores
 from jobs.quality_curve.models import DemoModel
-from jobs.quality_curve.several import Asked, asked_rows
+from jobs.quality_curve.several import RowWithImages, rows_with_images
 from jobs.support.answering import answers_in_order
 
 NEW_TOKENS = 32
@@ -146,13 +146,13 @@ class _Workplace:
         # What is remembered of an image would be taken for the smaller one.
         smaller = point.method == downsample.NAME
         loaded = self._loaded if smaller else self._remembering
-        rows = asked_rows(self._rows, point.images)
+        rows = rows_with_images(self._rows, point.images)
         answers = answer(loaded, str(self._data.model.directory), self._rows, point)
         visual = np.array([a.visual_tokens_kept or 0 for a in answers])
         newlines = np.array([a.newline_tokens or 0 for a in answers])
         family = self._loaded.adapter.family
         full = np.array(
-            [sum(family.geometry(s.scene.size).visual_tokens for s in row.shown) for row in rows]
+            [sum(family.geometry(s.scene.size).visual_tokens for s in row.images) for row in rows]
         )
         return Measured(
             point,
@@ -188,7 +188,7 @@ def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Poin
     """
     requests = [
         Request(asked.row.id, "pocket", place, _images(asked), (asked.row.question.text,))
-        for place, asked in enumerate(asked_rows(rows, point.images))
+        for place, asked in enumerate(rows_with_images(rows, point.images))
     ]
     recipe, compressor = _recipe(model, point), _control(point)
 
@@ -201,8 +201,8 @@ def answer(loaded: LoadedModel, model: str, rows: Sequence[DemoRow], point: Poin
     return answered(loaded, requests)
 
 
-def _images(asked: Asked) -> tuple[ImageRef, ...]:
-    return tuple(ImageRef(shown.image) for shown in asked.shown)
+def _images(asked: RowWithImages) -> tuple[ImageRef, ...]:
+    return tuple(ImageRef(shown.image) for shown in asked.images)
 
 
 def _recipe(model: str, point: Point) -> Recipe:

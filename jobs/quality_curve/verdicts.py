@@ -32,7 +32,7 @@ def _pays(differences: Sequence[Item]) -> str:
     if {1, -1} <= signs:
         return "helps at one retention and costs accuracy at another"
     if 1 in signs:
-        return "pays" if signs == {1} else "pays in part"
+        return "pays" if signs == {1} else "pays at one retention of two"
     return f"does not pay: {'it costs accuracy' if -1 in signs else 'no gain was found'}"
 
 
@@ -83,11 +83,15 @@ def default_score(model: DemoModel, scores: Sequence[Item]) -> str:
 
 def shared_budget(lines: Sequence[Item]) -> str:
     """Whether one budget for the images of a row pays, against one for each."""
+    read = {(line["retention"], line["budget"]): tokens(line) for line in lines}
     found = {line["retention"]: line["difference"] for line in lines if "difference" in line}
-    figures = ", ".join(f"{in_points(item)} at {r:g}" for r, item in found.items())
+    figures = ", ".join(
+        f"{in_points(item)} at {r:g} ({read[r, 'row']} and {read[r, 'image']} tokens)"
+        for r, item in found.items()
+    )
     return (
-        f"**One budget for two images {_pays([*found.values()])}.** On {lines[0]['rows']:,} of the "
-        "rows with a second image, which their questions do not ask about, `budget: row` against "
+        f"**One budget for two images {_pays([*found.values()])}.** {lines[0]['rows']:,} of the "
+        "rows got a second image, on which the right answer does not depend. `budget: row` - "
         f"`budget: image`, in points: {figures}."
     )
 

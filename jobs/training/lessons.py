@@ -76,7 +76,7 @@ class Lessons(Dataset[Lesson]):
         split: Whose seeds.
         stage: A number of its own for each stage of training.
         scenes: In a batch; for a stage with questions, all of one grid, so that they pad little.
-        questions: Asked about a scene at most; 0 for a stage without them.
+        questions: RowWithImages about a scene at most; 0 for a stage without them.
         share: Number of this process, and of all processes that take a part of each batch.
     """
 

@@ -9,14 +9,14 @@ import pytest
 
 from gc2ray.demo.rows import DemoRow
 from jobs.quality_curve.points import Point
-from jobs.quality_curve.several import asked_rows
+from jobs.quality_curve.several import rows_with_images
 from jobs.train_demo import STAGES, main
 from jobs.training.trainer import Stage, Trainer
 
 
 def first_right(rows: Sequence[DemoRow], point: Point, count: int) -> tuple[str, ...]:
     """Answers of the rows that a point measures, the first of them right."""
-    answered = [each.row for each in asked_rows(rows, point.images)]
+    answered = [each.row for each in rows_with_images(rows, point.images)]
     return tuple(r.question.answer if i < count else "x" for i, r in enumerate(answered))
 
 

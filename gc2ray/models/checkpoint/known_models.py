@@ -144,10 +144,16 @@ def supported_models(model_type: str | None = None) -> SupportedModels:
 
 
 def _why_refused(kind: str) -> str:
-    """The reason; `why_unsupported` names the type in it once more."""
-    if kind in UNSUPPORTED:
-        return f"it is a model {UNSUPPORTED[kind]}"
-    return str(why_unsupported({"model_type": kind}))
+    """The reason as a sentence about the type, which is named before it."""
+    if kind not in UNSUPPORTED:
+        return str(why_unsupported({"model_type": kind}))
+    clauses = UNSUPPORTED[kind].split(", and ")
+    for relative, subject in (("which ", "it "), ("whose ", "its ")):
+        clauses = [
+            subject + clause.removeprefix(relative) if clause.startswith(relative) else clause
+            for clause in clauses
+        ]
+    return ", and ".join(clauses)
 
 
 def _parameters(size: str) -> float:

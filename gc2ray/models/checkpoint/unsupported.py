@@ -17,7 +17,9 @@ ONE_VIEW = "which sees an image as one view: there are no crops to choose tokens
 ROTATED = f"whose positions have three dimensions, and {ONE_VIEW}"
 CROSS = "which reads images by cross-attention: they have no tokens in the prompt"
 QUERIES = "whose image tokens are learned queries, which have no place in the image"
-BOTH_WAYS = "whose image tokens see those behind them, too; the decoders here read forward only"
+BOTH_WAYS = (
+    "whose image tokens attend to later ones, too; the decoders here attend to earlier ones only"
+)
 DEEP = "which adds image features in several layers of its language model, not only before it"
 RAGGED = "whose crops have any shape, and token grids of different sizes"
 VIDEOS = "which is made for videos; only images are read here"

@@ -35,7 +35,7 @@ LARGEST_RATIO = 1.1  # a canvas with sides so many times longer than allowed is 
 class SquareOrAnyRes(AnyRes):
     """LLaVA-NeXT's cropping of an image alone in its prompt; each of several is one square."""
 
-    cuts_several = True
+    cuts_several_differently = True
 
     def cut(self, size: tuple[int, int], *, alone: bool = True) -> Cut:
         """See `Cropping.cut`."""

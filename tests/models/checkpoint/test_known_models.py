@@ -105,7 +105,7 @@ def test_a_single_model_type() -> None:
     refused = run_command("models", "mllama")
     assert (refused.exit_code, refused.stdout) == (
         1,
-        "mllama is not supported: it is a model which reads images by cross-attention: "
+        "mllama is not supported: it reads images by cross-attention: "
         "they have no tokens in the prompt\n",
     )
     assert "OpenGVLab/InternVL3-8B-hf" in run_command("models", "internvl_chat").stdout
@@ -131,7 +131,7 @@ def test_a_model_type_that_is_not_known(kind: str, hint: str) -> None:
 def test_json() -> None:
     document = json.loads(printed("--json"))
     assert document["not_yet"] == ["aya_vision", "cohere2_vision", "lfm2_vl"]
-    assert document["refused"]["mllama"].startswith("it is a model which reads")
+    assert document["refused"]["mllama"].startswith("it reads")
     next_, granite = (m for m in document["models"] if m["model_type"] == "llava_next")
     assert (next_["measured"], next_["decoder"], next_["default_score"]) == (
         True, "native", "class_token",

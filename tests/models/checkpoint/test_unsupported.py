@@ -35,7 +35,7 @@ def refusal(model: Path) -> str:
         ("llava", "which sees an image as one view: there are no crops to choose tokens from"),
         ("deepseek_ocr2", "whose image tokens are learned queries"),
         ("idefics2", r"learned queries.*its successor is HuggingFaceM4/Idefics3-8B-Llama3"),
-        ("gemma3", "whose image tokens see those behind them, too"),
+        ("gemma3", "whose image tokens attend to later ones, too"),
         ("granite4_vision", "which adds image features in several layers"),
         ("aya_vision", "which is not supported yet"),
         ("minicpmv", "whose code comes with its files, and is never run"),
@@ -51,7 +51,7 @@ def test_a_model_is_refused_with_its_reason(model: Path, kind: str, reason: str)
 
 def test_keys_like_those_of_llava_s_authors_do_not_hide_the_reason(model: Path) -> None:
     edited(CONFIG, model_type="gemma3", mm_tokens_per_image=256)(model)
-    assert "is a gemma3 model, whose image tokens see" in refusal(model)
+    assert "is a gemma3 model, whose image tokens attend" in refusal(model)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,8 @@ def test_what_was_kept_is_drawn(given: Given, answered: dict[int, dict[str, Any]
     keys = [answered[row]["row_key"] for row in shown]
     for row, maps in zip(shown, map_tokens(given.job.output, keys), strict=True):
         assert len(maps) == len(given.sizes[row])
+        shares = given.job.recipe.compression.budget == "row" and len(maps) > 1
+        assert all(("this image's share" in each.captions[-1]) == shares for each in maps)
         kept = sum(int(each.kept.sum()) for each in maps)
         assert kept == answered[row]["visual_tokens_kept"]
         drawn = Image.open(io.BytesIO(heat_map(maps)))

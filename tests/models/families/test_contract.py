@@ -191,10 +191,10 @@ def test_an_image_is_shared_with_rows_of_several_where_it_is_cut_alike(
         or family.geometry(size) != family.geometry(size, alone=False)
         for size in sizes
     }
-    assert differs == {family.cropping.cuts_several}
+    assert differs == {family.cropping.cuts_several_differently}
     engine = engine_of(tiny(name), "globalcom2", 0.25)
     answers = list(engine.stream([row(sizes[0]), row(*sizes[:2])]))
-    wanted = 3 if family.cropping.cuts_several else 2
+    wanted = 3 if family.cropping.cuts_several_differently else 2
     assert sum(a.images_encoded for a in answers) == wanted
 
 
