@@ -100,13 +100,13 @@ class Chosen:
 def document(test: Data, validation: Data, processes: int) -> dict[str, Any]:
     """All that `docs/quality.json` has of a model."""
     chosen = choose_temperatures(validation, processes)
-    default = chosen[test.model.scores[0]]
+    default = chosen[test.model.default_score]
     temperatures = {name: found.temperature for name, found in chosen.items()}
     tried = {name: list(found.tried) for name, found in chosen.items()}
     return {
         **measure(test, temperatures, processes),
         "temperature": default.temperature,
-        "temperatures": tried[test.model.scores[0]],
+        "temperatures": tried[test.model.default_score],
         "score_temperatures": {
             name: {
                 "used": temperatures[name],
@@ -123,9 +123,9 @@ def document(test: Data, validation: Data, processes: int) -> dict[str, Any]:
 
 def choose_temperatures(data: Data, processes: int) -> dict[Score, Chosen]:
     """Of each score the paper's, unless another is better beyond doubt; then the best of those."""
-    model = data.model
+    model, usual = data.model, data.model.default_score
     points = {
-        (name, t): Point("globalcom2", TUNED_AT, t, score=name if name != model.scores[0] else None)
+        (name, t): Point("globalcom2", TUNED_AT, t, score=None if name == usual else name)
         for name in model.scores
         for t in TEMPERATURES
     }
@@ -159,7 +159,7 @@ def measure(data: Data, temperatures: Mapping[Score, float], processes: int) -> 
         "topics": results.topics(),
         "packings": results.packings(),
         "several": results.several(),
-        "far_from_uniform": far_from_uniform(data, data.model.scores[0]),
+        "far_from_uniform": far_from_uniform(data, data.model.default_score),
     }
     return {**found, "markers": results.markers()} if data.model.has_markers else found
 

@@ -26,6 +26,10 @@ from gc2ray.models.image_processor import Cropping, Tiles
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import CPU_TOWER_VIEWS, GPU_TOWER_VIEWS, ModelShape, Needs
 
+SCORE_DEVIATION = 3.0
+"""Of standardised scores. At 1 the paper's temperature of 10 makes budgets too much alike: on the
+demo's SmolVLM 3 was clearly better, which at this deviation is 9."""
+
 
 class ModelAdapter:
     """Vision side, projector and text table of a loaded model.
@@ -90,7 +94,8 @@ class ModelAdapter:
         """An encoded image. Scores are standardised over it, unless they are the class token's.
 
         GlobalCom²'s temperature was tuned to the class token's logits. Other scores have other
-        scales: softmaxed ones would give every crop the same budget, whatever the image shows.
+        scales: softmaxed ones would give every crop the same budget, whatever the image shows. So
+        they are brought to a scale at which that temperature is right.
         """
         if self._standardised:
             scores = standardised(scores, geometry_index(geometry, scores.device).valid)
@@ -197,12 +202,12 @@ def _gathered(views: Views, selection: Selection) -> Tensor:
 
 
 def standardised(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores of an image, (N,), less the mean of its valid tokens, over their deviation."""
+    """Scores of an image, (N,), with mean 0 and `SCORE_DEVIATION` over its valid tokens."""
     weights = valid.to(scores.dtype)  # and not `scores[valid]`, for which a GPU would be waited for
     tokens = weights.sum()
     centred = scores - (scores * weights).sum() / tokens
     deviation = ((centred.square() * weights).sum() / tokens).sqrt()
-    return centred / deviation.clamp_min(torch.finfo(scores.dtype).eps)
+    return centred * (SCORE_DEVIATION / deviation.clamp_min(torch.finfo(scores.dtype).eps))
 
 
 def pixel_table(cropping: Cropping) -> Tensor:

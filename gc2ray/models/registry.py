@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from gc2ray.core.config.compression import Score
+from gc2ray.core.config.compression import CLASSLESS_SCORE, Score
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.adapter import ModelAdapter
 from gc2ray.models.base import Family, ModelMetadata, VisionSide
@@ -103,7 +103,7 @@ def adapter_of(model: Any, processor: Processor, score: Score | None = None) -> 
 
 
 def chosen_score(family: Family, score: Score | None) -> Score:
-    """How a family's patches are scored: as asked, or the paper's way for its tower.
+    """How a family's patches are scored: as asked, or the default of its kind of tower.
 
     Raises:
         ConfigError: The tower has no class token to score by.
@@ -111,6 +111,6 @@ def chosen_score(family: Family, score: Score | None) -> Score:
     if score == "class_token" and not family.tower.class_token:
         raise ConfigError(
             "recipe.compression.score: the model's vision tower has no class token; leave the "
-            "setting out, or choose mean_distance, mean_query, received or distinct"
+            "setting out, or choose received, mean_distance, mean_query or distinct"
         )
-    return score or ("class_token" if family.tower.class_token else "mean_distance")
+    return score or ("class_token" if family.tower.class_token else CLASSLESS_SCORE)

@@ -298,7 +298,7 @@ def print_models(console: Console, supported: SupportedModels) -> None:
     console.print(_checkpoint_table(supported.models))
     console.print(
         "Decoder: gc2ray's own, or stock transformers' generate. Settings: those of the "
-        "compression, measured on the demo model or not. Unverified: from memory, not looked up.",
+        "compression, measured on a demo model or not. Unverified: from memory, not looked up.",
         highlight=False,
     )
     if supported.refused:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gc2ray.core.config.compression import Newlines, Positions, Score
+from gc2ray.core.config.compression import CLASSLESS_SCORE, Newlines, Positions, Score
 from gc2ray.demo.spec import MODEL, SMOLVLM_MODEL, demo_anyres, smolvlm_cropping
 from gc2ray.models.families.idefics3 import ScaledCanvas
 from gc2ray.models.image_processor import AnyRes
@@ -31,7 +31,8 @@ class DemoModel:
         smaller: What `downsample` means on it.
         cropping: How it cuts images.
         methods: Methods that it can be compressed by, `globalcom2` first.
-        scores: Scores that its tower can have; the default first.
+        scores: Scores that its tower can have; the paper's for such towers first.
+        default_score: The one that it has where none is asked for.
         packings: Positions and newlines beside the paper's.
         low: Retentions at which methods and scores are compared row by row; at those `globalcom2`
             and `local` keep about as many tokens.
@@ -47,6 +48,7 @@ class DemoModel:
     cropping: AnyRes | ScaledCanvas
     methods: tuple[str, ...]
     scores: tuple[Score, ...]
+    default_score: Score
     packings: tuple[Packing, ...]
     low: tuple[float, ...]
     grids: Mapping[str, frozenset[Grid]]
@@ -77,6 +79,7 @@ LLAVA_NEXT = DemoModel(
     cropping=demo_anyres(),
     methods=("globalcom2", "globalcom2-reference", *METHODS[1:]),
     scores=("class_token", "mean_distance", "mean_query", "received", "distinct"),
+    default_score="class_token",
     packings=(("compact", "none"), ("original", "kept_rows"), ("original", "none")),
     low=(0.1, 0.05),
     # Three crops do not divide the thumbnail's eight rows: regions of unequal size are compared.
@@ -102,6 +105,7 @@ SMOLVLM = DemoModel(
     cropping=smolvlm_cropping(),
     methods=METHODS,
     scores=("mean_distance", "mean_query", "received", "distinct"),
+    default_score=CLASSLESS_SCORE,
     packings=(("original", "kept_rows"),),
     # 0.05 of 36 tokens is 1.8: `local` rounds that down to 1, `globalcom2` keeps a third more.
     low=(0.25, 0.1),

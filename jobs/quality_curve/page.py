@@ -205,7 +205,7 @@ def _temperatures(model: DemoModel, document: Item) -> str:
         "tried": document["temperatures"],
         "far_from_uniform": document["far_from_uniform"],
     }
-    by_score = document.get("score_temperatures", {model.scores[0]: default})
+    by_score = document.get("score_temperatures", {model.default_score: default})
     temperatures = list(default["far_from_uniform"])
     rows = []
     for score, found in by_score.items():

@@ -38,7 +38,7 @@ class Plan:
     @property
     def default_score(self) -> Score:
         """The score that the model has where none is asked for."""
-        return self.model.scores[0]
+        return self.model.default_score
 
     def point(
         self, method: str, retention: float = 1.0, score: Score | None = None, **others: Any

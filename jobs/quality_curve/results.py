@@ -147,15 +147,15 @@ class Results:
         return lines
 
     def scores(self) -> list[Line]:
-        """Every score by `globalcom2` and `local`: against the default, and against each other."""
+        """Every score by `globalcom2` and `local`: against the paper's, and against each other."""
         plan, lines = self.plan, []
         for point in plan.scores():
             score = point.score or plan.default_score
             line: Line = {"score": score, "method": point.method, "retention": point.retention}
             line |= self._line(point)
-            if point.score is not None:
-                usual = plan.point(point.method, point.retention)
-                line["difference"] = plain(difference(self.right[point], self.right[usual]))
+            if score != plan.model.scores[0]:
+                papers = plan.point(point.method, point.retention, plan.model.scores[0])
+                line["difference"] = plain(difference(self.right[point], self.right[papers]))
             if point.method == "globalcom2":
                 local = plan.point("local", point.retention, score)
                 line["guidance"] = plain(difference(self.right[point], self.right[local]))

@@ -91,7 +91,7 @@ def test_the_temperature_stays_unless_another_is_significantly_better(
 def test_each_score_has_its_own_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     def answered(data: Data, points: Sequence[Point], processes: int) -> Iterator[Measured]:
         rows = quality._rows(data)
-        best = {None: 3.0, "received": 100.0}
+        best = {None: 3.0, "distinct": 100.0}
         for point in points:
             right = 60 if best.get(point.score, 10.0) == point.temperature else 40
             yield Measured(point, first_right(rows, point, right), 30.0)
@@ -99,10 +99,10 @@ def test_each_score_has_its_own_temperature(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(quality, "measure_all", answered)
     found = quality.choose_temperatures(SMOLVLM_DATA, 1)
     assert {name: of.temperature for name, of in found.items()} == {
-        "mean_distance": 3.0,
+        "mean_distance": 10.0,
         "mean_query": 10.0,
-        "received": 100.0,
-        "distinct": 10.0,
+        "received": 3.0,
+        "distinct": 100.0,
     }
 
 

@@ -33,6 +33,9 @@ Newlines = Literal["kept_rows", "all", "none"]
 Markers = Literal["all", "kept_views"]
 Budget = Literal["image", "row"]
 Score = Literal["class_token", "mean_distance", "mean_query", "received", "distinct"]
+CLASSLESS_SCORE: Score = "received"
+"""The default where the vision tower has no class token. The paper's own there is `mean_distance`;
+on the demo's SmolVLM this one was clearly better (docs/quality.md)."""
 
 
 class CompressionConfig(Frozen):
@@ -55,7 +58,7 @@ class CompressionConfig(Frozen):
             share one (`row`), of which those that differ most from the others get more.
         score: How patches are scored (`class_token`, `mean_distance`, `mean_query`, `received`,
             `distinct`; the methods' page defines them). Null: `class_token` where the vision tower
-            has one, else `mean_distance`.
+            has one, else `received`.
         allow_code: Whether `method` may be `package.module:Class`, whose code is then run.
         source_sha256: Digest of the source file of a method that is not gc2ray's. None: it is
             filled in when the recipe is read. A changed source is a different recipe.

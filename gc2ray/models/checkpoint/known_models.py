@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gc2ray.core.config.compression import Score
+from gc2ray.core.config.compression import CLASSLESS_SCORE, Score
 from gc2ray.core.errors import ConfigError
 from gc2ray.models.checkpoint.consistency import MODEL_TYPES
 from gc2ray.models.checkpoint.family_rules import FAMILY_RULES
@@ -87,9 +87,9 @@ class KnownModel:
 
     @property
     def score(self) -> Score:
-        """The score that tokens are ranked by: the paper's, or its own for other towers."""
+        """The score that tokens are ranked by, where the recipe names none."""
         has_class_token = FAMILY_RULES[self.model_type].towers[self.tower] == "default"
-        return "class_token" if has_class_token else "mean_distance"
+        return "class_token" if has_class_token else CLASSLESS_SCORE
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -240,6 +240,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
             ),
             Checkpoints("HuggingFaceTB/SmolVLM2-{}-Instruct", ("2.2B",), "Apache-2.0"),
         ),
+        measured=True,
     ),
 )  # fmt: skip
 """Lines of models, those of one type together."""

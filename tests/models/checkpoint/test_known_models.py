@@ -53,7 +53,7 @@ def test_what_the_native_decoder_runs() -> None:
 def test_towers_and_language_models_are_those_of_transformers(model: KnownModel) -> None:
     assert model.tower in FAMILY_RULES[model.model_type].towers
     assert {model.tower, *model.languages} <= {*CONFIG_MAPPING_NAMES}
-    assert model.score in ("class_token", "mean_distance")
+    assert model.score in ("class_token", "received")
 
 
 @pytest.mark.parametrize("model", KNOWN_MODELS, ids=LINES)
@@ -136,7 +136,7 @@ def test_json() -> None:
     assert (next_["measured"], next_["decoder"], next_["default_score"]) == (
         True, "native", "class_token",
     )  # fmt: skip
-    assert (granite["measured"], granite["default_score"]) == (False, "mean_distance")
+    assert (granite["measured"], granite["default_score"]) == (False, "received")
     assert next_["unverified_checkpoints"][0] == {
         "hub_ids": ["llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-vicuna-13b-hf"],
         "sizes": ["7b", "13b"],

@@ -374,7 +374,7 @@ def test_a_tokens_score_is_the_mean_of_its_own_patches() -> None:
 @torch.inference_mode()
 def test_scores_are_distances_from_the_mean_of_what_the_connector_gets(tiny: LoadedModel) -> None:
     """And not from that of merged tokens."""
-    vision: Any = tiny.adapter._vision
+    vision: Any = adapter_of(tiny.model, tiny.processor, "mean_distance")._vision
     pixels = torch.randn(2, 3, SPEC.tile, SPEC.tile)
     _, scores = vision.run(pixels)
     x = tiny.model.model.vision_model(pixels).last_hidden_state

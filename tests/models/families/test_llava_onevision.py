@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -20,11 +21,12 @@ from gc2ray.compression.registry import COMPRESSORS, build
 from gc2ray.compression.selection import everything
 from gc2ray.compression.views import Views
 from gc2ray.models import loading
-from gc2ray.models.adapter import LoadedModel, pixel_table
+from gc2ray.models.adapter import SCORE_DEVIATION, LoadedModel, pixel_table
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.families.llava_onevision import LlavaOnevision
 from gc2ray.models.flops import AnswerTokens, ExecutionMode, matmul_flops
 from gc2ray.models.image_processor import STRIP_PIXELS, Cropping, Tiles, tile
+from gc2ray.models.registry import adapter_of
 from tests.support import tiny_onevision
 from tests.support.rows import picture
 from tests.support.tiny_onevision import SIDE, SIZES, TOKENS
@@ -172,6 +174,7 @@ def test_scores_are_the_distances_of_patches_scaled_like_features(loaded: Loaded
     Standardised then, over the image.
     """
     size = (400, 300)
+    loaded = replace(loaded, adapter=adapter_of(loaded.model, loaded.processor, "mean_distance"))
     tower, cropping = loaded.model.model.vision_tower, loaded.adapter.family.cropping
     pixels = normalised(tile(picture(size), cropping), cropping)
     x = tower(pixels, output_hidden_states=True).hidden_states[-1]
@@ -181,7 +184,7 @@ def test_scores_are_the_distances_of_patches_scaled_like_features(loaded: Loaded
     scaled = F.interpolate(crops, (13, 10), mode="bilinear").flatten()
     lines = image.geometry.entries[36:].reshape(13, 11)[:, :10].ravel()
     wanted = torch.cat([patches[0], scaled])
-    wanted = (wanted - wanted.mean()) / wanted.std(correction=0)
+    wanted = SCORE_DEVIATION * (wanted - wanted.mean()) / wanted.std(correction=0)
     found = torch.cat([image.scores[:36], image.scores[lines]])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
 

@@ -17,7 +17,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from gc2ray.core.config.generation import TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models import loading
-from gc2ray.models.adapter import standardised
+from gc2ray.models.adapter import SCORE_DEVIATION, standardised
 from gc2ray.models.checkpoint.consistency import check_directory
 from gc2ray.models.image_processor import tile
 from gc2ray.models.layers.scores import SCORES, ScoreInputs
@@ -141,11 +141,11 @@ def test_a_tower_without_a_class_token_is_not_scored_by_it() -> None:
 # --- of an image, and in a recipe ---------------------------------------------------------------
 
 
-def test_standardised_scores_have_mean_0_and_deviation_1_over_what_shows_the_image() -> None:
+def test_standardised_scores_have_one_mean_and_deviation_over_what_shows_the_image() -> None:
     scores, valid = 3 + 5 * torch.randn(60), torch.arange(60) < 40
     found = standardised(scores, valid)
     torch.testing.assert_close(found[valid].mean(), torch.tensor(0.0), rtol=0, atol=1e-6)
-    torch.testing.assert_close(found[valid].std(correction=0), torch.tensor(1.0))
+    torch.testing.assert_close(found[valid].std(correction=0), torch.tensor(SCORE_DEVIATION))
     assert torch.equal(found.argsort(), scores.argsort())
     assert standardised(torch.ones(6), torch.ones(6, dtype=torch.bool)).isfinite().all()
 
