@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gc2ray.core.config.compression import Score
 from jobs.quality_curve.models import DemoModel
 
 Item = Mapping[str, Any]
@@ -55,7 +54,6 @@ def guidance(differences: Sequence[Item], points: Sequence[Item]) -> str:
 def default_score(model: DemoModel, scores: Sequence[Item]) -> str:
     """Which score is to be the default, by the rule that the text states, and whether it is."""
     papers, others = model.scores[0], model.scores[1:]
-    where = "with" if papers == "class_token" else "without"
     compared = [item for item in scores if item["method"] == "globalcom2"]
     signs = {
         score: [sign(item["difference"]) for item in compared if item["score"] == score]
@@ -65,21 +63,30 @@ def default_score(model: DemoModel, scores: Sequence[Item]) -> str:
     in_part = [score for score in others if 1 in signs[score] and score not in better]
     worse = [score for score in others if -1 in signs[score]]
     retentions = " and ".join(f"{r:g}" for r in dict.fromkeys(i["retention"] for i in compared))
+    named = [("Better at one of them only", in_part), ("Worse", worse)]
+    if papers == "class_token":
+        rule = (
+            "*With a class token its score is the default, whatever is better here*: the method "
+            f"is published with it. Compared by `globalcom2` at {retentions}."
+        )
+        named = [("**Better beyond doubt**", better), *named]
+        return " ".join([rule, *_remarks(named)])
     rule = (
-        f"The rule: *`{papers}`, the paper's, is the default {where} a class token, unless "
+        f"The rule: *`{papers}`, the paper's, is the default without a class token, unless "
         f"another is better beyond doubt*, by `globalcom2` at {retentions}."
     )
-    if better:
-        best = max(better, key=lambda score: _gain(compared, score))
-        result = f"**`{best}` is, and {_said_default(best, model)}.**"
-    else:
-        result = f"**None is: `{papers}` {_said_default(papers, model)}.**"
-    remarks = [
-        f"{text}: {', '.join(f'`{score}`' for score in named)}."
-        for text, named in (("Better at one of them only", in_part), ("Worse", worse))
-        if named
+    best = max(better, key=lambda score: _gain(compared, score), default=papers)
+    found = f"`{best}` is, and" if better else f"None is: `{papers}`"
+    default = "is" if best == model.default_score else "should be"
+    return " ".join([rule, f"**{found} {default} the default.**", *_remarks(named)])
+
+
+def _remarks(named: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    return [
+        f"{text}: {', '.join(f'`{score}`' for score in scores)}."
+        for text, scores in named
+        if scores
     ]
-    return " ".join([rule, result, *remarks])
 
 
 def shared_budget(lines: Sequence[Item]) -> str:
@@ -95,10 +102,6 @@ def shared_budget(lines: Sequence[Item]) -> str:
         "rows got a second image, on which the right answer does not depend. `budget: row` - "
         f"`budget: image`, in points: {figures}."
     )
-
-
-def _said_default(score: Score, model: DemoModel) -> str:
-    return "is the default" if score == model.default_score else "should be the default"
 
 
 def _gain(compared: Sequence[Item], score: str) -> float:

@@ -325,6 +325,17 @@ def test_the_papers_score_is_the_default_unless_another_is_better_at_every_reten
     assert "at 0.25 and 0.1" in text
 
 
+def test_the_class_token_stays_the_default_whatever_is_better() -> None:
+    lines: list[dict[str, Any]] = []
+    for score in LLAVA_NEXT.scores:
+        line = {"score": score, "method": "globalcom2", "retention": 0.1}
+        better = difference(0.01, 0.03) if score == "distinct" else difference(-0.01, 0.02)
+        lines.append(line | ({"difference": better} if score != "class_token" else {}))
+    text = verdicts.default_score(LLAVA_NEXT, lines)
+    assert "With a class token its score is the default" in text
+    assert text.endswith("at 0.1. **Better beyond doubt**: `distinct`.")
+
+
 def test_a_model_is_measured_beside_what_is_known_of_the_other(
     asked: list[Point], smolvlm: Path, tmp_path: Path
 ) -> None:
