@@ -4,7 +4,8 @@ The rule is VidCom²'s for the frames of a video (arXiv 2505.14454): an image's 
 lowered by the softmax over the images' uniqueness, minus the mean cosine of its tokens to the mean
 of all images' tokens, at temperature 0.01. Shares are then scaled so that all images together keep
 what they would keep of budgets of their own; what an image would get above all that it has goes to
-the others. For images of a row nothing is published: whether it pays has to be measured.
+the others. For images of a row nothing is published; docs/quality.md has what it brings to the
+demo's models.
 """
 
 from __future__ import annotations
