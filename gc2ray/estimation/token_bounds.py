@@ -93,8 +93,10 @@ class RowBounds:
         its own share, the others lack.
         """
         key = tuple(row)
+        if len(key) > 1 and not self._policy.shares_budget:
+            return [bounds for image in key for bounds in self.of([image])]
         if key not in self._rows:
-            shares = self._policy.shares_budget and len(row) > 1
+            shares = len(key) > 1
             self._rows[key] = self._sharing(key) if shares else [self._one(each) for each in key]
         return self._rows[key]
 
