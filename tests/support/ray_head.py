@@ -30,6 +30,7 @@ HOST = "127.0.0.1"
 ROOT = Path(__file__).parents[2]
 SECRET = "do-not-tell-anybody-4711"
 ROWS, SHARD_ROWS = 24, 6
+LARGEST_READ = 50 << 20
 T = TypeVar("T")
 
 
@@ -173,6 +174,23 @@ def until(condition: Callable[[], T], seconds: float = 120.0) -> T:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {seconds:g} s")
         time.sleep(0.2)
+
+
+def files_holding(secret: str, *folders: Path) -> tuple[list[Path], list[Path]]:
+    """Files below folders, and those of them that hold a secret.
+
+    Ray writes some of its files anew and renames them: one that is gone by now is in neither list.
+    """
+    read: list[Path] = []
+    holding: list[Path] = []
+    walks = (walk for folder in folders for walk in os.walk(folder))  # skips folders that are gone
+    for path in (Path(folder, name) for folder, _, names in walks for name in names):
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_size < LARGEST_READ:
+                held = secret.encode() in path.read_bytes()
+                read.append(path)
+                holding += [path] if held else []
+    return read, holding
 
 
 def output_of(job_file: Path) -> str:
