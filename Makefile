@@ -8,8 +8,9 @@ TORCH_INDEX ?=
 ONLY   ?=
 # Of each kind, a multiple of three: one window after the other.
 KILLS  ?= 21
-# Tests in so many processes, file by file, in the order in which they were collected.
-TESTERS ?= 2
+# Tests in so many processes, file by file, in the order in which they were collected: one more than
+# two cores, since a test that starts Ray waits half of the time.
+TESTERS ?= 3
 PARALLEL := --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
 # Processes that train the demo model together: cores on a CPU, 1 on a GPU.
 PROCESSES ?= $(shell nproc)

@@ -21,7 +21,7 @@ from tests.support.smollm2 import build, fetched
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-NEW_TOKENS = 96
+NEW_TOKENS = 48
 SIZES = [(96, 96), (96, 200), (300, 100), (180, 190), (60, 250)]
 LONG = (
     "A lighthouse stood on a rock two miles from the coast. Its keeper, who had come there as a "
@@ -32,16 +32,12 @@ QUESTIONS = [
     "Write a short story about a letter in a bottle.",
     "Explain in simple words how plants live on light.",
     "List ten countries in Europe and their capitals.",
-    f"Summarize this text:\n{LONG * 2}",
-    "What is 12 times 7? Think step by step.",
+    f"Summarize this text:\n{LONG}",
     "Write a Python function that reverses a string, and explain it.",
     "Translate to French: The cat sits on the warm stone and watches the birds.",
-    "Give me a recipe for pancakes.",
     "Who was Marie Curie?",
-    "Write a poem about rain in autumn.",
     "How does a virus differ from a bacterium?",
     "Answer with one word: what is the colour of the sky?",
-    f"Who is this text about, and what did he do?\n{LONG * 4}",
     "Describe the picture.",
     "Say hello.",
     "Name three prime numbers, and say why they are prime.",
@@ -115,7 +111,7 @@ def test_answers_equal_those_of_stock(smollm2: Path, dtype: str) -> None:
     assert len(ties) < count // 2, "most answers are the same to the last token"
     reasons = [answer.finish_reason for answer in answers]
     assert count // 8 < reasons.count("stop") < count, "some end by themselves, some do not"
-    assert sum(len(answer.token_ids) for answer in answers) > 50 * count
+    assert sum(len(answer.token_ids) for answer in answers) > NEW_TOKENS // 2 * count
 
 
 def test_it_is_the_language_model_that_it_claims_to_be(smollm2: Path) -> None:

@@ -19,10 +19,10 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import AddedToken
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     CLIPVisionConfig,
     GenerationConfig,
+    LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
@@ -73,8 +73,7 @@ def fetched(cache: Path) -> Path:
 
 def build(file: Path, directory: Path) -> Path:
     """A whole checkpoint around the language model."""
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer, text = AutoTokenizer.from_pretrained(**where), AutoConfig.from_pretrained(**where)
+    tokenizer, text = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), _config()
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
     image, end = tokenizer.convert_tokens_to_ids(["<image>", "<|im_end|>"])
     known = text.vocab_size
@@ -102,6 +101,25 @@ def build(file: Path, directory: Path) -> Path:
     model.save_pretrained(directory)
     _processor(tokenizer).save_pretrained(directory)
     return directory
+
+
+def _config() -> LlamaConfig:
+    """What the file's own keys say; reading them once more takes five seconds."""
+    return LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1_536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8_192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
 
 
 def _processor(tokenizer: Any) -> LlavaNextProcessor:
