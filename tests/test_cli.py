@@ -128,6 +128,7 @@ def test_a_custom_method_is_allowed_on_the_command_line(
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(480)
 def test_a_run_with_a_method_in_the_working_directory(
     tmp_path: Path, tiny_paths: dict[str, Path]
 ) -> None:
@@ -142,7 +143,7 @@ def test_a_run_with_a_method_in_the_working_directory(
         [sys.executable, "-c", script, "run", path],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=400,
         check=False,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
