@@ -12,6 +12,8 @@ KILLS  ?= 21
 # two cores, since a test that starts Ray waits half of the time.
 TESTERS ?= 3
 PARALLEL := --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder
+# A third of what is installed, compiled when it is imported, if ever.
+UNUSED := '/(tests|transformers/models)/'
 # Processes that train the demo model together: cores on a CPU, 1 on a GPU.
 PROCESSES ?= $(shell nproc)
 
@@ -28,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py gc2ray/models/layers
 	$(PY) -m pip install --quiet "pip>=25.1"
 	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[demo]" --group dev
-	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # pip would on one core; some files are for others
+	$(PY) -m compileall -qq -j 0 -x $(UNUSED) $(VENV)/lib || true  # pip would on one core; some files are for others
 	@touch $@
 
 demo: setup ## Run a whole job with the demo model on this machine
