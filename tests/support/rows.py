@@ -30,7 +30,8 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     """The image as a file; `options` are Pillow's."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    quick = {"compress_level": 1} if kind == "PNG" else {}
+    image.save(buffer, kind, **{**quick, **options})
     return buffer.getvalue()
 
 
