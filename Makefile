@@ -39,13 +39,12 @@ demo: setup ## Run a whole job with the demo model on this machine
 test: setup ## Run the tests
 	$(PY) -m pytest -m "not slow" $(PARALLEL)
 
-test-all: setup ## Run the tests that are too slow for `make test`
+test-all: setup ## Run the tests that are too slow for `make test`, or run alone
 	$(PY) -m pytest -m "slow and not alone" $(PARALLEL)
 	$(PY) -m pytest -m "slow and alone" tests/faults
 
-test-ci: setup ## Run the tests of both, as far as possible in one go
+test-ci: setup ## Run the tests of both in one go, except for those that run alone
 	$(PY) -m pytest -m "not alone" $(PARALLEL)
-	$(PY) -m pytest -m alone tests/faults
 
 chaos: setup ## Kill workers, drivers, nodes and stores, KILLS=21 of each
 	$(PY) -m pytest tests/faults/test_chaos.py --kills $(KILLS)

@@ -30,7 +30,12 @@ from gc2ray.runner.worker import Worker
 from tests.support.fakes import EchoEngine
 from tests.support.rows import job_data, write_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(3 * 3600),
+]
 
 WORKERS = 3
 SHARD_ROWS = 250
