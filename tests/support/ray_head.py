@@ -181,16 +181,13 @@ def files_holding(secret: str, *folders: Path) -> tuple[list[Path], list[Path]]:
 
     Ray writes some of its files anew and renames them: one that is gone by now is in neither list.
     """
-    read: list[Path] = []
-    holding: list[Path] = []
+    found: dict[Path, bool] = {}
     walks = (walk for folder in folders for walk in os.walk(folder))  # skips folders that are gone
     for path in (Path(folder, name) for folder, _, names in walks for name in names):
         with suppress(FileNotFoundError):
             if path.is_file() and path.stat().st_size < LARGEST_READ:
-                held = secret.encode() in path.read_bytes()
-                read.append(path)
-                holding += [path] if held else []
-    return read, holding
+                found[path] = secret.encode() in path.read_bytes()
+    return [*found], [path for path, holds in found.items() if holds]
 
 
 def output_of(job_file: Path) -> str:
