@@ -7,6 +7,7 @@ does it and gives the `Tiles`. Each family has a cropping of its own; `AnyRes` i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +17,33 @@ from PIL import Image
 BLACK = (0, 0, 0)
 STRIP_PIXELS = 1 << 24
 """Pixels of a square that are in memory at once, padding included: 64 MB."""
+STRIP_NUMBERS = 1 << 20
+"""Numbers of a slender square that are computed at once: 8 MB."""
+SLENDER = 8
+"""Ratio of an image's sides from which on most of its square is padding that nobody computes."""
+WEIGHT_BITS = 22
+"""Bits behind the point of Pillow's weights for bytes."""
+
+HAMMING = (float(np.float32(0.54)), float(np.float32(0.46)))
+"""Of the filter of this name; Pillow has them in single precision."""
+
+_FILTERS: dict[Image.Resampling, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
+    Image.Resampling.BOX: (0.5, lambda x: np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)),
+    Image.Resampling.BILINEAR: (1.0, lambda x: np.maximum(0.0, 1.0 - np.abs(x))),
+    Image.Resampling.HAMMING: (
+        1.0,
+        lambda x: (
+            np.where(np.abs(x) < 1.0, np.sinc(x), 0.0)
+            * (HAMMING[0] + HAMMING[1] * np.cos(x * np.pi))
+        ),
+    ),
+    Image.Resampling.BICUBIC: (2.0, lambda x: _cubic(np.abs(x))),
+    Image.Resampling.LANCZOS: (
+        3.0,
+        lambda x: np.where((x >= -3.0) & (x < 3.0), np.sinc(x) * np.sinc(x / 3.0), 0.0),
+    ),
+}
+"""Half the width and the curve of each of Pillow's filters."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +206,8 @@ def _squared(image: Image.Image, step: Square, resample: Image.Resampling) -> Im
     The bytes are those of one call, as Pillow scales along rows first, each row by itself.
     """
     width, height, longest = image.width, image.height, max(image.size)
+    if longest >= SLENDER * min(image.size):
+        return _slender_squared(image, step, resample)
     left, above = (longest - width) // 2, (longest - height) // 2
     squeezed = Image.new("RGB", (step.side, longest), step.fill)
     rows = max(1, STRIP_PIXELS // longest)
@@ -187,6 +217,68 @@ def _squared(image: Image.Image, step: Square, resample: Image.Resampling) -> Im
         strip.paste(image.crop((0, top, width, top + count)), (left, 0))
         squeezed.paste(strip.resize((step.side, count), resample), (0, above + top))
     return squeezed.resize((step.side, step.side), resample)
+
+
+def _slender_squared(image: Image.Image, step: Square, resample: Image.Resampling) -> Image.Image:
+    """The same bytes, computed where the image shows: a square of 1 x 1,000,000 takes hours."""
+    longest, fill = max(image.size), np.array(step.fill, dtype=np.float64)
+    kernels = list(_kernels(longest, step.side, resample))
+    canvas = np.full((step.side, step.side, 3), step.fill, dtype=np.uint8)
+    columns, shown = _scaled(np.asarray(image).transpose(1, 0, 2), longest, kernels, fill)
+    rows, shown = _scaled(shown.transpose(1, 0, 2), longest, kernels, fill)
+    canvas[rows, columns] = shown
+    return Image.fromarray(canvas)
+
+
+def _scaled(
+    lines: np.ndarray, longest: int, kernels: Sequence[tuple[int, np.ndarray]], fill: np.ndarray
+) -> tuple[slice, np.ndarray]:
+    """Lines in the middle of `longest`, the others `fill`, scaled to as many as there are kernels.
+
+    Of the scaled lines those that show any of the given ones, (count, N, 3), and which they are.
+    Sums of weights and bytes are whole numbers below 2**53: float64 is exact in any order.
+    """
+    start = (longest - len(lines)) // 2
+    end = start + len(lines)
+    near = [index for index, (first, weights) in enumerate(kernels)
+            if first < end and first + len(weights) > start]  # fmt: skip
+    scaled = np.empty((len(near), *lines.shape[1:]), dtype=np.uint8)
+    width = max(1, STRIP_NUMBERS // (3 * len(lines)))
+    for left in range(0, lines.shape[1], width):
+        strip = lines[:, left : left + width].astype(np.float64, order="C") - fill
+        for line, (first, weights) in zip(scaled, (kernels[at] for at in near), strict=True):
+            low, high = max(first, start), min(first + len(weights), end)
+            inside = weights[low - first : high - first]
+            total = np.tensordot(inside, strip[low - start : high - start], 1)
+            total += weights.sum() * fill + (1 << WEIGHT_BITS - 1)
+            line[left : left + width] = np.clip(np.floor(total / (1 << WEIGHT_BITS)), 0, 255)
+    return slice(min(near, default=0), max(near, default=-1) + 1), scaled
+
+
+def _kernels(
+    length: int, scaled: int, resample: Image.Resampling
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Pillow's weights of `length` pixels for each of `scaled` ones, from the first that counts."""
+    if resample is Image.Resampling.NEAREST:
+        numbers = Image.fromarray(np.arange(length, dtype=np.int32)[None])
+        for nearest in np.asarray(numbers.resize((scaled, 1), resample))[0]:
+            yield int(nearest), np.full(1, 1 << WEIGHT_BITS, dtype=np.float64)
+        return
+    support, curve = _FILTERS[resample]
+    factor = max(1.0, length / scaled)
+    for index in range(scaled):
+        center = (index + 0.5) * (length / scaled)
+        first = max(0, int(center - support * factor + 0.5))
+        end = min(length, int(center + support * factor + 0.5))
+        weights = curve((np.arange(first, end) - center + 0.5) * (1.0 / factor))
+        weights = weights / np.cumsum(weights)[-1] * (1 << WEIGHT_BITS)  # added one by one
+        yield first, np.trunc(weights + np.copysign(0.5, weights))
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
 def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

@@ -14,9 +14,10 @@ from skimage import data as photographs
 from transformers.image_processing_utils import select_best_resolution
 
 from gc2ray.core.records import ImageRef
-from gc2ray.data.image_decoding import decode
+from gc2ray.data.image_decoding import MAX_SIDE, decode
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models.adapter import pixel_table
+from gc2ray.models.families.llava_onevision import SquareOrAnyRes
 from gc2ray.models.image_processor import AnyRes, Tiles, tile
 from tests.support.images import PINPOINTS, POLICY, anyres, gradient, processor
 from tests.support.rows import encoded
@@ -111,3 +112,31 @@ def test_padding_is_black_and_centred():
     assert anyres().cut((100, 672)).grid == (1, 2)
     lit = tiles.pixels[1:, :, 0, 0].astype(bool)
     assert (lit == ((np.arange(336) >= 118) & (np.arange(336) < 218))).all()
+
+
+def square(image: Image.Image, resample: int = Image.Resampling.BICUBIC, side: int = 28):
+    """The one view that OneVision makes of an image among several."""
+    settings_ = vars(anyres(side, SMALL_PINPOINTS)) | {"resample": resample, "mean": (0.5, 0.4, 0)}
+    return tile(image, SquareOrAnyRes(**settings_), alone=False).pixels[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 60), st.booleans(), st.sampled_from(range(6)))
+def test_a_square_has_the_bytes_that_pillow_gives_it_whole(long, short, upright, resample):
+    size = (long, short) if upright else (short, long)
+    noise = np.random.default_rng(long + short).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image, longest = Image.fromarray(noise), max(size)
+    canvas = Image.new("RGB", (longest, longest), (127, 102, 0))
+    canvas.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    expected = canvas.resize((28, 28), Image.Resampling(resample))
+    assert np.array_equal(square(image, resample), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(1, MAX_SIDE), (MAX_SIDE, 1)], ids=["a row", "a column"])
+def test_the_square_of_a_line_is_computed_where_it_shows(size):
+    """As a whole it would have 10**12 pixels."""
+    shown = square(Image.fromarray(np.full((*size, 3), 255, dtype=np.uint8)), side=384)
+    shown = shown if size[0] == 1 else shown.transpose(1, 0, 2)
+    assert (shown == shown[:, :1]).all()  # the same all along the line
+    assert (shown[:190] == (127, 102, 0)).all()
+    assert (shown[194:] == (127, 102, 0)).all()
