@@ -50,6 +50,8 @@ from gc2ray.models.shape import CLASS_TOKEN_TOWERS
 MODEL_TYPES = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm")
 """The keys of `gc2ray.models.registry.FAMILIES`; each has its `FAMILY_RULES`."""
 COLOURS = 3
+FILTERS = range(6)
+"""Numbers of those of Pillow's resampling filters that transformers names."""
 QUANTISATION = ("quantization_config", "compression_config")
 LAYERED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -147,6 +149,7 @@ def _problems(checkpoint: Checkpoint, taken_over: TakenOver) -> Iterator[str]:
         _geometry(checkpoint, rules),
         *(check(checkpoint) for check in rules.checks),
         _colours(checkpoint),
+        _resampling(checkpoint),
         _steps(checkpoint, rules),
         _template(checkpoint),
         _table(checkpoint, taken_over),
@@ -277,6 +280,21 @@ def _colours(checkpoint: Checkpoint) -> Iterator[str]:
                 f"{name} of the image processor is {as_json(values)}, and should be {COLOURS} "
                 "numbers, one for each colour"
             )
+    factor = checkpoint.images.get("rescale_factor", 1)
+    if isinstance(factor, bool) or not (isinstance(factor, int | float) and 0 < factor < math.inf):
+        yield (
+            f"rescale_factor of the image processor is {as_json(factor)}, and should be a number "
+            "above 0, as 1/255"
+        )
+
+
+def _resampling(checkpoint: Checkpoint) -> Iterator[str]:
+    value = checkpoint.images.get("resample", FILTERS[0])
+    if number(value) not in FILTERS:
+        yield (
+            f"resample of the image processor is {as_json(value)}, and should be the number of one "
+            f"of Pillow's filters, {FILTERS[0]} to {FILTERS[-1]}"
+        )
 
 
 def _steps(checkpoint: Checkpoint, rules: FamilyRules) -> Iterator[str]:

@@ -186,6 +186,19 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no mean": (edited(*IMAGES, image_mean=[]), r"image_mean .* is \[\], and should be 3 numbers"),
     "no deviation": (edited(*IMAGES, image_std=[1, 0, 1]), r"image_std .* is \[1, 0, 1\]"),
     "odd deviation": (edited(*IMAGES, image_std=[1, float("nan"), 1]), "image_std .*NaN"),
+    "no factor": (edited(*IMAGES, rescale_factor=0), "rescale_factor .* is 0, and should be a num"),
+    "null for a factor": (
+        replaced(PROCESSOR, f'"rescale_factor": {1 / 255}', '"rescale_factor": null'),
+        "rescale_factor .* is null",
+    ),
+    "words for a factor": (edited(*IMAGES, rescale_factor="1/255"), 'rescale_factor .* is "1/255"'),
+    "endless factor": (edited(*IMAGES, rescale_factor=float("inf")), "rescale_factor .* Infinity"),
+    "unknown filter": (edited(*IMAGES, resample=6), "resample .* is 6, and should be .*0 to 5"),
+    "no filter": (
+        replaced(PROCESSOR, '"resample": 3', '"resample": null'),
+        "resample .* is null",
+    ),
+    "a filter by name": (edited(*IMAGES, resample="bicubic"), 'resample .* is "bicubic"'),
     "no end": (NO_END, r"no token is named that ends .*recipe\.generation\.stop_token_ids"),
     "a rule": (
         edited(GENERATION, repetition_penalty=1.3),
