@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -16,11 +16,11 @@ from PIL import Image
 
 BLACK = (0, 0, 0)
 STRIP_PIXELS = 1 << 24
-"""Pixels of a square that are in memory at once, padding included: 64 MB."""
+"""Pixels of a padded image that are in memory at once: 64 MB."""
+MOSTLY_PADDING = 8
+"""A padded image with so many times the pixels is scaled only where the image shows."""
 STRIP_NUMBERS = 1 << 20
-"""Numbers of a slender square that are computed at once: 8 MB."""
-SLENDER = 8
-"""Ratio of an image's sides from which on most of its square is padding that nobody computes."""
+"""Numbers that are scaled there at once: 8 MB."""
 WEIGHT_BITS = 22
 """Bits behind the point of Pillow's weights for bytes."""
 
@@ -69,17 +69,7 @@ class Pad:
     fill: tuple[int, int, int] = BLACK
 
 
-@dataclass(frozen=True)
-class Square:
-    """Lay the image in the middle of a square as long as it is, and scale that.
-
-    Attributes:
-        side: Of the scaled square, in pixels.
-        fill: Colour of the padding.
-    """
-
-    side: int
-    fill: tuple[int, int, int]
+Step = Resize | Pad
 
 
 @dataclass(frozen=True)
@@ -94,7 +84,7 @@ class Cut:
         thumbnail_step: Steps that are done before the thumbnail is squeezed into a square.
     """
 
-    steps: tuple[Resize | Pad | Square, ...]
+    steps: tuple[Step, ...]
     grid: tuple[int, int]
     thumbnail: int | None
     thumbnail_step: int = 0
@@ -176,72 +166,83 @@ def tile(image: Image.Image, cropping: Cropping, *, alone: bool = True) -> Tiles
     size, side = (image.height, image.width), cropping.tile
     cut, resample = cropping.cut(size, alone=alone), Image.Resampling(cropping.resample)
     pixels = np.empty((cut.views, side, side, 3), dtype=np.uint8)
-    for done in range(len(cut.steps) + 1):
-        if cut.thumbnail is not None and done == cut.thumbnail_step:
-            pixels[cut.thumbnail] = np.asarray(image.resize((side, side), resample))
-        if done < len(cut.steps):
-            image = _stepped(image, cut.steps[done], resample)
+    image = _after(cut.steps[: cut.thumbnail_step], image, resample)
+    if cut.thumbnail is not None:
+        pixels[cut.thumbnail] = np.asarray(image.resize((side, side), resample))
     if cut.crops:
         (rows, columns), first = cut.grid, int(cut.thumbnail == 0)
+        image = _after(cut.steps[cut.thumbnail_step :], image, resample)
         crops = np.asarray(image).reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
         pixels[first : first + cut.crops].reshape(crops.shape)[...] = crops
     return Tiles(pixels, size, alone)
 
 
-def _stepped(
-    image: Image.Image, step: Resize | Pad | Square, resample: Image.Resampling
-) -> Image.Image:
-    if isinstance(step, Square):
-        return _squared(image, step, resample)
-    if isinstance(step, Resize):
-        return image.resize((step.width, step.height), resample)
-    canvas = Image.new("RGB", (step.width, step.height), step.fill)
-    canvas.paste(image, ((step.width - image.width) // 2, (step.height - image.height) // 2))
+def _after(steps: Sequence[Step], image: Image.Image, resample: Image.Resampling) -> Image.Image:
+    """The image after some steps."""
+    match steps:
+        case [Resize() as size, *others]:
+            return _after(others, image.resize((size.width, size.height), resample), resample)
+        case [Pad() as pad, Resize() as size, *others]:
+            return _after(others, _padded_and_scaled(image, pad, size, resample), resample)
+        case [Pad() as pad, *others]:
+            return _after(others, _padded(image, pad), resample)
+    return image
+
+
+def _padded(image: Image.Image, pad: Pad) -> Image.Image:
+    canvas = Image.new("RGB", (pad.width, pad.height), pad.fill)
+    canvas.paste(image, ((pad.width - image.width) // 2, (pad.height - image.height) // 2))
     return canvas
 
 
-def _squared(image: Image.Image, step: Square, resample: Image.Resampling) -> Image.Image:
-    """The scaled square, made of strips: one of 100,000 x 100,000 pixels would take 40 GB.
+def _padded_and_scaled(
+    image: Image.Image, pad: Pad, size: Resize, resample: Image.Resampling
+) -> Image.Image:
+    """What Pillow makes of the padded image, which may be too large: one line's square is.
 
     The bytes are those of one call, as Pillow scales along rows first, each row by itself.
     """
-    width, height, longest = image.width, image.height, max(image.size)
-    if longest >= SLENDER * min(image.size):
-        return _slender_squared(image, step, resample)
-    left, above = (longest - width) // 2, (longest - height) // 2
-    squeezed = Image.new("RGB", (step.side, longest), step.fill)
-    rows = max(1, STRIP_PIXELS // longest)
-    for top in range(0, height, rows):
-        count = min(rows, height - top)
-        strip = Image.new("RGB", (longest, count), step.fill)
-        strip.paste(image.crop((0, top, width, top + count)), (left, 0))
-        squeezed.paste(strip.resize((step.side, count), resample), (0, above + top))
-    return squeezed.resize((step.side, step.side), resample)
+    if pad.height * pad.width >= MOSTLY_PADDING * image.height * image.width:
+        return _scaled_where_it_shows(image, pad, size, resample)
+    above = (pad.height - image.height) // 2
+    squeezed = Image.new("RGB", (size.width, pad.height), pad.fill)
+    rows = max(1, STRIP_PIXELS // pad.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        strip = _padded(part, replace(pad, height=part.height))
+        squeezed.paste(strip.resize((size.width, part.height), resample), (0, above + top))
+    return squeezed.resize((size.width, size.height), resample)
 
 
-def _slender_squared(image: Image.Image, step: Square, resample: Image.Resampling) -> Image.Image:
-    """The same bytes, computed where the image shows: a square of 1 x 1,000,000 takes hours."""
-    longest, fill = max(image.size), np.array(step.fill, dtype=np.float64)
-    kernels = list(_kernels(longest, step.side, resample))
-    canvas = np.full((step.side, step.side, 3), step.fill, dtype=np.uint8)
-    columns, shown = _scaled(np.asarray(image).transpose(1, 0, 2), longest, kernels, fill)
-    rows, shown = _scaled(shown.transpose(1, 0, 2), longest, kernels, fill)
+def _scaled_where_it_shows(
+    image: Image.Image, pad: Pad, size: Resize, resample: Image.Resampling
+) -> Image.Image:
+    """The same bytes, without those of padding alone."""
+    fill = np.array(pad.fill, dtype=np.float64)
+    canvas = np.full((size.height, size.width, 3), pad.fill, dtype=np.uint8)
+    kernels = list(_kernels(pad.width, size.width, resample))
+    columns, shown = _scaled(np.asarray(image).transpose(1, 0, 2), pad.width, kernels, fill)
+    kernels = list(_kernels(pad.height, size.height, resample))
+    rows, shown = _scaled(shown.transpose(1, 0, 2), pad.height, kernels, fill)
     canvas[rows, columns] = shown
     return Image.fromarray(canvas)
 
 
 def _scaled(
-    lines: np.ndarray, longest: int, kernels: Sequence[tuple[int, np.ndarray]], fill: np.ndarray
+    lines: np.ndarray, length: int, kernels: Sequence[tuple[int, np.ndarray]], fill: np.ndarray
 ) -> tuple[slice, np.ndarray]:
-    """Lines in the middle of `longest`, the others `fill`, scaled to as many as there are kernels.
+    """Lines in the middle of `length`, the others `fill`, scaled to as many as there are kernels.
 
     Of the scaled lines those that show any of the given ones, (count, N, 3), and which they are.
     Sums of weights and bytes are whole numbers below 2**53: float64 is exact in any order.
     """
-    start = (longest - len(lines)) // 2
+    start = (length - len(lines)) // 2
     end = start + len(lines)
-    near = [index for index, (first, weights) in enumerate(kernels)
-            if first < end and first + len(weights) > start]  # fmt: skip
+    near = [
+        index
+        for index, (first, weights) in enumerate(kernels)
+        if first < end and first + len(weights) > start
+    ]
     scaled = np.empty((len(near), *lines.shape[1:]), dtype=np.uint8)
     width = max(1, STRIP_NUMBERS // (3 * len(lines)))
     for left in range(0, lines.shape[1], width):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from gc2ray.compression.canvas import Canvas
 from gc2ray.compression.geometry import Geometry, ViewGrid, closed_lines
 from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
-from gc2ray.models.image_processor import AnyRes, Cut, Square
+from gc2ray.models.image_processor import AnyRes, Cut, Pad, Resize
 from gc2ray.models.processor import Processor
 
 LARGEST_RATIO = 1.1  # a canvas with sides so many times longer than allowed is left as it is
@@ -42,7 +42,8 @@ class SquareOrAnyRes(AnyRes):
         if alone:
             return super().cut(size)
         red, green, blue = (int(255 * mean) for mean in self.mean)
-        return Cut((Square(self.tile, (red, green, blue)),), grid=(1, 1), thumbnail=None)
+        square = Pad(max(size), max(size), (red, green, blue))
+        return Cut((square, Resize(self.tile, self.tile)), grid=(1, 1), thumbnail=None)
 
 
 class LlavaOnevision(LlavaNext):
