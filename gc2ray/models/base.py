@@ -7,7 +7,7 @@ both. `Prompt` is the input for the language model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,9 @@ from torch import Tensor
 from gc2ray.compression.geometry import Geometry
 from gc2ray.core.config.compression import Score
 from gc2ray.models.image_processor import Cropping
+from gc2ray.models.layers.linear import packed_module
+from gc2ray.models.layers.scores import SCORES, ScoreInputs
+from gc2ray.models.layers.tower import packed_layers
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import ModelShape, Tower
 
@@ -60,9 +63,13 @@ class Family(ABC):
 class VisionSide(ABC):
     """Vision tower and projector of a loaded model.
 
+    A family's is made from the transformers model, its `Family` and the name of a score, and gives
+    the parts of that model to this one.
+
     Args:
-        model: The transformers model.
-        family: Its family.
+        layers: The tower's layers.
+        projector: What turns kept tokens into what the language model reads.
+        family: The model's family.
         score: How patches are scored (`gc2ray.models.layers.scores`).
 
     Attributes:
@@ -71,12 +78,25 @@ class VisionSide(ABC):
 
     newline: Tensor | None = None
 
-    @abstractmethod
-    def __init__(self, model: Any, family: Any, score: Score) -> None: ...
+    def __init__(self, layers: Iterable[Any], projector: Any, family: Family, score: Score) -> None:
+        self.layers, self.projector = list(layers), projector
+        self._last, self._tower_shape, self._score = self.layers[-1], family.tower, SCORES[score]
 
-    @abstractmethod
     def freeze(self) -> None:
         """Optimise for inference; weights must not change afterwards."""
+        run = self._tower_shape.run_layers
+        self.layers[:run] = packed_layers(self.layers[:run])
+        self.projector = packed_module(self.projector)
+
+    def scores(self, state: Tensor, features: Tensor) -> Tensor:
+        """Scores of patches, float32 (V, N).
+
+        Args:
+            state: The last layer's input, (V, [1 +] N, D).
+            features: The patches' features, (V, N, D).
+        """
+        class_token = self._tower_shape.class_token
+        return self._score(ScoreInputs(self._last, state, features, class_token))
 
     @abstractmethod
     def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,9 +126,10 @@ class VisionSide(ABC):
         del size
         return features.reshape(geometry.tokens, -1), scores.reshape(geometry.tokens)
 
-    @abstractmethod
     def project(self, features: Tensor) -> Tensor:
         """Kept tokens, (K, D), as the language model reads them, (K, D_text); a new tensor."""
+        projected: Tensor = self.projector(features)
+        return projected
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Pad:
 
     height: int
     width: int
-    fill: tuple[int, int, int] = BLACK
+    fill: tuple[int, ...] = BLACK
 
 
 Step = Resize | Pad

@@ -9,6 +9,7 @@ stock transformers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from gc2ray.models.shape import ModelShape
 MARKED = ((4096, 4096), (1024, 4096), (4096, 1024), (16, 16))
 """Sizes, (height, width), of images whose views are many or one."""
 
-FAMILIES: dict[str, tuple[type[Family], type[VisionSide]]] = {
+FAMILIES: dict[str, tuple[type[Family], Callable[[Any, Any, Score], VisionSide]]] = {
     "llava_next": (LlavaNext, LlavaNextVision),
     "llava_onevision": (LlavaOnevision, LlavaOnevisionVision),
     "internvl": (InternVL, InternVLVision),

@@ -84,7 +84,7 @@ def test_a_frozen_family_packs_what_runs_and_leaves_the_model_alone(
 ) -> None:
     loaded = loaded_models["vicuna"]
     tower = loaded.model.model.vision_tower.encoder.layers
-    ours = vars(loaded.adapter._vision)["_layers"]
+    ours = vars(loaded.adapter._vision)["layers"]
     packed = [not any(isinstance(m, torch.nn.Linear) for m in layer.modules()) for layer in ours]
     assert packed == [True] * (len(tower) - 1) + [False], "the last layer does not run"
     assert all(isinstance(layer.mlp.fc1, torch.nn.Linear) for layer in tower)

@@ -21,9 +21,7 @@ from gc2ray.compression.geometry import Geometry, Spans, ViewGrid, crop_views, l
 from gc2ray.core.config.compression import Score
 from gc2ray.models.base import Family, VisionSide
 from gc2ray.models.image_processor import Cut, Resize, ViewPixels, view_pixels
-from gc2ray.models.layers.linear import packed_module
-from gc2ray.models.layers.scores import SCORES, ScoreInputs
-from gc2ray.models.layers.tower import hidden_states, packed_layers
+from gc2ray.models.layers.tower import hidden_states, in_blocks
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import Tower
 
@@ -107,10 +105,17 @@ class Idefics3(Family):
         self.side = vision.image_size // vision.patch_size // self.merge
         width, text, block = vision.hidden_size, config.text_config.hidden_size, self.merge**2
         self.tower = Tower(
-            layers, layers, width, vision.intermediate_size, patches=self.side**2 * block,
-            pixels=vision.num_channels * vision.patch_size**2, text_width=text, class_token=False,
-            merge=block, layers_behind=((block * width, text),),
-        )  # fmt: skip
+            layers,
+            layers,
+            width,
+            vision.intermediate_size,
+            patches=self.side**2 * block,
+            pixels=vision.num_channels * vision.patch_size**2,
+            text_width=text,
+            class_token=False,
+            merge=block,
+            layers_behind=((block * width, text),),
+        )
 
     def geometry(self, size: Size, *, alone: bool = True) -> Geometry:  # noqa: ARG002
         """See `Family.geometry`."""
@@ -122,28 +127,16 @@ class Idefics3Vision(VisionSide):
 
     def __init__(self, model: Any, family: Idefics3, score: Score) -> None:
         self._tower, self._connector = model.model.vision_model, model.model.connector
-        self._projection = self._connector.modality_projection
-        self._layers, self._last = [*self._tower.encoder.layers], self._tower.encoder.layers[-1]
         self._side, self._merge = family.side, family.merge
-        self._score = SCORES[score]
-
-    def freeze(self) -> None:
-        """See `VisionSide`."""
-        self._layers = packed_layers(self._layers)
-        self._projection = packed_module(self._projection)
+        projection = self._connector.modality_projection
+        super().__init__(self._tower.encoder.layers, projection, family, score)
 
     def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `VisionSide`; features (V, tokens, D of a block's patches) are not projected yet."""
-        side, merge, count = self._side, self._merge, len(self._layers)
+        side, merge, count = self._side, self._merge, len(self.layers)
         everywhere = pixels.new_ones(len(pixels), side * merge, side * merge, dtype=torch.bool)
         state = self._tower.embeddings(pixels, patch_attention_mask=everywhere)
-        states = hidden_states(self._layers, state, {count - 1, count}, attention_mask=None)
+        states = hidden_states(self.layers, state, {count - 1, count}, attention_mask=None)
         features = self._tower.post_layernorm(states[count])
-        inputs = ScoreInputs(self._last, states[count - 1], features, class_token=False)
-        blocks = self._score(inputs).view(-1, side, merge, side, merge)
-        return self._connector.pixel_shuffle(features, merge), blocks.mean((2, 4)).flatten(1)
-
-    def project(self, features: Tensor) -> Tensor:
-        """See `VisionSide`."""
-        projected: Tensor = self._projection(features)
-        return projected
+        scores = in_blocks(self.scores(states[count - 1], features)[..., None], side, merge)
+        return self._connector.pixel_shuffle(features, merge), scores.mean((2, 3))

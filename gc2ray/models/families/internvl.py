@@ -21,9 +21,7 @@ from gc2ray.compression.geometry import Geometry, ViewGrid, crop_views, literal
 from gc2ray.core.config.compression import Score
 from gc2ray.models.base import Family, VisionSide
 from gc2ray.models.image_processor import Cut, Resize, ViewPixels, view_pixels
-from gc2ray.models.layers.linear import packed_module
-from gc2ray.models.layers.scores import SCORES, ScoreInputs
-from gc2ray.models.layers.tower import hidden_states, packed_layers
+from gc2ray.models.layers.tower import hidden_states, in_blocks
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import Tower
 
@@ -98,10 +96,16 @@ class InternVL(Family):
         self.side = tile // patch // self.merge
         block, text = self.merge**2, config.text_config.hidden_size
         self.tower = Tower(
-            layers, max(self.state, layers - 1), vision.hidden_size, vision.intermediate_size,
-            patches=self.side**2 * block, pixels=vision.num_channels * patch**2, text_width=text,
-            merge=block, layers_behind=((block * vision.hidden_size, text), (text, text)),
-        )  # fmt: skip
+            layers,
+            max(self.state, layers - 1),
+            vision.hidden_size,
+            vision.intermediate_size,
+            patches=self.side**2 * block,
+            pixels=vision.num_channels * patch**2,
+            text_width=text,
+            merge=block,
+            layers_behind=((block * vision.hidden_size, text), (text, text)),
+        )
 
     def geometry(self, size: tuple[int, int], *, alone: bool = True) -> Geometry:  # noqa: ARG002
         """See `Family.geometry`."""
@@ -112,35 +116,16 @@ class InternVLVision(VisionSide):
     """Tower and projector of an `InternVLForConditionalGeneration`; see `VisionSide`."""
 
     def __init__(self, model: Any, family: InternVL, score: Score) -> None:
-        self._tower, self._projector = model.model.vision_tower, model.model.multi_modal_projector
-        self._layers = list(self._tower.encoder.layer)
-        self._last, self._state = self._layers[-1], family.state
+        inner, self._tower, self._family = model.model, model.model.vision_tower, family
+        super().__init__(self._tower.encoder.layer, inner.multi_modal_projector, family, score)
         behind_norm = model.config.vision_feature_layer == -1  # any other is a layer's plain output
         self._norm = self._tower.layernorm if behind_norm else nn.Identity()
-        self._side, self._merge = family.side, family.merge
-        self._score = SCORES[score]
-
-    def freeze(self) -> None:
-        """See `VisionSide`."""
-        run = max(self._state, len(self._layers) - 1)
-        self._layers[:run] = packed_layers(self._layers[:run])
-        self._projector = packed_module(self._projector)
 
     def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `VisionSide`; features (V, tokens, D of a block's patches) are not projected yet."""
-        last, state = len(self._layers) - 1, self._tower.embeddings(pixels)
-        states = hidden_states(self._layers, state, {self._state, last})
-        features = self._norm(states[self._state])[:, 1:]
-        scores = self._score(ScoreInputs(self._last, states[last], features, class_token=True))
-        return self._blocks(features).flatten(2), self._blocks(scores[..., None]).mean((2, 3))
-
-    def _blocks(self, patches: Tensor) -> Tensor:
-        """Patches (V, N, D) in blocks, (V, tokens, patches of a block, D), in raster order both."""
-        views, side, merge = len(patches), self._side, self._merge
-        lines = patches.reshape(views, side, merge, side, merge, -1)
-        return lines.transpose(2, 3).reshape(views, side**2, merge**2, -1)
-
-    def project(self, features: Tensor) -> Tensor:
-        """See `VisionSide`."""
-        projected: Tensor = self._projector(features)
-        return projected
+        family, last = self._family, len(self.layers) - 1
+        states = hidden_states(self.layers, self._tower.embeddings(pixels), {family.state, last})
+        features = self._norm(states[family.state])[:, 1:]
+        scores = self.scores(states[last], features)[..., None]
+        merged, scores = (in_blocks(each, family.side, family.merge) for each in (features, scores))
+        return merged.flatten(2), scores.mean((2, 3))

@@ -19,9 +19,7 @@ from gc2ray.compression.geometry import Geometry, canvas_geometry
 from gc2ray.core.config.compression import Score
 from gc2ray.models.base import Family, VisionSide
 from gc2ray.models.image_processor import AnyRes, pinpoints_of, view_pixels
-from gc2ray.models.layers.linear import packed_module
-from gc2ray.models.layers.scores import SCORES, ScoreInputs
-from gc2ray.models.layers.tower import hidden_states, packed_layers
+from gc2ray.models.layers.tower import hidden_states
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import Tower
 
@@ -56,37 +54,20 @@ class LlavaNextVision(VisionSide):
 
     def __init__(self, model: Any, family: LlavaNext, score: Score) -> None:
         inner, named = model.model, model.config.vision_feature_layer
-        self._family = family
-        self._tower = inner.vision_tower
-        self._last = self._tower.encoder.layers[-1]
-        self._layers = list(self._tower.encoder.layers)
-        self._projector = inner.multi_modal_projector
-        self._class_token = family.tower.class_token
-        self._score = SCORES[score]
-        count = len(self._layers)
+        self._family, self._tower = family, inner.vision_tower
+        super().__init__(self._tower.encoder.layers, inner.multi_modal_projector, family, score)
+        count = len(self.layers)
         named = [named] if isinstance(named, int) else list(named)
         self._feature_states = [index + count + 1 if index < 0 else index for index in named]
         self.newline = inner.image_newline
 
-    def freeze(self) -> None:
-        """See `VisionSide`."""
-        run = max(*self._feature_states, len(self._layers) - 1)
-        self._layers[:run] = packed_layers(self._layers[:run])
-        self._projector = packed_module(self._projector)
-
     def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `VisionSide`; features (V, N, D of all named layers) are not projected yet."""
-        state = self._tower.embeddings(pixels)
-        if self._class_token:
+        state, class_token = self._tower.embeddings(pixels), self._family.tower.class_token
+        if class_token:
             state = self._tower.pre_layrnorm(state)
-        last, first = len(self._layers) - 1, int(self._class_token)
+        last, first = len(self.layers) - 1, int(class_token)
         wanted = {*self._feature_states, last}
-        states = hidden_states(self._layers, state, wanted, attention_mask=None)
+        states = hidden_states(self.layers, state, wanted, attention_mask=None)
         features = torch.cat([states[index][:, first:] for index in self._feature_states], dim=-1)
-        inputs = ScoreInputs(self._last, states[last], features, self._class_token)
-        return features, self._score(inputs)
-
-    def project(self, features: Tensor) -> Tensor:
-        """See `VisionSide`."""
-        projected: Tensor = self._projector(features)
-        return projected
+        return features, self.scores(states[last], features)

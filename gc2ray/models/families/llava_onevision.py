@@ -41,8 +41,7 @@ class SquareOrAnyRes(AnyRes):
         """See `Cropping.cut`."""
         if alone:
             return super().cut(size)
-        red, green, blue = (int(255 * mean) for mean in self.mean)
-        square = Pad(max(size), max(size), (red, green, blue))
+        square = Pad(max(size), max(size), tuple(int(255 * mean) for mean in self.mean))
         return Cut((square, Resize(self.tile, self.tile)), grid=(1, 1), thumbnail=None)
 
 

@@ -56,6 +56,21 @@ def hidden_states(
     return states
 
 
+def in_blocks(patches: Tensor, side: int, merge: int) -> Tensor:
+    """Patches of views in square blocks, those of a visual token each; both in raster order.
+
+    Args:
+        patches: (V, side² · merge², D).
+        side: Blocks along a side.
+        merge: Patches along a block's side.
+
+    Returns:
+        (V, side², merge², D).
+    """
+    lines = patches.reshape(len(patches), side, merge, side, merge, -1)
+    return lines.transpose(2, 3).reshape(len(patches), side**2, merge**2, -1)
+
+
 class _FeedForward(nn.Module):
     """A CLIP layer's feed-forward part with `x sigmoid(1.702 x)` between its two products.
 

@@ -46,7 +46,7 @@ def a_row_of_the_projector(patch: pytest.MonkeyPatch) -> None:
     freeze = LlavaNextVision.freeze
 
     def frozen(vision: Any) -> None:
-        vision._projector.linear_2.weight.data[3] *= 1.2
+        vision.projector.linear_2.weight.data[3] *= 1.2
         freeze(vision)
 
     patch.setattr(LlavaNextVision, "freeze", frozen)

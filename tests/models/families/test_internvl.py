@@ -309,7 +309,7 @@ def seeing_places(loaded: LoadedModel) -> ModelAdapter:
         return F.pad(patches, (0, 0, 1, 0))  # a class token
 
     vision._tower = SimpleNamespace(embeddings=embeddings)
-    vision._layers, vision._norm = [nn.Identity()] * 3, nn.Identity()
+    vision.layers, vision._norm = [nn.Identity()] * 3, nn.Identity()
     vision._score = lambda inputs: inputs.features[..., 0]
     return ModelAdapter(loaded.model, family, vision, "class_token")
 
@@ -375,7 +375,7 @@ def test_packed_layers_are_transformers(
     plain, packed = (InternVLVision(model, family, "class_token") for _ in range(2))
     packed.freeze()
     compiled = compiled_kernel() is not None and name == "qwen2"
-    for layer, own in zip(packed._layers, model.model.vision_tower.encoder.layer, strict=True):
+    for layer, own in zip(packed.layers, model.model.vision_tower.encoder.layer, strict=True):
         assert isinstance(layer.attention, _ViewAttention) == compiled
         assert not any(isinstance(module, nn.Linear) for module in layer.modules())
         assert isinstance(own.attention.q_proj, nn.Linear)
@@ -389,10 +389,10 @@ def test_packed_layers_are_transformers(
 def test_only_layers_that_are_needed_are_packed_and_run(tmp_path: Path) -> None:
     loaded = load(build(tmp_path / "model", vision_feature_layer=-3))
     vision: Any = loaded.adapter._vision
-    plain = [any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in vision._layers]
+    plain = [any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in vision.layers]
     assert plain == [False, False, True], "two for the scores, of which one for the features"
     assert loaded.adapter.shape.tower.run_layers == 2
-    vision._layers[2] = lambda _: pytest.fail("the last layer runs")
+    vision.layers[2] = lambda _: pytest.fail("the last layer runs")
     vision.run(torch.randn(1, 3, SIDE, SIDE))
 
 
