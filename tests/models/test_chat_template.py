@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AddedToken
+from tokenizers import Tokenizer
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from gc2ray.core.config.input import PromptConfig
 from gc2ray.core.errors import BadRow, ConfigError, Status
@@ -136,6 +138,19 @@ def test_odd_special_tokens_do_not_hang(processor: Processor, token: str) -> Non
     clean = ChatPrompt(other).neutralise(text)
     assert clean.replace(" ", "") == text.replace(" ", "")
     assert "<image>" not in clean
+
+
+def test_a_placeholder_that_is_a_plain_token_stays_text(processor: Processor) -> None:
+    """Whatever the tokenizer's files say of it."""
+    saved = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    (token,) = (t for t in saved["added_tokens"] if t["content"] == processor.image_token)
+    token["special"] = False
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(saved)), bos_token="<s>", eos_token="</s>"
+    )
+    assert processor.image_token not in plain.all_special_tokens
+    ids = ChatPrompt(replace(processor, tokenizer=plain)).encode("an <image> here")
+    assert ids.count(processor.image_token_id) == 1
 
 
 ROW, TILE = "<row_1_col_1>", "TILE_1"

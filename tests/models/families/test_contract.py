@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -20,16 +21,21 @@ from torch import Tensor
 from gc2ray.compression.geometry import LITERAL, NEWLINE, Geometry
 from gc2ray.compression.registry import COMPRESSORS, build
 from gc2ray.compression.views import Views
+from gc2ray.core.config.compression import Score
 from gc2ray.core.config.job import Cluster
+from gc2ray.core.errors import ConfigError
 from gc2ray.core.records import ImageRef, Request
 from gc2ray.engine.engine import Engine
 from gc2ray.models import loading
-from gc2ray.models.adapter import LoadedModel, pixel_table
-from gc2ray.models.base import Family, Prompt
+from gc2ray.models.adapter import SCORE_DEVIATION, LoadedModel, pixel_table
+from gc2ray.models.base import Family, Prompt, VisionSide
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.checkpoint.known_models import KNOWN_MODELS
 from gc2ray.models.image_processor import Tiles, tile
+from gc2ray.models.layers.scores import SCORES, ScoreInputs
+from gc2ray.models.layers.tower import in_blocks
 from gc2ray.models.llama import unsupported
+from gc2ray.models.registry import FAMILIES as MODEL_FAMILIES
 from gc2ray.models.registry import chosen_score
 from tests.support.families import FAMILIES, Size
 from tests.support.rows import encoded, make_recipe
@@ -246,6 +252,64 @@ def test_metadata_needs_no_weights_and_says_the_same(tiny: Any, name: str) -> No
         assert metadata.family.cropping.cut(size) == found.family.cropping.cut(size)
 
 
+# --- the tower ----------------------------------------------------------------------------------
+
+
+def thawed(found: Tiny, score: Score) -> VisionSide:
+    """The vision side with layers of torch's, as a GPU runs it."""
+    model = found.loaded.model
+    return MODEL_FAMILIES[model.config.model_type][1](model, found.family, score)
+
+
+def pixels_of(found: Tiny) -> Tensor:
+    tile = found.family.cropping.tile
+    return torch.randn(2, 3, tile, tile, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("score", ["class_token", "mean_query", "received"])
+@torch.inference_mode()
+def test_scores_are_made_in_the_last_layer_from_its_input(
+    tiny: Any, name: str, score: Score
+) -> None:
+    """Of merged patches they are the mean."""
+    found, family = tiny(name), tiny(name).family
+    if score == "class_token" and not family.tower.class_token:
+        with pytest.raises(ConfigError, match="no class token"):
+            chosen_score(family, score)
+        return
+    inner, pixels = found.loaded.model.model, pixels_of(found)
+    tower = inner.vision_tower if hasattr(inner, "vision_tower") else inner.vision_model
+    layers = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+    state = tower(pixels, output_hidden_states=True).hidden_states[len(layers) - 1]
+    inputs = ScoreInputs(layers[-1], state, state, family.tower.class_token)
+    merge = round(family.tower.merge**0.5)
+    side = round(family.tower.visual_tokens**0.5)
+    wanted = in_blocks(SCORES[score](inputs)[..., None], side, merge).mean((2, 3))
+    torch.testing.assert_close(thawed(found, score).run(pixels)[1], wanted, rtol=1e-4, atol=1e-5)
+
+
+PADDED = [
+    ("llava_next_siglip", (60, 90), True),
+    ("granite_vision", (60, 90), True),
+    ("llava_onevision", (60, 190), False),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "alone"), PADDED)
+@torch.inference_mode()
+def test_scores_are_standardised_without_padding(
+    tiny: Any, name: str, size: Size, *, alone: bool
+) -> None:
+    adapter = tiny(name).loaded.adapter
+    (views,) = adapter.encode([tile(noise(size), adapter.family.cropping, alone=alone)], [0])
+    valid = views.index.valid
+    assert not valid.all()
+    assert float(views.scores[valid].mean()) == pytest.approx(0, abs=1e-4)
+    deviation = float(views.scores[valid].std(correction=0))
+    assert deviation == pytest.approx(SCORE_DEVIATION, rel=1e-4)
+
+
 # --- any size, any method -----------------------------------------------------------------------
 
 edges = st.one_of(st.integers(1, 3000), st.integers(1, 120))
@@ -277,12 +341,14 @@ def test_a_geometry_is_consistent(tiny: Any, name: str, size: Size, *, alone: bo
     size=st.tuples(edges, edges),
     retention=st.sampled_from([0.02, 0.1, 0.25, 0.6, 0.95, 1.0]),
     seed=st.integers(0, 99),
+    alone=st.booleans(),
 )
+@example(size=(60, 190), retention=0.25, seed=0, alone=False)
 def test_methods_keep_their_promises(
-    tiny: Any, name: str, size: Size, retention: float, seed: int
+    tiny: Any, name: str, size: Size, retention: float, seed: int, *, alone: bool
 ) -> None:
     """No padding, no token twice, every view a token, within the bounds, in reading order."""
-    views = views_of(tiny(name).family.geometry(size), seed)
+    views = views_of(tiny(name).family.geometry(size, alone=alone), seed)
     geometry = views.geometry
     for method in PLACED:
         compressor = build(method, retention=retention)
@@ -291,7 +357,8 @@ def test_methods_keep_their_promises(
         assert (selection.places.diff() > 0).all()
         assert torch.equal(selection.entries, views.index.entries[selection.places])
         tokens = selection.entries[selection.entries >= 0]
-        assert views.index.valid[tokens.long()].all(), f"{method} keeps padding"
+        whole = retention == 1 or method == "none"  # with the padding that stock reads
+        assert whole or views.index.valid[tokens.long()].all(), f"{method} keeps padding"
         kept = selection.kept_per_view(geometry)
         low, high = compressor.bounds(geometry)
         assert low <= sum(kept) <= high, method
@@ -305,8 +372,9 @@ def test_methods_keep_their_promises(
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", PLACED)
 def test_several_images_equal_one_by_one(tiny: Any, name: str, method: str) -> None:
-    family = tiny(name).family
-    images = [views_of(family.geometry(size), i) for i, size in enumerate(FAMILIES[name].sizes)]
+    family, kinds = tiny(name).family, product(FAMILIES[name].sizes, (True, False))
+    geometries = [family.geometry(size, alone=alone) for size, alone in kinds]
+    images = [views_of(geometry, seed) for seed, geometry in enumerate(geometries)]
     compressor = build(method, retention=0.3)
     for image, together in zip(images, compressor.many(images), strict=True):
         alone = compressor(image)
