@@ -1,11 +1,11 @@
 """Operations of answers, in two counts that must not be mixed.
 
 * `matmul_flops` counts the matrix products that the hardware computes, a multiplication and an
-  addition as two. Norms, activations and softmax are not counted, nor scores (the class token's are
-  a thousandth of a tower). In `GC2RAY` mode causal attention counts each query with the keys that
-  it sees, the last decoder layer runs for the last token only, and the tower stops at its features
-  and scores. In `EAGER` mode, as in transformers, every layer is whole and attention covers the
-  square; torch's `FlopCounterMode` counts the same with eager attention (the tests compare them).
+  addition as two. Norms, activations and softmax are not counted. In `GC2RAY` mode causal
+  attention counts each query with the keys that it sees, the last decoder layer runs for the last
+  token only, and the tower stops at its features and scores. In `EAGER` mode, as in transformers,
+  every layer is whole and attention covers the square; torch's `FlopCounterMode` counts the same
+  with eager attention (the tests compare them).
 * `paper_flops` counts like the tool behind the paper's table 8, for that table only.
 """
 

@@ -10,6 +10,7 @@ stock transformers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gc2ray.models.families.idefics3 import Idefics3, Idefics3Vision
 from gc2ray.models.families.internvl import InternVL, InternVLVision
 from gc2ray.models.families.llava_next import LlavaNext, LlavaNextVision
 from gc2ray.models.families.llava_onevision import LlavaOnevision, LlavaOnevisionVision
+from gc2ray.models.layers.scores import score_products
 from gc2ray.models.processor import Processor
 from gc2ray.models.shape import ModelShape
 
@@ -74,8 +76,7 @@ def metadata_of(
     Raises:
         ConfigError: The tower cannot score patches so.
     """
-    family = family_of(config, processor)
-    chosen_score(family, score)
+    family, _ = _scored_family(config, processor, score)
     return ModelMetadata(ModelShape.of(family.tower, config, itemsize, _parameters(config)), family)
 
 
@@ -98,9 +99,18 @@ def adapter_of(model: Any, processor: Processor, score: Score | None = None) -> 
         ConfigError: The tower cannot score them so.
     """
     vision_class = FAMILIES[model.config.model_type][1]
-    family = family_of(model.config, processor)
-    chosen = chosen_score(family, score)
+    family, chosen = _scored_family(model.config, processor, score)
     return ModelAdapter(model, family, vision_class(model, family, chosen), chosen)
+
+
+def _scored_family(config: Any, processor: Processor, score: Score | None) -> tuple[Family, Score]:
+    """A family whose tower counts its scores, and how patches are scored."""
+    family = family_of(config, processor)
+    chosen, tower = chosen_score(family, score), family.tower
+    norms = bool(getattr(config.vision_config, "use_qk_norm", False))
+    products = score_products(chosen, tower.patches, tower.width, norms=norms)
+    family.tower = replace(tower, score_products=products)
+    return family, chosen
 
 
 def chosen_score(family: Family, score: Score | None) -> Score:

@@ -194,6 +194,7 @@ class Tower:
         merge: Patches that are merged into one visual token.
         layers_behind: Inputs and outputs of the projector's linear layers; empty: the two of LLaVA.
         projects_all: Whether all tokens go through the projector, not only those that are kept.
+        score_products: Multiplications of a view's scores (`gc2ray.models.layers.scores`).
     """
 
     layers: int
@@ -208,6 +209,7 @@ class Tower:
     merge: int = 1
     layers_behind: tuple[tuple[int, int], ...] = ()
     projects_all: bool = False
+    score_products: int = 0
 
     @staticmethod
     def from_config(config: Any) -> Tower:
@@ -264,8 +266,8 @@ class Tower:
         return views * self._view(self.layers)
 
     def needed(self, views: int) -> int:
-        """Operations of the layers that gc2ray runs."""
-        return views * self._view(self.run_layers)
+        """Operations of the layers that gc2ray runs, and of the scores."""
+        return views * (self._view(self.run_layers) + 2 * self.score_products)
 
     def projector(self, tokens: int) -> int:
         """Operations of the projector's linear layers for some tokens."""

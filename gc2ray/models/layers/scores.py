@@ -9,7 +9,7 @@
 * `mean_query`: as `class_token` with the mean of all patches' queries in its place; it folds alike.
 * `received`: softmaxed attention that a patch receives in the last layer, averaged over heads and
   queries. Takes the layer's queries and keys and N² products a view: about 1 % of the operations
-  of a SigLIP-400M tower, which reports do not count.
+  of a SigLIP-400M tower.
 * `distinct`: how far a patch lies from its view's mean, as VidCom² measures it (arXiv 2505.14454):
   minus a sum of Gaussians of the distance, over the half of the channels that vary least.
 
@@ -122,6 +122,28 @@ SCORES: dict[Score, Callable[[ScoreInputs], Tensor]] = {
     "distinct": distinct,
 }
 """By the name in a recipe."""
+
+
+def score_products(score: Score, patches: int, width: int, *, norms: bool) -> int:
+    """Multiplications in the matrix products of a view's scores.
+
+    Args:
+        score: The score's name.
+        patches: Patches of a view.
+        width: Width of the tower's hidden states.
+        norms: Whether attention has norms of its own, behind which nothing folds.
+    """
+    projection = width**2
+    keys = patches * projection if norms else projection  # folded: those of a single query
+    logits = patches * width
+    match score:
+        case "class_token":
+            return projection + keys + logits
+        case "mean_query":
+            return patches * projection + keys + logits
+        case "received":
+            return 2 * patches * projection + patches * logits
+    return 0
 
 
 def _logits(attention: Any, query: Tensor, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gc2ray.compression.geometry import LITERAL, NEWLINE, Geometry
 from gc2ray.compression.registry import COMPRESSORS, build
@@ -287,6 +288,27 @@ def test_scores_are_made_in_the_last_layer_from_its_input(
     side = round(family.tower.visual_tokens**0.5)
     wanted = in_blocks(SCORES[score](inputs)[..., None], side, merge).mean((2, 3))
     torch.testing.assert_close(thawed(found, score).run(pixels)[1], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_operations_of_the_tower_are_those_that_torch_counts(tiny: Any, name: str) -> None:
+    """Layers that run, scores, and the projector where all tokens go through it."""
+    found = tiny(name)
+    model, tower = found.loaded.model, found.loaded.adapter.shape.tower
+    before, vision = (
+        model.config._attn_implementation,
+        thawed(found, chosen_score(found.family, None)),
+    )
+    model.set_attn_implementation("eager")
+    try:
+        with FlopCounterMode(display=False) as counter:
+            vision.run(pixels_of(found))
+    finally:
+        model.set_attn_implementation(before)
+    behind = tower.projector(2 * tower.visual_tokens) if tower.projects_all else 0
+    assert counter.get_total_flops() == tower.needed(2) + behind
+    assert tower.score_products > 0
 
 
 PADDED = [

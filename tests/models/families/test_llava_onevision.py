@@ -344,22 +344,3 @@ def test_operations_are_those_that_torch_counts(tiny: Any, size: Size, several: 
     answer = AnswerTokens(views, projected=geometry.visual_tokens, prompt=length, output=1)
     stages = matmul_flops(loaded.adapter.shape, answer, ExecutionMode.EAGER)
     assert sum(stages.values()) == counter.get_total_flops()
-
-
-def test_operations_that_we_run_are_those_that_torch_counts(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tower and projector, unpacked; the last layer is run, as its output makes the features."""
-    family, vision = loaded.adapter.family, loaded.adapter._vision
-    thawed = type(vision)(loaded.model, family, "mean_distance")
-    tower = family.tower
-    assert (tower.run_layers, tower.layers, tower.class_token) == (3, 3, False)
-    before = loaded.model.config._attn_implementation
-    loaded.model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            thawed.run(torch.zeros(2, 3, SIDE, SIDE))
-    finally:
-        loaded.model.set_attn_implementation(before)
-    expected = tower.needed(2) + tower.projector(2 * TOKENS**2)
-    assert counter.get_total_flops() == expected

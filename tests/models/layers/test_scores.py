@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, InternVLVisionConfig, SiglipVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from gc2ray.core.config.compression import Score
 from gc2ray.core.config.generation import TakenOver
 from gc2ray.core.errors import ConfigError
 from gc2ray.models import loading
 from gc2ray.models.adapter import SCORE_DEVIATION, standardised
 from gc2ray.models.checkpoint.consistency import check_directory
 from gc2ray.models.image_processor import tile
-from gc2ray.models.layers.scores import SCORES, ScoreInputs
+from gc2ray.models.layers.scores import SCORES, ScoreInputs, score_products
 from tests.support.families import FAMILIES
 from tests.support.rows import picture
 
@@ -101,6 +104,18 @@ def test_received_is_softmaxed_attention_from_all_patches(tower: str) -> None:
     found = SCORES["received"](inputs)
     close(found, weights.mean((1, 2)))
     close(found.sum(1), torch.ones(VIEWS))
+
+
+@pytest.mark.parametrize(
+    ("score", "tower"), sorted({*product(SCORES, TOWERS)} - {("class_token", "siglip")})
+)
+@torch.inference_mode()
+def test_products_of_scores_are_those_that_torch_counts(score: Score, tower: str) -> None:
+    inputs = inputs_of(tower)
+    with FlopCounterMode(display=False) as counter:
+        SCORES[score](inputs)
+    products = score_products(score, PATCHES, WIDTH, norms=tower == "internvit-6b")
+    assert counter.get_total_flops() == 2 * VIEWS * products
 
 
 def test_mean_distance_is_minus_the_cosine_to_the_mean() -> None:
