@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, groupby
 
 import torch
 
@@ -218,16 +219,32 @@ class PromptBuilder:
     ) -> list[Views]:
         """What the tower makes of images.
 
-        Those of a single row go through it one after the other: a row of many images that share a
+        Those of a single row go through it in groups of as many views as it takes at once, or if
+        that is too much for the device one after the other: a row of many images that share a
         budget needs no more memory there than one image does.
         """
-        if len(units) > 1:
+        if len(units) > 1 or len(tiles) == 1:
             return self._adapter.encode(tiles, seeds)
-        return [
-            view
-            for one, seed in zip(tiles, seeds, strict=True)
-            for view in self._adapter.encode([one], [seed])
-        ]
+        try:
+            return self._grouped_views(tiles, seeds, self._adapter.tower_views)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        for image in units[0].images:
+            image.oom_splits += 1
+        return self._grouped_views(tiles, seeds, 1)
+
+    def _grouped_views(
+        self, tiles: Sequence[Tiles], seeds: Sequence[int], views: int
+    ) -> list[Views]:
+        """What the tower makes of images in groups that begin within so many views."""
+        before = accumulate((len(image.pixels) for image in tiles[:-1]), initial=0)
+        found: list[Views] = []
+        for _, group in groupby(
+            zip(before, tiles, seeds, strict=True), lambda image: image[0] // views
+        ):
+            _, some, their_seeds = zip(*group, strict=True)
+            found += self._adapter.encode(some, their_seeds)
+        return found
 
     def _share_budgets(
         self, units: Sequence[ImageUnit], views: Mapping[CachedImage, Views]

@@ -73,11 +73,18 @@ class ModelAdapter:
         """Optimise for inference; weights must not change afterwards."""
         self._vision.freeze()
 
+    @property
+    def tower_views(self) -> int:
+        """Views that go through the vision tower at once."""
+        return GPU_TOWER_VIEWS if self.device.type == "cuda" else CPU_TOWER_VIEWS
+
     def encode(self, tiles: Sequence[Tiles], seeds: Sequence[int]) -> list[Views]:
         """Run the vision tower over the views of several images; nothing is projected yet."""
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in tiles]))
-        at_once = GPU_TOWER_VIEWS if self.device.type == "cuda" else CPU_TOWER_VIEWS
-        parts = [self._vision.run(self._normalised(part)) for part in pixels.split(at_once)]  # type: ignore[no-untyped-call]  # torch's split is
+        parts = [
+            self._vision.run(self._normalised(part))
+            for part in pixels.split(self.tower_views)  # type: ignore[no-untyped-call]  # torch's is
+        ]
         counts = [len(image.pixels) for image in tiles]
         features = torch.split(torch.cat([part[0] for part in parts]), counts)
         scores = torch.split(torch.cat([part[1] for part in parts]), counts)

@@ -211,6 +211,20 @@ def test_a_row_of_one_budget_needs_no_more_memory_than_its_largest_image(
     assert [(a.token_ids, a.kept_per_view) for a in found] == [
         (a.token_ids, a.kept_per_view) for a in wanted
     ]
+    assert found[0].oom_splits > 1
+
+
+def test_images_of_a_single_row_fill_the_tower(loaded: LoadedModel) -> None:
+    """In groups that begin within the views that it takes at once."""
+    watched, adapter = with_adapter(loaded, tower_views=8)
+    rows = rows_of(tuple(map(ref, range(9))))
+    (found,) = answers_of(make_engine(watched, **SHARED), rows)
+    views = [len(kept) for kept in found.kept_per_view or ()]
+    starts = [sum(views[:index]) // 8 for index in range(9)]
+    assert adapter.batches == [starts.count(group) for group in sorted(set(starts))]
+    assert max(adapter.batches) > 1
+    (alone,) = answers_of(make_engine(with_adapter(loaded, tower_views=1)[0], **SHARED), rows)
+    assert (found.token_ids, found.kept_per_view) == (alone.token_ids, alone.kept_per_view)
 
 
 def test_what_fails_for_images_together_names_none_of_them(loaded: LoadedModel) -> None:
