@@ -107,8 +107,8 @@ def _pinpoints(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _even_pinpoints(checkpoint: Checkpoint) -> Iterator[str]:
-    """The canvases of OneVision, which are cut into whole views."""
+def _whole_views(checkpoint: Checkpoint) -> Iterator[str]:
+    """Canvases are cut into whole views."""
     side = number(checkpoint.vision.get("image_size"))
     pinpoints = checkpoint.config.get("image_grid_pinpoints") or ()
     odd = [edges for edges in pinpoints if side and any(edge % side for edge in edges)]
@@ -236,14 +236,14 @@ FAMILY_RULES: Mapping[str, FamilyRules] = MappingProxyType({
         view_edges=(("size", SQUARE), ("crop_size", SQUARE)),
         done_steps=CUT_STEPS | {"do_pad"},
         idle_steps=frozenset({"do_center_crop"}),  # a view already has the size
-        checks=(_pinpoints,),
+        checks=(_pinpoints, _whole_views),
     ),
     "llava_onevision": FamilyRules(
         image_processors=("LlavaOnevisionImageProcessor",),
         towers={"siglip_vision_model": "full"},
         view_edges=(("size", SQUARE), ("crop_size", SQUARE)),
         idle_steps=frozenset({"do_center_crop", "do_pad"}),  # padded are batches, not images
-        checks=(_pinpoints, _even_pinpoints, _aspect_ratio, _canvas_tokens),
+        checks=(_pinpoints, _whole_views, _aspect_ratio, _canvas_tokens),
     ),
     "internvl": FamilyRules(
         image_processors=("GotOcr2ImageProcessor",),

@@ -165,6 +165,13 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edited(CONFIG, image_grid_pinpoints=[[84, 168]]),
         r"are \[\[84, 168\]\] in config\.json, and \[\[84, 168\], \[84, 252\], .* in the image",
     ),
+    "uneven pinpoints": (
+        all_of(
+            edited(CONFIG, image_grid_pinpoints=[[84, 168], [100, 100]]),
+            edited(*IMAGES, image_grid_pinpoints=[[84, 168], [100, 100]]),
+        ),
+        r"has \[100, 100\], which cannot be cut into views of 84 pixels",
+    ),
     "no pinpoints": (edited(CONFIG, image_grid_pinpoints=[]), r"of config\.json is \[\], and"),
     "odd pinpoints": (edited(*IMAGES, image_grid_pinpoints="x"), 'of the image processor is "x"'),
     "flat pinpoints": (edited(*IMAGES, image_grid_pinpoints=[[0, 84]]), r"is \[\[0, 84\]\], and"),
