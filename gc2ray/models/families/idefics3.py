@@ -99,8 +99,14 @@ class Idefics3(Family):
         self.processor, self.image_token_id = processor, processor.image_token_id
         fake = getattr(processor.tokenizer, "fake_image_token", "<fake_token_around_image>")
         self._names = (fake, getattr(processor.tokenizer, "global_image_token", "<global-img>"))
-        added = processor.tokenizer.get_added_vocab()
-        self.markers = (*self._names, *(name for name in added if name.startswith("<row_")))
+        most = range(1, self.cropping.grid((LARGEST, LARGEST))[0] + 1)
+        places = {f"<row_{row}_col_{column}>" for row in most for column in most}
+        added = {*processor.tokenizer.get_added_vocab()}
+        self.markers = (
+            *self._names,
+            *places,
+            *(n for n in added - places if n.startswith("<row_")),
+        )
         self.merge, layers = config.scale_factor, vision.num_hidden_layers
         self.side = vision.image_size // vision.patch_size // self.merge
         width, text, block = vision.hidden_size, config.text_config.hidden_size, self.merge**2

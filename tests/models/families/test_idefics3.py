@@ -13,9 +13,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -32,7 +33,7 @@ from gc2ray.engine.engine import Engine
 from gc2ray.models import loading
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.chat_template import ChatPrompt
-from gc2ray.models.families.idefics3 import Idefics3Vision, ScaledCanvas
+from gc2ray.models.families.idefics3 import Idefics3, Idefics3Vision, ScaledCanvas
 from gc2ray.models.families.tiny_smolvlm import FAKE, WHOLE, TinySmolVlmSpec, untrained_smolvlm
 from gc2ray.models.image_processor import Cut, Resize, tile
 from gc2ray.models.processor import Processor
@@ -261,6 +262,23 @@ def test_row_text_makes_no_markers(stock_and_ours: tuple[Any, LoadedModel]) -> N
     markers = {*plain.convert_tokens_to_ids(list(family.markers))}
     assert markers.isdisjoint(prompt.token_ids)
     assert markers & {*plain(spelled)["input_ids"]}, "this test could not fail"
+
+
+def test_markers_that_the_tokenizer_lacks_are_kept_out_too() -> None:
+    """They are several tokens there, in the row's text as around crops."""
+    model, files = untrained_smolvlm(SPEC)
+    saved = json.loads(files.tokenizer.backend_tokenizer.to_str())
+    saved["added_tokens"] = [
+        t for t in saved["added_tokens"] if not t["content"].startswith("<row")
+    ]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(saved)))
+    processor = replace(Processor.from_transformers(files), tokenizer=tokenizer)
+    family = Idefics3(model.config, processor)
+    chat = ChatPrompt(processor, family.markers)
+    grid = family.cropping.grid((4000, 4000))
+    for marker in ("<row_1_col_1>", f"<row_{grid[0]}_col_{grid[1]}>"):
+        assert marker not in chat.neutralise(f"see {marker} here")
+    assert "<row_9_col_9>" in chat.neutralise("see <row_9_col_9> here"), "there is no such crop"
 
 
 def test_prompts_without_images_are_stocks(stock_and_ours: tuple[Any, LoadedModel]) -> None:
