@@ -32,7 +32,6 @@ from gc2ray.engine.decoding.decoder import overflow
 from gc2ray.engine.image_cache import CachedImage, ImageCache, ImageUnit, image_keys
 from gc2ray.engine.request_state import RequestState, run_isolated, share_time
 from gc2ray.models.adapter import ModelAdapter
-from gc2ray.models.base import Prompt
 from gc2ray.models.chat_template import ChatPrompt
 from gc2ray.models.image_processor import Cropping, Tiles, tile
 
@@ -144,6 +143,7 @@ class PromptBuilder:
                 for cached_image in row.cached_images:
                     cached_image.decoded.wait()
                 self._take_failures(row)
+            run_isolated([row for row in rows if row.failure is None], self._tokenise)
             readable = [row for row in rows if row.failure is None]
             payers = _payers(readable)
             run_isolated(self._units(readable), lambda units: self._encode(units, payers))
@@ -154,6 +154,23 @@ class PromptBuilder:
             run_isolated([row for row in rows if row.failure is None], self._embed)
             self._now()  # the results are complete before another stream reads them
         return rows
+
+    def _tokenise(self, rows: Sequence[RequestState]) -> None:
+        """Token ids of prompts; what is too long whatever is kept fails before its images cost."""
+        for row in rows:
+            images, policy = row.cached_images, self._policies[row.request.policy]
+            row.token_ids = self._chat.encode(row.request.prompts[0], len(images))
+            least = len(row.token_ids) - len(images)
+            if not policy.shares_budget:
+                least += sum(self._least_tokens(image, policy) for image in images)
+            if least + self._generation.max_new_tokens > self._adapter.max_positions:
+                row.failure = self._too_long(f"at least {least} prompt tokens")
+
+    def _least_tokens(self, image: CachedImage, policy: CompressionPolicy) -> int:
+        if image.tiles is None:
+            return image.packed_tokens
+        geometry = self._adapter.family.geometry(image.tiles.size, alone=image.tiles.alone)
+        return policy.compressor.bounds(geometry)[0]
 
     def _units(self, rows: Sequence[RequestState]) -> list[ImageUnit]:
         """The images of rows that are still to be encoded, each once, with those they belong to."""
@@ -284,11 +301,13 @@ class PromptBuilder:
             packed = [image.packed for image in row.cached_images if image.packed is not None]
             if len(packed) != len(row.cached_images):
                 raise RuntimeError(f"{row.request.row_key} lacks an image")
-            row.token_ids = self._chat.encode(row.request.prompts[0], len(packed))
             positions = [image.positions for image in row.cached_images]
             prompt = self._adapter.embed(row.token_ids, packed, positions)
-            row.failure = self._too_long(prompt)
-            if row.failure is None:
+            stop = len(prompt) if prompt.positions is None else int(prompt.positions.max()) + 1
+            if stop + self._generation.max_new_tokens > self._adapter.max_positions:
+                placed = "" if stop == len(prompt) else f" at positions up to {stop - 1}"
+                row.failure = self._too_long(f"{len(prompt)} prompt tokens{placed}")
+            else:
                 key, images = _prefix(row, self._adapter.family.image_token_id)
                 row.prefix_images = images
                 row.prompt = replace(
@@ -299,15 +318,9 @@ class PromptBuilder:
                     marker_ids=tuple({i for image in row.cached_images for i in image.marker_ids}),
                 )
 
-    def _too_long(self, prompt: Prompt) -> BadRow | None:
+    def _too_long(self, prompt: str) -> BadRow:
         new, limit = self._generation.max_new_tokens, self._adapter.max_positions
-        positions = prompt.positions
-        stop = len(prompt) if positions is None else int(positions.max()) + 1
-        if stop + new <= limit:
-            return None
-        placed = "" if positions is None else f" at positions up to {stop - 1}"
-        message = f"{len(prompt)} prompt tokens{placed} and {new} new ones"
-        message += f"; the model reads at most {limit}"
+        message = f"{prompt} and {new} new ones; the model reads at most {limit}"
         return BadRow(Status.TOO_LONG, message)
 
     def _own_stream(self) -> torch.cuda.Stream | None:

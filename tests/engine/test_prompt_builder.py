@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -128,6 +130,34 @@ def test_a_prompt_that_is_too_long_fails_alone(loaded: LoadedModel) -> None:
     assert answers[1].error == (
         f"{lengths[1]} prompt tokens and {NEW_TOKENS} new ones; the model reads at most {limit}"
     )
+
+
+def test_what_is_too_long_whatever_is_kept_costs_no_tower_and_no_embeddings(
+    loaded: LoadedModel,
+) -> None:
+    """Nor the image that another row shows, too."""
+    rows = [
+        request((480, 640), 0),
+        replace(request((480, 640), 0), row=1, prompts=("word " * 3000,)),
+    ]
+    (length,) = [len(prompt) for prompt in make_engine(loaded).prompts(rows[:1])]
+    embedded: list[int] = []
+
+    def embed(token_ids: Any, *others: Any) -> Any:
+        embedded.append(len(token_ids))
+        return loaded.adapter.embed(token_ids, *others)
+
+    small, adapter = with_adapter(loaded, max_positions=length + NEW_TOKENS, embed=embed)
+    answers = answers_of(make_engine(small), rows)
+    assert [answer.status for answer in answers] == [Status.OK, Status.TOO_LONG]
+    assert re.fullmatch(
+        rf"at least \d+ prompt tokens and {NEW_TOKENS} new ones; the model reads at most \d+",
+        answers[1].error or "",
+    )
+    assert sum(adapter.batches) == len(embedded) == 1
+    small, adapter = with_adapter(loaded, max_positions=NEW_TOKENS + 100, embed=embed)
+    (answer,) = answers_of(make_engine(small, compression__retention=1.0), rows[:1])
+    assert (answer.status, adapter.batches) == (Status.TOO_LONG, [])
 
 
 @pytest.mark.parametrize("newlines", ["all", "none"])
