@@ -141,7 +141,10 @@ def _described(
     config = load_config(path, revision)
     processor = load_processor(path, revision)
     checkpoint = _filled(checkpoint, config, processor)
-    check_checkpoint(checkpoint, taken_over)
+    try:
+        check_checkpoint(checkpoint, taken_over)
+    except ConfigError as error:  # not from the files alone, which were checked above
+        raise ConfigError(f"{error}; what a file leaves out is transformers' default") from None
     _check_prompts(checkpoint, processor)
     return checkpoint, config, processor
 

@@ -304,12 +304,30 @@ def test_a_consistent_model_is_accepted(model: Path, change: Change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edited(CONFIG, image_token_index=None), r"is 32000 in config\.json .*, and 3 in the"),
-        (edited(CONFIG, image_grid_pinpoints=None), r"are \[\[336, 672\], .* in config\.json, and"),
-        (edited(*VISION, image_size=None), r"views of 84 pixels \(size\).* takes 224"),
-        (edited(*VISION, patch_size=None), "patch_size is 14 in the processor, and 32 in config"),
-        (edited(*TEXT, vocab_size=None), r"rows in the weights, and 32000 in config\.json"),
-        (edited(*IMAGES, size=None), r"views of 224 pixels \(size\).*takes 84"),
+        (
+            edited(CONFIG, image_token_index=None),
+            r"is 32000 in config\.json .*, and 3 in the.*what a file leaves out",
+        ),
+        (
+            edited(CONFIG, image_grid_pinpoints=None),
+            r"are \[\[336, 672\], .* in config\.json, and.*what a file leaves out",
+        ),
+        (
+            edited(*VISION, image_size=None),
+            r"views of 84 pixels \(size\).* takes 224.*what a file leaves out",
+        ),
+        (
+            edited(*VISION, patch_size=None),
+            "patch_size is 14 in the processor, and 32 in config.*what a file leaves out",
+        ),
+        (
+            edited(*TEXT, vocab_size=None),
+            r"rows in the weights, and 32000 in config\.json.*what a file leaves out",
+        ),
+        (
+            edited(*IMAGES, size=None),
+            r"views of 224 pixels \(size\).*takes 84.*what a file leaves out",
+        ),
         (
             holding("chat_template.jinja", b"{{ messages[0]['role'] }}: {{ 'hello' }}"),
             r"makes 0 image tokens \(<image>, 3\) of one image",
