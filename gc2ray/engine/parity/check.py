@@ -65,6 +65,8 @@ NEW_TOKENS = 32
 """Longest answer that is compared with stock's."""
 STOCK_PROMPTS, STOCK_BYTES = 8, 1 << 30
 """Prompts that stock answers; fewer where their logits take more memory than this."""
+STOCK_CANVAS = 1 << 27
+"""Most pixels of a canvas that stock may lay an image on: 400 MB for each of its copies."""
 
 
 def check_parity(job: Job, rows: int) -> Parity:
@@ -147,6 +149,11 @@ def _run_stock(recipe: Recipe, directory: Path, requests: Sequence[Request]) -> 
                         images = [decode(read_bytes(ref, policy), policy) for ref in request.images]
                 except BadRow:
                     continue  # our engine reports it, too
+                if (pixels := model.largest_canvas(images)) > STOCK_CANVAS:
+                    left_out[key] = (
+                        f"{key}: stock transformers would pad an image to {pixels} pixels"
+                    )
+                    continue
                 answers[key] = model.answer(images, text)
                 sizes[key] = [(image.height, image.width) for image in images]
                 logit_bytes += answers[key].logits.nbytes

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +31,8 @@ from gc2ray.models.flops import AnswerTokens, ExecutionMode, matmul_flops
 from gc2ray.models.image_processor import STRIP_PIXELS, Cropping, Tiles, tile
 from gc2ray.models.registry import adapter_of
 from tests.support import tiny_onevision
+from tests.support.parity import checked
+from tests.support.rows import encoded as png
 from tests.support.rows import picture
 from tests.support.tiny_onevision import SIDE, SIZES, TOKENS
 
@@ -344,3 +349,20 @@ def test_operations_are_those_that_torch_counts(tiny: Any, size: Size, several: 
     answer = AnswerTokens(views, projected=geometry.visual_tokens, prompt=length, output=1)
     stages = matmul_flops(loaded.adapter.shape, answer, ExecutionMode.EAGER)
     assert sum(stages.values()) == counter.get_total_flops()
+
+
+def test_check_leaves_out_images_that_stock_would_pad_to_too_much(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here they are scaled where they show; a line of a million pixels is a square of 3 TB."""
+    monkeypatch.setattr("gc2ray.engine.parity.check.STOCK_CANVAS", 300 * 300)
+    line, small = ({"bytes": png(picture(size)), "path": None} for size in ((301, 2), (60, 90)))
+    rows = [[line, small], [small, small], [line]]
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    source, model = tmp_path / "rows.parquet", Path(loaded.model.config._name_or_path)
+    pq.write_table(pa.table({"image": pa.array(rows, kind), "prompt": ["Why?"] * 3}), source)
+    found = checked(model, source)
+    assert found.passed
+    assert (found.prompts, found.stock.prompts) == (3, 2)
+    (left_out,) = found.left_out
+    assert left_out.endswith(f"#0: stock transformers would pad an image to {301 * 301} pixels")
