@@ -20,6 +20,7 @@ from itertools import accumulate, groupby
 import torch
 
 from gc2ray.compression.policy import CompressionPolicy
+from gc2ray.compression.registry import COMPRESSORS
 from gc2ray.compression.selection import OriginalPositions, Selection
 from gc2ray.compression.views import Views
 from gc2ray.core.config.input import ImageLimits
@@ -156,7 +157,7 @@ class PromptBuilder:
         return rows
 
     def _tokenise(self, rows: Sequence[RequestState]) -> None:
-        """Token ids of prompts; what is too long whatever is kept fails before its images cost."""
+        """Token ids of prompts; what is too long whatever is kept fails before encoding."""
         for row in rows:
             images, policy = row.cached_images, self._policies[row.request.policy]
             row.token_ids = self._chat.encode(row.request.prompts[0], len(images))
@@ -169,6 +170,8 @@ class PromptBuilder:
     def _least_tokens(self, image: CachedImage, policy: CompressionPolicy) -> int:
         if image.tiles is None:
             return image.packed_tokens
+        if type(policy.compressor) not in COMPRESSORS.values():
+            return 0  # one of the user's own need not keep what it says
         geometry = self._adapter.family.geometry(image.tiles.size, alone=image.tiles.alone)
         return policy.compressor.bounds(geometry)[0]
 
@@ -236,24 +239,23 @@ class PromptBuilder:
     ) -> list[Views]:
         """What the tower makes of images.
 
-        Those of a single row go through it in groups of as many views as it takes at once, or if
-        that is too much for the device one after the other: a row of many images that share a
-        budget needs no more memory there than one image does.
+        Those of a single row go through it in groups of about as many views as it takes at once;
+        where the device has not enough memory for that, one after the other, so that a row of many
+        images that share a budget needs no more there than one image does.
         """
         if len(units) > 1 or len(tiles) == 1:
             return self._adapter.encode(tiles, seeds)
         try:
             return self._grouped_views(tiles, seeds, self._adapter.tower_views)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        for image in units[0].images:
-            image.oom_splits += 1
+            units[0].pending[0].oom_splits += 1
+        torch.cuda.empty_cache()
         return self._grouped_views(tiles, seeds, 1)
 
     def _grouped_views(
         self, tiles: Sequence[Tiles], seeds: Sequence[int], views: int
     ) -> list[Views]:
-        """What the tower makes of images in groups that begin within so many views."""
+        """What the tower makes of images in groups; one begins at every multiple of `views`."""
         before = accumulate((len(image.pixels) for image in tiles[:-1]), initial=0)
         found: list[Views] = []
         for _, group in groupby(
@@ -318,9 +320,9 @@ class PromptBuilder:
                     marker_ids=tuple({i for image in row.cached_images for i in image.marker_ids}),
                 )
 
-    def _too_long(self, prompt: str) -> BadRow:
+    def _too_long(self, length: str) -> BadRow:
         new, limit = self._generation.max_new_tokens, self._adapter.max_positions
-        message = f"{prompt} and {new} new ones; the model reads at most {limit}"
+        message = f"{length} and {new} new ones; the model reads at most {limit}"
         return BadRow(Status.TOO_LONG, message)
 
     def _own_stream(self) -> torch.cuda.Stream | None:

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from tests.support.engines import (
 )
 from tests.support.greedy import plain_greedy
 from tests.support.images import POLICY, anyres, refusal_message
+from tests.support.methods import SOURCE, write_method
 from tests.support.rows import SIZES, encoded, make_recipe, request, requests
 
 
@@ -158,6 +160,26 @@ def test_what_is_too_long_whatever_is_kept_costs_no_tower_and_no_embeddings(
     small, adapter = with_adapter(loaded, max_positions=NEW_TOKENS + 100, embed=embed)
     (answer,) = answers_of(make_engine(small, compression__retention=1.0), rows[:1])
     assert (answer.status, adapter.batches) == (Status.TOO_LONG, [])
+
+
+def test_a_row_that_fits_is_answered_whatever_an_own_method_says_it_keeps(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bounds` of one that keeps a token a view says that it keeps its share."""
+    source = SOURCE + (
+        "\n    def keep(self, batch):\n"
+        "        kept = super().keep(batch)\n"
+        "        return kept & (kept.cumsum(1) == 1)\n"
+    )
+    write_method(tmp_path, "sparing", source)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"compression__method": "sparing:Own", "compression__allow_code": True}
+    rows = [request((480, 640), 0)]
+    (prompt,) = make_engine(loaded, **own).prompts(rows)
+    assert len(prompt) < len(make_engine(loaded).prompts(rows)[0])
+    small, _ = with_adapter(loaded, max_positions=len(prompt) + NEW_TOKENS)
+    (answer,) = answers_of(make_engine(small, **own), rows)
+    assert (answer.status, answer.error) == (Status.OK, None)
 
 
 @pytest.mark.parametrize("newlines", ["all", "none"])
