@@ -198,10 +198,12 @@ def _padded(image: Image.Image, pad: Pad) -> Image.Image:
 def _padded_and_scaled(
     image: Image.Image, pad: Pad, size: Resize, resample: Image.Resampling
 ) -> Image.Image:
-    """What Pillow makes of the padded image, which may be too large: one line's square is.
+    """What Pillow makes of the padded image, which may be too large: the square of a line is.
 
-    The bytes are those of one call, as Pillow scales along rows first, each row by itself.
+    The bytes are those of one call: Pillow scales squares along rows first, each row by itself.
     """
+    if pad.height != pad.width or size.height != size.width:
+        return _padded(image, pad).resize((size.width, size.height), resample)
     if pad.height * pad.width >= MOSTLY_PADDING * image.height * image.width:
         return _scaled_where_it_shows(image, pad, size, resample)
     above = (pad.height - image.height) // 2
@@ -217,24 +219,32 @@ def _padded_and_scaled(
 def _scaled_where_it_shows(
     image: Image.Image, pad: Pad, size: Resize, resample: Image.Resampling
 ) -> Image.Image:
-    """The same bytes, without those of padding alone."""
-    fill = np.array(pad.fill, dtype=np.float64)
-    canvas = np.full((size.height, size.width, 3), pad.fill, dtype=np.uint8)
+    """The same bytes; of pixels that show padding alone only the colour is computed."""
     kernels = list(_kernels(pad.width, size.width, resample))
-    columns, shown = _scaled(np.asarray(image).transpose(1, 0, 2), pad.width, kernels, fill)
-    kernels = list(_kernels(pad.height, size.height, resample))
-    rows, shown = _scaled(shown.transpose(1, 0, 2), pad.height, kernels, fill)
+    sums = np.array([weights.sum() for _, weights in kernels])
+    fill = np.array([pad.fill], dtype=np.float64)
+    padding = _rounded(sums[:, None] * fill)  # of each column; all rows are alike
+    canvas = _rounded(sums[:, None, None] * padding)
+    pixels = np.asarray(image).transpose(1, 0, 2)
+    columns, shown = _scaled(pixels, pad.width, kernels, fill)
+    rows, shown = _scaled(shown.transpose(1, 0, 2), pad.height, kernels, padding[columns])
     canvas[rows, columns] = shown
-    return Image.fromarray(canvas)
+    return Image.fromarray(canvas.astype(np.uint8))
 
 
 def _scaled(
     lines: np.ndarray, length: int, kernels: Sequence[tuple[int, np.ndarray]], fill: np.ndarray
 ) -> tuple[slice, np.ndarray]:
-    """Lines in the middle of `length`, the others `fill`, scaled to as many as there are kernels.
+    """Lines in the middle of padding, scaled; sums are whole numbers below 2**53, and so exact.
 
-    Of the scaled lines those that show any of the given ones, (count, N, 3), and which they are.
-    Sums of weights and bytes are whole numbers below 2**53: float64 is exact in any order.
+    Args:
+        lines: Bytes, (count, N, 3).
+        length: How many lines there are with the padding before and behind.
+        kernels: Of each scaled line.
+        fill: A line of the padding, (N or 1, 3).
+
+    Returns:
+        Which scaled lines show any of the given ones, and these, (count, N, 3).
     """
     start = (length - len(lines)) // 2
     end = start + len(lines)
@@ -245,15 +255,22 @@ def _scaled(
     ]
     scaled = np.empty((len(near), *lines.shape[1:]), dtype=np.uint8)
     width = max(1, STRIP_NUMBERS // (3 * len(lines)))
+    fill = np.broadcast_to(fill, lines.shape[1:])
     for left in range(0, lines.shape[1], width):
-        strip = lines[:, left : left + width].astype(np.float64, order="C") - fill
+        part = slice(left, left + width)
+        strip = lines[:, part].astype(np.float64, order="C") - fill[part]
         for line, (first, weights) in zip(scaled, (kernels[at] for at in near), strict=True):
             low, high = max(first, start), min(first + len(weights), end)
             inside = weights[low - first : high - first]
             total = np.tensordot(inside, strip[low - start : high - start], 1)
-            total += weights.sum() * fill + (1 << WEIGHT_BITS - 1)
-            line[left : left + width] = np.clip(np.floor(total / (1 << WEIGHT_BITS)), 0, 255)
+            line[part] = _rounded(total + weights.sum() * fill[part])
     return slice(min(near, default=0), max(near, default=-1) + 1), scaled
+
+
+def _rounded(sums: np.ndarray) -> np.ndarray:
+    """Weighted sums of bytes as bytes, still float64."""
+    half = 1 << (WEIGHT_BITS - 1)
+    return np.clip(np.floor((sums + half) / (1 << WEIGHT_BITS)), 0, 255)
 
 
 def _kernels(

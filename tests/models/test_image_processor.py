@@ -18,7 +18,14 @@ from gc2ray.data.image_decoding import MAX_SIDE, decode
 from gc2ray.engine.prompt_builder import load_tiles
 from gc2ray.models.adapter import pixel_table
 from gc2ray.models.families.llava_onevision import SquareOrAnyRes
-from gc2ray.models.image_processor import AnyRes, Tiles, tile
+from gc2ray.models.image_processor import (
+    AnyRes,
+    Pad,
+    Resize,
+    Tiles,
+    _padded_and_scaled,
+    tile,
+)
 from tests.support.images import PINPOINTS, POLICY, anyres, gradient, processor
 from tests.support.rows import encoded
 
@@ -140,3 +147,27 @@ def test_the_square_of_a_line_is_computed_where_it_shows(size):
     assert (shown == shown[:, :1]).all()  # the same all along the line
     assert (shown[:190] == (127, 102, 0)).all()
     assert (shown[194:] == (127, 102, 0)).all()
+
+
+def test_padding_has_the_colour_that_its_weights_make_of_it():
+    """They do not add up to one exactly, where a pixel is made of many."""
+    length, side, fill = 1_000_003, 28, (122, 116, 255)
+    pad, size = Pad(length, length, fill), Resize(side, side)
+    image = Image.fromarray(np.zeros((1, length, 3), dtype=np.uint8))
+    found = np.asarray(_padded_and_scaled(image, pad, size, Image.Resampling.BOX))
+    line = Image.new("RGB", (length, 1), fill).resize((side, 1), Image.Resampling.BOX)
+    column = line.getpixel((0, 0))
+    above = Image.new("RGB", (1, length), column).resize((1, side), Image.Resampling.BOX)
+    assert tuple(found[0, 0]) == above.getpixel((0, 0)) != fill
+
+
+@pytest.mark.parametrize(("padded", "scaled"), [((51, 51), (33, 14)), ((299, 682), (38, 38))])
+def test_other_than_squares_are_padded_whole(padded, scaled):
+    """Pillow may scale them along columns first."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 3, 3), dtype=np.uint8)
+    image, pad, size = Image.fromarray(noise), Pad(*padded, (127, 102, 0)), Resize(*scaled)
+    canvas = Image.new("RGB", padded[::-1], pad.fill)
+    canvas.paste(image, ((padded[1] - 3) // 2, (padded[0] - 40) // 2))
+    wanted = canvas.resize(scaled[::-1], Image.Resampling.BICUBIC)
+    found = _padded_and_scaled(image, pad, size, Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(found), np.asarray(wanted))

@@ -111,7 +111,7 @@ def _whole_views(checkpoint: Checkpoint) -> Iterator[str]:
     """Canvases are cut into whole views."""
     side = number(checkpoint.vision.get("image_size"))
     pinpoints = checkpoint.config.get("image_grid_pinpoints") or ()
-    odd = [edges for edges in pinpoints if side and any(edge % side for edge in edges)]
+    odd = [edges for edges in pinpoints if side and any(int(edge) % side for edge in edges)]
     if odd:
         yield (
             f"image_grid_pinpoints in config.json has {as_json(odd[0])}, which cannot be cut into "
