@@ -164,8 +164,7 @@ class PromptBuilder:
             least = len(row.token_ids) - len(images)
             if not policy.shares_budget:
                 least += sum(self._least_tokens(image, policy) for image in images)
-            if least + self._generation.max_new_tokens > self._adapter.max_positions:
-                row.failure = self._too_long(f"at least {least} prompt tokens")
+            row.failure = self._too_long(least, f"at least {least} prompt tokens")
 
     def _least_tokens(self, image: CachedImage, policy: CompressionPolicy) -> int:
         if image.tiles is None:
@@ -306,10 +305,9 @@ class PromptBuilder:
             positions = [image.positions for image in row.cached_images]
             prompt = self._adapter.embed(row.token_ids, packed, positions)
             stop = len(prompt) if prompt.positions is None else int(prompt.positions.max()) + 1
-            if stop + self._generation.max_new_tokens > self._adapter.max_positions:
-                placed = "" if stop == len(prompt) else f" at positions up to {stop - 1}"
-                row.failure = self._too_long(f"{len(prompt)} prompt tokens{placed}")
-            else:
+            placed = "" if stop == len(prompt) else f" at positions up to {stop - 1}"
+            row.failure = self._too_long(stop, f"{len(prompt)} prompt tokens{placed}")
+            if row.failure is None:
                 key, images = _prefix(row, self._adapter.family.image_token_id)
                 row.prefix_images = images
                 row.prompt = replace(
@@ -320,8 +318,11 @@ class PromptBuilder:
                     marker_ids=tuple({i for image in row.cached_images for i in image.marker_ids}),
                 )
 
-    def _too_long(self, length: str) -> BadRow:
+    def _too_long(self, stop: int, length: str) -> BadRow | None:
+        """The failure of a prompt that leaves no room for an answer from position `stop` on."""
         new, limit = self._generation.max_new_tokens, self._adapter.max_positions
+        if stop + new <= limit:
+            return None
         message = f"{length} and {new} new ones; the model reads at most {limit}"
         return BadRow(Status.TOO_LONG, message)
 
