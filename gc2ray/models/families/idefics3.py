@@ -100,13 +100,9 @@ class Idefics3(Family):
         fake = getattr(processor.tokenizer, "fake_image_token", "<fake_token_around_image>")
         self._names = (fake, getattr(processor.tokenizer, "global_image_token", "<global-img>"))
         most = range(1, self.cropping.grid((LARGEST, LARGEST))[0] + 1)
-        places = {f"<row_{row}_col_{column}>" for row in most for column in most}
-        added = {*processor.tokenizer.get_added_vocab()}
-        self.markers = (
-            *self._names,
-            *places,
-            *(n for n in added - places if n.startswith("<row_")),
-        )
+        places = [f"<row_{row}_col_{column}>" for row in most for column in most]
+        added = [n for n in processor.tokenizer.get_added_vocab() if n.startswith("<row_")]
+        self.markers = tuple(dict.fromkeys((*self._names, *places, *added)))
         self.merge, layers = config.scale_factor, vision.num_hidden_layers
         self.side = vision.image_size // vision.patch_size // self.merge
         width, text, block = vision.hidden_size, config.text_config.hidden_size, self.merge**2
