@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from gc2ray.core.config.generation import RULES
 from gc2ray.core.errors import first_line
 from gc2ray.models.adapter import LoadedModel
 from gc2ray.models.base import Family
-from gc2ray.models.image_processor import Pad
 from gc2ray.models.loading import free_device_memory, load_config, without_load_report
 from gc2ray.models.processor import Processor, load_processor, processor_settings
 from gc2ray.models.registry import family_of
@@ -215,12 +213,6 @@ class StockModel:
         special = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
         return next((token for token in special if token.strip() and token.strip() in text), None)
 
-    def largest_canvas(self, images: Sequence[Image.Image]) -> int:
-        """Pixels of the largest canvas on which stock lays one of a prompt's images; 0: on none."""
-        if not isinstance(self._expand, ExpandedInputs):
-            return 0
-        return self._expand.largest_canvas([(image.height, image.width) for image in images])
-
     @torch.inference_mode()
     def answer(self, images: Sequence[Image.Image], text: str) -> StockAnswer:
         """The greedy answer to one prompt about images, or about none, and its logits.
@@ -291,12 +283,6 @@ class ExpandedInputs:
             )
             inputs |= {name: value for name, value in pixels.items() if name in self._takes}
         return BatchFeature(inputs)
-
-    def largest_canvas(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """See `StockModel.largest_canvas`."""
-        cropping, alone = self._family.cropping, len(sizes) == 1
-        steps = chain.from_iterable(cropping.cut(size, alone=alone).steps for size in sizes)
-        return max((step.height * step.width for step in steps if isinstance(step, Pad)), default=0)
 
     def expanded(self, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Token ids with each placeholder replaced by what stands for its image, of a size."""

@@ -95,6 +95,12 @@ class Cut:
         return self.grid[0] * self.grid[1]
 
     @property
+    def padded_pixels(self) -> int:
+        """Pixels of the largest image that it is padded to; 0: to none."""
+        pads = (step.height * step.width for step in self.steps if isinstance(step, Pad))
+        return max(pads, default=0)
+
+    @property
     def views(self) -> int:
         """Crops and thumbnail."""
         return self.crops + (self.thumbnail is not None)

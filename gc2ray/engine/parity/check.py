@@ -56,6 +56,7 @@ from gc2ray.models.hf_reference import (
     StockSettings,
     expanded_ids,
 )
+from gc2ray.models.image_processor import Cropping
 
 STEPS = 2
 """Most steps of a half precision dtype between two logits where answers first differ."""
@@ -66,7 +67,7 @@ NEW_TOKENS = 32
 STOCK_PROMPTS, STOCK_BYTES = 8, 1 << 30
 """Prompts that stock answers; fewer where their logits take more memory than this."""
 STOCK_CANVAS = 1 << 27
-"""Most pixels of a canvas that stock may lay an image on: 400 MB for each of its copies."""
+"""Most pixels that stock may pad an image to: 400 MB for each of its copies."""
 
 
 def check_parity(job: Job, rows: int) -> Parity:
@@ -79,8 +80,10 @@ def check_parity(job: Job, rows: int) -> Parity:
     recipe, requests = job.recipe, _first_requests(job, rows)
     directory, taken_over = fetch_model(recipe.model).directory, recipe.taken_over()
     # Before stock, which accepts checkpoints that gc2ray refuses.
-    loading.load_metadata(str(directory), dtype=recipe.model.dtype, taken_over=taken_over)
-    stock = _run_stock(recipe, directory, requests)
+    metadata = loading.load_metadata(
+        str(directory), dtype=recipe.model.dtype, taken_over=taken_over
+    )
+    stock = _run_stock(recipe, directory, requests, metadata.family.cropping)
     loaded = load_recipe_model(job.recipe, job.cluster)
     ours = _Comparison(job, loaded, stock)
     ours.compare_with_stock(requests)
@@ -126,7 +129,9 @@ class _StockAnswers:
     error: str | None = None
 
 
-def _run_stock(recipe: Recipe, directory: Path, requests: Sequence[Request]) -> _StockAnswers:
+def _run_stock(
+    recipe: Recipe, directory: Path, requests: Sequence[Request], cropping: Cropping
+) -> _StockAnswers:
     """Load the checkpoint in stock transformers, answer the first prompts, and free it."""
     answers: dict[str, StockAnswer] = {}
     sizes: dict[str, list[tuple[int, int]]] = {}
@@ -149,13 +154,15 @@ def _run_stock(recipe: Recipe, directory: Path, requests: Sequence[Request]) -> 
                         images = [decode(read_bytes(ref, policy), policy) for ref in request.images]
                 except BadRow:
                     continue  # our engine reports it, too
-                if (pixels := model.largest_canvas(images)) > STOCK_CANVAS:
+                shown, alone = [(image.height, image.width) for image in images], len(images) == 1
+                cuts = [cropping.cut(size, alone=alone) for size in shown]
+                if (pixels := max((cut.padded_pixels for cut in cuts), default=0)) > STOCK_CANVAS:
                     left_out[key] = (
                         f"{key}: stock transformers would pad an image to {pixels} pixels"
                     )
                     continue
                 answers[key] = model.answer(images, text)
-                sizes[key] = [(image.height, image.width) for image in images]
+                sizes[key] = shown
                 logit_bytes += answers[key].logits.nbytes
             return _StockAnswers(answers, sizes, model.end_tokens, left_out, expands=model.expands)
     except StockFailed as error:
