@@ -431,6 +431,7 @@ def test_operations_are_those_that_torch_counts(spec: TinySmolVlmSpec) -> None:
     tower = adapter_of(model, Processor.from_transformers(files)).family.tower
     pixels = torch.zeros(2, 3, spec.tile, spec.tile)
     assert counted(lambda: inner.vision_model(pixels)) == tower.whole(2)
+    assert tower.whole(2) == replace(tower, score_products=0).needed(2)
     assert tower.visual_tokens == spec.tokens
     width = 32 * spec.scale**2
     projection = inner.connector.modality_projection

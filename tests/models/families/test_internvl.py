@@ -411,6 +411,7 @@ def test_operations_are_those_that_torch_counts(paths: dict[str, Path], name: st
     assert (tower.layers, tower.run_layers, tower.patches, tower.visual_tokens) == (3, 3, 64, 16)
     pixels = torch.zeros(2, 3, SIDE, SIDE)
     assert counted(lambda: model.model.vision_tower(pixels)) == tower.whole(2)
+    assert tower.whole(2) == replace(tower, score_products=0).needed(2)
     projector, block = model.model.multi_modal_projector, MERGE**2 * tower.width
     assert counted(lambda: projector(torch.zeros(7, block))) == tower.projector(7)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())

@@ -347,6 +347,8 @@ def test_operations_are_those_that_torch_counts(tiny: Any, size: Size, several: 
     views = len(geometry.views) * len(images)
     length = inputs["input_ids"].shape[1]
     answer = AnswerTokens(views, projected=geometry.visual_tokens, prompt=length, output=1)
+    tower = loaded.adapter.shape.tower
+    assert (tower.run_layers, tower.layers, tower.class_token) == (3, 3, False)
     stages = matmul_flops(loaded.adapter.shape, answer, ExecutionMode.EAGER)
     assert sum(stages.values()) == counter.get_total_flops()
 
